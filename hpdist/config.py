@@ -33,6 +33,8 @@ from hpdist.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PYTHON_PREFIX = "python:"
+IN_PYTHON = "python:(given)"
+"""The name of a model that Python code gave as an object."""
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -319,6 +321,8 @@ def _component_class(kind: str, values: object) -> type[Component]:
 
 def _python_component(kind: str, name: str) -> type[Component]:
     """A user's own component: its `Config` where it has one, else any settings under `args`."""
+    if name == IN_PYTHON:
+        return PythonComponent
     config = getattr(import_object(name, f"{kind}.name"), "Config", None)
     if isinstance(config, type) and issubclass(config, Component):
         return config
@@ -329,6 +333,8 @@ class PythonComponent(Component):
     """A user's own function or class, called with `args`."""
 
     name: str
+    num_classes: int | None = Field(None, ge=2)
+    """Of a model: by default what the labelled data say."""
     args: dict[str, Any] = {}
     """Keyword arguments, passed as they are."""
 

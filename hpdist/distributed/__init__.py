@@ -1,0 +1,1 @@
+"""Everything that communicates: the engine, global statistics, the sharded teacher, checkpoints."""

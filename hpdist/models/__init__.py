@@ -1,0 +1,8 @@
+"""The models that come with hpdist, and how any other is named."""
+
+from hpdist.models.build import ModelConfig, build_model
+from hpdist.models.cnn import CNN
+from hpdist.models.mlp import MLP
+from hpdist.models.wide_resnet import WideResNet
+
+__all__ = ["CNN", "MLP", "ModelConfig", "WideResNet", "build_model"]

@@ -1,0 +1,6 @@
+"""Views: how raw rows become what the model sees, one file per modality."""
+
+from hpdist.data.views.base import IdentityViews, IdentityViewsConfig, Views
+from hpdist.data.views.image import ImageViews, ImageViewsConfig
+
+__all__ = ["IdentityViews", "IdentityViewsConfig", "ImageViews", "ImageViewsConfig", "Views"]

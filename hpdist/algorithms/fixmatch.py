@@ -1,0 +1,60 @@
+"""FixMatch: confident predictions on weak views are the labels of strong views."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    masked_pseudo_label_loss,
+    supervised_loss,
+)
+
+
+class FixMatchConfig(AlgorithmConfig):
+    """The paper's values."""
+
+    name: Literal["fixmatch"] = "fixmatch"
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the unsupervised term (lambda_u)."""
+
+    def build(self, num_classes: int, device: torch.device | str = "cpu") -> FixMatch:
+        """Make the algorithm; it has no state, so neither argument matters."""
+        return FixMatch(self.threshold, self.unsupervised_weight)
+
+
+class FixMatch(Algorithm):
+    """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))), q_b = p(weak(u_b)).
+
+    Equations 3 and 4 of the paper.
+    """
+
+    paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"
+    views: ClassVar[Views] = Views(weak=1, strong=1)
+
+    def __init__(self, threshold: float = 0.95, unsupervised_weight: float = 1.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.unsupervised_weight = unsupervised_weight
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms, and the share of unlabelled rows that passed the threshold."""
+        assert outputs.weak is not None
+        confidence, pseudo_labels = outputs.weak.probabilities.max(dim=-1)  # [unlabeled]
+        mask = (confidence >= self.threshold).float()
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+            unsupervised_weight=self.unsupervised_weight,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )

@@ -1,0 +1,160 @@
+"""FreeMatch: thresholds that follow the model's own confidence, per class, and a fairness term."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    masked_pseudo_label_loss,
+    supervised_loss,
+)
+
+
+class FreeMatchConfig(AlgorithmConfig):
+    """The paper's values; the fairness weight is the one of its released configs."""
+
+    name: Literal["freematch"] = "freematch"
+    momentum: float = Field(0.999, ge=0, lt=1)
+    """Of the moving averages (lambda)."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the unsupervised term (w_u)."""
+    fairness_weight: float = Field(0.001, ge=0)
+    """Weight of the fairness term (w_f); 0 saves one small collective a step."""
+    max_threshold: float = Field(1.0, gt=0, le=1)
+    """Upper bound of the global threshold."""
+
+    def build(self, num_classes: int, device: torch.device | str = "cpu") -> FreeMatch:
+        """Make the algorithm, its state on `device`."""
+        return FreeMatch(
+            num_classes,
+            momentum=self.momentum,
+            unsupervised_weight=self.unsupervised_weight,
+            fairness_weight=self.fairness_weight,
+            max_threshold=self.max_threshold,
+            device=device,
+        )
+
+
+class FreeMatch(Algorithm):
+    """FixMatch with self-adaptive thresholds and self-adaptive fairness.
+
+    With q_b = p(weak(u_b)) and EMA over steps, updated with this batch before it is used:
+    tau = EMA mean_b max q_b (eq. 5), p~ = EMA mean_b q_b (eq. 6), h~ = EMA histogram(argmax q_b) (eq. 11);
+    a row of class c passes at tau * p~_c / max p~ (eq. 7). Over the rows that pass, with p_b of the strong
+    view, L_f = sum_c N(p~ / h~)_c log N(mean p_b / histogram(argmax p_b))_c (eq. 12 to 14), where N makes a
+    vector sum to 1 and 1/0 counts as 0. All of it is of the global batch.
+    """
+
+    paper: ClassVar[str] = "Wang et al. 2023, arXiv:2205.07246"
+    views: ClassVar[Views] = Views(weak=1, strong=1)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        momentum: float = 0.999,
+        unsupervised_weight: float = 1.0,
+        fairness_weight: float = 0.001,
+        max_threshold: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.momentum = momentum
+        self.unsupervised_weight = unsupervised_weight
+        self.fairness_weight = fairness_weight
+        self.max_threshold = max_threshold
+        uniform = torch.full((num_classes,), 1 / num_classes, device=device)
+        self.state = {
+            "threshold": uniform[0].clone(),  # [], tau
+            "probability": uniform.clone(),  # [classes], p~
+            "histogram": uniform.clone(),  # [classes], h~
+        }
+        self.discard()
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Sums of confidence, probabilities and predicted classes."""
+        probabilities = weak.probabilities
+        confidence, classes = probabilities.max(dim=-1)
+        return {
+            "threshold": confidence.sum(),
+            "probability": probabilities.sum(dim=0),
+            "histogram": self._count(classes, torch.ones_like(confidence)),
+        }
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Move every average towards this batch's mean."""
+        self.pending = {
+            name: average.lerp(sums[name] / unlabeled_rows, 1 - self.momentum)
+            for name, average in self.state.items()
+        }
+
+    @property
+    def uses_student_statistics(self) -> bool:
+        """Whether there is a fairness term."""
+        return self.fairness_weight > 0
+
+    def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
+        """Sums over the rows that pass: strong-view probabilities (with gradient), predicted classes."""
+        if not self.uses_student_statistics:
+            return {}
+        mask, _ = self._mask(outputs)
+        probabilities = outputs.strong[0].softmax(dim=-1)
+        return {
+            "strong_probability": (probabilities * mask[:, None]).sum(dim=0),
+            "strong_histogram": self._count(probabilities.argmax(dim=-1), mask),
+        }
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """The three terms, the mask rate and the global threshold."""
+        mask, pseudo_labels = self._mask(outputs)
+        fairness = {}
+        if self.uses_student_statistics:
+            fairness["fairness_loss"] = self.fairness_weight * self._fairness(student_sums)
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+            unsupervised_weight=self.unsupervised_weight,
+            global_extras=fairness,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
+
+    def _mask(self, outputs: StudentOutputs) -> tuple[Tensor, Tensor]:
+        assert outputs.weak is not None
+        confidence, pseudo_labels = outputs.weak.probabilities.max(dim=-1)  # [unlabeled]
+        probability = self.pending["probability"]
+        threshold = self.pending["threshold"].clamp(max=self.max_threshold)
+        thresholds = threshold * probability / probability.max()  # [classes]
+        return (confidence >= thresholds[pseudo_labels]).float(), pseudo_labels
+
+    def _fairness(self, sums: Sums) -> Tensor:
+        expected = _share(_divide(self.pending["probability"], self.pending["histogram"]))
+        observed = _share(_divide(sums["strong_probability"], sums["strong_histogram"]))
+        return (expected * (observed + 1e-12).log()).sum() * (sums["strong_histogram"].sum() > 0)
+
+    def _count(self, classes: Tensor, weights: Tensor) -> Tensor:
+        """How often each class occurs, weighted; [classes], fp32. Deterministic on every device."""
+        return (F.one_hot(classes, self.num_classes) * weights[:, None]).sum(dim=0)
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, 0 where the denominator is 0; without a NaN in the gradient there."""
+    positive = denominator > 0
+    return torch.where(positive, numerator / denominator.where(positive, 1.0), 0.0)
+
+
+def _share(values: Tensor) -> Tensor:
+    """The values divided by their sum."""
+    return values / values.sum().clamp(min=1e-12)

@@ -1,0 +1,38 @@
+"""Supervised training on the labels alone: what every other algorithm is measured against."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    supervised_loss,
+)
+
+
+class SupervisedConfig(AlgorithmConfig):
+    """No options."""
+
+    name: Literal["supervised"] = "supervised"
+
+    def build(self, num_classes: int, device: torch.device | str = "cpu") -> Supervised:
+        """Make the algorithm."""
+        return Supervised()
+
+
+class Supervised(Algorithm):
+    """L = mean_b H(y_b, p(weak(x_b)))."""
+
+    views: ClassVar[Views] = Views()
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """The supervised term; the unsupervised one is zero."""
+        supervised = supervised_loss(outputs)
+        return LossTerms(supervised, torch.zeros_like(supervised))

@@ -1,0 +1,69 @@
+"""Checks that need the whole run: does the batch divide, does the model fit the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.config import RunConfig
+from hpdist.errors import ConfigError
+
+
+def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
+    """The number of micro-batches per step and rank.
+
+    Raises ConfigError where a global batch does not divide over ranks and micro-batches.
+    """
+    sizes = {"batch.labeled": config.batch.labeled}
+    if uses_unlabeled:
+        sizes["batch.unlabeled"] = config.batch.unlabeled
+    for setting, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(
+                f"{setting}: {size} rows do not divide over {ranks} ranks; use "
+                f"{_multiples(size, ranks)}"
+            )
+    per_rank = sum(sizes.values()) // ranks
+    micro = config.batch.micro
+    if micro is None or micro >= per_rank:
+        return 1
+    count = per_rank // micro
+    if per_rank % micro or any(size // ranks % count for size in sizes.values()):
+        fitting = sorted(
+            per_rank // n
+            for n in range(1, per_rank + 1)
+            if all(size // ranks % n == 0 for size in sizes.values())
+        )
+        raise ConfigError(
+            f"batch.micro: {micro} rows do not divide each rank's {per_rank} rows ("
+            + ", ".join(f"{size // ranks} of {setting}" for setting, size in sizes.items())
+            + f") into equal micro-batches; possible: {', '.join(map(str, fitting))}"
+        )
+    return count
+
+
+def _multiples(size: int, ranks: int) -> str:
+    below, above = size // ranks * ranks, -(-size // ranks) * ranks
+    return f"{below} or {above}" if below else str(above)
+
+
+def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:
+    """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes]."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except Exception as error:
+        raise ConfigError(
+            f"model: it fails on inputs of shape {list(example.shape)}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        model.train(training)
+    logits = getattr(output, "logits", output)
+    expected = (len(example), num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model: it maps inputs {list(example.shape)} to {found}, expected logits {list(expected)}"
+        )

@@ -1,0 +1,69 @@
+"""What the trainer asks of views, and the views of rows that are not to be changed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hpdist.config import Component
+
+
+class Views(Protocol):
+    """How a batch of raw rows becomes what the model sees.
+
+    The noise of a row depends on (seed, stream, view, copy, step, position), never on the rows
+    beside it: whatever ranks and micro-batches the global batch is split into, the views are equal.
+
+    `x` is a batch of raw rows on any device; the result is float32 on the same. `stream` says which
+    batch it is, "labeled" or "unlabeled"; `step` counts optimizer steps; `positions`, int64 [B] on
+    the CPU, are the rows' places in that step's global batch; `copy` numbers views of one kind.
+    """
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Return the rows without noise, as evaluation sees them."""
+        ...
+
+    def weak(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> Tensor:
+        """Return the rows with little noise, from which pseudo-labels are made."""
+        ...
+
+    def strong(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> Tensor:
+        """Return the rows with much noise, on which the student must agree with pseudo-labels."""
+        ...
+
+
+class IdentityViewsConfig(Component):
+    """Rows as they are, in float32: for tables and for rows with views of their own."""
+
+    kind: ClassVar[str] = "views"
+    name: Literal["identity"] = "identity"
+
+    def build(self, seed: int) -> IdentityViews:
+        """Build the views; they draw nothing, so the seed is not used."""
+        return IdentityViews()
+
+
+class IdentityViews:
+    """The `Views` that change nothing but the dtype."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Return the rows in float32."""
+        return x.to(torch.float32)
+
+    def weak(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> Tensor:
+        """Return the rows in float32."""
+        return self.plain(x)
+
+    def strong(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> Tensor:
+        """Return the rows in float32."""
+        return self.plain(x)

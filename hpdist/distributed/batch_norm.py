@@ -1,0 +1,188 @@
+"""Batch normalisation over the global batch, in fp32, whose running statistics obey the optimizer step.
+
+`torch.nn.SyncBatchNorm` needs a GPU, and in a half-precision engine its running statistics lose their
+precision. Here the batch statistics are those of all ranks, all arithmetic is fp32, and running
+statistics move once per *applied* optimizer step, towards the statistics of every row that the step saw:
+the weak views and the student's own rows alike, whether they went through the model in one pass or two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hpdist.distributed.reduce import world_size
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """BatchNorm1d, 2d and 3d over the global batch. Input [rows, channels, *].
+
+    Collective: in training mode every rank must call forward and backward the same number of times.
+    """
+
+    segments: tuple[int, ...] | None = None
+    """Rows per independently normalised part of the input; None normalises all rows together."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seen: list[tuple[int, Tensor, Tensor]] = []  # (elements, mean, unbiased variance) per pass
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 (torch's name)
+        if input.dim() < 2:
+            raise ValueError(f"expected [rows, channels, ...], got {tuple(input.shape)}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalBatchNorm:
+        """Move and cast like any module, but keep the running statistics in fp32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("running_mean", "running_var"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer.float())
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Normalise with the global batch's statistics in training, the running ones otherwise."""
+        self._check_input_dim(input)
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        if not self.training and self.running_mean is not None:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps
+            )
+        if self.segments is None or len(self.segments) == 1:
+            return self._normalise(input, weight, bias)
+        parts = input.split(self.segments)
+        return torch.cat([self._normalise(part, weight, bias) for part in parts])
+
+    def _normalise(self, rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean = torch.zeros(self.num_features, device=rows.device)
+        variance = torch.ones(self.num_features, device=rows.device)
+        if world_size() == 1:
+            # With momentum 1 torch leaves the batch's own mean and unbiased variance in the buffers.
+            normalised = F.batch_norm(rows, mean, variance, weight, bias, True, 1.0, self.eps)
+        else:
+            normalised = _NormaliseGlobally.apply(rows, weight, bias, self.eps, mean, variance)
+        if torch._C._current_graph_task_id() == -1:  # not when activation checkpointing recomputes
+            elements = rows.numel() // self.num_features
+            self._seen.append((elements, mean, variance))
+        return normalised
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the running statistics towards those of all rows seen since the last commit."""
+        if self._seen and self.running_mean is not None and self.running_var is not None:
+            mean, variance = _combine(self._seen)
+            momentum = 0.1 if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance, momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        self._seen = []
+
+    def forget_pass(self) -> None:
+        """Forget the latest pass."""
+        if self._seen:
+            self._seen.pop()
+
+    def discard(self) -> None:
+        """Forget what was seen since the last commit: the step was skipped."""
+        self._seen = []
+
+
+def _combine(seen: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of several passes together, weighted by their sizes."""
+    if len(seen) == 1:
+        return seen[0][1], seen[0][2]
+    total = sum(elements for elements, _, _ in seen)
+    shares = [elements / total for elements, _, _ in seen]
+    mean = sum((s * m for s, (_, m, _) in zip(shares, seen, strict=True)), torch.zeros(()))
+    variance = sum(
+        (s * (v + (m - mean).square()) for s, (_, m, v) in zip(shares, seen, strict=True)),
+        torch.zeros(()),
+    )
+    return mean, variance
+
+
+class _NormaliseGlobally(torch.autograd.Function):
+    """Normalisation with the statistics of all ranks: one all-gather forward, one all-reduce backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        mean_out: Tensor,
+        variance_out: Tensor,
+    ) -> Tensor:
+        dims = [d for d in range(rows.dim()) if d != 1]
+        count = rows.numel() // rows.shape[1]
+        variance, mean = torch.var_mean(rows.float(), dims, correction=0)  # [channels] each
+        own = torch.cat([mean, variance, mean.new_tensor([float(count)])])
+        everyone = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(everyone, own)
+        stacked = torch.stack(everyone)  # [ranks, 2 channels + 1]
+        means, variances, counts = stacked.tensor_split([len(mean), 2 * len(mean)], dim=1)
+        total = counts.sum()
+        mean = (counts * means).sum(dim=0) / total
+        variance = (counts * (variances + (means - mean).square())).sum(dim=0) / total
+        mean_out.copy_(mean)
+        variance_out.copy_(variance * (total / (total - 1).clamp(min=1)))
+        ctx.save_for_backward(rows, weight, mean, (variance + eps).rsqrt(), total)
+        return F.batch_norm(rows, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, mean, inverse_std, total = ctx.saved_tensors
+        dims = [d for d in range(rows.dim()) if d != 1]
+        shape = [1, -1] + [1] * (rows.dim() - 2)
+        grad = grad_outputs[0].float()
+        normalised = (rows.float() - mean.view(shape)) * inverse_std.view(shape)
+        sums = torch.stack([grad.sum(dims), (grad * normalised).sum(dims)])  # [2, channels]
+        grad_bias, grad_weight = sums.clone()
+        dist.all_reduce(sums)
+        mean_grad, mean_product = (sums / total).view(2, *shape)
+        scale = inverse_std if weight is None else inverse_std * weight
+        grad_rows = scale.view(shape) * (grad - mean_grad - normalised * mean_product)
+        has_affine = weight is not None
+        return (
+            grad_rows.to(rows.dtype),
+            grad_weight if has_affine else None,
+            grad_bias if has_affine else None,
+            None,
+            None,
+            None,
+        )
+
+
+def global_batch_norm(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm in `model` by a `GlobalBatchNorm` with the same parameters and buffers.
+
+    Call it before the model is prepared. Returns the model (another one if it is itself a BatchNorm).
+    """
+    if isinstance(model, _BatchNorm) and not isinstance(model, GlobalBatchNorm):
+        replacement = GlobalBatchNorm(
+            model.num_features,
+            model.eps,
+            model.momentum,
+            model.affine,
+            model.track_running_stats,
+        )
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(replacement, name, getattr(model, name))
+        return replacement.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, global_batch_norm(child))
+    return model
+
+
+def batch_norms(model: nn.Module) -> Iterator[GlobalBatchNorm]:
+    """Every GlobalBatchNorm in the model."""
+    return (m for m in model.modules() if isinstance(m, GlobalBatchNorm))

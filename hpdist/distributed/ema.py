@@ -1,0 +1,79 @@
+"""The teacher: an exponential moving average of the student's weights, in fp32, sharded over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hpdist.distributed.engine import Engine
+from hpdist.distributed.fragments import Fragment
+
+
+class ShardedTeacher:
+    """theta' <- d theta' + (1 - d) theta, with d = min(decay, (1 + t) / (10 + t)) while it warms up.
+
+    Every rank holds its own 1/N of the average and feeds it from its own part of the fp32 master weights,
+    so an update communicates nothing. Floating-point buffers (running statistics, the same on every
+    rank) are averaged alike, other buffers copied. Source: Tarvainen and Valpola 2017, equation 1.
+    """
+
+    def __init__(self, engine: Engine, decay: float = 0.999, warmup: bool = True) -> None:
+        self.engine = engine
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self.fragments = [f.like(f.values.detach().clone()) for f in engine.master_fragments()]
+        self.buffers = {name: b.detach().clone() for name, b in engine.module.named_buffers()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the student; call it after every applied step, and only then."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        student = [f.values for f in self.engine.master_fragments()]
+        if student:
+            torch._foreach_lerp_([f.values for f in self.fragments], student, 1 - decay)
+        for name, buffer in self.engine.module.named_buffers():
+            if buffer.is_floating_point():
+                self.buffers[name].lerp_(buffer, 1 - decay)
+            else:
+                self.buffers[name].copy_(buffer)
+        self.updates += 1
+
+    @contextmanager
+    def in_student(self) -> Iterator[None]:
+        """Lend the teacher's weights and buffers to the model, for evaluation.
+
+        Collective: every rank must enter; one gather, none under ZeRO-3.
+        """
+        buffers = {name: b.detach().clone() for name, b in self.engine.module.named_buffers()}
+        with self.engine.lend_weights(self.fragments):
+            self._set_buffers(self.buffers)
+            try:
+                yield
+            finally:
+                self._set_buffers(buffers)
+
+    def whole(self) -> dict[str, Tensor]:
+        """The teacher's parameters in their shapes, fp32, and its buffers.
+
+        Collective: every rank must call; one gather.
+        """
+        flat = self.engine.layout.gather(self.fragments)
+        shapes = self.engine.parameter_shapes()
+        return {name: flat[name].view(shape) for name, shape in shapes.items()} | self.buffers
+
+    def load(self, fragments: list[Fragment], buffers: dict[str, Tensor], updates: int) -> None:
+        """Take over a saved teacher, already cut to this rank's fragments."""
+        for own, saved in zip(self.fragments, fragments, strict=True):
+            own.values.copy_(saved.values)
+        for name, buffer in buffers.items():
+            self.buffers[name].copy_(buffer)
+        self.updates = updates
+
+    @torch.no_grad()
+    def _set_buffers(self, values: dict[str, Tensor]) -> None:
+        for name, buffer in self.engine.module.named_buffers():
+            buffer.copy_(values[name])

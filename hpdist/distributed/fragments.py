@@ -1,0 +1,87 @@
+"""Which elements of which parameter a rank owns: the common language of DDP and every ZeRO stage.
+
+A fragment is a run of one parameter's elements, in row-major order. Teacher and checkpoints speak of
+fragments only, so neither knows how an engine shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpdist.distributed.reduce import world_size
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`values` are elements `start` to `start + len(values)` of the parameter called `name`."""
+
+    name: str
+    start: int
+    values: Tensor  # [elements], fp32, a live view where the engine allows it
+
+    def like(self, values: Tensor) -> Fragment:
+        """The same place with other values."""
+        return Fragment(self.name, self.start, values)
+
+
+def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, int, int]]:
+    """Cut tensors of these sizes, laid end to end, into `ranks` even parts; give part `rank`.
+
+    Returns (index, start, stop) per tensor that the part overlaps.
+    """
+    total = sum(sizes)
+    share = -(-total // ranks)
+    low, high = min(rank * share, total), min((rank + 1) * share, total)
+    pieces, offset = [], 0
+    for index, size in enumerate(sizes):
+        start, stop = max(low - offset, 0), min(high - offset, size)
+        if start < stop:
+            pieces.append((index, start, stop))
+        offset += size
+    return pieces
+
+
+class Layout:
+    """Where every rank's fragments lie, so that whole parameters can be put together.
+
+    Collective: every rank must construct it (once; the layout of a run does not change).
+    """
+
+    def __init__(self, own: Sequence[Fragment]) -> None:
+        mine = [(f.name, f.start, len(f.values)) for f in own]
+        self._ranks: list[list[tuple[str, int, int]]] = [mine]
+        if world_size() > 1:
+            everyone: list[list[tuple[str, int, int]] | None] = [None] * world_size()
+            dist.all_gather_object(everyone, mine)
+            self._ranks = [places or [] for places in everyone]
+        self.sizes: dict[str, int] = {}
+        for name, start, length in (place for places in self._ranks for place in places):
+            self.sizes[name] = max(self.sizes.get(name, 0), start + length)
+        self._longest = max(sum(length for _, _, length in places) for places in self._ranks)
+
+    def gather(self, own: Sequence[Fragment]) -> dict[str, Tensor]:
+        """Put every parameter together from all ranks' fragments: name -> [elements], fp32.
+
+        Collective: every rank must call; one all-gather.
+        """
+        flat = torch.cat([f.values.detach().reshape(-1).float() for f in own] or [torch.empty(0)])
+        whole = {name: flat.new_empty(size) for name, size in self.sizes.items()}
+        for places, values in zip(self._ranks, self._exchange(flat), strict=True):
+            offset = 0
+            for name, start, length in places:
+                whole[name][start : start + length] = values[offset : offset + length]
+                offset += length
+        return whole
+
+    def _exchange(self, flat: Tensor) -> list[Tensor]:
+        if world_size() == 1:
+            return [flat]
+        padded = torch.nn.functional.pad(flat, (0, self._longest - len(flat)))
+        received = flat.new_empty(world_size() * self._longest)
+        dist.all_gather_into_tensor(received, padded)
+        return list(received.split(self._longest))

@@ -1,0 +1,65 @@
+"""Sums over ranks, many small tensors in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpdist.errors import HpdistError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """The number of ranks; 1 where nothing was launched."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class FusedSum:
+    """One all-reduce of a dict of fp32 tensors, in flight from construction until `wait`.
+
+    Collective: every rank must construct it with the same names and shapes, in the same order.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: value.shape for name, value in values.items()}
+        self._flat = torch.cat([value.detach().reshape(-1).float() for value in values.values()])
+        self._work: dist.Work | None = None
+        if world_size() > 1:
+            self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def wait(self) -> dict[str, Tensor]:
+        """The sums over all ranks, fp32, under their names and in their shapes."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        parts = self._flat.split(sizes)
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """Call a function on every rank; if it fails on any, raise the same error on all.
+
+    Without this a rank that fails alone leaves the others waiting for ever. Collective: every rank must
+    call; only HpdistErrors are agreed on.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except HpdistError as raised:
+        error = raised
+    if world_size() > 1:
+        everyone: list[HpdistError | None] = [None] * world_size()
+        dist.all_gather_object(everyone, error)
+        error = next((e for e in everyone if e is not None), None)
+    if error is not None:
+        raise error
+    return cast(T, result)

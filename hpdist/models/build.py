@@ -1,0 +1,57 @@
+"""What a model's config is, and how a model is built from it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from hpdist.config import Component, PythonComponent, import_object
+from hpdist.errors import ConfigError
+
+
+class ModelConfig(Component):
+    """The options of a model; `build` makes it."""
+
+    kind: ClassVar[str] = "model"
+    num_classes: int | None = Field(None, ge=2)
+    """By default what the labelled data say."""
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """Make the model for inputs of a shape (without the batch) and a number of classes."""
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+    def require_image(self, input_shape: tuple[int, ...]) -> None:
+        """Raise ConfigError unless the inputs are [channels, height, width]."""
+        if len(input_shape) != 3:
+            raise ConfigError(
+                f"model.name: {self.name} takes images [channels, height, width], but the input column "
+                f"holds vectors of shape {list(input_shape)}; use mlp"
+            )
+
+
+def build_model(
+    config: Component, input_shape: tuple[int, ...], num_classes: int, seed: int
+) -> nn.Module:
+    """Build the model that a config names; the same weights for a seed, on every rank.
+
+    A `python:module:function` is called as `function(num_classes=..., **args)`. Raises ConfigError where
+    that fails or returns no module.
+    """
+    torch.manual_seed(seed)
+    if isinstance(config, ModelConfig):
+        return config.build(input_shape, num_classes)
+    if not isinstance(config, PythonComponent):
+        raise ConfigError(f"model: {type(config).__name__} is not a model's config")
+    function = import_object(config.name, "model.name")
+    try:
+        model = function(num_classes=num_classes, **config.args)
+    except TypeError as error:
+        raise ConfigError(f"model.args: {config.name}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.name: {config.name} returned {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model

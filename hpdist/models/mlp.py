@@ -1,0 +1,44 @@
+"""A multi-layer perceptron for tables, or for small images laid flat."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from hpdist.models.build import ModelConfig
+
+
+class MLPConfig(ModelConfig):
+    """Hidden layers of an MLP."""
+
+    name: Literal["mlp"] = "mlp"
+    hidden: list[int] = Field([500], min_length=0)
+    """Width of each hidden layer."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def build(self, input_shape: tuple[int, ...], num_classes: int) -> MLP:
+        """Make the network for inputs of a shape (without the batch)."""
+        features = 1
+        for side in input_shape:
+            features *= side
+        return MLP(features, self.hidden, num_classes, self.dropout)
+
+
+class MLP(nn.Module):
+    """Linear, ReLU, dropout for every hidden layer; then linear. [rows, *] to [rows, classes]."""
+
+    def __init__(self, features: int, hidden: list[int], num_classes: int, dropout: float = 0.0):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(features, width), nn.ReLU(), nn.Dropout(dropout)]
+            features = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(features, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits [rows, classes]."""
+        logits: Tensor = self.classifier(self.features(inputs.flatten(1)))
+        return logits

@@ -1,0 +1,123 @@
+"""Everything that a run must remember, to and from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpdist.data.stream import BatchStream
+from hpdist.distributed import checkpoint
+from hpdist.distributed.fragments import Fragment
+from hpdist.errors import CheckpointError
+from hpdist.step import SemiSupervisedStep
+
+
+class RunState:
+    """Model, optimizer, teacher, algorithm, loss scale, counters and the positions in the data.
+
+    The model's own noise needs no state: it is seeded anew for every step.
+    """
+
+    def __init__(
+        self, step: SemiSupervisedStep, streams: Mapping[str, BatchStream], identity: dict[str, Any]
+    ) -> None:
+        self.step = step
+        self.streams = streams
+        self.identity = identity
+        self.overflows = 0
+
+    def save(self, folder: Path, facts: Mapping[str, Any], *, keep: int) -> Path:
+        """Write a checkpoint into `folder`; `facts` come back from `load`. Collective."""
+        step, engine = self.step, self.step.engine
+        return checkpoint.save(
+            folder,
+            step.applied_steps,
+            self._fragments(),
+            self._common(),
+            {
+                "attempts": step.attempts,
+                "overflows": self.overflows,
+                "teacher_updates": step.teacher.updates if step.teacher else 0,
+                "loss_scale": engine.scale_state(),
+                "optimizer": engine.optimizer_scalars(),
+                "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
+                "identity": self.identity,
+                **facts,
+            },
+            rank=engine.rank,
+            keep=keep,
+        )
+
+    @torch.no_grad()
+    def load(self, saved: checkpoint.SavedRun) -> dict[str, Any]:
+        """Take everything over from a checkpoint; give its facts.
+
+        Raises CheckpointError where it is one of another run.
+        """
+        facts, step, engine = saved.facts, self.step, self.step.engine
+        self._check_identity(saved)
+        engine.load_master(saved.whole("master"))
+        prefix = "optimizer."
+        keys = sorted(k.removeprefix(prefix) for k in saved.kinds() if k.startswith(prefix))
+        engine.make_optimizer_state(keys, facts["optimizer"])
+        for key, fragments in engine.optimizer_fragments().items():
+            for fragment in fragments:
+                fragment.values.copy_(saved.read(prefix + key, fragment))
+        engine.load_scale_state(facts["loss_scale"])
+        for name, buffer in engine.module.named_buffers():
+            buffer.copy_(saved.common[f"buffer/{name}"])
+        step.algorithm.load_state_dict(_under(saved.common, "algorithm/"))
+        if step.teacher is not None:
+            restored = [f.like(saved.read("teacher", f)) for f in step.teacher.fragments]
+            step.teacher.load(restored, _under(saved.common, "teacher/"), facts["teacher_updates"])
+        step.applied_steps, step.attempts = facts["step"], facts["attempts"]
+        self.overflows = facts["overflows"]
+        for name, stream in self.streams.items():
+            stream.load_state_dict(facts["streams"][name])
+        return facts
+
+    def _fragments(self) -> dict[str, list[Fragment]]:
+        """This rank's share of everything sharded, by kind."""
+        fragments = {"master": self.step.engine.master_fragments()}
+        if self.step.teacher is not None:
+            fragments["teacher"] = self.step.teacher.fragments
+        for key, pieces in self.step.engine.optimizer_fragments().items():
+            fragments[f"optimizer.{key}"] = pieces
+        return fragments
+
+    def _common(self) -> dict[str, Tensor]:
+        """What every rank holds alike."""
+        buffers = self.step.engine.module.named_buffers()
+        common = {f"buffer/{name}": buffer for name, buffer in buffers}
+        for name, value in self.step.algorithm.state_dict().items():
+            common[f"algorithm/{name}"] = value
+        if self.step.teacher is not None:
+            for name, value in self.step.teacher.buffers.items():
+                common[f"teacher/{name}"] = value
+        return common
+
+    def _check_identity(self, saved: checkpoint.SavedRun) -> None:
+        theirs = saved.facts["identity"]
+        different = [
+            f"{key}: {_short(theirs.get(key))} there, {_short(value)} here"
+            for key, value in self.identity.items()
+            if theirs.get(key) != value
+        ]
+        if different:
+            raise CheckpointError(
+                f"{saved.path} is of another run ({'; '.join(different)}); "
+                "choose another run.name, or make the settings agree"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,335 @@
+"""One optimizer step of semi-supervised training: the plug-in for a loop of one's own.
+
+    accelerator = Accelerator()
+    model, optimizer = accelerator.prepare(hpdist.global_batch_norm(model), optimizer)
+    step = SemiSupervisedStep(accelerator, model, optimizer, FixMatch(), views)
+    for labeled, unlabeled in batches:      # this rank's slices of the global batches
+        outcome = step(labeled, unlabeled)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import Algorithm, LossTerms, StudentOutputs, WeakOutputs
+from hpdist.config import Precision
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.views.base import Views
+from hpdist.distributed.ema import ShardedTeacher
+from hpdist.distributed.engine import Engine, make_engine
+from hpdist.distributed.reduce import FusedSum
+from hpdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did, the same on every rank."""
+
+    applied: bool
+    overflowed: bool
+    old_scale: float
+    new_scale: float
+    grad_norm: float | None = None
+    """Global norm of the unscaled gradient before clipping; only when measured."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means over the global batch; only when measured."""
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """One micro-batch of this rank, its views made."""
+
+    labeled: Tensor  # [labeled, *]
+    labels: Tensor  # [labeled]
+    strong: tuple[Tensor, ...]  # per view [unlabeled, *]
+    weak: Tensor | None  # [unlabeled, *]
+    ids: Tensor  # [unlabeled]
+
+
+class SemiSupervisedStep:
+    """Views, weak pass, one reduction, student pass, loss, backward, optimizer, teacher, commit.
+
+    The batches given to it are this rank's slices, in rank order, of the global batches; every rank must
+    give slices of the same size. Collective: every rank must call it equally often.
+
+    Args:
+        accelerator: What prepared `model` and `optimizer`.
+        model: Prepared; maps inputs [rows, *] to logits [rows, classes] or to an output with `.logits`.
+        optimizer: Prepared with the model. The learning rate is set by `lr` of each call, if given.
+        algorithm: What the loss is; its state must live on the accelerator's device.
+        views: Makes weak and strong views of the inputs.
+        micro_batches: Forwards and backwards that a step is cut into. Under DeepSpeed it must equal
+            `gradient_accumulation_steps`.
+        decay: The teacher's; `None` keeps no teacher.
+        teacher_warmup: Whether the teacher's decay starts small.
+        grad_clip: Largest global gradient norm. Under DeepSpeed its own config decides.
+        precision: Only for fp16 on a CPU, where Accelerate does not know it.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: Algorithm,
+        views: Views,
+        *,
+        micro_batches: int = 1,
+        decay: float | None = 0.999,
+        teacher_warmup: bool = True,
+        grad_clip: float | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        self.engine: Engine = make_engine(accelerator, model, optimizer, precision)
+        self.algorithm = algorithm
+        self.views = views
+        self.micro_batches = micro_batches
+        self.grad_clip = grad_clip
+        self.teacher = (
+            None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
+        )
+        self.applied_steps = 0
+        self.attempts = 0
+        """Steps begun, skipped ones included; the views' noise is keyed by it."""
+        self._fused = self.engine.fuses_weak_pass and micro_batches == 1
+
+    def __call__(
+        self,
+        labeled: LabeledBatch,
+        unlabeled: UnlabeledBatch | None = None,
+        *,
+        lr: float | None = None,
+        measure: bool = False,
+    ) -> StepOutcome:
+        """Do one optimizer step; with `measure` also say what it did, at the cost of a wait for the device."""
+        self.engine.module.train()
+        micros = [self._make_views(*slices) for slices in self._cut(labeled, unlabeled)]
+        weak = [None] * len(micros) if self._fused else [self._weak_pass(m) for m in micros]
+        reduction = None if self._fused else self._reduce(micros, weak)
+        student_sums = None
+        contributions: list[Mapping[str, Tensor]] = []
+        for number, micro in enumerate(micros):
+            with self.engine.accumulate(last=number == len(micros) - 1):
+                logits = self._student_pass(micro)
+                if reduction is None or number == 0:
+                    if self._fused:
+                        logits, weak = self._split_fused(logits, micro)
+                    rows = self._observe(reduction or self._reduce(micros, weak))
+                    if len(micros) > 1:
+                        student_sums = self._student_sums_ahead(micros, weak, rows)
+                outputs = self._outputs(logits, micro, weak[number], rows)
+                sums = self._attach(self.algorithm.student_statistics(outputs), student_sums)
+                terms = self.algorithm.loss(outputs, sums)
+                self.engine.backward(terms.total(self._parts))
+                contributions.append(terms.contributions(self._parts))
+        return self._finish(lr, measure, contributions)
+
+    @property
+    def _parts(self) -> int:
+        """How many contributions make the global loss."""
+        return self.engine.world_size * self.micro_batches
+
+    def _cut(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
+    ) -> Iterable[tuple[LabeledBatch, UnlabeledBatch | None, int, int]]:
+        """This rank's micro-batches, and where each begins in the global batches."""
+        needs_unlabeled = self.algorithm.views.weak + self.algorithm.views.strong > 0
+        if needs_unlabeled and unlabeled is None:
+            raise ConfigError(f"{type(self.algorithm).__name__} needs unlabelled rows; give a batch of them")
+        if not needs_unlabeled:
+            unlabeled = None
+        sizes = {"labelled": len(labeled)} | ({"unlabelled": len(unlabeled)} if unlabeled else {})
+        for what, size in sizes.items():
+            if size % self.micro_batches:
+                raise ConfigError(
+                    f"{size} {what} rows per rank do not divide into {self.micro_batches} micro-batches"
+                )
+        for number in range(self.micro_batches):
+            part = len(labeled) // self.micro_batches
+            first = number * part
+            at = self.engine.rank * len(labeled) + first
+            if unlabeled is None:
+                yield labeled.narrow(first, part), None, at, 0
+            else:
+                u_part = len(unlabeled) // self.micro_batches
+                u_first = number * u_part
+                u_at = self.engine.rank * len(unlabeled) + u_first
+                yield labeled.narrow(first, part), unlabeled.narrow(u_first, u_part), at, u_at
+
+    @torch.no_grad()
+    def _make_views(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, at: int, u_at: int
+    ) -> _MicroBatch:
+        device = self.engine.device
+        labeled = labeled.to(device, non_blocking=True)
+        step = self.attempts
+        positions = torch.arange(at, at + len(labeled))
+        x = self.views.weak(labeled.inputs, stream="labeled", step=step, positions=positions)
+        if unlabeled is None:
+            none = torch.empty(0, dtype=torch.int64, device=device)
+            return _MicroBatch(x, labeled.labels, (), None, none)
+        unlabeled = unlabeled.to(device, non_blocking=True)
+        positions = torch.arange(u_at, u_at + len(unlabeled))
+        wanted = self.algorithm.views
+        strong = tuple(
+            self.views.strong(
+                unlabeled.inputs, stream="unlabeled", step=step, positions=positions, copy=copy
+            )
+            for copy in range(wanted.strong)
+        )
+        weak = None
+        if wanted.weak:
+            weak = self.views.weak(
+                unlabeled.inputs, stream="unlabeled", step=step, positions=positions
+            )
+        return _MicroBatch(x, labeled.labels, strong, weak, unlabeled.ids)
+
+    def _weak_pass(self, micro: _MicroBatch) -> WeakOutputs | None:
+        if micro.weak is None:
+            return None
+        return WeakOutputs(self.engine.infer(_layout(micro.weak)), micro.ids)
+
+    def _student_pass(self, micro: _MicroBatch) -> Tensor:
+        """Logits of [labelled; strong views], and of the weak views behind them where they are fused."""
+        inputs = [micro.labeled, *micro.strong]
+        if self._fused and micro.weak is not None:
+            inputs.append(micro.weak)
+            student_rows = sum(len(part) for part in inputs[:-1])
+            with self.engine.segments([student_rows, len(micro.weak)]):
+                return self.engine.forward(_layout(torch.cat(inputs)))
+        return self.engine.forward(_layout(torch.cat(inputs)))
+
+    def _split_fused(
+        self, logits: Tensor, micro: _MicroBatch
+    ) -> tuple[Tensor, list[WeakOutputs | None]]:
+        if micro.weak is None:
+            return logits, [None]
+        student, weak = logits.split([len(logits) - len(micro.weak), len(micro.weak)])
+        return student, [WeakOutputs(weak.detach(), micro.ids)]
+
+    @torch.no_grad()
+    def _reduce(self, micros: list[_MicroBatch], weak: list[WeakOutputs | None]) -> FusedSum:
+        """Start the one reduction of a step: the rows, the bad ones, and the algorithm's sums."""
+        values = [self._local_sums(m, w) for m, w in zip(micros, weak, strict=True)]
+        return FusedSum({key: sum_(v[key] for v in values) for key in values[0]})
+
+    def _local_sums(self, micro: _MicroBatch, weak: WeakOutputs | None) -> dict[str, Tensor]:
+        device = self.engine.device
+        sums = {
+            "labeled rows": torch.tensor(float(len(micro.labeled)), device=device),
+            "unlabeled rows": torch.tensor(float(len(micro.ids)), device=device),
+            "bad rows": torch.zeros((), device=device),
+        }
+        if weak is not None:
+            sums["bad rows"] = (~weak.logits.isfinite()).any(dim=-1).sum().float()
+            sums |= self.algorithm.statistics(weak)
+        return sums
+
+    def _observe(self, reduction: FusedSum) -> tuple[Tensor, Tensor]:
+        """Wait for the sums, show them to the algorithm; give the global rows of both kinds.
+
+        A NaN in any weak view of any rank leaves every statistic as it was.
+        """
+        sums = reduction.wait()
+        labeled, unlabeled = sums.pop("labeled rows"), sums.pop("unlabeled rows")
+        sound = sums.pop("bad rows") == 0
+        self.algorithm.observe(sums, unlabeled)
+        self.algorithm.pending = {
+            name: torch.where(sound, value, self.algorithm.state[name])
+            for name, value in self.algorithm.pending.items()
+        }
+        return labeled, unlabeled
+
+    def _outputs(
+        self,
+        logits: Tensor,
+        micro: _MicroBatch,
+        weak: WeakOutputs | None,
+        rows: tuple[Tensor, Tensor],
+    ) -> StudentOutputs:
+        sizes = [len(micro.labeled), *(len(view) for view in micro.strong)]
+        labeled, *strong = logits.split(sizes)
+        return StudentOutputs(labeled, micro.labels, tuple(strong), weak, *rows)
+
+    @torch.no_grad()
+    def _student_sums_ahead(
+        self,
+        micros: list[_MicroBatch],
+        weak: list[WeakOutputs | None],
+        rows: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor] | None:
+        """The student's global sums before the first backward, from an extra pass without gradient.
+
+        Only where a loss is a function of a global mean and the step is cut into micro-batches.
+        """
+        total: dict[str, Tensor] = {}
+        for micro, weak_outputs in zip(micros, weak, strict=True):
+            if not self.algorithm.uses_student_statistics:
+                return None
+            logits = self.engine.infer(_layout(torch.cat([micro.labeled, *micro.strong])))
+            self.engine.forget_norms()
+            outputs = self._outputs(logits, micro, weak_outputs, rows)
+            for name, value in self.algorithm.student_statistics(outputs).items():
+                total[name] = total[name] + value if name in total else value
+        return FusedSum(total).wait() if total else None
+
+    def _attach(
+        self, local: dict[str, Tensor], ahead: dict[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """The global sums, with the gradient of this micro-batch's part of them.
+
+        Every part computes the same function f of the sums and contributes f / parts, so the gradient of a
+        part is scaled up by the number of parts.
+        """
+        if not local:
+            return {}
+        total = FusedSum(local).wait() if ahead is None else ahead
+        return {
+            name: total[name] + self._parts * (value - value.detach())
+            for name, value in local.items()
+        }
+
+    def _finish(
+        self, lr: float | None, measure: bool, contributions: list[Mapping[str, Tensor]]
+    ) -> StepOutcome:
+        done = self.engine.step(lr, self.grad_clip, measure)
+        self.attempts += 1
+        self.engine.finish_norms(done.applied)
+        if done.applied:
+            self.applied_steps += 1
+            self.algorithm.commit()
+            if self.teacher is not None:
+                self.teacher.update()
+        else:
+            self.algorithm.discard()
+        metrics = {}
+        if measure:
+            summed = {key: sum_(c[key] for c in contributions) for key in contributions[0]}
+            reduced = FusedSum(summed).wait()
+            values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
+            metrics = dict(zip(reduced, values, strict=True))
+        return StepOutcome(
+            done.applied, done.overflowed, done.old_scale, done.new_scale, done.grad_norm, metrics
+        )
+
+
+def sum_(values: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    first, *rest = values
+    for value in rest:
+        first = first + value
+    return first
+
+
+def _layout(inputs: Tensor) -> Tensor:
+    """Images as channels-last, which convolutions in half precision want; anything else as it is."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+
+
+__all__ = ["LossTerms", "SemiSupervisedStep", "StepOutcome"]

@@ -1,0 +1,78 @@
+"""The run folder: config.yaml, metrics.jsonl, summary.json and the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpdist.errors import CheckpointError
+
+
+class RunFolder:
+    """The files of one run. Only the main process writes; every write is whole or not at all."""
+
+    def __init__(self, path: Path, main: bool = True) -> None:
+        self.path = path
+        self.main = main
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.labeled_rows = path / "labeled_rows.json"
+
+    def create(self) -> None:
+        """Make the folder; raises CheckpointError where that cannot be."""
+        if not self.main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointError(
+                f"run.dir: cannot write to the run folder {str(self.path)!r}: {error}"
+            ) from error
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there yet."""
+        return not self.path.exists() or not any(self.path.iterdir())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file through a temporary one, so that no reader sees half of it."""
+        if self.main:
+            temporary = self.path / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / name)
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write a JSON file."""
+        self.write_text(name, json.dumps(values, indent=2) + "\n")
+
+    def read_labeled_rows(self) -> list[int] | None:
+        """The labelled rows that this run chose, if it has."""
+        if not self.labeled_rows.exists():
+            return None
+        rows: list[int] = json.loads(self.labeled_rows.read_text(encoding="utf-8"))
+        return rows
+
+    def append_metrics(self, record: Mapping[str, object]) -> None:
+        """Add one line to metrics.jsonl."""
+        if self.main:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Remove the records after a step, so that the file reads as that of one run."""
+        if not self.main or not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # a line that a killed process left half-written
+                continue
+            if record["step"] <= step:
+                kept.append(line)
+        self.write_text("metrics.jsonl", "".join(line + "\n" for line in kept))

@@ -1,0 +1,445 @@
+"""The loop around `SemiSupervisedStep`: data in, steps, records, checkpoints, evaluation.
+
+    Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, steps=10_000).fit()
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hpdist import config as configuration
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.checks import check_model, divide_batch
+from hpdist.config import Component, RunConfig
+from hpdist.data.batch import InputSpec, LabeledBatch
+from hpdist.data.evaluation import evaluation_batches
+from hpdist.data.sources import (
+    LabeledRows,
+    StreamedRows,
+    TableRows,
+    input_spec,
+    open_labeled,
+    open_test,
+    open_unlabeled,
+)
+from hpdist.data.stream import BatchStream
+from hpdist.distributed import checkpoint, launch
+from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
+from hpdist.distributed.reduce import agreed, world_size
+from hpdist.errors import CheckpointError, ConfigError, PrecisionError
+from hpdist.evaluation import evaluate_both
+from hpdist.models.build import build_model
+from hpdist.optim import build_optimizer, learning_rate
+from hpdist.run_state import RunState
+from hpdist.step import SemiSupervisedStep, StepOutcome
+from hpdist.tracking.console import Console
+from hpdist.tracking.run_folder import RunFolder
+from hpdist.tracking.tracker import Tracker
+
+IN_MEMORY = "(given in Python)"
+
+
+@dataclass
+class Objects:
+    """What Python code gives in place of a name in the config."""
+
+    model: nn.Module | None = None
+    algorithm: Algorithm | None = None
+    labeled: Any = None
+    unlabeled: Any = None
+    test: Any = None
+    validation: Any = None
+
+
+class Trainer:
+    """Trains a model from labelled and unlabelled rows, on however many ranks were launched.
+
+    Args:
+        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section.
+        algorithm: An algorithm's name or settings.
+        labeled, unlabeled, test, validation: A `datasets` object, or settings of the config's section.
+        settings: Any other section of the config, by its name: `batch={"labeled": 64}`, `steps=1000`.
+
+    Raises ConfigError or DataError before training. Collective: every rank must construct it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Mapping[str, Any],
+        algorithm: str | Mapping[str, Any] = "fixmatch",
+        *,
+        labeled: Any,
+        unlabeled: Any = None,
+        test: Any = None,
+        validation: Any = None,
+        **settings: Any,
+    ) -> None:
+        objects = Objects()
+        data = {}
+        given = dict(labeled=labeled, unlabeled=unlabeled, test=test, validation=validation)
+        for name, value in given.items():
+            if isinstance(value, Mapping) and "path" in value:
+                data[name] = dict(value)
+            elif value is not None:
+                rows, columns = value if isinstance(value, tuple) else (value, {})
+                setattr(objects, name, rows)
+                data[name] = {"path": IN_MEMORY, **columns}
+        values = {"data": data, "algorithm": _named(algorithm), **settings}
+        if isinstance(model, nn.Module):
+            objects.model = model
+            values["model"] = {"name": configuration.IN_PYTHON}
+        else:
+            values["model"] = _named(model)
+        self._build(configuration.parse(values), objects)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, *, files: bool = True) -> Trainer:
+        """Make the trainer of a config; without `files` it writes nothing. Collective."""
+        trainer = cls.__new__(cls)
+        trainer._build(config, Objects(), files)
+        return trainer
+
+    def _build(self, config: RunConfig, objects: Objects, files: bool = True) -> None:
+        """Check and build everything, cheapest first."""
+        self.config = config
+        self.files = files
+        self.precision = launch.resolve_precision(config.precision)
+        self.stage = launch.resolve_zero_stage(config.zero)
+        algorithm_config = cast(AlgorithmConfig, config.algorithm)
+        probe = algorithm_config.build(2)
+        uses_unlabeled = probe.views.weak + probe.views.strong > 0
+        if uses_unlabeled and config.data.unlabeled is None:
+            raise ConfigError(
+                f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from unlabelled rows"
+            )
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        micro_batches = divide_batch(config, ranks, uses_unlabeled)
+        rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
+        self.accelerator = launch.make_accelerator(
+            self.precision,
+            self.stage,
+            micro_batch=rows // ranks // micro_batches,
+            accumulation=micro_batches,
+            grad_clip=config.optim.grad_clip,
+        )
+        self.main = self.accelerator.is_main_process
+        self.folder = RunFolder(config.run.folder, self.main)
+        saved = agreed(self._open_folder)
+        agreed(lambda: self._open_data(objects, saved, uses_unlabeled))
+        self._build_step(objects, algorithm_config, micro_batches)
+        self._resume(saved)
+
+    def _open_folder(self) -> checkpoint.SavedRun | None:
+        """Make the run folder, or find what to continue from."""
+        if not self.files:
+            return None
+        found = checkpoint.list_checkpoints(self.folder.checkpoints)
+        if self.config.checkpoint.resume == "never":
+            if not self.folder.is_empty():
+                raise CheckpointError(
+                    f"checkpoint.resume: never, but the run folder {str(self.folder.path)!r} is not empty; "
+                    "choose another run.name or remove it"
+                )
+            found = []
+        self.folder.create()
+        return checkpoint.SavedRun(found[0]) if found else None
+
+    def _open_data(
+        self, objects: Objects, saved: checkpoint.SavedRun | None, uses_unlabeled: bool
+    ) -> None:
+        data, seed = self.config.data, self.config.run.seed
+        views = self.config.views
+        self.labeled: LabeledRows = open_labeled(
+            data.labeled,
+            seed,
+            num_classes=getattr(self.config.model, "num_classes", None),
+            chosen=self.folder.read_labeled_rows() if saved else None,
+            dataset=objects.labeled,
+        )
+        self.spec: InputSpec = input_spec(self.labeled, getattr(views, "size", None))
+        if views.name == "image" and self.spec.kind != "image":
+            raise ConfigError(
+                f"views.name: image, but column {self.labeled.column!r} holds vectors; set views.name: identity"
+            )
+        self.unlabeled: TableRows | StreamedRows | None = None
+        if uses_unlabeled and data.unlabeled is not None:
+            self.unlabeled = open_unlabeled(
+                data.unlabeled, self.labeled, self.spec, dataset=objects.unlabeled
+            )
+        self.test = self._open_test("test", objects.test)
+        self.validation = self._open_test("validation", objects.validation)
+        self.num_classes = len(self.labeled.classes)
+        self.views = cast(Any, views).build(seed)
+        if not saved and self.files:
+            self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+
+    def _open_test(self, name: str, dataset: Any) -> LabeledRows | None:
+        source = getattr(self.config.data, name)
+        if source is None:
+            return None
+        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+
+    def _build_step(
+        self, objects: Objects, algorithm_config: AlgorithmConfig, micro_batches: int
+    ) -> None:
+        config, accelerator = self.config, self.accelerator
+        model = objects.model or agreed(
+            lambda: build_model(
+                config.model, self.spec.shape, self.num_classes, config.run.seed
+            )
+        )
+        model = global_batch_norm(model)
+        agreed(lambda: check_model(model, self.views.plain(self._example()), self.num_classes))
+        if micro_batches > 1 and any(batch_norms(model)):
+            Console(0, 0, self.main).say(
+                f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its statistics are "
+                "not those of the global batch; norm: group avoids that"
+            )
+        optimizer = build_optimizer(model, config.optim)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        self.step = SemiSupervisedStep(
+            accelerator,
+            model,
+            optimizer,
+            algorithm_config.build(self.num_classes, accelerator.device),
+            self.views,
+            micro_batches=micro_batches,
+            decay=config.teacher.decay,
+            teacher_warmup=config.teacher.warmup,
+            grad_clip=config.optim.grad_clip,
+            precision=self.precision,
+        )
+        self.labeled_stream = self._stream(self.labeled, config.batch.labeled)
+        self.unlabeled_stream = (
+            self._stream(self.unlabeled, config.batch.unlabeled) if self.unlabeled else None
+        )
+        streams = {"labeled": self.labeled_stream}
+        if self.unlabeled_stream is not None:
+            streams["unlabeled"] = self.unlabeled_stream
+        self.state = RunState(self.step, streams, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues from it."""
+        config, shapes = self.config, self.step.engine.parameter_shapes()
+        return {
+            "model": config.model.model_dump(mode="json"),
+            "algorithm.name": config.algorithm.name,
+            "classes": list(self.labeled.classes.names),
+            "run.seed": config.run.seed,
+            "batch.labeled": config.batch.labeled,
+            "batch.unlabeled": config.batch.unlabeled,
+            "parameters": {name: list(shape) for name, shape in shapes.items()},
+        }
+
+    def _stream(self, rows: TableRows | StreamedRows, batch: int) -> BatchStream:
+        engine = self.step.engine
+        return BatchStream(
+            rows, batch, engine.rank, engine.world_size, self.config.run.seed, self.spec
+        )
+
+    def _example(self) -> Tensor:
+        return torch.zeros((2, *self.spec.shape), dtype=self.spec.dtype)
+
+    def fit(self) -> dict[str, object]:
+        """Train to the configured number of steps, evaluate, and write the summary, which is returned.
+
+        Collective: every rank must call.
+        """
+        config, step = self.config, self.step
+        self.folder.write_text("config.yaml", config.to_yaml()) if self.files else None
+        self.tracker = Tracker(config, self.folder.path, self.main and self.files, self._run_id)
+        self._run_id = self.tracker.run_id
+        self.console = Console(config.steps, step.applied_steps, self.main)
+        started, self._clock = time.monotonic(), time.monotonic()
+        self._since = 0
+        try:
+            while step.applied_steps < config.steps:
+                self._train_step()
+            summary = self._finish(time.monotonic() - started)
+        finally:
+            self.close()
+        return summary
+
+    def dry_run(self) -> StepOutcome:
+        """Do one step and write nothing. Collective."""
+        self.tracker = Tracker(self.config, self.folder.path, main=False)
+        self.console = Console(1, 0, self.main)
+        try:
+            outcome = self._attempt(measure=True)
+            numbers = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items())
+            self.console.say(f"dry run: one step, {numbers}; nothing was written")
+        finally:
+            self.close()
+        return outcome
+
+    def _attempt(self, measure: bool) -> StepOutcome:
+        """Read one global batch and do one step with it."""
+        config, step = self.config, self.step
+        torch.manual_seed(_mix(config.run.seed, step.attempts, step.engine.rank))  # dropout
+        labeled = next(self.labeled_stream)
+        unlabeled = next(self.unlabeled_stream) if self.unlabeled_stream else None
+        return step(labeled, unlabeled, lr=self._rate(), measure=measure)
+
+    def _rate(self) -> float:
+        """The learning rate of the next step."""
+        config = self.config
+        return learning_rate(
+            config.schedule, config.optim.lr, self.step.applied_steps, config.steps
+        )
+
+    def _train_step(self) -> StepOutcome:
+        """One attempt at a step, and whatever is due after it."""
+        config, step = self.config, self.step
+        lr = self._rate()
+        measure = _due(config.log.every, step.applied_steps + 1, config.steps)
+        outcome = self._attempt(measure)
+        self.state.overflows += outcome.overflowed
+        self._since += 1
+        if outcome.applied:
+            done = step.applied_steps
+            record = self._record(outcome, lr) if measure else {}
+            if _due(config.eval.every, done, config.steps):
+                record |= self._evaluate()
+            if record:
+                self._log(record)
+            if _due(config.checkpoint.every, done, config.steps):
+                self.save()
+        return outcome
+
+    def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
+        if outcome.metrics["loss"] != outcome.metrics["loss"]:
+            raise PrecisionError(
+                f"the loss became NaN at step {self.step.applied_steps}; lower optim.lr, set "
+                "optim.grad_clip, or train in fp32 to find out why"
+            )
+        config = self.config.batch
+        rows = config.labeled + (config.unlabeled if self.unlabeled_stream else 0)
+        now = time.monotonic()
+        rate = self._since * rows / (now - self._clock)
+        self._clock, self._since = now, 0
+        return {
+            **outcome.metrics,
+            "loss_scale": outcome.new_scale,
+            "overflows": self.state.overflows,
+            "lr": lr,
+            "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
+            "examples_per_second": rate,
+            "epoch": (self.unlabeled_stream or self.labeled_stream).epoch,
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        """Measure on the validation set, else report the test set; neither steers the training."""
+        name = "validation" if self.validation else "test"
+        rows = self.validation or self.test
+        if rows is None:
+            return {}
+        start = time.monotonic()
+        values = self.evaluate(rows)
+        self._clock += time.monotonic() - start  # not the training's time
+        return {f"eval/{name}/{key}": value for key, value in values.items()}
+
+    def evaluate(self, rows: LabeledRows) -> dict[str, float]:
+        """Accuracy and loss of the teacher, and with `_student` of the student. Collective."""
+        engine = self.step.engine
+        batches = evaluation_batches(
+            rows, self.spec, self.config.eval.batch, engine.rank, engine.world_size
+        )
+        return evaluate_both(engine, self.step.teacher, self.views, batches)
+
+    def _log(self, record: dict[str, float]) -> None:
+        step = self.step.applied_steps
+        whole = {"step": step, "attempt": self.step.attempts, **record}
+        if self.files:
+            self.folder.append_metrics(whole)
+        self.tracker.log(record, step)
+        shown = {k.rpartition("/")[2]: v for k, v in record.items()}
+        self.console.show(step, shown | {"loss": record.get("loss", shown.get("loss", 0.0))})
+
+    def _finish(self, seconds: float) -> dict[str, object]:
+        step, config = self.step, self.config
+        summary: dict[str, object] = {}
+        for name, rows in (("test", self.test), ("validation", self.validation)):
+            if rows is not None:
+                values = self.evaluate(rows)
+                summary[f"{name}/accuracy"] = values["accuracy"]
+                summary[f"{name}/accuracy_student"] = values["accuracy_student"]
+        batch = config.batch.labeled + (config.batch.unlabeled if self.unlabeled_stream else 0)
+        summary |= {
+            "steps": step.applied_steps,
+            "skipped_steps": step.attempts - step.applied_steps,
+            "seconds": round(self._seconds + seconds, 3),
+            "examples": step.attempts * batch,
+            "world_size": world_size(),
+            "precision": self.precision,
+            "zero_stage": self.stage,
+            "peak_memory_bytes": peak_memory(step.engine.device),
+        }
+        if self.files:
+            self.folder.write_json("summary.json", summary)
+        self.tracker.log({k: v for k, v in summary.items() if "/" in k}, step.applied_steps)
+        return summary
+
+    def save(self) -> None:
+        """Write a checkpoint. Collective: every rank must call."""
+        if self.files:
+            facts = {"seconds": self._seconds, "tracker_run_id": self._run_id}
+            self.state.save(self.folder.checkpoints, facts, keep=self.config.checkpoint.keep)
+
+    def _resume(self, saved: checkpoint.SavedRun | None) -> None:
+        """Continue from a checkpoint, or begin."""
+        self._seconds, self._run_id = 0.0, None
+        if saved is None:
+            if self.files:
+                self.folder.drop_metrics_after(-1)
+            return
+        facts = self.state.load(saved)
+        self._seconds, self._run_id = facts["seconds"], facts["tracker_run_id"]
+        self.folder.drop_metrics_after(self.step.applied_steps)
+        Console(0, 0, self.main).say(
+            f"continuing from {saved.path} at step {self.step.applied_steps}"
+        )
+
+    def close(self) -> None:
+        """Stop the reading threads and close tracker and console."""
+        self.labeled_stream.close()
+        if self.unlabeled_stream is not None:
+            self.unlabeled_stream.close()
+        self.tracker.finish()
+        self.console.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this rank has held: on the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _due(every: int | None, step: int, last: int) -> bool:
+    """Whether something due every so many steps is due now; at the last step everything is."""
+    return step == last or (every is not None and step % every == 0)
+
+
+def _named(value: str | Mapping[str, Any] | Component) -> dict[str, Any]:
+    if isinstance(value, Component):
+        return value.model_dump()
+    return {"name": value} if isinstance(value, str) else dict(value)
+
+
+def _mix(*numbers: int) -> int:
+    """A seed from several numbers: multiplicative hashing, folded."""
+    value = 0
+    for number in numbers:
+        value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**64
+        value ^= value >> 29
+    return value % 2**63
+
