@@ -1,0 +1,1 @@
+"""Data: sources, streams, batches and views."""

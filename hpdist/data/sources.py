@@ -11,7 +11,6 @@ batch needs it and, of unlabelled rows, the label column is never read.
 
 from __future__ import annotations
 
-import copy
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,8 +106,8 @@ class StreamedRows:
         Raises DataError when the source fails, naming the last row read.
         """
         row = 0
-        # Two iterations of one IterableDataset share their position and lose each other's rows.
-        tables = iter(copy.deepcopy(self.dataset).iter(batch_size=_SCAN_ROWS))
+        # Two iterations of one IterableDataset share a position and lose rows; a shard has its own.
+        tables = self.dataset.shard(num_shards=1, index=0).iter(batch_size=_SCAN_ROWS)
         while True:
             try:
                 table = next(tables, None)

@@ -1,0 +1,71 @@
+"""Run a function on N real gloo ranks, each a process of its own, and get back what each returned."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _main(
+    rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    try:
+        result = function(*args)
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    torch.save(result, Path(folder, f"result-{rank}"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """Call a top-level function on every rank; results in rank order. A failing rank fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _main,
+            args=(ranks, free_port(), folder, function, args),
+            nprocs=ranks,
+            join=False,
+            start_method="spawn",
+        )
+        try:
+            deadline = time.monotonic() + timeout
+            while not context.join(max(deadline - time.monotonic(), 0)):  # one rank has ended
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{ranks} ranks did not finish within {timeout} s")
+        except BaseException as error:
+            for process in context.processes:
+                process.kill()
+            errors = "\n".join(p.read_text() for p in sorted(Path(folder).glob("error-*")))
+            raise AssertionError(f"a rank failed: {error}\n{errors}") from error
+        return [
+            torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(ranks)
+        ]

@@ -1,0 +1,107 @@
+"""Small real training set-ups that several tests share."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.views import ImageViewsConfig
+from hpdist.distributed import launch
+from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.models import CNN
+from hpdist.step import SemiSupervisedStep
+
+LABELED, UNLABELED = 16, 48
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """Real scans: uint8 [1797, 1, 8, 8] and labels [1797]."""
+    data = load_digits()
+    images = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)[:, None]
+    return images, torch.from_numpy(data.target).long()
+
+
+def make_algorithm(name: str) -> Algorithm:
+    """An algorithm whose thresholds let some rows pass from the first steps on."""
+    if name == "supervised":
+        return Supervised()
+    if name == "fixmatch":
+        return FixMatch(threshold=0.15)
+    return FreeMatch(10, momentum=0.9, fairness_weight=0.05)
+
+
+def global_batches(step: int) -> tuple[LabeledBatch, UnlabeledBatch]:
+    """The global batches of a step, the same on every rank."""
+    images, labels = digits()
+    generator = torch.Generator().manual_seed(1000 + step)
+    rows = torch.randperm(len(images), generator=generator)[: LABELED + UNLABELED]
+    x, u = rows[:LABELED], rows[LABELED:]
+    return LabeledBatch(images[x], labels[x], x), UnlabeledBatch(images[u], u)
+
+
+def slice_of(batch: Any, rank: int, ranks: int) -> Any:
+    """A rank's contiguous slice of a global batch."""
+    part = len(batch) // ranks
+    return batch.narrow(rank * part, part)
+
+
+def make_step(
+    algorithm: str,
+    *,
+    norm: str = "group",
+    micro_batches: int = 1,
+    precision: Any = "fp32",
+    stage: int | None = None,
+    lr: float = 0.02,
+    optimizer: str = "sgd",
+    accelerator: Accelerator | None = None,
+    **options: Any,
+) -> SemiSupervisedStep:
+    """A step on a small CNN for digits, on however many ranks were launched."""
+    if accelerator is None:
+        ranks = int(__import__("os").environ.get("WORLD_SIZE", "1"))
+        accelerator = launch.make_accelerator(
+            precision,
+            stage,
+            micro_batch=(LABELED + UNLABELED) // ranks // micro_batches,
+            accumulation=micro_batches,
+            grad_clip=options.get("grad_clip"),
+        )
+    torch.manual_seed(0)
+    model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
+    if optimizer == "sgd":
+        made: torch.optim.Optimizer = torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=0.9, nesterov=True
+        )
+    else:
+        made = torch.optim.AdamW(model.parameters(), lr=lr)
+    model, made = accelerator.prepare(model, made)
+    return SemiSupervisedStep(
+        accelerator,
+        model,
+        made,
+        make_algorithm(algorithm),
+        ImageViewsConfig().build(0),
+        micro_batches=micro_batches,
+        precision=precision,
+        **options,
+    )
+
+
+def train(step: SemiSupervisedStep, steps: int) -> list[dict[str, float]]:
+    """Train on the digits; the metrics of every step."""
+    engine = step.engine
+    curve = []
+    for number in range(steps):
+        batches = [slice_of(b, engine.rank, engine.world_size) for b in global_batches(number)]
+        outcome = step(*batches, measure=True)
+        curve.append(dict(outcome.metrics) | {"applied": outcome.applied})
+    return curve
