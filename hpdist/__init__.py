@@ -1,3 +1,75 @@
 """Half-precision, sharded semi-supervised training for Hugging Face Accelerate and DeepSpeed."""
 
+import importlib
+from typing import TYPE_CHECKING
+
+from hpdist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DistributedError,
+    HpdistError,
+    PrecisionError,
+)
+
+if TYPE_CHECKING:
+    from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
+    from hpdist.config import RunConfig
+    from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+    from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig
+    from hpdist.distributed.batch_norm import global_batch_norm
+    from hpdist.step import SemiSupervisedStep, StepOutcome
+    from hpdist.trainer import Trainer
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DistributedError",
+    "FixMatch",
+    "FreeMatch",
+    "HpdistError",
+    "IdentityViewsConfig",
+    "ImageViewsConfig",
+    "LabeledBatch",
+    "PrecisionError",
+    "RunConfig",
+    "SemiSupervisedStep",
+    "StepOutcome",
+    "Supervised",
+    "Trainer",
+    "UnlabeledBatch",
+    "global_batch_norm",
+]
+
+_HOMES = {  # imported when first used, so that `import hpdist` stays light
+    "Algorithm": "hpdist.algorithms",
+    "FixMatch": "hpdist.algorithms",
+    "FreeMatch": "hpdist.algorithms",
+    "IdentityViewsConfig": "hpdist.data.views",
+    "ImageViewsConfig": "hpdist.data.views",
+    "LabeledBatch": "hpdist.data.batch",
+    "RunConfig": "hpdist.config",
+    "SemiSupervisedStep": "hpdist.step",
+    "StepOutcome": "hpdist.step",
+    "Supervised": "hpdist.algorithms",
+    "Trainer": "hpdist.trainer",
+    "UnlabeledBatch": "hpdist.data.batch",
+    "global_batch_norm": "hpdist.distributed.batch_norm",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.config import RunConfig
-from hpdist.errors import ConfigError
+from hpdist.errors import ConfigError, describe
 
 
 def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
@@ -56,7 +56,7 @@ def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:
             output = model(example)
     except Exception as error:
         raise ConfigError(
-            f"model: it fails on inputs of shape {list(example.shape)}: {type(error).__name__}: {error}"
+            f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
         ) from error
     finally:
         model.train(training)
@@ -65,5 +65,6 @@ def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
-            f"model: it maps inputs {list(example.shape)} to {found}, expected logits {list(expected)}"
+            f"model: it maps inputs {list(example.shape)} to {found}, "
+            f"expected logits {list(expected)}: [rows, classes]"
         )

@@ -1,4 +1,8 @@
-"""The command line: `hpdist train CONFIG [--key.sub value ...]`, alone or under `accelerate launch -m`."""
+"""The command line: `hpdist train CONFIG [--key.sub value ...]`.
+
+Alone, or on many processes: `accelerate launch -m hpdist train CONFIG ...`. Exit status: 0 done;
+2 the user's input is wrong; 3 training failed; 4 is kept for stopping by a signal.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,41 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from hpdist import __version__
-from hpdist.errors import ConfigError, HpdistError
+from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError, HpdistError
 
-_MAIN_RANK = os.environ.get("RANK", "0") == "0"
+if TYPE_CHECKING:
+    from hpdist.trainer import Trainer
+
+_FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
+_OVERRIDES = """\
+Any setting of CONFIG can be overridden by its dotted name, and the command line wins:
+
+  hpdist train configs/digits.yaml --algorithm.name freematch --optim.lr 0.01
+  hpdist train configs/digits.yaml --batch.unlabeled=112 --views.mean "[0.5]" --zero.stage null
+
+Values are read as YAML. Another name for the model, the algorithm or the views drops the options
+that the file gives the old one. --print-config shows what comes of it, --print-schema every
+setting there is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
     try:
-        if known.command == "train":
-            return train(known, rest)
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return algorithms()
+        return _run(sys.argv[1:] if arguments is None else arguments)
     except HpdistError as error:
-        if _MAIN_RANK:
-            print(f"hpdist: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _report(error)
         return error.exit_status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    overrides: list[str] = []
+    if arguments and arguments[0] == "train":
+        arguments, overrides = _split(arguments)
+    known = _parser().parse_args(arguments)
+    return train(known, overrides) if known.command == "train" else algorithms()
 
 
 def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -35,25 +53,36 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     from hpdist import config as configuration
 
     if known.print_schema:
-        print(configuration.json_schema()) if _MAIN_RANK else None
+        _print(configuration.json_schema())
         return 0
-    if known.config is None or known.config.startswith("--"):
+    if known.config is None:
         raise ConfigError("train needs a config file: hpdist train CONFIG [--key.sub value ...]")
     config = configuration.load(known.config, overrides)
     if known.print_config:
-        print(config.to_yaml(), end="") if _MAIN_RANK else None
+        _print(config.to_yaml().rstrip())
         return 0
     from hpdist.trainer import Trainer
 
     trainer = Trainer.from_config(config, files=not known.dry_run)
-    if known.dry_run:
-        trainer.dry_run()
-    else:
-        summary = trainer.fit()
-        if trainer.main:
-            _print_summary(summary, Path(config.run.folder))
+    summary = _fit(trainer, known.dry_run)
+    for key, value in summary.items():
+        text = f"{value:.4f}" if isinstance(value, float) and "/" in key else str(value)
+        _print(f"{key:24} {text}")
+    if summary:
+        _print(f"{'run folder':24} {Path(config.run.folder)}")
     trainer.accelerator.end_training()
     return 0
+
+
+def _fit(trainer: Trainer, dry_run: bool) -> dict[str, object]:
+    try:
+        if not dry_run:
+            return trainer.fit()
+        trainer.dry_run()
+        return {}
+    except (CheckpointError, DataError, DistributedError) as error:
+        error.rank = _rank()  # the others may know nothing of it
+        raise
 
 
 def algorithms() -> int:
@@ -61,32 +90,84 @@ def algorithms() -> int:
     from hpdist.algorithms import catalogue
 
     for line in catalogue():
-        print(line)
+        _print(line)
     return 0
 
 
-def _print_summary(summary: dict[str, object], folder: Path) -> None:
-    for key, value in summary.items():
-        text = f"{value:.4f}" if isinstance(value, float) and "/" in key else str(value)
-        print(f"{key:24} {text}")
-    print(f"{'run folder':24} {folder}")
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _print(text: str) -> None:
+    """Print to stdout, once whatever the number of ranks."""
+    if _rank() != 0:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; keep Python from failing again on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(error: HpdistError) -> None:
+    """Say once what is wrong; what only one rank knows, that rank says."""
+    where = ""
+    if error.rank is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        where = f"rank {error.rank}: "
+    if where or _rank() == 0:
+        print(f"hpdist: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell `--key.sub value` and `--key=value` from what argparse knows.
+
+    Raises ConfigError for a key that begins with no section of the config.
+    """
+    from hpdist.config import RunConfig
+    from hpdist.settings import nearest
+
+    others, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument in _FLAGS:
+            others.append(argument)
+            continue
+        section = argument[2:].partition("=")[0].partition(".")[0]
+        if section not in RunConfig.model_fields:
+            known = [*(flag[2:] for flag in _FLAGS), *RunConfig.model_fields]
+            raise ConfigError(f"--{section}: no option or setting{nearest(section, known)}")
+        overrides.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return others, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports what is wrong as every other error of the user's input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hpdist",
         description="Half-precision, sharded semi-supervised training.",
+        epilog="On many processes: accelerate launch [--config_file F] -m hpdist train CONFIG ...",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hpdist {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "train",
         help="train as a config says; continues by itself where a checkpoint is",
-        description="Train as CONFIG (YAML) says. Any setting can be overridden: --optim.lr 0.1",
+        usage="hpdist train CONFIG [--key.sub value ...] [--dry-run | --print-config]",
+        description="Train as CONFIG says, and continue where its run folder holds a checkpoint.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run.add_argument("config", nargs="?", help="YAML file")
+    run.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
     run.add_argument("--dry-run", action="store_true", help="build everything, one step, no files")
     run.add_argument("--print-config", action="store_true", help="print the resolved YAML and stop")
     run.add_argument("--print-schema", action="store_true", help="print the JSON Schema and stop")

@@ -1,41 +1,50 @@
 """The run's configuration: typed, validated, from YAML plus dotted command-line overrides.
 
-`load("run.yaml", ["--algorithm.name", "freematch"])` gives a `RunConfig`. The command line wins over
-the file. The options of a component (an algorithm, a model, the views) live in that component, as a
-`Component` subclass; a component is chosen by its `name`.
+`load("run.yaml", ["--algorithm.name", "freematch"])` gives a `RunConfig`. The command line wins
+over the file. The options of a component (an algorithm, a model, the views) live in that component,
+as a `Component` subclass; a component is chosen by its `name`.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    create_model,
-    model_validator,
-)
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from hpdist.errors import ConfigError
+from hpdist.overrides import lay_over, read_overrides, read_yaml, to_yaml
+from hpdist.settings import (
+    IN_PYTHON,
+    PYTHON_PREFIX,
+    Component,
+    ComponentOf,
+    PythonComponent,
+    Section,
+    component_names,
+    components,
+    import_object,
+)
+
+__all__ = [
+    "IN_PYTHON",
+    "PYTHON_PREFIX",
+    "Component",
+    "PythonComponent",
+    "RunConfig",
+    "Section",
+    "component_names",
+    "components",
+    "import_object",
+    "json_schema",
+    "load",
+    "parse",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
-PYTHON_PREFIX = "python:"
-IN_PYTHON = "python:(given)"
-"""The name of a model that Python code gave as an object."""
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _parse_bytes(value: object) -> object:
@@ -43,61 +52,16 @@ def _parse_bytes(value: object) -> object:
     if not isinstance(value, str):
         return value
     digits = value.strip().rstrip("BbIiKkMmGg")
-    unit = value.strip()[len(digits) :].upper()
+    unit = value.strip()[len(digits) :].upper().removesuffix("B")
     try:
         return int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError):
-        raise ValueError("give a number of bytes, such as 512MiB") from None
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"must be a number of bytes such as 512MiB, not {value!r}") from None
 
 
+_UNITS = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "K": 10**3, "M": 10**6, "G": 10**9}
+Share = Annotated[float, Field(ge=0, lt=1)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are refused; a docstring under a field describes it."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-
-class Component(Section):
-    """The options of something chosen by name: a model, an algorithm, the views."""
-
-    kind: ClassVar[str] = ""
-    name: str
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Make the component known under the default of its `name` field."""
-        super().__pydantic_init_subclass__(**kwargs)
-        default = cls.model_fields["name"].default
-        if cls.kind and isinstance(default, str):
-            _components.setdefault(cls.kind, {})[default] = cls
-
-
-_components: dict[str, dict[str, type[Component]]] = {}
-
-
-def component_names(kind: str) -> list[str]:
-    """The names known for a kind of component ('model', 'algorithm', 'views'), sorted."""
-    return sorted(_components.get(kind, {}))
-
-
-def import_object(name: str, setting: str) -> Any:
-    """Import `python:package.module:attribute`, for the setting that names it.
-
-    Raises ConfigError when the module or the attribute cannot be found.
-    """
-    module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).partition(":")
-    if not module_name or not attribute:
-        raise ConfigError(f"{setting}: {name!r} must read python:package.module:attribute")
-    if os.getcwd() not in sys.path:  # the `hpdist` script does not put it there, `python -m` does
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{setting}: cannot import {module_name!r}: {error}") from error
-    except AttributeError as error:
-        raise ConfigError(f"{setting}: module {module_name!r} has no {attribute!r}") from error
 
 
 class Run(Section):
@@ -152,7 +116,8 @@ class Labeled(LabelColumn):
 
     @model_validator(mode="after")
     def _one_choice(self) -> Labeled:
-        chosen = [k for k in ("labels_per_class", "indices", "rows") if getattr(self, k) is not None]
+        choices = ("labels_per_class", "indices", "rows")
+        chosen = [choice for choice in choices if getattr(self, choice) is not None]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; keep one")
         return self
@@ -186,7 +151,9 @@ class Batch(Section):
     """Global batch sizes: summed over all ranks, whatever their number."""
 
     labeled: int = Field(64, gt=0)
+    """Labelled rows of a step."""
     unlabeled: int = Field(448, gt=0)
+    """Unlabelled rows of a step; unused by an algorithm that has no unlabelled views."""
     micro: int | None = Field(None, gt=0)
     """Rows (labelled and unlabelled together) per device per forward; all at once by default."""
 
@@ -195,23 +162,29 @@ class Zero(Section):
     """How DeepSpeed shards; by default whatever the accelerate config file says."""
 
     stage: int | None = Field(None, ge=0, le=3)
-    """What is sharded: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters; unset means no DeepSpeed."""
+    """What is sharded: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters.
+
+    Unset means no DeepSpeed.
+    """
 
 
 class Optim(Section):
     """The optimizer."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Which of torch's optimizers."""
     lr: float = Field(0.03, gt=0)
+    """Learning rate before the schedule."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of sgd."""
     nesterov: bool = True
-    """Of sgd."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    """Of sgd; unused without momentum."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """Of adam and adamw."""
     eps: float = Field(1e-8, gt=0)
     """Of adam and adamw."""
     weight_decay: float = Field(5e-4, ge=0)
+    """Of weights; adamw decouples it from the gradient."""
     decay_all: bool = False
     """Decay biases and normalisation weights as well."""
     grad_clip: float | None = Field(None, gt=0)
@@ -224,12 +197,14 @@ class Schedule(Section):
     name: Literal["cosine", "fixmatch_cosine", "linear", "constant"] = "fixmatch_cosine"
     """cosine and linear end at zero; fixmatch_cosine is cos(7 pi t / 16 T)."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from 0."""
 
 
 class Teacher(Section):
     """The exponential moving average of the weights, used for evaluation."""
 
     decay: float = Field(0.999, ge=0, lt=1)
+    """Share of the average that a step keeps."""
     warmup: bool = True
     """Start with the smaller decay (1 + t) / (10 + t), so that early weights are forgotten."""
 
@@ -265,7 +240,9 @@ class Tracker(Section):
     """Where metrics go besides metrics.jsonl."""
 
     name: Literal["wandb", "tensorboard", "none"] = "wandb"
+    """Which tracker."""
     project: str = "hpdist"
+    """The tracker's project."""
     mode: Literal["offline", "online"] = "offline"
     """offline writes to the run folder; `wandb sync` uploads later."""
 
@@ -274,11 +251,13 @@ class RunConfig(Section):
     """Everything that defines a run."""
 
     run: Run = Run()
-    model: SerializeAsAny[Component]
+    model: Annotated[SerializeAsAny[Component], ComponentOf("model")]
     data: Data
-    views: SerializeAsAny[Component]
+    views: Annotated[SerializeAsAny[Component], ComponentOf("views")] = Field(
+        default_factory=lambda: ComponentOf("views").choose({})
+    )
     batch: Batch = Batch()
-    algorithm: SerializeAsAny[Component]
+    algorithm: Annotated[SerializeAsAny[Component], ComponentOf("algorithm")]
     precision: Precision | None = None
     """fp32, bf16 or fp16; by default what the launcher says, else fp32."""
     zero: Zero = Zero()
@@ -294,170 +273,46 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, as YAML that `load` takes."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return to_yaml(self.model_dump(mode="json"))
 
 
-_DEFAULT_NAMES = {"views": "image"}  # what a component is when the config does not name one
-C = TypeVar("C", bound=Component)
-
-
-def _component_class(kind: str, values: object) -> type[Component]:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{kind}: give its settings, at least `name`; known: {component_names(kind)}")
-    values.setdefault("name", _DEFAULT_NAMES.get(kind))
-    name = values["name"]
-    known = _components.get(kind, {})
-    if name is None:
-        raise ConfigError(f"{kind}.name is missing; known: {', '.join(component_names(kind))}")
-    if isinstance(name, str) and name.startswith(PYTHON_PREFIX):
-        return _python_component(kind, name)
-    if name not in known:
-        raise ConfigError(
-            f"{kind}.name: no {kind} is called {name!r}{_nearest(str(name), known)}; "
-            f"known: {', '.join(component_names(kind))}, or python:package.module:attribute"
-        )
-    return known[name]
-
-
-def _python_component(kind: str, name: str) -> type[Component]:
-    """A user's own component: its `Config` where it has one, else any settings under `args`."""
-    if name == IN_PYTHON:
-        return PythonComponent
-    config = getattr(import_object(name, f"{kind}.name"), "Config", None)
-    if isinstance(config, type) and issubclass(config, Component):
-        return config
-    return PythonComponent
-
-
-class PythonComponent(Component):
-    """A user's own function or class, called with `args`."""
-
-    name: str
-    num_classes: int | None = Field(None, ge=2)
-    """Of a model: by default what the labelled data say."""
-    args: dict[str, Any] = {}
-    """Keyword arguments, passed as they are."""
-
-
-def parse(values: dict[str, Any], where: str = "config") -> RunConfig:
-    """Validate a nested dict of settings.
+def parse(values: Mapping[str, Any], where: str = "config", given: Sequence[str] = ()) -> RunConfig:
+    """Validate a nested dict of settings; `given` are the dotted keys of the command line.
 
     Raises ConfigError that names every wrong setting by its dotted path.
     """
-    import hpdist.components  # noqa: F401  (makes the built-in components known)
-
-    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    values.setdefault("views", {})
-    kinds = {}
-    for kind in ("model", "algorithm", "views"):
-        if kind in values:
-            kinds[kind] = (_component_class(kind, values[kind]), ...)
-    model = cast(Any, create_model)("RunConfig", __base__=RunConfig, **kinds)
     try:
-        return cast(RunConfig, model.model_validate(values))
+        return RunConfig.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(model, detail) for detail in error.errors()]
-        separator = "\n  " if len(lines) > 1 else ""
-        raise ConfigError(f"{where}: " + separator + separator.join(lines)) from None
+        found = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
+        lines = [f"{_spelt(path, given)}: {message}" for path, message in found]
+        separator = "\n  " if len(lines) > 1 else " "
+        raise ConfigError(f"{where}:" + separator + separator.join(lines)) from None
+
+
+def _spelt(path: str, given: Sequence[str]) -> str:
+    """A setting's path, with dashes where the command line gave it or a part of it."""
+    typed = (f"{key}." for key in given)
+    own = f"{path}."
+    return f"--{path}" if any(own.startswith(key) or key.startswith(own) for key in typed) else path
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, lay the command line's overrides over it, and validate.
 
-    `overrides` are `--key.sub value` or `--key.sub=value`; values are read as YAML. Raises ConfigError.
+    `overrides` are `--key.sub value` or `--key.sub=value`; values are read as YAML. Raises
+    ConfigError.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config {str(path)!r}: {error}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings such as `steps: 1000`, not {type(values).__name__}")
-    for key, value in _read_overrides(overrides):
-        _lay_over(values, key, value)
+    values = read_yaml(path)
+    pairs = read_overrides(overrides)
+    lay_over(values, pairs)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
-        run["name"] = path.stem
-    return parse(values, str(path))
-
-
-def _read_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    pairs = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            raise ConfigError(f"unexpected argument {argument!r}; settings read --key.sub value")
-        key, equals, text = argument[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"--{key} needs a value")
-            text = rest.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{key}: {text!r} is not valid YAML") from error
-    return pairs
-
-
-def _lay_over(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set one dotted key. A new component `name` drops the old component's options."""
-    *parents, last = dotted.split(".")
-    node = values
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--{dotted}: {parent!r} is a value ({child!r}), not a group of settings")
-        node = child
-    if last == "name" and len(parents) == 1 and parents[0] in ("model", "algorithm", "views"):
-        if node.get("name") != value:
-            node.clear()
-    node[last] = value
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
-    """One of pydantic's findings in hpdist's words: path, value, what is allowed."""
-    path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        known = _fields_at(model, detail["loc"][:-1])
-        nearest = _nearest(str(detail["loc"][-1]), known)
-        return f"{path}: unknown setting{nearest or '; known here: ' + ', '.join(known)}"
-    if detail["type"] == "missing":
-        return f"{path}: missing"
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if path:
-        return f"{path}: {message}, not {detail['input']!r}" if "must" in message else f"{path}: {message}"
-    return message
-
-
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    current: Any = model
-    for part in loc:
-        annotation = current.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        current = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(current.model_fields)
+        run["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run"
+    return parse(values, str(path), [key for key, _ in pairs])
 
 
 def json_schema() -> str:
     """The JSON Schema of a config file, for editors: every component's options included."""
-    import hpdist.components  # noqa: F401
-
-    kinds: dict[str, Any] = {}
-    for kind, known in _components.items():
-        union = Union[tuple([*known.values(), PythonComponent])]  # noqa: UP007 (made at run time)
-        default = ... if kind not in _DEFAULT_NAMES else known[_DEFAULT_NAMES[kind]]()
-        kinds[kind] = (union, default)
-    model = cast(Callable[..., type[BaseModel]], create_model)("RunConfig", __base__=RunConfig, **kinds)
-    return json.dumps(model.model_json_schema(), indent=2)
+    return json.dumps(RunConfig.model_json_schema(), indent=2)

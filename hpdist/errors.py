@@ -1,14 +1,22 @@
 """What hpdist raises: one root, a handful of children.
 
-A message says what is wrong, where (setting, file, rank, step) and what to do. The command line prints
-it as one line and exits with `exit_status`.
+A message says what is wrong, where (setting, file, rank, step) and what to do. The command line
+prints it as one line and exits with `exit_status`.
 """
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
 
 
 class HpdistError(Exception):
     """The root of every error that hpdist raises on purpose."""
 
     exit_status = 3
+    rank: int | None = None
+    """The rank that raised it, where the others may not have."""
 
 
 class ConfigError(HpdistError):
@@ -35,3 +43,18 @@ class PrecisionError(HpdistError):
 
 class DistributedError(HpdistError):
     """The ranks disagree, or one of them failed."""
+
+
+def describe(error: BaseException) -> str:
+    """An error of somebody's own code on one line: `TypeError: … (models.py, line 12)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(_NOT_THEIRS)]
+    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+_NOT_THEIRS = (
+    "<",  # <frozen importlib…>
+    str(Path(__file__).parent),
+    *(sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib")),
+)

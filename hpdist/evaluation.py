@@ -20,8 +20,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy and mean cross-entropy of the weights that are in the model now.
 
-    `batches` are this rank's, every one with a bool mask [batch] of the rows that count. Collective: every
-    rank must give equally many.
+    `batches` are this rank's, every one with a bool mask [batch] of the rows that count.
+    Collective: every rank must give equally many.
     """
     device = engine.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, rows

@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate: both owned by hpdist, so that a skipped step moves neither."""
+"""The optimizer and the learning rate, both owned here, so that a skipped step moves neither."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpdist.config import Optim, Schedule
 
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
-    """Make the optimizer; biases and normalisation weights (fewer than two dimensions) do not decay."""
+    """Make the optimizer; parameters of fewer than two dimensions do not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if config.decay_all or p.dim() >= 2]
     others = [p for p in parameters if not (config.decay_all or p.dim() >= 2)]

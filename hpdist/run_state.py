@@ -23,7 +23,10 @@ class RunState:
     """
 
     def __init__(
-        self, step: SemiSupervisedStep, streams: Mapping[str, BatchStream], identity: dict[str, Any]
+        self,
+        step: SemiSupervisedStep,
+        streams: Mapping[str, BatchStream[Any]],
+        identity: dict[str, Any],
     ) -> None:
         self.step = step
         self.streams = streams
@@ -64,7 +67,7 @@ class RunState:
         prefix = "optimizer."
         keys = sorted(k.removeprefix(prefix) for k in saved.kinds() if k.startswith(prefix))
         engine.make_optimizer_state(keys, facts["optimizer"])
-        for key, fragments in engine.optimizer_fragments().items():
+        for key, fragments in engine.optimizer_slots().items():
             for fragment in fragments:
                 fragment.values.copy_(saved.read(prefix + key, fragment))
         engine.load_scale_state(facts["loss_scale"])

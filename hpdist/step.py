@@ -1,17 +1,16 @@
 """One optimizer step of semi-supervised training: the plug-in for a loop of one's own.
 
-    accelerator = Accelerator()
-    model, optimizer = accelerator.prepare(hpdist.global_batch_norm(model), optimizer)
-    step = SemiSupervisedStep(accelerator, model, optimizer, FixMatch(), views)
-    for labeled, unlabeled in batches:      # this rank's slices of the global batches
-        outcome = step(labeled, unlabeled)
+accelerator = Accelerator()
+model, optimizer = accelerator.prepare(hpdist.global_batch_norm(model), optimizer)
+step = SemiSupervisedStep(accelerator, model, optimizer, FixMatch(), views)
+for labeled, unlabeled in batches:      # this rank's slices of the global batches
+    outcome = step(labeled, unlabeled)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -55,13 +54,14 @@ class _MicroBatch:
 class SemiSupervisedStep:
     """Views, weak pass, one reduction, student pass, loss, backward, optimizer, teacher, commit.
 
-    The batches given to it are this rank's slices, in rank order, of the global batches; every rank must
-    give slices of the same size. Collective: every rank must call it equally often.
+    The batches given to it are this rank's slices, in rank order, of the global batches; every
+    rank must give slices of the same size. Collective: every rank must call it equally often.
 
     Args:
         accelerator: What prepared `model` and `optimizer`.
-        model: Prepared; maps inputs [rows, *] to logits [rows, classes] or to an output with `.logits`.
-        optimizer: Prepared with the model. The learning rate is set by `lr` of each call, if given.
+        model: Prepared; maps inputs [rows, *] to logits [rows, classes], or to an output with
+            `.logits`.
+        optimizer: Prepared with the model.
         algorithm: What the loss is; its state must live on the accelerator's device.
         views: Makes weak and strong views of the inputs.
         micro_batches: Forwards and backwards that a step is cut into. Under DeepSpeed it must equal
@@ -91,9 +91,7 @@ class SemiSupervisedStep:
         self.views = views
         self.micro_batches = micro_batches
         self.grad_clip = grad_clip
-        self.teacher = (
-            None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
-        )
+        self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
         self.applied_steps = 0
         self.attempts = 0
         """Steps begun, skipped ones included; the views' noise is keyed by it."""
@@ -107,24 +105,36 @@ class SemiSupervisedStep:
         lr: float | None = None,
         measure: bool = False,
     ) -> StepOutcome:
-        """Do one optimizer step; with `measure` also say what it did, at the cost of a wait for the device."""
+        """Do one optimizer step.
+
+        Args:
+            labeled: This rank's slice of the labelled global batch.
+            unlabeled: The same of the unlabelled one; ignored by an algorithm that wants no views.
+            lr: Learning rate of this step; by default the optimizer keeps its own.
+            measure: Also say what the step did, at the cost of a wait for the device.
+
+        Raises ConfigError where rows are missing or do not divide into micro-batches.
+        """
         self.engine.module.train()
         micros = [self._make_views(*slices) for slices in self._cut(labeled, unlabeled)]
-        weak = [None] * len(micros) if self._fused else [self._weak_pass(m) for m in micros]
-        reduction = None if self._fused else self._reduce(micros, weak)
-        student_sums = None
+        weak: list[WeakOutputs | None] = []
+        rows = reduction = ahead = None
+        if not self._fused:
+            weak = [self._weak_pass(micro) for micro in micros]
+            reduction = self._reduce(micros, weak)  # in flight during the student's first pass
+        if reduction is not None and self._needs_sums_ahead:
+            rows = self._observe(reduction)
+            ahead = self._student_sums_ahead(micros, weak, rows)
         contributions: list[Mapping[str, Tensor]] = []
         for number, micro in enumerate(micros):
             with self.engine.accumulate(last=number == len(micros) - 1):
                 logits = self._student_pass(micro)
-                if reduction is None or number == 0:
-                    if self._fused:
-                        logits, weak = self._split_fused(logits, micro)
+                if self._fused:
+                    logits, weak = self._split_fused(logits, micro)
+                if rows is None:
                     rows = self._observe(reduction or self._reduce(micros, weak))
-                    if len(micros) > 1:
-                        student_sums = self._student_sums_ahead(micros, weak, rows)
                 outputs = self._outputs(logits, micro, weak[number], rows)
-                sums = self._attach(self.algorithm.student_statistics(outputs), student_sums)
+                sums = self._attach(self.algorithm.student_statistics(outputs), ahead)
                 terms = self.algorithm.loss(outputs, sums)
                 self.engine.backward(terms.total(self._parts))
                 contributions.append(terms.contributions(self._parts))
@@ -141,14 +151,17 @@ class SemiSupervisedStep:
         """This rank's micro-batches, and where each begins in the global batches."""
         needs_unlabeled = self.algorithm.views.weak + self.algorithm.views.strong > 0
         if needs_unlabeled and unlabeled is None:
-            raise ConfigError(f"{type(self.algorithm).__name__} needs unlabelled rows; give a batch of them")
+            raise ConfigError(
+                f"{type(self.algorithm).__name__} needs unlabelled rows; give a batch of them"
+            )
         if not needs_unlabeled:
             unlabeled = None
         sizes = {"labelled": len(labeled)} | ({"unlabelled": len(unlabeled)} if unlabeled else {})
         for what, size in sizes.items():
             if size % self.micro_batches:
                 raise ConfigError(
-                    f"{size} {what} rows per rank do not divide into {self.micro_batches} micro-batches"
+                    f"{size} {what} rows per rank do not divide into {self.micro_batches} "
+                    "micro-batches"
                 )
         for number in range(self.micro_batches):
             part = len(labeled) // self.micro_batches
@@ -196,7 +209,7 @@ class SemiSupervisedStep:
         return WeakOutputs(self.engine.infer(_layout(micro.weak)), micro.ids)
 
     def _student_pass(self, micro: _MicroBatch) -> Tensor:
-        """Logits of [labelled; strong views], and of the weak views behind them where they are fused."""
+        """Logits of [labelled; strong views], and of the weak views behind them if fused."""
         inputs = [micro.labeled, *micro.strong]
         if self._fused and micro.weak is not None:
             inputs.append(micro.weak)
@@ -257,35 +270,34 @@ class SemiSupervisedStep:
         labeled, *strong = logits.split(sizes)
         return StudentOutputs(labeled, micro.labels, tuple(strong), weak, *rows)
 
+    @property
+    def _needs_sums_ahead(self) -> bool:
+        """Whether a micro-batch's loss depends on what the student says of the later ones."""
+        return self.micro_batches > 1 and self.algorithm.uses_student_statistics
+
     @torch.no_grad()
     def _student_sums_ahead(
         self,
         micros: list[_MicroBatch],
         weak: list[WeakOutputs | None],
         rows: tuple[Tensor, Tensor],
-    ) -> dict[str, Tensor] | None:
-        """The student's global sums before the first backward, from an extra pass without gradient.
-
-        Only where a loss is a function of a global mean and the step is cut into micro-batches.
-        """
-        total: dict[str, Tensor] = {}
+    ) -> dict[str, Tensor]:
+        """The student's global sums before its first backward, from passes without gradient."""
+        parts = []
         for micro, weak_outputs in zip(micros, weak, strict=True):
-            if not self.algorithm.uses_student_statistics:
-                return None
             logits = self.engine.infer(_layout(torch.cat([micro.labeled, *micro.strong])))
             self.engine.forget_norms()
             outputs = self._outputs(logits, micro, weak_outputs, rows)
-            for name, value in self.algorithm.student_statistics(outputs).items():
-                total[name] = total[name] + value if name in total else value
-        return FusedSum(total).wait() if total else None
+            parts.append(self.algorithm.student_statistics(outputs))
+        return FusedSum({name: sum_(part[name] for part in parts) for name in parts[0]}).wait()
 
     def _attach(
         self, local: dict[str, Tensor], ahead: dict[str, Tensor] | None
     ) -> dict[str, Tensor]:
         """The global sums, with the gradient of this micro-batch's part of them.
 
-        Every part computes the same function f of the sums and contributes f / parts, so the gradient of a
-        part is scaled up by the number of parts.
+        Every part computes the same function f of the sums and contributes f / parts, so the
+        gradient of a part is scaled up by the number of parts.
         """
         if not local:
             return {}
@@ -328,7 +340,7 @@ def sum_(values: Iterable[Tensor]) -> Tensor:
 
 
 def _layout(inputs: Tensor) -> Tensor:
-    """Images as channels-last, which convolutions in half precision want; anything else as it is."""
+    """Images as channels-last, which half-precision convolutions want; others as they are."""
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
 

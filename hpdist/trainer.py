@@ -1,6 +1,6 @@
 """The loop around `SemiSupervisedStep`: data in, steps, records, checkpoints, evaluation.
 
-    Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, steps=10_000).fit()
+Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, steps=10_000).fit()
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hpdist import config as configuration
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.checks import check_model, divide_batch
 from hpdist.config import Component, RunConfig
-from hpdist.data.batch import InputSpec, LabeledBatch
+from hpdist.data.batch import InputSpec
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.sources import (
     LabeledRows,
@@ -64,8 +64,13 @@ class Trainer:
     Args:
         model: A `torch.nn.Module`, or a name or the settings of the config's `model` section.
         algorithm: An algorithm's name or settings.
-        labeled, unlabeled, test, validation: A `datasets` object, or settings of the config's section.
-        settings: Any other section of the config, by its name: `batch={"labeled": 64}`, `steps=1000`.
+        labeled: A `datasets` object, a pair (object, settings such as `{"input": "picture"}`), or
+            settings of the config's section.
+        unlabeled: Likewise.
+        test: Likewise.
+        validation: Likewise.
+        settings: Any other section of the config by its name: `batch={"labeled": 64}`,
+            `steps=1000`.
 
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
@@ -83,7 +88,12 @@ class Trainer:
     ) -> None:
         objects = Objects()
         data = {}
-        given = dict(labeled=labeled, unlabeled=unlabeled, test=test, validation=validation)
+        given = {
+            "labeled": labeled,
+            "unlabeled": unlabeled,
+            "test": test,
+            "validation": validation,
+        }
         for name, value in given.items():
             if isinstance(value, Mapping) and "path" in value:
                 data[name] = dict(value)
@@ -117,7 +127,8 @@ class Trainer:
         uses_unlabeled = probe.views.weak + probe.views.strong > 0
         if uses_unlabeled and config.data.unlabeled is None:
             raise ConfigError(
-                f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from unlabelled rows"
+                f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
+                "unlabelled rows"
             )
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = divide_batch(config, ranks, uses_unlabeled)
@@ -144,8 +155,8 @@ class Trainer:
         if self.config.checkpoint.resume == "never":
             if not self.folder.is_empty():
                 raise CheckpointError(
-                    f"checkpoint.resume: never, but the run folder {str(self.folder.path)!r} is not empty; "
-                    "choose another run.name or remove it"
+                    f"checkpoint.resume: never, but the run folder {str(self.folder.path)!r} "
+                    "is not empty; choose another run.name or remove it"
                 )
             found = []
         self.folder.create()
@@ -166,7 +177,8 @@ class Trainer:
         self.spec: InputSpec = input_spec(self.labeled, getattr(views, "size", None))
         if views.name == "image" and self.spec.kind != "image":
             raise ConfigError(
-                f"views.name: image, but column {self.labeled.column!r} holds vectors; set views.name: identity"
+                f"views.name: image, but column {self.labeled.column!r} holds vectors; "
+                "set views.name: identity"
             )
         self.unlabeled: TableRows | StreamedRows | None = None
         if uses_unlabeled and data.unlabeled is not None:
@@ -191,16 +203,14 @@ class Trainer:
     ) -> None:
         config, accelerator = self.config, self.accelerator
         model = objects.model or agreed(
-            lambda: build_model(
-                config.model, self.spec.shape, self.num_classes, config.run.seed
-            )
+            lambda: build_model(config.model, self.spec.shape, self.num_classes, config.run.seed)
         )
         model = global_batch_norm(model)
         agreed(lambda: check_model(model, self.views.plain(self._example()), self.num_classes))
         if micro_batches > 1 and any(batch_norms(model)):
             Console(0, 0, self.main).say(
-                f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its statistics are "
-                "not those of the global batch; norm: group avoids that"
+                f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
+                "statistics are not those of the global batch; norm: group avoids that"
             )
         optimizer = build_optimizer(model, config.optim)
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -238,7 +248,7 @@ class Trainer:
             "parameters": {name: list(shape) for name, shape in shapes.items()},
         }
 
-    def _stream(self, rows: TableRows | StreamedRows, batch: int) -> BatchStream:
+    def _stream(self, rows: Any, batch: int) -> BatchStream[Any]:
         engine = self.step.engine
         return BatchStream(
             rows, batch, engine.rank, engine.world_size, self.config.run.seed, self.spec
@@ -248,7 +258,7 @@ class Trainer:
         return torch.zeros((2, *self.spec.shape), dtype=self.spec.dtype)
 
     def fit(self) -> dict[str, object]:
-        """Train to the configured number of steps, evaluate, and write the summary, which is returned.
+        """Train to the configured number of steps, evaluate, write and return the summary.
 
         Collective: every rank must call.
         """
@@ -442,4 +452,3 @@ def _mix(*numbers: int) -> int:
         value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**64
         value ^= value >> 29
     return value % 2**63
-

@@ -1,4 +1,4 @@
-"""Run a function on N real gloo ranks, each a process of its own, and get back what each returned."""
+"""Run a function on N real gloo ranks, each a process of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ def free_port() -> int:
 
 
 def _main(
-    rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    port: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -46,8 +51,10 @@ def _main(
         torch.distributed.destroy_process_group()
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """Call a top-level function on every rank; results in rank order. A failing rank fails the test."""
+def run_ranks(
+    ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300
+) -> list[Any]:
+    """Call a top-level function on every rank; results in rank order. A failing rank fails all."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _main,

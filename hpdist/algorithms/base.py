@@ -1,8 +1,9 @@
 """What an algorithm is: the views it wants, the sums it wants reduced, and its loss.
 
-An algorithm sees this rank's rows and the global statistics, and never communicates itself. Every number
-that it adds to the loss is a *contribution*: a sum over this rank's rows divided by the global number of
-rows, so that the contributions of all ranks and micro-batches add up to the mean of the global batch.
+An algorithm sees this rank's rows and the global statistics, and never communicates itself. Every
+number that it adds to the loss is a *contribution*: a sum over this rank's rows divided by the
+global number of rows, so that the contributions of all ranks and micro-batches add up to the mean
+of the global batch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Sums = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Views:
-    """How many views of each row an algorithm asks for. Labelled rows always come as one weak view."""
+    """How many views of a row an algorithm asks for; a labelled row is always one weak view."""
 
     weak: int = 0
     """Weak views of an unlabelled row, seen without gradient: they make the targets."""
@@ -57,7 +58,7 @@ class StudentOutputs:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """This micro-batch's contributions to the loss of the global batch; each a 0-dim fp32 tensor."""
+    """A micro-batch's contributions to the loss of the global batch; each a 0-dim fp32 tensor."""
 
     supervised: Tensor
     unsupervised: Tensor
@@ -65,8 +66,8 @@ class LossTerms:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Further contributions, already weighted."""
     global_extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further terms, already weighted, that are functions of the student's global sums: no contribution
-    but the whole term, the same everywhere."""
+    """Further terms, already weighted, that are functions of the student's global sums: not a
+    contribution but the whole term, the same everywhere."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Further contributions to log, without gradient."""
 
@@ -105,9 +106,9 @@ class AlgorithmConfig(Component):
 class Algorithm:
     """The base of every algorithm.
 
-    One optimizer step calls, in this order: `statistics` per micro-batch; `observe` once with the sums over
-    the global batch; where there are any, `student_statistics`; `loss` per micro-batch; and `commit` if
-    the step was applied, else `discard`.
+    One optimizer step calls, in this order: `statistics` per micro-batch; `observe` once with the
+    sums over the global batch; where there are any, `student_statistics`; `loss` per micro-batch;
+    and `commit` if the step was applied, else `discard`.
     """
 
     paper: ClassVar[str] = ""
@@ -133,7 +134,7 @@ class Algorithm:
         return False
 
     def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
-        """Differentiable sums, for a loss that is a function of a global mean. One more collective."""
+        """Differentiable sums, for a loss that is a function of global means; one more collective."""
         return {}
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
@@ -165,11 +166,13 @@ def supervised_loss(outputs: StudentOutputs) -> Tensor:
     return F.cross_entropy(outputs.labeled, outputs.labels, reduction="sum") / outputs.labeled_rows
 
 
-def masked_pseudo_label_loss(outputs: StudentOutputs, mask: Tensor, pseudo_labels: Tensor) -> Tensor:
+def masked_pseudo_label_loss(
+    outputs: StudentOutputs, mask: Tensor, pseudo_labels: Tensor
+) -> Tensor:
     """Cross-entropy of the strong view with hard pseudo-labels where `mask` holds.
 
-    `mask` [unlabeled] is fp32 (weights in [0, 1]), `pseudo_labels` [unlabeled] int64. The mean is over
-    all unlabelled rows, not over those that pass.
+    `mask` [unlabeled] is fp32 (weights in [0, 1]), `pseudo_labels` [unlabeled] int64. The mean is
+    over all unlabelled rows, not over those that pass.
     """
     losses = F.cross_entropy(outputs.strong[0], pseudo_labels, reduction="none")  # [unlabeled]
     return (losses * mask).sum() / outputs.unlabeled_rows

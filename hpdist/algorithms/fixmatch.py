@@ -34,9 +34,9 @@ class FixMatchConfig(AlgorithmConfig):
 
 
 class FixMatch(Algorithm):
-    """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))), q_b = p(weak(u_b)).
+    """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))).
 
-    Equations 3 and 4 of the paper.
+    With q_b = p(weak(u_b)). Equations 3 and 4 of the paper.
     """
 
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"

@@ -50,11 +50,11 @@ class FreeMatchConfig(AlgorithmConfig):
 class FreeMatch(Algorithm):
     """FixMatch with self-adaptive thresholds and self-adaptive fairness.
 
-    With q_b = p(weak(u_b)) and EMA over steps, updated with this batch before it is used:
-    tau = EMA mean_b max q_b (eq. 5), p~ = EMA mean_b q_b (eq. 6), h~ = EMA histogram(argmax q_b) (eq. 11);
-    a row of class c passes at tau * p~_c / max p~ (eq. 7). Over the rows that pass, with p_b of the strong
-    view, L_f = sum_c N(p~ / h~)_c log N(mean p_b / histogram(argmax p_b))_c (eq. 12 to 14), where N makes a
-    vector sum to 1 and 1/0 counts as 0. All of it is of the global batch.
+    With q_b = p(weak(u_b)) and EMA over steps, updated with this batch before it is used: tau = EMA
+    mean_b max q_b (eq. 5), p~ = EMA mean_b q_b (eq. 6), h~ = EMA histogram(argmax q_b) (eq. 11); a
+    row of class c passes at tau * p~_c / max p~ (eq. 7). Over the rows that pass, with p_b of the
+    strong view, L_f = sum_c N(p~ / h~)_c log N(mean p_b / histogram(argmax p_b))_c (eq. 12 to 14),
+    where N makes a vector sum to 1 and 1/0 counts as 0. All of it is of the global batch.
     """
 
     paper: ClassVar[str] = "Wang et al. 2023, arXiv:2205.07246"
@@ -107,7 +107,7 @@ class FreeMatch(Algorithm):
         return self.fairness_weight > 0
 
     def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
-        """Sums over the rows that pass: strong-view probabilities (with gradient), predicted classes."""
+        """Over the rows that pass: sums of strong-view probabilities and of predicted classes."""
         if not self.uses_student_statistics:
             return {}
         mask, _ = self._mask(outputs)

@@ -1,9 +1,10 @@
-"""Batch normalisation over the global batch, in fp32, whose running statistics obey the optimizer step.
+"""Batch normalisation over the global batch, in fp32, in step with the optimizer.
 
-`torch.nn.SyncBatchNorm` needs a GPU, and in a half-precision engine its running statistics lose their
-precision. Here the batch statistics are those of all ranks, all arithmetic is fp32, and running
-statistics move once per *applied* optimizer step, towards the statistics of every row that the step saw:
-the weak views and the student's own rows alike, whether they went through the model in one pass or two.
+`torch.nn.SyncBatchNorm` needs a GPU, and in a half-precision engine its running statistics lose
+their precision. Here the batch statistics are those of all ranks, all arithmetic is fp32, and
+running statistics move once per *applied* optimizer step, towards the statistics of every row that
+the step saw: the weak views and the student's own rows alike, whether they went through the model
+in one pass or two.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class GlobalBatchNorm(_BatchNorm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._seen: list[tuple[int, Tensor, Tensor]] = []  # (elements, mean, unbiased variance) per pass
+        self._seen: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # (elements, mean, unbiased variance) per pass
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 (torch's name)
         if input.dim() < 2:
@@ -64,7 +67,7 @@ class GlobalBatchNorm(_BatchNorm):
         mean = torch.zeros(self.num_features, device=rows.device)
         variance = torch.ones(self.num_features, device=rows.device)
         if world_size() == 1:
-            # With momentum 1 torch leaves the batch's own mean and unbiased variance in the buffers.
+            # With momentum 1 torch leaves the batch's mean and unbiased variance in the buffers.
             normalised = F.batch_norm(rows, mean, variance, weight, bias, True, 1.0, self.eps)
         else:
             normalised = _NormaliseGlobally.apply(rows, weight, bias, self.eps, mean, variance)
@@ -110,10 +113,10 @@ def _combine(seen: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class _NormaliseGlobally(torch.autograd.Function):
-    """Normalisation with the statistics of all ranks: one all-gather forward, one all-reduce backward."""
+    """Normalisation over all ranks: one all-gather forward, one all-reduce backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         rows: Tensor,
         weight: Tensor | None,
@@ -163,9 +166,10 @@ class _NormaliseGlobally(torch.autograd.Function):
 
 
 def global_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm in `model` by a `GlobalBatchNorm` with the same parameters and buffers.
+    """Replace every BatchNorm in `model` by a `GlobalBatchNorm` with the same tensors.
 
-    Call it before the model is prepared. Returns the model (another one if it is itself a BatchNorm).
+    Call it before the model is prepared. Returns the model (another one if it is itself a
+    BatchNorm).
     """
     if isinstance(model, _BatchNorm) and not isinstance(model, GlobalBatchNorm):
         replacement = GlobalBatchNorm(

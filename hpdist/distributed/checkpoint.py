@@ -1,7 +1,7 @@
-"""Checkpoints in fragments: the same files whatever sharded the run, readable on any number of ranks.
+"""Checkpoints in fragments: the same files however a run is sharded, for any number of ranks.
 
     step-00000100/
-      manifest.json             version, counters, topology, size and SHA-256 of every file; written last
+      manifest.json             counters, topology, size and SHA-256 of every file; written last
       rank-00000.safetensors    master weights, teacher and optimizer state that the rank owns
       common.safetensors        what every rank holds alike: buffers, algorithm state
 
@@ -109,7 +109,7 @@ class SavedRun:
         return {kind for kind, _ in self._places}
 
     def read(self, kind: str, like: Fragment) -> Tensor:
-        """The saved elements at a fragment's place, put together from however many files hold them."""
+        """The saved elements at a fragment's place, from however many files hold them."""
         return self._read(kind, like.name, like.start, like.start + len(like.values))
 
     def whole(self, kind: str) -> Mapping[str, Tensor]:
@@ -175,7 +175,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / _MANIFEST} cannot be read: {error}") from error
     if facts["version"] > VERSION:
         raise CheckpointError(
-            f"{path} has format {facts['version']}, this hpdist knows up to {VERSION}; upgrade hpdist"
+            f"{path} has format {facts['version']}, this hpdist knows up to {VERSION}; "
+            "upgrade hpdist"
         )
     return facts
 

@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average of the student's weights, in fp32, sharded over all ranks."""
+"""The teacher: an exponential moving average of the weights, in fp32, sharded over all ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from hpdist.distributed.fragments import Fragment
 
 
 class ShardedTeacher:
-    """theta' <- d theta' + (1 - d) theta, with d = min(decay, (1 + t) / (10 + t)) while it warms up.
+    """theta' <- d theta' + (1 - d) theta, after every applied step t.
 
-    Every rank holds its own 1/N of the average and feeds it from its own part of the fp32 master weights,
-    so an update communicates nothing. Floating-point buffers (running statistics, the same on every
-    rank) are averaged alike, other buffers copied. Source: Tarvainen and Valpola 2017, equation 1.
+    While it warms up, d = min(decay, (1 + t) / (10 + t)), so that early weights are forgotten.
+    Every rank holds its own 1/N of the average and feeds it from its own part of the fp32 master
+    weights, so an update communicates nothing. Floating-point buffers (running statistics, the same
+    on every rank) are averaged alike, other buffers copied. Source: Tarvainen and Valpola 2017,
+    arXiv:1703.01780, section 2.
     """
 
     def __init__(self, engine: Engine, decay: float = 0.999, warmup: bool = True) -> None:
@@ -31,7 +33,9 @@ class ShardedTeacher:
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the student; call it after every applied step, and only then."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = (
+            min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        )
         student = [f.values for f in self.engine.master_fragments()]
         if student:
             torch._foreach_lerp_([f.values for f in self.fragments], student, 1 - decay)

@@ -1,4 +1,4 @@
-"""One small class that hides how the model is sharded: plain or DDP here, DeepSpeed ZeRO in `zero`."""
+"""One class that hides how the model is sharded: plain or DDP here, DeepSpeed ZeRO in `zero`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class EngineStep:
 class Engine(ABC):
     """Forward, backward and optimizer step of a prepared model, the same whatever shards it.
 
-    A loss given to `backward` is this rank's contribution: the gradient that is applied is that of the
-    sum over all ranks and micro-batches.
+    A loss given to `backward` is this rank's contribution: the gradient that is applied is that of
+    the sum over all ranks and micro-batches.
     """
 
     fuses_weak_pass = False
@@ -93,6 +93,10 @@ class Engine(ABC):
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """This rank's part of the optimizer's per-element state, live, by the state's name."""
 
+    def optimizer_slots(self) -> dict[str, list[Fragment]]:
+        """Every element of the optimizer's state that this rank holds, its own part or more."""
+        return self.optimizer_fragments()
+
     @abstractmethod
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every tensor that the optimizer steps, with its state."""
@@ -123,7 +127,8 @@ class Engine(ABC):
             return {
                 key: float(value)
                 for key, value in state.items()
-                if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
+                if isinstance(value, (int, float))
+                or (isinstance(value, Tensor) and value.dim() == 0)
             }
         return {}
 
@@ -165,7 +170,7 @@ class Engine(ABC):
 
 
 class ReplicatedEngine(Engine):
-    """Weights whole on every rank: one process, or DDP. fp32 weights, mixed precision by autocast."""
+    """Weights whole and fp32 on every rank, one or under DDP; mixed precision by autocast."""
 
     def __init__(
         self,
@@ -191,9 +196,7 @@ class ReplicatedEngine(Engine):
     @property
     def module(self) -> nn.Module:
         """The user's own module."""
-        return cast(
-            nn.Module, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-        )
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True))
 
     @property
     def loss_scale(self) -> float:
@@ -219,7 +222,7 @@ class ReplicatedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """DDP averages over ranks, so a contribution counts world-size times."""
-        (loss * (self.world_size * self.loss_scale)).backward()  # type: ignore[no-untyped-call]
+        (loss * (self.world_size * self.loss_scale)).backward()
 
     def step(self, lr: float | None, clip: float | None, measure: bool) -> EngineStep:
         """Unscale, clip and apply; skip if a gradient is not finite in fp16."""
@@ -251,12 +254,14 @@ class ReplicatedEngine(Engine):
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """Views of this rank's 1/N of every state tensor that has its parameter's shape."""
-        by_state: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    by_state.setdefault(key, {})[name] = value
-        return {key: self._cut(values) for key, values in by_state.items()}
+        return {key: self._cut(tensors) for key, tensors in self._state_tensors().items()}
+
+    def optimizer_slots(self) -> dict[str, list[Fragment]]:
+        """The whole state: every rank holds all of it."""
+        return {
+            key: [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
+            for key, tensors in self._state_tensors().items()
+        }
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every parameter with its state."""
@@ -286,6 +291,15 @@ class ReplicatedEngine(Engine):
             yield
         finally:
             self.load_master(own)
+
+    def _state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's per-element state by its name, then the parameter's."""
+        by_state: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    by_state.setdefault(key, {})[name] = value
+        return by_state
 
     def _cut(self, tensors: dict[str, Any]) -> list[Fragment]:
         pieces = []
@@ -328,7 +342,7 @@ def make_engine(
         return zero_engine(accelerator, model, optimizer)
     if ranks_are_apart(accelerator):
         raise DistributedError(
-            "several ranks were launched, but this Accelerator leaves each to train by itself; on CPU ranks "
-            "make it with Accelerator(cpu=True)"
+            "several ranks were launched, but this Accelerator leaves each to train by itself; "
+            "on CPU ranks make it with Accelerator(cpu=True)"
         )
     return ReplicatedEngine(accelerator, model, optimizer, precision)

@@ -1,7 +1,7 @@
 """Which elements of which parameter a rank owns: the common language of DDP and every ZeRO stage.
 
-A fragment is a run of one parameter's elements, in row-major order. Teacher and checkpoints speak of
-fragments only, so neither knows how an engine shards.
+A fragment is a run of one parameter's elements, in row-major order. Teacher and checkpoints speak
+of fragments only, so neither knows how an engine shards.
 """
 
 from __future__ import annotations
@@ -82,6 +82,6 @@ class Layout:
         if world_size() == 1:
             return [flat]
         padded = torch.nn.functional.pad(flat, (0, self._longest - len(flat)))
-        received = flat.new_empty(world_size() * self._longest)
-        dist.all_gather_into_tensor(received, padded)
-        return list(received.split(self._longest))
+        received = [torch.empty_like(padded) for _ in range(world_size())]
+        dist.all_gather(received, padded)
+        return received

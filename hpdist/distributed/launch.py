@@ -27,13 +27,15 @@ def resolve_precision(precision: Precision | None) -> Precision:
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in _FROM_ACCELERATE:
-        raise ConfigError(f"accelerate's mixed_precision is {launcher!r}; hpdist knows no, bf16, fp16")
+        raise ConfigError(
+            f"accelerate's mixed_precision is {launcher!r}; hpdist knows no, bf16, fp16"
+        )
     if precision is None:
         resolved = _FROM_ACCELERATE[launcher]
     elif launcher != "no" and _FROM_ACCELERATE[launcher] != precision:
         raise ConfigError(
-            f"precision: {precision} in hpdist's config, but mixed_precision: {launcher} in accelerate's; "
-            "make them agree, or leave hpdist's out"
+            f"precision: {precision} in hpdist's config, but mixed_precision: {launcher} in "
+            "accelerate's; make them agree, or leave hpdist's out"
         )
     else:
         resolved = precision
@@ -55,8 +57,8 @@ def resolve_zero_stage(zero: Zero) -> int | None:
         from_launcher = _launcher_stage()
         if stage is not None and stage != from_launcher:
             raise ConfigError(
-                f"zero.stage: {stage} in hpdist's config, but accelerate was launched with ZeRO stage "
-                f"{from_launcher}; make them agree, or leave hpdist's out"
+                f"zero.stage: {stage} in hpdist's config, but accelerate was launched with ZeRO "
+                f"stage {from_launcher}; make them agree, or leave hpdist's out"
             )
         stage = from_launcher
     if stage is not None:
@@ -84,17 +86,19 @@ def make_accelerator(
     on_cpu = not torch.cuda.is_available()
     if stage is not None:
         _be_one_process()
-    # Our buffers are the same on every rank already.
+    # Our buffers are the same on every rank already. The option's new name is not in every torch.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if "LOCAL_RANK" in os.environ:
         # Without a named backend every CPU rank under DeepSpeed believes that it is rank 0 of 1.
         backend = "gloo" if on_cpu else "nccl"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10)))
     if stage is None:
-        # Accelerate knows no fp16 on a CPU: it would compute in fp32 without a word. The engine does it.
+        # Accelerate knows no fp16 on a CPU: it would compute in fp32 without a word.
+        # The engine does it instead.
         mixed = "no" if precision == "fp32" or (precision == "fp16" and on_cpu) else precision
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
-        # Without cpu=True Accelerate joins CPU ranks to a group, but leaves each to train by itself.
+        # Without cpu=True Accelerate joins CPU ranks to a group, but lets each train by itself.
         return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
 
     from hpdist.distributed.zero import make_plugin

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class DynamicLossScale:
     """Halves on overflow, doubles after `growth_interval` steps without one.
 
-    The scale changes only after the update was computed with the old one. Source: Micikevicius et al.
-    2018, "Mixed Precision Training", section 3.2.
+    The scale changes only after the update was computed with the old one. Source: Micikevicius et
+    al. 2018, "Mixed Precision Training", section 3.2.
     """
 
     scale: float = 2.0**16

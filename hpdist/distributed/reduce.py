@@ -48,8 +48,8 @@ class FusedSum:
 def agreed(function: Callable[[], T]) -> T:
     """Call a function on every rank; if it fails on any, raise the same error on all.
 
-    Without this a rank that fails alone leaves the others waiting for ever. Collective: every rank must
-    call; only HpdistErrors are agreed on.
+    Without this a rank that fails alone leaves the others waiting for ever. Collective: every rank
+    must call; only HpdistErrors are agreed on.
     """
     result, error = None, None
     try:

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO behind the engine: its config, and its stages 1, 2 and 3.
 
-The only module that knows DeepSpeed. Workarounds name the upstream report; a test fails when upstream
-has mended it.
+The only module that knows DeepSpeed. Workarounds name the upstream report; a test fails when
+upstream has mended it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class ZeroEngine(Engine):
         return logits_of(self.module(self._cast(inputs)))
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed averages over ranks and micro-batches, so a contribution counts that many times."""
+        """DeepSpeed averages over ranks and micro-batches: a contribution counts so many times."""
         parts = self.world_size * self.deepspeed.gradient_accumulation_steps()
         self.deepspeed.backward(loss * parts)
         if not self.deepspeed.is_gradient_accumulation_boundary():
@@ -155,23 +155,22 @@ class ZeroEngine(Engine):
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """Live views of the optimizer state that this rank owns."""
-        states: dict[str, list[Fragment]] = {}
+        # Not by DeepSpeed's own mapping, which is made when only the first group has state.
+        flat_states = self.flat_states()
+        found: dict[str, list[Fragment]] = {}
         for name, mapping in self._mappings():
-            start = mapping.lp_fragment_address.start
-            for key in mapping.get_optim_state_keys() if mapping.optim_fragment else ():
-                fragment = Fragment(name, start, mapping.get_optim_state_fragment(key))
-                states.setdefault(key, []).append(fragment)
-        return states
+            flat, state = flat_states[mapping.param_group_index]
+            start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+            for key, values in state.items():
+                if isinstance(values, Tensor) and values.shape == flat.shape:
+                    fragment = Fragment(name, start, values.narrow(0, at.start, at.numel))
+                    found.setdefault(key, []).append(fragment)
+        return found
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """This rank's flat fp32 part of each parameter group, with its state."""
         wrapped = self.deepspeed.optimizer
         return [(flat, wrapped.optimizer.state[flat]) for flat in self._flat_parts(wrapped)]
-
-    def make_optimizer_state(self, keys: Sequence[str], scalars: Mapping[str, float]) -> None:
-        """Give every part zeroed state, and let DeepSpeed find it."""
-        super().make_optimizer_state(keys, scalars)
-        self._link_optimizer_state()
 
     def scale_state(self) -> dict[str, Any]:
         """The numbers of DeepSpeed's loss scaler; empty outside fp16."""
@@ -218,17 +217,14 @@ class ZeroEngine(Engine):
     def _flat_parts(self, wrapped: Any) -> list[Tensor]:
         return list(wrapped.single_partition_of_fp32_groups)
 
-    def _link_optimizer_state(self) -> None:
-        self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-
     def _cast(self, inputs: Tensor) -> Tensor:
         return inputs.to(self._dtype) if inputs.is_floating_point() else inputs
 
     def _hold_back_scale(self) -> None:
         """Have the scale change only after the step that it was used for.
 
-        DeepSpeed unscales the gradients by the *new* scale, which halves the update on every step on which
-        the scale grows (https://github.com/deepspeedai/DeepSpeed/pull/8588).
+        DeepSpeed unscales the gradients by the *new* scale, which halves the update on every step
+        on which the scale grows (https://github.com/deepspeedai/DeepSpeed/pull/8588).
         """
         scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
         if scaler is not None and getattr(scaler, "dynamic", False):
@@ -243,14 +239,14 @@ class ZeroEngine(Engine):
                 if "already at minimum" not in str(error):
                     raise
                 raise PrecisionError(
-                    f"the loss scale is at its minimum ({self.loss_scale:g}) and the gradients still "
-                    "overflow; lower the learning rate, clip gradients (optim.grad_clip) or use bf16"
+                    f"the loss scale is at its minimum ({self.loss_scale:g}) and the gradients "
+                    "still overflow; lower optim.lr, set optim.grad_clip, or use bf16"
                 ) from error
         self._held_back.clear()
 
 
 class PartitionedEngine(ZeroEngine):
-    """ZeRO 3: the half-precision weights are sharded too, so a second forward in a step is avoided."""
+    """ZeRO 3: the half-precision weights are sharded too; a second forward a step is avoided."""
 
     fuses_weak_pass = True
 
@@ -267,14 +263,16 @@ class PartitionedEngine(ZeroEngine):
         """This rank's parts of the fp32 master weights."""
         from deepspeed.utils import safe_get_local_fp32_param
 
-        return [self._fragment(name, p, safe_get_local_fp32_param(p)) for name, p in self._sharded()]
+        return [
+            self._fragment(name, p, safe_get_local_fp32_param(p)) for name, p in self._sharded()
+        ]
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """This rank's parts of the optimizer state."""
         from deepspeed.utils import safe_get_local_optimizer_state
 
         state = self.deepspeed.optimizer.optimizer.state
-        first = next(iter(state.values()), {})
+        first: dict[str, Any] = next(iter(state.values()), {})
         keys = [k for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0]
         return {
             key: [
@@ -306,9 +304,6 @@ class PartitionedEngine(ZeroEngine):
 
     def _flat_parts(self, wrapped: Any) -> list[Tensor]:
         return list(wrapped.fp32_partitioned_groups_flat)
-
-    def _link_optimizer_state(self) -> None:
-        """Nothing to do: stage 3 looks its state up by the flat part."""
 
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         return iter(cast(dict[str, Any], self._parameters).items())

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from hpdist.config import Component, PythonComponent, import_object
-from hpdist.errors import ConfigError
+from hpdist.config import IN_PYTHON, Component, PythonComponent, import_object
+from hpdist.errors import ConfigError, describe
 
 
 class ModelConfig(Component):
@@ -27,8 +27,8 @@ class ModelConfig(Component):
         """Raise ConfigError unless the inputs are [channels, height, width]."""
         if len(input_shape) != 3:
             raise ConfigError(
-                f"model.name: {self.name} takes images [channels, height, width], but the input column "
-                f"holds vectors of shape {list(input_shape)}; use mlp"
+                f"model.name: {self.name} takes images [channels, height, width], but the input "
+                f"column holds vectors of shape {list(input_shape)}; use mlp"
             )
 
 
@@ -37,19 +37,30 @@ def build_model(
 ) -> nn.Module:
     """Build the model that a config names; the same weights for a seed, on every rank.
 
-    A `python:module:function` is called as `function(num_classes=..., **args)`. Raises ConfigError where
-    that fails or returns no module.
+    A `python:module:function` is called as `function(num_classes=..., **args)`. Raises ConfigError
+    where that fails or returns no module.
     """
     torch.manual_seed(seed)
     if isinstance(config, ModelConfig):
         return config.build(input_shape, num_classes)
     if not isinstance(config, PythonComponent):
-        raise ConfigError(f"model: {type(config).__name__} is not a model's config")
-    function = import_object(config.name, "model.name")
+        raise ConfigError(f"model.name: {config.name} has options, but not those of a ModelConfig")
+    return _call(config, num_classes)
+
+
+def _call(config: PythonComponent, num_classes: int) -> nn.Module:
+    """Call a user's own function."""
+    if config.name == IN_PYTHON:
+        raise ConfigError(
+            "model.name: this run's model was an object in Python; give it again there"
+        )
     try:
-        model = function(num_classes=num_classes, **config.args)
-    except TypeError as error:
-        raise ConfigError(f"model.args: {config.name}: {error}") from error
+        model = import_object(config.name)(num_classes=num_classes, **config.args)
+    except Exception as error:  # it may raise anything
+        raise ConfigError(
+            f"model.name: {config.name}, called with num_classes={num_classes} and model.args, "
+            f"failed: {describe(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model.name: {config.name} returned {type(model).__name__}, not a torch.nn.Module"

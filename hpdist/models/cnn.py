@@ -18,6 +18,7 @@ class CNNConfig(ModelConfig):
     width: int = Field(32, gt=0)
     """Channels of the first stage; the later ones have twice and four times as many."""
     norm: NormName = "batch"
+    """batch: statistics of the global batch; group: of each row by itself."""
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> CNN:
         """Make the network for [channels, height, width]."""

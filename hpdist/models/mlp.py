@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,16 +15,14 @@ class MLPConfig(ModelConfig):
     """Hidden layers of an MLP."""
 
     name: Literal["mlp"] = "mlp"
-    hidden: list[int] = Field([500], min_length=0)
-    """Width of each hidden layer."""
+    hidden: list[Annotated[int, Field(gt=0)]] = Field([500])
+    """Width of each hidden layer; none makes a linear model."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the hidden units that a training step leaves out; unused without hidden layers."""
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> MLP:
         """Make the network for inputs of a shape (without the batch)."""
-        features = 1
-        for side in input_shape:
-            features *= side
-        return MLP(features, self.hidden, num_classes, self.dropout)
+        return MLP(math.prod(input_shape), self.hidden, num_classes, self.dropout)
 
 
 class MLP(nn.Module):

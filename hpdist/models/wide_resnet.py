@@ -1,7 +1,7 @@
 """Wide residual networks, the semi-supervised literature's usual model.
 
-Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks", with the leaky ReLU that semi-supervised
-work uses. WRN-28-2 has 1.47 million parameters.
+Source: Zagoruyko and Komodakis 2016, "Wide Residual Networks", with the leaky ReLU that
+semi-supervised work uses. WRN-28-2 has 1.47 million parameters.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ class WideResNetConfig(ModelConfig):
     width: int = Field(2, ge=1)
     """Widening factor."""
     norm: NormName = "batch"
+    """batch: statistics of the global batch; group: of each row by itself."""
     leaky_slope: float = Field(0.1, ge=0)
     """Slope of the activation for negative values."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the values between a block's convolutions that a training step leaves out."""
 
     @field_validator("depth")
     @classmethod

@@ -1,4 +1,4 @@
-"""W&B or TensorBoard through Accelerate's trackers. A tracker that fails never stops the training."""
+"""W&B or TensorBoard through Accelerate's trackers; one that fails never stops the training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from hpdist.config import RunConfig
 class Tracker:
     """Sends global numbers from the main process; warns once and goes silent if that fails."""
 
-    def __init__(self, config: RunConfig, folder: Path, main: bool, run_id: str | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, main: bool, run_id: str | None = None
+    ) -> None:
         self.run_id = run_id
         self._tracker: GeneralTracker | None = None
         if main and config.tracker.name != "none":
@@ -68,8 +70,8 @@ class Tracker:
     def _give_up(self, name: str, error: Exception) -> None:
         self._tracker = None
         warnings.warn(
-            f"tracker {name} failed and is off for the rest of the run ({type(error).__name__}: {error}); "
-            "training goes on, and metrics.jsonl has every number",
+            f"tracker {name} failed and is off for the rest of the run ({type(error).__name__}: "
+            f"{error}); training goes on, and metrics.jsonl has every number",
             stacklevel=3,
         )
 

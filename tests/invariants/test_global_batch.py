@@ -43,7 +43,7 @@ def by_ranks() -> dict[int, Curves]:
 def test_ranks_do_not_matter(
     by_ranks: dict[int, Curves], ranks: int, algorithm: str, shape: tuple[str, int]
 ) -> None:
-    assert_same(by_ranks[1][algorithm, *shape], by_ranks[ranks][algorithm, *shape])
+    assert_same(by_ranks[1][(algorithm, *shape)], by_ranks[ranks][(algorithm, *shape)])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

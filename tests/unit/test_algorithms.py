@@ -1,4 +1,4 @@
-"""Each algorithm's loss and gradient against a float64 reference written from the paper's formula."""
+"""Each algorithm against a float64 reference written from the paper's formula."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ def test_freematch_over_several_steps() -> None:
         assert 0 < rate < 1
         assert terms.metrics["mask_rate"].item() == pytest.approx(rate, abs=1e-6)
         assert terms.unsupervised.item() == pytest.approx(unsupervised, rel=1e-5)
-        assert terms.global_extras["fairness_loss"].item() == pytest.approx(0.3 * fairness, rel=1e-4)
+        assert terms.global_extras["fairness_loss"].item() == pytest.approx(
+            0.3 * fairness, rel=1e-4
+        )
         algorithm.commit()
         assert algorithm.state["threshold"].item() == pytest.approx(reference.tau, rel=1e-6)
         np.testing.assert_allclose(numpy(algorithm.state["probability"]), reference.p, rtol=1e-5)

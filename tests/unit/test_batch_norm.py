@@ -1,4 +1,4 @@
-"""GlobalBatchNorm: torch's BatchNorm on one rank, the same on many, and tied to the optimizer step."""
+"""GlobalBatchNorm: torch's on one rank, the same on many, and tied to the optimizer step."""
 
 from __future__ import annotations
 

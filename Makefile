@@ -1,0 +1,43 @@
+# make demo       a model learns from 40 labels and 1,437 unlabelled scans, on all GPUs or two CPU processes
+# make test       the tests
+# make test-all   the slow ones too
+# make lint       style and types
+#
+# Each makes .venv first, if need be. Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	@$(BIN)/python launch/demo.py
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	@$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo runs build dist .pytest_cache .ruff_cache .mypy_cache
+
+# torch goes first: on its own it stays within the constraint, whatever the other packages would pull in,
+# and DeepSpeed's build finds it.
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "hpdist needs Python 3.10 or newer, and $(PYTHON) is not; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "Installing into .venv, once; this takes a few minutes."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) --editable ".[dev]"
+	@touch $@

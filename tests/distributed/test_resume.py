@@ -1,0 +1,89 @@
+"""A run that stopped and went on equals one that never stopped, on DDP and on ZeRO."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpdist.data.digits import write_digits
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+def train(data: Path, runs: Path, name: str, steps: int, settings: dict[str, Any]) -> None:
+    """Train on this rank; the same settings continue the run of that name."""
+    os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
+    from hpdist.trainer import Trainer
+
+    files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}
+    trainer = Trainer(
+        {"name": "cnn", "width": 4},
+        {"name": "freematch", "fairness_weight": 0.1},
+        labeled=files | {"labels_per_class": 4},
+        unlabeled=files | {"streaming": settings.get("streaming", False)},
+        batch={"labeled": 8, "unlabeled": 24},
+        views={"weak": {"flip": False}},
+        steps=steps,
+        schedule={"name": "constant"},
+        optim=settings.get("optim", {"name": "sgd", "lr": 0.05}),
+        precision=settings.get("precision", "fp32"),
+        zero={"stage": settings.get("stage")},
+        run={"dir": str(runs), "name": name},
+        log={"every": 1},
+        checkpoint={"every": 4},
+        tracker={"name": "none"},
+    )
+    trainer.fit()
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines
+    ]
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    files = (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")
+    return {f"{file.name}/{k}": v for file in files for k, v in load_file(file).items()}
+
+
+DDP = {"streaming": True}
+ADAMW = {"optim": {"name": "adamw", "lr": 1e-3}, "precision": "bf16"}
+ZERO = {"precision": "fp16", "stage": 2, "optim": {"name": "adamw", "lr": 1e-3}}
+ZERO3 = {"precision": "fp16", "stage": 3}
+
+
+@pytest.mark.parametrize("settings", [DDP, ADAMW, ZERO, ZERO3], ids=["ddp", "adamw", "zero2", "zero3"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, data: Path, settings: dict[str, Any]
+) -> None:
+    run_ranks(2, train, data, tmp_path, "whole", 8, settings)
+    run_ranks(2, train, data, tmp_path, "halves", 4, settings)
+    run_ranks(2, train, data, tmp_path, "halves", 8, settings)
+    assert records(tmp_path / "whole") == records(tmp_path / "halves")
+    whole, halves = tensors(tmp_path / "whole", 8), tensors(tmp_path / "halves", 8)
+    assert whole.keys() == halves.keys()
+    kinds = {key.split("/")[1].split("@")[0] for key in whole}
+    assert {"master", "teacher", "algorithm", "buffer"} <= kinds
+    assert any(kind.startswith("optimizer.") for kind in kinds)
+    for key, value in whole.items():
+        assert torch.equal(value, halves[key]), key
+
+
+def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path, data: Path) -> None:
+    run_ranks(2, train, data, tmp_path, "two", 8, {})
+    run_ranks(2, train, data, tmp_path, "fewer", 4, {})
+    run_ranks(1, train, data, tmp_path, "fewer", 8, {})
+    for one, other in zip(records(tmp_path / "two"), records(tmp_path / "fewer"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)

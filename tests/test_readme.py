@@ -1,0 +1,106 @@
+"""Every command in the README is run as it stands, in a folder like a clone after `make demo`."""
+
+import glob
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from hpdist.data.digits import write_digits
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CHECKED_OTHERWISE = ("make", "pip", "source", "wandb", "tensorboard")
+"""Commands that install, need an account, or do not end: what they name must exist."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    write_digits(folder / "demo" / "digits")
+    _write_photos(folder / "photos")
+    return folder
+
+
+def _write_photos(folder):
+    """Photos of two classes and of several sizes, as the README's `photos.yaml` expects them."""
+    noise = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(noise.integers(0, 256, (40 + k, 36, 3), dtype=np.uint8)) for k in range(16)
+    ]
+    for part in ("labeled", "held_out"):
+        for k, picture in enumerate(pictures):
+            place = folder / part / ("cat", "dog")[k % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            picture.save(place / f"{k}.jpg")
+    (folder / "unlabeled").mkdir()
+    rows = datasets.Dataset.from_dict({"picture": pictures, "taken": list(range(16))})
+    rows = rows.cast_column("picture", datasets.Image())
+    rows.to_parquet(str(folder / "unlabeled" / "0.parquet"))
+
+
+def test_every_command_of_the_readme_works(clone):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "HF_HOME": str(clone / "cache"),
+    }
+    ran = 0
+    for language, text in FENCED.findall(README):
+        name = re.match(r"# (\S+\.(?:py|yaml))\n", text)
+        if language != "bash":
+            assert name, f"a {language} block of the README must begin with its file name"
+            (clone / name[1]).write_text(text, encoding="utf-8")
+            continue
+        for line in text.splitlines():
+            command = shlex.split(line, comments=True)
+            if not command:
+                continue
+            if command[0] in CHECKED_OTHERWISE or "# GPUs" in line:
+                _check(command, clone)
+                continue
+            done = subprocess.run(
+                line, shell=True, cwd=clone, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            if "--run.name again --steps 8" in line:
+                assert "at step 4" in done.stderr
+            ran += 1
+    assert ran >= 10
+
+
+def _check(command, clone):
+    """What a command that cannot be run here names must exist."""
+    if command[0] == "make":
+        subprocess.run(["make", "-n", *command[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif command[0] == "pip":
+        wanted = re.search(r"\[(.*)\]", command[-1])[1].split(",")
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in wanted)
+    elif command[:2] == ["wandb", "sync"]:
+        assert glob.glob(command[-1], root_dir=clone)
+    elif command[0] == "tensorboard":
+        assert list((clone / command[-1]).rglob("events.out.tfevents.*"))
+    elif command[0] == "accelerate":
+        file = ROOT / command[command.index("--config_file") + 1]
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))["distributed_type"] == "DEEPSPEED"
+
+
+def test_links_and_pictures_of_the_readme_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target

@@ -1,0 +1,74 @@
+from typing import ClassVar
+
+import torch
+
+from hpdist import algorithms, cli
+from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
+
+
+def test_the_table_is_read_off_the_algorithms():
+    header, *rows = [line.split("  ") for line in catalogue()[:4]]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    assert [cell.strip() for cell in header if cell.strip()] == [
+        "name",
+        "paper",
+        "views",
+        "state",
+        "reduced per step",
+    ]
+    assert cells == {
+        "fixmatch": [
+            "Sohn et al. 2020, arXiv:2001.07685",
+            "1 weak, 1 strong",
+            "none",
+            "0",
+        ],
+        "freematch": [
+            "Wang et al. 2023, arXiv:2205.07246",
+            "1 weak, 1 strong",
+            "threshold [], probability [C], histogram [C]",
+            "2C + 1, then 2C",
+        ],
+        "supervised": ["-", "none", "none", "0"],
+    }
+
+
+def test_columns_are_aligned():
+    lines = catalogue()[:4]
+    starts = [lines[0].index(title) for title in ("paper", "views", "state", "reduced per step")]
+    for line in lines:
+        assert all(line[start - 1] == " " and line[start] != " " for start in starts)
+
+
+class _Table(Algorithm):
+    """Keeps and reduces sizes that are no plain multiples of the number of classes."""
+
+    views: ClassVar[Views] = Views(weak=1, strong=2)
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.state = {"queue": torch.zeros(3, classes), "pairs": torch.zeros(classes, classes)}
+
+    def statistics(self, weak):
+        return {
+            "pairs": weak.logits.T @ weak.logits,
+            "rows": weak.logits.sum(),
+            "mean": torch.zeros(4),
+        }
+
+
+class _TableConfig(AlgorithmConfig):
+    name: str
+
+    def build(self, num_classes, device="cpu"):
+        return _Table(num_classes)
+
+
+def test_shapes_in_terms_of_c():
+    row = algorithms._row("table", _TableConfig)
+    assert row[2:] == ("1 weak, 2 strong", "queue [3 x C], pairs [C x C]", "C x C + 5")
+
+
+def test_the_command_prints_the_table(capsys):
+    assert cli.main(["algorithms"]) == 0
+    assert capsys.readouterr().out.splitlines() == catalogue()
