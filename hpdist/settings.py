@@ -160,6 +160,8 @@ class ComponentOf:
         found = None if name == IN_PYTHON else import_object(name)
         for candidate in (found, getattr(found, "Config", None)):
             if isinstance(candidate, type) and issubclass(candidate, Component):
+                if candidate.kind != self.kind:
+                    raise ConfigError(f"{name} has options of {candidate.kind or 'no kind'}")
                 return candidate
         if self.kind != "model":
             raise ConfigError(f"{name} is not a config class of {self.kind} options, nor has one")
@@ -180,8 +182,9 @@ class ComponentOf:
         options = []
         for name, component in (components(self.kind) | python).items():
             option = handler(component.__pydantic_core_schema__)
-            if name not in ("python", default):
-                handler.resolve_ref_schema(option)["required"] = ["name"]
+            if name != default:  # so that settings without a name fit one option only
+                definition = handler.resolve_ref_schema(option)
+                definition["required"] = sorted({"name", *definition.get("required", [])})
             options.append(option)
         return {"oneOf": options}
 
@@ -257,10 +260,8 @@ def _in_words(section: type[BaseModel], field: FieldInfo | None, detail: ErrorDe
     if kind == "missing":
         if len(loc) > 1:
             return f"missing, in {shown(value)}"
-        choice = (
-            next((m for m in field.metadata if isinstance(m, ComponentOf)), None) if field else None
-        )
-        return f"missing; give it a name; {choice.hint}" if choice else "missing"
+        choices = [m for m in field.metadata if isinstance(m, ComponentOf)] if field else []
+        return f"missing; give its name; {choices[0].hint}" if choices else "missing"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     if kind.startswith("model_"):

@@ -67,11 +67,11 @@ def main() -> int:
     for seed in range(options.seeds):
         spent = time.monotonic() - started
         if seed and spent * (seed + 1) / seed > 60 * options.minutes:
-            print(f"\nStopping after {seed} of {options.seeds} seeds: time is up (--minutes).")
+            print(f"\n{seed} of {options.seeds} seeds: another takes longer than --minutes allows.")
             break
         for algorithm, runs in results.items():
             folder = FOLDER / "runs" / f"{algorithm}-seed{seed}"
-            print(f"\n{ALGORITHMS[algorithm]}, seed {seed} of {options.seeds}", flush=True)
+            print(f"\n{ALGORITHMS[algorithm]}, seed {seed}", flush=True)
             status = train(launcher, algorithm, seed, folder, overrides)
             if status:
                 print(f"The training stopped with exit status {status}.", file=sys.stderr)
@@ -87,9 +87,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Handwritten digits from 40 labels.")
     parser.add_argument("--seeds", type=int, default=3, help="runs per algorithm (3)")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the config's")
-    parser.add_argument(
-        "--minutes", type=float, default=2.8, help="begin no seed that takes longer"
-    )
+    parser.add_argument("--minutes", type=float, default=2.8, help="time for all seeds (2.8)")
     options = parser.parse_args()
     if options.seeds < 1 or (options.steps is not None and options.steps < 1):
         parser.error("--seeds and --steps must be at least 1")
@@ -179,4 +177,7 @@ def _short(word: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -50,11 +50,9 @@ class _Table(Algorithm):
         self.state = {"queue": torch.zeros(3, classes), "pairs": torch.zeros(classes, classes)}
 
     def statistics(self, weak):
-        return {
-            "pairs": weak.logits.T @ weak.logits,
-            "rows": weak.logits.sum(),
-            "mean": torch.zeros(4),
-        }
+        bank = torch.zeros(3, weak.logits.shape[1])
+        pairs = weak.logits.T @ weak.logits
+        return {"a": bank, "b": bank, "pairs": pairs, "rows": weak.logits.sum(), "c": bank[:, :2]}
 
 
 class _TableConfig(AlgorithmConfig):
@@ -66,7 +64,7 @@ class _TableConfig(AlgorithmConfig):
 
 def test_shapes_in_terms_of_c():
     row = algorithms._row("table", _TableConfig)
-    assert row[2:] == ("1 weak, 2 strong", "queue [3 x C], pairs [C x C]", "C x C + 5")
+    assert row[2:] == ("1 weak, 2 strong", "queue [3 x C], pairs [C x C]", "C^2 + 6C + 7")
 
 
 def test_the_command_prints_the_table(capsys):

@@ -65,23 +65,62 @@ def refusal(capfd, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.labeled.data_files=nope-*.parquet", "DataError: data.labeled.data_files: nothing matches 'nope-*.parquet'"),
+        (
+            "data.labeled.data_files=nope-*.parquet",
+            "DataError: data.labeled.data_files: nothing matches 'nope-*.parquet'",
+        ),
         ("data.labeled.path=./nowhere", "DataError: data.labeled.path: './nowhere' does not exist"),
-        ("data.labeled.split=valid", "DataError: data.labeled.split: Unknown split \"valid\". Should be one of ['train']"),
-        ("data.unlabeled.split=valid", "DataError: data.unlabeled.split: Unknown split \"valid\". Should be one of ['train']"),
+        (
+            "data.labeled.split=valid",
+            "DataError: data.labeled.split: Unknown split \"valid\". Should be one of ['train']",
+        ),
+        (
+            "data.unlabeled.split=valid",
+            "DataError: data.unlabeled.split: Unknown split \"valid\". Should be one of ['train']",
+        ),
         ("data.labeled.split=train[:0]", "DataError: data.labeled (parquet"),
-        ("data.labeled.input=pixels", "DataError: data.labeled.input: there is no column 'pixels'; there are image, label"),
-        ("data.labeled.label=target", "DataError: data.labeled.label: there is no column 'target'; there are image, label"),
-        ("data.unlabeled.input=pixels", "DataError: data.unlabeled.input: there is no column 'pixels'; there are"),
-        ("data.labeled.labels_per_class=999", "DataError: data.labeled.labels_per_class: 999 asked for, class '0' has "),
-        ("model.num_classes=5", "DataError: data.labeled.label: column 'label' has 10 classes, but model.num_classes is 5"),
-        ("data.unlabeled=null", "ConfigError: data.unlabeled is missing: algorithm fixmatch learns from unlabelled rows"),
-        ("batch.micro=5", "ConfigError: batch.micro: 5 rows do not divide each rank's 12 rows (4 of batch.labeled, 8 of batch.unlabeled)"),
-        ("model.name=python:wrong_models:three", "ConfigError: model: it maps inputs [2, 1, 8, 8] to [2, 3], expected logits [2, 10]"),
-        ("model.name=python:wrong_models:wide", "ConfigError: model: it fails on inputs of shape [2, 1, 8, 8]: RuntimeError: mat1"),
-        ("views.mean=[0.1, 0.2]", "ConfigError: views.mean has 2 values, but the rows have 1 channels"),
+        (
+            "data.labeled.input=pixels",
+            "DataError: data.labeled.input: there is no column 'pixels'; there are image, label",
+        ),
+        (
+            "data.labeled.label=target",
+            "DataError: data.labeled.label: there is no column 'target'; there are image, label",
+        ),
+        (
+            "data.unlabeled.input=pixels",
+            "DataError: data.unlabeled.input: there is no column 'pixels'; there",
+        ),
+        (
+            "data.labeled.labels_per_class=999",
+            "DataError: data.labeled.labels_per_class: 999 asked for, class '0' has ",
+        ),
+        (
+            "model.num_classes=5",
+            "DataError: data.labeled.label: column 'label' has 10 classes, but model.num_",
+        ),
+        (
+            "data.unlabeled=null",
+            "ConfigError: data.unlabeled is missing: algorithm fixmatch learns from",
+        ),
+        (
+            "batch.micro=5",
+            "ConfigError: batch.micro: 5 rows do not divide each rank's 12 rows",
+        ),
+        (
+            "model.name=python:wrong_models:three",
+            "ConfigError: model: it maps inputs [2, 1, 8, 8] to [2, 3], expected logits [2, 10]",
+        ),
+        (
+            "model.name=python:wrong_models:wide",
+            "ConfigError: model: it fails on inputs of shape [2, 1, 8, 8]: RuntimeError: mat1",
+        ),
+        (
+            "views.mean=[0.1, 0.2]",
+            "ConfigError: views.mean has 2 values, but the rows have 1 channels",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("here")
 def test_data_batch_and_model(override, message, capfd):
     assert refusal(capfd, f"--{override}").startswith(message)
