@@ -8,12 +8,20 @@ as a `Component` subclass; a component is chosen by its `name`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hpdist.errors import ConfigError
 from hpdist.overrides import lay_over, read_overrides, read_yaml, to_yaml
@@ -130,10 +138,6 @@ class Unlabeled(Source):
     """Read the rows as they are needed instead of preparing a local copy first."""
     shuffle_window: Bytes = 64 * 2**20
     """Memory for shuffling a stream, in bytes; more mixes better."""
-    audit: bool = False
-    """Write down which row each step consumed."""
-    max_bad_rows: int = Field(0, ge=0)
-    """How many undecodable rows to skip before the run stops."""
 
 
 class Data(Section):
@@ -144,7 +148,7 @@ class Data(Section):
     test: LabelColumn | None = None
     """Measured and reported; never used to choose anything."""
     validation: LabelColumn | None = None
-    """What `best` checkpoints are chosen by."""
+    """Measured during training in place of the test set; the summary names its best step."""
 
 
 class Batch(Section):
@@ -166,6 +170,41 @@ class Zero(Section):
 
     Unset means no DeepSpeed.
     """
+    offload: Literal["none", "cpu", "nvme"] | None = None
+    """Where the optimizer's state lives (from stage 1 on), and the parameters too in stage 3."""
+    nvme_path: str | None = None
+    """A folder on the local NVMe disk, for `offload: nvme`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Zero:
+        offload = self.offload or "none"
+        if offload != "none" and self.stage == 0:
+            raise ValueError(f"offload: {offload} needs stage 1, 2 or 3; stage 0 shards nothing")
+        if offload == "nvme" and self.stage is not None and self.stage < 3:
+            raise ValueError("offload: nvme needs stage 3")
+        if offload == "nvme" and not self.nvme_path:
+            raise ValueError("offload: nvme needs nvme_path, a folder on the local disk")
+        return self
+
+
+class LossScale(Section):
+    """The loss scale of fp16; one number for all ranks and all terms."""
+
+    static: float | None = Field(None, gt=0)
+    """A fixed scale; dynamic by default."""
+    initial: float = Field(2.0**16, gt=0)
+    """The dynamic scale to start with, a power of 2."""
+    growth_interval: int = Field(1000, gt=0)
+    """Steps without overflow after which the dynamic scale doubles."""
+    minimum: int = Field(1, ge=1)
+    """Where the dynamic scale stops falling: a further overflow ends the run."""
+
+    @field_validator("initial")
+    @classmethod
+    def _power_of_two(cls, value: float) -> float:
+        if math.frexp(value)[0] != 0.5:
+            raise ValueError(f"must be a power of 2, such as 65536, not {value:g}")
+        return value
 
 
 class Optim(Section):
@@ -260,7 +299,12 @@ class RunConfig(Section):
     algorithm: Annotated[SerializeAsAny[Component], ComponentOf("algorithm")]
     precision: Precision | None = None
     """fp32, bf16 or fp16; by default what the launcher says, else fp32."""
+    loss_scale: LossScale = LossScale()
     zero: Zero = Zero()
+    activation_checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     steps: int = Field(gt=0)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import Algorithm, LossTerms, StudentOutputs, WeakOutputs
-from hpdist.config import Precision
+from hpdist.algorithms.base import Algorithm, StudentOutputs, Sums, WeakOutputs
+from hpdist.config import LossScale, Precision
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views.base import Views
+from hpdist.distributed.diagnose import Culprit, OverflowHistory, find_culprit
 from hpdist.distributed.ema import ShardedTeacher
-from hpdist.distributed.engine import Engine, make_engine
+from hpdist.distributed.engine import Engine, EngineStep, make_engine
 from hpdist.distributed.reduce import FusedSum
 from hpdist.errors import ConfigError
 
@@ -35,7 +37,9 @@ class StepOutcome:
     old_scale: float
     new_scale: float
     grad_norm: float | None = None
-    """Global norm of the unscaled gradient before clipping; only when measured."""
+    """Global norm of the unscaled gradient before clipping."""
+    culprit: Culprit | None = None
+    """Of a step that was skipped: what was not finite first."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
 
@@ -49,6 +53,17 @@ class _MicroBatch:
     strong: tuple[Tensor, ...]  # per view [unlabeled, *]
     weak: Tensor | None  # [unlabeled, *]
     ids: Tensor  # [unlabeled]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a micro-batch's pass leaves: for the log, and to go through again after an overflow."""
+
+    micro: _MicroBatch
+    weak: WeakOutputs | None
+    rows: tuple[Tensor, Tensor]  # labelled and unlabelled rows of the global batch
+    total: Mapping[str, Tensor]  # the student's global sums
+    contributions: Mapping[str, Tensor]
 
 
 class SemiSupervisedStep:
@@ -70,6 +85,7 @@ class SemiSupervisedStep:
         teacher_warmup: Whether the teacher's decay starts small.
         grad_clip: Largest global gradient norm. Under DeepSpeed its own config decides.
         precision: Only for fp16 on a CPU, where Accelerate does not know it.
+        loss_scale: Of fp16 without DeepSpeed, whose own config decides otherwise.
     """
 
     def __init__(
@@ -85,13 +101,15 @@ class SemiSupervisedStep:
         teacher_warmup: bool = True,
         grad_clip: float | None = None,
         precision: Precision | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
-        self.engine: Engine = make_engine(accelerator, model, optimizer, precision)
+        self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
         self.views = views
         self.micro_batches = micro_batches
         self.grad_clip = grad_clip
         self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
+        self.history = OverflowHistory()
         self.applied_steps = 0
         self.attempts = 0
         """Steps begun, skipped ones included; the views' noise is keyed by it."""
@@ -113,7 +131,8 @@ class SemiSupervisedStep:
             lr: Learning rate of this step; by default the optimizer keeps its own.
             measure: Also say what the step did, at the cost of a wait for the device.
 
-        Raises ConfigError where rows are missing or do not divide into micro-batches.
+        Raises ConfigError where rows are missing or do not divide into micro-batches, and
+        PrecisionError where overflow has no end.
         """
         self.engine.module.train()
         micros = [self._make_views(*slices) for slices in self._cut(labeled, unlabeled)]
@@ -125,7 +144,7 @@ class SemiSupervisedStep:
         if reduction is not None and self._needs_sums_ahead:
             rows = self._observe(reduction)
             ahead = self._student_sums_ahead(micros, weak, rows)
-        contributions: list[Mapping[str, Tensor]] = []
+        passes: list[_Pass] = []
         for number, micro in enumerate(micros):
             with self.engine.accumulate(last=number == len(micros) - 1):
                 logits = self._student_pass(micro)
@@ -134,11 +153,25 @@ class SemiSupervisedStep:
                 if rows is None:
                     rows = self._observe(reduction or self._reduce(micros, weak))
                 outputs = self._outputs(logits, micro, weak[number], rows)
-                sums = self._attach(self.algorithm.student_statistics(outputs), ahead)
-                terms = self.algorithm.loss(outputs, sums)
+                local = self.algorithm.student_statistics(outputs)
+                total = FusedSum(local).wait() if local and ahead is None else ahead or {}
+                terms = self.algorithm.loss(outputs, self._attach(local, total))
                 self.engine.backward(terms.total(self._parts))
-                contributions.append(terms.contributions(self._parts))
-        return self._finish(lr, measure, contributions)
+                contributions = terms.contributions(self._parts)
+                passes.append(_Pass(micro, weak[number], rows, total, contributions))
+        done = self.engine.step(lr, self.grad_clip)
+        self.attempts += 1
+        culprit = self._close(done, passes)
+        metrics = self._measure(passes) if measure else {}
+        return StepOutcome(
+            done.applied,
+            done.overflowed,
+            done.old_scale,
+            done.new_scale,
+            done.grad_norm,
+            culprit,
+            metrics,
+        )
 
     @property
     def _parts(self) -> int:
@@ -291,44 +324,60 @@ class SemiSupervisedStep:
             parts.append(self.algorithm.student_statistics(outputs))
         return FusedSum({name: sum_(part[name] for part in parts) for name in parts[0]}).wait()
 
-    def _attach(
-        self, local: dict[str, Tensor], ahead: dict[str, Tensor] | None
-    ) -> dict[str, Tensor]:
-        """The global sums, with the gradient of this micro-batch's part of them.
+    def _attach(self, local: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> Sums:
+        """The student's global sums, with the gradient of this micro-batch's part of them.
 
         Every part computes the same function f of the sums and contributes f / parts, so the
         gradient of a part is scaled up by the number of parts.
         """
-        if not local:
-            return {}
-        total = FusedSum(local).wait() if ahead is None else ahead
         return {
             name: total[name] + self._parts * (value - value.detach())
             for name, value in local.items()
         }
 
-    def _finish(
-        self, lr: float | None, measure: bool, contributions: list[Mapping[str, Tensor]]
-    ) -> StepOutcome:
-        done = self.engine.step(lr, self.grad_clip, measure)
-        self.attempts += 1
-        self.engine.finish_norms(done.applied)
+    def _close(self, done: EngineStep, passes: list[_Pass]) -> Culprit | None:
+        """Make everything follow the optimizer: final if it was applied, undone if not."""
+        culprit = None
         if done.applied:
             self.applied_steps += 1
             self.algorithm.commit()
-            if self.teacher is not None:
-                self.teacher.update()
         else:
+            culprit = self._find_culprit(passes)
             self.algorithm.discard()
-        metrics = {}
-        if measure:
-            summed = {key: sum_(c[key] for c in contributions) for key in contributions[0]}
-            reduced = FusedSum(summed).wait()
-            values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
-            metrics = dict(zip(reduced, values, strict=True))
-        return StepOutcome(
-            done.applied, done.overflowed, done.old_scale, done.new_scale, done.grad_norm, metrics
-        )
+        self.engine.finish_norms(done.applied)
+        if done.applied and self.teacher is not None:
+            self.teacher.update()
+        self.history.record(self.attempts, done, culprit)
+        return culprit
+
+    def _find_culprit(self, passes: list[_Pass]) -> Culprit | None:
+        """Go through the micro-batches again; only ever after an overflow. Collective."""
+        for done in passes:
+            inputs = _layout(torch.cat([done.micro.labeled, *done.micro.strong]))
+            culprit = find_culprit(self.engine, inputs, partial(self._terms, done=done))
+            if culprit is not None:
+                return culprit
+        return None
+
+    def _terms(self, logits: Tensor, done: _Pass) -> dict[str, Tensor]:
+        """The terms of a micro-batch's loss, weighted, of other logits; without communication."""
+        outputs = self._outputs(logits, done.micro, done.weak, done.rows)
+        sums = self._attach(self.algorithm.student_statistics(outputs), done.total)
+        terms = self.algorithm.loss(outputs, sums)
+        weighted = {"supervised": terms.supervised}
+        if done.micro.strong:
+            weighted["unsupervised"] = terms.unsupervised_weight * terms.unsupervised
+        shared = {name: term / self._parts for name, term in terms.global_extras.items()}
+        return weighted | dict(terms.extras) | shared
+
+    def _measure(self, passes: list[_Pass]) -> dict[str, float]:
+        """The global means of a step, from the contributions of all ranks. Collective."""
+        names = passes[0].contributions
+        reduced = FusedSum(
+            {name: sum_(p.contributions[name] for p in passes) for name in names}
+        ).wait()
+        values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
+        return dict(zip(reduced, values, strict=True))
 
 
 def sum_(values: Iterable[Tensor]) -> Tensor:
@@ -342,6 +391,3 @@ def sum_(values: Iterable[Tensor]) -> Tensor:
 def _layout(inputs: Tensor) -> Tensor:
     """Images as channels-last, which half-precision convolutions want; others as they are."""
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
-
-
-__all__ = ["LossTerms", "SemiSupervisedStep", "StepOutcome"]

@@ -120,8 +120,10 @@ class Trainer:
         """Check and build everything, cheapest first."""
         self.config = config
         self.files = files
-        self.precision = launch.resolve_precision(config.precision)
-        self.stage = launch.resolve_zero_stage(config.zero)
+        self._run_id: str | None = None  # the tracker's
+        self._seconds = 0.0  # trained before this process
+        self._started = time.monotonic()
+        sharding = launch.resolve(config)
         algorithm_config = cast(AlgorithmConfig, config.algorithm)
         probe = algorithm_config.build(2)
         uses_unlabeled = probe.views.weak + probe.views.strong > 0
@@ -133,18 +135,16 @@ class Trainer:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = divide_batch(config, ranks, uses_unlabeled)
         rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
-        self.accelerator = launch.make_accelerator(
-            self.precision,
-            self.stage,
-            micro_batch=rows // ranks // micro_batches,
-            accumulation=micro_batches,
-            grad_clip=config.optim.grad_clip,
-        )
+        self.sharding = launch.with_batch(sharding, rows // ranks // micro_batches, micro_batches)
+        self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
         self.folder = RunFolder(config.run.folder, self.main)
         saved = agreed(self._open_folder)
         agreed(lambda: self._open_data(objects, saved, uses_unlabeled))
         self._build_step(objects, algorithm_config, micro_batches)
+        if self.files:
+            agreed(self.folder.create)
+            self.folder.write_json("labeled_rows.json", self.labeled.chosen)
         self._resume(saved)
 
     def _open_folder(self) -> checkpoint.SavedRun | None:
@@ -159,7 +159,6 @@ class Trainer:
                     "is not empty; choose another run.name or remove it"
                 )
             found = []
-        self.folder.create()
         return checkpoint.SavedRun(found[0]) if found else None
 
     def _open_data(
@@ -189,8 +188,6 @@ class Trainer:
         self.validation = self._open_test("validation", objects.validation)
         self.num_classes = len(self.labeled.classes)
         self.views = cast(Any, views).build(seed)
-        if not saved and self.files:
-            self.folder.write_json("labeled_rows.json", self.labeled.chosen)
 
     def _open_test(self, name: str, dataset: Any) -> LabeledRows | None:
         source = getattr(self.config.data, name)
@@ -223,8 +220,9 @@ class Trainer:
             micro_batches=micro_batches,
             decay=config.teacher.decay,
             teacher_warmup=config.teacher.warmup,
-            grad_clip=config.optim.grad_clip,
-            precision=self.precision,
+            grad_clip=self.sharding.grad_clip,
+            precision=self.sharding.precision,
+            loss_scale=config.loss_scale,
         )
         self.labeled_stream = self._stream(self.labeled, config.batch.labeled)
         self.unlabeled_stream = (
@@ -267,12 +265,12 @@ class Trainer:
         self.tracker = Tracker(config, self.folder.path, self.main and self.files, self._run_id)
         self._run_id = self.tracker.run_id
         self.console = Console(config.steps, step.applied_steps, self.main)
-        started, self._clock = time.monotonic(), time.monotonic()
+        self._started = self._clock = time.monotonic()
         self._since = 0
         try:
             while step.applied_steps < config.steps:
                 self._train_step()
-            summary = self._finish(time.monotonic() - started)
+            summary = self._finish()
         finally:
             self.close()
         return summary
@@ -372,7 +370,7 @@ class Trainer:
         shown = {k.rpartition("/")[2]: v for k, v in record.items()}
         self.console.show(step, shown | {"loss": record.get("loss", shown.get("loss", 0.0))})
 
-    def _finish(self, seconds: float) -> dict[str, object]:
+    def _finish(self) -> dict[str, object]:
         step, config = self.step, self.config
         summary: dict[str, object] = {}
         for name, rows in (("test", self.test), ("validation", self.validation)):
@@ -384,11 +382,11 @@ class Trainer:
         summary |= {
             "steps": step.applied_steps,
             "skipped_steps": step.attempts - step.applied_steps,
-            "seconds": round(self._seconds + seconds, 3),
+            "seconds": round(self._elapsed(), 3),
             "examples": step.attempts * batch,
             "world_size": world_size(),
-            "precision": self.precision,
-            "zero_stage": self.stage,
+            "precision": self.sharding.precision,
+            "zero_stage": self.sharding.stage,
             "peak_memory_bytes": peak_memory(step.engine.device),
         }
         if self.files:
@@ -396,15 +394,18 @@ class Trainer:
         self.tracker.log({k: v for k, v in summary.items() if "/" in k}, step.applied_steps)
         return summary
 
+    def _elapsed(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self._seconds + time.monotonic() - self._started
+
     def save(self) -> None:
         """Write a checkpoint. Collective: every rank must call."""
         if self.files:
-            facts = {"seconds": self._seconds, "tracker_run_id": self._run_id}
+            facts = {"seconds": self._elapsed(), "tracker_run_id": self._run_id}
             self.state.save(self.folder.checkpoints, facts, keep=self.config.checkpoint.keep)
 
     def _resume(self, saved: checkpoint.SavedRun | None) -> None:
         """Continue from a checkpoint, or begin."""
-        self._seconds, self._run_id = 0.0, None
         if saved is None:
             if self.files:
                 self.folder.drop_metrics_after(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
+from hpdist.config import LossScale
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed import launch
@@ -60,6 +62,7 @@ def make_step(
     micro_batches: int = 1,
     precision: Any = "fp32",
     stage: int | None = None,
+    offload: Any = "none",
     lr: float = 0.02,
     optimizer: str = "sgd",
     accelerator: Accelerator | None = None,
@@ -67,14 +70,18 @@ def make_step(
 ) -> SemiSupervisedStep:
     """A step on a small CNN for digits, on however many ranks were launched."""
     if accelerator is None:
-        ranks = int(__import__("os").environ.get("WORLD_SIZE", "1"))
-        accelerator = launch.make_accelerator(
-            precision,
-            stage,
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        sharding = launch.Sharding(
+            precision=precision,
+            stage=stage,
+            offload=offload,
+            grad_clip=options.get("grad_clip"),
+            loss_scale=options.get("loss_scale") or LossScale(),
             micro_batch=(LABELED + UNLABELED) // ranks // micro_batches,
             accumulation=micro_batches,
-            grad_clip=options.get("grad_clip"),
         )
+        os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
+        accelerator = launch.make_accelerator(sharding)
     torch.manual_seed(0)
     model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
     if optimizer == "sgd":

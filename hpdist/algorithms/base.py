@@ -134,7 +134,7 @@ class Algorithm:
         return False
 
     def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
-        """Differentiable sums, for a loss that is a function of global means; one more collective."""
+        """Differentiable sums, if the loss is a function of global means: one more collective."""
         return {}
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:

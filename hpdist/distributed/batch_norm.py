@@ -70,7 +70,8 @@ class GlobalBatchNorm(_BatchNorm):
             # With momentum 1 torch leaves the batch's mean and unbiased variance in the buffers.
             normalised = F.batch_norm(rows, mean, variance, weight, bias, True, 1.0, self.eps)
         else:
-            normalised = _NormaliseGlobally.apply(rows, weight, bias, self.eps, mean, variance)
+            function: Any = _NormaliseGlobally.apply
+            normalised = function(rows, weight, bias, self.eps, mean, variance)
         if torch._C._current_graph_task_id() == -1:  # not when activation checkpointing recomputes
             elements = rows.numel() // self.num_features
             self._seen.append((elements, mean, variance))

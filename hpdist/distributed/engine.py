@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,10 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from hpdist.config import LossScale, Precision
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.fragments import Fragment, Layout, partition
-from hpdist.distributed.loss_scale import DynamicLossScale
+from hpdist.distributed.fragments import Fragment, Layout, Partition
+from hpdist.distributed.loss_scale import LossScaler
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import DistributedError
 
@@ -31,6 +34,8 @@ class EngineStep:
     old_scale: float
     new_scale: float
     grad_norm: float | None
+    exhausted: bool = False
+    """Whether it overflowed with the loss scale at its minimum already."""
 
 
 class Engine(ABC):
@@ -52,6 +57,7 @@ class Engine(ABC):
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
+        self.scaler: LossScaler | None = None
         self._norms = list(batch_norms(self.module))
 
     @property
@@ -65,9 +71,9 @@ class Engine(ABC):
         return Layout(self.master_fragments())
 
     @property
-    @abstractmethod
     def loss_scale(self) -> float:
         """What the loss is multiplied by; 1 outside fp16."""
+        return self.scaler.scale if self.scaler is not None else 1.0
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:
@@ -77,13 +83,40 @@ class Engine(ABC):
     def infer(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, without gradient, in whatever mode the module is."""
 
+    def examine(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, with gradient, outside of any step: nothing will be applied."""
+        return logits_of(self.module(inputs))
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters that can be differentiated by, by name; none where they are sharded."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Differentiate a contribution to the loss."""
 
+    def step(self, lr: float | None, clip: float | None) -> EngineStep:
+        """Apply the gradients, unless one is not finite; then let the loss scale change.
+
+        Collective: every rank must call, and all skip alike.
+        """
+        if lr is not None:
+            self.set_learning_rate(lr)
+        old_scale = self.loss_scale
+        applied, norm = self._apply(clip)
+        exhausted = False
+        if self.scaler is not None:
+            exhausted = not applied and self.scaler.at_minimum
+            self.scaler.update(overflowed=not applied)
+            self._publish_scale()
+        return EngineStep(applied, not applied, old_scale, self.loss_scale, norm, exhausted)
+
     @abstractmethod
-    def step(self, lr: float | None, clip: float | None, measure: bool) -> EngineStep:
-        """Apply the gradients, unless they overflowed. Collective."""
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """Unscale, clip and apply the gradients; whether that was done, and their global norm."""
+
+    def _publish_scale(self) -> None:  # noqa: B027 (only DeepSpeed keeps a copy)
+        """Tell whoever else scales the loss of the new scale."""
 
     @abstractmethod
     def master_fragments(self) -> list[Fragment]:
@@ -101,13 +134,15 @@ class Engine(ABC):
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every tensor that the optimizer steps, with its state."""
 
-    @abstractmethod
     def scale_state(self) -> dict[str, Any]:
         """The loss scaler's numbers; empty outside fp16."""
+        return self.scaler.state() if self.scaler is not None else {}
 
-    @abstractmethod
     def load_scale_state(self, state: Mapping[str, Any]) -> None:
         """Take over the loss scaler's numbers."""
+        if self.scaler is not None:
+            self.scaler.load_state(state)
+            self._publish_scale()
 
     @abstractmethod
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
@@ -177,31 +212,26 @@ class ReplicatedEngine(Engine):
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        precision: str | None = None,
+        precision: Precision | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         super().__init__(accelerator, model, optimizer)
-        self.precision = precision or {"no": "fp32"}.get(
-            accelerator.mixed_precision, accelerator.mixed_precision
-        )
+        mixed = accelerator.mixed_precision
+        self.precision = precision or ("fp32" if mixed == "no" else mixed)
         # Accelerate wraps the model's forward in autocast, except for fp16 on a CPU.
         self._own_autocast = self.precision == "fp16" and accelerator.mixed_precision == "no"
-        self._scaler = DynamicLossScale() if self.precision == "fp16" else None
-        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
-        self._parameters = dict(named)
-        self._pieces = partition([p.numel() for _, p in named], self.rank, self.world_size)
-        self._names = [name for name, _ in named]
+        if self.precision == "fp16":
+            self.scaler = LossScaler.of(loss_scale or LossScale())
+        self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self._partition = Partition(self._parameters, self.rank, self.world_size)
         for parameter in self._parameters.values():  # so that a flat view of it exists
             parameter.data = parameter.data.contiguous()
 
     @property
     def module(self) -> nn.Module:
-        """The user's own module."""
-        return cast(nn.Module, self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True))
-
-    @property
-    def loss_scale(self) -> float:
-        """The scaler's scale in fp16, else 1."""
-        return self._scaler.scale if self._scaler else 1.0
+        """The user's own module, Accelerate's autocast still around its forward."""
+        # Not by Accelerate's unwrap_model, which imports DeepSpeed to ask whether it is one.
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, through DDP's wrapper."""
@@ -211,6 +241,10 @@ class ReplicatedEngine(Engine):
     @torch.no_grad()
     def infer(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, past DDP's wrapper, which would expect a backward."""
+        return self.examine(inputs)
+
+    def examine(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, with gradient, past DDP's wrapper."""
         with self._autocast():
             return logits_of(self.module(inputs))
 
@@ -218,63 +252,45 @@ class ReplicatedEngine(Engine):
         """Keep DDP from reducing before the last micro-batch."""
         if last or not hasattr(self.model, "no_sync"):
             return nullcontext()
-        return cast(AbstractContextManager[None], self.model.no_sync())
+        return cast(AbstractContextManager[None], cast(Any, self.model).no_sync())
 
     def backward(self, loss: Tensor) -> None:
         """DDP averages over ranks, so a contribution counts world-size times."""
-        (loss * (self.world_size * self.loss_scale)).backward()
+        torch.autograd.backward(loss * (self.world_size * self.loss_scale))
 
-    def step(self, lr: float | None, clip: float | None, measure: bool) -> EngineStep:
-        """Unscale, clip and apply; skip if a gradient is not finite in fp16."""
-        if lr is not None:
-            self.set_learning_rate(lr)
-        scale = self.loss_scale
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """The gradients are reduced, so every rank finds the same norm."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = None
-        if self._scaler is not None:
-            torch._foreach_mul_(gradients, 1 / scale)
-        if self._scaler is not None or clip is not None or measure:
-            norm = torch.nn.utils.get_total_norm(gradients)
-        overflowed = self._scaler is not None and not bool(torch.isfinite(cast(Tensor, norm)))
-        if not overflowed:
+        if self.loss_scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)  # the step's one wait for the device
+        finite = math.isfinite(norm)
+        if finite:
             if clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self._parameters.values(), clip, cast(Tensor, norm)
-                )
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), clip, total)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        if self._scaler is not None:
-            self._scaler.update(overflowed)
-        grad_norm = float(norm) if measure and norm is not None else None
-        return EngineStep(not overflowed, overflowed, scale, self.loss_scale, grad_norm)
+        return finite, norm
 
     def master_fragments(self) -> list[Fragment]:
         """Views of this rank's 1/N of the parameters."""
-        return self._cut(self._parameters)
+        return self._partition.cut(self._parameters)
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """Views of this rank's 1/N of every state tensor that has its parameter's shape."""
-        return {key: self._cut(tensors) for key, tensors in self._state_tensors().items()}
+        return {key: self._partition.cut(tensors) for key, tensors in self._state().items()}
 
     def optimizer_slots(self) -> dict[str, list[Fragment]]:
         """The whole state: every rank holds all of it."""
         return {
             key: [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
-            for key, tensors in self._state_tensors().items()
+            for key, tensors in self._state().items()
         }
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every parameter with its state."""
         return [(p, self.optimizer.state[p]) for p in self._parameters.values()]
-
-    def scale_state(self) -> dict[str, Any]:
-        """The loss scaler's numbers; empty outside fp16."""
-        return asdict(self._scaler) if self._scaler else {}
-
-    def load_scale_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the loss scaler's numbers."""
-        if self._scaler and state:
-            self._scaler = DynamicLossScale(**state)
 
     @torch.no_grad()
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
@@ -292,23 +308,8 @@ class ReplicatedEngine(Engine):
         finally:
             self.load_master(own)
 
-    def _state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's per-element state by its name, then the parameter's."""
-        by_state: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    by_state.setdefault(key, {})[name] = value
-        return by_state
-
-    def _cut(self, tensors: dict[str, Any]) -> list[Fragment]:
-        pieces = []
-        for index, start, stop in self._pieces:
-            name = self._names[index]
-            if name in tensors:
-                flat = tensors[name].detach().view(-1)
-                pieces.append(Fragment(name, start, flat[start:stop]))
-        return pieces
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return self._partition.state_tensors(self._parameters, self.optimizer.state)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if not self._own_autocast:
@@ -333,7 +334,8 @@ def make_engine(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    precision: str | None = None,
+    precision: Precision | None = None,
+    loss_scale: LossScale | None = None,
 ) -> Engine:
     """The engine for a model and an optimizer that `accelerator.prepare` returned."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -345,4 +347,4 @@ def make_engine(
             "several ranks were launched, but this Accelerator leaves each to train by itself; "
             "on CPU ranks make it with Accelerator(cpu=True)"
         )
-    return ReplicatedEngine(accelerator, model, optimizer, precision)
+    return ReplicatedEngine(accelerator, model, optimizer, precision, loss_scale)

@@ -6,8 +6,9 @@ of fragments only, so neither knows how an engine shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,35 @@ def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, in
             pieces.append((index, start, stop))
         offset += size
     return pieces
+
+
+class Partition:
+    """Even shares of tensors that are whole on every rank; each rank takes its own."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], rank: int, ranks: int) -> None:
+        self._names = list(tensors)
+        self._pieces = partition([t.numel() for t in tensors.values()], rank, ranks)
+
+    def cut(self, tensors: Mapping[str, Tensor]) -> list[Fragment]:
+        """Views of this rank's share of tensors of the same names and sizes."""
+        pieces = []
+        for index, start, stop in self._pieces:
+            name = self._names[index]
+            if name in tensors:
+                pieces.append(Fragment(name, start, tensors[name].detach().view(-1)[start:stop]))
+        return pieces
+
+    @staticmethod
+    def state_tensors(
+        parameters: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """An optimizer's per-element state: by the state's name, then the parameter's."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in parameters.items():
+            for key, value in state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    found.setdefault(key, {})[name] = value
+        return found
 
 
 class Layout:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO behind the engine: its config, and its stages 1, 2 and 3.
+"""DeepSpeed ZeRO behind the engine: its config, and its stages 0 to 3.
 
 The only module that knows DeepSpeed. Workarounds name the upstream report; a test fails when
 upstream has mended it.
@@ -6,11 +6,9 @@ upstream has mended it.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,55 +16,56 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
-from hpdist.config import Precision
-from hpdist.distributed.engine import Engine, EngineStep, logits_of
-from hpdist.distributed.fragments import Fragment
-from hpdist.errors import ConfigError, PrecisionError
-
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON config; raises ConfigError where it cannot be read."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the DeepSpeed config {path!r}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"the DeepSpeed config {path!r} must hold an object")
-    return values
+from hpdist.config import LossScale
+from hpdist.distributed.engine import Engine, logits_of
+from hpdist.distributed.fragments import Fragment, Partition
+from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
+from hpdist.distributed.loss_scale import LossScaler
 
 
-def make_plugin(
-    precision: Precision, stage: int, micro_batch: int, accumulation: int, grad_clip: float | None
-) -> DeepSpeedPlugin:
-    """Accelerate's DeepSpeed plug-in for a run; a config file named at launch is the base.
+def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
+    """Accelerate's DeepSpeed plug-in for a run; a JSON file named at launch is the base.
 
-    What hpdist must decide itself (batch sizes, clipping, precision) overrides the file.
+    What hpdist must decide itself (batch sizes, clipping, precision, stage) overrides the file.
     """
-    launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    values = {} if launcher_file == "none" else read_config_file(launcher_file)
+    values = read_deepspeed(sharding.deepspeed)
     zero = values.setdefault("zero_optimization", {})
-    zero["stage"] = stage
-    if stage == 3:
+    zero["stage"] = sharding.stage
+    if sharding.offload != "none":
+        target = {"device": sharding.offload, "nvme_path": sharding.nvme_path}
+        parts = ("optimizer", "param") if sharding.stage == 3 else ("optimizer",)
+        for part in parts:
+            zero[f"offload_{part}"] = zero.get(f"offload_{part}", {}) | target
+    if sharding.stage == 3:
         # Small parameters that stay whole would keep the student's values under a lent teacher.
         zero["stage3_param_persistence_threshold"] = 0
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", False)
-    values["train_micro_batch_size_per_gpu"] = micro_batch
-    values["gradient_accumulation_steps"] = accumulation
+    values["train_micro_batch_size_per_gpu"] = sharding.micro_batch
+    values["gradient_accumulation_steps"] = sharding.accumulation
     values["train_batch_size"] = "auto"
-    values["gradient_clipping"] = grad_clip or 0.0
+    values["gradient_clipping"] = sharding.grad_clip or 0.0
     values["zero_allow_untested_optimizer"] = True
-    values["zero_force_ds_cpu_optimizer"] = False
-    half = {"fp16": "fp16", "bf16": "bf16"}.get(precision)
-    for name in ("fp16", "bf16"):
-        values.setdefault(name, {})["enabled"] = name == half
-    values["fp16"].setdefault("initial_scale_power", 16)
-    values["fp16"].setdefault("hysteresis", 1)
-    if precision == "fp16" and not torch.cuda.is_available():
+    values["zero_force_ds_cpu_optimizer"] = False  # the optimizer stays the one that was asked for
+    for half in ("fp16", "bf16"):
+        values.setdefault(half, {})["enabled"] = half == sharding.precision
+    _set_loss_scale(values["fp16"], sharding.loss_scale)
+    if sharding.precision == "fp16" and not torch.cuda.is_available():
         _allow_fp16_on_cpu()
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "none"
+    hide_launcher_fields()
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
+
+
+def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
+    """Lay hpdist's settings over the file's: those given, and defaults where it is silent."""
+    ours = {
+        "static": ("loss_scale", config.static or 0),
+        "initial": ("initial_scale_power", int(math.log2(config.initial))),
+        "growth_interval": ("loss_scale_window", config.growth_interval),
+        "minimum": ("min_loss_scale", config.minimum),
+    }
+    for setting, (key, value) in ours.items():
+        if setting in config.model_fields_set or key not in fp16:
+            fp16[key] = value
 
 
 def _allow_fp16_on_cpu() -> None:
@@ -81,11 +80,8 @@ def zero_engine(
 ) -> Engine:
     """The engine for the stage that DeepSpeed was configured with."""
     stage = int(cast(Any, model).zero_optimization_stage())
-    if stage == 3:
-        return PartitionedEngine(accelerator, model, optimizer)
-    if stage in (1, 2):
-        return ZeroEngine(accelerator, model, optimizer)
-    raise ConfigError("zero.stage: 0 is not supported yet; launch without DeepSpeed instead")
+    kinds = {0: UnshardedEngine, 1: ZeroEngine, 2: ZeroEngine, 3: PartitionedEngine}
+    return kinds[stage](accelerator, model, optimizer)
 
 
 class ZeroEngine(Engine):
@@ -98,20 +94,12 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, model, self.deepspeed.optimizer)
         self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._dtype = next(iter(self._parameters.values())).dtype
-        self._held_back: list[bool] = []
-        self._update_scale: Callable[[bool], None] | None = None
-        self._hold_back_scale()
+        self._take_over_scale()
 
     @property
     def module(self) -> nn.Module:
         """The user's own module, in half precision."""
         return cast(nn.Module, self.deepspeed.module)
-
-    @property
-    def loss_scale(self) -> float:
-        """DeepSpeed's scale; 1 outside fp16."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        return float(scaler.loss_scale) if scaler is not None else 1.0
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""
@@ -120,6 +108,10 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def infer(self, inputs: Tensor) -> Tensor:
         """Logits in fp32; the parameters are whole, so DeepSpeed need not know."""
+        return self.examine(inputs)
+
+    def examine(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, with gradient, past DeepSpeed's wrapper."""
         return logits_of(self.module(self._cast(inputs)))
 
     def backward(self, loss: Tensor) -> None:
@@ -128,23 +120,6 @@ class ZeroEngine(Engine):
         self.deepspeed.backward(loss * parts)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # only counts the micro-batch
-
-    def step(self, lr: float | None, clip: float | None, measure: bool) -> EngineStep:
-        """Let DeepSpeed check, unscale, clip (by its config) and apply; then update the scale."""
-        if lr is not None:
-            self.set_learning_rate(lr)
-        old_scale = self.loss_scale
-        self.deepspeed.step()
-        applied = bool(self.deepspeed.was_step_applied())
-        self._release_scale()
-        norm = self.deepspeed.get_global_grad_norm()
-        return EngineStep(
-            applied=applied,
-            overflowed=not applied,
-            old_scale=old_scale,
-            new_scale=self.loss_scale,
-            grad_norm=float(norm) if measure and norm is not None else None,
-        )
 
     def master_fragments(self) -> list[Fragment]:
         """Live views of the fp32 parts that this rank owns."""
@@ -170,19 +145,7 @@ class ZeroEngine(Engine):
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """This rank's flat fp32 part of each parameter group, with its state."""
         wrapped = self.deepspeed.optimizer
-        return [(flat, wrapped.optimizer.state[flat]) for flat in self._flat_parts(wrapped)]
-
-    def scale_state(self) -> dict[str, Any]:
-        """The numbers of DeepSpeed's loss scaler; empty outside fp16."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        if scaler is None or not scaler.dynamic:
-            return {}
-        return {name: getattr(scaler, name) for name in _SCALER_STATE}
-
-    def load_scale_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the numbers of the loss scaler."""
-        for name, value in state.items():
-            setattr(self.deepspeed.optimizer.loss_scaler, name, value)
+        return [(flat, wrapped.optimizer.state[flat]) for flat in self._flat_parts()]
 
     @torch.no_grad()
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
@@ -190,23 +153,44 @@ class ZeroEngine(Engine):
         for fragment in self.master_fragments():
             stop = fragment.start + len(fragment.values)
             fragment.values.copy_(whole[fragment.name][fragment.start : stop])
-        for name, parameter in self._parameters.items():
-            parameter.copy_(whole[name].view(parameter.shape))
+        self._load_weights(whole)
 
     @contextmanager
     def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Gather, copy into the half-precision weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        whole = self.layout.gather(fragments)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(whole[name].view(parameter.shape))
+        self._load_weights(self.layout.gather(fragments))
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(own[name])
+            self._load_weights(own)
+
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """Let DeepSpeed check, unscale, clip (by its config) and apply."""
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return bool(self.deepspeed.was_step_applied()), None if norm is None else float(norm)
+
+    def _take_over_scale(self) -> None:
+        """Own the loss scale, so that it changes only after the step that it was used for.
+
+        DeepSpeed unscales the gradients by the *new* scale, which halves the update on every step
+        on which the scale grows (https://github.com/deepspeedai/DeepSpeed/pull/8588).
+        """
+        theirs = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        if self._dtype != torch.float16 or theirs is None:
+            return
+        self.scaler = LossScaler(
+            scale=float(theirs.cur_scale),
+            growth_interval=getattr(theirs, "scale_window", 1),
+            minimum=getattr(theirs, "min_scale", 1),
+            dynamic=bool(theirs.dynamic),
+        )
+        theirs.update_scale = lambda overflow: None
+
+    def _publish_scale(self) -> None:
+        if self.scaler is not None:
+            self.deepspeed.optimizer.loss_scaler.cur_scale = self.scaler.scale
 
     def _mappings(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self._parameters.items():
@@ -214,35 +198,104 @@ class ZeroEngine(Engine):
             if mapping is not None:
                 yield name, mapping
 
-    def _flat_parts(self, wrapped: Any) -> list[Tensor]:
-        return list(wrapped.single_partition_of_fp32_groups)
+    def _flat_parts(self) -> list[Tensor]:
+        return list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
+
+    @torch.no_grad()
+    def _load_weights(self, whole: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(whole[name].view(parameter.shape))
 
     def _cast(self, inputs: Tensor) -> Tensor:
         return inputs.to(self._dtype) if inputs.is_floating_point() else inputs
 
-    def _hold_back_scale(self) -> None:
-        """Have the scale change only after the step that it was used for.
 
-        DeepSpeed unscales the gradients by the *new* scale, which halves the update on every step
-        on which the scale grows (https://github.com/deepspeedai/DeepSpeed/pull/8588).
+class UnshardedEngine(ZeroEngine):
+    """Stage 0: everything whole on every rank; DeepSpeed keeps fp32 copies of half weights."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(accelerator, model, optimizer)
+        self._masters: dict[str, Tensor] = dict(self._parameters)
+        wrapped = self.deepspeed.optimizer
+        if hasattr(wrapped, "fp32_groups"):
+            names = {parameter: name for name, parameter in self._parameters.items()}
+            for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+                for half, master in zip(halves, masters, strict=True):
+                    self._masters[names[half]] = master
+        self._partition = Partition(self._masters, self.rank, self.world_size)
+
+    def master_fragments(self) -> list[Fragment]:
+        """Views of this rank's 1/N of the fp32 weights."""
+        return self._partition.cut(self._masters)
+
+    def optimizer_fragments(self) -> dict[str, list[Fragment]]:
+        """Views of this rank's 1/N of the optimizer state."""
+        return {key: self._partition.cut(tensors) for key, tensors in self._state().items()}
+
+    def optimizer_slots(self) -> dict[str, list[Fragment]]:
+        """The whole state: every rank holds all of it."""
+        return {
+            key: [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
+            for key, tensors in self._state().items()
+        }
+
+    def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Every fp32 weight with its state."""
+        state = self.deepspeed.optimizer.state
+        return [(master, state[master]) for master in self._masters.values()]
+
+    @torch.no_grad()
+    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+        """Copy into the fp32 copies and the half-precision weights."""
+        for name, master in self._masters.items():
+            master.copy_(whole[name].view(master.shape))
+        self._load_weights(whole)
+
+    def backward(self, loss: Tensor) -> None:
+        """Scale the loss here: DeepSpeed unscales the gradients, but forgets to scale the loss.
+
+        It is made to see a scale of 1 meanwhile, so that a version that remembers does no harm
+        (https://github.com/deepspeedai/DeepSpeed/pull/8393).
         """
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        if scaler is not None and getattr(scaler, "dynamic", False):
-            self._update_scale = scaler.update_scale
-            scaler.update_scale = self._held_back.append
+        self._tell_scale(1.0)
+        super().backward(loss * self.loss_scale)
 
-    def _release_scale(self) -> None:
-        for overflowed in self._held_back:
-            try:
-                cast(Callable[[bool], None], self._update_scale)(overflowed)
-            except Exception as error:  # DeepSpeed raises a bare Exception at the smallest scale
-                if "already at minimum" not in str(error):
-                    raise
-                raise PrecisionError(
-                    f"the loss scale is at its minimum ({self.loss_scale:g}) and the gradients "
-                    "still overflow; lower optim.lr, set optim.grad_clip, or use bf16"
-                ) from error
-        self._held_back.clear()
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """Let DeepSpeed apply, unless a gradient is not finite; in fp32 it would not ask."""
+        self._tell_scale(self.loss_scale)
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
+        if not math.isfinite(norm):
+            for parameter in self._parameters.values():
+                parameter.grad = None
+        self.deepspeed.step()
+        return math.isfinite(norm), norm
+
+    def _take_over_scale(self) -> None:
+        """Likewise; stage 0 keeps its scale elsewhere."""
+        wrapped = self.deepspeed.optimizer
+        theirs = getattr(wrapped, "loss_scale_config", None)
+        if self._dtype != torch.float16 or theirs is None:
+            return
+        self.scaler = LossScaler(
+            scale=float(theirs.cur_scale),
+            growth_interval=theirs.scale_window or 1,
+            minimum=theirs.min_loss_scale or 1,
+            dynamic=bool(theirs.dynamic_loss_scale),
+        )
+        wrapped._update_scale = lambda skip: None
+
+    def _publish_scale(self) -> None:
+        self._tell_scale(self.loss_scale)
+
+    def _tell_scale(self, scale: float) -> None:
+        if self.scaler is not None:
+            self.deepspeed.optimizer.loss_scale_config.cur_scale = scale
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return self._partition.state_tensors(self._masters, self.deepspeed.optimizer.state)
 
 
 class PartitionedEngine(ZeroEngine):
@@ -254,6 +307,10 @@ class PartitionedEngine(ZeroEngine):
     def infer(self, inputs: Tensor) -> Tensor:
         """Logits in fp32; the hooks gather the parameters."""
         return logits_of(self.deepspeed(self._cast(inputs)))
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """None: every rank holds a part of each."""
+        return {}
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """The whole shape of every parameter."""
@@ -302,8 +359,8 @@ class PartitionedEngine(ZeroEngine):
             for (_, parameter), values in zip(self._sharded(), own, strict=True):
                 parameter.ds_tensor.data.copy_(values)
 
-    def _flat_parts(self, wrapped: Any) -> list[Tensor]:
-        return list(wrapped.fp32_partitioned_groups_flat)
+    def _flat_parts(self) -> list[Tensor]:
+        return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
 
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         return iter(cast(dict[str, Any], self._parameters).items())

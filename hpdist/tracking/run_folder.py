@@ -37,7 +37,7 @@ class RunFolder:
 
     def is_empty(self) -> bool:
         """Whether nothing is there yet."""
-        return not self.path.exists() or not any(self.path.iterdir())
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file through a temporary one, so that no reader sees half of it."""

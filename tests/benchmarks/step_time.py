@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.step_time [--rounds 8] [--precision fp32 bf16]
 
-FixMatch on WRN-28-2, batch 8 with mu 7, one process. The two take turns, step by step, so that the ratio
-holds when the machine's speed drifts; the order within a round alternates.
+FixMatch on WRN-28-2, batch 8 with mu 7, one process. The two take turns, step by step, so that the
+ratio holds when the machine's speed drifts; the order within a round alternates.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +40,9 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 class BareLoop:
     """What one would write by hand: no classes between the tensors and torch."""
 
-    def __init__(self, model: nn.Module, views: Views, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, views: Views, precision: str, device: torch.device
+    ) -> None:
         self.model = model.to(device)
         self.views = views
         self.device = device
@@ -82,6 +85,7 @@ class BareLoop:
 
 
 def hpdist_loop(model: nn.Module, views: Views, precision: str) -> Callable[..., None]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the precision before
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     prepared, optimizer = accelerator.prepare(global_batch_norm(model), optimizer_of(model))
     step = SemiSupervisedStep(accelerator, prepared, optimizer, FixMatch(THRESHOLD), views)
@@ -120,7 +124,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     arguments = parser.parse_args()
-    print("| precision | hpdist, s/step | bare loop, s/step | ratio, median of rounds (min to max) |")
+    print(
+        "| precision | hpdist, s/step | bare loop, s/step | ratio by round: median (min to max) |"
+    )
     print("|---|---|---|---|")
     for precision in arguments.precision:
         ours, bare = measure(precision, arguments.rounds)

@@ -64,7 +64,9 @@ ZERO = {"precision": "fp16", "stage": 2, "optim": {"name": "adamw", "lr": 1e-3}}
 ZERO3 = {"precision": "fp16", "stage": 3}
 
 
-@pytest.mark.parametrize("settings", [DDP, ADAMW, ZERO, ZERO3], ids=["ddp", "adamw", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "settings", [DDP, ADAMW, ZERO, ZERO3], ids=["ddp", "adamw", "zero2", "zero3"]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, data: Path, settings: dict[str, Any]
 ) -> None:
