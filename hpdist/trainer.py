@@ -36,6 +36,7 @@ from hpdist.distributed.reduce import agreed, world_size
 from hpdist.errors import CheckpointError, ConfigError, PrecisionError
 from hpdist.evaluation import evaluate_both
 from hpdist.models.build import build_model
+from hpdist.models.memory import checkpoint_activations
 from hpdist.optim import build_optimizer, learning_rate
 from hpdist.run_state import RunState
 from hpdist.step import SemiSupervisedStep, StepOutcome
@@ -209,6 +210,10 @@ class Trainer:
                 f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
                 "statistics are not those of the global batch; norm: group avoids that"
             )
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
+        if config.compile:
+            model.compile()  # in place: the parameters keep their names
         optimizer = build_optimizer(model, config.optim)
         model, optimizer = accelerator.prepare(model, optimizer)
         self.step = SemiSupervisedStep(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def make_step(
             micro_batch=(LABELED + UNLABELED) // ranks // micro_batches,
             accumulation=micro_batches,
         )
-        os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a step made before
         accelerator = launch.make_accelerator(sharding)
     torch.manual_seed(0)
     model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ in one pass or two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -59,10 +59,12 @@ class GlobalBatchNorm(_BatchNorm):
                 input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps
             )
         if self.segments is None or len(self.segments) == 1:
-            return self._normalise(input, weight, bias)
+            return cast(Tensor, self._normalise(input, weight, bias))
         parts = input.split(self.segments)
         return torch.cat([self._normalise(part, weight, bias) for part in parts])
 
+    # Not compiled, since it communicates and keeps what it saw.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normalise(self, rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean = torch.zeros(self.num_features, device=rows.device)
         variance = torch.ones(self.num_features, device=rows.device)

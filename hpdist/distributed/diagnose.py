@@ -76,70 +76,79 @@ def find_culprit(engine: Engine, inputs: Tensor, terms: Terms) -> Culprit | None
     """Go through a micro-batch again and name what overflowed first; None if nothing does.
 
     `terms` maps the student's logits to this rank's contributions, by term. Each is differentiated
-    by itself at the present loss scale, without touching a parameter's gradient. Collective: every
-    rank must call; all get the same answer, that of the lowest rank that found one.
+    by itself at the present loss scale, without touching a parameter's gradient. What one rank
+    computes can spread to the others (through global batch normalisation), so the earliest finding
+    of all ranks counts. Collective: every rank must call; all get the same answer.
     """
-    found = None
-    for name in sorted(terms(_logits(engine, inputs))):
-        mine = _examine(engine, inputs, name, terms)
-        found = found or mine
-    everyone: list[Culprit | None] = [found]
+    names = list(terms(engine.infer(inputs)))
+    findings = [_examine(engine, inputs, name, terms) for name in names]
+    everyone: list[list[_Finding | None]] = [findings]
     if world_size() > 1:
-        everyone = [None] * world_size()
-        dist.all_gather_object(everyone, found)
-    return next((culprit for culprit in everyone if culprit is not None), None)
+        everyone = [[] for _ in range(world_size())]
+        dist.all_gather_object(everyone, findings)
+    by_term = [finding for term in zip(*everyone, strict=True) for finding in term]
+    found = [finding for finding in by_term if finding is not None]
+    return min(found, key=lambda f: f.tick).culprit if found else None  # the first of equals
 
 
-@torch.no_grad()
-def _logits(engine: Engine, inputs: Tensor) -> Tensor:
-    return engine.infer(inputs)
+@dataclass(frozen=True)
+class _Finding:
+    culprit: Culprit
+    tick: int  # how many modules came before, forward and backward
 
 
-def _examine(engine: Engine, inputs: Tensor, name: str, terms: Terms) -> Culprit | None:
+def _examine(engine: Engine, inputs: Tensor, name: str, terms: Terms) -> _Finding | None:
     """Forward and backward of one term; every rank goes through all of it, whatever it finds."""
     inputs = inputs.detach().clone().requires_grad_()
-    with torch.enable_grad(), _watched(engine.module) as seen:
+    with torch.enable_grad(), _watched(engine.module) as watch:
         term = terms(engine.examine(inputs))[name]
         scaled = term * (engine.world_size * engine.loss_scale)
         parameters = engine.whole_parameters()
         gradients = torch.autograd.grad(scaled, [inputs, *parameters.values()], allow_unused=True)
-    if seen:
-        where, module = seen[0]
-        if where == "backward" or not term.isfinite():
-            return Culprit(engine.rank, name, module, where)
-        return None  # the overflow is in another term's rows
+    if watch.first is not None:
+        tick, where, module = watch.first
+        if where == "forward" and term.isfinite():
+            return None  # in the rows of another term
+        return _Finding(Culprit(engine.rank, name, module, where), tick)
     for parameter, gradient in zip(parameters, gradients[1:], strict=True):
         if gradient is not None and not gradient.isfinite().all():
-            return Culprit(engine.rank, name, parameter, "weights")
+            return _Finding(Culprit(engine.rank, name, parameter, "weights"), watch.ticks)
     return None
 
 
-@contextmanager
-def _watched(
-    model: nn.Module,
-) -> Iterator[list[tuple[Literal["forward", "backward"], str]]]:
-    """Note, in the order of computation, every leaf module that yields what is not finite."""
-    seen: list[tuple[Literal["forward", "backward"], str]] = []
+class _Watch:
+    """Notes the first leaf module, in the order of computation, that yields what is not finite."""
 
-    def watch(name: str) -> Callable[..., None]:
-        def note(gradient: Tensor) -> None:
-            if not gradient.isfinite().all():
-                seen.append(("backward", name))
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.first: tuple[int, Literal["forward", "backward"], str] | None = None
+
+    def see(self, values: Tensor, where: Literal["forward", "backward"], name: str) -> None:
+        """Look at a module's output, or at the gradient of it."""
+        self.ticks += 1
+        if self.first is None and not values.isfinite().all():
+            self.first = (self.ticks, where, name)
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """A forward hook for a module."""
 
         def look(module: nn.Module, arguments: object, output: object) -> None:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return
-            if not output.isfinite().all():
-                seen.append(("forward", name))
-            if output.requires_grad:
-                output.register_hook(note)
+            if isinstance(output, Tensor) and output.is_floating_point():
+                self.see(output, "forward", name)
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: self.see(gradient, "backward", name))
 
         return look
 
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[_Watch]:
+    """Watch every leaf module of a model."""
+    watch = _Watch()
     leaves = [(n, m) for n, m in model.named_modules() if not any(True for _ in m.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in leaves]
     try:
-        yield seen
+        yield watch
     finally:
         for handle in handles:
             handle.remove()

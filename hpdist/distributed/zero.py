@@ -267,11 +267,12 @@ class UnshardedEngine(ZeroEngine):
         self._tell_scale(self.loss_scale)
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
-        if not math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if not finite and self._dtype == torch.float32:
             for parameter in self._parameters.values():
-                parameter.grad = None
+                parameter.grad = None  # which the optimizer passes over
         self.deepspeed.step()
-        return math.isfinite(norm), norm
+        return finite and bool(self.deepspeed.was_step_applied()), norm
 
     def _take_over_scale(self) -> None:
         """Likewise; stage 0 keeps its scale elsewhere."""
