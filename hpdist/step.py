@@ -9,7 +9,8 @@ for labeled, unlabeled in batches:      # this rank's slices of the global batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -50,8 +51,8 @@ class _MicroBatch:
 
     labeled: Tensor  # [labeled, *]
     labels: Tensor  # [labeled]
-    strong: tuple[Tensor, ...]  # per view [unlabeled, *]
-    weak: Tensor | None  # [unlabeled, *]
+    student: tuple[Tensor, ...]  # per weak, then per strong view of the student [unlabeled, *]
+    weak: Tensor | None  # [unlabeled, *], what the targets are made of
     ids: Tensor  # [unlabeled]
 
 
@@ -86,6 +87,8 @@ class SemiSupervisedStep:
         grad_clip: Largest global gradient norm. Under DeepSpeed its own config decides.
         precision: Only for fp16 on a CPU, where Accelerate does not know it.
         loss_scale: Of fp16 without DeepSpeed, whose own config decides otherwise.
+        teacher_model: A second, unprepared model like the first: needed under ZeRO-3 by an
+            algorithm whose targets come from the teacher.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class SemiSupervisedStep:
         grad_clip: float | None = None,
         precision: Precision | None = None,
         loss_scale: LossScale | None = None,
+        teacher_model: nn.Module | None = None,
     ) -> None:
         self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
@@ -113,7 +117,13 @@ class SemiSupervisedStep:
         self.applied_steps = 0
         self.attempts = 0
         """Steps begun, skipped ones included; the views' noise is keyed by it."""
-        self._fused = self.engine.fuses_weak_pass and micro_batches == 1
+        views_wanted = algorithm.views
+        if views_wanted.teacher and self.teacher is None:
+            raise ConfigError(f"{type(algorithm).__name__} needs a teacher; give its decay")
+        if self.teacher is not None and views_wanted.teacher:
+            self.teacher.prepare_forward(teacher_model)
+        one_pass = micro_batches == 1 and not views_wanted.teacher
+        self._fused = self.engine.fuses_weak_pass and one_pass
 
     def __call__(
         self,
@@ -139,7 +149,7 @@ class SemiSupervisedStep:
         weak: list[WeakOutputs | None] = []
         rows = reduction = ahead = None
         if not self._fused:
-            weak = [self._weak_pass(micro) for micro in micros]
+            weak = self._weak_passes(micros)
             reduction = self._reduce(micros, weak)  # in flight during the student's first pass
         if reduction is not None and self._needs_sums_ahead:
             rows = self._observe(reduction)
@@ -182,7 +192,7 @@ class SemiSupervisedStep:
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
     ) -> Iterable[tuple[LabeledBatch, UnlabeledBatch | None, int, int]]:
         """This rank's micro-batches, and where each begins in the global batches."""
-        needs_unlabeled = self.algorithm.views.weak + self.algorithm.views.strong > 0
+        needs_unlabeled = self.algorithm.views.uses_unlabeled
         if needs_unlabeled and unlabeled is None:
             raise ConfigError(
                 f"{type(self.algorithm).__name__} needs unlabelled rows; give a batch of them"
@@ -223,27 +233,28 @@ class SemiSupervisedStep:
         unlabeled = unlabeled.to(device, non_blocking=True)
         positions = torch.arange(u_at, u_at + len(unlabeled))
         wanted = self.algorithm.views
-        strong = tuple(
-            self.views.strong(
-                unlabeled.inputs, stream="unlabeled", step=step, positions=positions, copy=copy
-            )
-            for copy in range(wanted.strong)
+        u = unlabeled.inputs
+        weak, strong = (
+            partial(make, u, stream="unlabeled", step=step, positions=positions)
+            for make in (self.views.weak, self.views.strong)
         )
-        weak = None
-        if wanted.weak:
-            weak = self.views.weak(
-                unlabeled.inputs, stream="unlabeled", step=step, positions=positions
-            )
-        return _MicroBatch(x, labeled.labels, strong, weak, unlabeled.ids)
+        student = [weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)]
+        student += [strong(copy=copy) for copy in range(wanted.strong)]
+        targets = weak(copy=0) if wanted.weak else None
+        return _MicroBatch(x, labeled.labels, tuple(student), targets, unlabeled.ids)
 
-    def _weak_pass(self, micro: _MicroBatch) -> WeakOutputs | None:
-        if micro.weak is None:
-            return None
-        return WeakOutputs(self.engine.infer(_layout(micro.weak)), micro.ids)
+    def _weak_passes(self, micros: list[_MicroBatch]) -> list[WeakOutputs | None]:
+        """What student or teacher says of the weak views, without gradient."""
+        teacher = self.teacher if self.algorithm.views.teacher else None
+        with nullcontext(self.engine.infer) if teacher is None else teacher.forward() as infer:
+            return [
+                None if m.weak is None else WeakOutputs(infer(_layout(m.weak)), m.ids)
+                for m in micros
+            ]
 
     def _student_pass(self, micro: _MicroBatch) -> Tensor:
-        """Logits of [labelled; strong views], and of the weak views behind them if fused."""
-        inputs = [micro.labeled, *micro.strong]
+        """Logits of [labelled; student's views], and of the weak views behind them if fused."""
+        inputs = [micro.labeled, *micro.student]
         if self._fused and micro.weak is not None:
             inputs.append(micro.weak)
             student_rows = sum(len(part) for part in inputs[:-1])
@@ -299,9 +310,18 @@ class SemiSupervisedStep:
         weak: WeakOutputs | None,
         rows: tuple[Tensor, Tensor],
     ) -> StudentOutputs:
-        sizes = [len(micro.labeled), *(len(view) for view in micro.strong)]
-        labeled, *strong = logits.split(sizes)
-        return StudentOutputs(labeled, micro.labels, tuple(strong), weak, *rows)
+        sizes = [len(micro.labeled), *(len(view) for view in micro.student)]
+        labeled, *views = logits.split(sizes)
+        student_weak = self.algorithm.views.student_weak
+        return StudentOutputs(
+            labeled=labeled,
+            labels=micro.labels,
+            strong=tuple(views[student_weak:]),
+            weak=weak,
+            labeled_rows=rows[0],
+            unlabeled_rows=rows[1],
+            student_weak=tuple(views[:student_weak]),
+        )
 
     @property
     def _needs_sums_ahead(self) -> bool:
@@ -318,7 +338,7 @@ class SemiSupervisedStep:
         """The student's global sums before its first backward, from passes without gradient."""
         parts = []
         for micro, weak_outputs in zip(micros, weak, strict=True):
-            logits = self.engine.infer(_layout(torch.cat([micro.labeled, *micro.strong])))
+            logits = self.engine.infer(_layout(torch.cat([micro.labeled, *micro.student])))
             self.engine.forget_norms()
             outputs = self._outputs(logits, micro, weak_outputs, rows)
             parts.append(self.algorithm.student_statistics(outputs))
@@ -353,7 +373,7 @@ class SemiSupervisedStep:
     def _find_culprit(self, passes: list[_Pass]) -> Culprit | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
         for done in passes:
-            inputs = _layout(torch.cat([done.micro.labeled, *done.micro.strong]))
+            inputs = _layout(torch.cat([done.micro.labeled, *done.micro.student]))
             culprit = find_culprit(self.engine, inputs, partial(self._terms, done=done))
             if culprit is not None:
                 return culprit
@@ -365,7 +385,7 @@ class SemiSupervisedStep:
         sums = self._attach(self.algorithm.student_statistics(outputs), done.total)
         terms = self.algorithm.loss(outputs, sums)
         weighted = {"supervised": terms.supervised}
-        if done.micro.strong:
+        if done.micro.student:
             weighted["unsupervised"] = terms.unsupervised_weight * terms.unsupervised
         shared = {name: term / self._parts for name, term in terms.global_extras.items()}
         return weighted | dict(terms.extras) | shared

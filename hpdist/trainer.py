@@ -5,10 +5,11 @@ Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, ste
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ from hpdist.data.sources import (
 from hpdist.data.stream import BatchStream
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
-from hpdist.distributed.reduce import agreed, world_size
+from hpdist.distributed.reduce import agreed, largest, world_size
 from hpdist.errors import CheckpointError, ConfigError, PrecisionError
 from hpdist.evaluation import evaluate_both
 from hpdist.models.build import build_model
@@ -127,7 +128,7 @@ class Trainer:
         sharding = launch.resolve(config)
         algorithm_config = cast(AlgorithmConfig, config.algorithm)
         probe = algorithm_config.build(2)
-        uses_unlabeled = probe.views.weak + probe.views.strong > 0
+        uses_unlabeled = probe.views.uses_unlabeled
         if uses_unlabeled and config.data.unlabeled is None:
             raise ConfigError(
                 f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
@@ -200,27 +201,23 @@ class Trainer:
         self, objects: Objects, algorithm_config: AlgorithmConfig, micro_batches: int
     ) -> None:
         config, accelerator = self.config, self.accelerator
-        model = objects.model or agreed(
-            lambda: build_model(config.model, self.spec.shape, self.num_classes, config.run.seed)
-        )
-        model = global_batch_norm(model)
-        agreed(lambda: check_model(model, self.views.plain(self._example()), self.num_classes))
+        model = self._make_model(objects)
         if micro_batches > 1 and any(batch_norms(model)):
             Console(0, 0, self.main).say(
                 f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
                 "statistics are not those of the global batch; norm: group avoids that"
             )
-        if config.activation_checkpointing:
-            checkpoint_activations(model)
-        if config.compile:
-            model.compile()  # in place: the parameters keep their names
         optimizer = build_optimizer(model, config.optim)
+        algorithm = algorithm_config.build(self.num_classes, accelerator.device, config.steps)
+        replica = None
+        if algorithm.views.teacher and self.sharding.stage == 3:
+            replica = self._make_model(replace(objects, model=copy.deepcopy(objects.model)))
         model, optimizer = accelerator.prepare(model, optimizer)
         self.step = SemiSupervisedStep(
             accelerator,
             model,
             optimizer,
-            algorithm_config.build(self.num_classes, accelerator.device),
+            algorithm,
             self.views,
             micro_batches=micro_batches,
             decay=config.teacher.decay,
@@ -228,6 +225,7 @@ class Trainer:
             grad_clip=self.sharding.grad_clip,
             precision=self.sharding.precision,
             loss_scale=config.loss_scale,
+            teacher_model=replica,
         )
         self.labeled_stream = self._stream(self.labeled, config.batch.labeled)
         self.unlabeled_stream = (
@@ -250,6 +248,26 @@ class Trainer:
             "batch.unlabeled": config.batch.unlabeled,
             "parameters": {name: list(shape) for name, shape in shapes.items()},
         }
+
+    def _make_model(self, objects: Objects) -> nn.Module:
+        """Build the model, or take the one that was given; checked against the data."""
+        config = self.config
+
+        def build() -> nn.Module:
+            model = objects.model
+            if model is None:
+                seed = config.run.seed
+                model = build_model(config.model, self.spec.shape, self.num_classes, seed)
+            model = global_batch_norm(model)
+            check_model(model, self.views.plain(self._example()), self.num_classes)
+            if config.activation_checkpointing:
+                checkpoint_activations(model)
+            return model
+
+        model = agreed(build)
+        if config.compile:
+            model.compile()  # in place: the parameters keep their names
+        return model
 
     def _stream(self, rows: Any, batch: int) -> BatchStream[Any]:
         engine = self.step.engine
@@ -392,7 +410,7 @@ class Trainer:
             "world_size": world_size(),
             "precision": self.sharding.precision,
             "zero_stage": self.sharding.stage,
-            "peak_memory_bytes": peak_memory(step.engine.device),
+            "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
         if self.files:
             self.folder.write_json("summary.json", summary)

@@ -101,8 +101,10 @@ def choose_launcher(gpus: int) -> tuple[list[str], list[str]]:
     processes = min(gpus, LABELED)
     labeled = -(-LABELED // processes) * processes
     batch = ["--batch.labeled", str(labeled), "--batch.unlabeled", str(UNLABELED_RATIO * labeled)]
-    config = str(CONFIGS / "accelerate/zero2_fp16.yaml")
-    return ["--config_file", config, "--num_processes", str(processes)], batch
+    launcher = ["--config_file", str(CONFIGS / "accelerate/zero2_fp16.yaml")]
+    # The path in that file counts from the project's root, and the demo may run elsewhere.
+    launcher += ["--deepspeed_config_file", str(CONFIGS / "deepspeed/zero2_fp16.json")]
+    return [*launcher, "--num_processes", str(processes)], batch
 
 
 def train(

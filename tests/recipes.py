@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
+from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, MeanTeacher, Supervised
 from hpdist.config import LossScale
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
@@ -38,6 +38,8 @@ def make_algorithm(name: str) -> Algorithm:
         return Supervised()
     if name == "fixmatch":
         return FixMatch(threshold=0.15)
+    if name == "mean_teacher":
+        return MeanTeacher(unsupervised_weight=5.0)
     return FreeMatch(10, momentum=0.9, fairness_weight=0.05)
 
 

@@ -20,6 +20,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.freematch import FreeMatch
+from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.supervised import Supervised
 from hpdist.config import components
 
@@ -29,6 +30,7 @@ __all__ = [
     "FixMatch",
     "FreeMatch",
     "LossTerms",
+    "MeanTeacher",
     "StudentOutputs",
     "Supervised",
     "Views",
@@ -58,7 +60,10 @@ def catalogue() -> list[str]:
 
 def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
-    views = [f"{n} {kind}" for kind, n in vars(small.views).items() if n]
+    names = {"weak": "weak", "student_weak": "weak for the student", "strong": "strong"}
+    counts = {kind: getattr(small.views, field) for field, kind in names.items()}
+    views = [f"{count} {kind}" for kind, count in counts.items() if count]
+    views += ["targets by the teacher"] if small.views.teacher else []
     state = [f"{key} [{_shape(small.state[key], large.state[key])}]" for key in small.state]
     reduced = [_total(*sums) for sums in zip(_reduced(small, 5), _reduced(large, 7), strict=True)]
     return (
@@ -77,8 +82,16 @@ def _reduced(algorithm: Algorithm, classes: int) -> tuple[list[Tensor], list[Ten
     weak = WeakOutputs(logits, torch.arange(2)) if algorithm.views.weak else None
     sums = algorithm.statistics(weak) if weak else {}
     algorithm.observe(sums, count)
-    strong = (logits,) * algorithm.views.strong
-    outputs = StudentOutputs(logits, torch.zeros(2).long(), strong, weak, count, count)
+    views = algorithm.views
+    outputs = StudentOutputs(
+        labeled=logits,
+        labels=torch.zeros(2).long(),
+        strong=(logits,) * views.strong,
+        weak=weak,
+        labeled_rows=count,
+        unlabeled_rows=count,
+        student_weak=(logits,) * views.student_weak,
+    )
     return list(sums.values()), list(algorithm.student_statistics(outputs).values())
 
 

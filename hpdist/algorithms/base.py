@@ -29,6 +29,15 @@ class Views:
     """Weak views of an unlabelled row, seen without gradient: they make the targets."""
     strong: int = 0
     """Strong views of an unlabelled row, seen with gradient."""
+    student_weak: int = 0
+    """Further weak views of an unlabelled row, seen with gradient."""
+    teacher: bool = False
+    """Whether the targets come from the teacher's weights instead of the student's."""
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether there is any view of an unlabelled row."""
+        return self.weak + self.strong + self.student_weak > 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class StudentOutputs:
     weak: WeakOutputs | None  # the same unlabelled rows
     labeled_rows: Tensor  # [], fp32: labelled rows in the global batch
     unlabeled_rows: Tensor  # [], fp32: unlabelled rows in the global batch
+    student_weak: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], logits
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class LossTerms:
 
     supervised: Tensor
     unsupervised: Tensor
-    unsupervised_weight: float = 1.0
+    unsupervised_weight: float | Tensor = 1.0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Further contributions, already weighted."""
     global_extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -98,8 +108,10 @@ class AlgorithmConfig(Component):
 
     kind: ClassVar[str] = "algorithm"
 
-    def build(self, num_classes: int, device: torch.device | str = "cpu") -> Algorithm:
-        """Make the algorithm for a number of classes, its state on `device`."""
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> Algorithm:
+        """Make the algorithm for a run of `steps`, its state on `device`."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
 

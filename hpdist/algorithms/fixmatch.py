@@ -28,8 +28,10 @@ class FixMatchConfig(AlgorithmConfig):
     unsupervised_weight: float = Field(1.0, ge=0)
     """Weight of the unsupervised term (lambda_u)."""
 
-    def build(self, num_classes: int, device: torch.device | str = "cpu") -> FixMatch:
-        """Make the algorithm; it has no state, so neither argument matters."""
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> FixMatch:
+        """Make the algorithm; it has no state, so no argument matters."""
         return FixMatch(self.threshold, self.unsupervised_weight)
 
 

@@ -35,7 +35,9 @@ class FreeMatchConfig(AlgorithmConfig):
     max_threshold: float = Field(1.0, gt=0, le=1)
     """Upper bound of the global threshold."""
 
-    def build(self, num_classes: int, device: torch.device | str = "cpu") -> FreeMatch:
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> FreeMatch:
         """Make the algorithm, its state on `device`."""
         return FreeMatch(
             num_classes,

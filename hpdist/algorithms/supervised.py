@@ -22,7 +22,9 @@ class SupervisedConfig(AlgorithmConfig):
 
     name: Literal["supervised"] = "supervised"
 
-    def build(self, num_classes: int, device: torch.device | str = "cpu") -> Supervised:
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> Supervised:
         """Make the algorithm."""
         return Supervised()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hpdist.distributed.engine import Engine
+from hpdist.distributed.engine import Engine, Replica
 from hpdist.distributed.fragments import Fragment
 
 
@@ -27,6 +27,7 @@ class ShardedTeacher:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
+        self._replica: Replica | None = None
         self.fragments = [f.like(f.values.detach().clone()) for f in engine.master_fragments()]
         self.buffers = {name: b.detach().clone() for name, b in engine.module.named_buffers()}
 
@@ -59,6 +60,29 @@ class ShardedTeacher:
                 yield
             finally:
                 self._set_buffers(buffers)
+
+    def prepare_forward(self, model: nn.Module | None) -> None:
+        """Make ready for a forward in each step. `model`, a second one, is used under ZeRO-3."""
+        self._replica = self.engine.make_replica(model, self.fragments)
+
+    @contextmanager
+    def forward(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Give a function from inputs to the teacher's logits, in training mode, without gradient.
+
+        Collective: every rank must enter; one gather, none under ZeRO-3.
+        """
+        if self._replica is not None:
+            with self._replica.filled(self.fragments):
+                yield self._replica.infer
+            return
+
+        def infer(inputs: Tensor) -> Tensor:
+            logits = self.engine.infer(inputs)
+            self.engine.forget_norms()  # the student's statistics are the student's
+            return logits
+
+        with self.in_student():
+            yield infer
 
     def whole(self) -> dict[str, Tensor]:
         """The teacher's parameters in their shapes, fp32, and its buffers.

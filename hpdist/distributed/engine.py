@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,18 @@ class EngineStep:
     grad_norm: float | None
     exhausted: bool = False
     """Whether it overflowed with the loss scale at its minimum already."""
+
+
+class Replica(Protocol):
+    """A second model, without gradient, that can be filled with weights."""
+
+    def filled(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
+        """Hold these weights."""
+        ...
+
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32."""
+        ...
 
 
 class Engine(ABC):
@@ -152,6 +164,12 @@ class Engine(ABC):
     def lend_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
         """Put other weights into the model for a while. Collective."""
 
+    def make_replica(
+        self, model: nn.Module | None, fragments: Sequence[Fragment]
+    ) -> Replica | None:
+        """A second model for other weights, where lending them to the first would cost too much."""
+        return None
+
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Wrap forward and backward of one micro-batch; gradients are reduced in the last one."""
         return nullcontext()
@@ -247,6 +265,12 @@ class ReplicatedEngine(Engine):
         """Logits in fp32, with gradient, past DDP's wrapper."""
         with self._autocast():
             return logits_of(self.module(inputs))
+
+    def make_replica(
+        self, model: nn.Module | None, fragments: Sequence[Fragment]
+    ) -> Replica | None:
+        """A second model for other weights, where lending them to the first would cost too much."""
+        return None
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Keep DDP from reducing before the last micro-batch."""

@@ -45,6 +45,14 @@ class FusedSum:
         }
 
 
+def largest(value: int) -> int:
+    """The largest of all ranks' values. Collective: every rank must call."""
+    everyone: list[int] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value)
+    return max(everyone)
+
+
 def agreed(function: Callable[[], T]) -> T:
     """Call a function on every rank; if it fails on any, raise the same error on all.
 

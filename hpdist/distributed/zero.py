@@ -17,10 +17,12 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from hpdist.config import LossScale
-from hpdist.distributed.engine import Engine, logits_of
+from hpdist.distributed.batch_norm import batch_norms
+from hpdist.distributed.engine import Engine, Replica, logits_of
 from hpdist.distributed.fragments import Fragment, Partition
 from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
 from hpdist.distributed.loss_scale import LossScaler
+from hpdist.errors import ConfigError
 
 
 def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
@@ -353,15 +355,32 @@ class PartitionedEngine(ZeroEngine):
     def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Copy into this rank's parts, which the forward gathers as ever: no collective here."""
         own = [p.ds_tensor.detach().clone() for _, p in self._sharded()]
+        self._release_gathered()
         self._copy_into_shards(fragments)
         try:
             yield
         finally:
+            self._release_gathered()
             for (_, parameter), values in zip(self._sharded(), own, strict=True):
                 parameter.ds_tensor.data.copy_(values)
 
+    def make_replica(
+        self, model: nn.Module | None, fragments: Sequence[Fragment]
+    ) -> Replica | None:
+        """A second engine: lending to the first would break its prefetch order in every step."""
+        if model is None:
+            raise ConfigError(
+                "under ZeRO-3 an algorithm whose targets come from the teacher needs a second "
+                "model; give teacher_model"
+            )
+        return PartitionedReplica(model.to(self._dtype), self.deepspeed.config, self._dtype)
+
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+
+    def _release_gathered(self) -> None:
+        """Let go of parameters that an earlier forward has left whole, with their old values."""
+        self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
 
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         return iter(cast(dict[str, Any], self._parameters).items())
@@ -377,3 +396,37 @@ class PartitionedEngine(ZeroEngine):
         for fragment in fragments:
             shard = cast(Any, self._parameters[fragment.name]).ds_tensor
             shard.data[: len(fragment.values)].copy_(fragment.values)
+
+
+class PartitionedReplica:
+    """A second ZeRO-3 engine without an optimizer, partitioned like the first."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+        import deepspeed
+
+        kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
+        values: dict[str, Any] = {key: config[key] for key in kept if key in config}
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        offload = config["zero_optimization"].get("offload_param")
+        values["zero_optimization"] = zero | ({"offload_param": offload} if offload else {})
+        self._dtype = dtype
+        self._engine = deepspeed.initialize(model=model, config=values)[0]
+        self._engine.module.train()
+        self._parameters = dict(self._engine.module.named_parameters())
+
+    @contextmanager
+    def filled(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Copy this rank's part; no collective."""
+        with torch.no_grad():
+            for fragment in fragments:
+                shard = cast(Any, self._parameters[fragment.name]).ds_tensor
+                shard.data[: len(fragment.values)].copy_(fragment.values)
+        yield
+
+    @torch.no_grad()
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, in training mode; what batch normalisation sees is forgotten."""
+        logits = logits_of(self._engine(inputs.to(self._dtype)))
+        for norm in batch_norms(self._engine.module):
+            norm.discard()
+        return logits

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hpdist.distributed.batch_norm import GlobalBatchNorm, batch_norms
 from hpdist.errors import ConfigError
 
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Have the model's blocks recompute their activations in the backward pass.
 
-    A Hugging Face model does it itself. Otherwise the blocks are the members of `nn.Sequential` and
-    `nn.ModuleList` that have children of their own, or whole sequences of plain layers. Raises
-    ConfigError where there is neither.
+    Call it after `global_batch_norm`. A Hugging Face model does it itself. Otherwise the blocks are
+    the members of `nn.Sequential` and `nn.ModuleList` that have children of their own, or whole
+    sequences of plain layers. Raises ConfigError where there is neither.
     """
+    options: dict[str, Any] = {"use_reentrant": False}
+    norms = list(batch_norms(model))
+    if norms:
+        options["context_fn"] = partial(_keep_segments, norms)
     if hasattr(model, "gradient_checkpointing_enable"):
-        cast(Any, model).gradient_checkpointing_enable()
+        enable = cast(Callable[..., None], model.gradient_checkpointing_enable)
+        enable(gradient_checkpointing_kwargs=options)
         return
     containers = [m for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList))]
     blocks = [m for c in containers for m in c if any(True for _ in m.children())]
@@ -32,4 +40,25 @@ def checkpoint_activations(model: nn.Module) -> None:
         )
     for block in blocks:
         # Not a wrapper module, which would rename the parameters.
-        cast(Any, block).forward = partial(checkpoint, block.forward, use_reentrant=False)
+        cast(Any, block).forward = partial(checkpoint, block.forward, **options)
+
+
+def _keep_segments(
+    norms: list[GlobalBatchNorm],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's forward and of its recomputation, which sees the same segments."""
+    return nullcontext(), _with_segments(norms, [norm.segments for norm in norms])
+
+
+@contextmanager
+def _with_segments(
+    norms: list[GlobalBatchNorm], segments: list[tuple[int, ...] | None]
+) -> Iterator[None]:
+    own = [norm.segments for norm in norms]
+    for norm, then in zip(norms, segments, strict=True):
+        norm.segments = then
+    try:
+        yield
+    finally:
+        for norm, now in zip(norms, own, strict=True):
+            norm.segments = now

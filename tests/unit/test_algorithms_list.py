@@ -7,7 +7,7 @@ from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
 
 
 def test_the_table_is_read_off_the_algorithms():
-    header, *rows = [line.split("  ") for line in catalogue()[:4]]
+    header, *rows = [line.split("  ") for line in catalogue()[:5]]
     cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
     assert [cell.strip() for cell in header if cell.strip()] == [
         "name",
@@ -28,6 +28,12 @@ def test_the_table_is_read_off_the_algorithms():
             "1 weak, 1 strong",
             "threshold [], probability [C], histogram [C]",
             "2C + 1, then 2C",
+        ],
+        "mean_teacher": [
+            "Tarvainen and Valpola 2017, arXiv:1703.01780",
+            "1 weak, 1 weak for the student, targets by the teacher",
+            "step []",
+            "0",
         ],
         "supervised": ["-", "none", "none", "0"],
     }

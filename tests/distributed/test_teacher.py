@@ -1,0 +1,184 @@
+"""The sharded teacher: exact in every stage, free of communication, whole when it is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from hpdist.algorithms import MeanTeacher, Supervised
+from hpdist.config import LossScale
+from hpdist.data.batch import LabeledBatch
+from hpdist.data.views import IdentityViewsConfig
+from hpdist.distributed import launch
+from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.models import CNN
+from hpdist.step import SemiSupervisedStep
+from tests.ranks import run_ranks
+from tests.recipes import make_step, train
+
+STAGES = [None, 0, 1, 2, 3]
+STEPS, DECAY = 200, 0.97
+
+
+def small_step(stage: int | None) -> SemiSupervisedStep:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sharding = launch.Sharding(
+        precision="fp16",
+        stage=stage,
+        micro_batch=4,
+        loss_scale=LossScale(initial=2.0**8, growth_interval=40),
+    )
+    accelerator = launch.make_accelerator(sharding)
+    torch.manual_seed(0)
+    model = global_batch_norm(
+        nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return SemiSupervisedStep(
+        accelerator,
+        model,
+        optimizer,
+        Supervised(),
+        IdentityViewsConfig().build(0),
+        decay=DECAY,
+        precision="fp16",
+        loss_scale=sharding.loss_scale,
+    )
+
+
+def against_float64() -> dict[int | None, tuple[float, float, int, int, int]]:
+    """Per stage: error of the weights and of the buffers, skipped steps, fragments' share, calls."""
+    found = {}
+    for stage in STAGES:
+        step = small_step(stage)
+        engine, teacher = step.engine, step.teacher
+        layout = engine.layout
+        reference = {n: t.double() for n, t in layout.gather(engine.master_fragments()).items()}
+        buffers = {n: b.double() for n, b in engine.module.named_buffers()}
+        generator = torch.Generator().manual_seed(engine.rank)
+        for number in range(STEPS):
+            x = torch.randn(4, 6, generator=generator)
+            if number % 23 == 5 and engine.rank == 1:
+                x[0] = 6e4  # overflows in fp16
+            labels = torch.randint(3, (4,), generator=generator)
+            if step(LabeledBatch(x, labels, labels)).applied:
+                d = min(DECAY, step.applied_steps / (9 + step.applied_steps))
+                for name, student in layout.gather(engine.master_fragments()).items():
+                    reference[name] = d * reference[name] + (1 - d) * student.double()
+                for name, buffer in engine.module.named_buffers():
+                    if buffer.is_floating_point():
+                        buffers[name] = d * buffers[name] + (1 - d) * buffer.double()
+        whole = layout.gather(teacher.fragments)
+        error = distance(whole, reference)
+        floats = {n: b for n, b in buffers.items() if teacher.buffers[n].is_floating_point()}
+        buffer_error = distance({n: teacher.buffers[n] for n in floats}, floats)
+        held = sum(len(f.values) for f in teacher.fragments)
+        found[stage] = (error, buffer_error, step.attempts - step.applied_steps, held, calls(step))
+    return found
+
+
+def distance(values: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    gap = torch.cat([(values[n].double() - reference[n]).view(-1) for n in reference])
+    return float(gap.norm() / torch.cat([t.view(-1) for t in reference.values()]).norm())
+
+
+def calls(step: SemiSupervisedStep) -> int:
+    """Collectives in one update of the teacher."""
+    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter")
+    originals = {name: getattr(dist, name) for name in names}
+    count = 0
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, counted(original))
+    try:
+        dist.all_reduce(torch.zeros(1))
+        assert count == 1, "the counter counts"
+        count = 0
+        step.teacher.update()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return count
+
+
+def test_equals_a_float64_reference_in_every_stage() -> None:
+    for results in run_ranks(2, against_float64):
+        total = 6 * 7 + 7 + 7 + 7 + 7 * 3 + 3
+        for stage, (error, buffer_error, skipped, held, communicated) in results.items():
+            assert error < 1e-6, stage
+            assert buffer_error < 1e-6, stage
+            assert skipped >= 4, stage
+            assert held <= total / 2 + 8, f"stage {stage}: a rank holds its half, not more"
+            assert communicated == 0, stage
+
+
+def lent() -> dict[int | None, tuple[float, float]]:
+    """How far the lent weights are from the teacher's, and the returned ones from the student's."""
+    found = {}
+    for stage in STAGES:
+        step = make_step("fixmatch", precision="fp32", stage=stage, norm="batch", decay=0.9)
+        train(step, 4)
+        engine = step.engine
+        engine.module.eval()
+        inputs = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        before = engine.infer(inputs)
+        whole = step.teacher.whole()
+        with step.teacher.in_student():
+            inside = engine.infer(inputs)
+        after = engine.infer(inputs)
+        model = global_batch_norm(CNN(1, 8, 10, "batch"))
+        model.load_state_dict(whole)
+        expected = model.eval()(inputs)
+        assert not torch.allclose(inside, before)
+        found[stage] = ((inside - expected).abs().max().item(), (after - before).abs().max().item())
+    return found
+
+
+def test_is_lent_whole_and_given_back() -> None:
+    for stage, (gap, rest) in run_ranks(2, lent)[0].items():
+        assert gap < 1e-5, stage
+        assert rest == 0, stage
+
+
+def consistency() -> dict[int | None, list[dict[str, float]]]:
+    curves = {}
+    for stage in (None, 2, 3):
+        for precision in ("fp32", "fp16"):
+            replica = global_batch_norm(CNN(1, 8, 10, "batch")) if stage == 3 else None
+            step = make_step(
+                "mean_teacher",
+                precision=precision,
+                stage=stage,
+                norm="batch",
+                decay=0.9,
+                teacher_model=replica,
+                loss_scale=LossScale(initial=2.0**10),
+            )
+            assert isinstance(step.algorithm, MeanTeacher)
+            curves[stage, precision] = train(step, 6)
+    return curves
+
+
+def test_mean_teacher_is_the_same_under_zero3() -> None:
+    curves = run_ranks(2, consistency)[0]
+    reference = curves[None, "fp32"]
+    assert reference[0]["unsupervised_loss"] > 0, "the two weak views differ"
+    assert reference[-1]["unsupervised_loss"] > 0
+    for (stage, precision), curve in curves.items():
+        tolerance = 1e-4 if precision == "fp32" else 0.03
+        for one, other in zip(reference, curve, strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=tolerance), (stage, precision)
