@@ -17,6 +17,7 @@ from hpdist import __version__
 from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError, HpdistError
 
 if TYPE_CHECKING:
+    from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
@@ -70,7 +71,7 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         _print(f"{key:24} {text}")
     if summary:
         _print(f"{'run folder':24} {Path(config.run.folder)}")
-    trainer.accelerator.end_training()
+    leave_group()
     return 0
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import datasets
 import torch
 from torch import Tensor, nn
 
@@ -140,6 +142,8 @@ class Trainer:
         self.sharding = launch.with_batch(sharding, rows // ranks // micro_batches, micro_batches)
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
+        if not (self.main and sys.stderr.isatty()):
+            datasets.disable_progress_bars()
         self.folder = RunFolder(config.run.folder, self.main)
         saved = agreed(self._open_folder)
         agreed(lambda: self._open_data(objects, saved, uses_unlabeled))
@@ -390,8 +394,8 @@ class Trainer:
         if self.files:
             self.folder.append_metrics(whole)
         self.tracker.log(record, step)
-        shown = {k.rpartition("/")[2]: v for k, v in record.items()}
-        self.console.show(step, shown | {"loss": record.get("loss", shown.get("loss", 0.0))})
+        accuracy = {"accuracy": v for k, v in record.items() if k.endswith("/accuracy")}
+        self.console.show(step, record | accuracy)
 
     def _finish(self) -> dict[str, object]:
         step, config = self.step, self.config

@@ -59,14 +59,14 @@ def slice_of(batch: Any, rank: int, ranks: int) -> Any:
 
 
 def make_step(
-    algorithm: str,
+    algorithm: str | Algorithm,
     *,
     norm: str = "group",
     micro_batches: int = 1,
     precision: Any = "fp32",
     stage: int | None = None,
     offload: Any = "none",
-    lr: float = 0.02,
+    lr: float = 0.01,
     optimizer: str = "sgd",
     accelerator: Accelerator | None = None,
     **options: Any,
@@ -98,7 +98,7 @@ def make_step(
         accelerator,
         model,
         made,
-        make_algorithm(algorithm),
+        make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm,
         ImageViewsConfig().build(0),
         micro_batches=micro_batches,
         precision=precision,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from hpdist.config import LossScale, Precision, RunConfig
+from hpdist.distributed.reduce import keep_group
 from hpdist.errors import ConfigError
 
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
 Offload = Literal["none", "cpu", "nvme"]
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,14 @@ def resolve(config: RunConfig) -> Sharding:
 def make_accelerator(sharding: Sharding) -> Accelerator:
     """Make the Accelerator. Collective: it joins the process group."""
     on_cpu = not torch.cuda.is_available()
+    atexit.register(keep_group)
     if sharding.stage is not None:
         _be_one_process()
     # Our buffers are the same on every rank already. The option's new name is not in every torch.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
     if "LOCAL_RANK" in os.environ:
         # Without a named backend every CPU rank under DeepSpeed believes that it is rank 0 of 1.
         backend = "gloo" if on_cpu else "nccl"
@@ -88,6 +95,8 @@ def make_accelerator(sharding: Sharding) -> Accelerator:
 
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names that torch has renamed since; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.*` is deprecated")
     from hpdist.distributed.zero import make_plugin
 
     os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
@@ -145,14 +154,24 @@ def _read_launcher() -> Launcher:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return found
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    return found | (_read_environment() if path == "none" else _read_file(path))
+    more = _read_environment() if path == "none" else _read_file(path)
+    if (
+        "precision" in found
+        and "precision" in more
+        and found["precision"][0] != more["precision"][0]
+    ):
+        raise ConfigError(
+            f"{found['precision'][1]}, but {more['precision'][1]}; leave the first out"
+        )
+    return found | more
 
 
 def _read_environment() -> Launcher:
     """DeepSpeed's settings from accelerate's own config."""
     found: Launcher = {}
-    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-    found["zero.stage"] = (stage, f"zero_stage: {stage} in accelerate's config")
+    ours = "accelerate's config"
+    stage = _number(int, os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), "zero_stage", ours)
+    found["zero.stage"] = (stage, f"zero_stage: {stage} in {ours}")
     names = {
         "zero.offload": "OFFLOAD_OPTIMIZER_DEVICE",
         "zero.nvme_path": "OFFLOAD_OPTIMIZER_NVME_PATH",
@@ -160,24 +179,28 @@ def _read_environment() -> Launcher:
     for setting, name in names.items():
         value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none")
         if value.lower() != "none":
-            found[setting] = (value, f"{name.lower()}: {value} in accelerate's config")
+            found[setting] = (value, f"{name.lower()}: {value} in {ours}")
+    params = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    if params not in ("none", found.get("zero.offload", ("none", ""))[0]):
+        raise ConfigError(
+            f"offload_param_device: {params} in {ours} without the same offload_optimizer_device; "
+            "hpdist offloads both alike, unless a DeepSpeed JSON (deepspeed_config_file) says more"
+        )
     clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
     if clip not in ("auto", "none"):
-        found["optim.grad_clip"] = (
-            float(clip),
-            f"gradient_clipping: {clip} in accelerate's config",
-        )
+        norm = _number(float, clip, "gradient_clipping", ours)
+        found["optim.grad_clip"] = (norm or None, f"gradient_clipping: {clip} in {ours}")
     return found
 
 
 def _read_file(path: str) -> Launcher:
     """DeepSpeed's settings from the JSON that the launcher named."""
     values = read_deepspeed(path)
-    zero = values.get("zero_optimization", {})
+    zero = _section(values, "zero_optimization", path)
     found: Launcher = {"file": (path, path)}
-    stage = int(zero.get("stage", 0))
+    stage = _number(int, zero.get("stage", 0), "zero_optimization.stage", path)
     found["zero.stage"] = (stage, f"zero_optimization.stage: {stage} in {path}")
-    offload = zero.get("offload_optimizer", {})
+    offload = _section(zero, "offload_optimizer", path)
     if offload.get("device", "none") != "none":
         device = offload["device"]
         place = f"zero_optimization.offload_optimizer.device: {device} in {path}"
@@ -185,13 +208,33 @@ def _read_file(path: str) -> Launcher:
     if offload.get("nvme_path"):
         place = f"zero_optimization.offload_optimizer.nvme_path in {path}"
         found["zero.nvme_path"] = (offload["nvme_path"], place)
+    parameters = _section(zero, "offload_param", path)
+    if parameters.get("device") == "nvme":
+        place = f"zero_optimization.offload_param.nvme_path in {path}"
+        _check_nvme(parameters.get("nvme_path"), place)
     for half in ("fp16", "bf16"):
-        if values.get(half, {}).get("enabled") is True:
+        if _section(values, half, path).get("enabled") is True:
             found["precision"] = (half, f"{half}.enabled: true in {path}")
     clip = values.get("gradient_clipping", "auto")
     if clip != "auto":
-        found["optim.grad_clip"] = (float(clip) or None, f"gradient_clipping: {clip} in {path}")
+        norm = _number(float, clip, "gradient_clipping", path)
+        found["optim.grad_clip"] = (norm or None, f"gradient_clipping: {clip} in {path}")
     return found
+
+
+def _section(values: dict[str, Any], key: str, path: str) -> dict[str, Any]:
+    """An object in the JSON, empty where it is left out or null."""
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key}: {found!r} in {path} must be an object")
+    return found
+
+
+def _number(kind: Callable[[Any], N], value: object, setting: str, where: str) -> N:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{setting}: {value!r} in {where} must be a number") from None
 
 
 def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
@@ -228,11 +271,8 @@ def _check_zero(sharding: Sharding) -> None:
         raise ConfigError(f"zero.offload: {offload} needs zero.stage 1, 2 or 3")
     if offload == "nvme" and stage != 3:
         raise ConfigError(f"zero.offload: nvme needs zero.stage 3, not {stage}")
-    if offload == "nvme" and not (sharding.nvme_path and Path(sharding.nvme_path).is_dir()):
-        raise ConfigError(
-            f"zero.nvme_path: {sharding.nvme_path!r} is no folder; zero.offload: nvme needs one on "
-            "the local disk"
-        )
+    if offload == "nvme":
+        _check_nvme(sharding.nvme_path, "zero.nvme_path")
     if stage is None:
         return
     for package in ("deepspeed", "transformers"):  # Accelerate's plug-in asks for the latter
@@ -241,6 +281,13 @@ def _check_zero(sharding: Sharding) -> None:
                 f"zero.stage: {stage} needs {package}, which is not installed; "
                 'pip install "hpdist[deepspeed]", or launch without DeepSpeed'
             )
+
+
+def _check_nvme(path: str | None, setting: str) -> None:
+    if not (path and Path(path).is_dir()):
+        raise ConfigError(
+            f"{setting}: {path!r} is no folder; offload to nvme needs one on the local disk"
+        )
 
 
 def _be_one_process() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,28 @@ class FusedSum:
             name: part.view(shape)
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
+
+
+_kept: list[Any] = []
+
+
+def keep_group() -> None:
+    """Keep the process group from being freed with the model, before the process ends.
+
+    DDP's reducer can hold the last reference to it; freeing it then joins gloo's thread while the
+    interpreter lock is held, which that thread may be waiting for.
+    """
+    if dist.is_available() and dist.is_initialized():
+        _kept.append(dist.group.WORLD)
+        time.sleep(0.1)  # gloo's thread lets go of its last work
+
+
+def leave_group() -> None:
+    """Leave the process group after a run that went well. Collective: every rank must call."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        keep_group()
+        dist.destroy_process_group()
 
 
 def largest(value: int) -> int:

@@ -31,13 +31,14 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
     What hpdist must decide itself (batch sizes, clipping, precision, stage) overrides the file.
     """
     values = read_deepspeed(sharding.deepspeed)
-    zero = values.setdefault("zero_optimization", {})
+    zero = values["zero_optimization"] = values.get("zero_optimization") or {}
     zero["stage"] = sharding.stage
+    zero.setdefault("reduce_bucket_size", 50_000_000)  # a tenth of DeepSpeed's, which is 1 GB
     if sharding.offload != "none":
         target = {"device": sharding.offload, "nvme_path": sharding.nvme_path}
         parts = ("optimizer", "param") if sharding.stage == 3 else ("optimizer",)
         for part in parts:
-            zero[f"offload_{part}"] = zero.get(f"offload_{part}", {}) | target
+            zero[f"offload_{part}"] = (zero.get(f"offload_{part}") or {}) | target
     if sharding.stage == 3:
         # Small parameters that stay whole would keep the student's values under a lent teacher.
         zero["stage3_param_persistence_threshold"] = 0
@@ -49,7 +50,7 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
     values["zero_allow_untested_optimizer"] = True
     values["zero_force_ds_cpu_optimizer"] = False  # the optimizer stays the one that was asked for
     for half in ("fp16", "bf16"):
-        values.setdefault(half, {})["enabled"] = half == sharding.precision
+        values[half] = (values.get(half) or {}) | {"enabled": half == sharding.precision}
     _set_loss_scale(values["fp16"], sharding.loss_scale)
     if sharding.precision == "fp16" and not torch.cuda.is_available():
         _allow_fp16_on_cpu()

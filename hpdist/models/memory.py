@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -19,16 +19,21 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     Call it after `global_batch_norm`. A Hugging Face model does it itself. Otherwise the blocks are
     the members of `nn.Sequential` and `nn.ModuleList` that have children of their own, or whole
-    sequences of plain layers. Raises ConfigError where there is neither.
+    sequences of plain layers. Raises ConfigError where there is neither, or no support for it.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     norms = list(batch_norms(model))
     if norms:
         options["context_fn"] = partial(_keep_segments, norms)
-    if hasattr(model, "gradient_checkpointing_enable"):
-        enable = cast(Callable[..., None], model.gradient_checkpointing_enable)
-        enable(gradient_checkpointing_kwargs=options)
-        return
+    # The latter is gone with transformers 6, the former came with 5.
+    for method in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(model, method):
+            if not getattr(model, "supports_gradient_checkpointing", True):
+                raise ConfigError(
+                    f"activation_checkpointing: {type(model).__name__} does not support it"
+                )
+            getattr(model, method)(**{method.replace("enable", "kwargs"): options})
+            return
     containers = [m for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList))]
     blocks = [m for c in containers for m in c if any(True for _ in m.children())]
     if not blocks:

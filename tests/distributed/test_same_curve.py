@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from hpdist.algorithms import FixMatch
 from hpdist.config import LossScale
@@ -22,7 +24,7 @@ from hpdist.models import CNN
 from hpdist.models.memory import checkpoint_activations
 from hpdist.step import SemiSupervisedStep
 from tests.ranks import run_ranks
-from tests.recipes import LABELED, UNLABELED, digits, global_batches, make_step, slice_of, train
+from tests.recipes import LABELED, UNLABELED, digits, make_step, train
 
 RANKS, STEPS = 2, 8
 STAGES = [None, 2, 3]
@@ -85,7 +87,16 @@ for _micro in (1, 2):
 
 
 def curves() -> dict[str, Curve]:
-    return {name: curve(make()) for name, make in SETUPS.items()}
+    found = {}
+    for name, make in SETUPS.items():
+        counters.clear()
+        step = make()
+        if step.engine.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            offload = step.engine.deepspeed.zero_offload_optimizer()
+            assert (offload is not None and offload.device == "cpu") == ("offloaded" in name)
+        found[name] = curve(step)
+        assert (counters["stats"]["unique_graphs"] > 0) == ("compiled" in name)
+    return found
 
 
 @pytest.fixture(scope="module")

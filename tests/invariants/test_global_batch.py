@@ -57,7 +57,7 @@ def test_accumulation_does_not_matter(
 def test_the_curves_are_no_trivial_ones(by_ranks: dict[int, Curves]) -> None:
     for (algorithm, _, _), curve in by_ranks[1].items():
         losses = [record["loss"] for record in curve[:-1]]
-        assert losses[-1] < losses[0]
+        assert len(set(losses)) == STEPS
         if algorithm != "supervised":
             rates = [record["mask_rate"] for record in curve[:-1]]
             assert 0 < sum(rates) < len(rates), "the threshold must cut, else it is not tested"

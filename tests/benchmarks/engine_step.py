@@ -1,0 +1,128 @@
+"""Step time on DeepSpeed against the bare engine: same config, same tensors, a lean loop.
+
+    python -m tests.benchmarks.engine_step [--stages 1 2 3] [--precision bf16] [--ranks 2] [--gpu]
+
+FixMatch on a transformer-sized MLP (a GPU: WRN-28-10). The two take turns, round by round; both have a
+teacher of their own kind: the bare loop keeps none, since DeepSpeed has none to offer, so the ratio
+includes the sharded teacher, the statistics and the look for overflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpdist.algorithms import FixMatch
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.views import IdentityViewsConfig
+from hpdist.distributed import launch
+from hpdist.models import MLP, WideResNet
+from hpdist.step import SemiSupervisedStep
+from tests.ranks import run_ranks
+
+CLASSES, THRESHOLD = 10, 0.0
+
+
+def prepared(stage: int, precision: str, rows: int) -> tuple[object, nn.Module, object, Tensor]:
+    """A DeepSpeed engine of its own, and an example of its input."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
+    sharding = launch.Sharding(precision=precision, stage=stage, micro_batch=rows)  # type: ignore[arg-type]
+    accelerator = launch.make_accelerator(sharding)
+    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        model: nn.Module = WideResNet(3, CLASSES, 28, 10, norm="group")
+        example = torch.randn(1, 3, 32, 32)
+    else:
+        model, example = MLP(256, [1024, 1024, 1024], CLASSES), torch.randn(1, 256)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return accelerator, model, optimizer, example
+
+
+def bare_loop(engine: nn.Module, stage: int, device: torch.device) -> Callable[..., None]:
+    """The same maths, by hand, on DeepSpeed's engine."""
+    dtype = next(engine.parameters()).dtype
+
+    def run(x: Tensor, y: Tensor, u: Tensor) -> None:
+        x, y, u = x.to(device, dtype), y.to(device), u.to(device, dtype)
+        if stage == 3:  # one fused forward
+            logits = engine(torch.cat([x, u, u])).float()
+            student, weak = logits[: len(x) + len(u)], logits[len(x) + len(u) :].detach()
+        else:
+            with torch.no_grad():
+                weak = engine.module(u).float()
+            student = engine(torch.cat([x, u])).float()
+        confidence, pseudo = weak.softmax(dim=1).max(dim=1)
+        losses = F.cross_entropy(student[len(x) :], pseudo, reduction="none")
+        unsupervised = (losses * (confidence >= THRESHOLD)).mean()
+        engine.backward(F.cross_entropy(student[: len(x)], y) + unsupervised)
+        engine.step()
+
+    return run
+
+
+def measure(stage: int, precision: str, rounds: int, labeled: int) -> tuple[list[float], ...]:
+    """Seconds per step, round by round: (hpdist, bare engine)."""
+    unlabeled = 7 * labeled
+    _, engine, _, example = prepared(stage, precision, labeled + unlabeled)
+    accelerator, model, optimizer, _ = prepared(stage, precision, labeled + unlabeled)
+    device = accelerator.device  # type: ignore[attr-defined]
+    bare = bare_loop(engine, stage, device)
+    views = IdentityViewsConfig().build(0)
+    step = SemiSupervisedStep(accelerator, model, optimizer, FixMatch(THRESHOLD), views)  # type: ignore[arg-type]
+
+    def ours(x: Tensor, y: Tensor, u: Tensor) -> None:
+        ids = torch.arange(len(u))
+        step(LabeledBatch(x, y, ids[: len(x)]), UnlabeledBatch(u, ids))
+
+    x = torch.randn(labeled, *example.shape[1:])
+    u = torch.randn(unlabeled, *example.shape[1:])
+    y = torch.randint(CLASSES, (labeled,))
+    times: dict[Callable[..., None], list[float]] = {ours: [], bare: []}
+    for number in range(rounds + 3):
+        for loop in [ours, bare] if number % 2 else [bare, ours]:
+            dist.barrier()
+            start = time.perf_counter()
+            loop(x, y, u)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= 3:  # the first ones warm up
+                times[loop].append(time.perf_counter() - start)
+    return times[ours], times[bare]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--precision", nargs="+", default=["bf16"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--labeled", type=int, default=32, help="rows per rank; unlabelled: 7 times")
+    options = parser.parse_args()
+    print(f"FixMatch, {options.labeled} + {7 * options.labeled} rows per rank, {options.ranks} ranks.\n")
+    print("| stage | precision | hpdist, ms | bare engine, ms | ratio by round: median (quartiles) |")
+    print("|---|---|---|---|---|")
+    for stage in options.stages:
+        for precision in options.precision:
+            arguments = (stage, precision, options.rounds, options.labeled)
+            ours, bare = run_ranks(options.ranks, measure, *arguments, timeout=900)[0]
+            ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+            low, median, high = statistics.quantiles(ratios, n=4)
+            print(
+                f"| {stage} | {precision} | {1000 * statistics.median(ours):.1f} "
+                f"| {1000 * statistics.median(bare):.1f} | {median:.3f} ({low:.3f} to {high:.3f}) |"
+            )
+
+
+if __name__ == "__main__":
+    main()
