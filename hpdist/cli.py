@@ -17,7 +17,6 @@ from hpdist import __version__
 from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError, HpdistError
 
 if TYPE_CHECKING:
-    from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
@@ -62,6 +61,7 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if known.print_config:
         _print(config.to_yaml().rstrip())
         return 0
+    from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
     trainer = Trainer.from_config(config, files=not known.dry_run)

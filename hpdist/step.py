@@ -9,7 +9,7 @@ for labeled, unlabeled in batches:      # this rank's slices of the global batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial

@@ -394,8 +394,8 @@ class Trainer:
         if self.files:
             self.folder.append_metrics(whole)
         self.tracker.log(record, step)
-        accuracy = {"accuracy": v for k, v in record.items() if k.endswith("/accuracy")}
-        self.console.show(step, record | accuracy)
+        accuracies = [value for key, value in record.items() if key.endswith("/accuracy")]
+        self.console.show(step, record | ({"accuracy": accuracies[0]} if accuracies else {}))
 
     def _finish(self) -> dict[str, object]:
         step, config = self.step, self.config

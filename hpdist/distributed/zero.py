@@ -34,7 +34,7 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
     zero = values["zero_optimization"] = values.get("zero_optimization") or {}
     zero["stage"] = sharding.stage
     zero.setdefault("reduce_bucket_size", 50_000_000)  # a tenth of DeepSpeed's, which is 1 GB
-    if sharding.offload != "none":
+    if sharding.offload != "none" and "offload_optimizer" not in zero:  # else the file decides
         target = {"device": sharding.offload, "nvme_path": sharding.nvme_path}
         parts = ("optimizer", "param") if sharding.stage == 3 else ("optimizer",)
         for part in parts:

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.model_state [--ranks 1 2 4]
 
-Counted, not estimated: every tensor storage that is alive on the rank between backward and optimizer
+Counted, not estimated: every tensor storage alive on the rank between backward and optimizer
 step of the second step, less what was alive before the model was made. The formula is that of fp16
 AdamW: weights 2, gradients 2, master and moments 12, teacher 4 bytes per parameter, each divided by
 the ranks where the stage shards it; without DeepSpeed weights and gradients are fp32 (4 + 4) and

@@ -53,7 +53,7 @@ def small_step(stage: int | None) -> SemiSupervisedStep:
 
 
 def against_float64() -> dict[int | None, tuple[float, float, int, int, int]]:
-    """Per stage: error of the weights and of the buffers, skipped steps, fragments' share, calls."""
+    """Per stage: error of weights and of buffers, skipped steps, elements held, collectives."""
     found = {}
     for stage in STAGES:
         step = small_step(stage)
