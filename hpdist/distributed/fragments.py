@@ -112,6 +112,8 @@ class Layout:
         if world_size() == 1:
             return [flat]
         padded = torch.nn.functional.pad(flat, (0, self._longest - len(flat)))
+        if dist.get_backend() == "nccl":  # offloaded parts are on the CPU
+            padded = padded.cuda()
         received = [torch.empty_like(padded) for _ in range(world_size())]
         dist.all_gather(received, padded)
         return received
