@@ -112,12 +112,9 @@ def main() -> None:
         "--labeled", type=int, default=32, help="rows per rank; unlabelled: 7 times"
     )
     options = parser.parse_args()
-    print(
-        f"FixMatch, {options.labeled} + {7 * options.labeled} rows per rank, {options.ranks} ranks.\n"
-    )
-    print(
-        "| stage | precision | hpdist, ms | bare engine, ms | ratio by round: median (quartiles) |"
-    )
+    rows = f"{options.labeled} + {7 * options.labeled} rows per rank"
+    print(f"FixMatch, {rows}, {options.ranks} ranks.\n")
+    print("| stage | precision | hpdist, ms | bare engine, ms | ratio: median (quartiles) |")
     print("|---|---|---|---|---|")
     for stage in options.stages:
         for precision in options.precision:

@@ -73,7 +73,7 @@ for _stage in STAGES:
 SETUPS["compiled and checkpointed, None"] = partial(build, None, checkpointed=True, compiled=True)
 for _stage in (1, 2, 3):
     SETUPS[f"offloaded, {_stage}"] = partial(
-        make_step, "fixmatch", norm="batch", stage=_stage, offload="cpu"
+        make_step, "fixmatch", norm="batch", stage=_stage, offload="cpu", lr=0.02
     )
 for _micro in (1, 2):
     SETUPS[f"{_micro} micro-batches, fp16"] = partial(

@@ -119,7 +119,10 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
             "--model.name: no model is called 'cnnn', did you mean 'cnn'?; known: ",
         ),
         ("--model=cnn", "--model: must be a group of settings, not 'cnn'; known: cnn, mlp, "),
-        ("--algorithm={}", "--algorithm.name: missing; known: fixmatch, freematch, supervised"),
+        (
+            "--algorithm={}",
+            "--algorithm.name: missing; known: fixmatch, freematch, mean_teacher, supervised",
+        ),
         ("--optim.momentum=1", "--optim.momentum: must be at least 0 and less than 1, not 1"),
         ("--zero.stage=4", "--zero.stage: must be at least 0 and at most 3, not 4"),
         ("--optim.name=sgdw", "--optim.name: must be 'sgd', 'adam' or 'adamw', not 'sgdw'"),
