@@ -68,9 +68,9 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     summary = _fit(trainer, known.dry_run)
     for key, value in summary.items():
         text = f"{value:.4f}" if isinstance(value, float) and "/" in key else str(value)
-        _print(f"{key:24} {text}")
+        _print(f"{key:28} {text}")
     if summary:
-        _print(f"{'run folder':24} {Path(config.run.folder)}")
+        _print(f"{'run folder':28} {Path(config.run.folder)}")
     leave_group()
     return 0
 

@@ -32,6 +32,13 @@ class RunState:
         self.streams = streams
         self.identity = identity
         self.overflows = 0
+        self.best: tuple[float, int] | None = None
+        """The best accuracy on the validation set, and its step."""
+
+    def note_validation(self, accuracy: float) -> None:
+        """Remember the best evaluation."""
+        if self.best is None or accuracy > self.best[0]:
+            self.best = (accuracy, self.step.applied_steps)
 
     def save(self, folder: Path, facts: Mapping[str, Any], *, keep: int) -> Path:
         """Write a checkpoint into `folder`; `facts` come back from `load`. Collective."""
@@ -44,6 +51,7 @@ class RunState:
             {
                 "attempts": step.attempts,
                 "overflows": self.overflows,
+                "best": self.best,
                 "teacher_updates": step.teacher.updates if step.teacher else 0,
                 "loss_scale": engine.scale_state(),
                 "optimizer": engine.optimizer_scalars(),
@@ -79,6 +87,7 @@ class RunState:
             step.teacher.load(restored, _under(saved.common, "teacher/"), facts["teacher_updates"])
         step.applied_steps, step.attempts = facts["step"], facts["attempts"]
         self.overflows = facts["overflows"]
+        self.best = tuple(facts["best"]) if facts["best"] else None
         for name, stream in self.streams.items():
             stream.load_state_dict(facts["streams"][name])
         return facts

@@ -126,6 +126,7 @@ class Trainer:
         self.files = files
         self._run_id: str | None = None  # the tracker's
         self._seconds = 0.0  # trained before this process
+        self._latest: tuple[str, int, dict[str, float]] = ("", -1, {})  # evaluation: set, step
         self._started = time.monotonic()
         sharding = launch.resolve(config)
         algorithm_config = cast(AlgorithmConfig, config.algorithm)
@@ -378,6 +379,9 @@ class Trainer:
         start = time.monotonic()
         values = self.evaluate(rows)
         self._clock += time.monotonic() - start  # not the training's time
+        self._latest = (name, self.step.applied_steps, values)
+        if name == "validation":
+            self.state.note_validation(values["accuracy"])
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
     def evaluate(self, rows: LabeledRows) -> dict[str, float]:
@@ -402,9 +406,13 @@ class Trainer:
         summary: dict[str, object] = {}
         for name, rows in (("test", self.test), ("validation", self.validation)):
             if rows is not None:
-                values = self.evaluate(rows)
+                latest, at, values = self._latest
+                if (latest, at) != (name, step.applied_steps):
+                    values = self.evaluate(rows)
                 summary[f"{name}/accuracy"] = values["accuracy"]
                 summary[f"{name}/accuracy_student"] = values["accuracy_student"]
+        if self.state.best is not None:
+            summary["validation/best_accuracy"], summary["validation/best_step"] = self.state.best
         batch = config.batch.labeled + (config.batch.unlabeled if self.unlabeled_stream else 0)
         summary |= {
             "steps": step.applied_steps,
