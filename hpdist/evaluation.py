@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -42,13 +42,15 @@ def evaluate_both(
     engine: Engine,
     teacher: ShardedTeacher | None,
     views: Views,
-    batches: Iterable[tuple[LabeledBatch, Tensor]],
+    batches: Callable[[], Iterable[tuple[LabeledBatch, Tensor]]],
 ) -> dict[str, float]:
-    """`accuracy` and `loss` of the teacher, the same with `_student` of the student. Collective."""
-    batches = list(batches)
-    student = evaluate(engine, views, batches)
+    """`accuracy` and `loss` of the teacher, the same with `_student` of the student.
+
+    `batches` reads the set anew for each, so that no more than a batch is held. Collective.
+    """
+    student = evaluate(engine, views, batches())
     averaged = student
     if teacher is not None:
         with teacher.in_student():
-            averaged = evaluate(engine, views, batches)
+            averaged = evaluate(engine, views, batches())
     return averaged | {f"{name}_student": value for name, value in student.items()}

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import datasets
@@ -139,8 +140,10 @@ class Trainer:
             )
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = divide_batch(config, ranks, uses_unlabeled)
-        rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
-        self.sharding = launch.with_batch(sharding, rows // ranks // micro_batches, micro_batches)
+        batch = config.batch
+        self._global_rows = batch.labeled + (batch.unlabeled if uses_unlabeled else 0)
+        micro_batch = self._global_rows // ranks // micro_batches
+        self.sharding = launch.with_batch(sharding, micro_batch, micro_batches)
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
         if not (self.main and sys.stderr.isatty()):
@@ -355,10 +358,8 @@ class Trainer:
                 f"the loss became NaN at step {self.step.applied_steps}; lower optim.lr, set "
                 "optim.grad_clip, or train in fp32 to find out why"
             )
-        config = self.config.batch
-        rows = config.labeled + (config.unlabeled if self.unlabeled_stream else 0)
         now = time.monotonic()
-        rate = self._since * rows / (now - self._clock)
+        rate = self._since * self._global_rows / (now - self._clock)
         self._clock, self._since = now, 0
         return {
             **outcome.metrics,
@@ -387,8 +388,13 @@ class Trainer:
     def evaluate(self, rows: LabeledRows) -> dict[str, float]:
         """Accuracy and loss of the teacher, and with `_student` of the student. Collective."""
         engine = self.step.engine
-        batches = evaluation_batches(
-            rows, self.spec, self.config.eval.batch, engine.rank, engine.world_size
+        batches = partial(
+            evaluation_batches,
+            rows,
+            self.spec,
+            self.config.eval.batch,
+            engine.rank,
+            engine.world_size,
         )
         return evaluate_both(engine, self.step.teacher, self.views, batches)
 
@@ -402,7 +408,7 @@ class Trainer:
         self.console.show(step, record | ({"accuracy": accuracies[0]} if accuracies else {}))
 
     def _finish(self) -> dict[str, object]:
-        step, config = self.step, self.config
+        step = self.step
         summary: dict[str, object] = {}
         for name, rows in (("test", self.test), ("validation", self.validation)):
             if rows is not None:
@@ -413,12 +419,11 @@ class Trainer:
                 summary[f"{name}/accuracy_student"] = values["accuracy_student"]
         if self.state.best is not None:
             summary["validation/best_accuracy"], summary["validation/best_step"] = self.state.best
-        batch = config.batch.labeled + (config.batch.unlabeled if self.unlabeled_stream else 0)
         summary |= {
             "steps": step.applied_steps,
             "skipped_steps": step.attempts - step.applied_steps,
             "seconds": round(self._elapsed(), 3),
-            "examples": step.attempts * batch,
+            "examples": step.attempts * self._global_rows,
             "world_size": world_size(),
             "precision": self.sharding.precision,
             "zero_stage": self.sharding.stage,

@@ -63,7 +63,7 @@ class ShardedTeacher:
 
     def prepare_forward(self, model: nn.Module | None) -> None:
         """Make ready for a forward in each step. `model`, a second one, is used under ZeRO-3."""
-        self._replica = self.engine.make_replica(model, self.fragments)
+        self._replica = self.engine.make_replica(model)
 
     @contextmanager
     def forward(self) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -164,9 +164,7 @@ class Engine(ABC):
     def lend_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
         """Put other weights into the model for a while. Collective."""
 
-    def make_replica(
-        self, model: nn.Module | None, fragments: Sequence[Fragment]
-    ) -> Replica | None:
+    def make_replica(self, model: nn.Module | None) -> Replica | None:
         """A second model for other weights, where lending them to the first would cost too much."""
         return None
 
@@ -266,9 +264,7 @@ class ReplicatedEngine(Engine):
         with self._autocast():
             return logits_of(self.module(inputs))
 
-    def make_replica(
-        self, model: nn.Module | None, fragments: Sequence[Fragment]
-    ) -> Replica | None:
+    def make_replica(self, model: nn.Module | None) -> Replica | None:
         """A second model for other weights, where lending them to the first would cost too much."""
         return None
 
@@ -307,10 +303,7 @@ class ReplicatedEngine(Engine):
 
     def optimizer_slots(self) -> dict[str, list[Fragment]]:
         """The whole state: every rank holds all of it."""
-        return {
-            key: [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
-            for key, tensors in self._state().items()
-        }
+        return {key: self._partition.uncut(tensors) for key, tensors in self._state().items()}
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every parameter with its state."""

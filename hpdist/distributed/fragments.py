@@ -64,6 +64,11 @@ class Partition:
         return pieces
 
     @staticmethod
+    def uncut(tensors: Mapping[str, Tensor]) -> list[Fragment]:
+        """Views of tensors as they are, whole."""
+        return [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
+
+    @staticmethod
     def state_tensors(
         parameters: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
     ) -> dict[str, dict[str, Tensor]]:

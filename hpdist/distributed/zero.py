@@ -239,10 +239,7 @@ class UnshardedEngine(ZeroEngine):
 
     def optimizer_slots(self) -> dict[str, list[Fragment]]:
         """The whole state: every rank holds all of it."""
-        return {
-            key: [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
-            for key, tensors in self._state().items()
-        }
+        return {key: self._partition.uncut(tensors) for key, tensors in self._state().items()}
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Every fp32 weight with its state."""
@@ -365,9 +362,7 @@ class PartitionedEngine(ZeroEngine):
             for (_, parameter), values in zip(self._sharded(), own, strict=True):
                 parameter.ds_tensor.data.copy_(values)
 
-    def make_replica(
-        self, model: nn.Module | None, fragments: Sequence[Fragment]
-    ) -> Replica | None:
+    def make_replica(self, model: nn.Module | None) -> Replica | None:
         """A second engine: lending to the first would break its prefetch order in every step."""
         if model is None:
             raise ConfigError(
