@@ -22,7 +22,7 @@ from hpdist import config as configuration
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.checks import check_model, divide_batch
 from hpdist.config import Component, RunConfig
-from hpdist.data.batch import InputSpec
+from hpdist.data.decode import InputSpec
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.sources import (
     LabeledRows,

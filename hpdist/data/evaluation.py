@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpdist.data.batch import InputSpec, LabeledBatch
+from hpdist.data.batch import LabeledBatch
+from hpdist.data.decode import InputSpec
 from hpdist.data.sources import LabeledRows
 
 

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 
 from hpdist.config import LabelColumn, Labeled, Source, Unlabeled
-from hpdist.data.batch import InputSpec, stored_values
+from hpdist.data.decode import InputSpec, stored_values
 from hpdist.errors import DataError
 
 Int64Array: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]

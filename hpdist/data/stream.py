@@ -18,7 +18,8 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast, overload
 import numpy as np
 import torch
 
-from hpdist.data.batch import InputSpec, LabeledBatch, UnlabeledBatch
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.decode import InputSpec
 from hpdist.data.sources import Int64Array, LabeledRows, StreamedRows, TableRows
 from hpdist.errors import DataError
 

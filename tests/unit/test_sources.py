@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hpdist.config import LabelColumn, Labeled, Unlabeled
-from hpdist.data.batch import InputSpec
+from hpdist.data.decode import InputSpec
 from hpdist.data.sources import StreamedRows, input_spec, open_labeled, open_test, open_unlabeled
 from hpdist.errors import DataError
 

@@ -1,0 +1,274 @@
+"""How a stored value becomes one row of a batch.
+
+Images stay uint8 [channels, height, width] until the views run on the device; one-dimensional
+arrays are float32 vectors. One `InputSpec` is derived from the labelled rows and shared by every
+other set, so that a test or unlabelled row is decoded as a labelled one is.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import fsspec  # type: ignore[import-untyped]
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from hpdist.errors import DataError
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+_MODES = {
+    "1": "L",
+    "L": "L",
+    "RGB": "RGB",
+    "RGBA": "RGBA",
+    "LA": "RGBA",
+    "La": "RGBA",
+    "PA": "RGBA",
+}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How every set's inputs are decoded, and the shape of one row.
+
+    `mode` follows from the first labelled row: L of 1-bit, 8-bit and 16-bit grey (of which the
+    upper eight bits are kept), RGBA of anything with transparency, RGB of palettes, CMYK and the
+    rest. Every row is converted to it, whatever its own mode. Images of 32-bit floats are refused.
+    """
+
+    kind: Literal["image", "vector"]
+    shape: tuple[int, ...]  # (channels, height, width) or (features,)
+    stored: Literal["encoded", "array"]
+    mode: str | None = None  # L, RGB or RGBA, of images
+    channels_last: bool = False  # how 3-D arrays are stored
+    size: int | None = None  # every image is resized to size x size
+
+    @classmethod
+    def of(cls, value: Any, size: int | None) -> InputSpec:
+        """Derive the spec from the first labelled row's value, as `stored_values` gives it.
+
+        Raises ValueError when the value is neither an image nor an array of a known shape.
+        """
+        if value is None or isinstance(value, Unreadable):
+            raise ValueError(value.reason if value else "the value is null")
+        if not isinstance(value, np.ndarray):
+            image = _open_image(value)
+            mode = _mode_of(image)
+            height, width = (size, size) if size else (image.height, image.width)
+            return cls("image", (_CHANNELS[mode], height, width), "encoded", mode, size=size)
+        if value.ndim == 1:
+            if size:
+                raise ValueError(
+                    f"views.size is {size}, but the rows are vectors: remove views.size"
+                )
+            return cls("vector", value.shape, "array")
+        channels_last = value.ndim == 3 and value.shape[2] in _CHANNELS.values()
+        channels, height, width = _to_channels_first(value, channels_last).shape
+        modes = {count: mode for mode, count in _CHANNELS.items()}
+        if channels not in modes:
+            raise ValueError(
+                f"an array of shape {_by(value.shape)} is no image: it must be height x width, "
+                "height x width x channels or channels x height x width with 1, 3 or 4 channels"
+            )
+        shape = (channels, size or height, size or width)
+        return cls("image", shape, "array", modes[channels], channels_last, size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8 for images, float32 for vectors."""
+        return torch.uint8 if self.kind == "image" else torch.float32
+
+    def decode(self, value: Any) -> Tensor:
+        """Turn one stored value into a tensor of `shape` and `dtype`.
+
+        Raises ValueError (or what the image library raises) when the value does not fit the spec.
+        """
+        if value is None:
+            raise ValueError("the value is null")
+        if isinstance(value, Unreadable):
+            raise ValueError(value.reason)
+        if (self.stored == "array") != isinstance(value, np.ndarray):
+            found = "an array" if isinstance(value, np.ndarray) else "an encoded image"
+            raise ValueError(f"it is {found}, but the labelled rows are not")
+        if self.kind == "vector":
+            tensor = torch.from_numpy(_finite(value))  # [features]
+        elif self.stored == "encoded":
+            tensor = _pixels(_open_image(value), str(self.mode))  # [channels, height, width]
+        else:
+            tensor = torch.from_numpy(_bytes_of(_to_channels_first(value, self.channels_last)))
+        if self.size and tensor.shape[0] == self.shape[0]:
+            tensor = _resize(tensor, self.size)
+        if tuple(tensor.shape) != self.shape:
+            ours, first = _by(tensor.shape), _by(self.shape)
+            resizable = self.kind == "image" and tensor.shape[0] == self.shape[0]
+            hint = " (set views.size to resize every image)" if resizable else ""
+            raise ValueError(f"its shape is {ours}, the first labelled row's is {first}{hint}")
+        return tensor
+
+    def decode_rows(
+        self, values: Sequence[Any], ids: Sequence[int], name: str, pin: bool = False
+    ) -> Tensor:
+        """Decode stored values into [rows, *shape], in page-locked memory on request.
+
+        Raises DataError that names the dataset, the row and the cause.
+        """
+        out = torch.empty((len(values), *self.shape), dtype=self.dtype, pin_memory=pin)
+        for line, (value, row) in enumerate(zip(values, ids, strict=True)):
+            out[line] = self._decode_row(value, row, name)
+        return out
+
+    def _decode_row(self, value: Any, row: int, name: str) -> Tensor:
+        try:
+            return self.decode(value)
+        except Exception as error:  # image libraries raise nearly everything on a damaged file
+            cause = str(error) or type(error).__name__
+            raise DataError(
+                f"{name}: row {row} cannot be decoded: {cause}; mend or remove that row"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a stored value that no spec accepts, and says why."""
+
+    reason: str
+
+
+def stored_values(column: pa.ChunkedArray) -> list[Any]:
+    """Take a column's values as they are stored, one per row, undecoded.
+
+    Encoded images are bytes or {bytes, path}; lists of numbers, nested or not, are arrays; a list
+    that is ragged or holds nulls is `Unreadable`.
+    """
+    values: list[Any] = []
+    for chunk in column.chunks:
+        storage = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+        if _is_list(storage.type):
+            values += [_nested(storage.slice(row, 1)) for row in range(len(storage))]
+        else:
+            values += storage.to_pylist()
+    return values
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_)
+    )
+
+
+def _nested(array: pa.Array) -> np.ndarray[Any, Any] | Unreadable | None:
+    """One row's nested lists as an array; None for a null."""
+    if array.null_count:
+        return None
+    shape = []
+    while _is_list(array.type):
+        lengths = pc.unique(pc.list_value_length(array)).to_pylist()
+        if len(lengths) != 1 or lengths[0] is None:
+            return Unreadable("its lists differ in length or hold nulls")
+        shape.append(lengths[0])
+        array = array.flatten()
+    if array.null_count:
+        return Unreadable("its lists hold nulls")
+    return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _open_image(value: Any) -> Image.Image:
+    """Open an encoded image, turned the way its EXIF orientation says."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None:
+        path = value.get("path")
+        if not path:
+            raise ValueError("it has neither bytes nor a path")
+        with fsspec.open(path, "rb") as file:  # local, hf:// or inside an archive
+            data = file.read()
+    if not isinstance(data, bytes):
+        raise ValueError(f"it is {type(data).__name__}, not an image, a vector or an array")
+    image: Image.Image = Image.open(io.BytesIO(data))
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _mode_of(image: Image.Image) -> str:
+    if image.mode in _SIXTEEN_BIT:
+        return "L"
+    if image.mode == "F":
+        raise ValueError("32-bit float images have no fixed range: store them as 8-bit images")
+    if "transparency" in image.info:
+        return "RGBA"
+    return _MODES.get(image.mode, "RGB")
+
+
+def _pixels(image: Image.Image, mode: str) -> Tensor:
+    """Take the pixels in `mode`, uint8 [channels, height, width]."""
+    if image.mode in _SIXTEEN_BIT:
+        deep = np.asarray(image)
+        if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
+            raise ValueError("its grey values leave 0..65535: store it as an 8-bit image")
+        image = Image.fromarray((deep >> 8).astype(np.uint8))  # convert("L") would clip at 255
+    if image.mode == "F":
+        raise ValueError("32-bit float images have no fixed range: store them as 8-bit images")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns and guesses
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    return torch.from_numpy(np.array(_to_channels_first(array, channels_last=True)))
+
+
+def _to_channels_first(
+    array: np.ndarray[Any, Any], channels_last: bool
+) -> np.ndarray[tuple[int, int, int], Any]:
+    """[height, width] or 3-D to [channels, height, width]."""
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim != 3:
+        raise ValueError(
+            f"an array of shape {_by(array.shape)} is no image: give 2 or 3 dimensions"
+        )
+    return np.moveaxis(array, -1, 0) if channels_last else array
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Integer values in 0..255 as uint8."""
+    if array.dtype == np.uint8:
+        return np.array(array)
+    if array.dtype.kind not in "iufb":
+        raise ValueError(f"an image of {array.dtype} is not one of numbers")
+    with np.errstate(invalid="ignore"):  # NaN fails the comparison below
+        as_bytes = array.astype(np.uint8)
+    if not np.array_equal(as_bytes, array):
+        raise ValueError(
+            "its pixels are not whole numbers in 0..255: scale and store them as uint8"
+        )
+    return as_bytes
+
+
+def _finite(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if array.dtype.kind not in "iufb":
+        raise ValueError(f"a vector of {array.dtype} is not one of numbers")
+    with np.errstate(over="ignore"):  # infinities are refused below
+        vector = array.astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise ValueError("it holds NaN or infinity, or leaves float32's range")
+    return vector
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """uint8 [channels, height, width] to [channels, size, size], bilinear and antialiased."""
+    if image.shape[1:] == (size, size):
+        return image
+    return torch.nn.functional.interpolate(
+        image[None], (size, size), mode="bilinear", align_corners=False, antialias=True
+    )[0]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(str(length) for length in shape)
