@@ -1,0 +1,71 @@
+"""Shuffling by arithmetic: where a row goes is computed, not stored.
+
+A permutation of any size costs no memory and no time to set up, and its values never change with
+the version of a library, so that a run can be resumed years later.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Int64Array: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+_UInt64Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
+
+_ROUNDS = 8
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def permuted(places: Int64Array, size: int, *key: int) -> Int64Array:
+    """Where the permutation of 0..size chosen by `key` takes each of `places`, [n] -> [n].
+
+    A Feistel network over the smallest power of two that holds `size`; what leaves the range goes
+    through it again until it is back (Black and Rogaway 2002, section 3, cycle walking).
+    """
+    bits = max(2, (size - 1).bit_length())
+    low = np.uint64(bits // 2)
+    low_mask, high_mask = ((np.uint64(1) << width) - np.uint64(1) for width in (low, bits - low))
+    keys = _round_keys(key)
+    result = _network(places.astype(np.uint64), low, low_mask, high_mask, keys)
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = _network(result[outside], low, low_mask, high_mask, keys)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+def permutation(size: int, *key: int) -> Int64Array:
+    """The whole permutation, [size]."""
+    return permuted(np.arange(size), size, *key)
+
+
+def _network(
+    values: _UInt64Array,
+    low: np.uint64,
+    low_mask: np.uint64,
+    high_mask: np.uint64,
+    keys: _UInt64Array,
+) -> _UInt64Array:
+    right, left = values & low_mask, values >> low
+    for number, key in enumerate(keys):
+        if number % 2:
+            right = right ^ (_mixed(left + key) & low_mask)
+        else:
+            left = left ^ (_mixed(right + key) & high_mask)
+    return (left << low) | right
+
+
+def _mixed(values: _UInt64Array) -> _UInt64Array:
+    """SplitMix64's finaliser: every bit of the input moves every bit of the output."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _round_keys(key: tuple[int, ...]) -> _UInt64Array:
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mixed(state + np.uint64((part + 1) * _GOLDEN % 2**64))
+    steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _mixed(state + steps)
