@@ -230,8 +230,9 @@ class SemiSupervisedStep:
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64, device=device)
             return _MicroBatch(x, labeled.labels, (), None, none)
+        unlabeled, places = unlabeled.only_valid()
         unlabeled = unlabeled.to(device, non_blocking=True)
-        positions = torch.arange(u_at, u_at + len(unlabeled))
+        positions = u_at + places
         wanted = self.algorithm.views
         u = unlabeled.inputs
         weak, strong = (
@@ -291,11 +292,13 @@ class SemiSupervisedStep:
     def _observe(self, reduction: FusedSum) -> tuple[Tensor, Tensor]:
         """Wait for the sums, show them to the algorithm; give the global rows of both kinds.
 
-        A NaN in any weak view of any rank leaves every statistic as it was.
+        A NaN in any weak view of any rank leaves every statistic as it was, and so does a global
+        batch without a valid row.
         """
         sums = reduction.wait()
         labeled, unlabeled = sums.pop("labeled rows"), sums.pop("unlabeled rows")
-        sound = sums.pop("bad rows") == 0
+        sound = (sums.pop("bad rows") == 0) & (unlabeled > 0)
+        unlabeled = unlabeled.clamp(min=1)  # sums over no rows are 0, and so are their means
         self.algorithm.observe(sums, unlabeled)
         self.algorithm.pending = {
             name: torch.where(sound, value, self.algorithm.state[name])

@@ -38,23 +38,40 @@ class LabeledBatch:
 
 @dataclass(frozen=True)
 class UnlabeledBatch:
-    """Rows without labels: uint8 images or float32 vectors, int64 row ids."""
+    """Rows without labels: uint8 images or float32 vectors, int64 row ids.
+
+    Rows that are not `valid` (they could not be read, or a filter leaves them out) hold a place in
+    the global batch and nothing else: no model sees them, and every mean is over the valid rows of
+    all ranks.
+    """
 
     inputs: Tensor  # uint8 [batch, channels, height, width] or float32 [batch, features]
     ids: Tensor  # int64 [batch]
+    valid: Tensor | None = None  # bool [batch], on the CPU; None: all of them
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UnlabeledBatch:
-        """Copy the tensors to a device."""
+        """Copy inputs and ids to a device; `valid` stays where it is."""
         return UnlabeledBatch(
             self.inputs.to(device, non_blocking=non_blocking),
             self.ids.to(device, non_blocking=non_blocking),
+            self.valid,
         )
 
     def narrow(self, start: int, length: int) -> UnlabeledBatch:
         """View rows [start, start + length)."""
         return UnlabeledBatch(
-            self.inputs.narrow(0, start, length), self.ids.narrow(0, start, length)
+            self.inputs.narrow(0, start, length),
+            self.ids.narrow(0, start, length),
+            None if self.valid is None else self.valid.narrow(0, start, length),
         )
+
+    def only_valid(self) -> tuple[UnlabeledBatch, Tensor]:
+        """The valid rows, and their places in this batch, int64 on the CPU."""
+        if self.valid is None or bool(self.valid.all()):
+            return UnlabeledBatch(self.inputs, self.ids), torch.arange(len(self))
+        places = self.valid.nonzero().flatten()
+        chosen = places.to(self.ids.device)
+        return UnlabeledBatch(self.inputs[chosen], self.ids[chosen]), places

@@ -10,7 +10,7 @@ in one pass or two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpdist.distributed.reduce import world_size
+
+_Seen: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Of one pass: elements per channel on all ranks, mean and unbiased variance."""
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -32,9 +35,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._seen: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # (elements, mean, unbiased variance) per pass
+        self._seen: list[_Seen] = []
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 (torch's name)
         if input.dim() < 2:
@@ -68,14 +69,16 @@ class GlobalBatchNorm(_BatchNorm):
     def _normalise(self, rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean = torch.zeros(self.num_features, device=rows.device)
         variance = torch.ones(self.num_features, device=rows.device)
+        elements = torch.tensor(float(rows.numel() // self.num_features), device=rows.device)
         if world_size() == 1:
+            if not len(rows):
+                return rows
             # With momentum 1 torch leaves the batch's mean and unbiased variance in the buffers.
             normalised = F.batch_norm(rows, mean, variance, weight, bias, True, 1.0, self.eps)
         else:
             function: Any = _NormaliseGlobally.apply
-            normalised = function(rows, weight, bias, self.eps, mean, variance)
+            normalised = function(rows, weight, bias, self.eps, mean, variance, elements)
         if torch._C._current_graph_task_id() == -1:  # not when activation checkpointing recomputes
-            elements = rows.numel() // self.num_features
             self._seen.append((elements, mean, variance))
         return normalised
 
@@ -101,11 +104,11 @@ class GlobalBatchNorm(_BatchNorm):
         self._seen = []
 
 
-def _combine(seen: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _combine(seen: list[_Seen]) -> tuple[Tensor, Tensor]:
     """Mean and variance of several passes together, weighted by their sizes."""
     if len(seen) == 1:
         return seen[0][1], seen[0][2]
-    total = sum(elements for elements, _, _ in seen)
+    total = torch.stack([elements for elements, _, _ in seen]).sum()
     shares = [elements / total for elements, _, _ in seen]
     mean = sum((s * m for s, (_, m, _) in zip(shares, seen, strict=True)), torch.zeros(()))
     variance = sum(
@@ -127,16 +130,21 @@ class _NormaliseGlobally(torch.autograd.Function):
         eps: float,
         mean_out: Tensor,
         variance_out: Tensor,
+        total_out: Tensor,
     ) -> Tensor:
         dims = [d for d in range(rows.dim()) if d != 1]
         count = rows.numel() // rows.shape[1]
-        variance, mean = torch.var_mean(rows.float(), dims, correction=0)  # [channels] each
+        if count:
+            variance, mean = torch.var_mean(rows.float(), dims, correction=0)  # [channels] each
+        else:  # no rows on this rank: weighs nothing
+            variance, mean = torch.zeros(2, rows.shape[1], device=rows.device)
         own = torch.cat([mean, variance, mean.new_tensor([float(count)])])
         everyone = [torch.empty_like(own) for _ in range(world_size())]
         dist.all_gather(everyone, own)
         stacked = torch.stack(everyone)  # [ranks, 2 channels + 1]
         means, variances, counts = stacked.tensor_split([len(mean), 2 * len(mean)], dim=1)
-        total = counts.sum()
+        total = counts.sum().clamp(min=1)  # no rows anywhere: nothing to divide by
+        total_out.copy_(counts.sum())
         mean = (counts * means).sum(dim=0) / total
         variance = (counts * (variances + (means - mean).square())).sum(dim=0) / total
         mean_out.copy_(mean)
@@ -162,6 +170,7 @@ class _NormaliseGlobally(torch.autograd.Function):
             grad_rows.to(rows.dtype),
             grad_weight if has_affine else None,
             grad_bias if has_affine else None,
+            None,
             None,
             None,
             None,
