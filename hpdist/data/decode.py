@@ -10,20 +10,26 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-import torch
-from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from hpdist.errors import DataError
 
+if TYPE_CHECKING:  # imported where it is used: a decoding process does without it
+    import torch
+    from torch import Tensor
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+_LINES = {"L": "L", "RGB": "RGB;L", "RGBA": "RGBA;L"}  # Pillow's layouts of a band per line
+_REASON_LENGTH = 300
 _MODES = {
     "1": "L",
     "L": "L",
@@ -84,6 +90,8 @@ class InputSpec:
     @property
     def dtype(self) -> torch.dtype:
         """uint8 for images, float32 for vectors."""
+        import torch
+
         return torch.uint8 if self.kind == "image" else torch.float32
 
     def decode(self, value: Any) -> Tensor:
@@ -91,27 +99,11 @@ class InputSpec:
 
         Raises ValueError (or what the image library raises) when the value does not fit the spec.
         """
-        if value is None:
-            raise ValueError("the value is null")
-        if isinstance(value, Unreadable):
-            raise ValueError(value.reason)
-        if (self.stored == "array") != isinstance(value, np.ndarray):
-            found = "an array" if isinstance(value, np.ndarray) else "an encoded image"
-            raise ValueError(f"it is {found}, but the labelled rows are not")
-        if self.kind == "vector":
-            tensor = torch.from_numpy(_finite(value))  # [features]
-        elif self.stored == "encoded":
-            tensor = _pixels(_open_image(value), str(self.mode))  # [channels, height, width]
-        else:
-            tensor = torch.from_numpy(_bytes_of(_to_channels_first(value, self.channels_last)))
-        if self.size and tensor.shape[0] == self.shape[0]:
-            tensor = _resize(tensor, self.size)
-        if tuple(tensor.shape) != self.shape:
-            ours, first = _by(tensor.shape), _by(self.shape)
-            resizable = self.kind == "image" and tensor.shape[0] == self.shape[0]
-            hint = " (set views.size to resize every image)" if resizable else ""
-            raise ValueError(f"its shape is {ours}, the first labelled row's is {first}{hint}")
-        return tensor
+        import torch
+
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self._decode_into(value, out.numpy())
+        return out
 
     def decode_rows(
         self, values: Sequence[Any], ids: Sequence[int], name: str, pin: bool = False
@@ -120,19 +112,66 @@ class InputSpec:
 
         Raises DataError that names the dataset, the row and the cause.
         """
+        import torch
+
         out = torch.empty((len(values), *self.shape), dtype=self.dtype, pin_memory=pin)
-        for line, (value, row) in enumerate(zip(values, ids, strict=True)):
-            out[line] = self._decode_row(value, row, name)
+        for line, reason in self.decode_valid(values, out).items():
+            raise DataError(
+                f"{name}: row {ids[line]} cannot be decoded: {reason}; mend or remove that row"
+            )
         return out
 
-    def _decode_row(self, value: Any, row: int, name: str) -> Tensor:
+    def decode_valid(self, values: Sequence[Any], out: Tensor) -> dict[int, str]:
+        """Decode each value into its line of `out`: [rows, *shape] of `dtype`, on the CPU.
+
+        Returns why, by line and in their order, for the values that cannot be decoded; their lines
+        are zeros.
+        """
+        return self.decode_array(values, out.numpy())
+
+    def decode_array(self, values: Sequence[Any], out: Array) -> dict[int, str]:
+        """Do as `decode_valid` does, into a numpy array; imports torch only to resize images."""
+        if out.shape != (len(values), *self.shape):
+            raise ValueError(
+                f"{len(values)} rows of {_by(self.shape)} do not fit into {_by(out.shape)}"
+            )
+        reasons = {}
+        for line, value in enumerate(values):
+            reason = self._try_into(value, out[line])
+            if reason is not None:
+                reasons[line] = reason
+        return reasons
+
+    def _try_into(self, value: Any, out: Array) -> str | None:
         try:
-            return self.decode(value)
+            self._decode_into(value, out)
         except Exception as error:  # image libraries raise nearly everything on a damaged file
-            cause = str(error) or type(error).__name__
-            raise DataError(
-                f"{name}: row {row} cannot be decoded: {cause}; mend or remove that row"
-            ) from error
+            out[...] = 0
+            return _reason(error)
+        return None
+
+    def _decode_into(self, value: Any, out: Array) -> None:
+        if value is None:
+            raise ValueError("the value is null")
+        if isinstance(value, Unreadable):
+            raise ValueError(value.reason)
+        if (self.stored == "array") != isinstance(value, np.ndarray):
+            found = "an array" if isinstance(value, np.ndarray) else "an encoded image"
+            raise ValueError(f"it is {found}, but the labelled rows are not")
+        if self.kind == "vector":
+            array: Array = _finite(value)  # [features]
+        elif self.stored == "encoded":
+            array = _pixels(_open_image(value), str(self.mode))  # [channels, height, width]
+        else:
+            array = _bytes_of(_to_channels_first(value, self.channels_last))
+        if self.size and array.shape[0] == self.shape[0]:
+            array = _resize(array, self.size)
+        if array.shape != self.shape:
+            ours, first = _by(array.shape), _by(self.shape)
+            resizable = self.kind == "image" and array.shape[0] == self.shape[0]
+            hint = " (set views.size to resize every image)" if resizable else ""
+            raise ValueError(f"its shape is {ours}, the first labelled row's is {first}{hint}")
+        out[...] = array
 
 
 @dataclass(frozen=True)
@@ -165,7 +204,7 @@ def _is_list(type_: pa.DataType) -> bool:
     )
 
 
-def _nested(array: pa.Array) -> np.ndarray[Any, Any] | Unreadable | None:
+def _nested(array: pa.Array) -> Array | Unreadable | None:
     """One row's nested lists as an array; None for a null."""
     if array.null_count:
         return None
@@ -208,8 +247,8 @@ def _mode_of(image: Image.Image) -> str:
     return _MODES.get(image.mode, "RGB")
 
 
-def _pixels(image: Image.Image, mode: str) -> Tensor:
-    """Take the pixels in `mode`, uint8 [channels, height, width]."""
+def _pixels(image: Image.Image, mode: str) -> Array:
+    """Take the pixels in `mode`, uint8 [channels, height, width]; the array is read-only."""
     if image.mode in _SIXTEEN_BIT:
         deep = np.asarray(image)
         if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
@@ -219,13 +258,14 @@ def _pixels(image: Image.Image, mode: str) -> Tensor:
         raise ValueError("32-bit float images have no fixed range: store them as 8-bit images")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns and guesses
-    array = np.asarray(image if image.mode == mode else image.convert(mode))
-    return torch.from_numpy(np.array(_to_channels_first(array, channels_last=True)))
+    if image.mode != mode:
+        image = image.convert(mode)
+    # Pillow parts the bands as it packs each line, which costs less than to part them afterwards.
+    packed = np.frombuffer(image.tobytes("raw", _LINES[mode]), np.uint8)
+    return packed.reshape(image.height, _CHANNELS[mode], image.width).transpose(1, 0, 2)
 
 
-def _to_channels_first(
-    array: np.ndarray[Any, Any], channels_last: bool
-) -> np.ndarray[tuple[int, int, int], Any]:
+def _to_channels_first(array: Array, channels_last: bool) -> Array:
     """[height, width] or 3-D to [channels, height, width]."""
     if array.ndim == 2:
         return array[None]
@@ -236,10 +276,10 @@ def _to_channels_first(
     return np.moveaxis(array, -1, 0) if channels_last else array
 
 
-def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _bytes_of(array: Array) -> Array:
     """Integer values in 0..255 as uint8."""
     if array.dtype == np.uint8:
-        return np.array(array)
+        return array
     if array.dtype.kind not in "iufb":
         raise ValueError(f"an image of {array.dtype} is not one of numbers")
     with np.errstate(invalid="ignore"):  # NaN fails the comparison below
@@ -251,7 +291,8 @@ def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]
     return as_bytes
 
 
-def _finite(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _finite(array: Array) -> Array:
+    """Numbers as float32, all of them finite."""
     if array.dtype.kind not in "iufb":
         raise ValueError(f"a vector of {array.dtype} is not one of numbers")
     with np.errstate(over="ignore"):  # infinities are refused below
@@ -261,13 +302,27 @@ def _finite(array: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]
     return vector
 
 
-def _resize(image: Tensor, size: int) -> Tensor:
+def _resize(image: Array, size: int) -> Array:
     """uint8 [channels, height, width] to [channels, size, size], bilinear and antialiased."""
     if image.shape[1:] == (size, size):
         return image
-    return torch.nn.functional.interpolate(
-        image[None], (size, size), mode="bilinear", align_corners=False, antialias=True
-    )[0]
+    import torch
+
+    # Channels last in memory, since torch fails on channels first where size is 1. A copy, since
+    # torch warns of read-only arrays.
+    pixels = torch.from_numpy(np.array(image.transpose(1, 2, 0), order="C")).permute(2, 0, 1)
+    resized = torch.nn.functional.interpolate(
+        pixels[None], (size, size), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized[0].numpy()
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why a value cannot be decoded, the same in every run."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image that Pillow knows"  # its own message holds an address in memory
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= _REASON_LENGTH else said[: _REASON_LENGTH - 1] + "…"
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -1,0 +1,77 @@
+"""Decoding many rows at once: what cannot be decoded is named and left out, the rest as ever."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpdist.data.decode import InputSpec, Unreadable
+
+
+def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (6, 5), turned: int = 1) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = turned
+    Image.fromarray(pixels).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+def test_rows_that_cannot_be_decoded_are_zeros_and_say_why():
+    spec = InputSpec.of(encoded(0), None)
+    values = [
+        encoded(1),
+        None,
+        b"",
+        b"no image at all",
+        encoded(2, "JPEG")[:-60],
+        encoded(3, size=(9, 9)),
+        Unreadable("its lists hold nulls"),
+        np.zeros((3, 6, 5), np.uint8),
+        {"bytes": encoded(4), "path": None},
+    ]
+    out = torch.full((len(values), *spec.shape), 7, dtype=torch.uint8)
+    reasons = spec.decode_valid(values, out)
+    assert list(reasons) == [1, 2, 3, 4, 5, 6, 7]
+    assert reasons[1] == "the value is null"
+    assert "truncated" in reasons[4].lower()
+    assert "3x9x9" in reasons[5]
+    assert reasons[6] == "its lists hold nulls"
+    for line in reasons:
+        assert not out[line].any()
+    assert torch.equal(out[0], spec.decode(values[0]))
+    assert torch.equal(out[8], spec.decode(encoded(4)))
+
+
+def test_reasons_are_one_line_and_the_same_in_every_run():
+    spec = InputSpec.of(encoded(0), None)
+    out = torch.empty((1, *spec.shape), dtype=torch.uint8)
+    first, second = (spec.decode_valid([b"xx"], out)[0] for _ in range(2))
+    assert first == second
+    assert "0x" not in first
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_an_image_is_turned_as_its_exif_says(kind):
+    flat = encoded(5, kind)
+    turned = encoded(5, kind, turned=6)  # shown a quarter clockwise
+    spec = InputSpec.of(flat, None)
+    upright = InputSpec.of(turned, None).decode(turned)
+    assert torch.equal(upright, spec.decode(flat).rot90(-1, (1, 2)))
+
+
+def test_vectors_that_are_not_finite_are_left_out():
+    spec = InputSpec.of(np.arange(4.0), None)
+    values = [np.array([1, np.nan, 2, 3]), np.array([1e300, 0, 0, 0]), np.arange(4), np.arange(3.0)]
+    out = torch.full((4, 4), 7.0)
+    assert list(spec.decode_valid(values, out)) == [0, 1, 3]
+    assert out.tolist() == [[0] * 4, [0] * 4, [0, 1, 2, 3], [0] * 4]
+
+
+def test_an_output_of_another_shape_is_refused():
+    spec = InputSpec.of(np.arange(4.0), None)
+    with pytest.raises(ValueError, match="do not fit"):
+        spec.decode_valid([np.arange(4.0)], torch.empty(2, 4))
