@@ -311,8 +311,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, name: str, body: bytes) -> None:
         for start in range(0, len(body), _CHUNK):
-            self.wfile.write(body[start : start + _CHUNK])
+            # Counted first, or a reader that has it all may ask too early.
             self.server.faults.sent(name, min(_CHUNK, len(body) - start))
+            self.wfile.write(body[start : start + _CHUNK])
 
     def _trickle(self, name: str, body: bytes, rate: float) -> None:
         step = max(1, int(rate * 0.05))

@@ -28,7 +28,8 @@ class ShardedTeacher:
         self.warmup = warmup
         self.updates = 0
         self._replica: Replica | None = None
-        self.fragments = [f.like(f.values.detach().clone()) for f in engine.master_fragments()]
+        self._parts = [part.detach().clone() for part in engine.master_parts()]
+        self.fragments = engine.fragments_of(self._parts)
         self.buffers = {name: b.detach().clone() for name, b in engine.module.named_buffers()}
 
     @torch.no_grad()
@@ -37,9 +38,9 @@ class ShardedTeacher:
         decay = (
             min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         )
-        student = [f.values for f in self.engine.master_fragments()]
+        student = self.engine.master_parts()  # whole parts: one operation, however many parameters
         if student:
-            torch._foreach_lerp_([f.values for f in self.fragments], student, 1 - decay)
+            torch._foreach_lerp_(self._parts, student, 1 - decay)
         for name, buffer in self.engine.module.named_buffers():
             if buffer.is_floating_point():
                 self.buffers[name].lerp_(buffer, 1 - decay)

@@ -131,8 +131,20 @@ class Engine(ABC):
         """Tell whoever else scales the loss of the new scale."""
 
     @abstractmethod
+    def master_parts(self) -> list[Tensor]:
+        """The tensors that hold this rank's part of the fp32 master weights.
+
+        Few, flat and live where the engine allows it; ask anew after every step, since an engine
+        may move them. Between the fragments there may be padding.
+        """
+
+    @abstractmethod
+    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
+        """Views of tensors laid out like `master_parts`, as fragments."""
+
     def master_fragments(self) -> list[Fragment]:
         """This rank's part of the fp32 master weights; live where the engine allows it."""
+        return self.fragments_of(self.master_parts())
 
     @abstractmethod
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
@@ -293,9 +305,13 @@ class ReplicatedEngine(Engine):
         self.optimizer.zero_grad()
         return finite, norm
 
-    def master_fragments(self) -> list[Fragment]:
-        """Views of this rank's 1/N of the parameters."""
-        return self._partition.cut(self._parameters)
+    def master_parts(self) -> list[Tensor]:
+        """Views of this rank's 1/N of the parameters, one by one."""
+        return [fragment.values for fragment in self._partition.cut(self._parameters)]
+
+    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
+        """The parts, named."""
+        return self._partition.named(parts)
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """Views of this rank's 1/N of every state tensor that has its parameter's shape."""

@@ -63,6 +63,13 @@ class Partition:
                 pieces.append(Fragment(name, start, tensors[name].detach().view(-1)[start:stop]))
         return pieces
 
+    def named(self, parts: Sequence[Tensor]) -> list[Fragment]:
+        """The values of a whole cut, as fragments again."""
+        return [
+            Fragment(self._names[index], start, values)
+            for (index, start, _), values in zip(self._pieces, parts, strict=True)
+        ]
+
     @staticmethod
     def uncut(tensors: Mapping[str, Tensor]) -> list[Fragment]:
         """Views of tensors as they are, whole."""
@@ -104,12 +111,14 @@ class Layout:
 
         Collective: every rank must call; one all-gather.
         """
-        flat = torch.cat([f.values.detach().reshape(-1).float() for f in own] or [torch.empty(0)])
+        device = own[0].values.device if own else None  # offload may keep some of them elsewhere
+        values = [f.values.detach().reshape(-1).to(device, torch.float32) for f in own]
+        flat = torch.cat(values or [torch.empty(0)])
         whole = {name: flat.new_empty(size) for name, size in self.sizes.items()}
-        for places, values in zip(self._ranks, self._exchange(flat), strict=True):
+        for places, received in zip(self._ranks, self._exchange(flat), strict=True):
             offset = 0
             for name, start, length in places:
-                whole[name][start : start + length] = values[offset : offset + length]
+                whole[name][start : start + length] = received[offset : offset + length]
                 offset += length
         return whole
 

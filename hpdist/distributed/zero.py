@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -87,6 +87,16 @@ def zero_engine(
     return kinds[stage](accelerator, model, optimizer)
 
 
+class _Place(NamedTuple):
+    """Elements of a parameter from `start` on lie in a flat part from `at` on."""
+
+    name: str
+    start: int
+    part: int
+    at: int
+    length: int
+
+
 class ZeroEngine(Engine):
     """ZeRO 1 and 2: half-precision weights whole on every rank, fp32 master and state sharded."""
 
@@ -124,11 +134,15 @@ class ZeroEngine(Engine):
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # only counts the micro-batch
 
-    def master_fragments(self) -> list[Fragment]:
-        """Live views of the fp32 parts that this rank owns."""
+    def master_parts(self) -> list[Tensor]:
+        """This rank's flat fp32 part of each parameter group, live; on the CPU if offloaded."""
+        return [flat.detach() for flat in self._flat_parts()]
+
+    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
+        """Views of what this rank owns of each parameter."""
         return [
-            Fragment(name, mapping.lp_fragment_address.start, mapping.get_hp_fragment())
-            for name, mapping in self._mappings()
+            Fragment(place.name, place.start, parts[place.part].narrow(0, place.at, place.length))
+            for place in self._places()
         ]
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
@@ -136,13 +150,12 @@ class ZeroEngine(Engine):
         # Not by DeepSpeed's own mapping, which is made when only the first group has state.
         flat_states = self.flat_states()
         found: dict[str, list[Fragment]] = {}
-        for name, mapping in self._mappings():
-            flat, state = flat_states[mapping.param_group_index]
-            start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+        for place in self._places():
+            flat, state = flat_states[place.part]
             for key, values in state.items():
                 if isinstance(values, Tensor) and values.shape == flat.shape:
-                    fragment = Fragment(name, start, values.narrow(0, at.start, at.numel))
-                    found.setdefault(key, []).append(fragment)
+                    piece = values.narrow(0, place.at, place.length)
+                    found.setdefault(key, []).append(Fragment(place.name, place.start, piece))
         return found
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -195,11 +208,13 @@ class ZeroEngine(Engine):
         if self.scaler is not None:
             self.deepspeed.optimizer.loss_scaler.cur_scale = self.scaler.scale
 
-    def _mappings(self) -> Iterator[tuple[str, Any]]:
+    def _places(self) -> Iterator[_Place]:
+        """Where this rank's part of each parameter lies in the flat parts."""
         for name, parameter in self._parameters.items():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
-                yield name, mapping
+                start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+                yield _Place(name, start, mapping.param_group_index, at.start, at.numel)
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
@@ -229,9 +244,13 @@ class UnshardedEngine(ZeroEngine):
                     self._masters[names[half]] = master
         self._partition = Partition(self._masters, self.rank, self.world_size)
 
-    def master_fragments(self) -> list[Fragment]:
-        """Views of this rank's 1/N of the fp32 weights."""
-        return self._partition.cut(self._masters)
+    def master_parts(self) -> list[Tensor]:
+        """Views of this rank's 1/N of the fp32 weights, one by one."""
+        return [fragment.values for fragment in self._partition.cut(self._masters)]
+
+    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
+        """The parts, named."""
+        return self._partition.named(parts)
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """Views of this rank's 1/N of the optimizer state."""
@@ -317,28 +336,31 @@ class PartitionedEngine(ZeroEngine):
         """The whole shape of every parameter."""
         return {name: p.ds_shape for name, p in self._sharded()}
 
-    def master_fragments(self) -> list[Fragment]:
-        """This rank's parts of the fp32 master weights."""
-        from deepspeed.utils import safe_get_local_fp32_param
-
+    def master_parts(self) -> list[Tensor]:
+        """This rank's flat fp32 part of each sub-group, live; of one on NVMe a copy."""
+        # Not by DeepSpeed's getters: they give copies of what is offloaded, and wait for the device
+        # once per parameter.
+        swapped = self.deepspeed.optimizer._swappable_optimizer_subgroup
         return [
-            self._fragment(name, p, safe_get_local_fp32_param(p)) for name, p in self._sharded()
+            self._read_swapped(number, flat) if swapped(number) else flat.detach()
+            for number, flat in enumerate(self._flat_parts())
         ]
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """This rank's parts of the optimizer state."""
+        """This rank's parts of the optimizer state, live; on NVMe copies."""
+        if not self.deepspeed.optimizer.swap_optimizer:
+            return super().optimizer_fragments()
         from deepspeed.utils import safe_get_local_optimizer_state
 
         state = self.deepspeed.optimizer.optimizer.state
         first: dict[str, Any] = next(iter(state.values()), {})
         keys = [k for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0]
-        return {
-            key: [
-                self._fragment(name, p, safe_get_local_optimizer_state(p, key))
-                for name, p in self._sharded()
-            ]
-            for key in keys
-        }
+        found: dict[str, list[Fragment]] = {key: [] for key in keys}
+        for place, (_, parameter) in zip(self._places(), self._sharded(), strict=True):
+            for key in keys:
+                values = safe_get_local_optimizer_state(parameter, key)[: place.length]
+                found[key].append(Fragment(place.name, place.start, values))
+        return found
 
     @torch.no_grad()
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
@@ -381,11 +403,22 @@ class PartitionedEngine(ZeroEngine):
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         return iter(cast(dict[str, Any], self._parameters).items())
 
-    def _fragment(self, name: str, parameter: Any, values: Tensor) -> Fragment:
-        """The unpadded part of a parameter's partition; ranks hold equal runs in order."""
-        start = min(self.rank * parameter.ds_tensor.ds_numel, parameter.ds_numel)
-        length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
-        return Fragment(name, start, values.view(-1)[:length])
+    def _places(self) -> Iterator[_Place]:
+        """The unpadded part of each parameter's partition; ranks hold equal runs in order."""
+        wrapped = self.deepspeed.optimizer
+        for name, parameter in self._sharded():
+            part, at, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
+            start = min(self.rank * parameter.ds_tensor.ds_numel, parameter.ds_numel)
+            length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
+            yield _Place(name, start, part, at, length)
+
+    def _read_swapped(self, number: int, flat: Tensor) -> Tensor:
+        """Read a sub-group from NVMe; the buffer that it comes in is used again."""
+        wrapped = self.deepspeed.optimizer
+        wrapped._optimizer_states_and_gradient_swap_in(number)
+        values = flat.detach().clone()
+        wrapped._release_swap_buffers(number)
+        return values
 
     @torch.no_grad()
     def _copy_into_shards(self, fragments: Sequence[Fragment]) -> None:
