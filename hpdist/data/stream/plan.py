@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from hpdist.data.stream.permute import Int64Array, permutation
 
 _GROUPS, _ROWS = 0x6E0, 0x80  # the two permutations of one seed must differ
 MOST_LANES = 64
+ENOUGH_GROUPS = 128  # row groups; 64 rows drawn of as many come from 50 different ones
+USUAL_BUDGET = 512 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Window:
     start: int  # in the lane
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """How many rows it holds."""
         return sum(segment.stop - segment.start for segment in self.segments)
@@ -168,16 +170,23 @@ class Plan:
         )
 
 
-def choose_lanes(batch: int, groups: int, group_bytes: float, budget: int) -> tuple[int, int]:
+def choose_lanes(
+    batch: int, groups: int, group_bytes: float, budget: int | None
+) -> tuple[int, int]:
     """Lanes and row groups per window for a global batch size and a memory budget in bytes.
 
     The budget covers two windows of every lane, the one in use and the one being read. As many
     lanes as fit come first, since a batch then draws from the most places; whole parts of a global
-    batch are preferred, so that every lane gives the same number of rows to each. Neither depends
-    on the number of ranks.
+    batch are preferred, so that every lane gives the same number of rows to each. Windows then fill
+    the budget; without one they grow until `ENOUGH_GROUPS` row groups are mixed at a time, within
+    `USUAL_BUDGET`. Neither lanes nor windows depend on the number of ranks.
     """
-    most = int(min(MOST_LANES, batch, groups, max(1, budget // (2 * max(group_bytes, 1)))))
+    limit = USUAL_BUDGET if budget is None else budget
+    group_bytes = max(group_bytes, 1)
+    most = int(min(MOST_LANES, batch, groups, max(1, limit // (2 * group_bytes))))
     divisor = max(lanes for lanes in range(1, most + 1) if batch % lanes == 0)
     lanes = divisor if 2 * divisor > most else most
-    fitting = int(budget // (2 * lanes * max(group_bytes, 1)))
+    fitting = int(limit // (2 * lanes * group_bytes))
+    if budget is None:
+        fitting = min(fitting, -(-ENOUGH_GROUPS // lanes))
     return lanes, max(1, min(fitting, -(-groups // lanes)))

@@ -31,7 +31,8 @@ class Rows:
         """Several runs of rows, one behind the other; nothing is copied but the ids."""
         if len(parts) == 1:
             return parts[0]
-        unread, at = {}, 0
+        unread: dict[int, str] = {}
+        at = 0
         for part in parts:
             unread |= {at + line: reason for line, reason in part.unread.items()}
             at += len(part)

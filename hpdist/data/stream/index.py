@@ -1,0 +1,366 @@
+"""Where every row of a Parquet dataset lies: the row groups of its files, from their footers.
+
+    files = resolve(config, "data.unlabeled")
+    index = build_index(files, config.split, ["image"], "data.unlabeled (…)", Retry())
+
+Costs one small read per file, side by side, and nothing at the next start: the result is kept on
+disk under the files' versions. A row's id is its number in the split, in the order of the files,
+which never changes as long as the files do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from hpdist.data.files import (
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    read_range,
+    redacted,
+    stat,
+)
+from hpdist.data.stream.permute import Int64Array
+from hpdist.errors import DataError
+
+_VERSION = 1  # of the cache's format
+_TAIL = 64 << 10  # bytes at a file's end that hold most footers whole
+_REQUESTS = 32  # files that are asked at once
+_NAMED_CHANGES = 3
+_MAGIC = b"PAR1"
+_ARRAYS = ("file", "number", "first", "rows", "start", "size")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One Parquet file as it was found."""
+
+    path: str
+    version: FileVersion
+    rows: int
+    digest: str
+    """SHA-256 of its footer, which names the place of every page."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The row groups of a split, in file order; of a sliced split only what the slice holds."""
+
+    files: tuple[DataFile, ...]
+    schema: bytes
+    """The first file's Arrow schema, serialised."""
+    file: Int64Array  # [groups], index into files
+    number: Int64Array  # [groups], in the file
+    first: Int64Array  # [groups], the first row used
+    rows: Int64Array  # [groups], rows used
+    start: Int64Array  # [groups], id of the first row used
+    size: Int64Array  # [groups], bytes of the whole row group's columns that are read
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """The first file's columns and their types."""
+        return pa.ipc.read_schema(pa.py_buffer(self.schema))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any file's content or place in the order, not with names and dates."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.version.size} {file.digest}\n".encode())
+        digest.update(self.first.tobytes() + self.rows.tobytes())
+        return digest.hexdigest()[:32]
+
+    def ids(self, group: int, start: int, stop: int) -> Int64Array:
+        """The ids of rows [start, stop) of a group's used rows."""
+        return np.arange(start, stop) + int(self.start[group])
+
+    def describe(self, row: int) -> str:
+        """Name the file, row group and row of an id."""
+        group = int(np.searchsorted(self.start, row, side="right")) - 1
+        at = int(self.first[group] + row - self.start[group])
+        path = redacted(self.files[int(self.file[group])].path)
+        return f"{path}, row group {int(self.number[group])}, row {at}"
+
+    def record(self) -> list[list[Any]]:
+        """The files as JSON, to name what changed when a later index differs."""
+        return [[redacted(f.path), f.version.size, f.rows, f.digest] for f in self.files]
+
+    def changes(self, recorded: Sequence[Sequence[Any]]) -> str:
+        """Name the first differences to an earlier record of the same dataset."""
+        before = {os.path.basename(str(path)): tuple(rest) for path, *rest in recorded}
+        now = {
+            os.path.basename(redacted(f.path)): (f.version.size, f.rows, f.digest)
+            for f in self.files
+        }
+        found = [f"{name} is gone" for name in before if name not in now]
+        found += [f"{name} is new" for name in now if name not in before]
+        for name, (size, rows, digest) in now.items():
+            if name in before and before[name] != (size, rows, digest):
+                old = before[name]
+                found.append(
+                    f"{name} was rewritten: {old[1]} rows in {old[0]} bytes, now {rows} in {size}"
+                )
+        if not found:
+            return "its files come in another order, or the split's slice differs"
+        more = f" and {len(found) - _NAMED_CHANGES} more" if len(found) > _NAMED_CHANGES else ""
+        return ", ".join(found[:_NAMED_CHANGES]) + more
+
+
+def resolve(builder: Any, split: str, name: str) -> dict[str, list[str]]:
+    """The files of every split that a split specification such as `train[:90%]` names, in order.
+
+    `builder` is what `datasets.load_dataset_builder` gives of a Parquet dataset. Raises DataError.
+    """
+    available = builder.config.data_files or {}
+    wanted = [part.partition("[")[0].strip() for part in split.split("+")]
+    for part in wanted:
+        if part not in available:
+            raise DataError(f"{name}: there is no split {part!r}; there are {', '.join(available)}")
+    return {part: [str(path) for path in available[part]] for part in dict.fromkeys(wanted)}
+
+
+def build_index(
+    splits: Mapping[str, Sequence[str]],
+    split: str,
+    columns: Sequence[str],
+    name: str,
+    retry: Retry,
+    stop: threading.Event | None = None,
+) -> Index:
+    """Read the footers of all files, or what an earlier start kept of them.
+
+    Args:
+        splits: The files of every split that `split` names.
+        split: Which rows, slices allowed.
+        columns: The columns that will be read.
+        name: Of the dataset, for messages.
+        retry: How long a server may fail.
+        stop: Ends it early.
+
+    Raises DataError where a file is missing, damaged, or has other columns than the first.
+    """
+    paths = [path for files in splits.values() for path in files]
+    if not paths:
+        raise DataError(f"{name}: holds no files")
+    with ThreadPoolExecutor(min(_REQUESTS, len(paths)), thread_name_prefix="hpdist-index") as pool:
+        versions = list(pool.map(lambda p: _named(name, lambda: stat(p, retry, stop)), paths))
+        cache = _cache_file(paths, versions, columns)
+        whole = _load(cache)
+        if whole is None:
+            footers = list(
+                pool.map(
+                    lambda path, version: _named(
+                        name, lambda: _footer(path, version, columns, retry, stop)
+                    ),
+                    paths,
+                    versions,
+                )
+            )
+            whole = _join(paths, versions, footers, name)
+            _keep(cache, whole)
+    index = _slice(whole, splits, split, name)
+    if not index.rows.sum():
+        raise DataError(f"{name}: holds no rows")
+    return index
+
+
+@dataclass(frozen=True)
+class _Footer:
+    digest: str
+    schema: pa.Schema  # of the columns that are read, and the metadata
+    whole: pa.Schema
+    rows: list[int]  # of each row group
+    sizes: list[int]
+
+
+def _named(name: str, read: Callable[[], Any]) -> Any:
+    """Turn what a file can fail with into one DataError that names the dataset."""
+    try:
+        return read()
+    except (FileLostError, FileChangedError) as error:
+        raise DataError(
+            f"{name}: {error}; restore the file, or leave it out of data_files"
+        ) from error
+
+
+def _footer(
+    path: str,
+    version: FileVersion,
+    columns: Sequence[str],
+    retry: Retry,
+    stop: threading.Event | None,
+) -> _Footer:
+    size = version.size
+    tail = read_range(path, max(0, size - _TAIL), size, retry, version, stop)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= size and tail[-4:] == _MAGIC:
+        tail = read_range(path, size - length, size, retry, version, stop)
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+        schema = metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise FileLostError(
+            path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
+        ) from error
+    known = [column for column in columns if column in schema.names]
+    leaves = [
+        leaf
+        for leaf in range(metadata.num_columns)
+        if metadata.schema.column(leaf).path.partition(".")[0] in known
+    ]
+    rows, sizes = [], []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        rows.append(group.num_rows)
+        sizes.append(sum(group.column(leaf).total_uncompressed_size for leaf in leaves))
+    digest = hashlib.sha256(tail[-length:]).hexdigest()[:32]
+    return _Footer(digest, pa.schema([schema.field(c) for c in known]), schema, rows, sizes)
+
+
+def _join(
+    paths: Sequence[str], versions: Sequence[FileVersion], footers: Sequence[_Footer], name: str
+) -> Index:
+    first = footers[0]
+    for path, footer in zip(paths, footers, strict=True):
+        if not footer.schema.equals(first.schema):
+            columns = _differing(footer.schema, first.schema)
+            raise DataError(
+                f"{name}: {redacted(path)} has other columns than {redacted(paths[0])}: {columns}; "
+                "write all files with the same columns and types"
+            )
+    files = tuple(
+        DataFile(path, version, sum(footer.rows), footer.digest)
+        for path, version, footer in zip(paths, versions, footers, strict=True)
+    )
+    counts = [len(footer.rows) for footer in footers]
+    rows = np.asarray([count for footer in footers for count in footer.rows], np.int64)
+    number = [np.arange(count) for count in counts]
+    return Index(
+        files=files,
+        schema=first.whole.serialize().to_pybytes(),
+        file=np.repeat(np.arange(len(files)), counts),
+        number=np.concatenate(number).astype(np.int64),
+        first=np.zeros(len(rows), np.int64),
+        rows=rows,
+        start=np.cumsum(rows) - rows,
+        size=np.asarray([size for footer in footers for size in footer.sizes], np.int64),
+    )
+
+
+def _differing(found: pa.Schema, expected: pa.Schema) -> str:
+    lines = []
+    for field in expected:
+        if field.name not in found.names:
+            lines.append(f"{field.name!r} is missing")
+        elif not found.field(field.name).equals(field):
+            lines.append(f"{field.name!r} is {found.field(field.name).type}, not {field.type}")
+    return ", ".join(lines)
+
+
+def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: str) -> Index:
+    """Keep the rows that a split specification names; their ids stay."""
+    lengths: dict[str, int] = {}
+    starts: dict[str, int] = {}
+    at = 0  # files are laid out split by split
+    for key, paths in splits.items():
+        count = sum(file.rows for file in whole.files[at : at + len(paths)])
+        starts[key], lengths[key] = sum(lengths.values()), count
+        at += len(paths)
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{name}: the split {split!r} cannot be read: {error}") from error
+    pieces = []
+    for part in parts:
+        low = starts[part.splitname] + (part.from_ or 0)
+        length = lengths[part.splitname]
+        high = starts[part.splitname] + (length if part.to is None else part.to)
+        begin = np.clip(low - whole.start, 0, whole.rows)
+        end = np.clip(high - whole.start, 0, whole.rows)
+        kept = np.flatnonzero(begin < end)
+        pieces.append(
+            dataclasses.replace(
+                whole,
+                file=whole.file[kept],
+                number=whole.number[kept],
+                first=begin[kept],
+                rows=(end - begin)[kept],
+                start=(whole.start + begin)[kept],
+                size=whole.size[kept],
+            )
+        )
+    joined: dict[str, Any] = {
+        key: np.concatenate([getattr(piece, key) for piece in pieces]) for key in _ARRAYS
+    }
+    if (np.diff(joined["start"]) < joined["rows"][:-1]).any():
+        raise DataError(f"{name}: the parts of the split {split!r} overlap or are out of order")
+    return dataclasses.replace(whole, **joined)
+
+
+def _cache_file(
+    paths: Sequence[str], versions: Sequence[FileVersion], columns: Sequence[str]
+) -> Path | None:
+    """Where the footers of these versions are kept; nowhere if a version cannot be told."""
+    if not all(version.tag or "@" in path for path, version in zip(paths, versions, strict=True)):
+        return None
+    facts = [_VERSION, pa.__version__, list(columns)]
+    facts += [[p, v.size, v.tag] for p, v in zip(paths, versions, strict=True)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_CACHE_HOME, "hpdist", "index", f"{key}.npz")
+
+
+def _keep(cache: Path | None, index: Index) -> None:
+    """Write the cache; a disk that is full or read-only costs the next start its time only."""
+    if cache is None:
+        return
+    files = json.dumps(
+        [[f.path, f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
+    )
+    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as out:
+            np.savez(
+                out,
+                facts=np.frombuffer(files.encode(), np.uint8),
+                schema=np.frombuffer(index.schema, np.uint8),
+                groups=np.stack([getattr(index, key) for key in _ARRAYS]),
+            )
+        os.replace(temporary, cache)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(cache: Path | None) -> Index | None:
+    """What an earlier start kept; None where there is nothing, or not all of it."""
+    if cache is None or not cache.exists():
+        return None
+    try:
+        with np.load(cache, allow_pickle=False) as kept:
+            files = json.loads(kept["facts"].tobytes())
+            arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
+            schema = kept["schema"].tobytes()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return Index(
+        tuple(DataFile(p, FileVersion(s, t), rows, digest) for p, s, t, rows, digest in files),
+        schema,
+        **arrays,
+    )

@@ -1,0 +1,301 @@
+"""Reads the rows of a Parquet dataset in the order of its plan, window by window, ahead of use."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from hpdist.data.files import (
+    FileChangedError,
+    FileLostError,
+    Retry,
+    is_remote,
+    open_file,
+)
+from hpdist.data.stream.index import DataFile, Index
+from hpdist.data.stream.permute import Int64Array
+from hpdist.data.stream.plan import Piece, Plan, Segment, Window, choose_lanes
+from hpdist.data.stream.reader import Rows
+from hpdist.data.stream.threads import DaemonThreads
+from hpdist.errors import DataError
+
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
+_FOOTERS = 32 << 20  # bytes of footers, as they are stored, that are kept parsed
+_MOST_IN_32_BITS = 1 << 30  # bytes; beyond, a column's offsets might not fit
+_PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A window's rows, mixed."""
+
+    epoch: int
+    table: pa.Table  # [rows]
+    ids: Int64Array  # [rows]
+    unread: Mapping[int, str]
+
+
+class _Opened:
+    """A window that is being read, or was."""
+
+    def __init__(self, window: Window, future: Future[_Read]) -> None:
+        self.window = window
+        self.stop = window.start + window.rows
+        self._future = future
+
+    def result(self) -> _Read:
+        """Wait for its rows."""
+        return self._future.result()
+
+    def cancel(self) -> None:
+        """Do not begin to read it."""
+        self._future.cancel()
+
+
+class ParquetReader:
+    """The rows of a Parquet dataset, exactly once an epoch, on any number of ranks.
+
+    Args:
+        index: Of the dataset.
+        columns: Which of them are read.
+        name: Of the dataset, for messages.
+        seed: Chooses the order.
+        batch: Rows of a global batch, by which the lanes are chosen.
+        budget: Bytes for the windows of all lanes, the open ones and the next; None: as much as
+            mixes 128 row groups, at most 512 MiB.
+        order: That of the run that is resumed, to go on with its lanes and windows.
+        retry: How long a server may fail.
+        stop: Set by whoever closes the stream, so that no read is waited for.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        columns: Sequence[str],
+        name: str,
+        seed: int,
+        batch: int,
+        *,
+        budget: int | None = None,
+        order: Mapping[str, Any] | None = None,
+        retry: Retry | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        lanes = choose_lanes(batch, len(index.rows), _average(index), budget)
+        if order is not None and order.get("kind") == "parquet":
+            lanes = order["lanes"], order["groups_per_window"]
+        self._index = index
+        self._columns = list(columns)
+        self._name = name
+        self._plan = Plan(index.rows, seed, *lanes)
+        self._retry = retry or Retry()
+        self._stop = stop or threading.Event()
+        self._lanes: dict[int, list[_Opened]] = {}  # of each lane, its windows in order
+        self._footers = _Footers()
+        remote = any(is_remote(file.path) for file in index.files)
+        self._threads = DaemonThreads(
+            _REMOTE_THREADS if remote else _LOCAL_THREADS, "hpdist-parquet"
+        )
+        schema = index.arrow_schema
+        fields = [schema.field(column) for column in self._columns]
+        self._schema = pa.schema([pa.field(f.name, f.type, nullable=True) for f in fields])
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        return self._plan.rows
+
+    def order(self) -> dict[str, Any]:
+        """Lanes, windows, seed and the fingerprint of the files."""
+        plan = self._plan
+        return {
+            "kind": "parquet",
+            "seed": plan.seed,
+            "rows": plan.rows,
+            "lanes": plan.lanes,
+            "groups_per_window": plan.groups_per_window,
+            "fingerprint": self._index.fingerprint,
+        }
+
+    def read(self, position: int, batch: int, start: int, stop: int) -> Rows:
+        """Read rows [start, stop) of the global batch at `position`."""
+        runs = self._runs(self._plan.pieces(position, batch, start, stop))
+        parts = [_rows(opened.result(), first, last) for opened, first, last in runs]
+        for opened, _, _ in runs:
+            self._drop_before(opened.window)
+        return Rows.joined(parts)
+
+    def prepare(self, position: int, batch: int, start: int, stop: int) -> None:
+        """Open the windows of these rows, and the ones after them."""
+        for opened, _, _ in self._runs(self._plan.pieces(position, batch, start, stop)):
+            lane = self._lanes[opened.window.lane]
+            if lane[-1] is opened:
+                lane.append(self._open(self._plan.after(opened.window)))
+
+    def resume_point(self, position: int) -> None:
+        """Nothing: the position says it all."""
+        return
+
+    def describe(self, row: int) -> str:
+        """Name file, row group and row."""
+        return self._index.describe(row)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._stop.set()
+        for lane in self._lanes.values():
+            for opened in lane:
+                opened.cancel()
+        self._lanes.clear()
+        self._threads.close(_PATIENCE)
+
+    def _runs(self, pieces: Sequence[Piece]) -> list[tuple[_Opened, int, int]]:
+        """The windows that hold these pieces, and which of their rows; all are being read."""
+        runs = []
+        for piece in pieces:
+            at = piece.start
+            while at < piece.stop:
+                opened = self._opened_at(piece.epoch, piece.lane, at)
+                end = min(piece.stop, opened.stop)
+                runs.append((opened, at - opened.window.start, end - opened.window.start))
+                at = end
+        return runs
+
+    def _opened_at(self, epoch: int, lane: int, offset: int) -> _Opened:
+        known = self._lanes.setdefault(lane, [])
+        for opened in known:
+            if opened.window.epoch == epoch and opened.window.start <= offset < opened.stop:
+                return opened
+        opened = self._open(self._plan.window_at(epoch, lane, offset))
+        known.append(opened)
+        return opened
+
+    def _open(self, window: Window) -> _Opened:
+        return _Opened(window, self._threads.submit(lambda: self._read_window(window)))
+
+    def _drop_before(self, window: Window) -> None:
+        """Let go of a lane's windows that it has passed."""
+        known = self._lanes[window.lane]
+        while known[0].window is not window:
+            known.pop(0).cancel()
+
+    def _read_window(self, window: Window) -> _Read:
+        tables, ids, at = [], [], 0
+        unread: dict[int, str] = {}
+        for segment in window.segments:
+            table, reason = self._read_segment(segment)
+            tables.append(table)
+            ids.append(self._index.ids(segment.group, segment.start, segment.stop))
+            if reason is not None:
+                unread |= dict.fromkeys(range(at, at + len(table)), reason)
+            at += len(table)
+        order = self._plan.row_order(window)
+        whole = pa.concat_tables(tables)
+        if whole.nbytes > _MOST_IN_32_BITS:
+            whole = whole.cast(_large(whole.schema))
+        mixed = whole.take(pa.array(order)).combine_chunks()
+        lines = {int(order[line]): line for line in range(len(order))} if unread else {}
+        reasons = {lines[place]: reason for place, reason in unread.items()}
+        return _Read(window.epoch, mixed, np.concatenate(ids)[order], reasons)
+
+    def _read_segment(self, segment: Segment) -> tuple[pa.Table, str | None]:
+        """A segment's rows; or nulls and why, where the file is damaged."""
+        index = self._index
+        file = index.files[int(index.file[segment.group])]
+        first = int(index.first[segment.group]) + segment.start
+        count = segment.stop - segment.start
+        try:
+            group = self._read_group(file, int(index.number[segment.group]))
+            if len(group) < first + count:
+                raise pa.ArrowInvalid(f"the row group holds {len(group)} rows")
+            columns = group.slice(first, count).select(self._columns).columns
+            return pa.table(columns, schema=self._schema), None
+        except FileChangedError as error:
+            raise DataError(
+                f"{self._name}: {error}; a run needs the same data to its end: restore the file, "
+                "or start a new run"
+            ) from error
+        except InterruptedError:
+            raise
+        except FileLostError as error:
+            reason = error.reason
+        except (pa.ArrowException, OSError) as error:
+            reason = f"its row group cannot be read: {' '.join(str(error).split())[:200]}"
+        nulls = [pa.nulls(count, field.type) for field in self._schema]
+        return pa.table(nulls, schema=self._schema), reason
+
+    def _read_group(self, file: DataFile, number: int) -> pa.Table:
+        with ExitStack() as stack:
+            opened = open_file(file.path, file.version, self._retry, self._stop)
+            source: Any = stack.enter_context(opened)
+            if not is_remote(file.path):  # read natively, without Python's lock
+                source = stack.enter_context(pa.OSFile(source.name))
+            parquet = pq.ParquetFile(
+                source,
+                metadata=self._footers.of(file.path, source),
+                page_checksum_verification=True,
+                pre_buffer=False,
+            )
+            return parquet.read_row_group(number, columns=self._columns, use_threads=False)
+
+
+class _Footers:
+    """Parsed footers, the least recently used ones forgotten first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, path: str, source: Any) -> pq.FileMetaData:
+        """A file's footer, read from `source` if need be."""
+        with self._lock:
+            if path in self._known:
+                self._known.move_to_end(path)
+                return self._known[path]
+        found = pq.read_metadata(source)
+        with self._lock:
+            if path not in self._known:
+                self._known[path] = found
+                self._bytes += found.serialized_size
+            while self._bytes > _FOOTERS and len(self._known) > 1:
+                self._bytes -= self._known.popitem(last=False)[1].serialized_size
+        return found
+
+
+def _rows(read: _Read, first: int, last: int) -> Rows:
+    """Lines [first, last) of a window; nothing is copied."""
+    unread = {line - first: why for line, why in read.unread.items() if first <= line < last}
+    epochs = np.full(last - first, read.epoch)
+    return Rows(read.table.slice(first, last - first), read.ids[first:last], epochs, unread)
+
+
+def _average(index: Index) -> float:
+    """Bytes of a row group in memory, weighted by its rows: what a window's group costs."""
+    return float(np.average(index.size, weights=index.rows))
+
+
+def _large(schema: pa.Schema) -> pa.Schema:
+    """The same columns with 64-bit offsets."""
+    return pa.schema([field.with_type(_large_type(field.type)) for field in schema])
+
+
+def _large_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_binary(kind):
+        return pa.large_binary()
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_large_type(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.large_list(kind.value_field.with_type(_large_type(kind.value_type)))
+    return kind
