@@ -70,6 +70,7 @@ def _parse_bytes(value: object) -> object:
 _UNITS = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "K": 10**3, "M": 10**6, "G": 10**9}
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
+PythonName = Annotated[str, Field(pattern=r"^python:[\w.]+:[\w.]+$")]
 
 
 class Run(Section):
@@ -131,13 +132,59 @@ class Labeled(LabelColumn):
         return self
 
 
-class Unlabeled(Source):
-    """The unlabelled training rows."""
+class UnlabeledSource(Source):
+    """Unlabelled rows of one dataset."""
 
     streaming: bool = False
     """Read the rows as they are needed instead of preparing a local copy first."""
-    shuffle_window: Bytes = 64 * 2**20
-    """Memory for shuffling a stream, in bytes; more mixes better."""
+    filter: PythonName | None = None
+    """A function python:module:name of a row, {column: value}: False leaves the row out."""
+    map: PythonName | None = None
+    """A function python:module:name from a row to one with another value of the input column."""
+    columns: tuple[str, ...] = ()
+    """Further columns that filter and map see."""
+
+
+class UnlabeledPart(UnlabeledSource):
+    """One of several datasets that are mixed."""
+
+    weight: float = Field(1.0, gt=0)
+    """Its share of every batch, in proportion to the other parts' weights."""
+
+
+class Unlabeled(UnlabeledSource):
+    """The unlabelled training rows."""
+
+    path: str = ""
+    """Hub id, local folder, or a builder such as `parquet`; or else `mix`."""
+    mix: list[UnlabeledPart] | None = Field(None, min_length=1)
+    """Several datasets, each read in epochs of its own."""
+    shuffle_window: Bytes | None = None
+    """Memory for shuffling a stream, in bytes, on each rank; more mixes better.
+
+    By default as much as mixes 128 row groups, and at most 512MiB.
+    """
+    max_bad_rows: int = Field(100, ge=0)
+    """Rows of an epoch that may be unusable (unreadable, undecodable) before the run stops."""
+    audit: bool = False
+    """Write down which rows every step consumed, in the run folder's `audit`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Unlabeled:
+        if bool(self.path) == bool(self.mix):
+            raise ValueError("give path, or mix with a path for each part, and not both")
+        return self
+
+
+class Loading(Section):
+    """How rows are read and decoded."""
+
+    threads: int = Field(1, ge=1)
+    """Threads that decode a batch, where its images are large enough for that to pay."""
+    processes: int = Field(0, ge=0)
+    """Processes that decode, per rank; worth it where decoding keeps the training waiting."""
+    patience: float = Field(300.0, gt=0)
+    """Seconds that a server may fail to answer before the run is saved and stops."""
 
 
 class Data(Section):
@@ -149,6 +196,7 @@ class Data(Section):
     """Measured and reported; never used to choose anything."""
     validation: LabelColumn | None = None
     """Measured during training in place of the test set; the summary names its best step."""
+    loading: Loading = Loading()
 
 
 class Batch(Section):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.data.stream import BatchStream
 from hpdist.distributed import checkpoint
 from hpdist.distributed.fragments import Fragment
 from hpdist.errors import CheckpointError
+from hpdist.run_data import RunData
 from hpdist.step import SemiSupervisedStep
 
 
@@ -25,11 +25,11 @@ class RunState:
     def __init__(
         self,
         step: SemiSupervisedStep,
-        streams: Mapping[str, BatchStream[Any]],
+        data: RunData,
         identity: dict[str, Any],
     ) -> None:
         self.step = step
-        self.streams = streams
+        self.data = data
         self.identity = identity
         self.overflows = 0
         self.best: tuple[float, int] | None = None
@@ -55,7 +55,8 @@ class RunState:
                 "teacher_updates": step.teacher.updates if step.teacher else 0,
                 "loss_scale": engine.scale_state(),
                 "optimizer": engine.optimizer_scalars(),
-                "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
+                "streams": {name: s.state_dict() for name, s in self.data.streams.items()},
+                "data": self.data.state(),
                 "identity": self.identity,
                 **facts,
             },
@@ -74,10 +75,7 @@ class RunState:
         engine.load_master(saved.whole("master"))
         prefix = "optimizer."
         keys = sorted(k.removeprefix(prefix) for k in saved.kinds() if k.startswith(prefix))
-        engine.make_optimizer_state(keys, facts["optimizer"])
-        for key, fragments in engine.optimizer_slots().items():
-            for fragment in fragments:
-                fragment.values.copy_(saved.read(prefix + key, fragment))
+        engine.load_optimizer(keys, facts["optimizer"], lambda k, f: saved.read(prefix + k, f))
         engine.load_scale_state(facts["loss_scale"])
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(saved.common[f"buffer/{name}"])
@@ -88,8 +86,9 @@ class RunState:
         step.applied_steps, step.attempts = facts["step"], facts["attempts"]
         self.overflows = facts["overflows"]
         self.best = tuple(facts["best"]) if facts["best"] else None
-        for name, stream in self.streams.items():
+        for name, stream in self.data.streams.items():
             stream.load_state_dict(facts["streams"][name])
+        self.data.load_state(facts["data"], facts["attempts"])
         return facts
 
     def _fragments(self) -> dict[str, list[Fragment]]:

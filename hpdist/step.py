@@ -43,6 +43,10 @@ class StepOutcome:
     """Of a step that was skipped: what was not finite first."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
+    bad_rows: int = 0
+    """Rows of the unlabelled global batch that could not be used."""
+    stop: bool = False
+    """Whether any rank asked for the run to stop."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class SemiSupervisedStep:
             raise ConfigError(f"{type(algorithm).__name__} needs a teacher; give its decay")
         if self.teacher is not None and views_wanted.teacher:
             self.teacher.prepare_forward(teacher_model)
+        self._noted = torch.zeros(2)
         one_pass = micro_batches == 1 and not views_wanted.teacher
         self._fused = self.engine.fuses_weak_pass and one_pass
 
@@ -132,6 +137,7 @@ class SemiSupervisedStep:
         *,
         lr: float | None = None,
         measure: bool = False,
+        stop: bool = False,
     ) -> StepOutcome:
         """Do one optimizer step.
 
@@ -140,17 +146,22 @@ class SemiSupervisedStep:
             unlabeled: The same of the unlabelled one; ignored by an algorithm that wants no views.
             lr: Learning rate of this step; by default the optimizer keeps its own.
             measure: Also say what the step did, at the cost of a wait for the device.
+            stop: Whether this rank wants the run to stop after this step, as when it cannot read
+                its next rows. Every rank's outcome says so then, at no further communication.
 
         Raises ConfigError where rows are missing or do not divide into micro-batches, and
         PrecisionError where overflow has no end.
         """
         self.engine.module.train()
+        notes = self._notes(unlabeled, stop)
         micros = [self._make_views(*slices) for slices in self._cut(labeled, unlabeled)]
         weak: list[WeakOutputs | None] = []
         rows = reduction = ahead = None
         if not self._fused:
             weak = self._weak_passes(micros)
-            reduction = self._reduce(micros, weak)  # in flight during the student's first pass
+            reduction = self._reduce(
+                micros, weak, notes
+            )  # in flight during the student's first pass
         if reduction is not None and self._needs_sums_ahead:
             rows = self._observe(reduction)
             ahead = self._student_sums_ahead(micros, weak, rows)
@@ -161,7 +172,7 @@ class SemiSupervisedStep:
                 if self._fused:
                     logits, weak = self._split_fused(logits, micro)
                 if rows is None:
-                    rows = self._observe(reduction or self._reduce(micros, weak))
+                    rows = self._observe(reduction or self._reduce(micros, weak, notes))
                 outputs = self._outputs(logits, micro, weak[number], rows)
                 local = self.algorithm.student_statistics(outputs)
                 total = FusedSum(local).wait() if local and ahead is None else ahead or {}
@@ -173,6 +184,7 @@ class SemiSupervisedStep:
         self.attempts += 1
         culprit = self._close(done, passes)
         metrics = self._measure(passes) if measure else {}
+        bad_rows, stops = (round(note) for note in self._noted.tolist())
         return StepOutcome(
             done.applied,
             done.overflowed,
@@ -181,6 +193,8 @@ class SemiSupervisedStep:
             done.grad_norm,
             culprit,
             metrics,
+            bad_rows,
+            stops > 0,
         )
 
     @property
@@ -271,21 +285,29 @@ class SemiSupervisedStep:
         student, weak = logits.split([len(logits) - len(micro.weak), len(micro.weak)])
         return student, [WeakOutputs(weak.detach(), micro.ids)]
 
+    def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool) -> Tensor:
+        """What a rank tells the others besides sums: its unusable rows, and its wish to stop."""
+        bad = 0 if unlabeled is None else len(unlabeled.bad)
+        return torch.tensor([float(bad), float(stop)], device=self.engine.device)
+
     @torch.no_grad()
-    def _reduce(self, micros: list[_MicroBatch], weak: list[WeakOutputs | None]) -> FusedSum:
-        """Start the one reduction of a step: the rows, the bad ones, and the algorithm's sums."""
+    def _reduce(
+        self, micros: list[_MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
+    ) -> FusedSum:
+        """Start the one reduction of a step: rows, notes, and the algorithm's sums."""
         values = [self._local_sums(m, w) for m, w in zip(micros, weak, strict=True)]
-        return FusedSum({key: sum_(v[key] for v in values) for key in values[0]})
+        sums = {key: sum_(v[key] for v in values) for key in values[0]}
+        return FusedSum({"notes": notes, **sums})
 
     def _local_sums(self, micro: _MicroBatch, weak: WeakOutputs | None) -> dict[str, Tensor]:
         device = self.engine.device
         sums = {
             "labeled rows": torch.tensor(float(len(micro.labeled)), device=device),
             "unlabeled rows": torch.tensor(float(len(micro.ids)), device=device),
-            "bad rows": torch.zeros((), device=device),
+            "not finite": torch.zeros((), device=device),
         }
         if weak is not None:
-            sums["bad rows"] = (~weak.logits.isfinite()).any(dim=-1).sum().float()
+            sums["not finite"] = (~weak.logits.isfinite()).any(dim=-1).sum().float()
             sums |= self.algorithm.statistics(weak)
         return sums
 
@@ -296,8 +318,9 @@ class SemiSupervisedStep:
         batch without a valid row.
         """
         sums = reduction.wait()
+        self._noted = sums.pop("notes")
         labeled, unlabeled = sums.pop("labeled rows"), sums.pop("unlabeled rows")
-        sound = (sums.pop("bad rows") == 0) & (unlabeled > 0)
+        sound = (sums.pop("not finite") == 0) & (unlabeled > 0)
         unlabeled = unlabeled.clamp(min=1)  # sums over no rows are 0, and so are their means
         self.algorithm.observe(sums, unlabeled)
         self.algorithm.pending = {

@@ -10,38 +10,34 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import datasets
 import torch
 from torch import Tensor, nn
 
 from hpdist import config as configuration
-from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.algorithms.base import AlgorithmConfig
 from hpdist.checks import check_model, divide_batch
 from hpdist.config import Component, RunConfig
-from hpdist.data.decode import InputSpec
-from hpdist.data.evaluation import evaluation_batches
-from hpdist.data.sources import (
-    LabeledRows,
-    StreamedRows,
-    TableRows,
-    input_spec,
-    open_labeled,
-    open_test,
-    open_unlabeled,
-)
-from hpdist.data.stream import BatchStream
+from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.distributed.reduce import agreed, largest, world_size
-from hpdist.errors import CheckpointError, ConfigError, PrecisionError
+from hpdist.errors import (
+    CheckpointError,
+    ConfigError,
+    DistributedError,
+    HpdistError,
+    PrecisionError,
+)
 from hpdist.evaluation import evaluate_both
 from hpdist.models.build import build_model
 from hpdist.models.memory import checkpoint_activations
 from hpdist.optim import build_optimizer, learning_rate
+from hpdist.run_data import Objects, RunData
 from hpdist.run_state import RunState
 from hpdist.step import SemiSupervisedStep, StepOutcome
 from hpdist.tracking.console import Console
@@ -49,18 +45,6 @@ from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
 
 IN_MEMORY = "(given in Python)"
-
-
-@dataclass
-class Objects:
-    """What Python code gives in place of a name in the config."""
-
-    model: nn.Module | None = None
-    algorithm: Algorithm | None = None
-    labeled: Any = None
-    unlabeled: Any = None
-    test: Any = None
-    validation: Any = None
 
 
 class Trainer:
@@ -129,6 +113,9 @@ class Trainer:
         self._seconds = 0.0  # trained before this process
         self._latest: tuple[str, int, dict[str, float]] = ("", -1, {})  # evaluation: set, step
         self._started = time.monotonic()
+        self._saved_attempt = -1
+        self._problem: HpdistError | None = None  # that this rank has with its next rows
+        self._excess: HpdistError | None = None  # of bad rows, the same on every rank
         sharding = launch.resolve(config)
         algorithm_config = cast(AlgorithmConfig, config.algorithm)
         probe = algorithm_config.build(2)
@@ -150,11 +137,13 @@ class Trainer:
             datasets.disable_progress_bars()
         self.folder = RunFolder(config.run.folder, self.main)
         saved = agreed(self._open_folder)
-        agreed(lambda: self._open_data(objects, saved, uses_unlabeled))
+        self.data = RunData(
+            config, objects, self.folder, resumed=saved is not None, uses_unlabeled=uses_unlabeled
+        )
         self._build_step(objects, algorithm_config, micro_batches)
         if self.files:
             agreed(self.folder.create)
-            self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+            self.data.record()
         self._resume(saved)
 
     def _open_folder(self) -> checkpoint.SavedRun | None:
@@ -171,40 +160,6 @@ class Trainer:
             found = []
         return checkpoint.SavedRun(found[0]) if found else None
 
-    def _open_data(
-        self, objects: Objects, saved: checkpoint.SavedRun | None, uses_unlabeled: bool
-    ) -> None:
-        data, seed = self.config.data, self.config.run.seed
-        views = self.config.views
-        self.labeled: LabeledRows = open_labeled(
-            data.labeled,
-            seed,
-            num_classes=getattr(self.config.model, "num_classes", None),
-            chosen=self.folder.read_labeled_rows() if saved else None,
-            dataset=objects.labeled,
-        )
-        self.spec: InputSpec = input_spec(self.labeled, getattr(views, "size", None))
-        if views.name == "image" and self.spec.kind != "image":
-            raise ConfigError(
-                f"views.name: image, but column {self.labeled.column!r} holds vectors; "
-                "set views.name: identity"
-            )
-        self.unlabeled: TableRows | StreamedRows | None = None
-        if uses_unlabeled and data.unlabeled is not None:
-            self.unlabeled = open_unlabeled(
-                data.unlabeled, self.labeled, self.spec, dataset=objects.unlabeled
-            )
-        self.test = self._open_test("test", objects.test)
-        self.validation = self._open_test("validation", objects.validation)
-        self.num_classes = len(self.labeled.classes)
-        self.views = cast(Any, views).build(seed)
-
-    def _open_test(self, name: str, dataset: Any) -> LabeledRows | None:
-        source = getattr(self.config.data, name)
-        if source is None:
-            return None
-        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
-
     def _build_step(
         self, objects: Objects, algorithm_config: AlgorithmConfig, micro_batches: int
     ) -> None:
@@ -216,7 +171,7 @@ class Trainer:
                 "statistics are not those of the global batch; norm: group avoids that"
             )
         optimizer = build_optimizer(model, config.optim)
-        algorithm = algorithm_config.build(self.num_classes, accelerator.device, config.steps)
+        algorithm = algorithm_config.build(self.data.num_classes, accelerator.device, config.steps)
         replica = None
         if algorithm.views.teacher and self.sharding.stage == 3:
             replica = self._make_model(replace(objects, model=copy.deepcopy(objects.model)))
@@ -226,7 +181,7 @@ class Trainer:
             model,
             optimizer,
             algorithm,
-            self.views,
+            self.data.views,
             micro_batches=micro_batches,
             decay=config.teacher.decay,
             teacher_warmup=config.teacher.warmup,
@@ -235,14 +190,9 @@ class Trainer:
             loss_scale=config.loss_scale,
             teacher_model=replica,
         )
-        self.labeled_stream = self._stream(self.labeled, config.batch.labeled)
-        self.unlabeled_stream = (
-            self._stream(self.unlabeled, config.batch.unlabeled) if self.unlabeled else None
-        )
-        streams = {"labeled": self.labeled_stream}
-        if self.unlabeled_stream is not None:
-            streams["unlabeled"] = self.unlabeled_stream
-        self.state = RunState(self.step, streams, self._identity())
+        engine = self.step.engine
+        self.data.start(engine.rank, engine.world_size, files=self.files)
+        self.state = RunState(self.step, self.data, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues from it."""
@@ -250,7 +200,7 @@ class Trainer:
         return {
             "model": config.model.model_dump(mode="json"),
             "algorithm.name": config.algorithm.name,
-            "classes": list(self.labeled.classes.names),
+            "classes": list(self.data.labeled.classes.names),
             "run.seed": config.run.seed,
             "batch.labeled": config.batch.labeled,
             "batch.unlabeled": config.batch.unlabeled,
@@ -265,9 +215,9 @@ class Trainer:
             model = objects.model
             if model is None:
                 seed = config.run.seed
-                model = build_model(config.model, self.spec.shape, self.num_classes, seed)
+                model = build_model(config.model, self.data.spec.shape, self.data.num_classes, seed)
             model = global_batch_norm(model)
-            check_model(model, self.views.plain(self._example()), self.num_classes)
+            check_model(model, self.data.views.plain(self._example()), self.data.num_classes)
             if config.activation_checkpointing:
                 checkpoint_activations(model)
             return model
@@ -277,14 +227,8 @@ class Trainer:
             model.compile()  # in place: the parameters keep their names
         return model
 
-    def _stream(self, rows: Any, batch: int) -> BatchStream[Any]:
-        engine = self.step.engine
-        return BatchStream(
-            rows, batch, engine.rank, engine.world_size, self.config.run.seed, self.spec
-        )
-
     def _example(self) -> Tensor:
-        return torch.zeros((2, *self.spec.shape), dtype=self.spec.dtype)
+        return torch.zeros((2, *self.data.spec.shape), dtype=self.data.spec.dtype)
 
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
@@ -297,8 +241,10 @@ class Trainer:
         self._run_id = self.tracker.run_id
         self.console = Console(config.steps, step.applied_steps, self.main)
         self._started = self._clock = time.monotonic()
-        self._since = 0
+        self._since, self._waited = 0, self.data.waited
         try:
+            if step.applied_steps < config.steps:
+                self._first_rows()
             while step.applied_steps < config.steps:
                 self._train_step()
             summary = self._finish()
@@ -311,6 +257,7 @@ class Trainer:
         self.tracker = Tracker(self.config, self.folder.path, main=False)
         self.console = Console(1, 0, self.main)
         try:
+            self._first_rows()
             outcome = self._attempt(measure=True)
             numbers = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items())
             self.console.say(f"dry run: one step, {numbers}; nothing was written")
@@ -318,13 +265,23 @@ class Trainer:
             self.close()
         return outcome
 
+    def _first_rows(self) -> None:
+        """Wait for the first batches; where a rank has none, say so on all. Collective."""
+        problem = self.data.look_ahead()
+        agreed(lambda: _raise(problem))
+
     def _attempt(self, measure: bool) -> StepOutcome:
         """Read one global batch and do one step with it."""
         config, step = self.config, self.step
         torch.manual_seed(_mix(config.run.seed, step.attempts, step.engine.rank))  # dropout
-        labeled = next(self.labeled_stream)
-        unlabeled = next(self.unlabeled_stream) if self.unlabeled_stream else None
-        return step(labeled, unlabeled, lr=self._rate(), measure=measure)
+        labeled, unlabeled = self.data.next()
+        self._problem = self.data.look_ahead()
+        stop = self._problem is not None
+        outcome = step(labeled, unlabeled, lr=self._rate(), measure=measure, stop=stop)
+        self._excess = self.data.account(
+            unlabeled, step.attempts, outcome.applied, outcome.bad_rows
+        )
+        return outcome
 
     def _rate(self) -> float:
         """The learning rate of the next step."""
@@ -350,7 +307,16 @@ class Trainer:
                 self._log(record)
             if _due(config.checkpoint.every, done, config.steps):
                 self.save()
+        if self._excess is not None or (outcome.stop and step.applied_steps < config.steps):
+            self._stop_early()
         return outcome
+
+    def _stop_early(self) -> NoReturn:
+        """Save and raise what keeps a rank from going on. Collective."""
+        if self._saved_attempt != self.step.attempts:
+            self.save()
+        agreed(lambda: _raise(self._excess or self._problem))
+        raise DistributedError("a rank asked to stop and did not say why")
 
     def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
         if outcome.metrics["loss"] != outcome.metrics["loss"]:
@@ -359,8 +325,10 @@ class Trainer:
                 "optim.grad_clip, or train in fp32 to find out why"
             )
         now = time.monotonic()
-        rate = self._since * self._global_rows / (now - self._clock)
-        self._clock, self._since = now, 0
+        seconds = now - self._clock
+        rate = self._since * self._global_rows / seconds
+        waited = self.data.waited - self._waited
+        self._clock, self._since, self._waited = now, 0, self.data.waited
         return {
             **outcome.metrics,
             "loss_scale": outcome.new_scale,
@@ -368,13 +336,16 @@ class Trainer:
             "lr": lr,
             "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
             "examples_per_second": rate,
-            "epoch": (self.unlabeled_stream or self.labeled_stream).epoch,
+            "epoch": self.data.epoch,
+            "data_wait": waited / seconds,
+            "bad_rows": self.data.bad_rows,
         }
 
     def _evaluate(self) -> dict[str, float]:
         """Measure on the validation set, else report the test set; neither steers the training."""
-        name = "validation" if self.validation else "test"
-        rows = self.validation or self.test
+        data = self.data
+        name = "validation" if data.validation else "test"
+        rows = data.validation or data.test
         if rows is None:
             return {}
         start = time.monotonic()
@@ -387,16 +358,8 @@ class Trainer:
 
     def evaluate(self, rows: LabeledRows) -> dict[str, float]:
         """Accuracy and loss of the teacher, and with `_student` of the student. Collective."""
-        engine = self.step.engine
-        batches = partial(
-            evaluation_batches,
-            rows,
-            self.spec,
-            self.config.eval.batch,
-            engine.rank,
-            engine.world_size,
-        )
-        return evaluate_both(engine, self.step.teacher, self.views, batches)
+        batches = partial(self.data.evaluation_batches, rows)
+        return evaluate_both(self.step.engine, self.step.teacher, self.data.views, batches)
 
     def _log(self, record: dict[str, float]) -> None:
         step = self.step.applied_steps
@@ -410,7 +373,7 @@ class Trainer:
     def _finish(self) -> dict[str, object]:
         step = self.step
         summary: dict[str, object] = {}
-        for name, rows in (("test", self.test), ("validation", self.validation)):
+        for name, rows in (("test", self.data.test), ("validation", self.data.validation)):
             if rows is not None:
                 latest, at, values = self._latest
                 if (latest, at) != (name, step.applied_steps):
@@ -427,6 +390,7 @@ class Trainer:
             "world_size": world_size(),
             "precision": self.sharding.precision,
             "zero_stage": self.sharding.stage,
+            "bad_rows": self.data.bad_rows,
             "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
         if self.files:
@@ -442,6 +406,8 @@ class Trainer:
         """Write a checkpoint. Collective: every rank must call."""
         if self.files:
             facts = {"seconds": self._elapsed(), "tracker_run_id": self._run_id}
+            self.data.flush()
+            self._saved_attempt = self.step.attempts
             self.state.save(self.folder.checkpoints, facts, keep=self.config.checkpoint.keep)
 
     def _resume(self, saved: checkpoint.SavedRun | None) -> None:
@@ -449,6 +415,7 @@ class Trainer:
         if saved is None:
             if self.files:
                 self.folder.drop_metrics_after(-1)
+                self.data.drop_audit_after(0)
             return
         facts = self.state.load(saved)
         self._seconds, self._run_id = facts["seconds"], facts["tracker_run_id"]
@@ -459,9 +426,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the reading threads and close tracker and console."""
-        self.labeled_stream.close()
-        if self.unlabeled_stream is not None:
-            self.unlabeled_stream.close()
+        self.data.close()
         self.tracker.finish()
         self.console.close()
 
@@ -473,6 +438,11 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _raise(error: HpdistError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _due(every: int | None, step: int, last: int) -> bool:

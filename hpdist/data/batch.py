@@ -9,6 +9,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """A row that could not be used."""
+
+    id: int
+    where: str
+    """File, row group and row."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class LabeledBatch:
     """Rows with labels: uint8 images or float32 vectors, int64 labels, int64 row ids."""
 
@@ -48,6 +61,9 @@ class UnlabeledBatch:
     inputs: Tensor  # uint8 [batch, channels, height, width] or float32 [batch, features]
     ids: Tensor  # int64 [batch]
     valid: Tensor | None = None  # bool [batch], on the CPU; None: all of them
+    epochs: Tensor | None = None  # int64 [batch], on the CPU: which epoch each row is of
+    bad: tuple[BadRow, ...] = ()
+    """Why, of the rows that are not valid because they could not be used."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -68,12 +68,36 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def largest(value: int) -> int:
-    """The largest of all ranks' values. Collective: every rank must call."""
-    everyone: list[int] = [value] * world_size()
+def gathered(value: T) -> list[T]:
+    """Every rank's value, in rank order. Collective: every rank must call."""
+    everyone: list[T | None] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(everyone, value)
-    return max(everyone)
+    return cast(list[T], everyone)
+
+
+def largest(value: int) -> int:
+    """The largest of all ranks' values. Collective: every rank must call."""
+    return max(gathered(value))
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone, and give its result, or its HpdistError, to all.
+
+    Collective: every rank must call; the result is pickled.
+    """
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except HpdistError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
 
 
 def agreed(function: Callable[[], T]) -> T:
@@ -87,10 +111,7 @@ def agreed(function: Callable[[], T]) -> T:
         result = function()
     except HpdistError as raised:
         error = raised
-    if world_size() > 1:
-        everyone: list[HpdistError | None] = [None] * world_size()
-        dist.all_gather_object(everyone, error)
-        error = next((e for e in everyone if e is not None), None)
+    error = next((e for e in gathered(error) if e is not None), None)
     if error is not None:
         raise error
     return cast(T, result)

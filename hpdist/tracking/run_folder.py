@@ -57,6 +57,11 @@ class RunFolder:
         rows: list[int] = json.loads(self.labeled_rows.read_text(encoding="utf-8"))
         return rows
 
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file back; None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl."""
         if self.main:

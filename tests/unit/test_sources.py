@@ -9,7 +9,9 @@ from PIL import Image
 
 from hpdist.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.decode import InputSpec
-from hpdist.data.sources import StreamedRows, input_spec, open_labeled, open_test, open_unlabeled
+from hpdist.data.sources import input_spec, open_labeled, open_test
+from hpdist.data.stream import BatchStream
+from hpdist.data.unlabeled import ParquetRows, open_unlabeled
 from hpdist.errors import DataError
 
 
@@ -100,7 +102,9 @@ def test_imagefolder_takes_classes_from_folders_and_matches_them_by_name(tmp_pat
     assert np.array_equal(pixels_of(test, spec, 1)[0].numpy(), picture(4, "L", 28, 28))
     files = {"train": str(tmp_path / "train" / "*" / "*.png")}
     config = Unlabeled(path="imagefolder", data_files=files, streaming=True)
-    assert len(list(open_unlabeled(config, rows, spec).scan())) == 3
+    stream = BatchStream(open_unlabeled(config, rows, spec), 3, 0, 1, 0, spec)
+    assert sorted(next(stream).ids.tolist()) == [0, 1, 2]
+    stream.close()
 
 
 def test_class_labels_are_matched_by_name_in_the_test_split():
@@ -415,10 +419,13 @@ def test_streamed_rows_read_the_input_column_alone_with_file_order_ids(tmp_path)
     rows = labeled(vectors([0]), input="x")
     config = Unlabeled(path=str(tmp_path), streaming=True, shuffle_window="1KiB")
     stream = open_unlabeled(config, rows, input_spec(rows))
-    assert isinstance(stream, StreamedRows)
-    assert stream.dataset.features.keys() == {"x"}
-    assert [(row, value[0]) for row, value in stream.scan()] == [(i, float(i)) for i in range(10)]
-    assert 10 <= stream.buffer_rows <= 1024 // 24  # three doubles or floats, and list offsets
+    assert isinstance(stream, ParquetRows)
+    reader = stream.reader(0, 10)
+    read = reader.read(0, 10, 0, 10)
+    reader.close()
+    assert read.table.column_names == ["x"]
+    values = dict(zip(read.ids.tolist(), read.table["x"].to_pylist(), strict=True))
+    assert {row: value[0] for row, value in values.items()} == {i: float(i) for i in range(10)}
 
 
 def test_unlabeled_objects_of_both_kinds():
@@ -428,7 +435,9 @@ def test_unlabeled_objects_of_both_kinds():
     assert len(open_unlabeled(config, rows, spec, dataset=vectors([0, 1]))) == 2
     generated = datasets.IterableDataset.from_generator(lambda: ({"x": [1.0, 2, 3]} for _ in "ab"))
     stream = open_unlabeled(config, rows, spec, dataset=generated)
-    assert [row for row, _ in stream.scan()] == [0, 1]
+    reader = stream.reader(0, 2)
+    assert sorted(reader.read(0, 2, 0, 2).ids.tolist()) == [0, 1]
+    reader.close()
     empty = datasets.IterableDataset.from_generator(lambda: iter(()))
     refused(
         "data.unlabeled",

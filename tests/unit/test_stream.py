@@ -1,11 +1,15 @@
 """The order of the stream: exactly once, alike on any number of ranks, resumable."""
 
+import dataclasses
 import gc
+import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import pytest
@@ -13,9 +17,12 @@ import torch
 
 from hpdist.config import Labeled, Unlabeled
 from hpdist.data.batch import LabeledBatch
-from hpdist.data.sources import input_spec, open_labeled, open_unlabeled
+from hpdist.data.sources import input_spec, open_labeled
 from hpdist.data.stream import BatchStream
+from hpdist.data.stream.mixed import whole_weights
+from hpdist.data.unlabeled import open_unlabeled
 from hpdist.errors import DataError
+from tests.parquet_files import write_numbers
 
 ROWS, BATCH = 50, 16
 
@@ -30,9 +37,17 @@ LABELED = open_labeled(Labeled(path="memory", input="x"), 0, dataset=table())
 SPEC = input_spec(LABELED)
 
 
-def unlabeled(kind, rows=ROWS, window=200):
+FOLDER = tempfile.TemporaryDirectory()
+FILES = write_numbers(Path(FOLDER.name), [[9, 4], [13], [], [24]])  # ROWS of them
+
+
+def unlabeled(kind, rows=ROWS, window=200, **settings):
+    if kind == "parquet":
+        files = [str(path) for path in FILES]
+        config = Unlabeled(path="parquet", data_files=files, input="x", streaming=True, **settings)
+        return open_unlabeled(config, LABELED, SPEC)
     data = table(rows) if kind == "table" else table(rows).to_iterable_dataset(num_shards=3)
-    config = Unlabeled(path="memory", shuffle_window=window)
+    config = Unlabeled(path="memory", shuffle_window=window, **settings)
     return open_unlabeled(config, LABELED, SPEC, dataset=data)
 
 
@@ -50,14 +65,24 @@ def ids_of(batches):
     return torch.cat([batch.ids for batch in batches]).tolist()
 
 
-@pytest.fixture(params=["table", "stream"])
+@pytest.fixture(params=["table", "stream", "parquet"])
 def rows(request):
     return unlabeled(request.param)
 
 
+def epochs_of(batches):
+    """The ids of each epoch; a batch may hold rows of two."""
+    epochs = {}
+    for batch in batches:
+        for epoch, row in zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True):
+            epochs.setdefault(epoch, []).append(row)
+    return epochs
+
+
 def test_every_row_once_per_epoch_in_another_order(rows):
-    ids = ids_of(take(rows, 10)[0])  # 160 rows: three epochs and a bit
-    epochs = [ids[start : start + ROWS] for start in range(0, 150, ROWS)]
+    epochs = epochs_of(take(rows, 10)[0])  # 160 rows: three epochs and a bit
+    assert list(epochs) == [0, 1, 2, 3]
+    epochs = [epochs[number] for number in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(ROWS))] * 3
     assert epochs[0] != epochs[1] != epochs[2] != list(range(ROWS))
 
@@ -66,6 +91,8 @@ def test_ids_belong_to_their_inputs(rows):
     for batch in take(rows, 4)[0]:
         assert batch.inputs.dtype == torch.float32
         assert batch.inputs[:, 0].tolist() == batch.ids.tolist()
+        assert batch.valid is None
+        assert batch.epochs.dtype == torch.int64
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -124,7 +151,7 @@ def test_state_counts_delivered_batches_alone(rows):
 
 
 def test_epoch_and_rows_are_known_when_the_last_row_is_used():
-    for kind in ("table", "stream"):
+    for kind in ("table", "stream", "parquet"):
         stream = BatchStream(unlabeled(kind), ROWS // 2, 0, 1, 0, SPEC)
         epochs = [(next(stream), stream.epoch)[1] for _ in range(5)]
         assert epochs == [0, 1, 1, 2, 2]
@@ -160,17 +187,132 @@ def test_batches_narrow_and_move():
     assert other.narrow(3, 4).to("cpu").ids.tolist() == other.ids[3:7].tolist()
 
 
-@pytest.mark.parametrize("key", ["seed", "rows", "global_batch"])
-def test_another_sequence_is_refused_by_name(key):
-    stream = BatchStream(unlabeled("table"), BATCH, 0, 1, 0, SPEC)
-    with pytest.raises(DataError, match=f"{key} 99"):
-        stream.load_state_dict({**stream.state_dict(), key: 99})
+@pytest.mark.parametrize(
+    ("key", "message"), [("seed", "seed 99"), ("rows", "not that of the saved")]
+)
+def test_another_sequence_is_refused_by_name(rows, key, message):
+    stream = BatchStream(rows, BATCH, 0, 1, 0, SPEC)
+    state = stream.state_dict()
+    if key in state["order"]:
+        with pytest.raises(DataError, match=message):
+            stream.load_state_dict({**state, "order": {**state["order"], key: 99}})
+    stream.close()
 
 
-def test_a_stream_that_shrinks_between_epochs_is_noticed():
-    _, state = take(unlabeled("stream"), 4)
-    with pytest.raises(DataError, match=r"had 40 rows, an earlier one 50"):
-        take(unlabeled("stream", rows=40), 4, state=state)
+def test_another_batch_size_goes_on_where_the_last_one_stopped(rows):
+    """Only rows are counted: none is lost or repeated within the epoch."""
+    first, state = take(rows, 2, batch=7)
+    rest, _ = take(rows, 4, batch=9, state=state)
+    assert sorted(ids_of(first) + ids_of(rest)) == list(range(ROWS))
+
+
+def test_a_state_is_small_and_plain():
+    _, state = take(unlabeled("parquet"), 3)
+    assert len(json.dumps(state)) < 300
+
+
+def test_the_next_batch_can_be_waited_for_without_moving(rows):
+    stream = BatchStream(rows, BATCH, 0, 1, 0, SPEC)
+    stream.look_ahead()
+    stream.look_ahead()
+    assert stream.state_dict()["position"] == 0
+    assert next(stream).ids.tolist() == take(rows, 1)[0][0].ids.tolist()
+    stream.close()
+
+
+def test_data_that_changed_is_refused_by_name(tmp_path):
+    def opened():
+        config = Unlabeled(path=str(tmp_path), input="x", streaming=True)
+        return open_unlabeled(config, LABELED, SPEC)
+
+    write_numbers(tmp_path, [[9], [4]])
+    before = opened()
+    _, state = take(before, 2)
+    write_numbers(tmp_path, [[9], [4], [3]])
+    after = dataclasses.replace(opened(), recorded=before.index.record())
+    with pytest.raises(DataError, match=r"not that of the saved run: train-00002\.parquet is new"):
+        take(after, 1, state=state)
+
+
+def mixed(weights, **settings):
+    files = [str(path) for path in FILES]
+    part = {"path": "parquet", "data_files": files, "input": "x", "streaming": True}
+    parts = [{**part, "weight": weight, **settings} for weight in weights]
+    return open_unlabeled(Unlabeled(mix=parts), LABELED, SPEC)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.5, 0.2, 0.3)])
+def test_mixed_sets_keep_their_proportions_and_their_epochs(weights):
+    rows = mixed(weights)
+    epochs = epochs_of(take(rows, 40, batch=10)[0])
+    for number, weight in enumerate(weights):
+        own = [[row for row in ids if row // ROWS == number] for ids in epochs.values()]
+        assert sum(map(len, own)) == pytest.approx(400 * weight / sum(weights), abs=1)
+        whole = range(ROWS * number, ROWS * (number + 1))
+        *finished, last = filter(None, own)
+        assert all(sorted(epoch) == list(whole) for epoch in finished)
+        assert len(set(last)) == len(last)
+
+
+@pytest.mark.parametrize("before", [1, 7])
+def test_mixed_sets_resume_on_another_world_size(before):
+    rows = mixed((2, 1))
+    whole = ids_of(take(rows, before + 5)[0])
+    _, state = take(rows, before, rank=1, world_size=4)
+    shares = [take(rows, 5, rank, 2, state=state)[0] for rank in range(2)]
+    resumed = [torch.cat([a.ids, b.ids]).tolist() for a, b in zip(*shares, strict=True)]
+    assert [row for batch in resumed for row in batch] == whole[before * BATCH :]
+
+
+def test_weights_become_small_whole_numbers():
+    assert whole_weights([2, 2]) == [1, 1]
+    assert whole_weights([0.5, 0.2, 0.3]) == [5, 2, 3]
+    assert whole_weights([1, 1e-9]) == [1000, 1]
+
+
+def only_even(row):
+    return row["x"][0] % 2 == 0
+
+
+def doubled(row):
+    return {"x": [2 * row["x"][0], row["label"]]}
+
+
+def fails(row):
+    raise LookupError("no such thing")
+
+
+def of_this_module(function):
+    return f"python:{function.__module__}:{function.__name__}"
+
+
+@pytest.mark.parametrize("kind", ["table", "stream", "parquet"])
+def test_a_filter_masks_and_moves_no_row(kind):
+    plain, _ = take(unlabeled(kind), 7)
+    filtered, _ = take(unlabeled(kind, filter=of_this_module(only_even)), 7)
+    for before, after in zip(plain, filtered, strict=True):
+        assert after.ids.tolist() == before.ids.tolist()
+        assert after.valid.tolist() == (before.ids % 2 == 0).tolist()
+        assert (after.inputs[after.valid] == before.inputs[after.valid]).all()
+        assert not after.bad  # left out on purpose
+
+
+def test_a_map_sees_the_columns_it_asks_for_and_moves_no_row():
+    rows = unlabeled("parquet", map=of_this_module(doubled), columns=["label"])
+    for batch in take(rows, 4)[0]:
+        assert batch.valid is None
+        assert batch.inputs[:, 0].tolist() == (2 * batch.ids).tolist()
+        assert batch.inputs[:, 1].tolist() == (batch.ids % 3).tolist()
+
+
+def test_a_function_that_fails_makes_a_bad_row(tmp_path):
+    with pytest.raises(DataError, match="filter or map failed: LookupError: no such thing"):
+        unlabeled("parquet", map=of_this_module(fails))  # of all rows: told at the start
+
+
+def test_each_part_of_a_mixture_has_its_own_functions():
+    batch = take(mixed((1, 1), filter=of_this_module(only_even)), 1, batch=40)[0][0]
+    assert batch.valid.tolist() == ((batch.ids % ROWS) % 2 == 0).tolist()
 
 
 def broken(kind):
@@ -187,10 +329,27 @@ def broken(kind):
 
 
 @pytest.mark.parametrize("kind", ["table", "stream"])
-def test_undecodable_rows_are_named_by_the_consumer_every_time(kind):
-    stream = BatchStream(broken(kind), BATCH, 0, 1, 0, SPEC)
+def test_undecodable_rows_are_masked_and_named(kind):
+    batches, _ = take(broken(kind), 4)  # 64 rows of 50
+    bad = [row for batch in batches for row in batch.bad]
+    assert {row.id for row in bad} == {30}
+    assert "its shape is 1, the first labelled row's is 2" in str(bad[0])
+    for batch in batches:
+        masked = batch.ids == 30
+        assert (batch.valid is None) == (not masked.any())
+        if batch.valid is not None:
+            assert batch.valid.tolist() == (~masked).tolist()
+            assert (batch.inputs[masked] == 0).all()
+    assert sorted(ids_of(batches)[:ROWS]) == list(range(ROWS))  # no other row moved
+
+
+def test_an_undecodable_labelled_row_is_an_error_every_time():
+    values = [[float(row), 0.5] if row != 30 else [1.0] for row in range(ROWS)]
+    data = datasets.Dataset.from_dict({"x": values, "label": [0] * ROWS})
+    rows = open_labeled(Labeled(path="memory", input="x"), 0, dataset=data)
+    stream = BatchStream(rows, BATCH, 0, 1, 0, SPEC)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"data.unlabeled .* row 30 cannot be decoded"):
+        with pytest.raises(DataError, match=r"data.labeled .* row 30 cannot be decoded"):
             list(islice(stream, 4))
     stream.close()
 
@@ -211,10 +370,12 @@ def test_a_source_that_fails_midway_is_reported():
 def test_two_readers_of_one_stream_do_not_disturb_each_other():
     data = datasets.concatenate_datasets([table(300).to_iterable_dataset(num_shards=3)] * 2)
     source = open_unlabeled(Unlabeled(path="memory"), LABELED, SPEC, dataset=data)
-    first = source.scan()
-    ids = [next(first)[0]]
-    assert [row for row, _ in source.scan()] == list(range(600))
-    assert ids + [row for row, _ in first] == list(range(600))
+    first, second = (BatchStream(source, 100, 0, 1, 0, SPEC) for _ in range(2))
+    ids = next(first).ids.tolist()
+    assert sorted(ids_of(islice(second, 6))) == list(range(600))
+    assert sorted(ids + ids_of(islice(first, 5))) == list(range(600))
+    first.close()
+    second.close()
 
 
 def test_datasets_still_loses_rows_between_two_readers():
@@ -222,12 +383,12 @@ def test_datasets_still_loses_rows_between_two_readers():
     first = iter(data)
     next(first)
     assert len(list(data)) == 600
-    assert len(list(first)) < 599, "mended upstream: StreamedRows.scan needs no shard of its own"
+    assert len(list(first)) < 599, "mended upstream: SequentialReader needs no shard of its own"
 
 
 def test_close_and_collection_end_the_thread():
     def alive():
-        return [thread for thread in threading.enumerate() if thread.name == "hpdist-data"]
+        return [t for t in threading.enumerate() if t.name.startswith("hpdist-")]
 
     stream = BatchStream(unlabeled("table"), BATCH, 0, 1, 0, SPEC)
     next(stream)
@@ -237,11 +398,13 @@ def test_close_and_collection_end_the_thread():
     assert not alive()
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)
-    forgotten = BatchStream(unlabeled("stream"), BATCH, 0, 1, 0, SPEC)
-    next(forgotten)
-    del forgotten
-    gc.collect()
-    assert not alive()
+    for kind in ("stream", "parquet"):
+        forgotten = BatchStream(unlabeled(kind), BATCH, 0, 1, 0, SPEC)
+        next(forgotten)
+        assert alive()
+        del forgotten
+        gc.collect()
+        assert not alive()
 
 
 SCRIPT = """
@@ -256,7 +419,8 @@ print("delivered", flush=True)
 
 
 @pytest.mark.parametrize(
-    ("kind", "last", "status"), [("table", "", 0), ("stream", "raise SystemExit(5)", 5)]
+    ("kind", "last", "status"),
+    [("table", "", 0), ("stream", "raise SystemExit(5)", 5), ("parquet", "", 0)],
 )
 def test_process_exits_promptly_without_close(kind, last, status, tmp_path):
     script = tmp_path / "run.py"

@@ -1,91 +1,127 @@
-"""An endless, resumable stream of this rank's slice of each global batch.
+"""An endless, resumable stream of this rank's slice of each global batch, decoded ahead.
 
-Epochs are laid end to end: epoch e is the rows permuted by (seed, e), and global batch k is rows
-[k * global_batch, (k + 1) * global_batch) of that endless sequence. So nothing is dropped, nothing
-is repeated within an epoch, and the rows of a global batch depend on neither rank nor world size.
-The position in the sequence is one integer, the same on every rank.
+Which rows a global batch holds depends on neither rank nor world size, and the position, one
+integer, is the same on every rank. So nothing is gathered to save it, and nothing is dealt out
+anew to resume on another number of ranks.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast, overload
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 
-from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.decode import InputSpec
-from hpdist.data.sources import Int64Array, LabeledRows, StreamedRows, TableRows
+from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
+from hpdist.data.decode import InputSpec, Unreadable
+from hpdist.data.decoders import Decoder
+from hpdist.data.stream.functions import Values
+from hpdist.data.stream.permute import Int64Array
+from hpdist.data.stream.reader import Reader, Rows
 from hpdist.errors import DataError
 
 BatchT = TypeVar("BatchT", LabeledBatch, UnlabeledBatch)
-_Item: TypeAlias = "tuple[LabeledBatch | UnlabeledBatch, int | None] | BaseException"
 
-_LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order
-_UNLABELED_ORDER = 0xDA7A
 _QUEUED_BATCHES = 2
-_JOIN_SECONDS = 10.0  # a thread that hangs in a network read must not hold up the exit
+_JOIN_SECONDS = 3.0  # a thread that hangs in a read must not hold up the exit
+
+
+class RowSource(Protocol):
+    """A set of rows that can be read in any order that a seed chooses."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, and which of them are left out."""
+        ...
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Start to read; `order` and `resume` are those of the stream that goes on."""
+        ...
+
+    def changes(self) -> str:
+        """Say what differs from the stream that goes on."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch, and what its delivery makes known."""
+
+    batch: LabeledBatch | UnlabeledBatch
+    rows: int | None  # of an epoch
+    resume: dict[str, Any] | None  # the reader's point to go on from, after this batch
+
+
+_Item: TypeAlias = "_Loaded | BaseException"
 
 
 class BatchStream(Generic[BatchT]):
     """Iterates for ever over this rank's slice of each global batch, decoded ahead in a thread.
 
     Rank r of W gets rows [r * global_batch // W, (r + 1) * global_batch // W) of every batch.
-    `position` counts the rows that the delivered global batches consumed. Resuming costs O(1) for a
-    table; for a stream it costs O(rows), since the epoch's rows up to the position are read again,
-    undecoded. Every rank reads the whole of a stream, and mixes only rows within `shuffle_window`
-    of each other: rows sorted by class need shuffling once on disk. Errors of the thread are raised
-    by `next`.
+    Within an epoch every row comes exactly once; the rows that do not fill the last global batch
+    come first in the next one. A row that cannot be used keeps its place and is not `valid`
+    (unlabelled), or raises DataError (labelled). Errors of the thread are raised by `next`.
+
+    Args:
+        source: Of the rows.
+        global_batch: Rows of a step, over all ranks.
+        rank: Whose slice to give.
+        world_size: Number of ranks.
+        seed: Chooses the order.
+        spec: How rows are decoded.
+        position: Rows of the endless sequence to leave out.
+        threads: That decode.
+        processes: That decode, in place of threads.
     """
-
-    @overload
-    def __init__(
-        self: BatchStream[LabeledBatch],
-        rows: LabeledRows,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        spec: InputSpec,
-        position: int = 0,
-    ) -> None: ...
-
-    @overload
-    def __init__(
-        self: BatchStream[UnlabeledBatch],
-        rows: TableRows | StreamedRows,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        spec: InputSpec,
-        position: int = 0,
-    ) -> None: ...
 
     def __init__(
         self,
-        rows: TableRows | StreamedRows,
+        source: RowSource,
         global_batch: int,
         rank: int,
         world_size: int,
         seed: int,
         spec: InputSpec,
         position: int = 0,
+        *,
+        threads: int = 1,
+        processes: int = 0,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        self._source = rows
+        self.waited = 0.0
+        """Seconds that `next` has waited for the thread."""
+        self._source = source
         self._spec = spec
         self._global_batch = global_batch
         self._slice = (rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
         self._seed = seed
+        self._decoding = (threads, processes)
         self._position = position
-        self._rows = None if isinstance(rows, StreamedRows) else len(rows)
+        self._stopping = threading.Event()
+        self._reader = source.reader(seed, global_batch, stop=self._stopping)
+        self._rows = self._reader.rows
+        self._resume: dict[str, Any] | None = None
+        self._next: _Loaded | None = None
         self._error: BaseException | None = None
         self._closed = False
         self._queue: queue.Queue[_Item] = queue.Queue()
@@ -97,78 +133,113 @@ class BatchStream(Generic[BatchT]):
     def __next__(self) -> BatchT:
         """Give the next batch.
 
-        Raises DataError when rows cannot be read or decoded, and then again on every call.
+        Raises DataError when rows cannot be read, and then again on every call.
         """
+        self.look_ahead()
+        loaded, self._next = cast(_Loaded, self._next), None
+        self._rows, self._resume = loaded.rows, loaded.resume
+        self._position += self._global_batch
+        return cast(BatchT, loaded.batch)
+
+    def look_ahead(self) -> None:
+        """Wait for the batch that `next` will give; the position stays. Raises what `next` does."""
         if self._closed:
             raise RuntimeError("the BatchStream is closed")
         if self._error is not None:
             raise self._error
+        if self._next is not None:
+            return
         if self._stop is None:
             self._start()
+        start = time.monotonic()
         item = self._queue.get()
+        self.waited += time.monotonic() - start
         if isinstance(item, BaseException):
             self._error = item
             raise item
-        batch, self._rows = item
-        self._position += self._global_batch
-        return cast(BatchT, batch)
+        self._next = item
 
     @property
     def epoch(self) -> int:
         """How many times the delivered batches have been through all rows."""
         return self._position // self._rows if self._rows else 0
 
-    def state_dict(self) -> dict[str, int | None]:
-        """Save the position in rows, and what the sequence depends on.
+    def state_dict(self) -> dict[str, Any]:
+        """Save the position, what the sequence depends on, and what a reader needs to go on.
 
-        The same on every rank, whatever their number. `rows` is None in a stream's first epoch.
+        The same on every rank, whatever their number; JSON.
         """
         return {
             "position": self._position,
-            "seed": self._seed,
+            "order": self._reader.order(),
             "rows": self._rows,
-            "global_batch": self._global_batch,
+            "resume": self._resume,
         }
 
-    def load_state_dict(self, state: dict[str, int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved position, on any number of ranks.
 
         Raises DataError that names what differs when the sequence would not be the saved one.
         """
-        ours = self.state_dict()
-        for key in ("seed", "global_batch", "rows"):
-            saved, now = state[key], ours[key]
-            if saved != now and not (key == "rows" and None in (saved, now)):
-                raise DataError(
-                    f"{self._source.name}: cannot continue: the saved stream has {key} {saved}, "
-                    f"this one {now}; restore the settings and data of that run, or start a new one"
-                )
+        order = state["order"]
         self._halt()
-        self._error = None
-        self._position = cast(int, state["position"])
-        self._rows = state["rows"] if ours["rows"] is None else ours["rows"]
+        self._stopping = threading.Event()
+        self._reader = self._source.reader(
+            self._seed,
+            self._global_batch,
+            order=order,
+            resume=state["resume"],
+            stop=self._stopping,
+        )
+        self._check_order(order, self._reader.order())
+        self._error = self._next = None
+        self._position, self._rows, self._resume = state["position"], state["rows"], state["resume"]
 
     def close(self) -> None:
-        """Stop the thread and wait for it; also done at exit and when the stream is collected."""
+        """Stop the threads and wait for them; also done at exit and on garbage collection."""
         self._halt()
         self._closed = True
+
+    def _check_order(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        if saved == now:
+            return
+        differing = [key for key in now if saved.get(key) != now[key]]
+        if {"fingerprint", "parts", "rows"} & set(differing) and saved.get("seed") == now.get(
+            "seed"
+        ):
+            raise DataError(
+                f"{self._source.name}: cannot continue: the data is not that of the saved run: "
+                f"{self._source.changes()}; restore it, or start a new run"
+            )
+        key = differing[0]
+        raise DataError(
+            f"{self._source.name}: cannot continue: the saved stream has {key} {saved.get(key)}, "
+            f"this one {now[key]}; restore the settings and data of that run, or start a new one"
+        )
 
     def _halt(self) -> None:
         if self._stop is not None:
             self._stop()
             self._stop = None
+        else:
+            self._reader.close()
 
     def _start(self) -> None:
         """Start the thread, which must hold no reference to self, or self is never collected."""
         cuda = torch.cuda.current_device() if torch.cuda.is_available() else None
         loader = _Loader(
-            self._source, self._spec, self._seed, self._rows, self._global_batch, self._slice, cuda
+            self._source,
+            self._reader,
+            self._spec,
+            self._global_batch,
+            self._slice,
+            self._decoding,
+            cuda,
         )
         self._queue = queue.Queue(_QUEUED_BATCHES)
-        stopping = threading.Event()
-        arguments = (loader, self._position, self._queue, stopping)
+        arguments = (loader, self._position, self._queue, self._stopping)
         thread = threading.Thread(target=_produce, args=arguments, name="hpdist-data", daemon=True)
-        self._stop = weakref.finalize(self, _finish, thread, self._queue, stopping)
+        self._stop = weakref.finalize(self, _finish, thread, self._queue, self._stopping)
         thread.start()
 
 
@@ -177,12 +248,15 @@ def _produce(
 ) -> None:
     """Load batches into the queue until told to stop; an error is the last item."""
     try:
-        loader.open()
-        while not stopping.is_set():
-            batches.put(loader.load(position))
-            position += loader.global_batch
+        with Decoder(loader.spec, *loader.decoding) as decoder:
+            loader.enter()
+            while not stopping.is_set():
+                batches.put(loader.load(position, decoder))
+                position += loader.global_batch
     except BaseException as error:  # `next` raises it in the consumer's thread
         batches.put(error)
+    finally:
+        loader.reader.close()
 
 
 def _finish(
@@ -200,145 +274,57 @@ def _finish(
 class _Loader:
     """Reads and decodes one rank's slice of a global batch."""
 
-    source: TableRows | StreamedRows
+    source: RowSource
+    reader: Reader
     spec: InputSpec
-    seed: int
-    rows: int | None
     global_batch: int
     slice: tuple[int, int]
+    decoding: tuple[int, int]  # threads and processes
     cuda: int | None
-    reader: _Reader = field(init=False)
 
-    def open(self) -> None:
+    def enter(self) -> None:
+        """Make the thread ready for page-locked memory."""
         if self.cuda is not None:  # else page-locking would make a context on GPU 0
             torch.cuda.set_device(self.cuda)
-        if isinstance(self.source, StreamedRows):
-            self.reader = _StreamReader(self.source, self.seed, self.rows)
-        else:
-            self.reader = _TableReader(self.source, self.seed)
 
-    def load(self, position: int) -> tuple[LabeledBatch | UnlabeledBatch, int | None]:
-        """Load the batch at a position; also the rows of an epoch, as far as known after it."""
-        first, last = (position + offset for offset in self.slice)
-        values, ids, labels = self.reader.read(first, last, position + self.global_batch)
-        pin = self.cuda is not None
-        inputs = self.spec.decode_rows(values, ids.tolist(), self.source.name, pin)
-        if labels is None:
-            return UnlabeledBatch(inputs, _tensor(ids, pin)), self.reader.rows
-        return LabeledBatch(inputs, _tensor(labels, pin), _tensor(ids, pin)), self.reader.rows
+    def load(self, position: int, decoder: Decoder) -> _Loaded:
+        """Load the batch at a position, and have the next one read ahead."""
+        start, stop = self.slice
+        after = position + self.global_batch
+        rows = self.reader.read(position, self.global_batch, start, stop)
+        self.reader.prepare(after, self.global_batch, start, stop)
+        found = self.source.values(rows)
+        for line, reason in rows.unread.items():
+            found.values[line] = Unreadable(reason)
+        for line in found.left_out:
+            found.values[line] = Unreadable("left out")  # which spares decoding it
+        inputs, reasons = decoder.decode(found.values, pin=self.cuda is not None)
+        batch = self._batch(rows, inputs, reasons, found.left_out)
+        return _Loaded(batch, self.reader.rows, self.reader.resume_point(after))
 
+    def _batch(
+        self, rows: Rows, inputs: torch.Tensor, reasons: Mapping[int, str], left_out: set[int]
+    ) -> LabeledBatch | UnlabeledBatch:
+        ids = self._tensor(rows.ids)
+        if rows.labels is not None:
+            for line, reason in reasons.items():
+                raise DataError(
+                    f"{self.source.name}: row {rows.ids[line]} cannot be decoded: {reason}; mend "
+                    "or remove that row"
+                )
+            return LabeledBatch(inputs, self._tensor(rows.labels), ids)
+        epochs = torch.from_numpy(rows.epochs)
+        if not reasons:
+            return UnlabeledBatch(inputs, ids, epochs=epochs)
+        valid = torch.ones(len(rows), dtype=torch.bool)
+        valid[list(reasons)] = False
+        bad = tuple(
+            BadRow(int(rows.ids[line]), self.reader.describe(int(rows.ids[line])), reason)
+            for line, reason in reasons.items()
+            if line not in left_out
+        )
+        return UnlabeledBatch(inputs, ids, valid, epochs, bad)
 
-def _tensor(array: Int64Array, pin: bool) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if pin else tensor
-
-
-class _Reader(Protocol):
-    """Reads rows by their place in the endless sequence."""
-
-    rows: int | None
-    """Rows of an epoch, where known."""
-
-    def read(
-        self, first: int, last: int, end: int
-    ) -> tuple[list[Any], Int64Array, Int64Array | None]:
-        """Read values, ids and labels at places [first, last); the global batch ends at `end`."""
-        ...
-
-
-class _TableReader:
-    """Random access: only this rank's rows are read."""
-
-    def __init__(self, source: TableRows, seed: int) -> None:
-        self.source = source
-        self.seed = seed
-        self.rows: int | None = len(source)
-        self._order: tuple[int, Int64Array] = (-1, np.empty(0, np.int64))
-
-    def read(
-        self, first: int, last: int, end: int
-    ) -> tuple[list[Any], Int64Array, Int64Array | None]:
-        at = np.arange(first, last)
-        epochs, offsets = np.divmod(at, len(self.source))
-        positions = np.empty(len(at), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            positions[here] = self._permutation(epoch)[offsets[here]]
-        labels = self.source.labels[positions] if isinstance(self.source, LabeledRows) else None
-        return self.source.read(positions), self.source.ids[positions], labels
-
-    def _permutation(self, epoch: int) -> Int64Array:
-        if self._order[0] != epoch:
-            tag = _LABELED_ORDER if isinstance(self.source, LabeledRows) else _UNLABELED_ORDER
-            generator = np.random.default_rng([self.seed, tag, epoch])
-            self._order = (epoch, generator.permutation(len(self.source)))
-        return self._order[1]
-
-
-class _StreamReader:
-    """Sequential access: every rank walks the same shuffled rows and keeps its own.
-
-    One row is read ahead, so that the end of an epoch is known as soon as its last row is used.
-    """
-
-    def __init__(self, source: StreamedRows, seed: int, rows: int | None) -> None:
-        self.source = source
-        self.seed = seed
-        self.rows = rows
-        self._place = -1  # of the row read ahead; nothing is open yet
-
-    def read(
-        self, first: int, last: int, end: int
-    ) -> tuple[list[Any], Int64Array, Int64Array | None]:
-        if self._place < 0:
-            self._open(first // self.rows if self.rows else 0)
-        kept = []
-        while self._place < end:
-            if first <= self._place < last:
-                kept.append(self._ahead)
-            self._advance()
-        ids = np.asarray([row for row, _ in kept], dtype=np.int64)
-        return [value for _, value in kept], ids, None
-
-    def _open(self, epoch: int) -> None:
-        """Stand before the first row of an epoch."""
-        generator = np.random.default_rng([self.seed, _UNLABELED_ORDER, epoch])
-        self._epoch = epoch
-        self._walk = _shuffled(self.source.scan(), self.source.buffer_rows, generator)
-        self._count = 0
-        self._place = epoch * (self.rows or 0)
-        first = next(self._walk, None)
-        if first is None:
-            raise DataError(f"{self.source.name}: holds no rows")
-        self._ahead = first
-
-    def _advance(self) -> None:
-        self._place += 1
-        self._count += 1
-        following = next(self._walk, None)
-        if following is not None:
-            self._ahead = following
-            return
-        if self.rows not in (None, self._count):
-            raise DataError(
-                f"{self.source.name}: epoch {self._epoch} had {self._count} rows, an earlier one "
-                f"{self.rows}; the dataset must not change during a run"
-            )
-        self.rows = self._count
-        self._open(self._epoch + 1)
-
-
-def _shuffled(
-    rows: Iterator[tuple[int, Any]], buffer_rows: int, generator: np.random.Generator
-) -> Iterator[tuple[int, Any]]:
-    """Draw each row from a buffer of the next `buffer_rows`, as `datasets` does."""
-    buffer: list[tuple[int, Any]] = []
-    for row in rows:
-        if len(buffer) < buffer_rows:
-            buffer.append(row)
-            continue
-        at = int(generator.integers(buffer_rows))
-        yield buffer[at]
-        buffer[at] = row
-    for at in generator.permutation(len(buffer)).tolist():
-        yield buffer[at]
+    def _tensor(self, array: Int64Array) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory() if self.cuda is not None else tensor

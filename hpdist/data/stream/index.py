@@ -1,7 +1,7 @@
 """Where every row of a Parquet dataset lies: the row groups of its files, from their footers.
 
-    files = resolve(config, "data.unlabeled")
-    index = build_index(files, config.split, ["image"], "data.unlabeled (…)", Retry())
+    files = split_files({"train": ["a.parquet", "b.parquet"]}, "train[:90%]", "data.unlabeled")
+    index = build_index(files, "train[:90%]", ["image"], "data.unlabeled (…)", Retry())
 
 Costs one small read per file, side by side, and nothing at the next start: the result is kept on
 disk under the files' versions. A row's id is its number in the split, in the order of the files,
@@ -123,17 +123,27 @@ class Index:
         return ", ".join(found[:_NAMED_CHANGES]) + more
 
 
-def resolve(builder: Any, split: str, name: str) -> dict[str, list[str]]:
+def split_files(
+    available: Mapping[str, Sequence[str]], split: str, where: str
+) -> dict[str, Sequence[str]]:
     """The files of every split that a split specification such as `train[:90%]` names, in order.
 
-    `builder` is what `datasets.load_dataset_builder` gives of a Parquet dataset. Raises DataError.
+    Raises DataError.
     """
-    available = builder.config.data_files or {}
     wanted = [part.partition("[")[0].strip() for part in split.split("+")]
     for part in wanted:
         if part not in available:
-            raise DataError(f"{name}: there is no split {part!r}; there are {', '.join(available)}")
-    return {part: [str(path) for path in available[part]] for part in dict.fromkeys(wanted)}
+            known = ", ".join(available)
+            raise DataError(f'{where}.split: Unknown split "{part}". Should be one of {known}.')
+    return {part: available[part] for part in dict.fromkeys(wanted)}
+
+
+def first_schema(splits: Mapping[str, Sequence[str]], name: str, retry: Retry) -> pa.Schema:
+    """The columns of the first file, with what `datasets` wrote of them."""
+    path = next((path for files in splits.values() for path in files), None)
+    if path is None:
+        raise DataError(f"{name}: holds no files")
+    return _named(name, lambda: _footer(path, stat(path, retry), (), retry, None)).whole
 
 
 def build_index(
@@ -353,7 +363,7 @@ def _load(cache: Path | None) -> Index | None:
     if cache is None or not cache.exists():
         return None
     try:
-        with np.load(cache, allow_pickle=False) as kept:
+        with cache.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             files = json.loads(kept["facts"].tobytes())
             arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
             schema = kept["schema"].tobytes()

@@ -128,6 +128,9 @@ class ParquetReader:
 
     def read(self, position: int, batch: int, start: int, stop: int) -> Rows:
         """Read rows [start, stop) of the global batch at `position`."""
+        if start == stop:
+            none = np.empty(0, np.int64)
+            return Rows(self._schema.empty_table(), none, none)
         runs = self._runs(self._plan.pieces(position, batch, start, stop))
         parts = [_rows(opened.result(), first, last) for opened, first, last in runs]
         for opened, _, _ in runs:
@@ -184,9 +187,11 @@ class ParquetReader:
 
     def _drop_before(self, window: Window) -> None:
         """Let go of a lane's windows that it has passed."""
-        known = self._lanes[window.lane]
-        while known[0].window is not window:
-            known.pop(0).cancel()
+        kept = []
+        for opened in self._lanes[window.lane]:
+            passed = (opened.window.epoch, opened.window.number) < (window.epoch, window.number)
+            opened.cancel() if passed else kept.append(opened)
+        self._lanes[window.lane] = kept
 
     def _read_window(self, window: Window) -> _Read:
         tables, ids, at = [], [], 0

@@ -16,34 +16,45 @@ from hpdist.data.stream.permute import Int64Array
 class Rows:
     """Rows as they are stored, in the order of the global batch."""
 
-    table: pa.Table  # [rows], the columns that were asked for; nulls where nothing could be read
+    table: pa.Table | None  # [rows], the columns asked for; nulls where nothing could be read
     ids: Int64Array  # [rows], stable for ever
     epochs: Int64Array  # [rows], the epoch that each row belongs to
     unread: Mapping[int, str] = field(default_factory=dict)
     """Why, by line, of the rows that could not be read."""
     labels: Int64Array | None = None  # [rows], of labelled rows
+    parts: tuple[tuple[int, Rows], ...] = ()
+    """Of several datasets that are mixed, in place of `table`: which one, and its rows."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @staticmethod
     def joined(parts: list[Rows]) -> Rows:
-        """Several runs of rows, one behind the other; nothing is copied but the ids."""
+        """Several runs of one dataset's rows, one behind the other; only ids are copied."""
         if len(parts) == 1:
             return parts[0]
+        table = pa.concat_tables([part.table for part in parts])
+        return Rows.beside(parts, table)
+
+    @staticmethod
+    def mixed(parts: list[tuple[int, Rows]]) -> Rows:
+        """Runs of rows of several datasets, which need not have the same columns."""
+        return Rows.beside([rows for _, rows in parts], None, tuple(parts))
+
+    @staticmethod
+    def beside(
+        runs: list[Rows], table: pa.Table | None, parts: tuple[tuple[int, Rows], ...] = ()
+    ) -> Rows:
+        """Put ids, epochs and reasons of runs one behind the other, under a table of all."""
         unread: dict[int, str] = {}
         at = 0
-        for part in parts:
-            unread |= {at + line: reason for line, reason in part.unread.items()}
-            at += len(part)
-        labels = [part.labels for part in parts if part.labels is not None]
-        return Rows(
-            pa.concat_tables([part.table for part in parts]),
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.epochs for part in parts]),
-            unread,
-            np.concatenate(labels) if labels else None,
-        )
+        for run in runs:
+            if run.unread:
+                unread |= {at + line: reason for line, reason in run.unread.items()}
+            at += len(run)
+        ids = np.concatenate([run.ids for run in runs])
+        epochs = np.concatenate([run.epochs for run in runs])
+        return Rows(table, ids, epochs, unread, parts=parts)
 
 
 class Reader(Protocol):

@@ -1,0 +1,63 @@
+"""The user's own filter and map over stored rows: neither moves any other row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from hpdist.data.decode import Unreadable, stored_values
+from hpdist.errors import describe
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowFunctions:
+    """What is done to a row before it is decoded.
+
+    A row, as {column: stored value}, that `keep` answers False for holds its place and counts for
+    nothing; so does one that either raises an error for, which makes it a bad row.
+    """
+
+    column: str
+    keep: Callable[[Row], bool] | None = None
+    map: Callable[[Row], Row] | None = None
+
+    def values(self, table: pa.Table) -> Values:
+        """The input column's stored values, mapped, and which rows the filter leaves out."""
+        if self.keep is None and self.map is None:
+            return Values(stored_values(table.column(self.column)))
+        columns = {name: stored_values(table.column(name)) for name in table.column_names}
+        found = Values([])
+        for line in range(len(table)):
+            row = {name: values[line] for name, values in columns.items()}
+            if isinstance(row[self.column], Unreadable) or row[self.column] is None:
+                found.values.append(row[self.column])
+                continue
+            try:
+                kept = self.keep is None or bool(self.keep(row))
+                mapped = self.map(row) if kept and self.map is not None else row
+                found.values.append(_stored(mapped[self.column]))
+            except Exception as error:  # whatever the user's function raises
+                found.values.append(Unreadable(f"filter or map failed: {describe(error)}"))
+                continue
+            if not kept:
+                found.left_out.add(line)
+        return found
+
+
+@dataclass
+class Values:
+    """Stored values of rows, and the lines of those that the filter leaves out."""
+
+    values: list[Any]
+    left_out: set[int] = field(default_factory=set)
+
+
+def _stored(value: Any) -> Any:
+    """Lists of numbers as the arrays that stored lists come as."""
+    return np.asarray(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,447 @@
+"""Open the unlabelled rows: a table, a Parquet stream, any other stream, or several mixed.
+
+What costs requests (finding files, reading footers) is `survey`, which one process does for all;
+`open_unlabeled` then needs none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import datasets
+import numpy as np
+
+from hpdist.config import Loading, Unlabeled, UnlabeledSource
+from hpdist.data.decode import InputSpec
+from hpdist.data.files import Retry
+from hpdist.data.loading import (
+    input_column,
+    known_column,
+    load,
+    one_line,
+    open_table,
+    parquet_files,
+    raw_view,
+    same_column,
+    source_name,
+)
+from hpdist.data.sources import LabeledRows, UnlabeledTable
+from hpdist.data.stream.functions import RowFunctions, Values
+from hpdist.data.stream.index import Index, build_index, first_schema, split_files
+from hpdist.data.stream.mixed import MixedReader
+from hpdist.data.stream.parquet import ParquetReader
+from hpdist.data.stream.reader import Reader, Rows
+from hpdist.data.stream.sequential import SequentialReader
+from hpdist.errors import ConfigError, DataError
+from hpdist.settings import import_object
+
+_TRIED = 64  # rows of which one must fit
+_BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
+
+
+class UnlabeledRows(Protocol):
+    """A set of unlabelled rows, ready to be read in any order that a seed chooses."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def column(self) -> str:
+        """The column that the model sees."""
+        ...
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        ...
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Start to read; `order` and `resume` are those of the run that goes on."""
+        ...
+
+    def changes(self) -> str:
+        """Say what differs from the run that is resumed."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetRows:
+    """Rows of Parquet files, wherever they lie: exactly once an epoch on any number of ranks."""
+
+    index: Index
+    column: str
+    name: str
+    functions: RowFunctions
+    columns: tuple[str, ...]
+    budget: int | None
+    retry: Retry
+    recorded: list[list[Any]] | None = None
+    """The files as an earlier start of the run found them."""
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        return self.functions.values(rows.table)
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read by lanes and windows."""
+        return ParquetReader(
+            self.index,
+            self.columns,
+            self.name,
+            seed,
+            batch,
+            budget=self.budget,
+            order=order,
+            retry=self.retry,
+            stop=stop,
+        )
+
+    def changes(self) -> str:
+        """Name the files that differ from the run that is resumed."""
+        if self.recorded is None:
+            return "its files differ"
+        return self.index.changes(self.recorded)
+
+
+@dataclass(frozen=True, eq=False)
+class SequentialRows:
+    """Rows that only reading counts, such as lines of JSON: every rank reads all of them."""
+
+    dataset: datasets.IterableDataset
+    column: str
+    name: str
+    functions: RowFunctions
+    columns: tuple[str, ...]
+    block_rows: int
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        return self.functions.values(rows.table)
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read block by block."""
+        block_rows = self.block_rows
+        if order is not None and order.get("kind") == "sequential":
+            block_rows = order["block_rows"]
+        state = None if resume is None else dict(resume)
+        return SequentialReader(
+            self.dataset, list(self.columns), self.name, seed, block_rows, state
+        )
+
+    def changes(self) -> str:
+        """Say what differs from the run that is resumed."""
+        return "other rows"
+
+    @property
+    def warning(self) -> str:
+        """What this source cannot promise, and the way out."""
+        return (
+            f"{self.name} does not say how many rows it has: every rank reads all of it, rows are "
+            f"mixed {self.block_rows} at a time, and resuming depends on the state that `datasets` "
+            "keeps; `hpdist convert CONFIG --out FOLDER` writes it as Parquet once, which has none "
+            "of these limits"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MixedRows:
+    """Rows of several sets, in fixed proportions."""
+
+    parts: tuple[ParquetRows | UnlabeledTable, ...]
+    weights: tuple[float, ...]
+    name: str
+
+    @property
+    def column(self) -> str:
+        """The column that the model sees; every part's is renamed to it."""
+        return self.parts[0].column
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after each part's filter and map."""
+        found = Values([])
+        for number, part in rows.parts:
+            own = self.parts[number].values(part)
+            found.left_out.update(len(found.values) + line for line in own.left_out)
+            found.values.extend(own.values)
+        return found
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read every part at its own pace."""
+        orders: Sequence[Any] = (order or {}).get("parts") or [None] * len(self.parts)
+        total = sum(self.weights)
+        readers = [
+            part.reader(seed + number, max(1, round(batch * weight / total)), order=o, stop=stop)
+            for number, (part, weight, o) in enumerate(
+                zip(self.parts, self.weights, orders, strict=False)
+            )
+        ]
+        lengths = [_last_id(part) + 1 for part in self.parts]
+        offsets = list(itertools.accumulate(lengths, initial=0))[:-1]
+        return MixedReader(readers, self.weights, offsets)
+
+    def changes(self) -> str:
+        """Name what differs in which part."""
+        return "; ".join(f"{part.name}: {part.changes()}" for part in self.parts)
+
+
+AnyUnlabeled: TypeAlias = "UnlabeledTable | ParquetRows | SequentialRows | MixedRows"
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What was found of a Parquet dataset."""
+
+    index: Index
+    column: str
+    columns: tuple[str, ...]
+    recorded: list[list[Any]] | None
+
+
+Survey: TypeAlias = list[Surveyed | None]
+
+
+def survey(
+    config: Unlabeled,
+    like: LabeledRows,
+    spec: InputSpec,
+    loading: Loading,
+    recorded: Sequence[Any] | None = None,
+    where: str = "data.unlabeled",
+) -> Survey:
+    """Find the files of every part that is streamed from Parquet; None for any other part.
+
+    One process does this and gives the others what it found. Raises DataError.
+    """
+    found: Survey = []
+    for number, (part, setting) in enumerate(_parts(config, where)):
+        known = recorded[number] if recorded is not None and number < len(recorded) else None
+        surveyed = None
+        if part.streaming:
+            surveyed = _survey_parquet(part, like, spec, Retry(loading.patience), setting, known)
+        found.append(surveyed)
+    return found
+
+
+def open_unlabeled(
+    config: Unlabeled,
+    like: LabeledRows,
+    spec: InputSpec,
+    *,
+    dataset: Any = None,
+    where: str = "data.unlabeled",
+    found: Survey | None = None,
+    loading: Loading | None = None,
+) -> AnyUnlabeled:
+    """Open the unlabelled rows; an `IterableDataset`, or `streaming: true`, gives a stream.
+
+    `found` is what `survey` gave. Raises DataError when anything is not as the config says, or none
+    of the first rows fits `spec`.
+    """
+    if dataset is not None:
+        if isinstance(dataset, datasets.IterableDataset):
+            return _open_sequential(config, config, like, spec, dataset, where)
+        return _open_unlabeled_table(config, like, spec, dataset, where)
+    if found is None:
+        found = survey(config, like, spec, loading or Loading(), None, where)
+    parts: list[ParquetRows | UnlabeledTable] = []
+    patience = (loading or Loading()).patience
+    for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
+        if surveyed is not None:
+            parts.append(_parquet_rows(part, config, surveyed, Retry(patience), setting))
+        elif not part.streaming:
+            parts.append(_open_unlabeled_table(part, like, spec, None, setting))
+        elif config.mix:
+            raise DataError(
+                f"{setting}: only Parquet and tables can be mixed, since other streams do not say "
+                "how many rows they have; convert it with `hpdist convert`, or set streaming: false"
+            )
+        else:
+            return _open_sequential(part, config, like, spec, None, setting)
+    if not config.mix:
+        return parts[0]
+    weights = tuple(part.weight for part in config.mix)
+    return MixedRows(tuple(parts), weights, f"{where}.mix")
+
+
+def _parts(config: Unlabeled, where: str) -> list[tuple[UnlabeledSource, str]]:
+    if not config.mix:
+        return [(config, where)]
+    return [(part, f"{where}.mix.{number}") for number, part in enumerate(config.mix)]
+
+
+def _survey_parquet(
+    part: UnlabeledSource,
+    like: LabeledRows,
+    spec: InputSpec,
+    retry: Retry,
+    where: str,
+    recorded: list[list[Any]] | None,
+) -> Surveyed | None:
+    files = parquet_files(part, where)
+    if files is None:
+        return None
+    name = source_name(part, None, where)
+    chosen = split_files(files, part.split, where)
+    features = datasets.Features.from_arrow_schema(first_schema(chosen, name, retry))
+    column, columns, functions = _columns(part, features, like, where)
+    index = build_index(chosen, part.split, columns, name, retry)
+    reader = ParquetReader(
+        index, columns, name, 0, 1, order={"kind": "parquet", "lanes": 1, "groups_per_window": 1}
+    )
+    try:
+        tried = reader.read(0, _TRIED, 0, min(_TRIED, reader.rows))
+    finally:
+        reader.close()
+    _check_fit(functions, tried.table, spec, name, [reader.describe(i) for i in tried.ids.tolist()])
+    return Surveyed(index, column, columns, recorded)
+
+
+def _parquet_rows(
+    part: UnlabeledSource, config: Unlabeled, surveyed: Surveyed, retry: Retry, where: str
+) -> ParquetRows:
+    functions = _functions(part, surveyed.column, where)
+    name = source_name(part, None, where)
+    return ParquetRows(
+        surveyed.index,
+        surveyed.column,
+        name,
+        functions,
+        surveyed.columns,
+        config.shuffle_window,
+        retry,
+        surveyed.recorded,
+    )
+
+
+def _open_unlabeled_table(
+    config: UnlabeledSource, like: LabeledRows, spec: InputSpec, dataset: Any, where: str
+) -> UnlabeledTable:
+    table, name = open_table(config, dataset, where)
+    column, columns, functions = _columns(config, table.features, like, where)
+    view = raw_view(table, columns)
+    rows = UnlabeledTable(view, column, name, np.arange(len(table)), functions)
+    first = list(range(min(_TRIED, len(table))))
+    try:
+        _check_fit(functions, view[first], spec, name, [f"row {row}" for row in first])
+    except OSError as error:
+        raise DataError(f"{name}: cannot read rows {first[:3]}…: {one_line(error)}") from error
+    return rows
+
+
+def _open_sequential(
+    part: UnlabeledSource,
+    config: Unlabeled,
+    like: LabeledRows,
+    spec: InputSpec,
+    dataset: Any,
+    where: str,
+) -> SequentialRows:
+    stream = dataset if dataset is not None else load(part, where, streaming=True)
+    name = source_name(part, dataset, where)
+    first = _first_table(stream, name)
+    features = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    column, columns, functions = _columns(part, features, like, where)
+    row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
+    block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
+    _check_fit(functions, first, spec, name, [f"row {row}" for row in range(first.num_rows)])
+    return SequentialRows(stream, column, name, functions, columns, block_rows)
+
+
+def _first_table(stream: Any, name: str) -> Any:
+    """Read the first rows of a stream as an Arrow table."""
+    try:
+        first = next(iter(stream.with_format("arrow").iter(batch_size=_TRIED)), None)
+    except Exception as error:
+        raise DataError(f"{name}: cannot read the first rows: {one_line(error)}") from error
+    if first is None or not first.num_rows:
+        raise DataError(f"{name}: holds no rows")
+    return first
+
+
+def _columns(
+    config: UnlabeledSource, features: Any, like: LabeledRows, where: str
+) -> tuple[str, tuple[str, ...], RowFunctions]:
+    """The input column, every column that is read, and the user's functions."""
+    column = input_column(features, config.input or same_column(like.column, features), where)
+    others = [known_column(features, name, f"{where}.columns") for name in config.columns]
+    columns = tuple(dict.fromkeys([column, *others]))
+    return column, columns, _functions(config, column, where)
+
+
+def _functions(config: UnlabeledSource, column: str, where: str) -> RowFunctions:
+    found = [_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map")]
+    return RowFunctions(column, *found)
+
+
+def _function(name: str | None, where: str) -> Any:
+    if name is None:
+        return None
+    try:
+        found = import_object(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}: {name} is {type(found).__name__}, not a function")
+    return found
+
+
+def _check_fit(
+    functions: RowFunctions, table: Any, spec: InputSpec, name: str, places: list[str]
+) -> None:
+    """Raise DataError unless one of the first rows can be decoded."""
+    reasons = []
+    found = functions.values(table)
+    for line, value in enumerate(found.values):
+        try:
+            spec.decode(value)
+        except Exception as error:  # image libraries raise nearly everything on a damaged file
+            reasons.append((line, " ".join(str(error).split())))
+            continue
+        return
+    line, reason = reasons[0]
+    first = f"{places[line]} cannot be decoded: {reason}"
+    more = f", nor can any other of the first {len(places)}" if len(places) > 1 else ""
+    raise DataError(f"{name}: {first}{more}; mend or remove these rows")
+
+
+def _last_id(rows: ParquetRows | UnlabeledTable) -> int:
+    if isinstance(rows, ParquetRows):
+        return int((rows.index.start + rows.index.rows).max()) - 1
+    return int(rows.ids.max())

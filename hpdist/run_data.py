@@ -1,0 +1,262 @@
+"""The data of a run: opened as all ranks agree, dealt out batch by batch, and accounted for.
+
+What only costs requests once (finding files, reading footers) the main process does for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import Algorithm
+from hpdist.config import RunConfig
+from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
+from hpdist.data.decode import InputSpec
+from hpdist.data.evaluation import evaluation_batches
+from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.stream import BatchStream
+from hpdist.data.unlabeled import (
+    AnyUnlabeled,
+    MixedRows,
+    ParquetRows,
+    SequentialRows,
+    open_unlabeled,
+    survey,
+)
+from hpdist.distributed.reduce import agreed, from_main, gathered
+from hpdist.errors import ConfigError, DataError, HpdistError
+from hpdist.tracking.audit import Audit
+from hpdist.tracking.run_folder import RunFolder
+
+_NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
+_FILES = "unlabeled_files.json"
+
+_log = logging.getLogger("hpdist.data")
+
+
+@dataclass
+class Objects:
+    """What Python code gives in place of a name in the config."""
+
+    model: nn.Module | None = None
+    algorithm: Algorithm | None = None
+    labeled: Any = None
+    unlabeled: Any = None
+    test: Any = None
+    validation: Any = None
+
+
+class RunData:
+    """The sets that a run trains and measures on. Collective: every rank must construct it.
+
+    Args:
+        config: Of the run.
+        objects: Datasets that Python code gave.
+        folder: Of the run; what it chose before is read from there.
+        resumed: Whether the run goes on from a checkpoint.
+        uses_unlabeled: Whether the algorithm wants unlabelled rows.
+
+    Raises DataError or ConfigError, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        objects: Objects,
+        folder: RunFolder,
+        *,
+        resumed: bool,
+        uses_unlabeled: bool,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.unlabeled: AnyUnlabeled | None = None
+        self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
+        self.bad_rows = 0
+        """Rows of the whole run that could not be used, of all ranks."""
+        self._bad_in_epoch = (0, 0)  # epoch, rows
+        self._recent: list[BadRow] = []  # of this rank, in this epoch
+        self._audit: Audit | None = None
+        agreed(lambda: self._open_labeled(objects, resumed))
+        if uses_unlabeled and config.data.unlabeled is not None:
+            self._open_unlabeled(objects, resumed)
+        self.test, self.validation = agreed(
+            lambda: [
+                self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
+            ]
+        )
+        self.num_classes = len(self.labeled.classes)
+        self.views = cast(Any, config.views).build(config.run.seed)
+
+    def _open_labeled(self, objects: Objects, resumed: bool) -> None:
+        config, views = self.config, self.config.views
+        self.labeled: LabeledRows = open_labeled(
+            config.data.labeled,
+            config.run.seed,
+            num_classes=getattr(config.model, "num_classes", None),
+            chosen=self.folder.read_labeled_rows() if resumed else None,
+            dataset=objects.labeled,
+        )
+        self.spec: InputSpec = input_spec(self.labeled, getattr(views, "size", None))
+        if views.name == "image" and self.spec.kind != "image":
+            raise ConfigError(
+                f"views.name: image, but column {self.labeled.column!r} holds vectors; "
+                "set views.name: identity"
+            )
+
+    def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
+        source, loading = self.config.data.unlabeled, self.config.data.loading
+        assert source is not None
+        found = None
+        if objects.unlabeled is None:
+            recorded = self.folder.read_json(_FILES) if resumed else None
+            found = from_main(lambda: survey(source, self.labeled, self.spec, loading, recorded))
+        self.unlabeled = agreed(
+            lambda: open_unlabeled(
+                source,
+                self.labeled,
+                self.spec,
+                dataset=objects.unlabeled,
+                found=found,
+                loading=loading,
+            )
+        )
+        if isinstance(self.unlabeled, SequentialRows) and self.folder.main:
+            _log.warning("%s", self.unlabeled.warning)
+
+    def _open_test(self, name: str, dataset: Any) -> LabeledRows | None:
+        source = getattr(self.config.data, name)
+        if source is None:
+            return None
+        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+
+    def start(self, rank: int, world_size: int, *, files: bool) -> None:
+        """Open this rank's streams; with `files` their audit is kept too."""
+        loading, batch = self.config.data.loading, self.config.batch
+        make: Callable[..., BatchStream[Any]] = partial(
+            BatchStream[Any],
+            rank=rank,
+            world_size=world_size,
+            seed=self.config.run.seed,
+            spec=self.spec,
+            threads=loading.threads,
+            processes=loading.processes,
+        )
+        self.rank, self.world_size = rank, world_size
+        self.labeled_stream: BatchStream[LabeledBatch] = make(
+            self.labeled, batch.labeled, processes=0
+        )
+        self.streams: dict[str, BatchStream[Any]] = {"labeled": self.labeled_stream}
+        source = self.config.data.unlabeled
+        if self.unlabeled is not None and source is not None:
+            self.unlabeled_stream = make(self.unlabeled, batch.unlabeled)
+            self.streams["unlabeled"] = self.unlabeled_stream
+            if files and source.audit:
+                self._audit = Audit(self.folder.path / "audit", rank)
+
+    def record(self) -> None:
+        """Write down what the run has chosen, for a resume to choose the same."""
+        self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+        rows = self.unlabeled
+        parts = rows.parts if isinstance(rows, MixedRows) else [rows]
+        if any(isinstance(part, ParquetRows) for part in parts):
+            files = [p.index.record() if isinstance(p, ParquetRows) else None for p in parts]
+            self.folder.write_json(_FILES, files)
+
+    def next(self) -> tuple[LabeledBatch, UnlabeledBatch | None]:
+        """Give this rank's slices of the next global batches."""
+        labeled = next(self.labeled_stream)
+        return labeled, next(self.unlabeled_stream) if self.unlabeled_stream else None
+
+    def look_ahead(self) -> HpdistError | None:
+        """Wait for the batches that `next` will give; what stands in their way, if anything."""
+        try:
+            for stream in self.streams.values():
+                stream.look_ahead()
+        except HpdistError as error:
+            return error
+        return None
+
+    @property
+    def epoch(self) -> int:
+        """How often the unlabelled rows, or else the labelled ones, have been gone through."""
+        return (self.unlabeled_stream or self.labeled_stream).epoch
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this rank has waited for rows."""
+        return sum(stream.waited for stream in self.streams.values())
+
+    def account(
+        self, batch: UnlabeledBatch | None, attempt: int, applied: bool, bad_rows: int
+    ) -> DataError | None:
+        """Take note of what a step consumed; `bad_rows` are those of all ranks.
+
+        Gives an error, on all ranks alike, where an epoch has had too many.
+        """
+        if batch is None:
+            return None
+        if self._audit is not None:
+            self._audit.add(attempt, applied, batch)
+        epoch, count = self._bad_in_epoch
+        if self.epoch != epoch:
+            epoch, count, self._recent = self.epoch, 0, []
+        self._bad_in_epoch = (epoch, count + bad_rows)
+        self.bad_rows += bad_rows
+        for row in batch.bad:
+            self._name(row)
+        source = self.config.data.unlabeled
+        if not bad_rows or source is None or count + bad_rows <= source.max_bad_rows:
+            return None
+        rows = [row for rank in gathered(self._recent[-3:]) for row in rank]
+        return DataError(
+            f"data.unlabeled.max_bad_rows: {count + bad_rows} rows of epoch {epoch} could not be "
+            f"used, and {source.max_bad_rows} may; among them: {'; '.join(map(str, rows[:3]))}; "
+            "mend or remove them, or raise the limit, and start again: the run goes on from here"
+        )
+
+    def _name(self, row: BadRow) -> None:
+        self._recent.append(row)
+        if len(self._recent) <= _NAMED_ROWS:
+            _log.warning("rank %d: an unlabelled row is left out: %s", self.rank, row)
+        if len(self._recent) == _NAMED_ROWS:
+            _log.warning(
+                "rank %d: further rows of this epoch are counted and not named here; "
+                "data.unlabeled.audit: true writes each of them down",
+                self.rank,
+            )
+
+    def flush(self) -> None:
+        """Write the audit up to here, before the checkpoint that it belongs to."""
+        if self._audit is not None:
+            self._audit.flush()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the streams' positions."""
+        return {"bad_rows": self.bad_rows, "bad_in_epoch": self._bad_in_epoch}
+
+    def load_state(self, state: Mapping[str, Any], attempts: int) -> None:
+        """Go on from a checkpoint; what was written after it is dropped."""
+        self.bad_rows = state["bad_rows"]
+        self._bad_in_epoch = tuple(state["bad_in_epoch"])
+        self.drop_audit_after(attempts)
+
+    def drop_audit_after(self, attempts: int) -> None:
+        """Remove what an earlier process wrote of later attempts."""
+        if self._audit is not None and self.folder.main:
+            self._audit.drop_after(attempts)
+
+    def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
+        """Every row of a measured set once, over all ranks."""
+        batch = self.config.eval.batch
+        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size)
+
+    def close(self) -> None:
+        """Stop the reading threads."""
+        for stream in self.streams.values():
+            stream.close()

@@ -1,0 +1,91 @@
+"""Which rows every step consumed, as Parquet: `audit/rank-00000.parquet/part-….parquet`.
+
+    pyarrow.parquet.read_table("runs/digits/audit/rank-00000.parquet")
+
+A part is written with each checkpoint, so what a resumed run does again stands there once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from hpdist.data.batch import UnlabeledBatch
+from hpdist.errors import CheckpointError
+
+_SCHEMA = pa.schema(
+    {
+        "attempt": pa.int64(),
+        "applied": pa.bool_(),
+        "epoch": pa.int64(),
+        "id": pa.int64(),
+        "valid": pa.bool_(),
+        "reason": pa.string(),
+    }
+)
+
+
+class Audit:
+    """Collects the rows of one rank's steps.
+
+    Args:
+        folder: The run's `audit` folder.
+        rank: Whose rows.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder = folder
+        self._own = folder / f"rank-{rank:05d}.parquet"
+        self._tables: list[pa.Table] = []
+        self._attempts: list[int] = []
+
+    def add(self, attempt: int, applied: bool, batch: UnlabeledBatch) -> None:
+        """Take note of the rows of an attempted step."""
+        rows = len(batch)
+        valid = np.ones(rows, bool) if batch.valid is None else batch.valid.numpy()
+        epochs = np.zeros(rows, np.int64) if batch.epochs is None else batch.epochs.numpy()
+        reasons = {bad.id: bad.reason for bad in batch.bad}
+        ids = batch.ids.cpu().numpy()
+        columns = [
+            pa.array(np.full(rows, attempt)),
+            pa.array(np.full(rows, applied)),
+            pa.array(epochs),
+            pa.array(ids),
+            pa.array(valid),
+            pa.array([reasons.get(int(i)) for i in ids] if reasons else [None] * rows, pa.string()),
+        ]
+        self._tables.append(pa.table(columns, schema=_SCHEMA))
+        self._attempts.append(attempt)
+
+    def flush(self) -> None:
+        """Write what was collected; raises CheckpointError where that fails."""
+        if not self._tables:
+            return
+        name = f"part-{self._attempts[0]:010d}-{self._attempts[-1]:010d}.parquet"
+        temporary = self._own / f".{name}.tmp"
+        try:
+            self._own.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.concat_tables(self._tables), temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self._own / name)
+        except OSError as error:
+            raise CheckpointError(f"data.unlabeled.audit: cannot write {self._own}: {error}") from (
+                error
+            )
+        self._tables, self._attempts = [], []
+
+    def drop_after(self, attempt: int) -> None:
+        """Remove what any rank wrote of later attempts; for one rank to do, before a flush."""
+        for part in self._folder.glob("rank-*.parquet/part-*.parquet"):
+            found = re.fullmatch(r"part-(\d+)-(\d+)\.parquet", part.name)
+            if found is not None and int(found[1]) > attempt:
+                part.unlink()
+        if attempt == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
