@@ -17,6 +17,8 @@ class HpdistError(Exception):
     exit_status = 3
     rank: int | None = None
     """The rank that raised it, where the others may not have."""
+    everywhere = False
+    """Whether every rank raises it, so that one may speak for all."""
 
 
 class ConfigError(HpdistError):

@@ -96,6 +96,7 @@ def from_main(function: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].everywhere = True
         raise outcome[1]
     return cast(T, outcome[0])
 
@@ -113,5 +114,6 @@ def agreed(function: Callable[[], T]) -> T:
         error = raised
     error = next((e for e in gathered(error) if e is not None), None)
     if error is not None:
+        error.everywhere = True
         raise error
     return cast(T, result)

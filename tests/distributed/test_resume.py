@@ -48,9 +48,8 @@ def train(data: Path, runs: Path, name: str, steps: int, settings: dict[str, Any
 
 def records(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "examples_per_second"} for line in lines
-    ]
+    timed = {"examples_per_second", "data_wait"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:

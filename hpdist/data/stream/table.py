@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,18 +48,22 @@ class TableReader:
 
     def order(self) -> dict[str, Any]:
         """The key, and a fingerprint of which rows there are and of a sample of them."""
+        return {
+            "kind": "table",
+            "seed": self._key[0],
+            "rows": self.rows,
+            "fingerprint": self._fingerprint,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(self._ids.astype(np.int64).tobytes())
         if self._labels is not None:
             digest.update(self._labels.astype(np.int64).tobytes())
         sample = np.linspace(0, self.rows - 1, min(_SAMPLED, self.rows)).astype(np.int64)
         for row in self._take(self._ids[sample]).to_pylist():
             digest.update(repr(row).encode())
-        return {
-            "kind": "table",
-            "seed": self._key[0],
-            "rows": self.rows,
-            "fingerprint": digest.hexdigest()[:32],
-        }
+        return digest.hexdigest()[:32]
 
     def read(self, position: int, batch: int, start: int, stop: int) -> Rows:
         """Read rows [start, stop) of the global batch at `position`."""
