@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,11 +195,31 @@ class Engine(ABC):
             }
         return {}
 
-    def make_optimizer_state(self, keys: Sequence[str], scalars: Mapping[str, float]) -> None:
-        """Give every tensor zeroed state under `keys`, and the scalars, as after the first step."""
+    def load_optimizer(
+        self,
+        keys: Sequence[str],
+        scalars: Mapping[str, float],
+        read: Callable[[str, Fragment], Tensor],
+    ) -> None:
+        """Take over the optimizer's state: the per-element one under `keys`, and the scalars.
+
+        `read` gives the elements of a key at a fragment's place.
+        """
         for tensor, state in self.flat_states():
-            state.update({key: torch.zeros_like(tensor, requires_grad=False) for key in keys})
-            state.update({key: torch.tensor(value) for key, value in scalars.items()})
+            self._make_state(tensor, state, keys, scalars)
+        for key, fragments in self.optimizer_slots().items():
+            for fragment in fragments:
+                fragment.values.copy_(read(key, fragment))
+
+    @staticmethod
+    def _make_state(
+        tensor: Tensor, state: dict[str, Any], keys: Sequence[str], scalars: Mapping[str, float]
+    ) -> None:
+        """Give a tensor all the state that it has after the first step; what it has it keeps."""
+        for key in keys:
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(tensor, requires_grad=False)
+        state.update({key: torch.tensor(value) for key, value in scalars.items()})
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter that is trained, by name."""

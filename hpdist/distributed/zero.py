@@ -1,14 +1,14 @@
-"""DeepSpeed ZeRO behind the engine: its config, and its stages 0 to 3.
+"""DeepSpeed ZeRO behind the engine: its config, and its stages 0 to 2; stage 3 is in `zero3`.
 
-The only module that knows DeepSpeed. Workarounds name the upstream report; a test fails when
+Only these two modules know DeepSpeed. Workarounds name the upstream report; a test fails when
 upstream has mended it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,8 +17,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from hpdist.config import LossScale
-from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.engine import Engine, Replica, logits_of
+from hpdist.distributed.engine import Engine, logits_of
 from hpdist.distributed.fragments import Fragment, Partition
 from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
 from hpdist.distributed.loss_scale import LossScaler
@@ -52,7 +51,15 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
     for half in ("fp16", "bf16"):
         values[half] = (values.get(half) or {}) | {"enabled": half == sharding.precision}
     _set_loss_scale(values["fp16"], sharding.loss_scale)
-    if sharding.precision == "fp16" and not torch.cuda.is_available():
+    on_nvme = any(
+        (zero.get(f"offload_{part}") or {}).get("device") == "nvme"
+        for part in ("optimizer", "param")
+    )
+    if on_nvme:
+        _check_async_io()
+    if not torch.cuda.is_available() and (sharding.precision == "fp16" or on_nvme):
+        # Where a device has no fp16, parameters on NVMe become bf16, in fp32 too
+        # (https://github.com/deepspeedai/DeepSpeed/pull/8428).
         _allow_fp16_on_cpu()
     hide_launcher_fields()
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
@@ -78,16 +85,29 @@ def _allow_fp16_on_cpu() -> None:
     type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
+def _check_async_io() -> None:
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not installed_ops.get("async_io") and not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            "zero.offload: nvme needs libaio, on which DeepSpeed builds its asynchronous I/O, and "
+            "finds none; install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu"
+        )
+
+
 def zero_engine(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Engine:
     """The engine for the stage that DeepSpeed was configured with."""
+    from hpdist.distributed.zero3 import PartitionedEngine
+
     stage = int(cast(Any, model).zero_optimization_stage())
     kinds = {0: UnshardedEngine, 1: ZeroEngine, 2: ZeroEngine, 3: PartitionedEngine}
     return kinds[stage](accelerator, model, optimizer)
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Elements of a parameter from `start` on lie in a flat part from `at` on."""
 
     name: str
@@ -146,17 +166,45 @@ class ZeroEngine(Engine):
         ]
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """Live views of the optimizer state that this rank owns."""
-        # Not by DeepSpeed's own mapping, which is made when only the first group has state.
-        flat_states = self.flat_states()
+        """Views of the optimizer state that this rank owns, live; copies of what is on NVMe."""
         found: dict[str, list[Fragment]] = {}
-        for place in self._places():
-            flat, state = flat_states[place.part]
-            for key, values in state.items():
-                if isinstance(values, Tensor) and values.shape == flat.shape:
-                    piece = values.narrow(0, place.at, place.length)
-                    found.setdefault(key, []).append(Fragment(place.name, place.start, piece))
+        for part in range(len(self._flat_parts())):
+            with self._in_memory(part):
+                for key, fragments in self._state_of(part).items():
+                    found.setdefault(key, []).extend(fragments)
         return found
+
+    def load_optimizer(
+        self,
+        keys: Sequence[str],
+        scalars: Mapping[str, float],
+        read: Callable[[str, Fragment], Tensor],
+    ) -> None:
+        """Take over the optimizer's state, one flat part after the other."""
+        for part in range(len(self._flat_parts())):
+            with self._in_memory(part, write=True):
+                self._make_state(*self.flat_states()[part], keys, scalars)
+                for key, fragments in ZeroEngine._state_of(self, part).items():
+                    for fragment in fragments:
+                        fragment.values.copy_(read(key, fragment))
+
+    def _state_of(self, part: int) -> dict[str, list[Fragment]]:
+        """Live views of the state of a flat part that is in memory."""
+        # Not by DeepSpeed's own mapping, which is made when only the first group has state.
+        flat, state = self.flat_states()[part]
+        return {
+            key: [
+                Fragment(place.name, place.start, values.narrow(0, place.at, place.length))
+                for place in self._places()
+                if place.part == part
+            ]
+            for key, values in state.items()
+            if isinstance(values, Tensor) and values.shape == flat.shape
+        }
+
+    def _in_memory(self, part: int, *, write: bool = False) -> AbstractContextManager[None]:
+        """Have a flat part and its state in memory for a while; keep changes if `write`."""
+        return nullcontext()
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """This rank's flat fp32 part of each parameter group, with its state."""
@@ -208,13 +256,13 @@ class ZeroEngine(Engine):
         if self.scaler is not None:
             self.deepspeed.optimizer.loss_scaler.cur_scale = self.scaler.scale
 
-    def _places(self) -> Iterator[_Place]:
+    def _places(self) -> Iterator[Place]:
         """Where this rank's part of each parameter lies in the flat parts."""
         for name, parameter in self._parameters.items():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-                yield _Place(name, start, mapping.param_group_index, at.start, at.numel)
+                yield Place(name, start, mapping.param_group_index, at.start, at.numel)
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
@@ -316,146 +364,3 @@ class UnshardedEngine(ZeroEngine):
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         return self._partition.state_tensors(self._masters, self.deepspeed.optimizer.state)
-
-
-class PartitionedEngine(ZeroEngine):
-    """ZeRO 3: the half-precision weights are sharded too; a second forward a step is avoided."""
-
-    fuses_weak_pass = True
-
-    @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32; the hooks gather the parameters."""
-        return logits_of(self.deepspeed(self._cast(inputs)))
-
-    def whole_parameters(self) -> dict[str, Tensor]:
-        """None: every rank holds a part of each."""
-        return {}
-
-    def parameter_shapes(self) -> dict[str, torch.Size]:
-        """The whole shape of every parameter."""
-        return {name: p.ds_shape for name, p in self._sharded()}
-
-    def master_parts(self) -> list[Tensor]:
-        """This rank's flat fp32 part of each sub-group, live; of one on NVMe a copy."""
-        # Not by DeepSpeed's getters: they give copies of what is offloaded, and wait for the device
-        # once per parameter.
-        swapped = self.deepspeed.optimizer._swappable_optimizer_subgroup
-        return [
-            self._read_swapped(number, flat) if swapped(number) else flat.detach()
-            for number, flat in enumerate(self._flat_parts())
-        ]
-
-    def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """This rank's parts of the optimizer state, live; on NVMe copies."""
-        if not self.deepspeed.optimizer.swap_optimizer:
-            return super().optimizer_fragments()
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        state = self.deepspeed.optimizer.optimizer.state
-        first: dict[str, Any] = next(iter(state.values()), {})
-        keys = [k for k, v in first.items() if isinstance(v, Tensor) and v.dim() > 0]
-        found: dict[str, list[Fragment]] = {key: [] for key in keys}
-        for place, (_, parameter) in zip(self._places(), self._sharded(), strict=True):
-            for key in keys:
-                values = safe_get_local_optimizer_state(parameter, key)[: place.length]
-                found[key].append(Fragment(place.name, place.start, values))
-        return found
-
-    @torch.no_grad()
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
-        """Copy into this rank's parts."""
-        fragments = self.master_fragments()
-        for fragment in fragments:
-            stop = fragment.start + len(fragment.values)
-            fragment.values.copy_(whole[fragment.name][fragment.start : stop])
-        self._copy_into_shards(fragments)
-
-    @contextmanager
-    def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Copy into this rank's parts, which the forward gathers as ever: no collective here."""
-        own = [p.ds_tensor.detach().clone() for _, p in self._sharded()]
-        self._release_gathered()
-        self._copy_into_shards(fragments)
-        try:
-            yield
-        finally:
-            self._release_gathered()
-            for (_, parameter), values in zip(self._sharded(), own, strict=True):
-                parameter.ds_tensor.data.copy_(values)
-
-    def make_replica(self, model: nn.Module | None) -> Replica | None:
-        """A second engine: lending to the first would break its prefetch order in every step."""
-        if model is None:
-            raise ConfigError(
-                "under ZeRO-3 an algorithm whose targets come from the teacher needs a second "
-                "model; give teacher_model"
-            )
-        return PartitionedReplica(model.to(self._dtype), self.deepspeed.config, self._dtype)
-
-    def _flat_parts(self) -> list[Tensor]:
-        return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
-
-    def _release_gathered(self) -> None:
-        """Let go of parameters that an earlier forward has left whole, with their old values."""
-        self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
-
-    def _sharded(self) -> Iterator[tuple[str, Any]]:
-        return iter(cast(dict[str, Any], self._parameters).items())
-
-    def _places(self) -> Iterator[_Place]:
-        """The unpadded part of each parameter's partition; ranks hold equal runs in order."""
-        wrapped = self.deepspeed.optimizer
-        for name, parameter in self._sharded():
-            part, at, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
-            start = min(self.rank * parameter.ds_tensor.ds_numel, parameter.ds_numel)
-            length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
-            yield _Place(name, start, part, at, length)
-
-    def _read_swapped(self, number: int, flat: Tensor) -> Tensor:
-        """Read a sub-group from NVMe; the buffer that it comes in is used again."""
-        wrapped = self.deepspeed.optimizer
-        wrapped._optimizer_states_and_gradient_swap_in(number)
-        values = flat.detach().clone()
-        wrapped._release_swap_buffers(number)
-        return values
-
-    @torch.no_grad()
-    def _copy_into_shards(self, fragments: Sequence[Fragment]) -> None:
-        for fragment in fragments:
-            shard = cast(Any, self._parameters[fragment.name]).ds_tensor
-            shard.data[: len(fragment.values)].copy_(fragment.values)
-
-
-class PartitionedReplica:
-    """A second ZeRO-3 engine without an optimizer, partitioned like the first."""
-
-    def __init__(self, model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
-        import deepspeed
-
-        kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
-        values: dict[str, Any] = {key: config[key] for key in kept if key in config}
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        offload = config["zero_optimization"].get("offload_param")
-        values["zero_optimization"] = zero | ({"offload_param": offload} if offload else {})
-        self._dtype = dtype
-        self._engine = deepspeed.initialize(model=model, config=values)[0]
-        self._engine.module.train()
-        self._parameters = dict(self._engine.module.named_parameters())
-
-    @contextmanager
-    def filled(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Copy this rank's part; no collective."""
-        with torch.no_grad():
-            for fragment in fragments:
-                shard = cast(Any, self._parameters[fragment.name]).ds_tensor
-                shard.data[: len(fragment.values)].copy_(fragment.values)
-        yield
-
-    @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, in training mode; what batch normalisation sees is forgotten."""
-        logits = logits_of(self._engine(inputs.to(self._dtype)))
-        for norm in batch_norms(self._engine.module):
-            norm.discard()
-        return logits

@@ -1,0 +1,199 @@
+"""ZeRO stage 3 behind the engine: the half-precision weights are sharded too; offload to NVMe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.distributed.batch_norm import batch_norms
+from hpdist.distributed.engine import Replica, logits_of
+from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.zero import Place, ZeroEngine
+from hpdist.errors import ConfigError
+
+
+class PartitionedEngine(ZeroEngine):
+    """ZeRO 3: every rank holds a part of each weight; a second forward a step is avoided."""
+
+    fuses_weak_pass = True
+
+    @torch.no_grad()
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32; the hooks gather the parameters."""
+        return logits_of(self.deepspeed(self._cast(inputs)))
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """None: every rank holds a part of each."""
+        return {}
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of every parameter."""
+        return {name: p.ds_shape for name, p in self._sharded()}
+
+    def master_parts(self) -> list[Tensor]:
+        """This rank's flat fp32 part of each sub-group, live; of one on NVMe a copy."""
+        # Not by DeepSpeed's getters: they give copies of what is offloaded, and wait for the device
+        # once per parameter.
+        parts = []
+        for number, flat in enumerate(self._flat_parts()):
+            with self._in_memory(number):
+                parts.append(flat.detach().clone() if self._is_swapped(number) else flat.detach())
+        return parts
+
+    @torch.no_grad()
+    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+        """Copy into this rank's parts."""
+        for number, flat in enumerate(self._flat_parts()):
+            with self._in_memory(number, write=True):
+                for place in self._places():
+                    if place.part == number:
+                        stop = place.start + place.length
+                        values = whole[place.name][place.start : stop]
+                        flat.detach()[place.at : place.at + place.length].copy_(values)
+        self._copy_into_shards(self.master_fragments())
+
+    @contextmanager
+    def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Copy into this rank's parts, which the forward gathers as ever: no collective here."""
+        self._release_gathered()
+        own = {name: read_shard(p) for name, p in self._sharded()}
+        self._copy_into_shards(fragments)
+        try:
+            yield
+        finally:
+            self._release_gathered()
+            for name, parameter in self._sharded():
+                write_shard(parameter, own[name])
+
+    def make_replica(self, model: nn.Module | None) -> Replica | None:
+        """A second engine: lending to the first would break its prefetch order in every step."""
+        if model is None:
+            raise ConfigError(
+                "under ZeRO-3 an algorithm whose targets come from the teacher needs a second "
+                "model; give teacher_model"
+            )
+        return PartitionedReplica(model.to(self._dtype), self.deepspeed.config, self._dtype)
+
+    def _flat_parts(self) -> list[Tensor]:
+        return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+
+    def _release_gathered(self) -> None:
+        """Let go of parameters that an earlier forward has left whole, with their old values."""
+        self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
+
+    def _sharded(self) -> Iterator[tuple[str, Any]]:
+        return iter(cast(dict[str, Any], self._parameters).items())
+
+    def _places(self) -> Iterator[Place]:
+        """The unpadded part of each parameter's partition; ranks hold equal runs in order."""
+        wrapped = self.deepspeed.optimizer
+        for name, parameter in self._sharded():
+            part, at, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
+            start = min(self.rank * parameter.ds_tensor.ds_numel, parameter.ds_numel)
+            length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
+            yield Place(name, start, part, at, length)
+
+    def _is_swapped(self, part: int) -> bool:
+        return bool(self.deepspeed.optimizer._swappable_optimizer_subgroup(part))
+
+    @contextmanager
+    def _in_memory(self, part: int, *, write: bool = False) -> Iterator[None]:
+        """Read a sub-group from NVMe, if it is there; the buffers it comes in are used again."""
+        wrapped = self.deepspeed.optimizer
+        if not self._is_swapped(part):
+            yield
+            return
+        wrapped._optimizer_states_and_gradient_swap_in(part)
+        try:
+            yield
+        finally:
+            if write:
+                wrapped._optimizer_states_and_gradient_swap_out(part)
+            else:
+                wrapped._release_swap_buffers(part)
+
+    def _state_of(self, part: int) -> dict[str, list[Fragment]]:
+        """The state of a sub-group, copied out of the buffers if it comes from NVMe."""
+        found = super()._state_of(part)
+        if not self._is_swapped(part):
+            return found
+        return {key: [f.like(f.values.clone()) for f in state] for key, state in found.items()}
+
+    def _copy_into_shards(self, fragments: Sequence[Fragment]) -> None:
+        for fragment in fragments:
+            write_shard(cast(Any, self._parameters[fragment.name]), fragment.values)
+
+
+class PartitionedReplica:
+    """A second ZeRO-3 engine without an optimizer, partitioned like the first."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+        import deepspeed
+
+        kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
+        values: dict[str, Any] = {key: config[key] for key in kept if key in config}
+        zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        offload = config["zero_optimization"].get("offload_param") or {}
+        if offload.get("device", "none") != "none":
+            # Of NVMe to the CPU: every step fills it anew, and it would delete the first's files.
+            zero["offload_param"] = {"device": "cpu"}
+        values["zero_optimization"] = zero
+        self._dtype = dtype
+        self._engine = deepspeed.initialize(model=model, config=values)[0]
+        self._engine.module.train()
+        self._parameters = dict(self._engine.module.named_parameters())
+
+    @contextmanager
+    def filled(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Copy this rank's part; no collective."""
+        for fragment in fragments:
+            write_shard(cast(Any, self._parameters[fragment.name]), fragment.values)
+        yield
+
+    @torch.no_grad()
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, in training mode; what batch normalisation sees is forgotten."""
+        logits = logits_of(self._engine(inputs.to(self._dtype)))
+        for norm in batch_norms(self._engine.module):
+            norm.discard()
+        return logits
+
+
+def read_shard(parameter: Any) -> Tensor:
+    """A copy of this rank's part of a ZeRO-3 parameter, from memory or from NVMe."""
+    shard = parameter.ds_tensor
+    if not _is_on_nvme(parameter):
+        return cast(Tensor, shard.detach().clone())
+    values = torch.empty(shard.ds_numel, dtype=parameter.dtype)
+    parameter.nvme_swapper.swap_into_buffer(parameter, values)
+    return values
+
+
+@torch.no_grad()
+def write_shard(parameter: Any, values: Tensor) -> None:
+    """Set this rank's part of a ZeRO-3 parameter, in memory or on NVMe; padding may be left out."""
+    shard = parameter.ds_tensor
+    if not _is_on_nvme(parameter):
+        shard.data[: len(values)].copy_(values)
+        return
+    padded = torch.nn.functional.pad(values.detach(), (0, shard.ds_numel - len(values)))
+    parameter.nvme_swapper.swap_out_partitioned_params([parameter], [padded])
+
+
+def _is_on_nvme(parameter: Any) -> bool:
+    """Whether a shard's home is NVMe; if so, a copy that was read ahead is dropped."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
+    shard, swapper = parameter.ds_tensor, parameter.nvme_swapper
+    if shard.final_location != OffloadDeviceEnum.nvme:
+        return False
+    if shard.status == PartitionedParamStatus.INFLIGHT:
+        swapper.synchronize_reads()
+    if shard.status == PartitionedParamStatus.AVAILABLE:
+        swapper.remove_partition_and_release_buffers([parameter])
+    return True
