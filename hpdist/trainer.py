@@ -143,8 +143,9 @@ class Trainer:
         self._build_step(objects, algorithm_config, micro_batches)
         if self.files:
             agreed(self.folder.create)
-            self.data.record()
         self._resume(saved)
+        if self.files:  # not before: a run that is refused must not forget what it had
+            self.data.record()
 
     def _open_folder(self) -> checkpoint.SavedRun | None:
         """Make the run folder, or find what to continue from."""

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.decode import InputSpec
+from hpdist.data.decode import InputSpec, Unreadable
 from hpdist.data.files import Retry
 from hpdist.data.loading import (
     input_column,
@@ -31,7 +31,7 @@ from hpdist.data.loading import (
 )
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values
-from hpdist.data.stream.index import Index, build_index, first_schema, split_files
+from hpdist.data.stream.index import Index, build_index, split_files
 from hpdist.data.stream.mixed import MixedReader
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
@@ -40,6 +40,7 @@ from hpdist.errors import ConfigError, DataError
 from hpdist.settings import import_object
 
 _TRIED = 64  # rows of which one must fit
+_PLACES = 8  # that they are taken from, where those of the first do not
 _BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
 
 
@@ -254,7 +255,7 @@ def survey(
         known = recorded[number] if recorded is not None and number < len(recorded) else None
         surveyed = None
         if part.streaming:
-            surveyed = _survey_parquet(part, like, spec, Retry(loading.patience), setting, known)
+            surveyed = _survey_parquet(part, like, spec, _retry(loading), setting, known)
         found.append(surveyed)
     return found
 
@@ -281,10 +282,10 @@ def open_unlabeled(
     if found is None:
         found = survey(config, like, spec, loading or Loading(), None, where)
     parts: list[ParquetRows | UnlabeledTable] = []
-    patience = (loading or Loading()).patience
+    retry = _retry(loading or Loading())
     for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
         if surveyed is not None:
-            parts.append(_parquet_rows(part, config, surveyed, Retry(patience), setting))
+            parts.append(_parquet_rows(part, config, surveyed, retry, setting))
         elif not part.streaming:
             parts.append(_open_unlabeled_table(part, like, spec, None, setting))
         elif config.mix:
@@ -319,18 +320,44 @@ def _survey_parquet(
         return None
     name = source_name(part, None, where)
     chosen = split_files(files, part.split, where)
-    features = datasets.Features.from_arrow_schema(first_schema(chosen, name, retry))
-    column, columns, functions = _columns(part, features, like, where)
-    index = build_index(chosen, part.split, columns, name, retry)
-    reader = ParquetReader(
-        index, columns, name, 0, 1, order={"kind": "parquet", "lanes": 1, "groups_per_window": 1}
-    )
+
+    def columns_of(schema: Any) -> tuple[str, tuple[str, ...], RowFunctions]:
+        return _columns(part, datasets.Features.from_arrow_schema(schema), like, where)
+
+    index = build_index(chosen, part.split, lambda schema: columns_of(schema)[1], name, retry)
+    column, columns, functions = columns_of(index.arrow_schema)
+    order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
+    reader = ParquetReader(index, columns, name, 0, 1, order=order, retry=retry)
     try:
-        tried = reader.read(0, _TRIED, 0, min(_TRIED, reader.rows))
+        _check_parquet_fit(reader, functions, spec, name)
     finally:
         reader.close()
-    _check_fit(functions, tried.table, spec, name, [reader.describe(i) for i in tried.ids.tolist()])
     return Surveyed(index, column, columns, recorded)
+
+
+def _check_parquet_fit(
+    reader: ParquetReader, functions: RowFunctions, spec: InputSpec, name: str
+) -> None:
+    """Do as `_check_fit` does, in several places: the first row group read may be damaged."""
+    count = min(_TRIED, reader.rows)
+    places = min(_PLACES, reader.rows // count)
+    for place in range(places):
+        tried = reader.read(reader.rows * place // places, count, 0, count)
+        found = functions.values(tried.table).values
+        for line, reason in tried.unread.items():
+            found[line] = Unreadable(reason)
+        named = [reader.describe(row) for row in tried.ids.tolist()]
+        try:
+            _check_fit(found, spec, name, named)
+        except DataError:
+            if place == places - 1:
+                raise
+            continue
+        return
+
+
+def _retry(loading: Loading) -> Retry:
+    return Retry(loading.patience, stall=min(Retry.stall, loading.patience))
 
 
 def _parquet_rows(
@@ -359,7 +386,9 @@ def _open_unlabeled_table(
     rows = UnlabeledTable(view, column, name, np.arange(len(table)), functions)
     first = list(range(min(_TRIED, len(table))))
     try:
-        _check_fit(functions, view[first], spec, name, [f"row {row}" for row in first])
+        _check_fit(
+            functions.values(view[first]).values, spec, name, [f"row {row}" for row in first]
+        )
     except OSError as error:
         raise DataError(f"{name}: cannot read rows {first[:3]}…: {one_line(error)}") from error
     return rows
@@ -380,7 +409,9 @@ def _open_sequential(
     column, columns, functions = _columns(part, features, like, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
-    _check_fit(functions, first, spec, name, [f"row {row}" for row in range(first.num_rows)])
+    _check_fit(
+        functions.values(first).values, spec, name, [f"row {row}" for row in range(first.num_rows)]
+    )
     return SequentialRows(stream, column, name, functions, columns, block_rows)
 
 
@@ -422,13 +453,10 @@ def _function(name: str | None, where: str) -> Any:
     return found
 
 
-def _check_fit(
-    functions: RowFunctions, table: Any, spec: InputSpec, name: str, places: list[str]
-) -> None:
+def _check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str]) -> None:
     """Raise DataError unless one of the first rows can be decoded."""
     reasons = []
-    found = functions.values(table)
-    for line, value in enumerate(found.values):
+    for line, value in enumerate(values):
         try:
             spec.decode(value)
         except Exception as error:  # image libraries raise nearly everything on a damaged file

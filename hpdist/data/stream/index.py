@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -40,11 +40,13 @@ from hpdist.data.files import (
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
-_VERSION = 1  # of the cache's format
+T = TypeVar("T")
+
+_VERSION = 2  # of the cache's format
 _TAIL = 64 << 10  # bytes at a file's end that hold most footers whole
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
-_MAGIC = b"PAR1"
+MAGIC = b"PAR1"  # the last bytes of every Parquet file
 _ARRAYS = ("file", "number", "first", "rows", "start", "size")
 
 
@@ -66,6 +68,8 @@ class Index:
     files: tuple[DataFile, ...]
     schema: bytes
     """The first file's Arrow schema, serialised."""
+    columns: tuple[str, ...]
+    """Those that are read."""
     file: Int64Array  # [groups], index into files
     number: Int64Array  # [groups], in the file
     first: Int64Array  # [groups], the first row used
@@ -104,11 +108,7 @@ class Index:
 
     def changes(self, recorded: Sequence[Sequence[Any]]) -> str:
         """Name the first differences to an earlier record of the same dataset."""
-        before = {os.path.basename(str(path)): tuple(rest) for path, *rest in recorded}
-        now = {
-            os.path.basename(redacted(f.path)): (f.version.size, f.rows, f.digest)
-            for f in self.files
-        }
+        before, now = _by_name(recorded, self.record())
         found = [f"{name} is gone" for name in before if name not in now]
         found += [f"{name} is new" for name in now if name not in before]
         for name, (size, rows, digest) in now.items():
@@ -138,122 +138,153 @@ def split_files(
     return {part: available[part] for part in dict.fromkeys(wanted)}
 
 
-def first_schema(splits: Mapping[str, Sequence[str]], name: str, retry: Retry) -> pa.Schema:
-    """The columns of the first file, with what `datasets` wrote of them."""
-    path = next((path for files in splits.values() for path in files), None)
-    if path is None:
-        raise DataError(f"{name}: holds no files")
-    return _named(name, lambda: _footer(path, stat(path, retry), (), retry, None)).whole
-
-
 def build_index(
     splits: Mapping[str, Sequence[str]],
     split: str,
-    columns: Sequence[str],
+    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
     name: str,
     retry: Retry,
-    stop: threading.Event | None = None,
 ) -> Index:
     """Read the footers of all files, or what an earlier start kept of them.
 
     Args:
         splits: The files of every split that `split` names.
         split: Which rows, slices allowed.
-        columns: The columns that will be read.
+        columns: The columns that will be read, or what chooses them by the first file's schema.
         name: Of the dataset, for messages.
         retry: How long a server may fail.
-        stop: Ends it early.
 
     Raises DataError where a file is missing, damaged, or has other columns than the first.
     """
     paths = [path for files in splits.values() for path in files]
     if not paths:
         raise DataError(f"{name}: holds no files")
+    requests = _Requests(name, retry)
     with ThreadPoolExecutor(min(_REQUESTS, len(paths)), thread_name_prefix="hpdist-index") as pool:
-        versions = list(pool.map(lambda p: _named(name, lambda: stat(p, retry, stop)), paths))
-        cache = _cache_file(paths, versions, columns)
-        whole = _load(cache)
-        if whole is None:
-            footers = list(
-                pool.map(
-                    lambda path, version: _named(
-                        name, lambda: _footer(path, version, columns, retry, stop)
-                    ),
-                    paths,
-                    versions,
-                )
-            )
-            whole = _join(paths, versions, footers, name)
-            _keep(cache, whole)
+        try:
+            whole = _whole(paths, columns, requests, pool)
+        except BaseException:  # also Ctrl-C: a server that is silent must not hold it up
+            requests.stop.set()
+            raise
     index = _slice(whole, splits, split, name)
     if not index.rows.sum():
         raise DataError(f"{name}: holds no rows")
     return index
 
 
+def _whole(
+    paths: Sequence[str],
+    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
+    requests: _Requests,
+    pool: ThreadPoolExecutor,
+) -> Index:
+    versions = list(pool.map(requests.version, paths))
+    cache = _cache_file(paths, versions)
+    kept = _load(cache)
+    if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
+        return kept
+    digest, metadata = requests.metadata(paths[0], versions[0])
+    schema = metadata.schema.to_arrow_schema()
+    chosen = _chosen(columns, schema)
+
+    def footer(path: str, version: FileVersion) -> _Footer:
+        return _Footer.of(*requests.metadata(path, version), chosen)
+
+    first = _Footer.of(digest, metadata, chosen)
+    footers = [first, *pool.map(footer, paths[1:], versions[1:])]
+    whole = _join(paths, versions, footers, schema, chosen, requests.name)
+    _keep(cache, whole)
+    return whole
+
+
+def _chosen(
+    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]], schema: pa.Schema
+) -> tuple[str, ...]:
+    return tuple(columns(schema) if callable(columns) else columns)
+
+
+class _Requests:
+    """What is asked of the files, with one DataError for whatever they fail with."""
+
+    def __init__(self, name: str, retry: Retry) -> None:
+        self.name = name
+        self.stop = threading.Event()
+        self._retry = retry
+
+    def version(self, path: str) -> FileVersion:
+        """Ask for a file's size and tag."""
+        return self._named(lambda: stat(path, self._retry, self.stop))
+
+    def metadata(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
+        """Read a file's footer; also its SHA-256."""
+        return self._named(lambda: self._footer(path, version))
+
+    def _named(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (FileLostError, FileChangedError) as error:
+            raise DataError(
+                f"{self.name}: {error}; restore the file, or leave it out of data_files"
+            ) from error
+
+    def _footer(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
+        size = version.size
+        tail = self._read(path, max(0, size - _TAIL), version)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if len(tail) < length <= size and tail[-4:] == MAGIC:
+            tail = self._read(path, size - length, version)
+        try:
+            metadata = pq.read_metadata(pa.BufferReader(tail))
+            metadata.schema.to_arrow_schema()
+        except (pa.ArrowException, OSError) as error:
+            raise FileLostError(
+                path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
+            ) from error
+        return hashlib.sha256(tail[-length:]).hexdigest()[:32], metadata
+
+    def _read(self, path: str, start: int, version: FileVersion) -> bytes:
+        return read_range(path, start, version.size, self._retry, version, self.stop)
+
+
 @dataclass(frozen=True)
 class _Footer:
     digest: str
-    schema: pa.Schema  # of the columns that are read, and the metadata
-    whole: pa.Schema
+    types: dict[str, pa.DataType]  # of the columns that are read
     rows: list[int]  # of each row group
     sizes: list[int]
 
-
-def _named(name: str, read: Callable[[], Any]) -> Any:
-    """Turn what a file can fail with into one DataError that names the dataset."""
-    try:
-        return read()
-    except (FileLostError, FileChangedError) as error:
-        raise DataError(
-            f"{name}: {error}; restore the file, or leave it out of data_files"
-        ) from error
-
-
-def _footer(
-    path: str,
-    version: FileVersion,
-    columns: Sequence[str],
-    retry: Retry,
-    stop: threading.Event | None,
-) -> _Footer:
-    size = version.size
-    tail = read_range(path, max(0, size - _TAIL), size, retry, version, stop)
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if len(tail) < length <= size and tail[-4:] == _MAGIC:
-        tail = read_range(path, size - length, size, retry, version, stop)
-    try:
-        metadata = pq.read_metadata(pa.BufferReader(tail))
+    @staticmethod
+    def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str]) -> _Footer:
+        """What the index needs of a file: far less than all that its footer says."""
         schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
-        raise FileLostError(
-            path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
-        ) from error
-    known = [column for column in columns if column in schema.names]
-    leaves = [
-        leaf
-        for leaf in range(metadata.num_columns)
-        if metadata.schema.column(leaf).path.partition(".")[0] in known
-    ]
-    rows, sizes = [], []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        rows.append(group.num_rows)
-        sizes.append(sum(group.column(leaf).total_uncompressed_size for leaf in leaves))
-    digest = hashlib.sha256(tail[-length:]).hexdigest()[:32]
-    return _Footer(digest, pa.schema([schema.field(c) for c in known]), schema, rows, sizes)
+        leaves = [
+            leaf
+            for leaf in range(metadata.num_columns)
+            if metadata.schema.column(leaf).path.partition(".")[0] in columns
+        ]
+        rows, sizes = [], []
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            rows.append(group.num_rows)
+            sizes.append(sum(group.column(leaf).total_uncompressed_size for leaf in leaves))
+        types = {c: schema.field(c).type for c in columns if c in schema.names}
+        return _Footer(digest, types, rows, sizes)
 
 
 def _join(
-    paths: Sequence[str], versions: Sequence[FileVersion], footers: Sequence[_Footer], name: str
+    paths: Sequence[str],
+    versions: Sequence[FileVersion],
+    footers: Sequence[_Footer],
+    schema: pa.Schema,
+    columns: tuple[str, ...],
+    name: str,
 ) -> Index:
-    first = footers[0]
     for path, footer in zip(paths, footers, strict=True):
-        if not footer.schema.equals(first.schema):
-            columns = _differing(footer.schema, first.schema)
+        if footer.types != footers[0].types:
+            differing = _differing(footer.types, footers[0].types)
             raise DataError(
-                f"{name}: {redacted(path)} has other columns than {redacted(paths[0])}: {columns}; "
-                "write all files with the same columns and types"
+                f"{name}: {redacted(path)} has other columns than {redacted(paths[0])}: "
+                f"{differing}; write all files with the same columns and types"
             )
     files = tuple(
         DataFile(path, version, sum(footer.rows), footer.digest)
@@ -264,7 +295,8 @@ def _join(
     number = [np.arange(count) for count in counts]
     return Index(
         files=files,
-        schema=first.whole.serialize().to_pybytes(),
+        schema=schema.serialize().to_pybytes(),
+        columns=columns,
         file=np.repeat(np.arange(len(files)), counts),
         number=np.concatenate(number).astype(np.int64),
         first=np.zeros(len(rows), np.int64),
@@ -274,14 +306,25 @@ def _join(
     )
 
 
-def _differing(found: pa.Schema, expected: pa.Schema) -> str:
+def _differing(found: Mapping[str, pa.DataType], expected: Mapping[str, pa.DataType]) -> str:
     lines = []
-    for field in expected:
-        if field.name not in found.names:
-            lines.append(f"{field.name!r} is missing")
-        elif not found.field(field.name).equals(field):
-            lines.append(f"{field.name!r} is {found.field(field.name).type}, not {field.type}")
+    for column, kind in expected.items():
+        if column not in found:
+            lines.append(f"{column!r} is missing")
+        elif found[column] != kind:
+            lines.append(f"{column!r} is {found[column]}, not {kind}")
     return ", ".join(lines)
+
+
+def _by_name(*records: Sequence[Sequence[Any]]) -> list[dict[str, tuple[Any, ...]]]:
+    """Files by their names, which stay when a folder moves; by whole paths where names repeat."""
+    paths = [[str(path) for path, *_ in record] for record in records]
+    short = [[os.path.basename(path) for path in names] for names in paths]
+    unique = all(len(set(names)) == len(names) for names in short)
+    return [
+        {name: tuple(rest) for name, (_, *rest) in zip(names, record, strict=True)}
+        for names, record in zip(short if unique else paths, records, strict=True)
+    ]
 
 
 def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: str) -> Index:
@@ -324,13 +367,11 @@ def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: 
     return dataclasses.replace(whole, **joined)
 
 
-def _cache_file(
-    paths: Sequence[str], versions: Sequence[FileVersion], columns: Sequence[str]
-) -> Path | None:
+def _cache_file(paths: Sequence[str], versions: Sequence[FileVersion]) -> Path | None:
     """Where the footers of these versions are kept; nowhere if a version cannot be told."""
     if not all(version.tag or "@" in path for path, version in zip(paths, versions, strict=True)):
         return None
-    facts = [_VERSION, pa.__version__, list(columns)]
+    facts: list[Any] = [_VERSION, pa.__version__]
     facts += [[p, v.size, v.tag] for p, v in zip(paths, versions, strict=True)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return Path(datasets.config.HF_CACHE_HOME, "hpdist", "index", f"{key}.npz")
@@ -340,16 +381,15 @@ def _keep(cache: Path | None, index: Index) -> None:
     """Write the cache; a disk that is full or read-only costs the next start its time only."""
     if cache is None:
         return
-    files = json.dumps(
-        [[f.path, f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
-    )
+    files = [[f.path, f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
+    facts = json.dumps([index.columns, files]).encode()
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as out:
             np.savez(
                 out,
-                facts=np.frombuffer(files.encode(), np.uint8),
+                facts=np.frombuffer(facts, np.uint8),
                 schema=np.frombuffer(index.schema, np.uint8),
                 groups=np.stack([getattr(index, key) for key in _ARRAYS]),
             )
@@ -364,7 +404,7 @@ def _load(cache: Path | None) -> Index | None:
         return None
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            files = json.loads(kept["facts"].tobytes())
+            columns, files = json.loads(kept["facts"].tobytes())
             arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
             schema = kept["schema"].tobytes()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -372,5 +412,6 @@ def _load(cache: Path | None) -> Index | None:
     return Index(
         tuple(DataFile(p, FileVersion(s, t), rows, digest) for p, s, t, rows, digest in files),
         schema,
+        tuple(columns),
         **arrays,
     )

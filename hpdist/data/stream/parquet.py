@@ -20,8 +20,9 @@ from hpdist.data.files import (
     Retry,
     is_remote,
     open_file,
+    stat,
 )
-from hpdist.data.stream.index import DataFile, Index
+from hpdist.data.stream.index import MAGIC, DataFile, Index
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.plan import Piece, Plan, Segment, Window, choose_lanes
 from hpdist.data.stream.reader import Rows
@@ -244,6 +245,7 @@ class ParquetReader:
             source: Any = stack.enter_context(opened)
             if not is_remote(file.path):  # read natively, without Python's lock
                 source = stack.enter_context(pa.OSFile(source.name))
+                self._check_length(file, source)
             parquet = pq.ParquetFile(
                 source,
                 metadata=self._footers.of(file.path, source),
@@ -251,6 +253,17 @@ class ParquetReader:
                 pre_buffer=False,
             )
             return parquet.read_row_group(number, columns=self._columns, use_threads=False)
+
+    def _check_length(self, file: DataFile, source: Any) -> None:
+        """Tell a file that was cut off, which is lost as a whole, from one that was rewritten."""
+        size = source.size()
+        if size >= file.version.size:
+            return
+        source.seek(max(0, size - len(MAGIC)))
+        if source.read() == MAGIC:
+            found = stat(file.path, self._retry, self._stop)
+            raise FileChangedError(file.path, file.version, found)
+        raise FileLostError(file.path, f"the file was cut off: {size} bytes of {file.version.size}")
 
 
 class _Footers:
