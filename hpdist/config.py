@@ -319,8 +319,10 @@ class Checkpoint(Section):
     """Optimizer steps between checkpoints; only at the end by default."""
     keep: int = Field(2, ge=2)
     """How many checkpoints stay."""
+    background: bool = True
+    """Train on while a checkpoint is written; costs a copy of the state in the host's memory."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest checkpoint; never refuses a folder that is not empty."""
+    """auto continues from the newest whole checkpoint; never refuses a folder that is not empty."""
 
 
 class Tracker(Section):

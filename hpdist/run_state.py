@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpdist.distributed import checkpoint
+from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment
 from hpdist.errors import CheckpointError
 from hpdist.run_data import RunData
@@ -40,11 +40,10 @@ class RunState:
         if self.best is None or accuracy > self.best[0]:
             self.best = (accuracy, self.step.applied_steps)
 
-    def save(self, folder: Path, facts: Mapping[str, Any], *, keep: int) -> Path:
-        """Write a checkpoint into `folder`; `facts` come back from `load`. Collective."""
+    def save(self, writer: CheckpointWriter, facts: Mapping[str, Any]) -> None:
+        """Hand a checkpoint to the writer; `facts` come back from `load`. Every rank must call."""
         step, engine = self.step, self.step.engine
-        return checkpoint.save(
-            folder,
+        writer.save(
             step.applied_steps,
             self._fragments(),
             self._common(),
@@ -60,8 +59,6 @@ class RunState:
                 "identity": self.identity,
                 **facts,
             },
-            rank=engine.rank,
-            keep=keep,
         )
 
     @torch.no_grad()

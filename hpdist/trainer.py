@@ -9,6 +9,7 @@ import copy
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,9 +26,9 @@ from hpdist.config import Component, RunConfig
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
-from hpdist.distributed.reduce import agreed, largest, world_size
+from hpdist.distributed.checkpoint_writer import CheckpointWriter
+from hpdist.distributed.reduce import agreed, from_main, largest, world_size
 from hpdist.errors import (
-    CheckpointError,
     ConfigError,
     DistributedError,
     HpdistError,
@@ -136,30 +137,33 @@ class Trainer:
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
         self.folder = RunFolder(config.run.folder, self.main)
-        saved = agreed(self._open_folder)
+        saved = self._open_folder()
         self.data = RunData(
             config, objects, self.folder, resumed=saved is not None, uses_unlabeled=uses_unlabeled
         )
         self._build_step(objects, algorithm_config, micro_batches)
         if self.files:
             agreed(self.folder.create)
+            engine, keep = self.step.engine, config.checkpoint.keep
+            self.writer = CheckpointWriter(
+                self.folder.checkpoints,
+                engine.rank,
+                engine.world_size,
+                keep=keep,
+                background=config.checkpoint.background,
+            )
         self._resume(saved)
         if self.files:  # not before: a run that is refused must not forget what it had
             self.data.record()
 
     def _open_folder(self) -> checkpoint.SavedRun | None:
-        """Make the run folder, or find what to continue from."""
+        """Find what to continue from, if anything. Collective."""
         if not self.files:
             return None
-        found = checkpoint.list_checkpoints(self.folder.checkpoints)
         if self.config.checkpoint.resume == "never":
-            if not self.folder.is_empty():
-                raise CheckpointError(
-                    f"checkpoint.resume: never, but the run folder {str(self.folder.path)!r} "
-                    "is not empty; choose another run.name or remove it"
-                )
-            found = []
-        return checkpoint.SavedRun(found[0]) if found else None
+            from_main(self.folder.refuse_unless_empty)
+            return None
+        return checkpoint.open_newest(self.folder.checkpoints, Console(0, 0, self.main).say)
 
     def _build_step(
         self, objects: Objects, algorithm_config: AlgorithmConfig, micro_batches: int
@@ -316,6 +320,7 @@ class Trainer:
         """Save and raise what keeps a rank from going on. Collective."""
         if self._saved_attempt != self.step.attempts:
             self.save()
+        self._finish_saving()
         agreed(lambda: _raise(self._excess or self._problem))
         raise DistributedError("a rank asked to stop and did not say why")
 
@@ -373,6 +378,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, object]:
         step = self.step
+        self._finish_saving()
         summary: dict[str, object] = {}
         for name, rows in (("test", self.data.test), ("validation", self.data.validation)):
             if rows is not None:
@@ -404,12 +410,26 @@ class Trainer:
         return self._seconds + time.monotonic() - self._started
 
     def save(self) -> None:
-        """Write a checkpoint. Collective: every rank must call."""
+        """Begin to write a checkpoint. Every rank must call."""
         if self.files:
             facts = {"seconds": self._elapsed(), "tracker_run_id": self._run_id}
             self.data.flush()
             self._saved_attempt = self.step.attempts
-            self.state.save(self.folder.checkpoints, facts, keep=self.config.checkpoint.keep)
+            self.state.save(self.writer, facts)
+            self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        for problem in self.writer.problems():
+            warnings.warn(
+                f"{problem}; the training goes on, the checkpoints before are whole, and the next "
+                "one is tried when it is due",
+                stacklevel=2,
+            )
+
+    def _finish_saving(self) -> None:
+        """Wait until the latest checkpoint is safe. Collective."""
+        if self.files:
+            self.writer.finish()
 
     def _resume(self, saved: checkpoint.SavedRun | None) -> None:
         """Continue from a checkpoint, or begin."""

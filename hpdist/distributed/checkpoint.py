@@ -1,5 +1,7 @@
 """Checkpoints in fragments: the same files however a run is sharded, for any number of ranks.
 
+`checkpoint_writer` writes them; here they are found, verified and read.
+
     step-00000100/
       manifest.json             counters, topology, size and SHA-256 of every file; written last
       rank-00000.safetensors    master weights, teacher and optimizer state that the rank owns
@@ -12,97 +14,83 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hpdist.distributed.fragments import Fragment
-from hpdist.distributed.reduce import world_size
+from hpdist.distributed.reduce import from_main, gathered, world_size
 from hpdist.errors import CheckpointError
 
-VERSION = 1
-_MANIFEST = "manifest.json"
-_COMMON = "common.safetensors"
-
-
-def save(
-    folder: Path,
-    step: int,
-    fragments: Mapping[str, Sequence[Fragment]],
-    common: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    *,
-    rank: int,
-    keep: int,
-) -> Path:
-    """Write a checkpoint, then drop all but the newest `keep`.
-
-    `fragments` are this rank's, by kind; `common` and `facts` (JSON) are the same on every rank.
-    Collective: every rank must call. Raises CheckpointError.
-    """
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".writing-step-{step:08d}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
-    own = {
-        f"{kind}/{f.name}@{f.start}": f.values.detach().cpu().clone()
-        for kind, items in fragments.items()
-        for f in items
-    }
-    files = [_write_tensors(temporary / f"rank-{rank:05d}.safetensors", own)]
-    if rank == 0:
-        shared = {name: value.detach().cpu().clone() for name, value in common.items()}
-        files.append(_write_tensors(temporary / _COMMON, shared))
-    everyone = _gather(files)
-    if rank == 0:
-        manifest = {
-            "version": VERSION,
-            "step": step,
-            "world_size": world_size(),
-            "files": {name: entry for part in everyone for name, entry in part},
-            **facts,
-        }
-        _write_bytes(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _sync_folder(folder)
-        for old in list_checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
-    _barrier()
-    return final
+VERSION = 2
+MANIFEST = "manifest.json"
+COMMON = "common.safetensors"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints, newest first."""
-    found = [p for p in folder.glob("step-*") if (p / _MANIFEST).exists()]
+    found = [p for p in folder.glob("step-*") if (p / MANIFEST).exists()]
     return sorted(found, key=lambda p: p.name, reverse=True)
 
 
+def open_newest(folder: Path, say: Callable[[str], None]) -> SavedRun | None:
+    """Open the newest checkpoint that verifies; what is wrong with a newer one is said.
+
+    Each rank verifies its share of the files, and all agree. Collective: every rank must call.
+    Raises CheckpointError where there are checkpoints and none is whole, or one is of a later
+    format.
+    """
+    rank = dist.get_rank() if world_size() > 1 else 0
+    newest = from_main(lambda: [path.name for path in list_checkpoints(folder)])
+    for name in newest:
+        saved, error = None, None
+        try:
+            saved = SavedRun(folder / name, rank, world_size())
+        except CheckpointError as raised:
+            error = raised
+        errors = [e for e in gathered(error) if e is not None]
+        if not errors and saved is not None:
+            return saved
+        if isinstance(errors[0], LaterFormatError):
+            errors[0].everywhere = True
+            raise errors[0]
+        say(f"checkpoint {name} is passed over: {errors[0]}")
+    if newest:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} is whole ({', '.join(newest)}); choose another "
+            "run.name to start anew, or remove the run folder"
+        )
+    return None
+
+
+class LaterFormatError(CheckpointError):
+    """A checkpoint that a later version of hpdist wrote."""
+
+
 class SavedRun:
-    """A checkpoint opened for reading.
+    """A checkpoint opened for reading; of its files, rank r of `ranks` verifies every ranks-th.
 
     Raises CheckpointError where a file is missing, damaged, or of a later format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: int = 0, ranks: int = 1) -> None:
         self.path = path
         self.facts = _read_manifest(path)
-        self._verify()
-        self.common = load_file(path / _COMMON)
+        self._verify(rank, ranks)
         self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
-        for file in self.facts["files"]:
-            if file != _COMMON:
-                self._index(file)
+        try:
+            self.common = load_file(path / COMMON)
+            for file in self.facts["files"]:
+                if file != COMMON:
+                    self._index(file)
+        except (OSError, SafetensorError) as error:  # of a file that another rank verifies
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def kinds(self) -> set[str]:
         """Which kinds of fragments it holds."""
@@ -138,12 +126,17 @@ class SavedRun:
         for places in self._places.values():
             places.sort()
 
-    def _verify(self) -> None:
-        for name, entry in self.facts["files"].items():
+    def _verify(self, rank: int, ranks: int) -> None:
+        """Sizes of all files, hashes of a share of them."""
+        for number, (name, entry) in enumerate(sorted(self.facts["files"].items())):
             file = self.path / name
-            if not file.exists() or file.stat().st_size != entry["bytes"]:
-                raise CheckpointError(f"{file} is missing or truncated")
-            if _hash(file) != entry["sha256"]:
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{file} is missing: {error.strerror}") from error
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{file} is truncated: {size} of {entry['bytes']} bytes")
+            if number % ranks == rank and hash_of(file) != entry["sha256"]:
                 raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest's")
 
 
@@ -170,60 +163,26 @@ class _Whole(Mapping[str, Tensor]):
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / _MANIFEST} cannot be read: {error}") from error
-    if facts["version"] > VERSION:
-        raise CheckpointError(
-            f"{path} has format {facts['version']}, this hpdist knows up to {VERSION}; "
-            "upgrade hpdist"
+        facts: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, _, _ = (facts[key] for key in ("version", "files", "step"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+    if version > VERSION:
+        raise LaterFormatError(
+            f"{path} has format {version}, this hpdist knows up to {VERSION}; upgrade hpdist"
         )
+    if version < VERSION:
+        raise CheckpointError(f"{path} has format {version}, which is no longer read")
     return facts
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    try:
-        save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    _sync_file(path)
-    return path.name, {"bytes": path.stat().st_size, "sha256": _hash(path)}
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync_file(path)
-
-
-def _hash(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def _gather(own: list[tuple[str, dict[str, Any]]]) -> list[list[tuple[str, dict[str, Any]]]]:
-    if world_size() == 1:
-        return [own]
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return digest.hexdigest()

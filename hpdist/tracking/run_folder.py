@@ -39,6 +39,14 @@ class RunFolder:
         """Whether nothing is there yet."""
         return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
 
+    def refuse_unless_empty(self) -> None:
+        """Raise CheckpointError where a run has left something."""
+        if not self.is_empty():
+            raise CheckpointError(
+                f"checkpoint.resume: never, but the run folder {str(self.path)!r} is not empty; "
+                "choose another run.name or remove it"
+            )
+
     def write_text(self, name: str, text: str) -> None:
         """Write a file through a temporary one, so that no reader sees half of it."""
         if self.main:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hpdist.distributed import checkpoint
+from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment, Partition, partition
 from hpdist.errors import CheckpointError
 
@@ -17,8 +18,10 @@ def save(folder: Path, step: int, keep: int = 2) -> Path:
     weights = {"a": torch.arange(10.0), "b": torch.arange(6.0).view(2, 3)}
     fragments = Partition(weights, 0, 1).cut(weights)
     common = {"state": torch.tensor(3.0)}
-    facts = {"note": "x"}
-    return checkpoint.save(folder, step, {"master": fragments}, common, facts, rank=0, keep=keep)
+    writer = CheckpointWriter(folder, 0, 1, keep=keep, background=step % 2 == 0)
+    writer.save(step, {"master": fragments}, common, {"note": "x"})
+    writer.finish()
+    return folder / f"step-{step:08d}"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 20])

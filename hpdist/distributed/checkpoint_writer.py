@@ -1,0 +1,240 @@
+"""Writes checkpoints so that a process may die at any instant, in the background of the training.
+
+Each rank writes its own shard under a temporary name, and a note when it is safe on disk. The first
+rank waits for all notes, writes the manifest, and renames the folder: only then does it exist. No
+collective is needed, so the writing cannot get into the way of the training's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpdist.distributed.checkpoint import (
+    COMMON,
+    MANIFEST,
+    VERSION,
+    hash_of,
+    list_checkpoints,
+)
+from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.reduce import from_main, gathered
+from hpdist.errors import CheckpointError
+
+_POLL = 0.02  # seconds
+_LONGEST = 3600.0  # seconds that the first rank waits for the others' notes
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time. Collective: every rank must construct it.
+
+    A write that fails (the disk is full, the folder is gone) leaves the older checkpoints as they
+    are; `problems` tells of it, and the next `save` tries anew.
+
+    Args:
+        folder: Of the run's checkpoints.
+        rank: This one.
+        ranks: How many there are.
+        keep: How many checkpoints stay.
+        background: Whether `save` returns once the state is copied.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, *, keep: int, background: bool = True
+    ) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._ranks = ranks
+        self._keep = keep
+        self._background = background
+        self._token = from_main(lambda: secrets.token_hex(4))
+        self._count = 0
+        self._thread: threading.Thread | None = None
+        self._problems: list[str] = []
+        self._failed = False
+        self.waited = 0.0
+        """Seconds that the training has waited for `save` and `finish`."""
+        if rank == 0:
+            for left in folder.glob(".writing-*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(
+        self,
+        step: int,
+        fragments: Mapping[str, Sequence[Fragment]],
+        common: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Copy the state and begin to write it; first an unfinished write is waited for.
+
+        `fragments` are this rank's, by kind; `common` and `facts` (JSON) are the same on every
+        rank. Every rank must call, but none waits for another.
+        """
+        start = time.monotonic()
+        self._join()
+        own = {
+            f"{kind}/{f.name}@{f.start}": _copy(f.values)
+            for kind, items in fragments.items()
+            for f in items
+        }
+        shared = {name: _copy(value) for name, value in common.items()} if self._rank == 0 else {}
+        self._count += 1
+        temporary = self._folder / f".writing-{step:08d}-{self._token}-{self._count}"
+        arguments = (temporary, step, own, shared, dict(facts))
+        if self._background:
+            name = "hpdist-checkpoint"
+            self._thread = threading.Thread(
+                target=self._write, args=arguments, name=name, daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(*arguments)
+        self.waited += time.monotonic() - start
+
+    def problems(self) -> list[str]:
+        """What went wrong since the last call, as far as this rank knows."""
+        found, self._problems = self._problems, []
+        return found
+
+    def finish(self) -> None:
+        """Wait until the latest checkpoint is whole. Collective: every rank must call.
+
+        Raises CheckpointError on all ranks where it is not.
+        """
+        start = time.monotonic()
+        self._join()
+        failed = any(gathered(self._failed))
+        told = [line for lines in gathered(self.problems()) for line in lines]
+        self.waited += time.monotonic() - start
+        if failed:
+            error = CheckpointError(
+                f"the latest checkpoint could not be written: {'; '.join(told) or 'see above'}; "
+                "make room, and start again: the run goes on from the one before"
+            )
+            error.everywhere = True
+            raise error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(
+        self,
+        temporary: Path,
+        step: int,
+        own: dict[str, Tensor],
+        shared: dict[str, Tensor],
+        facts: dict[str, Any],
+    ) -> None:
+        self._failed = False
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            self._write_own(temporary, own, shared)
+            if self._rank == 0:
+                self._complete(temporary, step, facts)
+        except (OSError, SafetensorError, CheckpointError) as error:
+            self._failed = True
+            self._problems.append(
+                f"rank {self._rank}: the checkpoint of step {step} could not be written: {error}"
+            )
+            self._give_up(temporary, str(error))
+
+    def _write_own(
+        self, temporary: Path, own: dict[str, Tensor], shared: dict[str, Tensor]
+    ) -> None:
+        files = [_write_tensors(temporary / f"rank-{self._rank:05d}.safetensors", own)]
+        if self._rank == 0:
+            files.append(_write_tensors(temporary / COMMON, shared))
+        note = temporary / f"note-{self._rank:05d}.json"
+        _write_bytes(note.with_suffix(".tmp"), json.dumps(dict(files)).encode())
+        os.replace(note.with_suffix(".tmp"), note)
+
+    def _complete(self, temporary: Path, step: int, facts: dict[str, Any]) -> None:
+        """Wait for every rank's note, write the manifest, and let the checkpoint exist."""
+        notes = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
+        files: dict[str, Any] = {}
+        for rank, note in enumerate(notes):
+            files |= _await(note, temporary / f"failed-{rank:05d}", rank)
+        manifest = {
+            "version": VERSION,
+            "step": step,
+            "world_size": self._ranks,
+            "files": files,
+            **facts,
+        }
+        _write_bytes(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        for note in notes:
+            note.unlink()
+        _sync_folder(temporary)
+        final = self._folder / f"step-{step:08d}"
+        replaced = self._folder / f".writing-replaced-{self._token}-{self._count}"
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync_folder(self._folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in list_checkpoints(self._folder)[self._keep :]:
+            shutil.rmtree(old)
+
+    def _give_up(self, temporary: Path, reason: str) -> None:
+        """Let the first rank know, and make room again."""
+        if self._rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return
+        try:
+            (temporary / f"rank-{self._rank:05d}.safetensors").unlink(missing_ok=True)
+            (temporary / f"failed-{self._rank:05d}").write_text(reason)
+        except OSError:
+            return  # the first rank finds out by the folder's end, or by waiting
+
+
+def _copy(values: Tensor) -> Tensor:
+    copied = values.detach().cpu()
+    return copied.clone() if copied.data_ptr() == values.data_ptr() else copied
+
+
+def _await(note: Path, failed: Path, rank: int) -> dict[str, Any]:
+    """What a rank notes of its files, once they are safe."""
+    end = time.monotonic() + _LONGEST
+    while not note.exists():
+        if failed.exists():
+            raise CheckpointError(f"rank {rank} failed: {failed.read_text()}")
+        if not note.parent.exists() or time.monotonic() > end:
+            raise CheckpointError(f"rank {rank} has not written its part")
+        time.sleep(_POLL)
+    noted: dict[str, Any] = json.loads(note.read_text())
+    return noted
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path.name, {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
