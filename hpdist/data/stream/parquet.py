@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -50,16 +50,23 @@ class _Opened:
 
     def __init__(self, window: Window, future: Future[_Read]) -> None:
         self.window = window
+        self.start = window.start
         self.stop = window.start + window.rows
         self._future = future
+        self._read: _Read | None = None
 
     def result(self) -> _Read:
         """Wait for its rows."""
-        return self._future.result()
+        if self._read is None:
+            self._read = self._future.result()
+        return self._read
 
     def cancel(self) -> None:
         """Do not begin to read it."""
         self._future.cancel()
+
+
+_Runs: TypeAlias = list[tuple[_Opened, int, int]]  # windows, and which of their lines
 
 
 class ParquetReader:
@@ -101,6 +108,7 @@ class ParquetReader:
         self._retry = retry or Retry()
         self._stop = stop or threading.Event()
         self._lanes: dict[int, list[_Opened]] = {}  # of each lane, its windows in order
+        self._ahead: tuple[tuple[int, int, int, int], _Runs] | None = None  # what was prepared
         self._footers = _Footers()
         remote = any(is_remote(file.path) for file in index.files)
         self._threads = DaemonThreads(
@@ -132,15 +140,24 @@ class ParquetReader:
         if start == stop:
             none = np.empty(0, np.int64)
             return Rows(self._schema.empty_table(), none, none)
-        runs = self._runs(self._plan.pieces(position, batch, start, stop))
-        parts = [_rows(opened.result(), first, last) for opened, first, last in runs]
+        call = (position, batch, start, stop)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == call:
+            runs = ahead[1]
+        else:
+            runs = self._runs(self._plan.pieces(*call))
+        rows = _joined([(opened.result(), first, last) for opened, first, last in runs])
         for opened, _, _ in runs:
-            self._drop_before(opened.window)
-        return Rows.joined(parts)
+            if self._lanes[opened.window.lane][0] is not opened:
+                self._drop_before(opened.window)
+        return rows
 
     def prepare(self, position: int, batch: int, start: int, stop: int) -> None:
         """Open the windows of these rows, and the ones after them."""
-        for opened, _, _ in self._runs(self._plan.pieces(position, batch, start, stop)):
+        call = (position, batch, start, stop)
+        runs = self._runs(self._plan.pieces(*call))
+        self._ahead = call, runs
+        for opened, _, _ in runs:
             lane = self._lanes[opened.window.lane]
             if lane[-1] is opened:
                 lane.append(self._open(self._plan.after(opened.window)))
@@ -160,24 +177,24 @@ class ParquetReader:
             for opened in lane:
                 opened.cancel()
         self._lanes.clear()
+        self._ahead = None
         self._threads.close(_PATIENCE)
 
-    def _runs(self, pieces: Sequence[Piece]) -> list[tuple[_Opened, int, int]]:
+    def _runs(self, pieces: Sequence[Piece]) -> _Runs:
         """The windows that hold these pieces, and which of their rows; all are being read."""
         runs = []
-        for piece in pieces:
-            at = piece.start
-            while at < piece.stop:
-                opened = self._opened_at(piece.epoch, piece.lane, at)
-                end = min(piece.stop, opened.stop)
-                runs.append((opened, at - opened.window.start, end - opened.window.start))
+        for epoch, lane, at, stop in pieces:
+            while at < stop:
+                opened = self._opened_at(epoch, lane, at)
+                end = min(stop, opened.stop)
+                runs.append((opened, at - opened.start, end - opened.start))
                 at = end
         return runs
 
     def _opened_at(self, epoch: int, lane: int, offset: int) -> _Opened:
         known = self._lanes.setdefault(lane, [])
         for opened in known:
-            if opened.window.epoch == epoch and opened.window.start <= offset < opened.stop:
+            if opened.start <= offset < opened.stop and opened.window.epoch == epoch:
                 return opened
         opened = self._open(self._plan.window_at(epoch, lane, offset))
         known.append(opened)
@@ -272,29 +289,49 @@ class _Footers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._reading: dict[str, threading.Lock] = {}
         self._bytes = 0
 
     def of(self, path: str, source: Any) -> pq.FileMetaData:
-        """A file's footer, read from `source` if need be."""
+        """A file's footer, read from `source` if need be, by one thread for all."""
+        found, reading = self._find(path)
+        if found is not None:
+            return found
+        with reading:
+            found, _ = self._find(path)
+            if found is None:
+                found = pq.read_metadata(source)
+                self._keep(path, found)
+        return found
+
+    def _find(self, path: str) -> tuple[pq.FileMetaData | None, threading.Lock]:
         with self._lock:
             if path in self._known:
                 self._known.move_to_end(path)
-                return self._known[path]
-        found = pq.read_metadata(source)
+            reading = self._reading.setdefault(path, threading.Lock())
+            return self._known.get(path), reading
+
+    def _keep(self, path: str, found: pq.FileMetaData) -> None:
         with self._lock:
-            if path not in self._known:
-                self._known[path] = found
-                self._bytes += found.serialized_size
+            self._known[path] = found
+            self._bytes += found.serialized_size
             while self._bytes > _FOOTERS and len(self._known) > 1:
                 self._bytes -= self._known.popitem(last=False)[1].serialized_size
-        return found
 
 
-def _rows(read: _Read, first: int, last: int) -> Rows:
-    """Lines [first, last) of a window; nothing is copied."""
-    unread = {line - first: why for line, why in read.unread.items() if first <= line < last}
-    epochs = np.full(last - first, read.epoch)
-    return Rows(read.table.slice(first, last - first), read.ids[first:last], epochs, unread)
+def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
+    """Lines [first, last) of several windows, one behind the other; only ids are copied."""
+    tables = [read.table.slice(first, last - first) for read, first, last in parts]
+    ids = np.concatenate([read.ids[first:last] for read, first, last in parts])
+    epochs = np.repeat([read.epoch for read, _, _ in parts], [len(table) for table in tables])
+    unread: dict[int, str] = {}
+    at = 0
+    for read, first, last in parts:
+        if read.unread:
+            lines = read.unread.items()
+            unread |= {at + line - first: why for line, why in lines if first <= line < last}
+        at += last - first
+    return Rows(pa.concat_tables(tables), ids, epochs, unread)
 
 
 def _average(index: Index) -> float:

@@ -36,8 +36,29 @@ def permuted(places: Int64Array, size: int, *key: int) -> Int64Array:
 
 
 def permutation(size: int, *key: int) -> Int64Array:
-    """The whole permutation, [size]."""
-    return permuted(np.arange(size), size, *key)
+    """The whole permutation, [size]; `permuted` of all places, with fewer calls of NumPy.
+
+    A round only mixes one half of a place, of which there are few: each is mixed once, for all
+    rounds together, and leaving the range is looked up.
+    """
+    bits = max(2, (size - 1).bit_length())
+    low = bits // 2
+    halves = np.arange(1 << (bits - low), dtype=np.uint64)
+    mixed = _mixed(halves + _round_keys(key)[:, None])  # [rounds, halves]
+    places = np.arange(1 << bits)
+    right, left = places & ((1 << low) - 1), places >> low
+    for number, table in enumerate(mixed):
+        if number % 2:
+            right ^= (table & np.uint64((1 << low) - 1)).astype(np.int64)[left]
+        else:
+            left ^= (table & np.uint64((1 << (bits - low)) - 1)).astype(np.int64)[right]
+    network = (left << low) | right
+    result = network[:size].copy()
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = network[result[outside]]
+        outside = outside[result[outside] >= size]
+    return result
 
 
 def _network(
@@ -64,8 +85,15 @@ def _mixed(values: _UInt64Array) -> _UInt64Array:
 
 
 def _round_keys(key: tuple[int, ...]) -> _UInt64Array:
-    state = np.zeros(1, np.uint64)
+    state = 0
     for part in key:
-        state = _mixed(state + np.uint64((part + 1) * _GOLDEN % 2**64))
+        state = _mixed_int((state + (part + 1) * _GOLDEN) % 2**64)
     steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return _mixed(state + steps)
+    return _mixed(np.uint64(state) + steps)
+
+
+def _mixed_int(value: int) -> int:
+    """`_mixed` of one number, for which arrays are slow."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,7 @@ ENOUGH_GROUPS = 128  # row groups; 64 rows drawn of as many come from 50 differe
 USUAL_BUDGET = 512 * 2**20  # bytes
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows `start` to `stop` of one lane in one epoch."""
 
     epoch: int
@@ -81,20 +81,21 @@ class Plan:
 
     def pieces(self, position: int, batch: int, start: int, stop: int) -> list[Piece]:
         """Rows [start, stop) of the global batch of `batch` rows that begins at `position`."""
-        pieces: list[Piece] = []
-        at = 0  # in the global batch
         spans = list(self._spans(position, batch))
-        for lane in range(self.lanes):
-            for epoch, first, last in spans:
-                low = max(0, -((lane - first) // self.lanes))  # ceil((first - lane) / lanes)
-                high = max(0, -((lane - last) // self.lanes))
-                left, right = max(start - at, 0), min(stop - at, high - low)
-                if left < right:
-                    pieces.append(Piece(epoch, lane, low + left, low + right))
-                at += high - low
-            if at >= stop:
-                break
-        return pieces
+        bounds = np.asarray([(first, last) for _, first, last in spans])  # [spans, 2]
+        lanes = np.arange(self.lanes)[:, None, None]
+        rows = -((lanes - bounds) // self.lanes)  # ceil((bound - lane) / lanes), [lanes, spans, 2]
+        low, high = rows.reshape(-1, 2).T
+        end = np.cumsum(high - low)  # in the global batch
+        begin = end - (high - low)
+        left = low + np.maximum(start - begin, 0)
+        right = high - np.maximum(end - stop, 0)
+        held = np.flatnonzero(left < right)
+        where = zip(held.tolist(), left[held].tolist(), right[held].tolist(), strict=True)
+        return [
+            Piece(spans[place % len(spans)][0], place // len(spans), first, last)
+            for place, first, last in where
+        ]
 
     def _spans(self, position: int, batch: int) -> Iterator[tuple[int, int, int]]:
         """The epochs that a global batch takes rows of, and which rows of their sequences."""
