@@ -1,7 +1,7 @@
 """The command line: `hpdist train CONFIG [--key.sub value ...]`.
 
 Alone, or on many processes: `accelerate launch -m hpdist train CONFIG ...`. Exit status: 0 done;
-2 the user's input is wrong; 3 training failed; 4 is kept for stopping by a signal.
+2 the user's input is wrong; 3 training failed; 4 stopped by a signal after saving, ready to go on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hpdist.trainer import Trainer
 
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
+_CONVERT_FLAGS = ("--help", "--out")
 _OVERRIDES = """\
 Any setting of CONFIG can be overridden by its dotted name, and the command line wins:
 
@@ -38,14 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HpdistError as error:
         _report(error)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("hpdist: interrupted", file=sys.stderr, flush=True)
+        return 130  # what a shell says of SIGINT
 
 
 def _run(arguments: Sequence[str]) -> int:
     overrides: list[str] = []
-    if arguments and arguments[0] == "train":
-        arguments, overrides = _split(arguments)
+    if arguments and arguments[0] in ("train", "convert"):
+        flags = _FLAGS if arguments[0] == "train" else _CONVERT_FLAGS
+        arguments, overrides = _split(arguments, flags)
     known = _parser().parse_args(arguments)
-    return train(known, overrides) if known.command == "train" else algorithms()
+    if known.command == "train":
+        return train(known, overrides)
+    return convert(known, overrides) if known.command == "convert" else algorithms()
 
 
 def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -82,8 +89,32 @@ def _fit(trainer: Trainer, dry_run: bool) -> dict[str, object]:
         trainer.dry_run()
         return {}
     except (CheckpointError, DataError, DistributedError) as error:
-        error.rank = _rank()  # the others may know nothing of it
+        if not error.everywhere:
+            error.rank = _rank()  # the others may know nothing of it
         raise
+
+
+def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Write the unlabelled rows of a config as Parquet, and print how to read them."""
+    from tqdm import tqdm
+
+    from hpdist import config as configuration
+    from hpdist.data.convert import convert as write
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("convert runs on one process; start it without a launcher")
+    data = configuration.load(known.config, overrides).data
+    if data.unlabeled is None or not data.unlabeled.path:
+        raise ConfigError("convert reads the dataset that data.unlabeled.path names; set it")
+    with tqdm(unit=" rows", dynamic_ncols=True, disable=None) as bar:
+        written = write(data.unlabeled, Path(known.out), input=data.labeled.input, bar=bar)
+    _print(
+        f"# rows: {written.rows:,}, row groups: {written.groups:,}, files: {len(written.files)}, "
+        f"together {written.bytes / 1e6:,.1f} MB\n"
+        "# In place of path, name, data_files, revision, split and input:\n"
+        f"{written.yaml().rstrip()}"
+    )
+    return 0
 
 
 def algorithms() -> int:
@@ -118,7 +149,7 @@ def _report(error: HpdistError) -> None:
         print(f"hpdist: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell `--key.sub value` and `--key=value` from what argparse knows.
 
     Raises ConfigError for a key that begins with no section of the config.
@@ -130,12 +161,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--") or argument in _FLAGS:
+        if not argument.startswith("--") or argument.partition("=")[0] in flags:
             others.append(argument)
             continue
         section = argument[2:].partition("=")[0].partition(".")[0]
         if section not in RunConfig.model_fields:
-            known = [*(flag[2:] for flag in _FLAGS), *RunConfig.model_fields]
+            known = [*(flag[2:] for flag in flags), *RunConfig.model_fields]
             raise ConfigError(f"--{section}: no option or setting{nearest(section, known)}")
         overrides.append(argument)
         if "=" not in argument and rest and not rest[0].startswith("--"):
@@ -172,5 +203,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="build everything, one step, no files")
     run.add_argument("--print-config", action="store_true", help="print the resolved YAML and stop")
     run.add_argument("--print-schema", action="store_true", help="print the JSON Schema and stop")
+    rewrite = commands.add_parser(
+        "convert",
+        help="write a config's unlabelled rows as Parquet that a stream reads from any place",
+        usage="hpdist convert CONFIG --out FOLDER [--key.sub value ...]",
+        description="Read data.unlabeled of CONFIG once and write it as Parquet files into FOLDER.",
+        allow_abbrev=False,
+    )
+    rewrite.add_argument("config", metavar="CONFIG", help="YAML file")
+    rewrite.add_argument("--out", metavar="FOLDER", required=True, help="where to; made if need be")
     commands.add_parser("algorithms", help="list every algorithm", allow_abbrev=False)
     return parser
