@@ -360,6 +360,20 @@ def test_the_rows_of_an_epoch_are_known_when_its_last_one_is_used():
     few.close()
 
 
+def test_how_far_it_read_ahead_changes_nothing():
+    """Ranks read ahead at their own pace, and must say the same."""
+    few = reader(generator([24]), 8)
+    few.prepare(0, 60, 0, 60)
+    while few._blocks._blocks[-1:] == [] or few._blocks._blocks[-1].stop < 60:
+        time.sleep(0.01)
+    few.read(0, 12, 0, 12)
+    assert few.rows is None
+    assert few.resume_point(12)["rows"] is None
+    few.read(12, 12, 0, 12)
+    assert few.rows == 24
+    few.close()
+
+
 def test_memory_for_where_to_resume_is_bounded():
     many = reader(generator([900]), 1)
     walk(many, 2, 400)
