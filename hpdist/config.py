@@ -325,6 +325,16 @@ class Checkpoint(Section):
     """auto continues from the newest whole checkpoint; never refuses a folder that is not empty."""
 
 
+class Watchdog(Section):
+    """The end of a run that hangs."""
+
+    seconds: float | None = Field(900.0, gt=0)
+    """Without progress for so long, every rank prints its stacks and exits; null waits for ever.
+
+    Longer than any evaluation batch, the compilation of the model, and `data.loading.patience`.
+    """
+
+
 class Tracker(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -364,6 +374,17 @@ class RunConfig(Section):
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
     tracker: Tracker = Tracker()
+    watchdog: Watchdog = Watchdog()
+
+    @model_validator(mode="after")
+    def _patient_watchdog(self) -> RunConfig:
+        seconds, patience = self.watchdog.seconds, self.data.loading.patience
+        if seconds is not None and seconds <= patience:
+            raise ValueError(
+                f"watchdog.seconds: {seconds:g} must be more than data.loading.patience, which is "
+                f"{patience:g}; lower that, or raise this"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The resolved configuration, as YAML that `load` takes."""

@@ -47,6 +47,12 @@ class DistributedError(HpdistError):
     """The ranks disagree, or one of them failed."""
 
 
+class StoppedError(HpdistError):
+    """A signal asked the run to stop; it is saved and can go on."""
+
+    exit_status = 4
+
+
 def describe(error: BaseException) -> str:
     """An error of somebody's own code on one line: `TypeError: … (models.py, line 12)`."""
     frames = traceback.extract_tb(error.__traceback__)

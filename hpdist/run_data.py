@@ -173,11 +173,11 @@ class RunData:
         labeled = next(self.labeled_stream)
         return labeled, next(self.unlabeled_stream) if self.unlabeled_stream else None
 
-    def look_ahead(self) -> HpdistError | None:
+    def look_ahead(self, give_up: Callable[[], bool] = lambda: False) -> HpdistError | None:
         """Wait for the batches that `next` will give; what stands in their way, if anything."""
         try:
             for stream in self.streams.values():
-                stream.look_ahead()
+                stream.look_ahead(give_up)
         except HpdistError as error:
             return error
         return None

@@ -30,7 +30,6 @@ from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.reduce import agreed, from_main, largest, world_size
 from hpdist.errors import (
     ConfigError,
-    DistributedError,
     HpdistError,
     PrecisionError,
 )
@@ -39,6 +38,7 @@ from hpdist.models.build import build_model
 from hpdist.models.memory import checkpoint_activations
 from hpdist.optim import build_optimizer, learning_rate
 from hpdist.run_data import Objects, RunData
+from hpdist.run_guard import RunGuard
 from hpdist.run_state import RunState
 from hpdist.step import SemiSupervisedStep, StepOutcome
 from hpdist.tracking.console import Console
@@ -197,6 +197,7 @@ class Trainer:
         )
         engine = self.step.engine
         self.data.start(engine.rank, engine.world_size, files=self.files)
+        self.guard = RunGuard(engine.rank, config.watchdog.seconds)
         self.state = RunState(self.step, self.data, self._identity())
 
     def _identity(self) -> dict[str, Any]:
@@ -248,11 +249,12 @@ class Trainer:
         self._started = self._clock = time.monotonic()
         self._since, self._waited = 0, self.data.waited
         try:
-            if step.applied_steps < config.steps:
-                self._first_rows()
-            while step.applied_steps < config.steps:
-                self._train_step()
-            summary = self._finish()
+            with self.guard:
+                if step.applied_steps < config.steps:
+                    self._first_rows()
+                while step.applied_steps < config.steps:
+                    self._train_step()
+                summary = self._finish()
         finally:
             self.close()
         return summary
@@ -279,9 +281,11 @@ class Trainer:
         """Read one global batch and do one step with it."""
         config, step = self.config, self.step
         torch.manual_seed(_mix(config.run.seed, step.attempts, step.engine.rank))  # dropout
+        self.guard.beat(step.applied_steps, "reading rows")
         labeled, unlabeled = self.data.next()
-        self._problem = self.data.look_ahead()
-        stop = self._problem is not None
+        self._problem = self.data.look_ahead(self.guard.stopping)
+        stop = self._problem is not None or self.guard.stopping()
+        self.guard.beat(step.applied_steps, "training")
         outcome = step(labeled, unlabeled, lr=self._rate(), measure=measure, stop=stop)
         self._excess = self.data.account(
             unlabeled, step.attempts, outcome.applied, outcome.bad_rows
@@ -317,12 +321,12 @@ class Trainer:
         return outcome
 
     def _stop_early(self) -> NoReturn:
-        """Save and raise what keeps a rank from going on. Collective."""
+        """Save and raise what keeps a rank from going on, or asked it to stop. Collective."""
         if self._saved_attempt != self.step.attempts:
             self.save()
         self._finish_saving()
         agreed(lambda: _raise(self._excess or self._problem))
-        raise DistributedError("a rank asked to stop and did not say why")
+        raise self.guard.stopped(self.step.applied_steps)
 
     def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
         if outcome.metrics["loss"] != outcome.metrics["loss"]:
@@ -350,6 +354,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Measure on the validation set, else report the test set; neither steers the training."""
         data = self.data
+        self.guard.beat(self.step.applied_steps, "evaluating")
         name = "validation" if data.validation else "test"
         rows = data.validation or data.test
         if rows is None:

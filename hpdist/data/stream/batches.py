@@ -7,11 +7,12 @@ anew to resume on another number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast
 
@@ -29,6 +30,7 @@ from hpdist.errors import DataError
 BatchT = TypeVar("BatchT", LabeledBatch, UnlabeledBatch)
 
 _QUEUED_BATCHES = 2
+_GIVE_UP = 0.2  # seconds between two looks at whether to wait on
 _JOIN_SECONDS = 3.0  # a thread that hangs in a read must not hold up the exit
 
 
@@ -141,8 +143,11 @@ class BatchStream(Generic[BatchT]):
         self._position += self._global_batch
         return cast(BatchT, loaded.batch)
 
-    def look_ahead(self) -> None:
-        """Wait for the batch that `next` will give; the position stays. Raises what `next` does."""
+    def look_ahead(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the batch that `next` will give, until `give_up` says so; the position stays.
+
+        Raises what `next` does.
+        """
         if self._closed:
             raise RuntimeError("the BatchStream is closed")
         if self._error is not None:
@@ -152,12 +157,20 @@ class BatchStream(Generic[BatchT]):
         if self._stop is None:
             self._start()
         start = time.monotonic()
-        item = self._queue.get()
+        item = self._wait(give_up)
         self.waited += time.monotonic() - start
+        if item is None:
+            return
         if isinstance(item, BaseException):
             self._error = item
             raise item
         self._next = item
+
+    def _wait(self, give_up: Callable[[], bool]) -> _Item | None:
+        while not give_up():
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=_GIVE_UP)
+        return None
 
     @property
     def epoch(self) -> int:

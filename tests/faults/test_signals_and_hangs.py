@@ -1,0 +1,71 @@
+"""Signals save and stop all ranks; a hang is told by all of them and ends the run."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slow_run import SlowRun, ranks_of
+
+GROUPS = [[200], [184]]
+STEPS = 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, number: signal.Signals) -> None:
+    run = SlowRun(tmp_path, GROUPS)
+    process = run.launch(2, STEPS, "--checkpoint.every", 100)  # none but the one of the signal
+    run.await_step(process, 3)
+    other, hit = ranks_of(process)
+    hit.send_signal(number)
+    process.wait(timeout=120)
+    assert not other.is_running()
+    told = re.findall(
+        rf"stopped by {number.name} on rank 1 after step (\d+), which is saved", run.output
+    )
+    assert len(told) == 1, run.output
+    assert "Traceback" not in run.output.split("stopped by")[0]
+    assert re.findall(r"exitcode\s*: (\d+)", run.output)[:1] == ["4"], run.output
+    saved = [path.name for path in (run.run / "checkpoints").iterdir()]
+    assert saved == [f"step-{int(told[0]):08d}"]
+    assert run.launch(2, STEPS).wait(timeout=200) == 0, run.output
+    assert f"continuing from {run.run}/checkpoints/{saved[0]} at step {told[0]}" in run.output
+    assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+
+
+HANGS = """
+import os
+import time
+from pathlib import Path
+
+
+def slowly(row):
+    time.sleep(0.01)
+    while os.environ["RANK"] == "1" and Path("hang").exists():
+        time.sleep(0.1)
+    return row
+"""
+
+
+def test_a_rank_that_hangs_is_named_by_all_and_the_run_ends(tmp_path: Path) -> None:
+    run = SlowRun(tmp_path, GROUPS, HANGS)
+    patience = ["--watchdog.seconds", 6, "--data.loading.patience", 3]
+    process = run.launch(2, STEPS, *patience)
+    run.await_step(process, 4)
+    start = time.monotonic()
+    (tmp_path / "hang").touch()
+    assert process.wait(timeout=90) != 0
+    assert time.monotonic() - start < 60
+    assert len(re.findall(r"hpdist: rank [01]: no progress for", run.output)) == 2, run.output
+    assert re.search(
+        r"rank 1: step \d+, reading rows, for \d+ s <- the furthest behind", run.output
+    )
+    assert re.search(r"rank 0: step \d+, training, for", run.output)
+    assert "in slowly" in run.output  # the stack of the thread that hangs
+    (tmp_path / "hang").unlink()
+    assert run.launch(2, STEPS, *patience).wait(timeout=200) == 0, run.output
+    assert "continuing from" in run.output
