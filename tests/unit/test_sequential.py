@@ -240,6 +240,7 @@ def multi(name):
 
 # Where `datasets` does not lead back to the same rows, the epoch is read again.
 READ_AGAIN = {"shuffled"}
+THREADED = {"interleaved"}  # read by threads of `datasets`, slowly; where it was need not be exact
 KINDS = (
     "table",
     "map",
@@ -262,7 +263,7 @@ def test_what_users_make_of_a_dataset_resumes_too(name, caplog):
     tables = dataset.shard(num_shards=1, index=0).with_format("arrow").iter(10)
     in_order = [value for table in tables for value in table["x"].to_pylist()]
     expected = [(e, in_order[r]) for e, r in itertools.islice(model(len(in_order), 8), 15 * 13)]
-    for steps in range(1, 14):
+    for steps in range(1, 14, 4 if name in THREADED else 1):
         first = reader(dataset, 8)
         taken = values(first, 13, steps, 0)
         second = reader(dataset, 8, first.resume_point(steps * 13))
@@ -271,7 +272,7 @@ def test_what_users_make_of_a_dataset_resumes_too(name, caplog):
         first.close()
         second.close()
     again = [record for record in caplog.records if "reading epoch" in record.message]
-    assert bool(again) == (name in READ_AGAIN), again
+    assert name in THREADED or bool(again) == (name in READ_AGAIN), again
 
 
 def values(reader, batch, steps, start):
@@ -323,8 +324,9 @@ def test_the_order_is_the_same_for_ever():
 
 def test_empty_slices_have_the_columns():
     few = reader(generator([10]), 4)
-    rows = few.read(0, 2, 1, 1)
-    assert (len(rows), rows.table.num_rows, rows.table.column_names) == (0, 0, ["text", "x"])
+    for place in (0, 1):
+        rows = few.read(0, 2, place, place)
+        assert (len(rows), rows.table.num_rows, rows.table.column_names) == (0, 0, ["text", "x"])
     few.close()
 
 
