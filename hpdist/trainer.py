@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import sys
 import time
 import warnings
@@ -16,6 +17,7 @@ from functools import partial
 from typing import Any, NoReturn, cast
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ from hpdist.run_state import RunState
 from hpdist.step import SemiSupervisedStep, StepOutcome
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
-from hpdist.tracking.tracker import Tracker
+from hpdist.tracking.run_log import RunLog
 
 IN_MEMORY = "(given in Python)"
 
@@ -113,7 +115,6 @@ class Trainer:
         self._run_id: str | None = None  # the tracker's
         self._seconds = 0.0  # trained before this process
         self._latest: tuple[str, int, dict[str, float]] = ("", -1, {})  # evaluation: set, step
-        self._started = time.monotonic()
         self._saved_attempt = -1
         self._problem: HpdistError | None = None  # that this rank has with its next rows
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
@@ -243,11 +244,7 @@ class Trainer:
         """
         config, step = self.config, self.step
         self.folder.write_text("config.yaml", config.to_yaml()) if self.files else None
-        self.tracker = Tracker(config, self.folder.path, self.main and self.files, self._run_id)
-        self._run_id = self.tracker.run_id
-        self.console = Console(config.steps, step.applied_steps, self.main)
-        self._started = self._clock = time.monotonic()
-        self._since, self._waited = 0, self.data.waited
+        self.log = self._open_log(self.files)
         try:
             with self.guard:
                 if step.applied_steps < config.steps:
@@ -261,16 +258,21 @@ class Trainer:
 
     def dry_run(self) -> StepOutcome:
         """Do one step and write nothing. Collective."""
-        self.tracker = Tracker(self.config, self.folder.path, main=False)
-        self.console = Console(1, 0, self.main)
+        self.log = self._open_log(files=False)
         try:
             self._first_rows()
             outcome = self._attempt(measure=True)
             numbers = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items())
-            self.console.say(f"dry run: one step, {numbers}; nothing was written")
+            self.log.say(f"dry run: one step, {numbers}; nothing was written")
         finally:
             self.close()
         return outcome
+
+    def _open_log(self, files: bool) -> RunLog:
+        done, seconds, run_id = self.step.applied_steps, self._seconds, self._run_id
+        return RunLog(
+            self.config, self.folder, done=done, seconds=seconds, run_id=run_id, files=files
+        )
 
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
@@ -280,7 +282,10 @@ class Trainer:
     def _attempt(self, measure: bool) -> StepOutcome:
         """Read one global batch and do one step with it."""
         config, step = self.config, self.step
-        torch.manual_seed(_mix(config.run.seed, step.attempts, step.engine.rank))  # dropout
+        seed = _mix(config.run.seed, step.attempts, step.engine.rank)
+        torch.manual_seed(seed)  # dropout, and whatever else a model draws
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         self.guard.beat(step.applied_steps, "reading rows")
         labeled, unlabeled = self.data.next()
         self._problem = self.data.look_ahead(self.guard.stopping)
@@ -306,14 +311,14 @@ class Trainer:
         measure = _due(config.log.every, step.applied_steps + 1, config.steps)
         outcome = self._attempt(measure)
         self.state.overflows += outcome.overflowed
-        self._since += 1
+        self.log.count_step()
         if outcome.applied:
             done = step.applied_steps
             record = self._record(outcome, lr) if measure else {}
             if _due(config.eval.every, done, config.steps):
                 record |= self._evaluate()
             if record:
-                self._log(record)
+                self.log.write(done, step.attempts, record)
             if _due(config.checkpoint.every, done, config.steps):
                 self.save()
         if self._excess is not None or (outcome.stop and step.applied_steps < config.steps):
@@ -334,21 +339,18 @@ class Trainer:
                 f"the loss became NaN at step {self.step.applied_steps}; lower optim.lr, set "
                 "optim.grad_clip, or train in fp32 to find out why"
             )
-        now = time.monotonic()
-        seconds = now - self._clock
-        rate = self._since * self._global_rows / seconds
-        waited = self.data.waited - self._waited
-        self._clock, self._since, self._waited = now, 0, self.data.waited
+        waited = {"data_wait": self.data.waited}
+        if self.files:
+            waited["checkpoint_wait"] = self.writer.waited
         return {
             **outcome.metrics,
             "loss_scale": outcome.new_scale,
             "overflows": self.state.overflows,
             "lr": lr,
             "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
-            "examples_per_second": rate,
             "epoch": self.data.epoch,
-            "data_wait": waited / seconds,
             "bad_rows": self.data.bad_rows,
+            **self.log.speed(self._global_rows, waited),
         }
 
     def _evaluate(self) -> dict[str, float]:
@@ -361,7 +363,7 @@ class Trainer:
             return {}
         start = time.monotonic()
         values = self.evaluate(rows)
-        self._clock += time.monotonic() - start  # not the training's time
+        self.log.leave_out(time.monotonic() - start)
         self._latest = (name, self.step.applied_steps, values)
         if name == "validation":
             self.state.note_validation(values["accuracy"])
@@ -371,15 +373,6 @@ class Trainer:
         """Accuracy and loss of the teacher, and with `_student` of the student. Collective."""
         batches = partial(self.data.evaluation_batches, rows)
         return evaluate_both(self.step.engine, self.step.teacher, self.data.views, batches)
-
-    def _log(self, record: dict[str, float]) -> None:
-        step = self.step.applied_steps
-        whole = {"step": step, "attempt": self.step.attempts, **record}
-        if self.files:
-            self.folder.append_metrics(whole)
-        self.tracker.log(record, step)
-        accuracies = [value for key, value in record.items() if key.endswith("/accuracy")]
-        self.console.show(step, record | ({"accuracy": accuracies[0]} if accuracies else {}))
 
     def _finish(self) -> dict[str, object]:
         step = self.step
@@ -397,7 +390,7 @@ class Trainer:
         summary |= {
             "steps": step.applied_steps,
             "skipped_steps": step.attempts - step.applied_steps,
-            "seconds": round(self._elapsed(), 3),
+            "seconds": round(self.log.seconds, 3),
             "examples": step.attempts * self._global_rows,
             "world_size": world_size(),
             "precision": self.sharding.precision,
@@ -405,19 +398,13 @@ class Trainer:
             "bad_rows": self.data.bad_rows,
             "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
-        if self.files:
-            self.folder.write_json("summary.json", summary)
-        self.tracker.log({k: v for k, v in summary.items() if "/" in k}, step.applied_steps)
+        self.log.write_summary(step.applied_steps, summary)
         return summary
-
-    def _elapsed(self) -> float:
-        """Seconds of training, those before a resume included."""
-        return self._seconds + time.monotonic() - self._started
 
     def save(self) -> None:
         """Begin to write a checkpoint. Every rank must call."""
         if self.files:
-            facts = {"seconds": self._elapsed(), "tracker_run_id": self._run_id}
+            facts = {"seconds": self.log.seconds, "tracker_run_id": self.log.run_id}
             self.data.flush()
             self._saved_attempt = self.step.attempts
             self.state.save(self.writer, facts)
@@ -453,8 +440,7 @@ class Trainer:
     def close(self) -> None:
         """Stop the reading threads and close tracker and console."""
         self.data.close()
-        self.tracker.finish()
-        self.console.close()
+        self.log.close()
 
 
 def peak_memory(device: torch.device) -> int:

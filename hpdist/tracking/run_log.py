@@ -1,0 +1,100 @@
+"""Where a run's numbers go: metrics.jsonl, the tracker, the console; and how fast it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from hpdist.config import RunConfig
+from hpdist.tracking.console import Console
+from hpdist.tracking.run_folder import RunFolder
+from hpdist.tracking.tracker import Tracker
+
+
+class RunLog:
+    """Writes global numbers from the main process, and keeps the time.
+
+    Args:
+        config: Of the run.
+        folder: Of the run.
+        done: Steps that were applied before.
+        seconds: That were trained before.
+        run_id: The tracker's, of the run that goes on.
+        files: Whether anything is written.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        *,
+        done: int,
+        seconds: float,
+        run_id: str | None,
+        files: bool,
+    ) -> None:
+        self._folder = folder
+        self._files = files
+        self._tracker = Tracker(config, folder.path, folder.main and files, run_id)
+        self._console = Console(config.steps, done, folder.main)
+        self._started = self._clock = time.monotonic()
+        self._before = seconds
+        self._steps = 0
+        self._waited: dict[str, float] = {}
+
+    @property
+    def run_id(self) -> str | None:
+        """The tracker's name for this run."""
+        return self._tracker.run_id
+
+    @property
+    def seconds(self) -> float:
+        """Of training, those before a resume included."""
+        return self._before + time.monotonic() - self._started
+
+    def count_step(self) -> None:
+        """Count an attempted step."""
+        self._steps += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time as the training's."""
+        self._clock += seconds
+
+    def speed(self, rows: int, waited: Mapping[str, float]) -> dict[str, float]:
+        """Examples per second since the last call, of `rows` a step, and shares of time waited.
+
+        `waited` are the seconds that this process has waited for something, from its beginning.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._clock, 1e-9)
+        shares = {
+            name: max(total - self._waited.get(name, 0.0), 0.0) / seconds
+            for name, total in waited.items()
+        }
+        rate = self._steps * rows / seconds
+        self._clock, self._steps, self._waited = now, 0, dict(waited)
+        return {"examples_per_second": rate, **shares}
+
+    def write(self, step: int, attempt: int, record: Mapping[str, float]) -> None:
+        """Write the record of a step."""
+        if self._files:
+            self._folder.append_metrics({"step": step, "attempt": attempt, **record})
+        self._tracker.log(record, step)
+        accuracies = [value for key, value in record.items() if key.endswith("/accuracy")]
+        shown = {"accuracy": accuracies[0]} if accuracies else {}
+        self._console.show(step, {**record, **shown})
+
+    def write_summary(self, step: int, summary: Mapping[str, object]) -> None:
+        """Write what came of the run."""
+        if self._files:
+            self._folder.write_json("summary.json", summary)
+        self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._console.say(line)
+
+    def close(self) -> None:
+        """Flush and close tracker and console."""
+        self._tracker.finish()
+        self._console.close()
