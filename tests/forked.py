@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from tests.ranks import free_port
 
 
 def run_forked(
-    ranks: int, log: Path, function: Callable[..., Any], *args: Any, seconds: float = 120
+    ranks: int,
+    log: Path,
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float = 120,
+    **settings: Any,
 ) -> list[int]:
     """Call a function on every rank; how each ended: 0, or minus the signal, or its status.
 
@@ -29,7 +35,7 @@ def run_forked(
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            os._exit(_rank(rank, ranks, port, log, function, args))
+            os._exit(_rank(rank, ranks, port, log, partial(function, *args, **settings)))
         children[child] = rank
     ended: dict[int, int] = {}
     deadline = time.monotonic() + seconds
@@ -49,9 +55,7 @@ def run_forked(
     return [ended[rank] for rank in range(ranks)]
 
 
-def _rank(
-    rank: int, ranks: int, port: int, log: Path, function: Callable[..., Any], args: Any
-) -> int:
+def _rank(rank: int, ranks: int, port: int, log: Path, function: Callable[[], Any]) -> int:
     with log.open("a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -67,7 +71,7 @@ def _rank(
         HPDIST_ALLOW_CPU_FP16="1",
     )
     try:
-        function(*args)
+        function()
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()

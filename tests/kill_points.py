@@ -27,7 +27,9 @@ from tests.parquet_files import write_numbers
 STEPS, EVERY = 9, 3
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
+    "zero1_fp16": {"precision": "fp16", "zero": {"stage": 1}},
     "zero2_fp16": {"precision": "fp16", "zero": {"stage": 2}},
+    "zero3_fp16": {"precision": "fp16", "zero": {"stage": 3}},
 }
 _POINTS = {  # every call by which writing touches the disk
     checkpoint_writer: ["save_file", "_write_bytes", "_sync_folder", "hash_of"],
@@ -66,7 +68,13 @@ def arm(victim: int, point: int, count_in: Path | None = None) -> None:
             setattr(module, name, wrapped(getattr(module, name)))
 
 
-def train(folder: Path, name: str, kind: str, kill: tuple[int, int] | None) -> None:
+def train(
+    folder: Path,
+    name: str,
+    kind: str,
+    kill: tuple[int, int] | None = None,
+    **settings: Any,
+) -> None:
     """Train on this rank, to the end unless it is killed."""
     torch.set_num_threads(1)
     if kill is not None:
@@ -79,15 +87,14 @@ def train(folder: Path, name: str, kind: str, kill: tuple[int, int] | None) -> N
         labeled={**files, "rows": 12},
         unlabeled={**files, "streaming": True, "audit": True},
         views={"name": "identity"},
-        batch={"labeled": 4, "unlabeled": 8},
+        batch={"labeled": 12, "unlabeled": 24},
         optim={"name": "adamw", "lr": 1e-3},
         loss_scale={"initial": 1024.0, "growth_interval": 4},
         run={"dir": str(folder), "name": name},
         log={"every": 1},
         checkpoint={"every": EVERY, "background": True},
         tracker={"name": "none"},
-        steps=STEPS,
-        **KINDS[kind],
+        **{"steps": STEPS, **KINDS[kind], **settings},
     )
     trainer.fit()
 
@@ -128,7 +135,7 @@ def same(one: Path, other: Path) -> str | None:
 def main() -> None:
     """Kill at every point in turn, let the run go on, and print what came of it as JSON."""
     folder, kind, every = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    write_numbers(folder / "data", [[17, 9], [14]])
+    write_numbers(folder / "data", [[17, 9], [14, 31], [50]])
     log = folder / "log"
     found: list[dict[str, Any]] = []
     assert run_forked(2, log, train, folder, "whole", kind, None) == [0, 0], log.read_text()

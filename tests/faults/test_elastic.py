@@ -1,0 +1,58 @@
+"""A run goes on with other ranks and stages: the curve continues, no row is lost or repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMED = {"examples_per_second", "data_wait", "checkpoint_wait"}
+TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.elastic_runs", str(tmp_path_factory.mktemp("elastic"))],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HPDIST_ALLOW_CPU_FP16": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("run", "like"), [("ranks", "whole"), ("stages", "whole_fp16"), ("both", "whole_fp16")]
+)
+def test_the_curve_continues(outcomes: dict[str, Any], run: str, like: str) -> None:
+    pairs = zip(outcomes[run]["records"], outcomes[like]["records"], strict=True)
+    for step, (found, wanted) in enumerate(pairs, start=1):
+        for key in wanted.keys() - TIMED:
+            near = pytest.approx(wanted[key], rel=TOLERANCE[like], abs=1e-3)
+            assert found[key] == near, (step, key)
+
+
+@pytest.mark.parametrize("run", ["whole", "ranks", "stages", "both"])
+def test_no_row_is_lost_or_repeated(outcomes: dict[str, Any], run: str) -> None:
+    outcome = outcomes[run]
+    assert outcome["most"] == 1
+    assert outcome["used"] == outcome["rows"] == 12 * 24
+
+
+@pytest.mark.parametrize(
+    ("run", "like"), [("ranks", "whole"), ("stages", "whole_fp16"), ("both", "whole_fp16")]
+)
+def test_counters_are_carried_over(outcomes: dict[str, Any], run: str, like: str) -> None:
+    for key in ("loss_scale", "optimizer", "teacher_updates"):
+        assert outcomes[run][key] == outcomes[like][key], key
