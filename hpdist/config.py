@@ -325,6 +325,21 @@ class Checkpoint(Section):
     """auto continues from the newest whole checkpoint; never refuses a folder that is not empty."""
 
 
+class Divergence(Section):
+    """What happens when training goes wrong without an error, as seen in the logged steps."""
+
+    on: Literal["stop", "rollback"] = "stop"
+    """stop ends the run; rollback goes on from the newest checkpoint before, with later rows."""
+    nan_steps: int = Field(1, gt=0)
+    """Applied steps in a row whose loss may be NaN."""
+    collapse_share: float = Field(0.98, gt=0, le=1)
+    """Share of the pseudo-labels that one class may take."""
+    collapse_steps: int = Field(1000, gt=0)
+    """Applied steps in a row for which one class may take more."""
+    most_rollbacks: int = Field(3, gt=0)
+    """Times to go back before the run ends."""
+
+
 class Watchdog(Section):
     """The end of a run that hangs."""
 
@@ -375,6 +390,7 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracker: Tracker = Tracker()
     watchdog: Watchdog = Watchdog()
+    divergence: Divergence = Divergence()
 
     @model_validator(mode="after")
     def _patient_watchdog(self) -> RunConfig:

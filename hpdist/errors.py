@@ -47,6 +47,10 @@ class DistributedError(HpdistError):
     """The ranks disagree, or one of them failed."""
 
 
+class DivergenceError(HpdistError):
+    """Training went wrong without an error of its own: NaN, or collapsed pseudo-labels."""
+
+
 class StoppedError(HpdistError):
     """A signal asked the run to stop; it is saved and can go on."""
 

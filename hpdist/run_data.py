@@ -231,10 +231,9 @@ class RunData:
                 self.rank,
             )
 
-    def flush(self) -> None:
-        """Write the audit up to here, before the checkpoint that it belongs to."""
-        if self._audit is not None:
-            self._audit.flush()
+    def take_audit(self) -> Callable[[], None]:
+        """A call that writes the audit up to here, for the checkpoint that it belongs to."""
+        return self._audit.take() if self._audit is not None else lambda: None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the streams' positions."""

@@ -59,13 +59,16 @@ class RunState:
                 "identity": self.identity,
                 **facts,
             },
+            before=self.data.take_audit(),
         )
 
     @torch.no_grad()
-    def load(self, saved: checkpoint.SavedRun) -> dict[str, Any]:
+    def load(self, saved: checkpoint.SavedRun, *, data: bool = True) -> dict[str, Any]:
         """Take everything over from a checkpoint; give its facts.
 
-        Raises CheckpointError where it is one of another run.
+        Without `data`, the rows used since stay used: the streams go on where they are, and the
+        attempts, which key the views' noise, count on. Raises CheckpointError where it is one of
+        another run.
         """
         facts, step, engine = saved.facts, self.step, self.step.engine
         self._check_identity(saved)
@@ -80,12 +83,14 @@ class RunState:
         if step.teacher is not None:
             restored = [f.like(saved.read("teacher", f)) for f in step.teacher.fragments]
             step.teacher.load(restored, _under(saved.common, "teacher/"), facts["teacher_updates"])
-        step.applied_steps, step.attempts = facts["step"], facts["attempts"]
+        step.applied_steps = facts["step"]
         self.overflows = facts["overflows"]
         self.best = tuple(facts["best"]) if facts["best"] else None
-        for name, stream in self.data.streams.items():
-            stream.load_state_dict(facts["streams"][name])
-        self.data.load_state(facts["data"], facts["attempts"])
+        if data:
+            step.attempts = facts["attempts"]
+            for name, stream in self.data.streams.items():
+                stream.load_state_dict(facts["streams"][name])
+            self.data.load_state(facts["data"], facts["attempts"])
         return facts
 
     def _fragments(self) -> dict[str, list[Fragment]]:

@@ -419,9 +419,15 @@ class SemiSupervisedStep:
     def _measure(self, passes: list[_Pass]) -> dict[str, float]:
         """The global means of a step, from the contributions of all ranks. Collective."""
         names = passes[0].contributions
-        reduced = FusedSum(
-            {name: sum_(p.contributions[name] for p in passes) for name in names}
-        ).wait()
+        sums = {name: sum_(p.contributions[name] for p in passes) for name in names}
+        weak = [p.weak.logits for p in passes if p.weak is not None]
+        if weak:
+            logits = torch.cat(weak)  # [unlabeled, classes]
+            sums["pseudo-labels"] = logits.argmax(dim=1).bincount(minlength=logits.shape[1]).float()
+        reduced = FusedSum(sums).wait()
+        if weak:
+            counts = reduced.pop("pseudo-labels")
+            reduced["pseudo_label_top_share"] = counts.max() / counts.sum().clamp(min=1)
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
         return dict(zip(reduced, values, strict=True))
 

@@ -30,10 +30,11 @@ from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.reduce import agreed, from_main, largest, world_size
+from hpdist.divergence import DivergenceMonitor
 from hpdist.errors import (
     ConfigError,
+    DivergenceError,
     HpdistError,
-    PrecisionError,
 )
 from hpdist.evaluation import evaluate_both
 from hpdist.models.build import build_model
@@ -117,6 +118,8 @@ class Trainer:
         self._latest: tuple[str, int, dict[str, float]] = ("", -1, {})  # evaluation: set, step
         self._saved_attempt = -1
         self._problem: HpdistError | None = None  # that this rank has with its next rows
+        self._rollbacks = 0
+        self.monitor = DivergenceMonitor(config.divergence)
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
         sharding = launch.resolve(config)
         algorithm_config = cast(AlgorithmConfig, config.algorithm)
@@ -319,7 +322,10 @@ class Trainer:
                 record |= self._evaluate()
             if record:
                 self.log.write(done, step.attempts, record)
-            if _due(config.checkpoint.every, done, config.steps):
+            wrong = self.monitor.look(done, record) if measure else None
+            if wrong is not None:
+                self._go_back(*wrong)
+            elif _due(config.checkpoint.every, done, config.steps):
                 self.save()
         if self._excess is not None or (outcome.stop and step.applied_steps < config.steps):
             self._stop_early()
@@ -333,12 +339,28 @@ class Trainer:
         agreed(lambda: _raise(self._excess or self._problem))
         raise self.guard.stopped(self.step.applied_steps)
 
-    def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
-        if outcome.metrics["loss"] != outcome.metrics["loss"]:
-            raise PrecisionError(
-                f"the loss became NaN at step {self.step.applied_steps}; lower optim.lr, set "
-                "optim.grad_clip, or train in fp32 to find out why"
+    def _go_back(self, first: int, what: str) -> None:
+        """Go on from before a divergence that began at step `first`, or end. Collective."""
+        config = self.config.divergence
+        self.log.say(f"step {self.step.applied_steps}: {what}")
+        advice = "try a lower optim.lr, a higher threshold, or optim.grad_clip"
+        if config.on == "stop" or not self.files:
+            raise DivergenceError(
+                f"{what}; {advice}; divergence.on: rollback goes on from a checkpoint before"
             )
+        self._finish_saving()
+        saved = checkpoint.open_newest(self.folder.checkpoints, self.log.say, before=first)
+        if saved is None or self._rollbacks == config.most_rollbacks:
+            why = f"after {self._rollbacks} rollbacks" if saved else "no checkpoint is from before"
+            raise DivergenceError(f"{what}; {why}; {advice}")
+        self._rollbacks += 1
+        self.state.load(saved, data=False)
+        self.monitor.forget()
+        from_main(lambda: checkpoint.drop_after(self.folder.checkpoints, saved.facts["step"]))
+        self.folder.drop_metrics_after(self.step.applied_steps)
+        self.log.say(f"back to step {self.step.applied_steps}, and on with the rows that follow")
+
+    def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
         waited = {"data_wait": self.data.waited}
         if self.files:
             waited["checkpoint_wait"] = self.writer.waited
@@ -405,7 +427,6 @@ class Trainer:
         """Begin to write a checkpoint. Every rank must call."""
         if self.files:
             facts = {"seconds": self.log.seconds, "tracker_run_id": self.log.run_id}
-            self.data.flush()
             self._saved_attempt = self.step.attempts
             self.state.save(self.writer, facts)
             self._tell_problems()

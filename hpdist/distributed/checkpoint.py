@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name, reverse=True)
 
 
-def open_newest(folder: Path, say: Callable[[str], None]) -> SavedRun | None:
+def open_newest(
+    folder: Path, say: Callable[[str], None], before: int | None = None
+) -> SavedRun | None:
     """Open the newest checkpoint that verifies; what is wrong with a newer one is said.
+
+    With `before`, only checkpoints of earlier steps count.
 
     Each rank verifies its share of the files, and all agree. Collective: every rank must call.
     Raises CheckpointError where there are checkpoints and none is whole, or one is of a later
@@ -48,6 +53,7 @@ def open_newest(folder: Path, say: Callable[[str], None]) -> SavedRun | None:
     """
     rank = dist.get_rank() if world_size() > 1 else 0
     newest = from_main(lambda: [path.name for path in list_checkpoints(folder)])
+    newest = [name for name in newest if before is None or name < f"step-{before:08d}"]
     for name in newest:
         saved, error = None, None
         try:
@@ -67,6 +73,13 @@ def open_newest(folder: Path, say: Callable[[str], None]) -> SavedRun | None:
             "run.name to start anew, or remove the run folder"
         )
     return None
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps; for one rank to do."""
+    for path in list_checkpoints(folder):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
 
 
 class LaterFormatError(CheckpointError):
@@ -171,9 +184,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise LaterFormatError(
             f"{path} has format {version}, this hpdist knows up to {VERSION}; upgrade hpdist"
         )
+    if facts.pop("digest", None) != digest_of(facts):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its digest differs")
     if version < VERSION:
         raise CheckpointError(f"{path} has format {version}, which is no longer read")
     return facts
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's content."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def hash_of(path: Path) -> str:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hpdist.distributed.checkpoint import (
     COMMON,
     MANIFEST,
     VERSION,
+    digest_of,
     hash_of,
     list_checkpoints,
 )
@@ -75,11 +76,13 @@ class CheckpointWriter:
         fragments: Mapping[str, Sequence[Fragment]],
         common: Mapping[str, Tensor],
         facts: Mapping[str, Any],
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the state and begin to write it; first an unfinished write is waited for.
 
         `fragments` are this rank's, by kind; `common` and `facts` (JSON) are the same on every
-        rank. Every rank must call, but none waits for another.
+        rank. `before` writes what must be safe before the checkpoint exists. Every rank must call,
+        but none waits for another.
         """
         start = time.monotonic()
         self._join()
@@ -91,7 +94,7 @@ class CheckpointWriter:
         shared = {name: _copy(value) for name, value in common.items()} if self._rank == 0 else {}
         self._count += 1
         temporary = self._folder / f".writing-{step:08d}-{self._token}-{self._count}"
-        arguments = (temporary, step, own, shared, dict(facts))
+        arguments = (temporary, step, own, shared, dict(facts), before)
         if self._background:
             name = "hpdist-checkpoint"
             self._thread = threading.Thread(
@@ -137,10 +140,12 @@ class CheckpointWriter:
         own: dict[str, Tensor],
         shared: dict[str, Tensor],
         facts: dict[str, Any],
+        before: Callable[[], None],
     ) -> None:
         self._failed = False
         try:
             temporary.mkdir(parents=True, exist_ok=True)
+            before()
             self._write_own(temporary, own, shared)
             if self._rank == 0:
                 self._complete(temporary, step, facts)
@@ -174,7 +179,9 @@ class CheckpointWriter:
             "files": files,
             **facts,
         }
-        _write_bytes(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2)
+        _write_bytes(temporary / MANIFEST, text.encode())
         for note in notes:
             note.unlink()
         _sync_folder(temporary)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,8 @@ class Audit:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
         self._own = folder / f"rank-{rank:05d}.parquet"
-        self._tables: list[pa.Table] = []
-        self._attempts: list[int] = []
+        self._lock = threading.Lock()
+        self._tables: list[tuple[int, pa.Table]] = []  # with their attempts
 
     def add(self, attempt: int, applied: bool, batch: UnlabeledBatch) -> None:
         """Take note of the rows of an attempted step."""
@@ -60,26 +62,33 @@ class Audit:
             pa.array(valid),
             pa.array([reasons.get(int(i)) for i in ids] if reasons else [None] * rows, pa.string()),
         ]
-        self._tables.append(pa.table(columns, schema=_SCHEMA))
-        self._attempts.append(attempt)
+        with self._lock:
+            self._tables.append((attempt, pa.table(columns, schema=_SCHEMA)))
 
-    def flush(self) -> None:
-        """Write what was collected; raises CheckpointError where that fails."""
-        if not self._tables:
+    def take(self) -> Callable[[], None]:
+        """What was collected, as a call that writes it and raises CheckpointError if it cannot.
+
+        The call may run on another thread; what it cannot write comes with the next one.
+        """
+        with self._lock:
+            taken, self._tables = self._tables, []
+        return lambda: self._write(taken)
+
+    def _write(self, taken: list[tuple[int, pa.Table]]) -> None:
+        if not taken:
             return
-        name = f"part-{self._attempts[0]:010d}-{self._attempts[-1]:010d}.parquet"
+        name = f"part-{taken[0][0]:010d}-{taken[-1][0]:010d}.parquet"
         temporary = self._own / f".{name}.tmp"
         try:
             self._own.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.concat_tables(self._tables), temporary)
+            pq.write_table(pa.concat_tables([table for _, table in taken]), temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self._own / name)
         except OSError as error:
-            raise CheckpointError(f"data.unlabeled.audit: cannot write {self._own}: {error}") from (
-                error
-            )
-        self._tables, self._attempts = [], []
+            with self._lock:
+                self._tables = taken + self._tables
+            raise CheckpointError(f"the audit in {self._own} cannot be written: {error}") from error
 
     def drop_after(self, attempt: int) -> None:
         """Remove what any rank wrote of later attempts; for one rank to do, before a flush."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.labeled_rows = path / "labeled_rows.json"
+        self._unwritten: list[str] = []  # lines of metrics.jsonl
+        self._told = False
 
     def create(self) -> None:
         """Make the folder; raises CheckpointError where that cannot be."""
@@ -71,10 +74,30 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
-        """Add one line to metrics.jsonl."""
-        if self.main:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        """Add one line to metrics.jsonl; on a full disk it is kept for the next time."""
+        if not self.main:
+            return
+        self._unwritten.append(json.dumps(record) + "\n")
+        try:
+            with self.metrics.open("ab", buffering=0) as file:
+                whole = file.tell()
+                rest = memoryview("".join(self._unwritten).encode())
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(whole)  # rather none of a line than half
+                    raise
+        except OSError as error:
+            if not self._told:
+                warnings.warn(
+                    f"{self.metrics} cannot be written: {error}; the records are kept and written "
+                    "when there is room",
+                    stacklevel=2,
+                )
+            self._told = True
+            return
+        self._unwritten, self._told = [], False
 
     def drop_metrics_after(self, step: int) -> None:
         """Remove the records after a step, so that the file reads as that of one run."""
