@@ -64,12 +64,14 @@ class SlowRun:
         files = json.dumps([str(path) for path in self.files])
         (folder / "config.yaml").write_text(CONFIG.replace("DATA", files))
 
-    def launch(self, ranks: int, steps: int, *settings: Any) -> subprocess.Popen[str]:
+    def launch(
+        self, ranks: int, steps: int, *settings: Any, launcher: Sequence[Any] = ()
+    ) -> subprocess.Popen[str]:
         """Start it, or let it go on."""
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", ROOT / "configs/accelerate/cpu_bf16.yaml"),
-            *("--num_processes", ranks, "--main_process_port", 0),
+            *("--num_processes", ranks, "--main_process_port", 0, *launcher),
             *("-m", "hpdist", "train", self.folder / "config.yaml", "--steps", steps),
             *("--run.dir", self.folder, "--run.name", "run", *settings),
         ]

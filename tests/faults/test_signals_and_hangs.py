@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,31 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, number: signal
     assert run.launch(2, STEPS).wait(timeout=200) == 0, run.output
     assert f"continuing from {run.run}/checkpoints/{saved[0]} at step {told[0]}" in run.output
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+
+
+def test_a_launcher_that_restarts_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    run = SlowRun(tmp_path, GROUPS)
+    process = run.launch(2, STEPS, launcher=["--max_restarts", 2])
+    run.await_step(process, 5)
+    ranks_of(process)[1].kill()
+    assert process.wait(timeout=240) == 0, run.output
+    assert "continuing from" in run.output
+    assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+    used = Counter((row["epoch"], row["id"]) for row in run.audit())
+    assert max(used.values()) == 1
+    assert len(used) == STEPS * 24
+
+
+def test_the_same_tracker_run_goes_on(tmp_path: Path) -> None:
+    run = SlowRun(tmp_path, GROUPS)
+    ids = []
+    for steps in (4, 8):
+        tracker = ["--tracker.name", "wandb"]
+        assert run.launch(1, steps, *tracker).wait(timeout=120) == 0, run.output
+        manifest = run.run / f"checkpoints/step-{steps:08d}/manifest.json"
+        ids.append(json.loads(manifest.read_text())["tracker_run_id"])
+    assert ids[0] == ids[1]
+    assert len(list(run.run.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))) == 2
 
 
 HANGS = """
