@@ -84,6 +84,7 @@ class FaultServer:
         self.requests: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
         self.seen: list[Seen] = []
+        self.stalled = 0  # answers that have stopped midway
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -299,6 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         part = int(len(body) * fault.after)
         self._write(name, body[:part])
         if fault.kind == "stall":
+            faults.stalled += 1
             faults._released.wait()
             return self._write(name, body[part:])
         self.close_connection = True
