@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hpdist.data.files import (
-    FileChangedError,
-    FileLostError,
-    Retry,
-    is_remote,
-    open_file,
-    stat,
-)
-from hpdist.data.stream.index import MAGIC, DataFile, Index
+from hpdist.data.files import FileChangedError, FileLostError, Retry, is_remote
+from hpdist.data.stream.index import Index
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.plan import Piece, Plan, Segment, Window, choose_lanes
 from hpdist.data.stream.reader import Rows
+from hpdist.data.stream.row_groups import RowGroups
 from hpdist.data.stream.threads import DaemonThreads
 from hpdist.errors import DataError
 
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
-_FOOTERS = 32 << 20  # bytes of footers, as they are stored, that are kept parsed
 _MOST_IN_32_BITS = 1 << 30  # bytes; beyond, a column's offsets might not fit
 _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
 
@@ -105,11 +95,10 @@ class ParquetReader:
         self._columns = list(columns)
         self._name = name
         self._plan = Plan(index.rows, seed, *lanes)
-        self._retry = retry or Retry()
         self._stop = stop or threading.Event()
+        self._groups = RowGroups(columns, retry or Retry(), self._stop)
         self._lanes: dict[int, list[_Opened]] = {}  # of each lane, its windows in order
         self._ahead: tuple[tuple[int, int, int, int], _Runs] | None = None  # what was prepared
-        self._footers = _Footers()
         remote = any(is_remote(file.path) for file in index.files)
         self._threads = DaemonThreads(
             _REMOTE_THREADS if remote else _LOCAL_THREADS, "hpdist-parquet"
@@ -179,6 +168,7 @@ class ParquetReader:
         self._lanes.clear()
         self._ahead = None
         self._threads.close(_PATIENCE)
+        self._groups.close()
 
     def _runs(self, pieces: Sequence[Piece]) -> _Runs:
         """The windows that hold these pieces, and which of their rows; all are being read."""
@@ -237,7 +227,7 @@ class ParquetReader:
         first = int(index.first[segment.group]) + segment.start
         count = segment.stop - segment.start
         try:
-            group = self._read_group(file, int(index.number[segment.group]))
+            group = self._groups.read(file, int(index.number[segment.group]))
             if len(group) < first + count:
                 raise pa.ArrowInvalid(f"the row group holds {len(group)} rows")
             columns = group.slice(first, count).select(self._columns).columns
@@ -255,68 +245,6 @@ class ParquetReader:
             reason = f"its row group cannot be read: {' '.join(str(error).split())[:200]}"
         nulls = [pa.nulls(count, field.type) for field in self._schema]
         return pa.table(nulls, schema=self._schema), reason
-
-    def _read_group(self, file: DataFile, number: int) -> pa.Table:
-        with ExitStack() as stack:
-            opened = open_file(file.path, file.version, self._retry, self._stop)
-            source: Any = stack.enter_context(opened)
-            if not is_remote(file.path):  # read natively, without Python's lock
-                source = stack.enter_context(pa.OSFile(source.name))
-                self._check_length(file, source)
-            parquet = pq.ParquetFile(
-                source,
-                metadata=self._footers.of(file.path, source),
-                page_checksum_verification=True,
-                pre_buffer=False,
-            )
-            return parquet.read_row_group(number, columns=self._columns, use_threads=False)
-
-    def _check_length(self, file: DataFile, source: Any) -> None:
-        """Tell a file that was cut off, which is lost as a whole, from one that was rewritten."""
-        size = source.size()
-        if size >= file.version.size:
-            return
-        source.seek(max(0, size - len(MAGIC)))
-        if source.read() == MAGIC:
-            found = stat(file.path, self._retry, self._stop)
-            raise FileChangedError(file.path, file.version, found)
-        raise FileLostError(file.path, f"the file was cut off: {size} bytes of {file.version.size}")
-
-
-class _Footers:
-    """Parsed footers, the least recently used ones forgotten first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: OrderedDict[str, pq.FileMetaData] = OrderedDict()
-        self._reading: dict[str, threading.Lock] = {}
-        self._bytes = 0
-
-    def of(self, path: str, source: Any) -> pq.FileMetaData:
-        """A file's footer, read from `source` if need be, by one thread for all."""
-        found, reading = self._find(path)
-        if found is not None:
-            return found
-        with reading:
-            found, _ = self._find(path)
-            if found is None:
-                found = pq.read_metadata(source)
-                self._keep(path, found)
-        return found
-
-    def _find(self, path: str) -> tuple[pq.FileMetaData | None, threading.Lock]:
-        with self._lock:
-            if path in self._known:
-                self._known.move_to_end(path)
-            reading = self._reading.setdefault(path, threading.Lock())
-            return self._known.get(path), reading
-
-    def _keep(self, path: str, found: pq.FileMetaData) -> None:
-        with self._lock:
-            self._known[path] = found
-            self._bytes += found.serialized_size
-            while self._bytes > _FOOTERS and len(self._known) > 1:
-                self._bytes -= self._known.popitem(last=False)[1].serialized_size
 
 
 def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
