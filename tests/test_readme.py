@@ -20,7 +20,7 @@ from hpdist.data.digits import write_digits
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CHECKED_OTHERWISE = ("make", "pip", "source", "wandb", "tensorboard")
+CHECKED_OTHERWISE = ("make", "pip", "source", "wandb", "tensorboard", "sbatch")
 """Commands that install, need an account, or do not end: what they name must exist."""
 
 pytestmark = pytest.mark.slow
@@ -93,6 +93,9 @@ def _check(command, clone):
         assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in wanted)
     elif command[:2] == ["wandb", "sync"]:
         assert glob.glob(command[-1], root_dir=clone)
+    elif command[0] == "sbatch":
+        subprocess.run(["bash", "-n", ROOT / command[1]], check=True)
+        assert (ROOT / command[2]).exists()
     elif command[0] == "tensorboard":
         assert list((clone / command[-1]).rglob("events.out.tfevents.*"))
     elif command[0] == "accelerate":

@@ -1,0 +1,73 @@
+"""A job that SLURM signals saves, is queued again, and goes on by itself; on a real SLURM."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slow_run import ROOT, SlowRun
+from tests.slurm import Slurm, missing
+
+STEPS = 60
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() is not None, reason=missing() or "SLURM is here"),
+]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Slurm]:
+    (tmp_path / "slurm").mkdir()
+    started = Slurm(tmp_path / "slurm")
+    yield started
+    started.stop()
+
+
+def await_state(slurm: Slurm, job: str, states: set[str], log: Path, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while slurm.state(job) not in states:
+        text = log.read_text() if log.exists() else ""
+        assert time.monotonic() < deadline, f"{slurm.state(job)}\n{text}\n{slurm.logs()}"
+        time.sleep(0.3)
+
+
+def test_signalled_requeued_and_finished(tmp_path: Path, slurm: Slurm) -> None:
+    run = SlowRun(tmp_path, [[300], [300]])
+    log = tmp_path / "job.log"
+    slurm.environment |= {
+        "ACCELERATE": f"{Path(sys.executable).parent}/accelerate",
+        "CONFIG_FILE": str(ROOT / "configs/accelerate/cpu_bf16.yaml"),
+        "PER_NODE": "1",
+        "MAIN_IP": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    settings = ["--steps", STEPS, "--run.dir", tmp_path, "--run.name", "run"]
+    job = slurm.run(
+        *("sbatch", "--parsable", f"--output={log}", "--begin=now", f"--chdir={tmp_path}"),
+        *(ROOT / "launch/slurm.sbatch", run.folder / "config.yaml", *settings),
+    ).strip()
+    deadline = time.monotonic() + 240
+    while not any(record["step"] >= 4 for record in run.records()):
+        assert time.monotonic() < deadline, (log.read_text() if log.exists() else "") + slurm.logs()
+        time.sleep(0.1)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time is up
+    await_state(slurm, job, {"PENDING"}, log)
+    assert "stopped by SIGUSR1" in log.read_text()
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # a requeued job waits minutes
+    await_state(slurm, job, {"COMPLETED", "FAILED"}, log)
+    text = log.read_text()
+    assert slurm.state(job) == "COMPLETED", text
+    assert "continuing from" in text
+    assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+    used = Counter((row["epoch"], row["id"]) for row in run.audit())
+    assert max(used.values()) == 1
+    assert len(used) == STEPS * 24
