@@ -28,7 +28,8 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
-_LINES = {"L": "L", "RGB": "RGB;L", "RGBA": "RGBA;L"}  # Pillow's layouts of a band per line
+_PACKED = {"L": "L", "RGB": "RGBX", "RGBA": "RGBA"}  # as Pillow keeps them: packing only copies
+_LARGE = 1 << 16  # packed bytes; for smaller images the plain copy is faster
 _REASON_LENGTH = 300
 _MODES = {
     "1": "L",
@@ -161,7 +162,11 @@ class InputSpec:
         if self.kind == "vector":
             array: Array = _finite(value)  # [features]
         elif self.stored == "encoded":
-            array = _pixels(_open_image(value), str(self.mode))  # [channels, height, width]
+            pixels = _pixels(_open_image(value), str(self.mode))
+            if pixels.shape[:2] == self.shape[1:]:
+                _part(pixels, out)
+                return
+            array = pixels.transpose(2, 0, 1)[: self.shape[0]]  # [channels, height, width]
         else:
             array = _bytes_of(_to_channels_first(value, self.channels_last))
         if self.size and array.shape[0] == self.shape[0]:
@@ -185,7 +190,7 @@ def stored_values(column: pa.ChunkedArray) -> list[Any]:
     """Take a column's values as they are stored, one per row, undecoded.
 
     Encoded images are bytes or {bytes, path}; lists of numbers, nested or not, are arrays; a list
-    that is ragged or holds nulls is `Unreadable`.
+    that is ragged or holds nulls is `Unreadable`, and so is text that is not UTF-8.
     """
     values: list[Any] = []
     for chunk in column.chunks:
@@ -193,8 +198,22 @@ def stored_values(column: pa.ChunkedArray) -> list[Any]:
         if _is_list(storage.type):
             values += [_nested(storage.slice(row, 1)) for row in range(len(storage))]
         else:
-            values += storage.to_pylist()
+            values += _plain(storage)
     return values
+
+
+def _plain(array: pa.Array) -> list[Any]:
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        return [_plain_value(value) for value in array]
+
+
+def _plain_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return Unreadable("it holds text that is not UTF-8")
 
 
 def _is_list(type_: pa.DataType) -> bool:
@@ -232,6 +251,8 @@ def _open_image(value: Any) -> Image.Image:
     if not isinstance(data, bytes):
         raise ValueError(f"it is {type(data).__name__}, not an image, a vector or an array")
     image: Image.Image = Image.open(io.BytesIO(data))
+    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+        return image  # Pillow would find no orientation, and make an empty Exif for every image
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     return image
@@ -248,7 +269,7 @@ def _mode_of(image: Image.Image) -> str:
 
 
 def _pixels(image: Image.Image, mode: str) -> Array:
-    """Take the pixels in `mode`, uint8 [channels, height, width]; the array is read-only."""
+    """Take the pixels in `mode`, uint8 [height, width, 1 or 4]; the fourth of RGB is padding."""
     if image.mode in _SIXTEEN_BIT:
         deep = np.asarray(image)
         if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
@@ -260,9 +281,22 @@ def _pixels(image: Image.Image, mode: str) -> Array:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns and guesses
     if image.mode != mode:
         image = image.convert(mode)
-    # Pillow parts the bands as it packs each line, which costs less than to part them afterwards.
-    packed = np.frombuffer(image.tobytes("raw", _LINES[mode]), np.uint8)
-    return packed.reshape(image.height, _CHANNELS[mode], image.width).transpose(1, 0, 2)
+    packed = np.frombuffer(image.tobytes("raw", _PACKED[mode]), np.uint8)  # read-only
+    return packed.reshape(image.height, image.width, -1)
+
+
+def _part(pixels: Array, out: Array) -> None:
+    """Part packed pixels, [height, width, 1 or 4], into `out`: [channels, height, width]."""
+    if pixels.shape[2] == 1 or pixels.size < _LARGE or not out.flags.c_contiguous:
+        for band in range(len(out)):
+            out[band] = pixels[..., band]
+        return
+    # numpy copies every fourth byte one by one, but narrows words to their lowest byte many at a
+    # time: twice as fast. The words of a band start at its byte, so the last pixel has none.
+    channels, words_per_band = len(out), out[0].size - 1
+    words: Array = np.ndarray((channels, words_per_band), "<u4", pixels, strides=(1, 4))
+    np.copyto(out.reshape(channels, -1)[:, :-1], words, casting="unsafe")
+    out[:, -1, -1] = pixels[-1, -1, :channels]
 
 
 def _to_channels_first(array: Array, channels_last: bool) -> Array:

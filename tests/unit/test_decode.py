@@ -63,6 +63,34 @@ def test_an_image_is_turned_as_its_exif_says(kind):
     assert torch.equal(upright, spec.decode(flat).rot90(-1, (1, 2)))
 
 
+@pytest.mark.parametrize("form", ["an attribute", "an element"])
+def test_a_jpeg_is_turned_as_its_xmp_says(form):
+    said = b' tiff:Orientation="6"' if form == "an attribute" else b"<tiff:Orientation>6<"
+    file = io.BytesIO()
+    Image.open(io.BytesIO(encoded(5))).save(file, "JPEG")  # without EXIF
+    flat = file.getvalue()
+    segment = b"http://ns.adobe.com/xap/1.0/\x00" + said
+    length = (len(segment) + 2).to_bytes(2, "big")
+    turned = flat[:2] + b"\xff\xe1" + length + segment + flat[2:]
+    upright = InputSpec.of(turned, None).decode(turned)
+    assert torch.equal(upright, InputSpec.of(flat, None).decode(flat).rot90(-1, (1, 2)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (127, 128), (128, 128), (131, 301)])
+def test_pixels_are_those_that_pillow_gives(mode, size):
+    bands = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, *bands), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels, mode).save(file, "PNG")
+    expected = np.moveaxis(np.atleast_3d(pixels), -1, 0)
+    spec = InputSpec.of(file.getvalue(), None)
+    assert np.array_equal(spec.decode(file.getvalue()).numpy(), expected)
+    apart = np.zeros((1, *spec.shape[::-1]), np.uint8).transpose(0, 3, 2, 1)  # not contiguous
+    assert not spec.decode_array([file.getvalue()], apart)
+    assert np.array_equal(apart[0], expected)
+
+
 def test_vectors_that_are_not_finite_are_left_out():
     spec = InputSpec.of(np.arange(4.0), None)
     values = [np.array([1, np.nan, 2, 3]), np.array([1e300, 0, 0, 0]), np.arange(4), np.arange(3.0)]
