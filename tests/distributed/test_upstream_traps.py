@@ -7,6 +7,7 @@ that the workaround it names can go.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,3 +138,22 @@ def test_accelerate_takes_fp16_on_a_cpu_for_fp32(traps: dict[str, Any]) -> None:
     """ReplicatedEngine's own autocast and loss scaler."""
     assert traps["computes in"] == [torch.float32]
     assert not traps["scaler"]
+
+
+def test_deepspeed_makes_fp32_on_nvme_bf16_where_there_is_no_fp16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """make_plugin's lifted check; https://github.com/deepspeedai/DeepSpeed/pull/8428."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    kind = type(get_accelerator())
+    found = {}
+    for supported in (True, False):
+        monkeypatch.setattr(kind, "is_fp16_supported", lambda self, answer=supported: answer)
+        holder = SimpleNamespace()
+        Init._set_dtype(holder, None, torch.float32)
+        found[supported] = holder.dtype
+    assert found == {True: torch.float32, False: torch.bfloat16}

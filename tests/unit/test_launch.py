@@ -359,6 +359,18 @@ def test_no_deepspeed_json_is_left_over() -> None:
     assert files == {path.stem for path in BY_DEEPSPEED}
 
 
+def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from hpdist.distributed.zero import make_plugin
+
+    monkeypatch.setattr(type(AsyncIOBuilder()), "is_compatible", lambda self: False)
+    with pytest.raises(ConfigError, match=r"zero.offload: nvme needs libaio.* install libaio-dev"):
+        make_plugin(launch.Sharding(stage=3, offload="nvme", nvme_path=str(tmp_path)))
+
+
 @pytest.mark.parametrize("path", BY_DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:HPDIST_ALLOW_CPU_FP16=1")
 def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
