@@ -152,7 +152,8 @@ class SemiSupervisedStep:
         Raises ConfigError where rows are missing or do not divide into micro-batches, and
         PrecisionError where overflow has no end.
         """
-        self.engine.module.train()
+        if not self.engine.module.training:  # setting it walks over all modules
+            self.engine.module.train()
         notes = self._notes(unlabeled, stop)
         micros = [self._make_views(*slices) for slices in self._cut(labeled, unlabeled)]
         weak: list[WeakOutputs | None] = []
@@ -178,7 +179,7 @@ class SemiSupervisedStep:
                 total = FusedSum(local).wait() if local and ahead is None else ahead or {}
                 terms = self.algorithm.loss(outputs, self._attach(local, total))
                 self.engine.backward(terms.total(self._parts))
-                contributions = terms.contributions(self._parts)
+                contributions = terms.contributions(self._parts) if measure else {}
                 passes.append(_Pass(micro, weak[number], rows, total, contributions))
         done = self.engine.step(lr, self.grad_clip)
         self.attempts += 1
@@ -295,21 +296,15 @@ class SemiSupervisedStep:
         self, micros: list[_MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
     ) -> FusedSum:
         """Start the one reduction of a step: rows, notes, and the algorithm's sums."""
-        values = [self._local_sums(m, w) for m, w in zip(micros, weak, strict=True)]
-        sums = {key: sum_(v[key] for v in values) for key in values[0]}
-        return FusedSum({"notes": notes, **sums})
-
-    def _local_sums(self, micro: _MicroBatch, weak: WeakOutputs | None) -> dict[str, Tensor]:
-        device = self.engine.device
-        sums = {
-            "labeled rows": torch.tensor(float(len(micro.labeled)), device=device),
-            "unlabeled rows": torch.tensor(float(len(micro.ids)), device=device),
-            "not finite": torch.zeros((), device=device),
-        }
-        if weak is not None:
-            sums["not finite"] = (~weak.logits.isfinite()).any(dim=-1).sum().float()
-            sums |= self.algorithm.statistics(weak)
-        return sums
+        rows = [sum(len(m.labeled) for m in micros), sum(len(m.ids) for m in micros)]
+        sums = {"notes": notes, "rows": torch.tensor(rows, device=self.engine.device)}
+        seen = [outputs for outputs in weak if outputs is not None]
+        if seen:
+            # 0, or NaN where any logit is not finite.
+            sums["not finite"] = sum_(outputs.logits.sum() * 0 for outputs in seen)
+            parts = [self.algorithm.statistics(outputs) for outputs in seen]
+            sums |= {key: sum_(part[key] for part in parts) for key in parts[0]}
+        return FusedSum(sums)
 
     def _observe(self, reduction: FusedSum) -> tuple[Tensor, Tensor]:
         """Wait for the sums, show them to the algorithm; give the global rows of both kinds.
@@ -319,8 +314,10 @@ class SemiSupervisedStep:
         """
         sums = reduction.wait()
         self._noted = sums.pop("notes")
-        labeled, unlabeled = sums.pop("labeled rows"), sums.pop("unlabeled rows")
-        sound = (sums.pop("not finite") == 0) & (unlabeled > 0)
+        labeled, unlabeled = sums.pop("rows").unbind()
+        sound = unlabeled > 0
+        if "not finite" in sums:
+            sound = sound & (sums.pop("not finite") == 0)
         unlabeled = unlabeled.clamp(min=1)  # sums over no rows are 0, and so are their means
         self.algorithm.observe(sums, unlabeled)
         self.algorithm.pending = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,7 @@ class ShardedTeacher:
         self._parts = [part.detach().clone() for part in engine.master_parts()]
         self.fragments = engine.fragments_of(self._parts)
         self.buffers = {name: b.detach().clone() for name, b in engine.module.named_buffers()}
+        self._owners = _owners(engine.module, self.buffers)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -41,11 +42,12 @@ class ShardedTeacher:
         student = self.engine.master_parts()  # whole parts: one operation, however many parameters
         if student:
             torch._foreach_lerp_(self._parts, student, 1 - decay)
-        for name, buffer in self.engine.module.named_buffers():
+        for name, (owner, attribute) in self._owners.items():
+            own, buffer = self.buffers[name], getattr(owner, attribute)
             if buffer.is_floating_point():
-                self.buffers[name].lerp_(buffer, 1 - decay)
+                own.lerp_(buffer, 1 - decay)
             else:
-                self.buffers[name].copy_(buffer)
+                own.copy_(buffer)
         self.updates += 1
 
     @contextmanager
@@ -106,3 +108,15 @@ class ShardedTeacher:
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
         for name, buffer in self.engine.module.named_buffers():
             buffer.copy_(values[name])
+
+
+def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """Which module holds a buffer and as what: walking over all modules costs more than copying.
+
+    Not the buffers themselves, which a module may replace.
+    """
+    found = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        found[name] = (model.get_submodule(path), attribute)
+    return found
