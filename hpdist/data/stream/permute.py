@@ -44,14 +44,15 @@ def permutation(size: int, *key: int) -> Int64Array:
     bits = max(2, (size - 1).bit_length())
     low = bits // 2
     halves = np.arange(1 << (bits - low), dtype=np.uint64)
-    mixed = _mixed(halves + _round_keys(key)[:, None])  # [rounds, halves]
+    masks = np.resize(np.array([(1 << (bits - low)) - 1, (1 << low) - 1], np.uint64), (_ROUNDS, 1))
+    mixed = _mixed(halves + _round_keys(key)[:, None]) & masks  # [rounds, halves]
     places = np.arange(1 << bits)
     right, left = places & ((1 << low) - 1), places >> low
-    for number, table in enumerate(mixed):
+    for number, table in enumerate(mixed.astype(np.int64)):
         if number % 2:
-            right ^= (table & np.uint64((1 << low) - 1)).astype(np.int64)[left]
+            right ^= table[left]
         else:
-            left ^= (table & np.uint64((1 << (bits - low)) - 1)).astype(np.int64)[right]
+            left ^= table[right]
     network = (left << low) | right
     result = network[:size].copy()
     outside = np.flatnonzero(result >= size)
