@@ -287,7 +287,7 @@ def runs_on_damaged_data(
     module = "python:tests.faults.test_damaged_data:keep"
     ended["filtered"] = train(whole, "filtered", f"--data.unlabeled.filter={module}")
     content, time = file.read_bytes(), file.stat().st_mtime_ns
-    main = os.environ["RANK"] == "0"
+    main = os.environ.get("RANK", "0") == "0"
 
     with at_batch(2, lambda: file.write_bytes(content) if main else None):
         ended["rewritten"] = train(whole, "rewritten")
@@ -308,7 +308,10 @@ def test_a_run_masks_counts_and_stops_at_the_limit_on_real_ranks(
     damage_page(paths[2], 1, "body")
     damaged = write_config(tmp_path / "damaged", paths)
     changed = tmp_path / "whole/train-00003.parquet"
-    ended = run_ranks(ranks, runs_on_damaged_data, damaged, whole, changed)
+    if ranks == 1:
+        ended = [runs_on_damaged_data(damaged, whole, changed)]
+    else:
+        ended = run_ranks(ranks, runs_on_damaged_data, damaged, whole, changed)
     statuses = {name: {rank[name][0] for rank in ended} for name in ended[0]}
     assert statuses == {"few": {2}, "more": {0}, "filtered": {0}, "rewritten": {2}, "restored": {0}}
 

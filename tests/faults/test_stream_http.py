@@ -328,9 +328,9 @@ def test_ctrl_c_ends_a_run_that_waits_for_a_silent_server(
             children = psutil.Process(process.pid).children(recursive=True)
             sent = time.monotonic()
             process.send_signal(signal.SIGINT)
-            assert process.stdout is not None
-            last = process.stdout.readline().split()
             process.wait(15)  # the silence itself would be waited for 30 s
+            assert process.stdout is not None
+            last = process.stdout.read().split()
         finally:
             process.kill()
     assert last[0] == "130"
