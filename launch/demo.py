@@ -3,7 +3,8 @@
     make demo                           # or, in an environment with hpdist[wandb,demo]:
     python launch/demo.py --seeds 1
 
-Uses every GPU with fp16 and DeepSpeed ZeRO-2, or two CPU processes with bf16 where there is none.
+Uses every GPU with fp16 and DeepSpeed ZeRO-2, or two CPU processes where there is none: with bf16,
+or with fp32 on a processor that has no instructions for it.
 Everything it writes is in `demo/`; runs of an earlier demo there are replaced.
 """
 
@@ -97,7 +98,10 @@ def parse_options() -> argparse.Namespace:
 def choose_launcher(gpus: int) -> tuple[list[str], list[str]]:
     """The launcher's options, and overrides that make the global batches divide."""
     if not gpus:
-        return ["--config_file", str(CONFIGS / "accelerate/cpu_bf16.yaml")], []
+        launcher = ["--config_file", str(CONFIGS / "accelerate/cpu_bf16.yaml")]
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # then bf16 is emulated, and slow
+            launcher += ["--mixed_precision", "no"]
+        return launcher, []
     processes = min(gpus, LABELED)
     labeled = -(-LABELED // processes) * processes
     batch = ["--batch.labeled", str(labeled), "--batch.unlabeled", str(UNLABELED_RATIO * labeled)]

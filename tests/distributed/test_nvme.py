@@ -25,6 +25,8 @@ from hpdist.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, digits, make_algorithm, train
 
+pytestmark = pytest.mark.slow  # building the operator alone takes minutes, once
+
 STEPS = 5
 PRECISIONS = ["fp32", "bf16", "fp16"]
 HIDDEN = [1024, 1024]  # on 2 ranks a bf16 shard of the middle weight is the 1 MiB that is swapped
