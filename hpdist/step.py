@@ -160,9 +160,8 @@ class SemiSupervisedStep:
         rows = reduction = ahead = None
         if not self._fused:
             weak = self._weak_passes(micros)
-            reduction = self._reduce(
-                micros, weak, notes
-            )  # in flight during the student's first pass
+            # In flight during the student's first pass.
+            reduction = self._reduce(micros, weak, notes)
         if reduction is not None and self._needs_sums_ahead:
             rows = self._observe(reduction)
             ahead = self._student_sums_ahead(micros, weak, rows)
