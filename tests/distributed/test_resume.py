@@ -48,7 +48,7 @@ def train(data: Path, runs: Path, name: str, steps: int, settings: dict[str, Any
 
 def records(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timed = {"examples_per_second", "data_wait"}
+    timed = {"examples_per_second", "data_wait", "checkpoint_wait"}
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
