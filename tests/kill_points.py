@@ -58,9 +58,9 @@ def arm(victim: int, point: int, count_in: Path | None = None) -> None:
     writing = [0]
     save = checkpoint_writer.CheckpointWriter.save
 
-    def counting(self: Any, *args: Any) -> None:
+    def counting(self: Any, *args: Any, **options: Any) -> None:
         writing[0] += 1
-        save(self, *args)
+        save(self, *args, **options)
 
     checkpoint_writer.CheckpointWriter.save = counting  # type: ignore[method-assign]
     for module, names in _POINTS.items():
