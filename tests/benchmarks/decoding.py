@@ -34,7 +34,7 @@ from hpdist.data.decoders import Decoder
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 STARTS = 6  # of threads and processes, each for an equal share of the rounds
-BATCHES = {32: 256, 256: 64}  # rows of a round, by side
+BATCHES = {32: 256, 256: 128}  # rows of a round, by side
 
 
 def images(data: Path, side: int, rows: int) -> list[bytes]:
@@ -60,6 +60,11 @@ def enlarged(row: int, value: bytes, side: int) -> bytes:
 def bare_loop(values: list[bytes]) -> None:
     for value in values:
         np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
+
+
+def aside(loader: ThreadPoolExecutor, decode: Callable[..., object], values: list[bytes]) -> None:
+    """As a stream does it: in a thread that does nothing else."""
+    loader.submit(decode, values).result()
 
 
 def spread(pool: ThreadPoolExecutor, parts: list[list[bytes]]) -> None:
@@ -103,12 +108,13 @@ def compare(values: list[bytes], workers: int, rounds: int) -> list[str]:
     for start in range(STARTS):  # whose thread is made first, and gets which memory, matters
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(workers))
+            loader = stack.enter_context(ThreadPoolExecutor(1))
             threads = stack.enter_context(Decoder(spec, threads=workers))
             processes = stack.enter_context(Decoder(spec, processes=workers))
             loops: dict[str, Callable[[], object]] = {
-                "bare loop": functools.partial(bare_loop, values),
-                "threads": functools.partial(threads.decode, values),
-                "processes": functools.partial(processes.decode, values),
+                "bare loop": functools.partial(aside, loader, bare_loop, values),
+                "threads": functools.partial(aside, loader, threads.decode, values),
+                "processes": functools.partial(aside, loader, processes.decode, values),
             }
             if workers > 1:
                 loops["bare loop"] = functools.partial(spread, pool, cut)
