@@ -67,9 +67,10 @@ def rate(folder: Path, rows: int, rounds: int) -> None:
     stream = stream_of(paths)
     arrow = stream.with_format("arrow")
     ours = {
-        "4 lanes a rank, 448 rows of a batch of 7,168": reading(index, 7168, 5, 16),
-        "4 lanes a rank, 64 rows of a batch of 1,024": reading(index, 1024, 5, 16),
-        "2 lanes a rank, 224 rows of a batch of 7,168": reading(index, 7168, 11, 32),
+        "4 lanes a rank of 64 in all, 448 rows of a batch of 7,168": reading(index, 7168, 5, 16),
+        "4 lanes a rank of 64 in all, 64 rows of a batch of 1,024": reading(index, 1024, 5, 16),
+        "2 lanes a rank of 64 in all, 224 rows of a batch of 7,168": reading(index, 7168, 11, 32),
+        "4 lanes a rank of 16 in all, 448 rows of a batch of 1,792": reading(index, 1792, 1, 4, 16),
         "4 lanes in all, batch of 448, one rank": reading(index, 448, lanes=4),
         "64 lanes, batch of 448, one rank": reading(index, 448),
         "64 lanes, batch of 448, rank 5 of 16 (28 rows)": reading(index, 448, 5, 16),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LABELED, MU = 16, 7
+LABELED, MU = 8, 7
 EVERY = 5  # steps per record
 
 

@@ -44,8 +44,9 @@ def permutation(size: int, *key: int) -> Int64Array:
     bits = max(2, (size - 1).bit_length())
     low = bits // 2
     halves = np.arange(1 << (bits - low), dtype=np.uint64)
-    masks = np.resize(np.array([(1 << (bits - low)) - 1, (1 << low) - 1], np.uint64), (_ROUNDS, 1))
-    mixed = _mixed(halves + _round_keys(key)[:, None]) & masks  # [rounds, halves]
+    masks = [(1 << (bits - low)) - 1, (1 << low) - 1] * (_ROUNDS // 2)
+    mixed = _mixed(halves + _round_keys(key)[:, None])  # [rounds, halves]
+    mixed &= np.array(masks, np.uint64)[:, None]
     places = np.arange(1 << bits)
     right, left = places & ((1 << low) - 1), places >> low
     for number, table in enumerate(mixed.astype(np.int64)):
