@@ -1,125 +1,34 @@
 """Sources without row counts: exactly once, alike on any number of ranks, resumable in a block."""
 
-import gc
 import itertools
 import json
-import logging
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from datasets.distributed import split_dataset_by_node
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpdist.data.stream.permute import permutation
-from hpdist.data.stream.sequential import _ORDER, SequentialReader
+from hpdist.data.stream.sequential import SequentialReader
 from hpdist.errors import DataError
-
-RANKS = (1, 2, 3, 4, 6, 8)
-SEED = 5
-quick = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+from tests.sequential_sources import (
+    RANKS,
+    SEED,
+    flat,
+    generator,
+    json_lines,
+    model,
+    opened,
+    pairs,
+    quick,
+    reader,
+    source,
+    values,
+    walk,
 )
-
-
-def generator(shards, log=None):
-    """A dataset of several shards; `log` gets every row that is made."""
-
-    def make(parts):
-        for part in parts:
-            for row in part:
-                if log is not None:
-                    log.append(row)
-                yield {"x": row, "text": f"row {row}", "other": 1.5}
-
-    parts, first = [], 0
-    for rows in shards:
-        parts.append(list(range(first, first + rows)))
-        first += rows
-    features = datasets.Features({name: datasets.Value(kind) for name, kind in TYPES.items()})
-    return datasets.IterableDataset.from_generator(
-        make, features=features, gen_kwargs={"parts": parts}
-    )
-
-
-TYPES = {"x": "int64", "text": "string", "other": "float32"}
-
-
-def json_lines(folder, shards, **options):
-    first = 0
-    for number, rows in enumerate(shards):
-        lines = [
-            json.dumps({"x": row, "text": f"row {row}", "other": 1.5})
-            for row in range(first, first + rows)
-        ]
-        (folder / f"{number:03}.jsonl").write_text("".join(line + "\n" for line in lines))
-        first += rows
-    return opened("json", folder / "*.jsonl", **options)
-
-
-def csv(folder, shards):
-    first = 0
-    for number, rows in enumerate(shards):
-        lines = [f"{row},row {row},1.5\n" for row in range(first, first + rows)]
-        (folder / f"{number:03}.csv").write_text("x,text,other\n" + "".join(lines))
-        first += rows
-    return opened("csv", folder / "*.csv")
-
-
-def opened(builder, files, **options):
-    return datasets.load_dataset(
-        builder, data_files=str(files), split="train", streaming=True, **options
-    )
-
-
-def source(kind, folder, shards):
-    if kind == "generator":
-        return generator(shards)
-    return json_lines(folder, shards) if kind == "json" else csv(folder, shards)
-
-
-def reader(dataset, block_rows, resume=None):
-    if resume is not None:
-        resume = json.loads(json.dumps(resume))
-    return SequentialReader(dataset, ["text", "x"], "the set", SEED, block_rows, resume)
-
-
-def model(rows, block_rows):
-    """The endless sequence of (epoch, row), written down as plainly as can be."""
-    for epoch in itertools.count():
-        for block, start in enumerate(range(0, rows, block_rows)):
-            size = min(block_rows, rows - start)
-            for place in permutation(size, SEED, _ORDER, epoch, block).tolist():
-                yield epoch, start + place
-
-
-def pairs(rows):
-    """(epoch, row) of what was read, after a look at the values."""
-    assert rows.table["x"].to_pylist() == rows.ids.tolist()
-    assert rows.table["text"].to_pylist() == [f"row {row}" for row in rows.ids]
-    assert rows.table.column_names == ["text", "x"]
-    assert len(rows) == rows.table.num_rows
-    return list(zip(rows.epochs.tolist(), rows.ids.tolist(), strict=True))
-
-
-def walk(reader, batch, steps, start=0, rank=0, ranks=1):
-    """The slices of `steps` global batches that one rank reads."""
-    low, high = rank * batch // ranks, (rank + 1) * batch // ranks
-    taken = []
-    for step in range(steps):
-        position = start + step * batch
-        taken.append(pairs(reader.read(position, batch, low, high)))
-        reader.prepare(position + batch, batch, low, high)
-    return taken
-
-
-def flat(batches):
-    return list(itertools.chain.from_iterable(batches))
 
 
 @st.composite
@@ -275,15 +184,6 @@ def test_what_users_make_of_a_dataset_resumes_too(name, caplog):
     assert name in THREADED or bool(again) == (name in READ_AGAIN), again
 
 
-def values(reader, batch, steps, start):
-    """(epoch, value) of what is read; ids are not values where the user mixes the rows."""
-    taken = []
-    for position in range(start, start + steps * batch, batch):
-        rows = reader.read(position, batch, 0, batch)
-        taken += zip(rows.epochs.tolist(), rows.table["x"].to_pylist(), strict=True)
-    return taken
-
-
 def test_resuming_makes_no_row_of_an_earlier_shard_again():
     log = []
     dataset = generator([100] * 10, log)
@@ -423,156 +323,6 @@ def test_blocks_of_several_inferred_types_are_given_one():
     with pytest.raises(DataError, match=r"mixed: rows near row . of epoch 0 are of another type"):
         mixed.read(0, 4, 0, 4)
     mixed.close()
-
-
-def test_a_dataset_split_by_node_is_refused():
-    dataset = split_dataset_by_node(generator([5, 5]), 0, 2)
-    with pytest.raises(DataError, match=r"the set: is split by node .* pass the whole dataset"):
-        reader(dataset, 4)
-
-
-def test_a_source_that_fails_is_named_with_the_last_row_read_and_no_secret():
-    def make():
-        yield from ({"x": row} for row in range(25))
-        raise OSError("GET https://me:pw@host/a.tar?token=abc failed")
-
-    dataset = datasets.IterableDataset.from_generator(make)
-    name = "data.unlabeled (tar, data_files 'https://host/a?token=abc')"
-    failing = SequentialReader(dataset, ["x"], name, 0, 10)
-    assert len(failing.read(0, 20, 0, 20)) == 20  # what comes before is not lost
-    for _ in range(2):
-        with pytest.raises(DataError) as caught:
-            failing.read(20, 5, 0, 5)
-    assert str(caught.value) == (
-        "data.unlabeled (tar, data_files 'https://host/a'): reading failed after row 19 of epoch "
-        "0, in the next 10 rows: OSError: GET https://host/a.tar failed"
-    )
-    failing.close()
-
-
-def test_a_damaged_file_is_an_error(tmp_path):
-    dataset = json_lines(tmp_path, [10, 10])
-    (tmp_path / "001.jsonl").write_text("{not JSON\n")
-    damaged = reader(dataset, 5)
-    assert len(damaged.read(0, 10, 0, 10)) == 10
-    with pytest.raises(DataError, match=r"the set: reading failed after row 9 of epoch 0"):
-        damaged.read(10, 5, 0, 5)
-    damaged.close()
-
-
-def changing(*epochs):
-    """A dataset that has so many rows the first time, the second and so on."""
-    left = list(epochs)
-
-    def make():
-        rows = left.pop(0)
-        yield from ({"x": row, "text": f"row {row}"} for row in range(rows))
-
-    return datasets.IterableDataset.from_generator(make)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "message"),
-    [
-        ((0,), "the set: holds no rows$"),
-        ((10, 0), "the set: holds no rows in epoch 1$"),
-        ((10, 8), "the set: epoch 1 had 8 rows, an earlier one 10; .* must not change"),
-        ((10, 30), "the set: epoch 1 had at least 12 rows, an earlier one 10"),
-    ],
-)
-def test_an_epoch_of_other_rows_is_an_error(epochs, message):
-    odd = SequentialReader(changing(*epochs), ["x"], "the set", 0, 4)
-    with pytest.raises(DataError, match=message):
-        values(odd, 5, 8, 0)
-    odd.close()
-
-
-@pytest.mark.parametrize("resumed_at", [3, 30, 51])
-def test_a_dataset_that_changed_is_not_continued(resumed_at, caplog):
-    def numbered(offset):
-        def make():
-            yield from ({"x": row + offset, "text": ""} for row in range(50))
-
-        return datasets.IterableDataset.from_generator(make)
-
-    first = reader(numbered(0), 4)
-    for position in range(0, 60, 3):
-        first.read(position, 3, 0, 3)
-    point = first.resume_point(resumed_at)
-    first.close()
-    second = reader(numbered(1), 4, point)
-    with pytest.raises(
-        DataError, match=r"the set: cannot continue: the rows from row \d+ of epoch"
-    ):
-        second.read(resumed_at, 3, 0, 3)
-    second.close()
-
-
-def test_a_state_that_is_not_understood_costs_reading_alone(caplog):
-    first = reader(generator([30, 30]), 4)
-    walk(first, 7, 6)
-    point = first.resume_point(35)
-    first.close()
-    for state in (None, {"epoch": 0, "examples_iterable": {"of another version": 1}}):
-        second = reader(generator([30, 30]), 4, {**point, "state": state})
-        expected = list(itertools.islice(model(60, 4), 35, 49))
-        assert flat(walk(second, 7, 2, 35)) == expected
-        second.close()
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert "reading epoch 0 again up to row 32" in caplog.records[0].message
-
-
-def alive():
-    return [thread for thread in threading.enumerate() if thread.name == "hpdist-blocks"]
-
-
-def test_close_and_collection_end_the_thread():
-    closed = reader(generator([1000]), 4)
-    walk(closed, 16, 2)
-    assert len(alive()) == 1
-    closed.close()
-    closed.close()
-    assert not alive()
-    with pytest.raises(RuntimeError, match="closed"):
-        closed.read(32, 16, 0, 16)
-    forgotten = reader(generator([1000]), 4)
-    walk(forgotten, 16, 2)
-    del forgotten
-    gc.collect()
-    assert not alive()
-    reader(generator([10]), 4).close()
-
-
-def test_reading_ahead_goes_on_meanwhile_and_no_further_than_asked():
-    log = []
-    ahead = reader(generator([1000], log), 8)
-    ahead.prepare(0, 16, 0, 16)
-    time.sleep(0.3)
-    assert 17 <= len(log) <= 32
-    started = time.monotonic()
-    ahead.read(0, 16, 0, 16)
-    assert time.monotonic() - started < 0.1
-    ahead.close()
-
-
-def test_a_read_that_hangs_holds_nobody_up():
-    held = threading.Event()
-
-    def make():
-        yield {"x": 0}
-        held.wait(20)
-        yield {"x": 1}
-
-    hanging = SequentialReader(datasets.IterableDataset.from_generator(make), ["x"], "x", 0, 1)
-    hanging.prepare(0, 1, 0, 1)
-    time.sleep(0.1)
-    started = time.monotonic()
-    hanging.close()
-    assert time.monotonic() - started < 4
-    held.set()
-    for thread in alive():
-        thread.join(5)
-    assert not alive()
 
 
 def test_datasets_still_goes_on_from_a_loaded_state_in_the_next_epoch():
