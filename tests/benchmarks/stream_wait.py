@@ -42,7 +42,7 @@ def _train(folder: Path, cifar10: Path, steps: int, streaming: bool) -> list[dic
         ),  # bf16 is slow on a CPU without AVX-512: no data is waited for
         *("-m", "hpdist", "train", ROOT / "configs/cifar10_fixmatch.yaml"),
         *("--data.labeled.data_files.train", train, "--data.unlabeled.data_files.train", train),
-        *("--data.test.data_files.test", f"{cifar10}/test-*.parquet"),
+        *("--data.test", "null"),
         *("--data.unlabeled.streaming", str(streaming).lower()),
         *("--batch.labeled", LABELED, "--batch.unlabeled", LABELED * MU),
         *(
