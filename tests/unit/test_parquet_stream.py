@@ -217,3 +217,17 @@ def test_64_rows_come_from_many_row_groups(tmp_path: Path) -> None:
         distinct.append(len(np.unique(random.choice(ids, 64, replace=False) // 100)))
     reader.close()
     assert np.mean(distinct) >= 48
+
+
+def test_a_batch_may_span_a_window_of_64_bit_offsets_and_one_of_32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(write_numbers(tmp_path, [[40], [3], [3], [40]]))
+    order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
+    plain = ParquetReader(index, ["x"], "data", 0, 86, order=order)
+    expected = ids_of(plain, 0, 86)
+    plain.close()
+    monkeypatch.setattr("hpdist.data.stream.parquet._MOST_IN_32_BITS", 200)  # bytes: of 40 rows
+    reader = ParquetReader(index, ["x"], "data", 0, 86, order=order)
+    assert ids_of(reader, 0, 86) == expected
+    reader.close()

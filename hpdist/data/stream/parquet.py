@@ -250,6 +250,10 @@ class ParquetReader:
 def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
     """Lines [first, last) of several windows, one behind the other; only ids are copied."""
     tables = [read.table.slice(first, last - first) for read, first, last in parts]
+    if any(
+        table.schema != tables[0].schema for table in tables
+    ):  # some windows have 64-bit offsets
+        tables = [table.cast(_large(table.schema)) for table in tables]
     ids = np.concatenate([read.ids[first:last] for read, first, last in parts])
     epochs = np.repeat([read.epoch for read, _, _ in parts], [len(table) for table in tables])
     unread: dict[int, str] = {}
