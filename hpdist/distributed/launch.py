@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -22,6 +23,7 @@ from hpdist.config import LossScale, Precision, RunConfig
 from hpdist.distributed.reduce import keep_group
 from hpdist.errors import ConfigError
 
+_TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
 Offload = Literal["none", "cpu", "nvme"]
 T = TypeVar("T")
@@ -68,6 +70,30 @@ def resolve(config: RunConfig) -> Sharding:
     return sharding
 
 
+def _join_after_restart(backend: str) -> None:
+    """Join the process group under names of this attempt, where the launcher has restarted us.
+
+    The launcher's static rendezvous keeps one store for all attempts, and torch takes it for a new
+    one: ranks would connect to the addresses of those that died. Several machines need
+    `--rdzv_backend c10d`, which makes a store for every attempt.
+    """
+    environment = os.environ
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    if attempt == "0" or not shared or not one_machine or dist.is_initialized():
+        return
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"hpdist/attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        timeout=_TIMEOUT,
+    )
+
+
 def make_accelerator(sharding: Sharding) -> Accelerator:
     """Make the Accelerator. Collective: it joins the process group."""
     on_cpu = not torch.cuda.is_available()
@@ -82,7 +108,8 @@ def make_accelerator(sharding: Sharding) -> Accelerator:
     if "LOCAL_RANK" in os.environ:
         # Without a named backend every CPU rank under DeepSpeed believes that it is rank 0 of 1.
         backend = "gloo" if on_cpu else "nccl"
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=10)))
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=_TIMEOUT))
+        _join_after_restart(backend)
     precision = sharding.precision
     mixed = "no" if precision == "fp32" else precision
     if sharding.stage is None:

@@ -11,16 +11,17 @@ import faulthandler
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import DistributedError
 
-_ALARM = "hpdist/hung"
+_PREFIX = "hpdist/watchdog"  # within the names of the process group, which are an attempt's own
 _TICK = 1.0  # seconds
 _GRACE_TICKS = 4  # for the others to see the alarm and print, before the launcher ends them
 _BLOCKED = 1.5  # times the patience, after which a process whose interpreter is stuck ends
@@ -37,7 +38,7 @@ class Watchdog:
     def __init__(self, rank: int, seconds: float | None) -> None:
         self._rank = rank
         self._seconds = seconds
-        self._state: tuple[float, int, str] = (time.monotonic(), 0, "starting")
+        self._state = _State(time.monotonic(), 0, 0, "starting")
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -54,7 +55,7 @@ class Watchdog:
         """Tell of progress: the step that is worked at, and what comes next."""
         if self._seconds is None:
             return
-        self._state = (time.monotonic(), step, doing)
+        self._state = _State(time.monotonic(), self._state.beats + 1, step, doing)
         # For a stuck interpreter, which runs no other thread.
         faulthandler.dump_traceback_later(_BLOCKED * self._seconds + 60, exit=True, file=_errors())
 
@@ -69,55 +70,84 @@ class Watchdog:
         seconds = self._seconds or 0.0
         tick = min(_TICK, seconds / 4)
         while not self._stop.wait(tick):
-            beat, step, doing = self._state
-            age = time.monotonic() - beat
-            self._tell(f"hpdist/beat/{self._rank}", json.dumps([step, doing, age, time.time()]))
-            alarm = age > seconds or self._ask(_ALARM) is not None
+            state = self._state
+            age = time.monotonic() - state.when
+            told = [state.beats, state.step, state.doing, age, time.time()]
+            self._tell(f"beat-{self._rank}", json.dumps(told))
+            alarm = age > seconds or self._ask("alarm") is not None
             if alarm and not self._stop.is_set():
-                self._tell(_ALARM, str(self._rank))
-                self._report(age, step, doing)
+                self._tell("alarm", str(self._rank))
+                self._report(state, age)
                 time.sleep(_GRACE_TICKS * tick)
                 os._exit(DistributedError.exit_status)
 
-    def _report(self, age: float, step: int, doing: str) -> None:
-        lines = [f"hpdist: rank {self._rank}: no progress for {age:.0f} s in step {step} ({doing})"]
-        states = {rank: self._heard(rank) for rank in range(world_size())}
-        known = {rank: state for rank, state in states.items() if state is not None}
-        for rank, state in states.items():
-            if state is None:
+    def _report(self, state: _State, age: float) -> None:
+        lines = [f"no progress for {age:.0f} s in step {state.step} ({state.doing})"]
+        heard = {rank: self._heard(rank) for rank in range(world_size())}
+        # All ranks beat alike, so who has beaten least is behind, also within a step.
+        beats = [found.beats for found in heard.values() if found is not None]
+        for rank, found in heard.items():
+            if found is None:
                 lines.append(f"  rank {rank} was never heard from")
-        least = min((state[0] for state in known.values()), default=0)
-        for rank, (at, what, stuck, told) in known.items():
-            silent = time.time() - told
-            last = "; last heard from" if silent > 5 * _TICK else ""
-            gone = f"{last} {silent:.0f} s ago" if last else ""
-            behind = " <- the furthest behind" if at == least and len(known) > 1 else ""
-            lines.append(f"  rank {rank}: step {at}, {what}, for {stuck:.0f} s{gone}{behind}")
-        lines.append("the stacks of this rank's threads:")
-        print("\n".join(lines), file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=_errors(), all_threads=True)
+                continue
+            silent = time.time() - found.told
+            gone = f"; last heard from {silent:.0f} s ago" if silent > 5 * _TICK else ""
+            behind = " <- behind" if found.beats < max(beats) else ""
+            lines.append(
+                f"  rank {rank}: step {found.step}, {found.doing}, for {found.age:.0f} s"
+                f"{gone}{behind}"
+            )
+        lines += ["the stacks of this rank's threads:", *_stacks()]
+        # In one piece, since every rank writes at the same time.
+        text = "".join(f"hpdist: rank {self._rank}: {line}\n" for line in lines)
+        errors = _errors()
+        os.write(errors if isinstance(errors, int) else errors.fileno(), text.encode())
 
-    def _heard(self, rank: int) -> tuple[int, str, float, float] | None:
-        told = self._ask(f"hpdist/beat/{rank}")
-        if told is None:
-            return None
-        step, doing, age, when = json.loads(told)
-        return int(step), str(doing), float(age), float(when)
+    def _heard(self, rank: int) -> _Heard | None:
+        told = self._ask(f"beat-{rank}")
+        return None if told is None else _Heard(*json.loads(told))
 
     def _tell(self, key: str, value: str) -> None:
         try:
             if self._store is not None:
-                self._store.set(key, value)
+                self._store.set(f"{_PREFIX}/{key}", value)
         except RuntimeError:  # the store's process is gone, which ends this one soon
             self._store = None
 
     def _ask(self, key: str) -> bytes | None:
         try:
-            if self._store is not None and self._store.check([key]):
-                return bytes(self._store.get(key))
+            name = f"{_PREFIX}/{key}"
+            if self._store is not None and self._store.check([name]):
+                return bytes(self._store.get(name))
         except RuntimeError:
             self._store = None
         return None
+
+
+class _State(NamedTuple):
+    """What the main thread is at."""
+
+    when: float  # of the clock that only goes forward
+    beats: int
+    step: int
+    doing: str
+
+
+class _Heard(NamedTuple):
+    """What a rank has told of itself."""
+
+    beats: int
+    step: int
+    doing: str
+    age: float  # seconds since its latest beat
+    told: float  # when it said so
+
+
+def _stacks() -> list[str]:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read().splitlines()
 
 
 def _store() -> Any:

@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import create_rdzv_handler
 
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
 GRADIENT = 0.0625  # exact in fp16, whatever it is scaled by here
 GROWING = {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}
@@ -157,3 +159,14 @@ def test_deepspeed_makes_fp32_on_nvme_bf16_where_there_is_no_fp16(
         Init._set_dtype(holder, None, torch.float32)
         found[supported] = holder.dtype
     assert found == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_a_static_rendezvous_still_keeps_one_store_for_all_attempts() -> None:
+    parameters = RendezvousParameters(
+        "static", f"127.0.0.1:{free_port()}", "none", 1, 1, rank=0, timeout=30
+    )
+    handler = create_rdzv_handler(parameters)
+    first = handler.next_rendezvous()
+    first.store.set("address", "of a rank that died")
+    second = handler.next_rendezvous()  # as after a restart
+    assert second.store.check(["address"]), "mended upstream: _join_after_restart can go"
