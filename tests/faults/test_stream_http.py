@@ -280,7 +280,7 @@ def test_one_rank_s_trouble_stops_all_after_a_checkpoint(tmp_path: Path) -> None
     order = rows.reader(0, 24).order()
     assert order["lanes"] > 2
     plan = Plan(rows.index.rows, 0, order["lanes"], order["groups_per_window"])
-    window = plan.window_at(0, order["lanes"] - 1, plan.lane_rows(order["lanes"] - 1) - 1)
+    window = plan.window_at(0, order["lanes"] - 1, plan.lane_rows(0, order["lanes"] - 1) - 1)
     lost = paths[window.segments[-1].group].name  # the last that the last rank reads in the epoch
     with FaultServer(tmp_path / "served") as server:
         urls = [server.url(path.name) for path in paths]

@@ -28,10 +28,10 @@ def model_of_an_epoch(index: Index, plan: Plan, epoch: int) -> list[int]:
     """The epoch's ids in order, written down from the plan's description, row by row."""
     order = permutation(len(index.rows), plan.seed, 0x6E0, epoch)
     line = [(int(g), row) for g in order for row in range(int(index.rows[g]))]
-    share, rest = divmod(len(line), plan.lanes)
+    positions = range(epoch * len(line), (epoch + 1) * len(line))
     lanes, at = [], 0
     for lane in range(plan.lanes):
-        length = share + (lane < rest)
+        length = sum(p % plan.lanes == lane for p in positions)
         part, at = line[at : at + length], at + length
         groups = list(dict.fromkeys(group for group, _ in part))
         mixed = []
@@ -42,9 +42,8 @@ def model_of_an_epoch(index: Index, plan: Plan, epoch: int) -> list[int]:
             places = permutation(len(rows), plan.seed, 0x80, epoch, lane, number)
             mixed += [rows[place] for place in places]
         lanes.append(mixed)
-    sequence = [
-        lanes[i % plan.lanes][i // plan.lanes] for i in range(len(line))
-    ]  # a row from each lane in turn
+    turns = [iter(lane) for lane in lanes]
+    sequence = [next(turns[p % plan.lanes]) for p in positions]
     return [int(index.start[group]) + row for group, row in sequence]
 
 
@@ -92,7 +91,7 @@ def test_global_batches_are_those_of_the_model_on_any_number_of_ranks(
 def _by_lane(plan: Plan, position: int, batch: int, sequence: list[int]) -> list[int]:
     """The next rows of the sequence, sorted by lane; within a lane they stay in order."""
     places = range(position, position + batch)
-    return [sequence[p] for p in sorted(places, key=lambda p: p % plan.rows % plan.lanes)]
+    return [sequence[p] for p in sorted(places, key=lambda p: p % plan.lanes)]
 
 
 def test_readers_for_every_number_of_ranks_see_the_same(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def test_the_ranks_slices_make_the_same_global_batch_from_any_position(seed):
 def test_the_windows_of_a_lane_follow_one_another(seed):
     plan, _ = random_case(seed)
     for lane in range(plan.lanes):
+        if plan.lane_rows(0, lane) == 0:
+            continue
         window = plan.window_at(0, lane, 0)
         seen = 0
         while window.epoch == 0:
@@ -116,8 +118,22 @@ def test_the_windows_of_a_lane_follow_one_another(seed):
             assert len(window.segments) <= plan.groups_per_window
             seen += window.rows
             window = plan.after(window)
-        assert seen == plan.lane_rows(lane)
-        assert (window.epoch, window.start) == (1, 0)
+        assert seen == plan.lane_rows(0, lane)
+        assert window.start == 0
+        assert all(plan.lane_rows(epoch, lane) == 0 for epoch in range(1, window.epoch))
+
+
+@pytest.mark.parametrize("rows", [[37] * 9, [5, 0, 91, 1, 1], [1000]])
+def test_a_rank_takes_its_rows_from_the_same_lanes_in_every_epoch(rows):
+    """Where an epoch ends in a batch, too, so that nobody opens a window of a lane of others."""
+    plan = Plan(np.asarray(rows), 0, 8, 2)
+    for ranks in (1, 2, 4, 8):
+        for rank in range(ranks):
+            slices = [
+                (p, 24, rank * 24 // ranks, (rank + 1) * 24 // ranks) for p in range(0, 2400, 24)
+            ]
+            lanes = {piece.lane for where in slices for piece in plan.pieces(*where)}
+            assert lanes == set(range(rank * 8 // ranks, (rank + 1) * 8 // ranks))
 
 
 def test_epochs_and_seeds_differ():
@@ -145,7 +161,14 @@ def test_a_batch_is_drawn_from_many_row_groups():
 
 @pytest.mark.parametrize(
     ("batch", "groups", "group_bytes", "budget"),
-    [(448, 1000, 2**18, 2**29), (7, 1000, 2**20, 2**30), (127, 4, 2**20, 2**30), (1, 1, 1, 1)],
+    [
+        (448, 1000, 2**18, 2**29),
+        (4096, 1000, 2**18, 2**29),
+        (448, 1000, 2**18, 2**24),
+        (7, 1000, 2**20, 2**30),
+        (127, 4, 2**20, 2**30),
+        (1, 1, 1, 1),
+    ],
 )
 def test_lanes_and_windows_keep_to_the_budget(batch, groups, group_bytes, budget):
     lanes, per_window = choose_lanes(batch, groups, group_bytes, budget)

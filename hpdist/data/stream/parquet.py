@@ -23,6 +23,7 @@ from hpdist.errors import DataError
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 _MOST_IN_32_BITS = 1 << 30  # bytes; beyond, a column's offsets might not fit
 _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
+_IDLE = 16  # batches, after which a lane that no row was taken from is let go
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class _Read:
     table: pa.Table  # [rows]
     ids: Int64Array  # [rows]
     unread: Mapping[int, str]
+    large: bool
+    """Whether it is large enough to have 64-bit offsets."""
 
 
 class _Opened:
@@ -69,7 +72,7 @@ class ParquetReader:
         seed: Chooses the order.
         batch: Rows of a global batch, by which the lanes are chosen.
         budget: Bytes for the windows of all lanes, the open ones and the next; None: as much as
-            mixes 128 row groups, at most 512 MiB.
+            mixes at least 128 row groups, at most 512 MiB.
         order: That of the run that is resumed, to go on with its lanes and windows.
         retry: How long a server may fail.
         stop: Set by whoever closes the stream, so that no read is waited for.
@@ -98,6 +101,8 @@ class ParquetReader:
         self._stop = stop or threading.Event()
         self._groups = RowGroups(columns, retry or Retry(), self._stop)
         self._lanes: dict[int, list[_Opened]] = {}  # of each lane, its windows in order
+        self._used: dict[int, int] = {}  # of each lane, the batch that last took a row from it
+        self._batches = 0
         self._ahead: tuple[tuple[int, int, int, int], _Runs] | None = None  # what was prepared
         remote = any(is_remote(file.path) for file in index.files)
         self._threads = DaemonThreads(
@@ -136,9 +141,11 @@ class ParquetReader:
         else:
             runs = self._runs(self._plan.pieces(*call))
         rows = _joined([(opened.result(), first, last) for opened, first, last in runs])
+        self._batches += 1
         for opened, _, _ in runs:
             if self._lanes[opened.window.lane][0] is not opened:
                 self._drop_before(opened.window)
+        self._drop_idle()
         return rows
 
     def prepare(self, position: int, batch: int, start: int, stop: int) -> None:
@@ -182,6 +189,7 @@ class ParquetReader:
         return runs
 
     def _opened_at(self, epoch: int, lane: int, offset: int) -> _Opened:
+        self._used[lane] = self._batches
         known = self._lanes.setdefault(lane, [])
         for opened in known:
             if opened.start <= offset < opened.stop and opened.window.epoch == epoch:
@@ -201,6 +209,14 @@ class ParquetReader:
             opened.cancel() if passed else kept.append(opened)
         self._lanes[window.lane] = kept
 
+    def _drop_idle(self) -> None:
+        """Let go of lanes that a few rows were taken from where the ranks' slices moved."""
+        for lane, batch in list(self._used.items()):
+            if self._batches - batch > _IDLE:
+                del self._used[lane]
+                for opened in self._lanes.pop(lane):
+                    opened.cancel()
+
     def _read_window(self, window: Window) -> _Read:
         tables, ids, at = [], [], 0
         unread: dict[int, str] = {}
@@ -213,12 +229,13 @@ class ParquetReader:
             at += len(table)
         order = self._plan.row_order(window)
         whole = pa.concat_tables(tables)
-        if whole.nbytes > _MOST_IN_32_BITS:
+        large = whole.nbytes > _MOST_IN_32_BITS
+        if large:
             whole = whole.cast(_large(whole.schema))
         mixed = whole.take(pa.array(order)).combine_chunks()
         lines = {int(order[line]): line for line in range(len(order))} if unread else {}
         reasons = {lines[place]: reason for place, reason in unread.items()}
-        return _Read(window.epoch, mixed, np.concatenate(ids)[order], reasons)
+        return _Read(window.epoch, mixed, np.concatenate(ids)[order], reasons, large)
 
     def _read_segment(self, segment: Segment) -> tuple[pa.Table, str | None]:
         """A segment's rows; or nulls and why, where the file is damaged."""
@@ -230,8 +247,10 @@ class ParquetReader:
             group = self._groups.read(file, int(index.number[segment.group]))
             if len(group) < first + count:
                 raise pa.ArrowInvalid(f"the row group holds {len(group)} rows")
-            columns = group.slice(first, count).select(self._columns).columns
-            return pa.table(columns, schema=self._schema), None
+            found = group if len(group) == count else group.slice(first, count)
+            if found.schema != self._schema:
+                found = pa.table(found.select(self._columns).columns, schema=self._schema)
+            return found, None
         except FileChangedError as error:
             raise DataError(
                 f"{self._name}: {error}; a run needs the same data to its end: restore the file, "
@@ -250,9 +269,7 @@ class ParquetReader:
 def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
     """Lines [first, last) of several windows, one behind the other; only ids are copied."""
     tables = [read.table.slice(first, last - first) for read, first, last in parts]
-    if any(
-        table.schema != tables[0].schema for table in tables
-    ):  # some windows have 64-bit offsets
+    if len({read.large for read, _, _ in parts}) > 1:
         tables = [table.cast(_large(table.schema)) for table in tables]
     ids = np.concatenate([read.ids[first:last] for read, first, last in parts])
     epochs = np.repeat([read.epoch for read, _, _ in parts], [len(table) for table in tables])

@@ -2,14 +2,15 @@
 
 An epoch permutes the row groups and lays their rows end to end. That line is cut into `lanes` equal
 parts, each lane into windows of a few consecutive row groups, and the rows of a window are mixed.
-The epoch's sequence takes a row from each lane in turn: its row i is row i // lanes of lane
-i % lanes. Epochs follow one another without a gap, so one integer, the position, says where a run
-is. A global batch is the next rows of that sequence, sorted by lane, so that a rank, which takes a
-run of them, has to read few lanes.
+The sequence of all epochs takes a row from each lane in turn: the row at position p is the next one
+of lane p % lanes. It has no gap between epochs, so one integer, the position, says where a run is.
+A global batch is the next rows of that sequence, sorted by lane, so that a rank, which takes a run
+of them, reads few lanes; where `lanes` divides the batch, always the same ones.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,7 +22,10 @@ from hpdist.data.stream.permute import Int64Array, permutation
 
 _GROUPS, _ROWS = 0x6E0, 0x80  # the two permutations of one seed must differ
 MOST_LANES = 64
+USUAL_LANES = 16
+LANE_ROWS = 28  # of a large batch, from each lane: more lanes for more ranks to share
 ENOUGH_GROUPS = 128  # row groups; 64 rows drawn of as many come from 50 different ones
+USUAL_GROUPS = 8  # in a window: one costs the same time whatever it holds
 USUAL_BUDGET = 512 * 2**20  # bytes
 
 
@@ -82,9 +86,11 @@ class Plan:
     def pieces(self, position: int, batch: int, start: int, stop: int) -> list[Piece]:
         """Rows [start, stop) of the global batch of `batch` rows that begins at `position`."""
         spans = list(self._spans(position, batch))
+        epochs = [epoch for epoch, _, _ in spans]
         bounds = np.asarray([(first, last) for _, first, last in spans])  # [spans, 2]
+        origins = np.asarray(epochs)[:, None] * self.rows
         lanes = np.arange(self.lanes)[:, None, None]
-        rows = -((lanes - bounds) // self.lanes)  # ceil((bound - lane) / lanes), [lanes, spans, 2]
+        rows = self._before(bounds, lanes) - self._before(origins, lanes)  # [lanes, spans, 2]
         low, high = rows.reshape(-1, 2).T
         end = np.cumsum(high - low)  # in the global batch
         begin = end - (high - low)
@@ -93,82 +99,71 @@ class Plan:
         held = np.flatnonzero(left < right)
         where = zip(held.tolist(), left[held].tolist(), right[held].tolist(), strict=True)
         return [
-            Piece(spans[place % len(spans)][0], place // len(spans), first, last)
+            Piece(epochs[place % len(spans)], place // len(spans), first, last)
             for place, first, last in where
         ]
 
+    def _before(self, positions: Int64Array, lanes: Int64Array) -> Int64Array:
+        """How many positions before each of these belong to each lane."""
+        counts: Int64Array = -((lanes - positions) // self.lanes)  # ceil((position - lane) / lanes)
+        return counts
+
     def _spans(self, position: int, batch: int) -> Iterator[tuple[int, int, int]]:
-        """The epochs that a global batch takes rows of, and which rows of their sequences."""
+        """The epochs that a global batch takes rows of, and from where to where."""
         end = position + batch
         while position < end:
-            epoch, first = divmod(position, self.rows)
-            last = min(self.rows, first + end - position)
-            yield epoch, first, last
-            position += last - first
+            epoch = position // self.rows
+            last = min((epoch + 1) * self.rows, end)
+            yield epoch, position, last
+            position = last
 
-    def lane_rows(self, lane: int) -> int:
-        """Rows of a lane in every epoch."""
-        return -(-(self.rows - lane) // self.lanes)
+    def lane_rows(self, epoch: int, lane: int) -> int:
+        """Rows of a lane in an epoch: lanes take turns at the one that some have more."""
+        return self._lane_start(epoch, lane + 1) - self._lane_start(epoch, lane)
 
     def window_at(self, epoch: int, lane: int, offset: int) -> Window:
         """The window that holds row `offset` of a lane."""
         order, ends = self._epoch(epoch)
-        first, last = self._lane_groups(ends, lane)
-        group = int(np.searchsorted(ends, self._lane_start(lane) + offset, side="right"))
-        number = (group - first) // self.groups_per_window
-        return self._window(epoch, lane, number, order, ends, first, last)
-
-    def after(self, window: Window) -> Window:
-        """The lane's next window, in the next epoch if need be."""
-        end = window.start + window.rows
-        if end < self.lane_rows(window.lane):
-            return self.window_at(window.epoch, window.lane, end)
-        return self.window_at(window.epoch + 1, window.lane, 0)
-
-    def row_order(self, window: Window) -> Int64Array:
-        """The order in which a window's rows come, as places in its segments laid end to end."""
-        return permutation(window.rows, self.seed, _ROWS, window.epoch, window.lane, window.number)
-
-    def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """The order of the row groups in an epoch, and where in its line each of them ends."""
-        order = permutation(len(self.group_rows), self.seed, _GROUPS, epoch)
-        return order, np.cumsum(self.group_rows[order])
-
-    def _lane_start(self, lane: int) -> int:
-        share, rest = divmod(self.rows, self.lanes)
-        return lane * share + min(lane, rest)
-
-    def _lane_groups(self, ends: Int64Array, lane: int) -> tuple[int, int]:
-        """The first and last place in the order of groups that a lane has rows of."""
-        start, stop = self._lane_start(lane), self._lane_start(lane + 1)
-        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        return int(first), int(last)
-
-    def _window(
-        self,
-        epoch: int,
-        lane: int,
-        number: int,
-        order: Int64Array,
-        ends: Int64Array,
-        first: int,
-        last: int,
-    ) -> Window:
-        lane_start, lane_stop = self._lane_start(lane), self._lane_start(lane + 1)
+        start = self._lane_start(epoch, lane)
+        stop = self._lane_start(epoch, lane + 1)
+        first, last = bisect_right(ends, start), bisect_right(ends, stop - 1)
+        number = (bisect_right(ends, start + offset) - first) // self.groups_per_window
         low = first + number * self.groups_per_window
         high = min(low + self.groups_per_window - 1, last)
         segments = []
         for place in range(low, high + 1):
             group = int(order[place])
-            group_start = int(ends[place]) - int(self.group_rows[group])
-            start = max(lane_start, group_start) - group_start
-            stop = min(lane_stop, int(ends[place])) - group_start
-            if start < stop:
-                segments.append(Segment(group, start, stop))
-        group_start = int(ends[low]) - int(self.group_rows[order[low]])
-        return Window(
-            epoch, lane, number, max(lane_start, group_start) - lane_start, tuple(segments)
-        )
+            group_start = ends[place] - int(self.group_rows[group])
+            begin = max(start, group_start) - group_start
+            end = min(stop, ends[place]) - group_start
+            if begin < end:
+                segments.append(Segment(group, begin, end))
+        group_start = ends[low] - int(self.group_rows[order[low]])
+        return Window(epoch, lane, number, max(start, group_start) - start, tuple(segments))
+
+    def after(self, window: Window) -> Window:
+        """The lane's next window, in a later epoch if need be."""
+        epoch, lane = window.epoch, window.lane
+        end = window.start + window.rows
+        while end == self.lane_rows(epoch, lane):  # of few rows, a lane may have none in an epoch
+            epoch, end = epoch + 1, 0
+        return self.window_at(epoch, lane, end)
+
+    def row_order(self, window: Window) -> Int64Array:
+        """The order in which a window's rows come, as places in its segments laid end to end."""
+        return permutation(window.rows, self.seed, _ROWS, window.epoch, window.lane, window.number)
+
+    def _lay_out(self, epoch: int) -> tuple[Int64Array, list[int]]:
+        """The order of the row groups in an epoch, and where in its line each of them ends."""
+        order = permutation(len(self.group_rows), self.seed, _GROUPS, epoch)
+        return order, np.cumsum(self.group_rows[order]).tolist()
+
+    def _lane_start(self, epoch: int, lane: int) -> int:
+        """Where in the epoch's line a lane begins."""
+        share, rest = divmod(self.rows, self.lanes)
+        first = epoch * self.rows % self.lanes  # it and the lanes after it have a row more
+        wrapped = max(0, first + rest - self.lanes)
+        return lane * share + min(lane, wrapped) + min(max(lane - first, 0), rest - wrapped)
 
 
 def choose_lanes(
@@ -176,18 +171,20 @@ def choose_lanes(
 ) -> tuple[int, int]:
     """Lanes and row groups per window for a global batch size and a memory budget in bytes.
 
-    The budget covers two windows of every lane, the one in use and the one being read. As many
-    lanes as fit come first, since a batch then draws from the most places; whole parts of a global
-    batch are preferred, so that every lane gives the same number of rows to each. Windows then fill
-    the budget; without one they grow until `ENOUGH_GROUPS` row groups are mixed at a time, within
-    `USUAL_BUDGET`. Neither lanes nor windows depend on the number of ranks.
+    The budget covers two windows of every lane, the one in use and the one being read. Lanes come
+    first, since a batch then draws from more places, and more of them for a large batch, which many
+    ranks share; whole parts of a global batch are preferred, so that every lane gives the same
+    number of rows to each. Windows then fill the budget; without one they grow to `USUAL_GROUPS`,
+    or until `ENOUGH_GROUPS` row groups are mixed at a time, within `USUAL_BUDGET`. Neither lanes
+    nor windows depend on the number of ranks.
     """
     limit = USUAL_BUDGET if budget is None else budget
     group_bytes = max(group_bytes, 1)
-    most = int(min(MOST_LANES, batch, groups, max(1, limit // (2 * group_bytes))))
+    wanted = min(MOST_LANES, max(USUAL_LANES, batch // LANE_ROWS))
+    most = int(min(wanted, batch, groups, max(1, limit // (2 * group_bytes))))
     divisor = max(lanes for lanes in range(1, most + 1) if batch % lanes == 0)
     lanes = divisor if 2 * divisor > most else most
     fitting = int(limit // (2 * lanes * group_bytes))
     if budget is None:
-        fitting = min(fitting, -(-ENOUGH_GROUPS // lanes))
+        fitting = min(fitting, max(USUAL_GROUPS, -(-ENOUGH_GROUPS // lanes)))
     return lanes, max(1, min(fitting, -(-groups // lanes)))

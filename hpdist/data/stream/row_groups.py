@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from hpdist.data.files import (
     FileChangedError,
     FileLostError,
+    FileVersion,
     Retry,
     is_remote,
     open_file,
@@ -30,7 +32,7 @@ class _Known:
     """A file's parsed footer, and those who read it that are idle."""
 
     metadata: pq.FileMetaData
-    idle: list[pq.ParquetFile] = field(default_factory=list)
+    idle: list[tuple[pq.ParquetFile, str]] = field(default_factory=list)  # with its local name
 
 
 class RowGroups:
@@ -60,11 +62,9 @@ class RowGroups:
         if is_remote(file.path):
             with open_file(file.path, file.version, self._retry, self._stop) as source:
                 return self._read(self._parquet(file, source), number)
-        parquet = self._take(file)
-        if parquet is None:
-            parquet = self._open(file)
+        parquet, name = self._take(file) or self._open(file)
         table = self._read(parquet, number)
-        self._give(file, parquet)
+        self._give(file, parquet, name)
         return table
 
     def close(self) -> None:
@@ -76,30 +76,29 @@ class RowGroups:
     def _read(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
         return parquet.read_row_group(number, columns=self._columns, use_threads=False)
 
-    def _take(self, file: DataFile) -> pq.ParquetFile | None:
+    def _take(self, file: DataFile) -> tuple[pq.ParquetFile, str] | None:
         """A local file that is open and idle, if it still is what the path names."""
-        if file.version.differs(stat(file.path, self._retry, self._stop)):
-            return None
         with self._lock:
             known = self._known.get(file.path)
             if known is None or not known.idle:
                 return None
             self._idle -= 1
-            return known.idle.pop()
+            parquet, name = known.idle.pop()
+        return (parquet, name) if _unchanged(name, file.version) else None
 
-    def _give(self, file: DataFile, parquet: pq.ParquetFile) -> None:
+    def _give(self, file: DataFile, parquet: pq.ParquetFile, name: str) -> None:
         with self._lock:
             known = self._known.get(file.path)
             if known is not None and self._idle < _OPEN:
-                known.idle.append(parquet)
+                known.idle.append((parquet, name))
                 self._idle += 1
 
-    def _open(self, file: DataFile) -> pq.ParquetFile:
+    def _open(self, file: DataFile) -> tuple[pq.ParquetFile, str]:
         opened: Any = open_file(file.path, file.version, self._retry, self._stop)
         with opened:
             source = pa.OSFile(opened.name)  # reads natively, without Python's lock
         self._check_length(file, source)
-        return self._parquet(file, source)
+        return self._parquet(file, source), opened.name
 
     def _check_length(self, file: DataFile, source: Any) -> None:
         """Tell a file that was cut off, which is lost as a whole, from one that was rewritten."""
@@ -146,3 +145,12 @@ class RowGroups:
                 _, forgotten = self._known.popitem(last=False)
                 self._bytes -= forgotten.metadata.serialized_size
                 self._idle -= len(forgotten.idle)
+
+
+def _unchanged(name: str, version: FileVersion) -> bool:
+    """Whether a local file is as it was; if not, or if that cannot be told, opening it says why."""
+    try:
+        found = os.stat(name)
+    except OSError:
+        return False
+    return not version.differs(FileVersion(found.st_size, str(found.st_mtime_ns)))
