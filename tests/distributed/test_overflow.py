@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from hpdist.config import LossScale
+from hpdist.config import LossScale, Schedule
+from hpdist.data.digits import write_digits
 from hpdist.errors import PrecisionError
+from hpdist.optim import learning_rate
+from hpdist.run_data import RunData
 from hpdist.step import SemiSupervisedStep, StepOutcome
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of
@@ -197,3 +205,96 @@ def test_nan_reaches_nothing_in_any_precision() -> None:
         assert changed == []
         assert "10 steps in a row" in story
         assert "features.0" in story
+
+
+SKIPPED = {2: (1, "supervised"), 3: (0, "unsupervised"), 6: (1, "unsupervised")}
+SCHEDULE, PEAK, STEPS = Schedule(name="cosine", warmup_steps=3), 0.05, 6
+Moments = list[dict[str, Any]]  # before each attempt, and at the end
+
+
+def train_with_skips(data: Path, runs: Path) -> dict[str, Moments]:
+    """Whole runs, some of whose attempts overflow; what a skip must leave alone, at each moment."""
+    os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
+    from hpdist.trainer import Trainer
+
+    found = {}
+    files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}
+    for name, stage in (("ddp", None), ("zero2", 2)):
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the run before
+        trainer = Trainer(
+            {"name": "cnn", "width": 8},
+            {"name": "freematch", "momentum": 0.9},
+            labeled=files | {"labels_per_class": 4},
+            unlabeled=files | {"streaming": True, "audit": True},
+            batch={"labeled": LABELED, "unlabeled": UNLABELED},
+            views={"weak": {"flip": False}},
+            precision="fp16",
+            loss_scale={"initial": 1024.0, "growth_interval": 100},
+            zero={"stage": stage},
+            optim={"name": "sgd", "lr": PEAK},
+            schedule=SCHEDULE.model_dump(),
+            steps=STEPS,
+            run={"dir": str(runs), "name": name},
+            log={"every": 1},
+            tracker={"name": "none"},
+        )
+        found[name] = watched(trainer)
+    return found
+
+
+def watched(trainer: Any) -> Moments:
+    """Train, and see to it that the attempts of `SKIPPED` overflow."""
+    step = trainer.step
+    injection, moments = Injection(step), []
+    real = RunData.next
+
+    def note() -> None:
+        moments.append(
+            {
+                "attempts": step.attempts,
+                "applied": step.applied_steps,
+                "teacher updates": step.teacher.updates,
+                "rate": step.engine.optimizer.param_groups[0]["lr"],
+                "thresholds": {k: v.tolist() for k, v in step.algorithm.state_dict().items()},
+            }
+        )
+
+    def following(self: RunData) -> Any:
+        note()
+        injection.rank, injection.term = SKIPPED.get(step.attempts, (-1, ""))
+        return real(self)
+
+    RunData.next = following  # type: ignore[method-assign]
+    try:
+        trainer.fit()
+    finally:
+        RunData.next = real  # type: ignore[method-assign]
+    note()
+    return moments
+
+
+def test_the_schedule_and_every_counter_of_a_run_stand_still(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "digits")
+    attempts = STEPS + len(SKIPPED)
+    applied = [number for number in range(attempts) if number not in SKIPPED]
+    done = [sum(number < attempt for number in applied) for attempt in range(attempts + 1)]
+    rates = [learning_rate(SCHEDULE, PEAK, number, STEPS) for number in range(STEPS)]
+    for moments in run_ranks(2, train_with_skips, data, tmp_path)[0].values():
+        assert [moment["attempts"] for moment in moments] == list(range(attempts + 1))
+        assert [moment["applied"] for moment in moments] == done
+        assert [moment["teacher updates"] for moment in moments] == done
+        used = [moment["rate"] for moment in moments[1:]]
+        assert used == pytest.approx([rates[number] for number in done[:-1]])
+        for number, (before, after) in enumerate(pairwise(moments)):
+            assert (before["thresholds"] == after["thresholds"]) == (number in SKIPPED)
+    for name in ("ddp", "zero2"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+        assert [record["attempt"] for record in records] == [number + 1 for number in applied]
+        assert [record["lr"] for record in records] == pytest.approx(rates)
+        assert [record["overflows"] for record in records] == [
+            sum(number < attempt for number in SKIPPED) for attempt in applied
+        ]
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert (summary["steps"], summary["skipped_steps"]) == (STEPS, len(SKIPPED))
