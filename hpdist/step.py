@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ from hpdist.distributed.ema import ShardedTeacher
 from hpdist.distributed.engine import Engine, EngineStep, make_engine
 from hpdist.distributed.reduce import FusedSum
 from hpdist.errors import ConfigError
+from hpdist.micro_batch import Cutter, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,10 @@ class StepOutcome:
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
-    """One micro-batch of this rank, its views made."""
-
-    labeled: Tensor  # [labeled, *]
-    labels: Tensor  # [labeled]
-    student: tuple[Tensor, ...]  # per weak, then per strong view of the student [unlabeled, *]
-    weak: Tensor | None  # [unlabeled, *], what the targets are made of
-    ids: Tensor  # [unlabeled]
-
-
-@dataclass(frozen=True)
 class _Pass:
     """What a micro-batch's pass leaves: for the log, and to go through again after an overflow."""
 
-    micro: _MicroBatch
+    micro: MicroBatch
     weak: WeakOutputs | None
     rows: tuple[Tensor, Tensor]  # labelled and unlabelled rows of the global batch
     total: Mapping[str, Tensor]  # the student's global sums
@@ -93,6 +83,7 @@ class SemiSupervisedStep:
         loss_scale: Of fp16 without DeepSpeed, whose own config decides otherwise.
         teacher_model: A second, unprepared model like the first: needed under ZeRO-3 by an
             algorithm whose targets come from the teacher.
+        seed: Of what the algorithm draws, such as how it mixes rows.
     """
 
     def __init__(
@@ -110,6 +101,7 @@ class SemiSupervisedStep:
         precision: Precision | None = None,
         loss_scale: LossScale | None = None,
         teacher_model: nn.Module | None = None,
+        seed: int = 0,
     ) -> None:
         self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
@@ -127,8 +119,10 @@ class SemiSupervisedStep:
         if self.teacher is not None and views_wanted.teacher:
             self.teacher.prepare_forward(teacher_model)
         self._noted = torch.zeros(2)
-        one_pass = micro_batches == 1 and not views_wanted.teacher
+        alone = views_wanted.teacher or views_wanted.inputs_need_targets
+        one_pass = micro_batches == 1 and not alone
         self._fused = self.engine.fuses_weak_pass and one_pass
+        self._seed = seed
 
     def __call__(
         self,
@@ -155,13 +149,24 @@ class SemiSupervisedStep:
         if not self.engine.module.training:  # setting it walks over all modules
             self.engine.module.train()
         notes = self._notes(unlabeled, stop)
-        micros = [self._make_views(*slices) for slices in self._cut(labeled, unlabeled)]
-        weak: list[WeakOutputs | None] = []
+        engine = self.engine
+        cutter = Cutter(
+            self.algorithm,
+            self.views,
+            self.micro_batches,
+            engine.rank,
+            engine.world_size,
+            engine.device,
+            self._seed,
+        )
+        micros = list(cutter.cut(labeled, unlabeled, self.attempts))
+        weak: list[WeakOutputs | None] = [None] * len(micros)
         rows = reduction = ahead = None
         if not self._fused:
             weak = self._weak_passes(micros)
             # In flight during the student's first pass.
             reduction = self._reduce(micros, weak, notes)
+        micros = [self._mixed(micro, said) for micro, said in zip(micros, weak, strict=True)]
         if reduction is not None and self._needs_sums_ahead:
             rows = self._observe(reduction)
             ahead = self._student_sums_ahead(micros, weak, rows)
@@ -202,88 +207,44 @@ class SemiSupervisedStep:
         """How many contributions make the global loss."""
         return self.engine.world_size * self.micro_batches
 
-    def _cut(
-        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
-    ) -> Iterable[tuple[LabeledBatch, UnlabeledBatch | None, int, int]]:
-        """This rank's micro-batches, and where each begins in the global batches."""
-        needs_unlabeled = self.algorithm.views.uses_unlabeled
-        if needs_unlabeled and unlabeled is None:
-            raise ConfigError(
-                f"{type(self.algorithm).__name__} needs unlabelled rows; give a batch of them"
-            )
-        if not needs_unlabeled:
-            unlabeled = None
-        sizes = {"labelled": len(labeled)} | ({"unlabelled": len(unlabeled)} if unlabeled else {})
-        for what, size in sizes.items():
-            if size % self.micro_batches:
-                raise ConfigError(
-                    f"{size} {what} rows per rank do not divide into {self.micro_batches} "
-                    "micro-batches"
-                )
-        for number in range(self.micro_batches):
-            part = len(labeled) // self.micro_batches
-            first = number * part
-            at = self.engine.rank * len(labeled) + first
-            if unlabeled is None:
-                yield labeled.narrow(first, part), None, at, 0
-            else:
-                u_part = len(unlabeled) // self.micro_batches
-                u_first = number * u_part
-                u_at = self.engine.rank * len(unlabeled) + u_first
-                yield labeled.narrow(first, part), unlabeled.narrow(u_first, u_part), at, u_at
-
-    @torch.no_grad()
-    def _make_views(
-        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, at: int, u_at: int
-    ) -> _MicroBatch:
-        device = self.engine.device
-        labeled = labeled.to(device, non_blocking=True)
-        step = self.attempts
-        positions = torch.arange(at, at + len(labeled))
-        x = self.views.weak(labeled.inputs, stream="labeled", step=step, positions=positions)
-        if unlabeled is None:
-            none = torch.empty(0, dtype=torch.int64, device=device)
-            return _MicroBatch(x, labeled.labels, (), None, none)
-        unlabeled, places = unlabeled.only_valid()
-        unlabeled = unlabeled.to(device, non_blocking=True)
-        positions = u_at + places
-        wanted = self.algorithm.views
-        u = unlabeled.inputs
-        weak, strong = (
-            partial(make, u, stream="unlabeled", step=step, positions=positions)
-            for make in (self.views.weak, self.views.strong)
-        )
-        student = [weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)]
-        student += [strong(copy=copy) for copy in range(wanted.strong)]
-        targets = weak(copy=0) if wanted.weak else None
-        return _MicroBatch(x, labeled.labels, tuple(student), targets, unlabeled.ids)
-
-    def _weak_passes(self, micros: list[_MicroBatch]) -> list[WeakOutputs | None]:
+    def _weak_passes(self, micros: list[MicroBatch]) -> list[WeakOutputs | None]:
         """What student or teacher says of the weak views, without gradient."""
         teacher = self.teacher if self.algorithm.views.teacher else None
+        found: list[WeakOutputs | None] = []
         with nullcontext(self.engine.infer) if teacher is None else teacher.forward() as infer:
-            return [
-                None if m.weak is None else WeakOutputs(infer(_layout(m.weak)), m.ids)
-                for m in micros
-            ]
+            for micro in micros:
+                parts = list(micro.inputs.weak)
+                if parts and self.algorithm.views.labeled_targets:
+                    parts.append(micro.inputs.labeled)
+                logits = infer(_layout(torch.cat(parts))) if parts else None
+                found.append(None if logits is None else _weak_outputs(logits, micro))
+        return found
 
-    def _student_pass(self, micro: _MicroBatch) -> Tensor:
-        """Logits of [labelled; student's views], and of the weak views behind them if fused."""
-        inputs = [micro.labeled, *micro.student]
-        if self._fused and micro.weak is not None:
-            inputs.append(micro.weak)
-            student_rows = sum(len(part) for part in inputs[:-1])
-            with self.engine.segments([student_rows, len(micro.weak)]):
-                return self.engine.forward(_layout(torch.cat(inputs)))
-        return self.engine.forward(_layout(torch.cat(inputs)))
+    @torch.no_grad()
+    def _mixed(self, micro: MicroBatch, weak: WeakOutputs | None) -> MicroBatch:
+        """The micro-batch as the algorithm wants the student to see it."""
+        told = weak if self.algorithm.views.inputs_need_targets else None
+        return replace(micro, inputs=self.algorithm.mix(micro.inputs, told))
+
+    def _student_pass(self, micro: MicroBatch) -> Tensor:
+        """Logits of the student's rows, and of the weak views behind them if fused."""
+        parts, weak = micro.inputs.parts, micro.inputs.weak
+        if self._fused and weak:
+            rows = [sum(len(part) for part in parts), sum(len(part) for part in weak)]
+            with self.engine.segments(rows):
+                return self.engine.forward(_layout(torch.cat([*parts, *weak])))
+        return self.engine.forward(_layout(torch.cat(parts)))
 
     def _split_fused(
-        self, logits: Tensor, micro: _MicroBatch
+        self, logits: Tensor, micro: MicroBatch
     ) -> tuple[Tensor, list[WeakOutputs | None]]:
-        if micro.weak is None:
+        weak_rows = sum(len(part) for part in micro.inputs.weak)
+        if not weak_rows:
             return logits, [None]
-        student, weak = logits.split([len(logits) - len(micro.weak), len(micro.weak)])
-        return student, [WeakOutputs(weak.detach(), micro.ids)]
+        student, weak = logits.split([len(logits) - weak_rows, weak_rows])
+        if self.algorithm.views.labeled_targets:
+            weak = torch.cat([weak, student[: len(micro.inputs.labeled)]])
+        return student, [_weak_outputs(weak.detach(), micro)]
 
     def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool) -> Tensor:
         """What a rank tells the others besides sums: its unusable rows, and its wish to stop."""
@@ -292,15 +253,15 @@ class SemiSupervisedStep:
 
     @torch.no_grad()
     def _reduce(
-        self, micros: list[_MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
+        self, micros: list[MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
     ) -> FusedSum:
         """Start the one reduction of a step: rows, notes, and the algorithm's sums."""
-        rows = [sum(len(m.labeled) for m in micros), sum(len(m.ids) for m in micros)]
+        rows = [sum(len(m.inputs.labels) for m in micros), sum(len(m.ids) for m in micros)]
         sums = {"notes": notes, "rows": torch.tensor(rows, device=self.engine.device)}
         seen = [outputs for outputs in weak if outputs is not None]
         if seen:
             # 0, or NaN where any logit is not finite.
-            sums["not finite"] = sum_(outputs.logits.sum() * 0 for outputs in seen)
+            sums["not finite"] = sum_(logits.sum() * 0 for said in seen for logits in said.all)
             parts = [self.algorithm.statistics(outputs) for outputs in seen]
             sums |= {key: sum_(part[key] for part in parts) for key in parts[0]}
         return FusedSum(sums)
@@ -319,6 +280,7 @@ class SemiSupervisedStep:
             sound = sound & (sums.pop("not finite") == 0)
         unlabeled = unlabeled.clamp(min=1)  # sums over no rows are 0, and so are their means
         self.algorithm.observe(sums, unlabeled)
+        self.algorithm.sound = sound
         self.algorithm.pending = {
             name: torch.where(sound, value, self.algorithm.state[name])
             for name, value in self.algorithm.pending.items()
@@ -328,21 +290,24 @@ class SemiSupervisedStep:
     def _outputs(
         self,
         logits: Tensor,
-        micro: _MicroBatch,
+        micro: MicroBatch,
         weak: WeakOutputs | None,
         rows: tuple[Tensor, Tensor],
     ) -> StudentOutputs:
-        sizes = [len(micro.labeled), *(len(view) for view in micro.student)]
-        labeled, *views = logits.split(sizes)
-        student_weak = self.algorithm.views.student_weak
+        inputs = micro.inputs
+        labeled, *views = logits.split([len(part) for part in inputs.parts])
+        weak_end = len(inputs.student_weak)
+        strong_end = weak_end + len(inputs.strong)
         return StudentOutputs(
             labeled=labeled,
-            labels=micro.labels,
-            strong=tuple(views[student_weak:]),
+            labels=inputs.labels,
+            strong=tuple(views[weak_end:strong_end]),
             weak=weak,
             labeled_rows=rows[0],
             unlabeled_rows=rows[1],
-            student_weak=tuple(views[:student_weak]),
+            student_weak=tuple(views[:weak_end]),
+            strong_labeled=tuple(views[strong_end:]),
+            notes=inputs.notes,
         )
 
     @property
@@ -353,14 +318,14 @@ class SemiSupervisedStep:
     @torch.no_grad()
     def _student_sums_ahead(
         self,
-        micros: list[_MicroBatch],
+        micros: list[MicroBatch],
         weak: list[WeakOutputs | None],
         rows: tuple[Tensor, Tensor],
     ) -> dict[str, Tensor]:
         """The student's global sums before its first backward, from passes without gradient."""
         parts = []
         for micro, weak_outputs in zip(micros, weak, strict=True):
-            logits = self.engine.infer(_layout(torch.cat([micro.labeled, *micro.student])))
+            logits = self.engine.infer(_layout(torch.cat(micro.inputs.parts)))
             self.engine.forget_norms()
             outputs = self._outputs(logits, micro, weak_outputs, rows)
             parts.append(self.algorithm.student_statistics(outputs))
@@ -395,7 +360,7 @@ class SemiSupervisedStep:
     def _find_culprit(self, passes: list[_Pass]) -> Culprit | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
         for done in passes:
-            inputs = _layout(torch.cat([done.micro.labeled, *done.micro.student]))
+            inputs = _layout(torch.cat(done.micro.inputs.parts))
             culprit = find_culprit(self.engine, inputs, partial(self._terms, done=done))
             if culprit is not None:
                 return culprit
@@ -407,7 +372,7 @@ class SemiSupervisedStep:
         sums = self._attach(self.algorithm.student_statistics(outputs), done.total)
         terms = self.algorithm.loss(outputs, sums)
         weighted = {"supervised": terms.supervised}
-        if done.micro.student:
+        if done.micro.uses_unlabeled:
             weighted["unsupervised"] = terms.unsupervised_weight * terms.unsupervised
         shared = {name: term / self._parts for name, term in terms.global_extras.items()}
         return weighted | dict(terms.extras) | shared
@@ -426,6 +391,22 @@ class SemiSupervisedStep:
             reduced["pseudo_label_top_share"] = counts.max() / counts.sum().clamp(min=1)
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
         return dict(zip(reduced, values, strict=True))
+
+
+def _weak_outputs(logits: Tensor, micro: MicroBatch) -> WeakOutputs:
+    """From the logits of all weak views, and of the labelled rows behind them if there are any."""
+    inputs = micro.inputs
+    sizes = [len(part) for part in inputs.weak]
+    first, *others, labeled = logits.split([*sizes, len(logits) - sum(sizes)])
+    has_labeled = len(labeled) > 0
+    return WeakOutputs(
+        first,
+        micro.ids,
+        tuple(others),
+        labeled if has_labeled else None,
+        inputs.labels if has_labeled else None,
+        inputs.places,
+    )
 
 
 def sum_(values: Iterable[Tensor]) -> Tensor:

@@ -198,6 +198,7 @@ class Trainer:
             precision=self.sharding.precision,
             loss_scale=config.loss_scale,
             teacher_model=replica,
+            seed=config.run.seed,
         )
         engine = self.step.engine
         self.data.start(engine.rank, engine.world_size, files=self.files)

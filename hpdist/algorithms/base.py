@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.config import Component
+from hpdist.data.random import stream_id, uniform
 
 Sums = Mapping[str, Tensor]
 
@@ -31,8 +32,15 @@ class Views:
     """Strong views of an unlabelled row, seen with gradient."""
     student_weak: int = 0
     """Further weak views of an unlabelled row, seen with gradient."""
+    strong_labeled: int = 0
+    """Strong views of a labelled row, seen with gradient."""
+    labeled_targets: bool = False
+    """Whether the labelled rows' weak view is also seen without gradient, beside the unlabelled
+    rows': for statistics of the labelled global batch."""
     teacher: bool = False
     """Whether the targets come from the teacher's weights instead of the student's."""
+    inputs_need_targets: bool = False
+    """Whether `Algorithm.mix` goes by what was said of the weak views."""
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -41,16 +49,66 @@ class Views:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a micro-batch's rows stand in the global batch, and noise that depends on that alone.
+
+    What an algorithm draws from it is the same however many ranks share the batch.
+    """
+
+    labeled: Tensor  # [labeled], int64, on the CPU
+    unlabeled: Tensor  # [unlabeled], int64, on the CPU
+    labeled_rows: int  # of the global batch
+    unlabeled_rows: int  # of the global batch, rows that cannot be used among them
+    seed: int
+    step: int
+
+    def noise(self, name: str, count: int, *, labeled: bool = False) -> Tensor:
+        """Uniform numbers in [0, 1) for each row, fp32 [rows, count], on the CPU."""
+        positions = self.labeled if labeled else self.unlabeled
+        return uniform(self.seed, stream_id("algorithm", name), self.step, positions, count)
+
+
+@dataclass(frozen=True)
 class WeakOutputs:
     """What the model said of the weak views of this rank's unlabelled rows, without gradient."""
 
-    logits: Tensor  # [unlabeled, classes], fp32
+    logits: Tensor  # [unlabeled, classes], fp32, of the first weak view
     ids: Tensor  # [unlabeled], int64, stable row ids
+    others: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], fp32
+    labeled: Tensor | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
+    labels: Tensor | None = None  # [labeled], int64
+    places: Places | None = None
 
     @property
     def probabilities(self) -> Tensor:
         """Softmax of the logits, [unlabeled, classes], fp32."""
         return self.logits.softmax(dim=-1)
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        """Every logit there is, view by view."""
+        labeled = () if self.labeled is None else (self.labeled,)
+        return (self.logits, *self.others, *labeled)
+
+
+@dataclass(frozen=True)
+class StudentInputs:
+    """What the student is about to see of one micro-batch."""
+
+    labeled: Tensor  # [labeled, *], weak views
+    labels: Tensor  # [labeled], int64
+    student_weak: tuple[Tensor, ...]  # per further weak view [unlabeled, *]
+    strong: tuple[Tensor, ...]  # per strong view [unlabeled, *]
+    strong_labeled: tuple[Tensor, ...]  # per strong view [labeled, *]
+    weak: tuple[Tensor, ...]  # the views that the targets are made of [unlabeled, *]
+    places: Places
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `Algorithm.mix` tells `Algorithm.loss`."""
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What goes through the student, in this order."""
+        return [self.labeled, *self.student_weak, *self.strong, *self.strong_labeled]
 
 
 @dataclass(frozen=True)
@@ -64,6 +122,9 @@ class StudentOutputs:
     labeled_rows: Tensor  # [], fp32: labelled rows in the global batch
     unlabeled_rows: Tensor  # [], fp32: unlabelled rows in the global batch
     student_weak: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], logits
+    strong_labeled: tuple[Tensor, ...] = ()  # per strong view [labeled, classes], logits
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `Algorithm.mix` told."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +180,23 @@ class Algorithm:
     """The base of every algorithm.
 
     One optimizer step calls, in this order: `statistics` per micro-batch; `observe` once with the
-    sums over the global batch; where there are any, `student_statistics`; `loss` per micro-batch;
-    and `commit` if the step was applied, else `discard`.
+    sums over the global batch; `mix` per micro-batch; where there are any, `student_statistics`;
+    `loss` per micro-batch; and `commit` if the step was applied, else `discard`.
     """
 
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
+    groups: int = 1
+    """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
+    divide them, so that no row needs another rank's."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
         """What the algorithm remembers from applied steps; fp32, the same on every rank."""
         self.pending: dict[str, Tensor] = {}
         """The state as it will be if this step is applied; what `loss` goes by."""
+        self.sound: Tensor | None = None
+        """Bool []: whether this step's sums may enter the state; set after `observe`."""
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums over this rank's rows to be added up over the global batch; fp32, O(classes)."""
@@ -139,6 +205,13 @@ class Algorithm:
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Take the sums over the global batch and make `pending` from `state`."""
         self.pending = dict(self.state)
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """Change what the student will see; `weak` only if `Views.inputs_need_targets`.
+
+        The number of rows must not depend on what the rows hold.
+        """
+        return inputs
 
     @property
     def uses_student_statistics(self) -> bool:

@@ -1,0 +1,134 @@
+"""A step's batches cut into micro-batches, with the views that an algorithm wants of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.base import Algorithm, Places, StudentInputs
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.views.base import Views
+from hpdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of this rank, its views made."""
+
+    inputs: StudentInputs
+    ids: Tensor  # [unlabeled], int64
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether there is any view of unlabelled rows."""
+        inputs = self.inputs
+        return bool(inputs.weak or inputs.student_weak or inputs.strong)
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts a rank's slices of the global batches.
+
+    Args:
+        algorithm: Says which views there are to be.
+        views: Makes them.
+        parts: Micro-batches of a step.
+        rank: This process.
+        ranks: How many share a global batch.
+        device: Where the views are made.
+        seed: Of the algorithm's own noise.
+    """
+
+    algorithm: Algorithm
+    views: Views
+    parts: int
+    rank: int
+    ranks: int
+    device: torch.device
+    seed: int
+
+    @torch.no_grad()
+    def cut(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, step: int
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of a step; raises ConfigError where rows are missing or left over."""
+        unlabeled = self._check(labeled, unlabeled)
+        part = len(labeled) // self.parts
+        u_part = 0 if unlabeled is None else len(unlabeled) // self.parts
+        for number in range(self.parts):
+            index = self.rank * self.parts + number
+            x = labeled.narrow(number * part, part)
+            u = None if unlabeled is None else unlabeled.narrow(number * u_part, u_part)
+            yield self._make(x, u, index * part, index * u_part, step)
+
+    def _check(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
+    ) -> UnlabeledBatch | None:
+        algorithm = self.algorithm
+        name = type(algorithm).__name__
+        if not algorithm.views.uses_unlabeled:
+            unlabeled = None
+        elif unlabeled is None:
+            raise ConfigError(f"{name} needs unlabelled rows; give a batch of them")
+        sizes = {"labelled": len(labeled)} | ({"unlabelled": len(unlabeled)} if unlabeled else {})
+        for what, size in sizes.items():
+            if size % self.parts:
+                raise ConfigError(
+                    f"{size} {what} rows per rank do not divide into {self.parts} micro-batches"
+                )
+            whole = size * self.ranks
+            if whole % algorithm.groups:
+                raise ConfigError(
+                    f"{name} mixes rows within {algorithm.groups} groups of the global batch, and "
+                    f"{whole} {what} rows do not divide into as many; change batch.{what} or "
+                    "algorithm.groups"
+                )
+        if algorithm.groups > 1 and algorithm.groups % (self.parts * self.ranks):
+            raise ConfigError(
+                f"{name} mixes rows within {algorithm.groups} groups of the global batch, which "
+                f"{self.ranks} ranks with {self.parts} micro-batches each cut apart; change "
+                "algorithm.groups"
+            )
+        return unlabeled
+
+    def _make(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, at: int, u_at: int, step: int
+    ) -> MicroBatch:
+        wanted = self.algorithm.views
+        labeled_rows = len(labeled) * self.parts * self.ranks
+        labeled = labeled.to(self.device, non_blocking=True)
+        positions = torch.arange(at, at + len(labeled))
+        x_weak, x_strong = (
+            partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
+            for make in (self.views.weak, self.views.strong)
+        )
+        strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
+        if unlabeled is None:
+            none = torch.empty(0, dtype=torch.int64)
+            places = Places(positions, none, labeled_rows, 0, self.seed, step)
+            inputs = StudentInputs(x_weak(), labeled.labels, (), (), strong_labeled, (), places)
+            return MicroBatch(inputs, none.to(self.device))
+        unlabeled_rows = len(unlabeled) * self.parts * self.ranks
+        unlabeled, lines = unlabeled.only_valid()
+        unlabeled = unlabeled.to(self.device, non_blocking=True)
+        u_positions = u_at + lines
+        weak, strong = (
+            partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=u_positions)
+            for make in (self.views.weak, self.views.strong)
+        )
+        inputs = StudentInputs(
+            labeled=x_weak(),
+            labels=labeled.labels,
+            student_weak=tuple(
+                weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
+            ),
+            strong=tuple(strong(copy=copy) for copy in range(wanted.strong)),
+            strong_labeled=strong_labeled,
+            weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
+            places=Places(positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step),
+        )
+        return MicroBatch(inputs, unlabeled.ids)
