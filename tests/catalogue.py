@@ -1,0 +1,56 @@
+"""Every algorithm of the catalogue, set so that all its parts act from the first steps on."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from hpdist.algorithms import Algorithm, AlgorithmConfig
+from hpdist.config import components
+from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.models import CNN
+from tests.recipes import make_step, train
+
+# Thresholds that some rows pass and no row comes close to, where rounding would decide.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fixmatch": {"threshold": 0.22},
+    "freematch": {"momentum": 0.5, "fairness_weight": 0.05},
+    "mean_teacher": {"unsupervised_weight": 5.0, "ramp": 0.2},
+}
+RUN_STEPS = 40  # that ramps are made for
+
+
+def names() -> list[str]:
+    """All that are registered."""
+    return sorted(components("algorithm"))
+
+
+def build(name: str) -> Algorithm:
+    """An algorithm for ten classes."""
+    configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
+    return configs[name](name=name, **SETTINGS.get(name, {})).build(10, steps=RUN_STEPS)
+
+
+def run(name: str, steps: int, **options: Any) -> list[dict[str, float]]:
+    """The metrics of every step, and at the end what the algorithm and the teacher hold."""
+    algorithm = build(name)
+    if options.get("stage") == 3 and algorithm.views.teacher:
+        options["teacher_model"] = global_batch_norm(CNN(1, 8, 10, "group"))
+    step = make_step(algorithm, **options)
+    curve = train(step, steps)
+    state = {
+        f"state {key}": float(value.double().sum())
+        for key, value in step.algorithm.state_dict().items()
+    }
+    assert step.teacher is not None
+    whole = step.teacher.whole()
+    teacher = sum(float(value.double().square().sum()) for value in whole.values())
+    curve.append({"teacher": teacher, **state})
+    return curve
+
+
+def finite(curve: list[dict[str, float]]) -> bool:
+    """Whether no number is NaN or infinite."""
+    values = [float(value) for record in curve for value in record.values()]
+    return bool(torch.tensor(values).isfinite().all())
