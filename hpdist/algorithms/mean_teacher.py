@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hpdist.algorithms import ramps
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -66,12 +67,10 @@ class MeanTeacher(Algorithm):
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
         student = outputs.student_weak[0].softmax(dim=-1)
+        weight = ramps.linear(self.state["step"], self.ramp_steps)
         losses = (student - outputs.weak.probabilities).square().mean(dim=-1)  # [unlabeled]
-        ramp = (self.state["step"] / max(self.ramp_steps, 1)).clamp(max=1)
-        if self.ramp_steps == 0:
-            ramp = torch.ones_like(ramp)
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight * ramp,
+            unsupervised_weight=self.unsupervised_weight * weight,
         )

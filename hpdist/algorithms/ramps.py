@@ -1,0 +1,52 @@
+"""Weights and thresholds that follow the run: functions of the applied steps so far.
+
+Each takes `step`, an fp32 tensor [] of applied steps, and `steps`, over which it goes from its
+first to its last value; with `steps` = 0 it has its last value from the start. A step that is
+skipped moves nothing, for an algorithm counts the steps in its state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["off", "linear", "log", "exp"]
+
+
+def progress(step: Tensor, steps: int) -> Tensor:
+    """The share t of `steps` that is done, at most 1."""
+    return (step / steps).clamp(max=1) if steps > 0 else torch.ones_like(step)
+
+
+def linear(step: Tensor, steps: int) -> Tensor:
+    """From 0 to 1: t."""
+    return progress(step, steps)
+
+
+def gaussian(step: Tensor, steps: int) -> Tensor:
+    """From exp(-5) to 1: exp(-5 (1 - t)^2) (Laine and Aila 2017, section 2)."""
+    return (-5 * (1 - progress(step, steps)).square()).exp()
+
+
+def cosine(step: Tensor, steps: int) -> Tensor:
+    """From 0 to 1, level at both ends: (1 - cos(pi t)) / 2."""
+    return (1 - (math.pi * progress(step, steps)).cos()) / 2
+
+
+def annealed_threshold(schedule: Schedule, step: Tensor, steps: int, num_classes: int) -> Tensor:
+    """Training signal annealing: eta = alpha (1 - 1/C) + 1/C, from about 1/C to about 1.
+
+    With alpha = t (linear), 1 - exp(-5 t) (log) or exp(5 (t - 1)) (exp); TSA of Xie et al. 2020.
+    `off` is 1 throughout.
+    """
+    t = progress(step, steps)
+    alphas = {
+        "off": torch.ones_like(t),
+        "linear": t,
+        "log": 1 - (-5 * t).exp(),
+        "exp": (5 * (t - 1)).exp(),
+    }
+    return alphas[schedule] * (1 - 1 / num_classes) + 1 / num_classes
