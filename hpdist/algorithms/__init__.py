@@ -15,6 +15,7 @@ from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
     LossTerms,
+    Places,
     StudentOutputs,
     Views,
     WeakOutputs,
@@ -24,15 +25,19 @@ from hpdist.algorithms.defixmatch import DeFixMatch
 from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.freematch import FreeMatch
+from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.mean_teacher import MeanTeacher
+from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
+from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.config import components
 
 __all__ = [
+    "ICT",
     "UDA",
     "AdaMatch",
     "Algorithm",
@@ -45,17 +50,20 @@ __all__ = [
     "FreeMatch",
     "LossTerms",
     "MeanTeacher",
+    "PiModel",
     "PseudoLabel",
     "ReFixMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
+    "TemporalEnsembling",
     "Views",
     "WeakOutputs",
     "catalogue",
 ]
 
 _CLASSES = (5, 7)  # two numbers of classes: a size that follows them is a multiple of C
+_ROWS = (11, 13)  # two unlabelled global batches: the same of B
 _HEADER = ("name", "paper", "views", "state", "reduced per step")
 
 
@@ -69,20 +77,28 @@ def catalogue() -> list[str]:
     return [
         *table,
         "",
-        "Views: of an unlabelled row. C: number of classes. Reduced: floats summed over the ranks",
-        "per optimizer step, whatever the batch, besides the gradients and three counts of rows;",
-        "'then' begins a second collective.",
+        "Views: of an unlabelled row. C: number of classes. N: unlabelled rows seen so far. B:",
+        "unlabelled rows of the global batch. Reduced: floats summed over the ranks per optimizer",
+        "step, besides the gradients and three counts of rows; 'then' begins a second collective.",
     ]
 
 
 def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
-    names = {"weak": "weak", "student_weak": "weak for the student", "strong": "strong"}
+    names = {
+        "weak": "weak",
+        "student_weak": "weak for the student",
+        "strong": "strong",
+        "strong_labeled": "strong of labelled rows",
+    }
     counts = {kind: getattr(small.views, field) for field, kind in names.items()}
     views = [f"{count} {kind}" for kind, count in counts.items() if count]
     views += ["targets by the teacher"] if small.views.teacher else []
-    state = [f"{key} [{_shape(small.state[key], large.state[key])}]" for key in small.state]
-    reduced = [_total(*sums) for sums in zip(_reduced(small, 5), _reduced(large, 7), strict=True)]
+    views += [] if type(small).mix is Algorithm.mix else ["mixed"]
+    tensors, others = small.state_dict(), large.state_dict()
+    state = [f"{key} [{_shape(tensors[key], others[key])}]" for key in tensors]
+    both = zip(*map(_reduced, (small, large), _CLASSES, _ROWS), strict=True)
+    reduced = [_total(*sums) for sums in both]
     return (
         name,
         small.paper or "-",
@@ -92,38 +108,50 @@ def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     )
 
 
-def _reduced(algorithm: Algorithm, classes: int) -> tuple[list[Tensor], list[Tensor]]:
+def _reduced(algorithm: Algorithm, classes: int, rows: int) -> tuple[list[Tensor], list[Tensor]]:
     """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
-    logits = torch.zeros(2, classes)
-    count = torch.tensor(2.0)
-    weak = WeakOutputs(logits, torch.arange(2)) if algorithm.views.weak else None
+    logits = torch.zeros(rows, classes)
+    labels, count = torch.zeros(rows).long(), torch.tensor(float(rows))
+    numbers = torch.arange(rows)
+    views = algorithm.views
+    places = Places(numbers, numbers, rows, rows, seed=0, step=0)
+    others, labeled = (logits,) * (views.weak - 1), logits if views.labeled_targets else None
+    weak = WeakOutputs(logits, numbers, others, labeled, labels, places) if views.weak else None
     sums = algorithm.statistics(weak) if weak else {}
     algorithm.observe(sums, count)
-    views = algorithm.views
     outputs = StudentOutputs(
         labeled=logits,
-        labels=torch.zeros(2).long(),
+        labels=labels,
         strong=(logits,) * views.strong,
         weak=weak,
         labeled_rows=count,
         unlabeled_rows=count,
         student_weak=(logits,) * views.student_weak,
+        strong_labeled=(logits,) * views.strong_labeled,
     )
     return list(sums.values()), list(algorithm.student_statistics(outputs).values())
 
 
+def _symbol(small: int, large: int) -> str:
+    """What a size follows: C, B, N where it grows from nothing, or nothing."""
+    return {_CLASSES: "C", _ROWS: "B", (0, 0): "N"}.get((small, large), "")
+
+
 def _shape(small: Tensor, large: Tensor) -> str:
-    """A shape in terms of C: 'C x 3'."""
+    """A shape in symbols: 'C x 3'."""
     pairs = zip(small.shape, large.shape, strict=True)
-    return " x ".join("C" if pair == _CLASSES else str(pair[0]) for pair in pairs)
+    return " x ".join(_symbol(*pair) or str(pair[0]) for pair in pairs)
 
 
 def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
-    """The size of several tensors in terms of C: '2C + 1'."""
-    sizes: Counter[int] = Counter()  # powers of C, and how often each is there
+    """The size of several tensors in symbols: 'BC + 2C + 1'."""
+    sizes: Counter[str] = Counter()  # products of symbols, and how often each is there
     for a, b in zip(small, large, strict=True):
-        dims = list(zip(a.shape, b.shape, strict=True))
-        sizes[dims.count(_CLASSES)] += math.prod(x for x, y in dims if (x, y) != _CLASSES)
-    powers = {0: "", 1: "C"}
-    terms = {powers.get(power, f"C^{power}"): n for power, n in sorted(sizes.items(), reverse=True)}
-    return " + ".join(f"{n if n > 1 or not c else ''}{c}" for c, n in terms.items())
+        dims = [(x, _symbol(x, y)) for x, y in zip(a.shape, b.shape, strict=True)]
+        product = "".join(sorted(symbol for _, symbol in dims))
+        sizes[product] += math.prod(size for size, symbol in dims if not symbol)
+    terms = {
+        product.replace("CC", "C^2"): count
+        for product, count in sorted(sizes.items(), key=lambda item: (-len(item[0]), item[0]))
+    }
+    return " + ".join(f"{n if n > 1 or not p else ''}{p}" for p, n in terms.items())

@@ -121,7 +121,7 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
         ("--model=cnn", "--model: must be a group of settings, not 'cnn'; known: cnn, mlp, "),
         (
             "--algorithm={}",
-            "--algorithm.name: missing; known: fixmatch, freematch, mean_teacher, supervised",
+            "--algorithm.name: missing; known: " + ", ".join(component_names("algorithm")),
         ),
         ("--optim.momentum=1", "--optim.momentum: must be at least 0 and less than 1, not 1"),
         ("--zero.stage=4", "--zero.stage: must be at least 0 and at most 3, not 4"),

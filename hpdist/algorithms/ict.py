@@ -1,0 +1,95 @@
+"""ICT: the prediction between two rows lies between the teacher's predictions of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from hpdist.algorithms.base import (
+    AlgorithmConfig,
+    LossTerms,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    supervised_loss,
+)
+from hpdist.algorithms.mixing import Mixing, draw_mixing
+from hpdist.algorithms.ramped import Ramped
+
+
+class ICTConfig(AlgorithmConfig):
+    """The paper's values for CIFAR-10; the teacher's decay is the run's `teacher.decay`."""
+
+    name: Literal["ict"] = "ict"
+    alpha: float = Field(1.0, gt=0)
+    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    unsupervised_weight: float = Field(100.0, ge=0)
+    """Weight of the consistency term after the ramp (w)."""
+    ramp: float = Field(0.25, ge=0, le=1)
+    """Share of the run over which that weight rises."""
+    groups: int = Field(8, ge=1)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch."""
+
+    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> ICT:
+        """Make the algorithm for a run of `steps`."""
+        return ICT(
+            alpha=self.alpha,
+            unsupervised_weight=self.unsupervised_weight,
+            ramp_steps=round(self.ramp * steps),
+            groups=self.groups,
+            device=device,
+        )
+
+
+class ICT(Ramped):
+    """L = L_x + w(t) mean_{j,c} (p_theta(Mix(u_j, u_k))_c - Mix(p_theta'(u_j), p_theta'(u_k))_c)^2.
+
+    With Mix(a, b) = lambda a + (1 - lambda) b, theta' the teacher and lambda ~ Beta(alpha, alpha);
+    equation 2 and algorithm 1 of the paper. Weak views are mixed, each with one of its group, k
+    being a permutation of j, and lambda is drawn for each row instead of once a step. The weight
+    rises as exp(-5 (1 - T)^2) while T goes from 0 to 1 over `ramp_steps` applied steps.
+    """
+
+    paper: ClassVar[str] = "Verma et al. 2019, arXiv:1903.03825"
+    views: ClassVar[Views] = Views(weak=1, teacher=True)
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        unsupervised_weight: float = 100.0,
+        ramp_steps: int = 0,
+        groups: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(unsupervised_weight, ramp_steps, "sigmoid", device)
+        self.alpha = alpha
+        self.groups = groups
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """The weak views that the teacher saw, mixed."""
+        rows = inputs.weak[0]
+        mixing = draw_mixing(
+            inputs.places, "ict", self.alpha, self.groups, unlabeled=1, device=rows.device
+        )
+        notes = {"partners": mixing.partners, "shares": mixing.shares}
+        return replace(inputs, student_weak=(mixing(rows),), notes=notes)
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms; the log shows the consistency term without its weight."""
+        assert outputs.weak is not None
+        mixing = Mixing(outputs.notes["partners"], outputs.notes["shares"])
+        targets = mixing(outputs.weak.probabilities)
+        student = outputs.student_weak[0].softmax(dim=-1)
+        losses = (student - targets).square().mean(dim=-1)  # [unlabeled]
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
+        )

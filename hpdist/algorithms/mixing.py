@@ -1,0 +1,137 @@
+"""Rows mixed with others: whom with, by how much, and the mixing itself.
+
+A row's partner is drawn within its group of the global batch, its share of the mixture by its place
+in that batch. Where every group lies whole in a micro-batch, mixed rows are therefore the same on
+any number of ranks and micro-batches, and none needs another rank's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.base import Places
+from hpdist.errors import ConfigError
+
+_TRIES = 6  # even; each is refused with a chance below 0.05, all of them below 2e-8
+_GAMMA_NUMBERS = 2 * _TRIES + 1
+BETA_NUMBERS = 2 * _GAMMA_NUMBERS
+"""Uniform numbers that a Beta draw is made of."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Which rows are mixed with which: row i becomes s_i row_i + (1 - s_i) row_partner(i)."""
+
+    partners: Tensor  # [rows], int64
+    shares: Tensor  # [rows], fp32, in [0, 1]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Mix inputs or soft labels, floating-point [rows, *]."""
+        own = self.shares.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+        return rows * own + rows[self.partners] * (1 - own)
+
+    def own_most(self) -> Mixing:
+        """The same with shares of at least a half: s = max(s, 1 - s)."""
+        return Mixing(self.partners, torch.maximum(self.shares, 1 - self.shares))
+
+
+def draw_mixing(
+    places: Places,
+    name: str,
+    alpha: float,
+    groups: int,
+    *,
+    labeled: int = 0,
+    unlabeled: int = 0,
+    device: torch.device | str = "cpu",
+) -> Mixing:
+    """How to mix a micro-batch's rows, laid end to end; shares are Beta(alpha, alpha).
+
+    Args:
+        places: Of the micro-batch.
+        name: Keeps what is drawn apart from other draws.
+        alpha: Of the Beta distribution.
+        groups: Parts of the global batch within which rows are mixed.
+        labeled: How many views of the labelled rows come first.
+        unlabeled: How many views of the unlabelled rows come behind them.
+        device: Where the result is to be.
+
+    Raises ConfigError where a micro-batch does not hold whole groups.
+
+    """
+    _check_whole(places, groups)
+    views = [("labeled", copy) for copy in range(labeled)]
+    views += [("unlabeled", copy) for copy in range(unlabeled)]
+    noise = [
+        places.noise(f"{name} {kind} {copy}", 1 + BETA_NUMBERS, labeled=kind == "labeled")
+        for kind, copy in views
+    ]
+    of_labeled = _groups(places.labeled, places.labeled_rows, groups)
+    of_unlabeled = _groups(places.unlabeled, places.unlabeled_rows, groups)
+    of_rows = torch.cat([of_labeled] * labeled + [of_unlabeled] * unlabeled)
+    numbers = torch.cat(noise)  # [rows, 1 + BETA_NUMBERS]
+    partners = draw_partners(of_rows, numbers[:, 0])
+    shares = beta(numbers[:, 1:], alpha, alpha)
+    return Mixing(
+        partners.to(device, non_blocking=True),
+        shares.to(device, non_blocking=True),
+    )
+
+
+def draw_partners(groups: Tensor, noise: Tensor) -> Tensor:
+    """Give every row one of its group's rows: a permutation of each group, int64 [rows].
+
+    `groups` is int64 [rows], `noise` uniform in [0, 1) [rows]. It depends on a group's own rows, in
+    their order, and on nothing else.
+    """
+    places = groups.argsort(stable=True)
+    drawn = (groups + noise.double()).argsort(stable=True)  # noise has 24 bits, the sum is exact
+    return torch.empty_like(places).index_copy_(0, places, drawn)
+
+
+def beta(numbers: Tensor, a: float, b: float) -> Tensor:
+    """Beta(a, b) draws, fp32 [rows], as a pure function of uniform ones.
+
+    `numbers` is in [0, 1) [rows, BETA_NUMBERS]. With X ~ Gamma(a), Y ~ Gamma(b) it is X / (X + Y),
+    computed in logarithms, for with a small a both may be too small for a float.
+    """
+    first, second = numbers.double().split(_GAMMA_NUMBERS, dim=1)
+    return (_log_gamma_draw(first, a) - _log_gamma_draw(second, b)).sigmoid().float()
+
+
+def _log_gamma_draw(numbers: Tensor, shape: float) -> Tensor:
+    """The logarithm of Gamma(shape) draws, fp64 [rows]; `numbers` [rows, _GAMMA_NUMBERS].
+
+    Marsaglia and Tsang 2000, "A simple method for generating gamma variables": with a standard
+    normal x and v = (1 + c x)^3, d v is taken if log u < x^2 / 2 + d - d v + d log v, for d = shape
+    - 1/3 and c = 1 / sqrt(9 d). A shape below 1 is drawn as Gamma(shape + 1) u^(1 / shape).
+    """
+    first, second, refusal, boost = numbers.split([_TRIES // 2, _TRIES // 2, _TRIES, 1], dim=1)
+    radius, angle = (-2 * torch.log1p(-first)).sqrt(), 2 * math.pi * second
+    normal = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)  # [rows, _TRIES]
+    d = (shape if shape >= 1 else shape + 1) - 1 / 3
+    v = (1 + normal / math.sqrt(9 * d)) ** 3
+    log_v = v.clamp(min=1e-300).log()
+    taken = (v > 0) & (torch.log1p(-refusal) < normal.square() / 2 + d - d * v + d * log_v)
+    number = taken.byte().argmax(dim=1, keepdim=True)  # the first that is taken
+    log_v = log_v.gather(1, number).where(taken.any(dim=1, keepdim=True), 0.0)[:, 0]
+    small = torch.log1p(-boost[:, 0]) / shape if shape < 1 else 0.0
+    return math.log(d) + log_v + small
+
+
+def _groups(positions: Tensor, rows: int, groups: int) -> Tensor:
+    """The group of each position of a global batch, int64 [rows]."""
+    return positions * groups // max(rows, 1)
+
+
+def _check_whole(places: Places, groups: int) -> None:
+    here, everywhere = len(places.labeled), places.labeled_rows
+    if here and groups % (everywhere // here):
+        raise ConfigError(
+            f"rows are mixed within {groups} groups of the global batch, which {everywhere // here}"
+            " slices cut apart; change algorithm.groups"
+        )

@@ -1,0 +1,68 @@
+"""Pi-model: two looks at the same row agree."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from hpdist.algorithms.base import (
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    supervised_loss,
+)
+from hpdist.algorithms.ramped import Ramped
+
+
+class PiModelConfig(AlgorithmConfig):
+    """The paper's values; its ramp is 80 of 300 epochs."""
+
+    name: Literal["pi_model"] = "pi_model"
+    unsupervised_weight: float = Field(100.0, ge=0)
+    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
+    all rows, is in the means: here each term is the mean over its own rows."""
+    ramp: float = Field(0.27, ge=0, le=1)
+    """Share of the run over which that weight rises."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> PiModel:
+        """Make the algorithm for a run of `steps`."""
+        return PiModel(self.unsupervised_weight, round(self.ramp * steps), device=device)
+
+
+class PiModel(Ramped):
+    """L = L_x + w(t) mean_{b,c} (p(u2_b)_c - p(u1_b)_c)^2, algorithm 1 of the paper.
+
+    Here u1 and u2 are weak views, with the model's own noise in both, and w(t) = w_max exp(-5 (1 -
+    T)^2) with T rising from 0 to 1 over the first `ramp_steps` applied steps. No gradient goes
+    through p(u1), as in common benchmarks; where both have one, as in the paper, the gradient is
+    on average twice that. The term is of unlabelled rows only, the paper's also of labelled ones.
+    """
+
+    paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
+    views: ClassVar[Views] = Views(weak=1, student_weak=1)
+
+    def __init__(
+        self,
+        unsupervised_weight: float = 100.0,
+        ramp_steps: int = 0,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(unsupervised_weight, ramp_steps, "sigmoid", device)
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms; the log shows the consistency term without its weight."""
+        assert outputs.weak is not None
+        student = outputs.student_weak[0].softmax(dim=-1)
+        losses = (student - outputs.weak.probabilities).square().mean(dim=-1)  # [unlabeled]
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
+        )

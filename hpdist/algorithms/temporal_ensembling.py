@@ -1,0 +1,189 @@
+"""Temporal ensembling: a row's prediction follows the average of its earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    supervised_loss,
+)
+from hpdist.algorithms.ramped import Ramped
+
+_BASE = 2**24  # up to it fp32 holds every integer
+_FIRST_ROWS = 1024
+
+
+class TemporalEnsemblingConfig(AlgorithmConfig):
+    """The paper's values; its ramp is 80 of 300 epochs."""
+
+    name: Literal["temporal_ensembling"] = "temporal_ensembling"
+    momentum: float = Field(0.6, ge=0, lt=1)
+    """Of a row's average (alpha)."""
+    unsupervised_weight: float = Field(30.0, ge=0)
+    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
+    all rows, is in the means: here each term is the mean over its own rows."""
+    ramp: float = Field(0.27, ge=0, le=1)
+    """Share of the run over which that weight rises."""
+    half_table: bool = False
+    """Whether the averages are kept in fp16, at half the memory."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> TemporalEnsembling:
+        """Make the algorithm for a run of `steps`."""
+        return TemporalEnsembling(
+            num_classes,
+            momentum=self.momentum,
+            unsupervised_weight=self.unsupervised_weight,
+            ramp_steps=round(self.ramp * steps),
+            half_table=self.half_table,
+            device=device,
+        )
+
+
+class TemporalEnsembling(Ramped):
+    """L = L_x + w(t) mean_{b,c} (p(u2_b)_c - z~_b,c)^2, algorithm 2 of the paper.
+
+    Whenever a row is seen, Z_i <- alpha Z_i + (1 - alpha) p(u1_i), from zero; its target is that of
+    the times before, z~_i = Z_i / (1 - alpha^n_i) after n_i of them. A row that was never seen has
+    no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
+
+    Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB, or
+    200 MB in fp16; checkpoints hold it too, and it grows by doubling as higher ids come. A step's
+    predictions reach all ranks with its other sums, as C + 2 floats for each unlabelled row of the
+    global batch. Which rows they are is waited for once a step.
+    """
+
+    paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
+    views: ClassVar[Views] = Views(weak=1, student_weak=1)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        momentum: float = 0.6,
+        unsupervised_weight: float = 30.0,
+        ramp_steps: int = 0,
+        half_table: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(unsupervised_weight, ramp_steps, "sigmoid", device)
+        self.num_classes = num_classes
+        self.momentum = momentum
+        # Apart from `state`, every tensor of which is copied in a step.
+        dtype = torch.float16 if half_table else torch.float32
+        self.table = {
+            "averages": torch.zeros(0, num_classes, dtype=dtype, device=device),  # Z, by row id
+            "counts": torch.zeros(0, device=device),  # n, by row id
+        }
+        self._seen: dict[str, Tensor] = {}
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """What was said of each row, at its place in the global batch: their sum is a gather."""
+        assert weak.places is not None
+        at = weak.places.unlabeled.to(weak.ids.device, non_blocking=True)
+        parts = {
+            "predictions": weak.probabilities,  # [unlabeled, classes]
+            "ids": torch.stack((weak.ids // _BASE, weak.ids % _BASE), dim=1).float(),
+        }
+        return {
+            name: part.new_zeros(weak.places.unlabeled_rows, part.shape[1]).index_copy(0, at, part)
+            for name, part in parts.items()
+        }
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Count the step, and keep the predictions of the global batch until `commit`."""
+        super().observe(sums, unlabeled_rows)
+        self._seen = dict(sums)
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms, and the share of unlabelled rows that have a target."""
+        assert outputs.weak is not None
+        averages, counts = self._look_up(outputs.weak.ids)
+        known = (counts > 0).float()  # [unlabeled]
+        correction = 1 - self.momentum ** counts.clamp(min=1)
+        targets = averages / correction[:, None]
+        student = outputs.student_weak[0].softmax(dim=-1)
+        losses = (student - targets).square().mean(dim=-1) * known  # [unlabeled]
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
+            metrics={"target_rate": known.sum() / outputs.unlabeled_rows},
+        )
+
+    def commit(self) -> None:
+        """Write the batch's predictions into the table, the last one where a row came twice."""
+        super().commit()
+        if self.sound is None or self.sound:
+            self._write(self._seen["predictions"], self._seen["ids"])
+        self._seen = {}
+
+    def discard(self) -> None:
+        """Forget the batch's predictions."""
+        super().discard()
+        self._seen = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The step and the table."""
+        return self.state | self.table
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, its table as long as it is."""
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
+        super().load_state_dict({name: state[name] for name in self.state})
+        self.table = {k: state[k].to(v.device, v.dtype).clone() for k, v in self.table.items()}
+
+    def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Averages [rows, classes] and counts [rows] of rows, fp32, zero where there are none."""
+        averages, counts = self.table["averages"], self.table["counts"]
+        if not len(counts):
+            return (
+                ids.new_zeros(len(ids), self.num_classes, dtype=torch.float32),
+                ids.new_zeros(len(ids), dtype=torch.float32),
+            )
+        places, inside = ids.clamp(max=len(counts) - 1), ids < len(counts)
+        return averages[places].float() * inside[:, None], counts[places] * inside
+
+    def _write(self, predictions: Tensor, words: Tensor) -> None:
+        filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
+        numbers = torch.cat((words, filled[:, None]), dim=1).tolist()  # waits for the device
+        last = {
+            int(high) * _BASE + int(low): place
+            for place, (high, low, there) in enumerate(numbers)
+            if there
+        }
+        if not last:
+            return
+        self._grow(max(last) + 1)
+        device = predictions.device
+        ids = torch.tensor(list(last)).to(device)
+        new = predictions[torch.tensor(list(last.values())).to(device)]
+        averages, counts = self.table["averages"], self.table["counts"]
+        moved = averages[ids].float().lerp(new, 1 - self.momentum)
+        averages[ids] = moved.to(averages.dtype)
+        counts[ids] += 1
+
+    def _grow(self, rows: int) -> None:
+        """Make room for `rows` rows, at least twice as much as there was."""
+        there = len(self.table["counts"])
+        if rows > there:
+            more = max(rows, 2 * there, _FIRST_ROWS) - there
+            self.table = {
+                name: F.pad(part, (0, 0) * (part.dim() - 1) + (0, more))
+                for name, part in self.table.items()
+            }

@@ -1,0 +1,133 @@
+"""Beta draws, partners and mixed rows, and the algorithms whose whole point they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.base import Places
+from hpdist.algorithms.mixing import BETA_NUMBERS, Mixing, beta, draw_mixing, draw_partners
+from hpdist.data.random import stream_id, uniform
+from hpdist.errors import ConfigError
+
+DRAWS = 40_000
+
+
+def draws(a: float, b: float) -> np.ndarray:
+    numbers = uniform(3, stream_id("test"), 0, torch.arange(DRAWS), BETA_NUMBERS)
+    return np.sort(beta(numbers, a, b).double().numpy())
+
+
+def distribution(a: float, b: float, x: np.ndarray) -> np.ndarray:
+    """P(Beta(a, b) <= x), summed over the density in theta, where x = sin(theta)^2."""
+    theta = (np.arange(400_000) + 0.5) * (math.pi / 2 / 400_000)
+    log = (2 * a - 1) * np.log(np.sin(theta)) + (2 * b - 1) * np.log(np.cos(theta))
+    total = np.cumsum(np.exp(log - log.max()))
+    return np.interp(np.arcsin(np.sqrt(x)), theta, total / total[-1])
+
+
+@pytest.mark.parametrize("a", [0.1, 0.5, 0.75, 1.0, 16.0])
+@pytest.mark.parametrize("b", [None, 2.0])
+def test_beta_draws_are_beta_distributed(a: float, b: float | None) -> None:
+    b = b or a
+    found = draws(a, b)
+    assert found.min() >= 0
+    assert found.max() <= 1
+    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+    assert found.mean() == pytest.approx(mean, abs=4.5 * math.sqrt(variance / DRAWS))
+    assert found.var() == pytest.approx(variance, rel=0.05)
+    if a >= 0.5:  # sin^2 resolves the density at 0
+        steps = (np.arange(DRAWS) + 0.5) / DRAWS
+        assert np.abs(distribution(a, b, found) - steps).max() < 1.95 / math.sqrt(DRAWS)  # 0.1 %
+
+
+def test_known_quantiles_of_a_beta_with_its_mass_at_the_ends() -> None:
+    # Beta(a, a) is symmetric, and P(x <= q) = q^a / (a B(a, a)) (1 + a (1 - a) q / (a + 1) + ...).
+    a, found = 0.1, draws(0.1, 0.1)
+    whole = math.gamma(a) ** 2 / math.gamma(2 * a)
+    for q in (1e-12, 1e-6, 1e-3):
+        share = q**a / (a * whole) * (1 + a * (1 - a) * q / (a + 1))
+        bound = 4.5 * math.sqrt(share / DRAWS)
+        assert np.mean(found <= q) == pytest.approx(share, abs=bound)
+        if q >= 1e-6:  # 1 - 1e-12 is 1 in fp32
+            assert np.mean(found >= 1 - q) == pytest.approx(share, abs=bound)
+
+
+def test_extreme_numbers_give_numbers() -> None:
+    for value in (0.0, 1 - 2.0**-24):
+        for a in (1e-3, 0.1, 1.0, 16.0):
+            found = beta(torch.full((2, BETA_NUMBERS), value), a, a)
+            assert torch.equal(found, torch.full((2,), 0.5))
+
+
+def test_a_draw_depends_on_its_own_numbers_alone() -> None:
+    numbers = uniform(0, 1, 2, torch.arange(50), BETA_NUMBERS)
+    whole = beta(numbers, 0.75, 0.75)
+    assert torch.equal(torch.cat([beta(part, 0.75, 0.75) for part in numbers.split(7)]), whole)
+    assert whole.unique().numel() == 50
+
+
+def test_partners_permute_each_group() -> None:
+    groups = torch.tensor([0, 0, 0, 1, 1, 3, 0, 1, 3, 3, 4])
+    seen = set()
+    for step in range(60):
+        found = draw_partners(groups, uniform(0, 1, step, torch.arange(len(groups)), 1)[:, 0])
+        assert torch.equal(groups[found], groups)
+        assert found.sort().values.tolist() == list(range(len(groups)))
+        seen.add(tuple(found[[0, 1, 2, 6]].tolist()))
+    assert len(seen) > 20  # of the 24 orders of four rows
+
+
+def test_equal_noise_is_no_matter() -> None:
+    groups = torch.tensor([1, 0, 1])
+    assert draw_partners(groups, torch.zeros(3)).tolist() == [0, 1, 2]
+
+
+def test_mixing_by_the_formula() -> None:
+    mixing = Mixing(torch.tensor([2, 1, 0]), torch.tensor([0.25, 0.5, 1.0]))
+    rows = torch.arange(12.0).view(3, 2, 2)
+    expected = torch.stack([0.25 * rows[0] + 0.75 * rows[2], rows[1], rows[2]])
+    torch.testing.assert_close(mixing(rows), expected)
+    assert mixing.own_most().shares.tolist() == [0.75, 0.5, 1.0]
+    assert mixing(rows.half()).dtype == torch.float16
+
+
+def places(ranks: int, rank: int, usable: list[int], step: int = 0) -> Places:
+    labeled, unlabeled = 8 // ranks, 16 // ranks
+    here = [u for u in usable if rank * unlabeled <= u < (rank + 1) * unlabeled]
+    x = torch.arange(rank * labeled, (rank + 1) * labeled)
+    return Places(x, torch.tensor(here, dtype=torch.int64), 8, 16, seed=5, step=step)
+
+
+def drawn(ranks: int, usable: list[int], step: int = 0) -> list[Tensor]:
+    """Mixed names of rows of the whole batch: labelled ones, then two unlabelled views."""
+    parts: list[list[Tensor]] = []
+    for rank in range(ranks):
+        at = places(ranks, rank, usable, step)
+        names = [at.labeled, 100 + at.unlabeled, 200 + at.unlabeled]
+        mixing = draw_mixing(at, "test", 0.75, 4, labeled=1, unlabeled=2)
+        rows = torch.cat(names)
+        mixed = torch.stack([rows.double(), rows[mixing.partners], mixing.shares], dim=1)
+        parts.append(list(mixed.split([len(part) for part in names])))
+    return [torch.cat(kind) for kind in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("usable", [list(range(16)), [0, 3, 4, 5, 9, 10, 15], [7], []])
+def test_partners_and_shares_do_not_depend_on_ranks(usable: list[int]) -> None:
+    whole = drawn(1, usable)
+    for ranks in (2, 4):
+        for one, many in zip(whole, drawn(ranks, usable), strict=True):
+            assert torch.equal(one, many)
+    if len(usable) == 16:
+        assert (torch.cat(whole)[:, 0] // 100 != torch.cat(whole)[:, 1] // 100).any()
+        assert torch.cat(whole)[:, 2].unique().numel() == 8 + 2 * 16  # views draw apart
+        assert not torch.equal(torch.cat(drawn(1, usable, step=1)), torch.cat(whole))
+
+
+def test_a_group_that_is_cut_apart_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"within 2 groups .* 4 slices"):
+        draw_mixing(places(4, 1, [5]), "test", 1.0, 2, unlabeled=1)
