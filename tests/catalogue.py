@@ -14,9 +14,18 @@ from tests.recipes import make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "dash": {"warmup": 0.05, "decay_every": 0.05, "min_threshold": 1.5},
+    "defixmatch": {"threshold": 0.15},
     "fixmatch": {"threshold": 0.16},
     "freematch": {"momentum": 0.5, "fairness_weight": 0.05},
-    "mean_teacher": {"unsupervised_weight": 5.0, "ramp": 0.2},
+    "ict": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "mean_teacher": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "pi_model": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "pseudo_label": {"threshold": 0.14, "ramp": 0.1},
+    "refixmatch": {"threshold": 0.15},
+    "softmatch": {"momentum": 0.5},
+    "temporal_ensembling": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "uda": {"threshold": 0.14, "annealing": "linear"},
 }
 RUN_STEPS = 40  # that ramps are made for
 
