@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -24,20 +25,18 @@ from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.defixmatch import DeFixMatch
 from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
+from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
-from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.mean_teacher import MeanTeacher
-from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
+from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
-from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.config import components
 
 __all__ = [
-    "ICT",
     "UDA",
     "AdaMatch",
     "Algorithm",
@@ -47,23 +46,26 @@ __all__ = [
     "DeFixMatch",
     "EntropyMinimization",
     "FixMatch",
+    "FlexMatch",
     "FreeMatch",
     "LossTerms",
     "MeanTeacher",
-    "PiModel",
     "PseudoLabel",
     "ReFixMatch",
+    "SequenceMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
-    "TemporalEnsembling",
     "Views",
     "WeakOutputs",
     "catalogue",
 ]
 
-_CLASSES = (5, 7)  # two numbers of classes: a size that follows them is a multiple of C
-_ROWS = (11, 13)  # two unlabelled global batches: the same of B
+# Two of each number: a size that follows both is a multiple of it.
+_CLASSES = (5, 7)
+_BATCHES = (11, 13)  # unlabelled rows of the global batch
+_ROWS = (101, 103)  # unlabelled rows that there are
+_NAMES = {_CLASSES: "C", _BATCHES: "row", _ROWS: "N"}
 _HEADER = ("name", "paper", "views", "state", "reduced per step")
 
 
@@ -77,81 +79,92 @@ def catalogue() -> list[str]:
     return [
         *table,
         "",
-        "Views: of an unlabelled row. C: number of classes. N: unlabelled rows seen so far. B:",
-        "unlabelled rows of the global batch. Reduced: floats summed over the ranks per optimizer",
-        "step, besides the gradients and three counts of rows; 'then' begins a second collective.",
+        "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
+        "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
+        "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
+        "batch; 'then' begins a second collective.",
     ]
 
 
 def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
+    reduced = [_reduced(small, 0), _reduced(large, 1)]
+    for algorithm in (small, large):
+        algorithm.commit()  # makes every part of the state as large as it will be
+    before, after = small.state_dict(), large.state_dict()
+    state = [f"{key} [{_shape(before[key], after[key])}]" for key in before]
+    totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
+    return (
+        name,
+        small.paper or "-",
+        ", ".join(_views(small.views)) or "none",
+        ", ".join(state) or "none",
+        ", then ".join(total for total in totals if total) or "0",
+    )
+
+
+def _views(views: Views) -> list[str]:
     names = {
         "weak": "weak",
         "student_weak": "weak for the student",
         "strong": "strong",
-        "strong_labeled": "strong of labelled rows",
+        "strong_labeled": "strong of a labelled row",
     }
-    counts = {kind: getattr(small.views, field) for field, kind in names.items()}
-    views = [f"{count} {kind}" for kind, count in counts.items() if count]
-    views += ["targets by the teacher"] if small.views.teacher else []
-    views += [] if type(small).mix is Algorithm.mix else ["mixed"]
-    tensors, others = small.state_dict(), large.state_dict()
-    state = [f"{key} [{_shape(tensors[key], others[key])}]" for key in tensors]
-    both = zip(*map(_reduced, (small, large), _CLASSES, _ROWS), strict=True)
-    reduced = [_total(*sums) for sums in both]
-    return (
-        name,
-        small.paper or "-",
-        ", ".join(views) or "none",
-        ", ".join(state) or "none",
-        ", then ".join(total for total in reduced if total) or "0",
-    )
+    counts = {kind: getattr(views, field) for field, kind in names.items()}
+    told = [f"{count} {kind}" for kind, count in counts.items() if count]
+    told += ["targets of labelled rows too"] if views.labeled_targets else []
+    return told + (["targets by the teacher"] if views.teacher else [])
 
 
-def _reduced(algorithm: Algorithm, classes: int, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
     """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
-    logits = torch.zeros(rows, classes)
-    labels, count = torch.zeros(rows).long(), torch.tensor(float(rows))
-    numbers = torch.arange(rows)
+    classes, rows = _CLASSES[number], _BATCHES[number]
+    algorithm.rows = _ROWS[number]
     views = algorithm.views
-    places = Places(numbers, numbers, rows, rows, seed=0, step=0)
-    others, labeled = (logits,) * (views.weak - 1), logits if views.labeled_targets else None
-    weak = WeakOutputs(logits, numbers, others, labeled, labels, places) if views.weak else None
+    logits = torch.zeros(rows, classes)
+    labeled, labels = torch.zeros(2, classes), torch.zeros(2).long()
+    count = torch.tensor(float(rows))
+    places = Places(torch.arange(2), torch.arange(rows), 2, rows, seed=0, step=0)
+    weak = None
+    if views.weak:
+        others = (logits,) * (views.weak - 1)
+        weak = WeakOutputs(logits, torch.arange(rows), others, places=places)
+        if views.labeled_targets:
+            weak = replace(weak, labeled=labeled, labels=labels)
     sums = algorithm.statistics(weak) if weak else {}
     algorithm.observe(sums, count)
     outputs = StudentOutputs(
-        labeled=logits,
+        labeled=labeled,
         labels=labels,
         strong=(logits,) * views.strong,
         weak=weak,
-        labeled_rows=count,
+        labeled_rows=torch.tensor(2.0),
         unlabeled_rows=count,
         student_weak=(logits,) * views.student_weak,
-        strong_labeled=(logits,) * views.strong_labeled,
+        strong_labeled=(labeled,) * views.strong_labeled,
     )
-    return list(sums.values()), list(algorithm.student_statistics(outputs).values())
-
-
-def _symbol(small: int, large: int) -> str:
-    """What a size follows: C, B, N where it grows from nothing, or nothing."""
-    return {_CLASSES: "C", _ROWS: "B", (0, 0): "N"}.get((small, large), "")
+    student = algorithm.student_statistics(outputs) if algorithm.uses_student_statistics else {}
+    return list(sums.values()), list(student.values())
 
 
 def _shape(small: Tensor, large: Tensor) -> str:
-    """A shape in symbols: 'C x 3'."""
+    """A shape in terms of C and N: 'C x 3'."""
     pairs = zip(small.shape, large.shape, strict=True)
-    return " x ".join(_symbol(*pair) or str(pair[0]) for pair in pairs)
+    return " x ".join(_NAMES.get(pair, str(pair[0])) for pair in pairs)
 
 
 def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
-    """The size of several tensors in symbols: 'BC + 2C + 1'."""
-    sizes: Counter[str] = Counter()  # products of symbols, and how often each is there
+    """The size of several tensors in terms of C and of the batch: '2C + 1 + 3 per row'."""
+    sizes: Counter[tuple[int, int]] = (
+        Counter()
+    )  # powers of the batch and of C, and how many there are
     for a, b in zip(small, large, strict=True):
-        dims = [(x, _symbol(x, y)) for x, y in zip(a.shape, b.shape, strict=True)]
-        product = "".join(sorted(symbol for _, symbol in dims))
-        sizes[product] += math.prod(size for size, symbol in dims if not symbol)
-    terms = {
-        product.replace("CC", "C^2"): count
-        for product, count in sorted(sizes.items(), key=lambda item: (-len(item[0]), item[0]))
-    }
-    return " + ".join(f"{n if n > 1 or not p else ''}{p}" for p, n in terms.items())
+        dims = list(zip(a.shape, b.shape, strict=True))
+        plain = math.prod(x for x, y in dims if (x, y) not in (_CLASSES, _BATCHES))
+        sizes[dims.count(_BATCHES), -dims.count(_CLASSES)] += plain
+    return " + ".join(_term(count, *powers) for powers, count in sorted(sizes.items()))
+
+
+def _term(count: int, per_row: int, classes: int) -> str:
+    power = {0: "", -1: "C"}.get(classes, f"C^{-classes}")
+    return f"{count if count > 1 or not power else ''}{power}{' per row' * per_row}"
