@@ -23,7 +23,9 @@ from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.mean_teacher import MeanTeacher
+from hpdist.algorithms.mixmatch import MixMatch
 from hpdist.algorithms.pi_model import PiModel
+from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.config import components
@@ -36,7 +38,9 @@ __all__ = [
     "FreeMatch",
     "LossTerms",
     "MeanTeacher",
+    "MixMatch",
     "PiModel",
+    "ReMixMatch",
     "StudentOutputs",
     "Supervised",
     "TemporalEnsembling",
