@@ -55,7 +55,7 @@ class MixMatchConfig(AlgorithmConfig):
 
 
 class MixMatch(Ramped):
-    """L = mean_X' H(p, p(x)) + r(t) lambda_U mean_{U',c} (q_c - p(u)_c)^2, equations 2 to 5.
+    """L = mean_X' H(p, p(x)) + r(t) lambda_U mean_{U',c} (q_c - p(u)_c)^2, equations 3 to 5.
 
     A row's guess is the mean of p over K = 2 weak views (eq. 6), sharpened: q_c = guess_c^(1/T) /
     sum (eq. 7). With W all weak views of labelled and unlabelled rows, their one-hot labels and

@@ -74,9 +74,9 @@ class ReMixMatchConfig(AlgorithmConfig):
 class ReMixMatch(Ramped):
     """L = mean_X' H(p, p(x)) + r(t) [lambda_U mean_U' H(q, p(u)) + lambda_U1 mean_b H(q_b, p(s1))].
 
-    Algorithm 1 and equation 3 of the paper. A row's guess is p of its weak view, aligned: times
-    p(y) / p~(y), made to sum to 1, with averages over steps of the labelled rows' classes and of
-    these predictions (section 3.2.1); and sharpened: q_c = guess_c^(1/T) / sum. X' and U' mix the
+    Algorithm 1 and equations 3 and 4 of the paper. A row's guess is p of its weak view, aligned:
+    times p(y) / p~(y), made to sum to 1, with averages over steps of the labelled rows' classes and
+    of these predictions (section 3.1); and sharpened: q_c = guess_c^(1/T) / sum. X' and U' mix the
     strong view of labelled rows with the weak and all K strong views of unlabelled ones, as
     MixMatch does, within groups. s1, the first strong view, is also seen as it is. r rises
     linearly from 0 to 1 over the first `ramp_steps` applied steps.
