@@ -398,13 +398,12 @@ def _weak_outputs(logits: Tensor, micro: MicroBatch) -> WeakOutputs:
     inputs = micro.inputs
     sizes = [len(part) for part in inputs.weak]
     first, *others, labeled = logits.split([*sizes, len(logits) - sum(sizes)])
-    has_labeled = len(labeled) > 0
     return WeakOutputs(
         first,
         micro.ids,
         tuple(others),
-        labeled if has_labeled else None,
-        inputs.labels if has_labeled else None,
+        labeled if len(labeled) else None,
+        inputs.labels,
         inputs.places,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -27,16 +26,22 @@ from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
+from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.mean_teacher import MeanTeacher
+from hpdist.algorithms.mixmatch import MixMatch
+from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
+from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
+from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.config import components
 
 __all__ = [
+    "ICT",
     "UDA",
     "AdaMatch",
     "Algorithm",
@@ -50,12 +55,16 @@ __all__ = [
     "FreeMatch",
     "LossTerms",
     "MeanTeacher",
+    "MixMatch",
+    "PiModel",
     "PseudoLabel",
     "ReFixMatch",
+    "ReMixMatch",
     "SequenceMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
+    "TemporalEnsembling",
     "Views",
     "WeakOutputs",
     "catalogue",
@@ -97,13 +106,14 @@ def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     return (
         name,
         small.paper or "-",
-        ", ".join(_views(small.views)) or "none",
+        ", ".join(_views(small)) or "none",
         ", ".join(state) or "none",
         ", then ".join(total for total in totals if total) or "0",
     )
 
 
-def _views(views: Views) -> list[str]:
+def _views(algorithm: Algorithm) -> list[str]:
+    views = algorithm.views
     names = {
         "weak": "weak",
         "student_weak": "weak for the student",
@@ -113,7 +123,8 @@ def _views(views: Views) -> list[str]:
     counts = {kind: getattr(views, field) for field, kind in names.items()}
     told = [f"{count} {kind}" for kind, count in counts.items() if count]
     told += ["targets of labelled rows too"] if views.labeled_targets else []
-    return told + (["targets by the teacher"] if views.teacher else [])
+    told += ["targets by the teacher"] if views.teacher else []
+    return told + ([] if type(algorithm).mix is Algorithm.mix else ["mixed"])
 
 
 def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -128,9 +139,8 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
     weak = None
     if views.weak:
         others = (logits,) * (views.weak - 1)
-        weak = WeakOutputs(logits, torch.arange(rows), others, places=places)
-        if views.labeled_targets:
-            weak = replace(weak, labeled=labeled, labels=labels)
+        targets = labeled if views.labeled_targets else None
+        weak = WeakOutputs(logits, torch.arange(rows), others, targets, labels, places)
     sums = algorithm.statistics(weak) if weak else {}
     algorithm.observe(sums, count)
     outputs = StudentOutputs(

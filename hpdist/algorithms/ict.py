@@ -23,7 +23,10 @@ from hpdist.algorithms.ramped import Ramped
 
 
 class ICTConfig(AlgorithmConfig):
-    """The paper's values for CIFAR-10; the teacher's decay is the run's `teacher.decay`."""
+    """The upper ends of what the paper searched: alpha from 0.1, w from 1.
+
+    The teacher's decay is the run's `teacher.decay`.
+    """
 
     name: Literal["ict"] = "ict"
     alpha: float = Field(1.0, gt=0)
@@ -51,7 +54,7 @@ class ICT(Ramped):
     """L = L_x + w(t) mean_{j,c} (p_theta(Mix(u_j, u_k))_c - Mix(p_theta'(u_j), p_theta'(u_k))_c)^2.
 
     With Mix(a, b) = lambda a + (1 - lambda) b, theta' the teacher and lambda ~ Beta(alpha, alpha);
-    equation 2 and algorithm 1 of the paper. Weak views are mixed, each with one of its group, k
+    algorithm 1 of the paper. Weak views are mixed, each with one of its group, k
     being a permutation of j, and lambda is drawn for each row instead of once a step. The weight
     rises as exp(-5 (1 - T)^2) while T goes from 0 to 1 over `ramp_steps` applied steps.
     """

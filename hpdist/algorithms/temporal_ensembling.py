@@ -61,9 +61,9 @@ class TemporalEnsembling(Ramped):
     no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
 
     Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB, or
-    200 MB in fp16; checkpoints hold it too, and it grows by doubling as higher ids come. A step's
-    predictions reach all ranks with its other sums, as C + 2 floats for each unlabelled row of the
-    global batch. Which rows they are is waited for once a step.
+    200 MB in fp16, and up to twice that, for it grows by doubling as higher ids come. Checkpoints
+    hold it too. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
+    unlabelled row of the global batch. Which rows they are is waited for once a step.
     """
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"

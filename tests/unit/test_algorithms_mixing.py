@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Places
+from hpdist.algorithms import MixMatch, ReMixMatch
+from hpdist.algorithms.base import Algorithm, Places
 from hpdist.algorithms.mixing import BETA_NUMBERS, Mixing, beta, draw_mixing, draw_partners
+from hpdist.config import components
 from hpdist.data.random import stream_id, uniform
 from hpdist.errors import ConfigError
+from tests.algorithm_runs import (
+    GlobalBatch,
+    Ran,
+    cross_entropy,
+    global_batch,
+    run,
+    softmax,
+    squared_error,
+    with_nan,
+)
 
 DRAWS = 40_000
 
@@ -131,3 +144,205 @@ def test_partners_and_shares_do_not_depend_on_ranks(usable: list[int]) -> None:
 def test_a_group_that_is_cut_apart_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"within 2 groups .* 4 slices"):
         draw_mixing(places(4, 1, [5]), "test", 1.0, 2, unlabeled=1)
+
+
+CLASSES = 5
+MAKERS: dict[str, Callable[[int], Algorithm]] = {
+    "mixmatch": lambda classes: MixMatch(classes, ramp_steps=3, groups=4),
+    "remixmatch": lambda classes: ReMixMatch(classes, ramp_steps=3, groups=4, strong_views=2),
+}
+
+
+def mixed(
+    batch: GlobalBatch,
+    name: str,
+    alpha: float,
+    groups: int,
+    unlabeled: int,
+    parts: list[np.ndarray],
+) -> np.ndarray:
+    """Labelled and unlabelled parts, mixed as the draws say; MixUp of the MixMatch paper."""
+    usable = batch.usable.nonzero().flatten()
+    x = torch.arange(len(batch.labels))
+    at = Places(x, usable, len(x), len(batch.ids), seed=7, step=batch.step)
+    mixing = draw_mixing(at, name, alpha, groups, labeled=1, unlabeled=unlabeled)
+    rows, share = np.concatenate(parts), mixing.shares.double().numpy()[:, None]
+    share = np.maximum(share, 1 - share)
+    return share * rows + (1 - share) * rows[mixing.partners.numpy()]
+
+
+def views_of(batch: GlobalBatch, views: list[Tensor]) -> list[np.ndarray]:
+    return [view[batch.usable].double().numpy() for view in views]
+
+
+def check(ran: Ran, part: int, inputs: np.ndarray, slopes: np.ndarray) -> None:
+    np.testing.assert_allclose(ran.arrays("inputs")[part], inputs, atol=1e-5)
+    np.testing.assert_allclose(ran.arrays("gradients")[part], slopes, rtol=2e-3, atol=1e-7)
+
+
+def check_flow(ran: Ran, parts: int, step: int) -> None:
+    """Every part has a gradient, save in the first step, where only the labelled one has."""
+    flows = [bool(part.abs().sum() > 0) for part in ran.gradients]
+    assert flows == [True, *[step > 0] * (parts - 1)]
+
+
+@pytest.mark.parametrize("unusable", [(), (1, 4, 5, 6, 7)])
+def test_mixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
+    options = {"temperature": 0.4, "alpha": 0.6, "unsupervised_weight": 9.0}
+    algorithm = MixMatch(CLASSES, **options, ramp_steps=3, groups=4)
+    for step in range(5):
+        batch = global_batch(algorithm, step, unusable=unusable)
+        ran = run(algorithm, batch)
+        model = batch.student.double().numpy()
+        u1, u2 = views_of(batch, batch.weak)
+        guess = (softmax(u1 @ model) + softmax(u2 @ model)) / 2
+        q = guess ** (1 / 0.4)
+        q /= q.sum(axis=1, keepdims=True)
+        one_hot, x = np.eye(CLASSES)[batch.labels.numpy()], batch.labeled.double().numpy()
+        rows = mixed(batch, "mixmatch", 0.6, 4, 2, [x, u1, u2])
+        labels = mixed(batch, "mixmatch", 0.6, 4, 2, [one_hot, q, q])
+        n = len(u1)
+        ends = [8, 8 + n]
+        (rx, r1, r2), (lx, l1, l2) = np.split(rows, ends), np.split(labels, ends)
+        losses, slopes = cross_entropy(rx @ model, lx)
+        check(ran, 0, rx, slopes / 8)
+        assert ran.losses["supervised_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+        weight, total = 9.0 * min(step / 3, 1), 0.0
+        for part, (row, label) in enumerate(((r1, l1), (r2, l2)), start=1):
+            errors, slopes = squared_error(row @ model, label)
+            check(ran, part, row, weight * slopes / (2 * n))
+            total += errors.sum() / (2 * n)
+        assert ran.losses["unsupervised_loss"] == pytest.approx(total, rel=1e-4)
+        loss = losses.mean() + weight * total
+        assert ran.losses["loss"] == pytest.approx(loss, rel=1e-4)
+        check_flow(ran, 3, step)
+
+
+@pytest.mark.parametrize("unusable", [(), (0, 9, 12, 13, 14, 15)])
+def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
+    weights = {"unsupervised_weight": 2.0, "strong_weight": 0.7}
+    options = {"temperature": 0.6, "alpha": 0.8, "momentum": 0.3}
+    algorithm = ReMixMatch(CLASSES, **weights, **options, ramp_steps=3, strong_views=3, groups=4)
+    labels_average = predictions_average = np.full(CLASSES, 1 / CLASSES)
+    for step in range(5):
+        batch = global_batch(algorithm, step, unusable=unusable)
+        ran = run(algorithm, batch)
+        model = batch.student.double().numpy()
+        (weak,) = views_of(batch, batch.weak)
+        strong = views_of(batch, batch.strong)
+        said = softmax(weak @ model)
+        q = said * (labels_average + 1e-6) / (predictions_average + 1e-6)
+        q = (q / q.sum(axis=1, keepdims=True)) ** (1 / 0.6)
+        q /= q.sum(axis=1, keepdims=True)
+        one_hot = np.eye(CLASSES)[batch.labels.numpy()]
+        x = batch.strong_labeled[0].double().numpy()
+        rows = mixed(batch, "remixmatch", 0.8, 4, 4, [x, weak, *strong])
+        labels = mixed(batch, "remixmatch", 0.8, 4, 4, [one_hot, *[q] * 4])
+        n, ramp = len(weak), min(step / 3, 1)
+        losses, slopes = cross_entropy(rows[:8] @ model, labels[:8])
+        check(ran, 0, rows[:8], slopes / 8)
+        total = 0.0
+        for part in range(4):
+            inside = slice(8 + part * n, 8 + (part + 1) * n)
+            errors, slopes = cross_entropy(rows[inside] @ model, labels[inside])
+            check(ran, 1 + part, rows[inside], ramp * 2.0 * slopes / (4 * n))
+            total += errors.sum() / (4 * n)
+        errors, slopes = cross_entropy(strong[0] @ model, q)
+        check(ran, 5, strong[0], ramp * 0.7 * slopes / n)
+        check_flow(ran, 6, step)
+        assert ran.losses["unsupervised_loss"] == pytest.approx(total, rel=1e-4)
+        assert ran.losses["strong_loss"] == pytest.approx(ramp * 0.7 * errors.mean(), rel=1e-4)
+        loss = losses.mean() + ramp * (2.0 * total + 0.7 * errors.mean())
+        assert ran.losses["loss"] == pytest.approx(loss, rel=1e-4)
+        labels_average = 0.3 * labels_average + 0.7 * one_hot.mean(axis=0)
+        predictions_average = 0.3 * predictions_average + 0.7 * said.mean(axis=0)
+        state = algorithm.state_dict()
+        np.testing.assert_allclose(state["labels"].numpy(), labels_average, rtol=1e-5)
+        np.testing.assert_allclose(state["predictions"].numpy(), predictions_average, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("unusable", [(), (0, 3, 4, 5, 13), tuple(range(4, 8)), tuple(range(16))])
+def test_ranks_do_not_matter(name: str, unusable: tuple[int, ...]) -> None:
+    whole = MAKERS[name](CLASSES)
+    others = {ranks: MAKERS[name](CLASSES) for ranks in (2, 4)}
+    for step in range(3):
+        batch = global_batch(whole, step, unusable=unusable)
+        expected = run(whole, batch)
+        for ranks, algorithm in others.items():
+            found = run(algorithm, batch, ranks)
+            assert found.losses == pytest.approx(expected.losses, rel=1e-5, abs=1e-7)
+            for one, many in zip(expected.inputs, found.inputs, strict=True):
+                assert torch.equal(one, many)  # bit for bit: no sum goes into them
+            for one, many in zip(expected.gradients, found.gradients, strict=True):
+                torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6)
+            for key, value in whole.state_dict().items():
+                torch.testing.assert_close(algorithm.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_state_is_final_only_on_commit_and_goes_round(name: str) -> None:
+    algorithm, other = MAKERS[name](CLASSES), MAKERS[name](CLASSES)
+    run(algorithm, global_batch(algorithm, 0))
+    before = {key: value.clone() for key, value in algorithm.state_dict().items()}
+    run(algorithm, global_batch(algorithm, 1), commit=False)
+    run(algorithm, with_nan(global_batch(algorithm, 1)))
+    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())
+    other.load_state_dict(before)
+    for step in (2, 3):
+        batch = global_batch(algorithm, step)
+        assert run(algorithm, batch).losses == run(other, batch).losses
+    assert not torch.equal(before["step"], algorithm.state_dict()["step"])
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in algorithm.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("rows", [(1, 1), (8, 16)])
+def test_small_batches(name: str, classes: int, rows: tuple[int, int]) -> None:
+    algorithm = MAKERS[name](classes)
+    for step in range(3):
+        labeled, unlabeled = rows
+        batch = global_batch(
+            algorithm,
+            step,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            classes=classes,
+            one_class=True,
+        )
+        ran = run(algorithm, batch)
+        assert all(math.isfinite(value) for value in ran.losses.values())
+        assert all(part.isfinite().all() for part in ran.gradients)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_usable_row_is_no_term(name: str) -> None:
+    algorithm = MAKERS[name](CLASSES)
+    before = algorithm.state_dict()
+    ran = run(algorithm, global_batch(algorithm, 0, unusable=tuple(range(16))))
+    assert ran.losses["unsupervised_loss"] == 0
+    assert ran.gradients[0].abs().sum() > 0
+    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())
+
+
+CHANGES: list[tuple[str, dict[str, float]]] = [
+    *(("mixmatch", {key: value}) for key, value in [("temperature", 0.8), ("alpha", 3.0)]),
+    *(("mixmatch", {key: 2}) for key in ("unsupervised_weight", "groups")),
+    *(("remixmatch", {key: value}) for key, value in [("temperature", 0.8), ("alpha", 3.0)]),
+    *(("remixmatch", {key: 2}) for key in ("unsupervised_weight", "groups", "strong_weight")),
+    ("remixmatch", {"momentum": 0.2}),
+    ("remixmatch", {"strong_views": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES)
+def test_every_option_changes_the_loss(name: str, change: dict[str, float]) -> None:
+    config = components("algorithm")[name]
+    plain = config(name=name, ramp=0).build(CLASSES)
+    other = config(name=name, ramp=0, **change).build(CLASSES)
+    batches = [global_batch(plain, step) for step in range(3)]
+    wider = [global_batch(other, step) for step in range(3)]
+    ran = [(run(plain, a), run(other, b)) for a, b in zip(batches, wider, strict=True)]
+    assert max(abs(one.losses["loss"] - two.losses["loss"]) for one, two in ran) > 1e-3
+    assert config(name=name, ramp=0.5).build(CLASSES, steps=30).ramp_steps == 15

@@ -1,0 +1,166 @@
+"""MixMatch: all rows are mixed with one another, the unlabelled ones with guessed labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    AlgorithmConfig,
+    LossTerms,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+)
+from hpdist.algorithms.mixing import draw_mixing
+from hpdist.algorithms.ramped import Ramped
+
+
+class MixMatchConfig(AlgorithmConfig):
+    """The paper's values for CIFAR-10; its ramp is 16,000 steps of about a million."""
+
+    name: Literal["mixmatch"] = "mixmatch"
+    temperature: float = Field(0.5, gt=0)
+    """Of the guessed labels' sharpening (T)."""
+    alpha: float = Field(0.75, gt=0)
+    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    unsupervised_weight: float = Field(75.0, ge=0)
+    """Weight of the unsupervised term after the ramp (lambda_U)."""
+    ramp: float = Field(1 / 64, ge=0, le=1)
+    """Share of the run over which that weight rises from 0."""
+    groups: int = Field(8, ge=1)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> MixMatch:
+        """Make the algorithm for a run of `steps`."""
+        return MixMatch(
+            num_classes,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            unsupervised_weight=self.unsupervised_weight,
+            ramp_steps=round(self.ramp * steps),
+            groups=self.groups,
+            device=device,
+        )
+
+
+class MixMatch(Ramped):
+    """L = mean_X' H(p, p(x)) + r(t) lambda_U mean_{U',c} (q_c - p(u)_c)^2, equations 3 to 5.
+
+    A row's guess is the mean of p over K = 2 weak views (eq. 6), sharpened: q_c = guess_c^(1/T) /
+    sum (eq. 7). With W all weak views of labelled and unlabelled rows, their one-hot labels and
+    guesses, in another order, X' and U' are made of the i-th labelled or unlabelled view and the
+    i-th of W: x' = l x + (1 - l) w, alike for labels, l = max(l', 1 - l'), l' ~ Beta(alpha, alpha)
+    (eq. 8 to 11). Here W's order is drawn within each group. r rises linearly from 0 to 1 over the
+    first `ramp_steps` applied steps; no gradient goes through q.
+    """
+
+    paper: ClassVar[str] = "Berthelot et al. 2019, arXiv:1905.02249"
+    views: ClassVar[Views] = Views(weak=2, inputs_need_targets=True)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        temperature: float = 0.5,
+        alpha: float = 0.75,
+        unsupervised_weight: float = 75.0,
+        ramp_steps: int = 0,
+        groups: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
+        self.num_classes = num_classes
+        self.temperature = temperature
+        self.alpha = alpha
+        self.groups = groups
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """All views mixed with one another, and their soft labels as notes."""
+        assert weak is not None
+        targets = self._guess(weak)
+        return mixed_with_labels(
+            inputs, "mixmatch", self.alpha, self.groups, inputs.labeled, inputs.weak, targets
+        )
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms; the log shows the unsupervised one without its weight."""
+        losses = [
+            (logits.softmax(dim=-1) - targets).square().mean(dim=-1)  # [unlabeled]
+            for logits, targets in unlabeled_pairs(outputs)
+        ]
+        return LossTerms(
+            supervised=mixed_supervised_loss(outputs),
+            unsupervised=torch.cat(losses).sum() / (len(losses) * outputs.unlabeled_rows),
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
+        )
+
+    def _guess(self, weak: WeakOutputs) -> Tensor:
+        """Sharpened mean of the predictions on all weak views, [unlabeled, classes]."""
+        logs = torch.stack([z.log_softmax(dim=-1) for z in (weak.logits, *weak.others)])
+        return sharpened(logs.logsumexp(dim=0), self.temperature)
+
+
+def sharpened(logs: Tensor, temperature: float) -> Tensor:
+    """Probabilities to the power of 1 / T, made to sum to 1 again; from their logarithms."""
+    return (logs / temperature).softmax(dim=-1)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-sum_c t_c log p_c of each row, [rows]."""
+    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def mixed_with_labels(
+    inputs: StudentInputs,
+    name: str,
+    alpha: float,
+    groups: int,
+    labeled: Tensor,
+    unlabeled: tuple[Tensor, ...],
+    targets: Tensor,
+) -> StudentInputs:
+    """Inputs whose labelled rows and further weak views are mixtures of the given views.
+
+    `targets` [unlabeled, classes] are the soft labels of every unlabelled view. The mixtures' soft
+    labels are the notes "labels" and, one for each unlabelled view, "targets 0" and on.
+    """
+    mixing = draw_mixing(
+        inputs.places,
+        name,
+        alpha,
+        groups,
+        labeled=1,
+        unlabeled=len(unlabeled),
+        device=targets.device,
+    ).own_most()
+    sizes = [len(labeled), *(len(view) for view in unlabeled)]
+    one_hot = F.one_hot(inputs.labels, targets.shape[1]).to(targets.dtype)
+    rows = mixing(torch.cat([labeled, *unlabeled])).split(sizes)
+    labels = mixing(torch.cat([one_hot, *[targets] * len(unlabeled)])).split(sizes)
+    notes = {"labels": labels[0]}
+    notes |= {f"targets {number}": part for number, part in enumerate(labels[1:])}
+    return replace(inputs, labeled=rows[0], student_weak=tuple(rows[1:]), notes=notes)
+
+
+def mixed_supervised_loss(outputs: StudentOutputs) -> Tensor:
+    """Cross-entropy of the mixed labelled rows, a contribution to the mean."""
+    return soft_cross_entropy(outputs.labeled, outputs.notes["labels"]).sum() / outputs.labeled_rows
+
+
+def unlabeled_pairs(outputs: StudentOutputs) -> list[tuple[Tensor, Tensor]]:
+    """Logits and soft labels of each mixed unlabelled view."""
+    return [
+        (logits, outputs.notes[f"targets {number}"])
+        for number, logits in enumerate(outputs.student_weak)
+    ]

@@ -1,0 +1,168 @@
+"""ReMixMatch: MixMatch with aligned guesses that anchor strong views; without its rotation task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    AlgorithmConfig,
+    LossTerms,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+)
+from hpdist.algorithms.mixmatch import (
+    mixed_supervised_loss,
+    mixed_with_labels,
+    sharpened,
+    soft_cross_entropy,
+    unlabeled_pairs,
+)
+from hpdist.algorithms.ramped import Ramped
+
+_SMALL = 1e-6  # of a class that nobody has
+
+
+class ReMixMatchConfig(AlgorithmConfig):
+    """The paper's values; its ramp is that of its released code."""
+
+    name: Literal["remixmatch"] = "remixmatch"
+    temperature: float = Field(0.5, gt=0)
+    """Of the guessed labels' sharpening (T)."""
+    alpha: float = Field(0.75, gt=0)
+    """Of the Beta distribution that a row's share of a mixture is drawn from (Beta)."""
+    unsupervised_weight: float = Field(1.5, ge=0)
+    """Weight of the mixed unlabelled rows after the ramp (lambda_U)."""
+    strong_weight: float = Field(0.5, ge=0)
+    """Weight of the strong view that is not mixed, after the ramp (lambda_U1)."""
+    ramp: float = Field(1 / 64, ge=0, le=1)
+    """Share of the run over which both weights rise from 0."""
+    strong_views: int = Field(8, ge=1)
+    """Strong views of an unlabelled row (K). A row costs K + 3 forwards; 1 or 2 are common."""
+    momentum: float = Field(0.984, ge=0, lt=1)
+    """Of the averages of labels and predictions: about the paper's last 128 batches."""
+    groups: int = Field(8, ge=1)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> ReMixMatch:
+        """Make the algorithm for a run of `steps`."""
+        return ReMixMatch(
+            num_classes,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            unsupervised_weight=self.unsupervised_weight,
+            strong_weight=self.strong_weight,
+            ramp_steps=round(self.ramp * steps),
+            strong_views=self.strong_views,
+            momentum=self.momentum,
+            groups=self.groups,
+            device=device,
+        )
+
+
+class ReMixMatch(Ramped):
+    """L = mean_X' H(p, p(x)) + r(t) [lambda_U mean_U' H(q, p(u)) + lambda_U1 mean_b H(q_b, p(s1))].
+
+    Algorithm 1 and equations 3 and 4 of the paper. A row's guess is p of its weak view, aligned:
+    times p(y) / p~(y), made to sum to 1, with averages over steps of the labelled rows' classes and
+    of these predictions (section 3.1); and sharpened: q_c = guess_c^(1/T) / sum. X' and U' mix the
+    strong view of labelled rows with the weak and all K strong views of unlabelled ones, as
+    MixMatch does, within groups. s1, the first strong view, is also seen as it is. r rises
+    linearly from 0 to 1 over the first `ramp_steps` applied steps.
+
+    The averages are moving ones of the global batch as it was in the applied steps before, uniform
+    at first. Left out: the rotation task (lambda_r), which needs a second head. Strong views are
+    the run's, not CTAugment.
+    """
+
+    paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        temperature: float = 0.5,
+        alpha: float = 0.75,
+        unsupervised_weight: float = 1.5,
+        strong_weight: float = 0.5,
+        ramp_steps: int = 0,
+        strong_views: int = 8,
+        momentum: float = 0.984,
+        groups: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
+        self.views = Views(  # type: ignore[misc]  # the number of views is an option
+            weak=1, strong=strong_views, strong_labeled=1, inputs_need_targets=True
+        )
+        self.num_classes = num_classes
+        self.temperature = temperature
+        self.alpha = alpha
+        self.strong_weight = strong_weight
+        self.strong_views = strong_views
+        self.momentum = momentum
+        self.groups = groups
+        uniform = torch.full((num_classes,), 1 / num_classes, device=device)
+        self.state |= {
+            "labels": uniform.clone(),  # [classes], p(y)
+            "predictions": uniform.clone(),  # [classes], p~(y)
+        }
+        self.discard()
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Sums of labels and of predictions."""
+        assert weak.labels is not None
+        return {
+            "labels": F.one_hot(weak.labels, self.num_classes).sum(dim=0).float(),
+            "predictions": weak.probabilities.sum(dim=0),
+        }
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Count the step, and move both averages towards this batch's."""
+        super().observe(sums, unlabeled_rows)
+        for name in ("labels", "predictions"):
+            share = sums[name] / sums[name].sum().clamp(min=1)
+            self.pending[name] = self.state[name].lerp(share, 1 - self.momentum)
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """Strong views of labelled, all views of unlabelled rows mixed; the first strong one too.
+
+        It goes by the state, for this batch's sums are still under way.
+        """
+        assert weak is not None
+        ratio = (_SMALL + self.state["labels"]) / (_SMALL + self.state["predictions"])
+        targets = sharpened(weak.logits.log_softmax(dim=-1) + ratio.log(), self.temperature)
+        mixed = mixed_with_labels(
+            inputs,
+            "remixmatch",
+            self.alpha,
+            self.groups,
+            inputs.strong_labeled[0],
+            (*inputs.weak, *inputs.strong),
+            targets,
+        )
+        notes = {**mixed.notes, "targets": targets}
+        return replace(mixed, strong=inputs.strong[:1], strong_labeled=(), notes=notes)
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """All terms; the log shows that of the mixed unlabelled rows without its weight."""
+        losses = [soft_cross_entropy(*pair) for pair in unlabeled_pairs(outputs)]
+        strong = soft_cross_entropy(outputs.strong[0], outputs.notes["targets"])  # [unlabeled]
+        weight = self.strong_weight * self.ramp
+        return LossTerms(
+            supervised=mixed_supervised_loss(outputs),
+            unsupervised=torch.cat(losses).sum() / (len(losses) * outputs.unlabeled_rows),
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
+            extras={"strong_loss": weight * strong.sum() / outputs.unlabeled_rows},
+        )
