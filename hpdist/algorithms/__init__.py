@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hpdist.algorithms.adamatch import AdaMatch
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -18,19 +19,35 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.dash import Dash
+from hpdist.algorithms.defixmatch import DeFixMatch
+from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.mean_teacher import MeanTeacher
+from hpdist.algorithms.pseudo_label import PseudoLabel
+from hpdist.algorithms.refixmatch import ReFixMatch
+from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
+from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.config import components
 
 __all__ = [
+    "UDA",
+    "AdaMatch",
     "Algorithm",
     "AlgorithmConfig",
+    "AnnealedUDA",
+    "Dash",
+    "DeFixMatch",
+    "EntropyMinimization",
     "FixMatch",
     "FreeMatch",
     "LossTerms",
     "MeanTeacher",
+    "PseudoLabel",
+    "ReFixMatch",
+    "SoftMatch",
     "StudentOutputs",
     "Supervised",
     "Views",

@@ -39,8 +39,8 @@ def cosine(step: Tensor, steps: int) -> Tensor:
 def annealed_threshold(schedule: Schedule, step: Tensor, steps: int, num_classes: int) -> Tensor:
     """Training signal annealing: eta = alpha (1 - 1/C) + 1/C, from about 1/C to about 1.
 
-    With alpha = t (linear), 1 - exp(-5 t) (log) or exp(5 (t - 1)) (exp); section 3.2 of Xie et al.
-    2020. `off` is 1 throughout.
+    With alpha = t (linear), 1 - exp(-5 t) (log) or exp(5 (t - 1)) (exp); TSA of Xie et al. 2020.
+    `off` is 1 throughout.
     """
     t = progress(step, steps)
     alphas = {

@@ -1,0 +1,129 @@
+"""AdaMatch: FixMatch aligned with the labelled predictions, at a threshold relative to them."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hpdist.algorithms import ramps
+from hpdist.algorithms.alignment import aligned, moved, uniform_prior
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    masked_pseudo_label_loss,
+    supervised_loss,
+)
+
+
+class AdaMatchConfig(AlgorithmConfig):
+    """The paper's values; the momentum is the one of common benchmarks."""
+
+    name: Literal["adamatch"] = "adamatch"
+    threshold: float = Field(0.9, ge=0, le=1)
+    """Share of the labelled rows' mean confidence that a pseudo-label needs (tau)."""
+    momentum: float = Field(0.999, ge=0, lt=1)
+    """Of the averages that predictions are aligned by; 0 goes by this batch alone."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the unsupervised term after the ramp."""
+    ramp: float = Field(0.5, ge=0, le=1)
+    """Share of the run over which that weight rises from 0, along a cosine (mu)."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> AdaMatch:
+        """Make the algorithm for a run of `steps`, its state on `device`."""
+        return AdaMatch(
+            num_classes,
+            threshold=self.threshold,
+            momentum=self.momentum,
+            unsupervised_weight=self.unsupervised_weight,
+            ramp_steps=round(self.ramp * steps),
+            device=device,
+        )
+
+
+class AdaMatch(Algorithm):
+    """L = L_x + mu(t) lambda_u mean_b 1[max q_b >= c] H(argmax q_b, p(strong(u_b))).
+
+    With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1, and p_x and p_u are EMA
+    of the mean prediction on weak labelled and unlabelled rows; c = tau mean_b max p(weak(x_b));
+    mu(t) = (1 - cos(pi t)) / 2. Averages are of the global batch and updated before use. Section
+    3.3 of the paper, without what it has for domain adaptation: logits that are interpolated
+    between two passes, and strong views of the labelled rows.
+    """
+
+    paper: ClassVar[str] = "Berthelot et al. 2022, arXiv:2106.04732"
+    views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        threshold: float = 0.9,
+        momentum: float = 0.999,
+        unsupervised_weight: float = 1.0,
+        ramp_steps: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.momentum = momentum
+        self.unsupervised_weight = unsupervised_weight
+        self.ramp_steps = ramp_steps
+        prior = uniform_prior(num_classes, device)
+        self.state = {
+            "labeled_probability": prior.clone(),  # [classes], p_x
+            "probability": prior.clone(),  # [classes], p_u
+            "step": torch.zeros((), device=device),  # applied steps
+        }
+        self._threshold = torch.ones((), device=device)  # [], c of this step
+        self.discard()
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Sums of both kinds' probabilities, of the labelled confidence, and labelled rows."""
+        assert weak.labeled is not None
+        labeled = weak.labeled.softmax(dim=-1)  # [labeled, classes]
+        return {
+            "labeled_probability": labeled.sum(dim=0),
+            "probability": weak.probabilities.sum(dim=0),
+            "labeled_confidence": labeled.amax(dim=-1).sum(),
+            "labeled_rows": labeled.new_tensor(len(labeled)),
+        }
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Move both averages, count the step, and take this batch's threshold."""
+        rows = {
+            "labeled_probability": sums["labeled_rows"].clamp(min=1),
+            "probability": unlabeled_rows,
+        }
+        self.pending = {
+            name: moved(self.state[name], sums[name] / count, self.momentum)
+            for name, count in rows.items()
+        }
+        self.pending["step"] = self.state["step"] + 1
+        confidence = sums["labeled_confidence"] / rows["labeled_probability"]
+        self._threshold = self.threshold * confidence
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms, the unsupervised one without its weight, and the mask rate."""
+        assert outputs.weak is not None
+        probabilities = aligned(
+            outputs.weak.logits, self.pending["probability"], self.pending["labeled_probability"]
+        )
+        confidence, pseudo_labels = probabilities.max(dim=-1)  # [unlabeled]
+        mask = (confidence >= self._threshold).float()
+        ramp = ramps.cosine(self.state["step"], self.ramp_steps)
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+            unsupervised_weight=self.unsupervised_weight * ramp,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )

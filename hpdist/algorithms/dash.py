@@ -1,0 +1,140 @@
+"""Dash: rows count whose loss is below a threshold that falls from the labelled loss on."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    supervised_loss,
+)
+from hpdist.algorithms.targets import hard_cross_entropy, sharpened, soft_cross_entropy
+
+
+class DashConfig(AlgorithmConfig):
+    """The paper's values, its counts of steps as shares of its run."""
+
+    name: Literal["dash"] = "dash"
+    warmup: float = Field(0.002, ge=0, le=1)
+    """Share of the run that only labels train, and whose last quarter measures their loss."""
+    decay_every: float = Field(0.01, gt=0, le=1)
+    """Share of the run after which the threshold falls again."""
+    scale: float = Field(1.0001, gt=1)
+    """The threshold at first, in multiples of the labelled loss (C)."""
+    decay: float = Field(1.27, gt=1)
+    """What the threshold is divided by each time that it falls (gamma)."""
+    min_threshold: float = Field(0.05, gt=0)
+    """The least threshold, and where hard labels begin (rho_min)."""
+    temperature: float = Field(0.5, gt=0)
+    """Of the soft targets before that (T)."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the unsupervised term after the warm-up."""
+
+    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> Dash:
+        """Make the algorithm for a run of `steps`, its state on `device`."""
+        return Dash(
+            warmup_steps=round(self.warmup * steps),
+            decay_steps=max(1, round(self.decay_every * steps)),
+            scale=self.scale,
+            decay=self.decay,
+            min_threshold=self.min_threshold,
+            temperature=self.temperature,
+            unsupervised_weight=self.unsupervised_weight,
+            device=device,
+        )
+
+
+class Dash(Algorithm):
+    """L = L_x + lambda_u mean_b 1[H(q_b, p(weak(u_b))) <= rho_t] H(q_b, p(strong(u_b))).
+
+    With rho_t = max(C gamma^-k rho, rho_min), where k counts the falls since the warm-up and rho is
+    the mean labelled loss over the global batches of the last quarter of the warm-up and of the
+    first step after it. The target is q_b = softmax(z(weak(u_b)) / T), or onehot(argmax z) once
+    rho_t is rho_min. During the warm-up L = L_x, though the unlabelled rows pass the model.
+    Algorithm 1 of the paper, which measures rho once, over labelled rows.
+    """
+
+    paper: ClassVar[str] = "Xu et al. 2021, arXiv:2109.00650"
+    views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
+
+    def __init__(
+        self,
+        *,
+        warmup_steps: int,
+        decay_steps: int,
+        scale: float = 1.0001,
+        decay: float = 1.27,
+        min_threshold: float = 0.05,
+        temperature: float = 0.5,
+        unsupervised_weight: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.warmup_steps = warmup_steps
+        self.decay_steps = decay_steps
+        self.scale = scale
+        self.decay = decay
+        self.min_threshold = min_threshold
+        self.temperature = temperature
+        self.unsupervised_weight = unsupervised_weight
+        zero = torch.zeros((), device=device)
+        self.state = {
+            "step": zero.clone(),  # applied steps
+            "labeled_loss": zero.clone(),  # sum over the rows that measure rho
+            "labeled_rows": zero.clone(),  # how many they are
+        }
+        self.discard()
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Sum of the labelled loss, and labelled rows."""
+        assert weak.labeled is not None
+        assert weak.labels is not None
+        losses = hard_cross_entropy(weak.labeled, weak.labels)  # [labeled]
+        return {"labeled_loss": losses.sum(), "labeled_rows": losses.new_tensor(len(losses))}
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Count the step, and measure the labelled loss if it is time."""
+        step = self.state["step"]
+        first = self.warmup_steps - self.warmup_steps // 4
+        measuring = (step >= first) & (step <= self.warmup_steps)
+        self.pending = {
+            name: torch.where(measuring, self.state[name] + sums[name], self.state[name])
+            for name in ("labeled_loss", "labeled_rows")
+        }
+        self.pending["step"] = step + 1
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms and the mask rate, which is 0 during the warm-up."""
+        assert outputs.weak is not None
+        logits = outputs.weak.logits  # [unlabeled, classes]
+        threshold = self._threshold()
+        soft = sharpened(logits, self.temperature)
+        hard = F.one_hot(logits.argmax(dim=-1), logits.shape[1]).float()
+        targets = torch.where(threshold <= self.min_threshold, hard, soft)
+        started = self.state["step"] >= self.warmup_steps
+        mask = ((soft_cross_entropy(logits, targets) <= threshold) & started).float()
+        losses = soft_cross_entropy(outputs.strong[0], targets) * mask
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
+
+    def _threshold(self) -> Tensor:
+        """The threshold of this step, rho_t, []."""
+        pending = self.pending
+        measured = pending["labeled_loss"] / pending["labeled_rows"].clamp(min=1)
+        falls = ((self.state["step"] - self.warmup_steps) / self.decay_steps).floor().clamp(min=0)
+        return (self.scale * measured * self.decay**-falls).clamp(min=self.min_threshold)

@@ -1,0 +1,77 @@
+"""DeFixMatch: FixMatch whose bias is measured on the labelled rows and taken off."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    masked_pseudo_label_loss,
+    supervised_loss,
+)
+from hpdist.algorithms.targets import hard_cross_entropy
+
+
+class DeFixMatchConfig(AlgorithmConfig):
+    """The paper's values."""
+
+    name: Literal["defixmatch"] = "defixmatch"
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = Field(0.5, ge=0)
+    """Weight of the unsupervised terms (lambda)."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> DeFixMatch:
+        """Make the algorithm; it has no state, so no argument matters."""
+        return DeFixMatch(threshold=self.threshold, unsupervised_weight=self.unsupervised_weight)
+
+
+class DeFixMatch(Algorithm):
+    """L = L_x + lambda (L_u(U) - L_u(X)): the risk stays unbiased whatever lambda is.
+
+    L_x = 1/2 mean_b (H(y_b, p(weak(x_b))) + H(y_b, p(strong(x_b)))), and L_u is FixMatch's term
+    mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))), q_b = p(weak(u_b)), of the unlabelled
+    rows U and of the labelled ones X with their labels ignored. The loss can be negative.
+    """
+
+    paper: ClassVar[str] = "Schmutz et al. 2023, arXiv:2203.07512"
+    views: ClassVar[Views] = Views(weak=1, strong=1, strong_labeled=1, labeled_targets=True)
+
+    def __init__(self, *, threshold: float = 0.95, unsupervised_weight: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.unsupervised_weight = unsupervised_weight
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Three terms, the one that takes the bias off by itself and weighted; the mask rate."""
+        assert outputs.weak is not None
+        assert outputs.weak.labeled is not None
+        mask, pseudo_labels = self._mask(outputs.weak.logits)
+        strong = outputs.strong_labeled[0]  # [labeled, classes]
+        rows = outputs.labeled_rows
+        strong_loss = hard_cross_entropy(strong, outputs.labels).sum() / rows
+        x_mask, x_pseudo_labels = self._mask(outputs.weak.labeled)
+        bias = (hard_cross_entropy(strong, x_pseudo_labels) * x_mask).sum() / rows
+        return LossTerms(
+            supervised=(supervised_loss(outputs) + strong_loss) / 2,
+            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+            unsupervised_weight=self.unsupervised_weight,
+            extras={"debiasing_loss": -self.unsupervised_weight * bias},
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
+
+    def _mask(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows pass, fp32, and their pseudo-labels."""
+        confidence, pseudo_labels = logits.softmax(dim=-1).max(dim=-1)
+        return (confidence >= self.threshold).float(), pseudo_labels

@@ -1,0 +1,87 @@
+"""Pseudo-Label: the model's own confident predictions are labels of the same view."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from hpdist.algorithms import ramps
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    supervised_loss,
+)
+from hpdist.algorithms.targets import hard_cross_entropy
+
+
+class PseudoLabelConfig(AlgorithmConfig):
+    """The values of common benchmarks; the paper has no threshold and ramps up to a weight of 3."""
+
+    name: Literal["pseudo_label"] = "pseudo_label"
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs; 0 is the paper's."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the unsupervised term after the ramp (alpha_f)."""
+    ramp: float = Field(0.4, ge=0, le=1)
+    """Share of the run over which that weight rises from 0."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> PseudoLabel:
+        """Make the algorithm for a run of `steps`."""
+        return PseudoLabel(
+            threshold=self.threshold,
+            unsupervised_weight=self.unsupervised_weight,
+            ramp_steps=round(self.ramp * steps),
+            device=device,
+        )
+
+
+class PseudoLabel(Algorithm):
+    """L = L_x + alpha(t) mean_b 1[max p_b >= tau] H(argmax p_b, p_b), with p_b = p(weak(u_b)).
+
+    One view gives label and loss; no gradient goes through the label. alpha rises linearly from 0
+    over the first `ramp_steps` applied steps. Equations 15 and 16 of the paper.
+    """
+
+    paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
+    views: ClassVar[Views] = Views(student_weak=1)
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.95,
+        unsupervised_weight: float = 1.0,
+        ramp_steps: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.unsupervised_weight = unsupervised_weight
+        self.ramp_steps = ramp_steps
+        self.state = {"step": torch.zeros((), device=device)}  # applied steps
+        self.discard()
+
+    def observe(self, sums: Sums, unlabeled_rows: torch.Tensor) -> None:
+        """Count the step."""
+        self.pending = {"step": self.state["step"] + 1}
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms, the unsupervised one without its weight, and the mask rate."""
+        logits = outputs.student_weak[0]  # [unlabeled, classes]
+        confidence, pseudo_labels = logits.detach().softmax(dim=-1).max(dim=-1)  # [unlabeled]
+        mask = (confidence >= self.threshold).float()
+        losses = hard_cross_entropy(logits, pseudo_labels) * mask
+        ramp = ramps.linear(self.state["step"], self.ramp_steps)
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight * ramp,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
