@@ -26,6 +26,7 @@ from hpdist.data.unlabeled import (
     ParquetRows,
     SequentialRows,
     open_unlabeled,
+    row_count,
     survey,
 )
 from hpdist.distributed.reduce import agreed, from_main, gathered
@@ -181,6 +182,11 @@ class RunData:
         except HpdistError as error:
             return error
         return None
+
+    @property
+    def unlabeled_rows(self) -> int | None:
+        """How many unlabelled rows there are, where that is known."""
+        return None if self.unlabeled is None else row_count(self.unlabeled)
 
     @property
     def epoch(self) -> int:

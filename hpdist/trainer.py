@@ -132,8 +132,7 @@ class Trainer:
             )
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = divide_batch(config, ranks, uses_unlabeled)
-        batch = config.batch
-        self._global_rows = batch.labeled + (batch.unlabeled if uses_unlabeled else 0)
+        self._global_rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
         micro_batch = self._global_rows // ranks // micro_batches
         self.sharding = launch.with_batch(sharding, micro_batch, micro_batches)
         self.accelerator = launch.make_accelerator(self.sharding)
@@ -181,6 +180,7 @@ class Trainer:
             )
         optimizer = build_optimizer(model, config.optim)
         algorithm = algorithm_config.build(self.data.num_classes, accelerator.device, config.steps)
+        algorithm.rows = self.data.unlabeled_rows
         replica = None
         if algorithm.views.teacher and self.sharding.stage == 3:
             replica = self._make_model(replace(objects, model=copy.deepcopy(objects.model)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
     LossTerms,
+    Places,
     StudentOutputs,
     Views,
     WeakOutputs,
@@ -23,10 +25,12 @@ from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.defixmatch import DeFixMatch
 from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
+from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
+from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.uda import UDA, AnnealedUDA
@@ -42,11 +46,13 @@ __all__ = [
     "DeFixMatch",
     "EntropyMinimization",
     "FixMatch",
+    "FlexMatch",
     "FreeMatch",
     "LossTerms",
     "MeanTeacher",
     "PseudoLabel",
     "ReFixMatch",
+    "SequenceMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
@@ -55,7 +61,11 @@ __all__ = [
     "catalogue",
 ]
 
-_CLASSES = (5, 7)  # two numbers of classes: a size that follows them is a multiple of C
+# Two of each number: a size that follows both is a multiple of it.
+_CLASSES = (5, 7)
+_BATCHES = (11, 13)  # unlabelled rows of the global batch
+_ROWS = (101, 103)  # unlabelled rows that there are
+_NAMES = {_CLASSES: "C", _BATCHES: "row", _ROWS: "N"}
 _HEADER = ("name", "paper", "views", "state", "reduced per step")
 
 
@@ -69,61 +79,92 @@ def catalogue() -> list[str]:
     return [
         *table,
         "",
-        "Views: of an unlabelled row. C: number of classes. Reduced: floats summed over the ranks",
-        "per optimizer step, whatever the batch, besides the gradients and three counts of rows;",
-        "'then' begins a second collective.",
+        "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
+        "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
+        "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
+        "batch; 'then' begins a second collective.",
     ]
 
 
 def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
-    names = {"weak": "weak", "student_weak": "weak for the student", "strong": "strong"}
-    counts = {kind: getattr(small.views, field) for field, kind in names.items()}
-    views = [f"{count} {kind}" for kind, count in counts.items() if count]
-    views += ["targets by the teacher"] if small.views.teacher else []
-    state = [f"{key} [{_shape(small.state[key], large.state[key])}]" for key in small.state]
-    reduced = [_total(*sums) for sums in zip(_reduced(small, 5), _reduced(large, 7), strict=True)]
+    reduced = [_reduced(small, 0), _reduced(large, 1)]
+    for algorithm in (small, large):
+        algorithm.commit()  # makes every part of the state as large as it will be
+    before, after = small.state_dict(), large.state_dict()
+    state = [f"{key} [{_shape(before[key], after[key])}]" for key in before]
+    totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
     return (
         name,
         small.paper or "-",
-        ", ".join(views) or "none",
+        ", ".join(_views(small.views)) or "none",
         ", ".join(state) or "none",
-        ", then ".join(total for total in reduced if total) or "0",
+        ", then ".join(total for total in totals if total) or "0",
     )
 
 
-def _reduced(algorithm: Algorithm, classes: int) -> tuple[list[Tensor], list[Tensor]]:
+def _views(views: Views) -> list[str]:
+    names = {
+        "weak": "weak",
+        "student_weak": "weak for the student",
+        "strong": "strong",
+        "strong_labeled": "strong of a labelled row",
+    }
+    counts = {kind: getattr(views, field) for field, kind in names.items()}
+    told = [f"{count} {kind}" for kind, count in counts.items() if count]
+    told += ["targets of labelled rows too"] if views.labeled_targets else []
+    return told + (["targets by the teacher"] if views.teacher else [])
+
+
+def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
     """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
-    logits = torch.zeros(2, classes)
-    count = torch.tensor(2.0)
-    weak = WeakOutputs(logits, torch.arange(2)) if algorithm.views.weak else None
+    classes, rows = _CLASSES[number], _BATCHES[number]
+    algorithm.rows = _ROWS[number]
+    views = algorithm.views
+    logits = torch.zeros(rows, classes)
+    labeled, labels = torch.zeros(2, classes), torch.zeros(2).long()
+    count = torch.tensor(float(rows))
+    places = Places(torch.arange(2), torch.arange(rows), 2, rows, seed=0, step=0)
+    weak = None
+    if views.weak:
+        others = (logits,) * (views.weak - 1)
+        weak = WeakOutputs(logits, torch.arange(rows), others, places=places)
+        if views.labeled_targets:
+            weak = replace(weak, labeled=labeled, labels=labels)
     sums = algorithm.statistics(weak) if weak else {}
     algorithm.observe(sums, count)
-    views = algorithm.views
     outputs = StudentOutputs(
-        labeled=logits,
-        labels=torch.zeros(2).long(),
+        labeled=labeled,
+        labels=labels,
         strong=(logits,) * views.strong,
         weak=weak,
-        labeled_rows=count,
+        labeled_rows=torch.tensor(2.0),
         unlabeled_rows=count,
         student_weak=(logits,) * views.student_weak,
+        strong_labeled=(labeled,) * views.strong_labeled,
     )
-    return list(sums.values()), list(algorithm.student_statistics(outputs).values())
+    student = algorithm.student_statistics(outputs) if algorithm.uses_student_statistics else {}
+    return list(sums.values()), list(student.values())
 
 
 def _shape(small: Tensor, large: Tensor) -> str:
-    """A shape in terms of C: 'C x 3'."""
+    """A shape in terms of C and N: 'C x 3'."""
     pairs = zip(small.shape, large.shape, strict=True)
-    return " x ".join("C" if pair == _CLASSES else str(pair[0]) for pair in pairs)
+    return " x ".join(_NAMES.get(pair, str(pair[0])) for pair in pairs)
 
 
 def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
-    """The size of several tensors in terms of C: '2C + 1'."""
-    sizes: Counter[int] = Counter()  # powers of C, and how often each is there
+    """The size of several tensors in terms of C and of the batch: '2C + 1 + 3 per row'."""
+    sizes: Counter[tuple[int, int]] = (
+        Counter()
+    )  # powers of the batch and of C, and how many there are
     for a, b in zip(small, large, strict=True):
         dims = list(zip(a.shape, b.shape, strict=True))
-        sizes[dims.count(_CLASSES)] += math.prod(x for x, y in dims if (x, y) != _CLASSES)
-    powers = {0: "", 1: "C"}
-    terms = {powers.get(power, f"C^{power}"): n for power, n in sorted(sizes.items(), reverse=True)}
-    return " + ".join(f"{n if n > 1 or not c else ''}{c}" for c, n in terms.items())
+        plain = math.prod(x for x, y in dims if (x, y) not in (_CLASSES, _BATCHES))
+        sizes[dims.count(_BATCHES), -dims.count(_CLASSES)] += plain
+    return " + ".join(_term(count, *powers) for powers, count in sorted(sizes.items()))
+
+
+def _term(count: int, per_row: int, classes: int) -> str:
+    power = {0: "", -1: "C"}.get(classes, f"C^{-classes}")
+    return f"{count if count > 1 or not power else ''}{power}{' per row' * per_row}"

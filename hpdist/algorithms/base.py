@@ -195,6 +195,8 @@ class Algorithm:
         """What the algorithm remembers from applied steps; fp32, the same on every rank."""
         self.pending: dict[str, Tensor] = {}
         """The state as it will be if this step is applied; what `loss` goes by."""
+        self.rows: int | None = None
+        """How many unlabelled rows there are, where that is known; set before the first step."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 

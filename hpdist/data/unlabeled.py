@@ -469,6 +469,16 @@ def _check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str])
     raise DataError(f"{name}: {first}{more}; mend or remove these rows")
 
 
+def row_count(rows: AnyUnlabeled) -> int | None:
+    """How many rows there are to learn from; None where only reading or a filter says."""
+    if isinstance(rows, MixedRows):
+        counts = [row_count(part) for part in rows.parts]
+        return sum(filter(None, counts)) if all(counts) else None
+    if isinstance(rows, SequentialRows) or rows.functions.keep is not None:
+        return None
+    return int(rows.index.rows.sum()) if isinstance(rows, ParquetRows) else len(rows)
+
+
 def _last_id(rows: ParquetRows | UnlabeledTable) -> int:
     if isinstance(rows, ParquetRows):
         return int((rows.index.start + rows.index.rows).max()) - 1

@@ -22,7 +22,9 @@ NAMES = [
 
 
 def build(name: str, classes: int = CLASSES) -> Algorithm:
-    return VARIANTS[name].build(classes, steps=8)
+    algorithm = VARIANTS[name].build(classes, steps=8)
+    algorithm.rows = 200  # the ids of the batches are below that
+    return algorithm
 
 
 def snapshot(algorithm: Algorithm) -> dict[str, torch.Tensor]:

@@ -4,24 +4,38 @@ import torch
 
 from hpdist import algorithms, cli
 from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
+from hpdist.config import component_names
 
 
 def test_the_table_is_read_off_the_algorithms():
-    header, *rows = [line.split("  ") for line in catalogue()[:5]]
-    cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
-    assert [cell.strip() for cell in header if cell.strip()] == [
-        "name",
-        "paper",
-        "views",
-        "state",
-        "reduced per step",
-    ]
-    assert cells == {
+    header, *rows = catalogue()[: catalogue().index("")]
+    cells = {row[0]: row[1:] for row in map(_cells, rows)}
+    assert _cells(header) == ["name", "paper", "views", "state", "reduced per step"]
+    assert sorted(cells) == component_names("algorithm")
+    expected = {
+        "adamatch": [
+            "Berthelot et al. 2022, arXiv:2106.04732",
+            "1 weak, 1 strong, targets of labelled rows too",
+            "labeled_probability [C], probability [C], step []",
+            "2C + 2",
+        ],
+        "defixmatch": [
+            "Schmutz et al. 2023, arXiv:2203.07512",
+            "1 weak, 1 strong, 1 strong of a labelled row, targets of labelled rows too",
+            "none",
+            "0",
+        ],
         "fixmatch": [
             "Sohn et al. 2020, arXiv:2001.07685",
             "1 weak, 1 strong",
             "none",
             "0",
+        ],
+        "flexmatch": [
+            "Zhang et al. 2021, arXiv:2110.08263",
+            "1 weak, 1 strong",
+            "counts [C], seen [], labels [N]",
+            "3 per row",
         ],
         "freematch": [
             "Wang et al. 2023, arXiv:2205.07246",
@@ -37,6 +51,11 @@ def test_the_table_is_read_off_the_algorithms():
         ],
         "supervised": ["-", "none", "none", "0"],
     }
+    assert {name: cells[name] for name in expected} == expected
+
+
+def _cells(line):
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
 def test_columns_are_aligned():
@@ -58,7 +77,16 @@ class _Table(Algorithm):
     def statistics(self, weak):
         bank = torch.zeros(3, weak.logits.shape[1])
         pairs = weak.logits.T @ weak.logits
-        return {"a": bank, "b": bank, "pairs": pairs, "rows": weak.logits.sum(), "c": bank[:, :2]}
+        batch = torch.zeros(weak.places.unlabeled_rows, 2)
+        return {
+            "batch": batch,
+            "scores": weak.logits,
+            "a": bank,
+            "b": bank,
+            "pairs": pairs,
+            "rows": weak.logits.sum(),
+            "c": bank[:, :2],
+        }
 
 
 class _TableConfig(AlgorithmConfig):
@@ -70,7 +98,11 @@ class _TableConfig(AlgorithmConfig):
 
 def test_shapes_in_terms_of_c():
     row = algorithms._row("table", _TableConfig)
-    assert row[2:] == ("1 weak, 2 strong", "queue [3 x C], pairs [C x C]", "C^2 + 6C + 7")
+    assert row[2:] == (
+        "1 weak, 2 strong",
+        "queue [3 x C], pairs [C x C]",
+        "C^2 + 6C + 7 + C per row + 2 per row",
+    )
 
 
 def test_the_command_prints_the_table(capsys):
