@@ -121,7 +121,7 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
         ("--model=cnn", "--model: must be a group of settings, not 'cnn'; known: cnn, mlp, "),
         (
             "--algorithm={}",
-            "--algorithm.name: missing; known: fixmatch, freematch, mean_teacher, supervised",
+            "--algorithm.name: missing; known: " + ", ".join(component_names("algorithm")),
         ),
         ("--optim.momentum=1", "--optim.momentum: must be at least 0 and less than 1, not 1"),
         ("--zero.stage=4", "--zero.stage: must be at least 0 and at most 3, not 4"),
@@ -296,7 +296,8 @@ def test_the_schema_has_every_component_with_its_options():
         assert len(unnamed) == (kind == "views")
         assert all(option["additionalProperties"] is False for option in options)
         assert all(option["description"] for option in options)
-    fixmatch = _resolve(schema, schema["properties"]["algorithm"]["oneOf"][0])
+    place = component_names("algorithm").index("fixmatch")
+    fixmatch = _resolve(schema, schema["properties"]["algorithm"]["oneOf"][place])
     assert fixmatch["properties"]["threshold"]["maximum"] == 1
     assert "Confidence" in fixmatch["properties"]["threshold"]["description"]
 
