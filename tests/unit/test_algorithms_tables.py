@@ -226,6 +226,17 @@ def test_flexmatch_state_of_another_length_is_taken_over() -> None:
         other.load_state_dict({k: v for k, v in algorithm.state_dict().items() if k != "labels"})
 
 
+def test_labels_that_were_discarded_do_not_come_with_a_later_commit() -> None:
+    algorithm = FlexMatch(CLASSES, threshold=0.7, rows=60)
+    run(algorithm, flex_batch(0))
+    algorithm.commit()
+    before = algorithm.state_dict()
+    run(algorithm, flex_batch(1))
+    algorithm.discard()
+    algorithm.commit()
+    assert all(torch.equal(before[name], v) for name, v in algorithm.state_dict().items())
+
+
 def test_a_copy_of_the_state_does_not_change_with_the_run() -> None:
     algorithm = FlexMatch(CLASSES, threshold=0.7)
     run(algorithm, flex_batch(0))

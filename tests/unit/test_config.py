@@ -296,7 +296,8 @@ def test_the_schema_has_every_component_with_its_options():
         assert len(unnamed) == (kind == "views")
         assert all(option["additionalProperties"] is False for option in options)
         assert all(option["description"] for option in options)
-    fixmatch = _resolve(schema, schema["properties"]["algorithm"]["oneOf"][0])
+    place = component_names("algorithm").index("fixmatch")
+    fixmatch = _resolve(schema, schema["properties"]["algorithm"]["oneOf"][place])
     assert fixmatch["properties"]["threshold"]["maximum"] == 1
     assert "Confidence" in fixmatch["properties"]["threshold"]["description"]
 
