@@ -120,13 +120,16 @@ class CheckpointWriter:
         """
         start = time.monotonic()
         self._settle()
-        failed = any(gathered(self._failure))
-        told = [line for lines in gathered(self.problems()) for line in lines]
+        failures = dict(enumerate(gathered(self._failure)))
+        if self._others:
+            del failures[0]  # which only waited for them
+        told = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
+        self.problems()
         self.waited += time.monotonic() - start
-        if failed:
+        if told:
             error = CheckpointError(
-                f"the latest checkpoint could not be written: {'; '.join(told) or 'see above'}; "
-                "make room, and start again: the run goes on from the one before"
+                f"the latest checkpoint could not be written: {told}; make room, and start again: "
+                "the run goes on from the one before"
             )
             error.everywhere = True
             raise error
