@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from hpdist.distributed.checkpoint import digest_of, hash_of
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import CheckpointError, DivergenceError
 from hpdist.trainer import Trainer
+from tests.fault_table import Fault, rows_cost, steps_repeated
 from tests.parquet_files import write_numbers
 from tests.picture_runs import at_batch, audit_of, train, write_config
 from tests.pictures import write_pictures
 from tests.ranks import run_ranks
+
+UNLABELED = 8  # rows a step
 
 
 def trainer(folder: Path, steps: int, data: Path | None = None, **settings: Any) -> Trainer:
@@ -44,7 +47,7 @@ def trainer(folder: Path, steps: int, data: Path | None = None, **settings: Any)
         labeled={**files, "input": "x", "rows": 12},
         unlabeled={**files, "input": "x", "streaming": True, "audit": True},
         views={"name": "identity"},
-        batch={"labeled": 4, "unlabeled": 8},
+        batch={"labeled": 4, "unlabeled": UNLABELED},
         optim={"lr": 0.001},
         run={"dir": str(folder), "name": "run"},
         log={"every": 1},
@@ -75,12 +78,27 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+HARM = {flip: "has a flipped bit", cut: "is cut off", Path.unlink: "is gone"}
+
+
+def cost_of(folder: Path, steps: int, output: str) -> dict[str, int]:
+    """What a run's faults have cost, of rows and of steps."""
+    rows = rows_cost(audit_of(folder / "run"), expected=steps * UNLABELED)
+    return {**rows, "steps_repeated": steps_repeated(output)}
+
+
+@pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors", "common.safetensors"])
 def test_a_damaged_file_of_any_kind_leads_to_the_one_before(
-    folder: Path, capfd: pytest.CaptureFixture[str], name: str, harm: Any
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    harm: Any,
+    inject: Callable[..., Fault],
 ) -> None:
     trainer(folder, 4).fit()
+    before = capfd.readouterr().err
+    fault = inject(f"a file of the newest checkpoint {HARM[harm]}")
     harm(folder / "run/checkpoints/step-00000004" / name)
     resumed = trainer(folder, 6)
     assert resumed.step.applied_steps == 2
@@ -91,6 +109,9 @@ def test_a_damaged_file_of_any_kind_leads_to_the_one_before(
         assert name in told
     resumed.fit()
     assert records(folder) == [1, 2, 3, 4, 5, 6]
+    cost = cost_of(folder, 6, before + told + capfd.readouterr().err)
+    assert (cost["rows_lost"], cost["rows_repeated"]) == (0, 0)
+    fault.survived(**cost)
 
 
 def test_where_none_is_whole_nothing_is_begun_anew(folder: Path) -> None:
@@ -124,8 +145,11 @@ class _Harm:
         return (Path.touch, (self.file,))
 
 
-def test_a_pickle_in_place_of_a_file_is_not_loaded(folder: Path) -> None:
+def test_a_pickle_in_place_of_a_file_is_not_loaded(
+    folder: Path, capfd: pytest.CaptureFixture[str], inject: Callable[..., Fault]
+) -> None:
     trainer(folder, 4).fit()
+    fault = inject("a pickle with forged hashes in place of a checkpoint's files")
     made = folder / "made by a pickle"
     path = folder / "run/checkpoints/step-00000004"
     for name in ("common.safetensors", "rank-00000.safetensors"):
@@ -135,8 +159,11 @@ def test_a_pickle_in_place_of_a_file_is_not_loaded(folder: Path) -> None:
         entry.update(bytes=(path / name).stat().st_size, sha256=hash_of(path / name))
     del manifest["digest"]
     (path / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
-    assert trainer(folder, 6).step.applied_steps == 2
+    resumed = trainer(folder, 6)
+    assert resumed.step.applied_steps == 2
+    resumed.fit()
     assert not made.exists()
+    fault.survived(**cost_of(folder, 6, capfd.readouterr().err))
 
 
 def mount(disk: Path, options: str) -> Iterator[Path]:
@@ -161,7 +188,13 @@ def few_inodes(tmp_path: Path) -> Iterator[Path]:
     yield from mount(tmp_path / "disk", "size=16m,nr_inodes=100")
 
 
-def test_a_full_disk_costs_checkpoints_and_no_training(folder: Path, small_disk: Path) -> None:
+def test_a_full_disk_costs_checkpoints_and_no_training(
+    folder: Path,
+    small_disk: Path,
+    capfd: pytest.CaptureFixture[str],
+    inject: Callable[..., Fault],
+) -> None:
+    fault = inject("a disk that is full for a while")
     filler = small_disk / "filler"
     training = trainer(small_disk, 12, data=folder)
     fill = training.writer.save
@@ -187,6 +220,9 @@ def test_a_full_disk_costs_checkpoints_and_no_training(folder: Path, small_disk:
     assert records(small_disk) == list(range(1, 13))  # not one is lost, not one is cut
     kept = sorted(path.name for path in (small_disk / "run/checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000012"]
+    cost = cost_of(small_disk, 12, capfd.readouterr().err)
+    assert cost == dict.fromkeys(cost, 0)
+    fault.survived(**cost)
 
 
 def test_a_disk_that_stays_full_is_an_error_at_the_end(folder: Path, small_disk: Path) -> None:
@@ -240,8 +276,13 @@ def train_through_full_inodes(disk: Path, data: Path) -> list[str]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_full_inodes_cost_checkpoints_and_no_training(
-    folder: Path, few_inodes: Path, ranks: int
+    folder: Path,
+    few_inodes: Path,
+    ranks: int,
+    capfd: pytest.CaptureFixture[str],
+    inject: Callable[..., Fault],
 ) -> None:
+    fault = inject("a disk without free inodes for a while")
     if ranks == 1:
         told = train_through_full_inodes(few_inodes, folder)
     else:
@@ -255,9 +296,9 @@ def test_full_inodes_cost_checkpoints_and_no_training(
     assert records(few_inodes) == list(range(1, 13))
     kept = sorted(path.name for path in (few_inodes / "run/checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000012"]
-    rows = audit_of(few_inodes / "run")
-    used = {(row["epoch"], row["id"]) for row in rows}
-    assert len(used) == len(rows) == 12 * 8
+    cost = cost_of(few_inodes, 12, capfd.readouterr().err)
+    assert cost == dict.fromkeys(cost, 0)
+    fault.survived(**cost)
 
 
 def start_with_few_inodes(config: Path, disk: Path) -> list[tuple[int, list[str]]]:
