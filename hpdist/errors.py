@@ -6,6 +6,7 @@ prints it as one line and exits with `exit_status`.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import traceback
 from pathlib import Path
@@ -55,6 +56,18 @@ class StoppedError(HpdistError):
     """A signal asked the run to stop; it is saved and can go on."""
 
     exit_status = 4
+
+
+def why_not_written(error: Exception, folder: Path) -> str:
+    """What kept something from being written into a folder; a system names no lack of inodes."""
+    text = str(error)
+    if "No space left" in text and hasattr(os, "statvfs"):
+        while not folder.exists():
+            folder = folder.parent
+        disk = os.statvfs(folder)
+        if disk.f_files > 0 and disk.f_favail == 0:  # some file systems count none
+            return f"{text} ({folder} has no free inodes; remove files, however small)"
+    return text
 
 
 def describe(error: BaseException) -> str:

@@ -157,7 +157,7 @@ class Trainer:
             )
         self._resume(saved)
         if self.files:  # not before: a run that is refused must not forget what it had
-            self.data.record()
+            agreed(self.data.record)
 
     def _open_folder(self) -> checkpoint.SavedRun | None:
         """Find what to continue from, if anything. Collective."""
@@ -247,9 +247,10 @@ class Trainer:
         Collective: every rank must call.
         """
         config, step = self.config, self.step
-        self.folder.write_text("config.yaml", config.to_yaml()) if self.files else None
         self.log = self._open_log(self.files)
         try:
+            if self.files:
+                agreed(lambda: self.folder.write_text("config.yaml", config.to_yaml()))
             with self.guard:
                 if step.applied_steps < config.steps:
                     self._first_rows()
@@ -358,7 +359,7 @@ class Trainer:
         self.state.load(saved, data=False)
         self.monitor.forget()
         from_main(lambda: checkpoint.drop_after(self.folder.checkpoints, saved.facts["step"]))
-        self.folder.drop_metrics_after(self.step.applied_steps)
+        agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
         self.log.say(f"back to step {self.step.applied_steps}, and on with the rows that follow")
 
     def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
@@ -421,7 +422,7 @@ class Trainer:
             "bad_rows": self.data.bad_rows,
             "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
-        self.log.write_summary(step.applied_steps, summary)
+        agreed(lambda: self.log.write_summary(step.applied_steps, summary))
         return summary
 
     def save(self) -> None:
@@ -449,12 +450,12 @@ class Trainer:
         """Continue from a checkpoint, or begin."""
         if saved is None:
             if self.files:
-                self.folder.drop_metrics_after(-1)
+                agreed(lambda: self.folder.drop_metrics_after(-1))
                 self.data.drop_audit_after(0)
             return
         facts = self.state.load(saved)
         self._seconds, self._run_id = facts["seconds"], facts["tracker_run_id"]
-        self.folder.drop_metrics_after(self.step.applied_steps)
+        agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
         Console(0, 0, self.main).say(
             f"continuing from {saved.path} at step {self.step.applied_steps}"
         )

@@ -16,8 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.fault_table import rows_cost, steps_repeated
 from tests.forked import run_forked
-from tests.kill_points import train
+from tests.kill_points import UNLABELED, train
 from tests.parquet_files import write_numbers
 
 GROUPS = [[17, 9], [14, 31], [50]]
@@ -32,7 +33,7 @@ RUNS: dict[str, Legs] = {
 }
 
 
-def outcome_of(run: Path) -> dict[str, Any]:
+def outcome_of(run: Path, output: str) -> dict[str, Any]:
     """The curve, the scale, and how often each row was used in each epoch."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     parts = sorted((run / "audit").glob("rank-*.parquet"))
@@ -47,6 +48,11 @@ def outcome_of(run: Path) -> dict[str, Any]:
         "loss_scale": manifest["loss_scale"],
         "optimizer": manifest["optimizer"],
         "teacher_updates": manifest["teacher_updates"],
+        "resumes": len(RUNS[run.name]) - 1,
+        "cost": {
+            **rows_cost(rows, expected=STEPS * UNLABELED),
+            "steps_repeated": steps_repeated(output),
+        },
     }
 
 
@@ -54,15 +60,17 @@ def main() -> None:
     """Train all runs, leg by leg, and print what came of them as JSON."""
     folder = Path(sys.argv[1])
     write_numbers(folder / "data", GROUPS)
-    log = folder / "log"
+    outcomes = {}
     for name, legs in RUNS.items():
+        log = folder / f"log-{name}"
         for ranks, kind, steps in legs:
             schedule = {"name": "constant"}
             ended = run_forked(
                 ranks, log, train, folder, name, kind, steps=steps, schedule=schedule
             )
             assert ended == [0] * ranks, log.read_text()[-5000:]
-    print("RESULT " + json.dumps({name: outcome_of(folder / name) for name in RUNS}))
+        outcomes[name] = outcome_of(folder / name, log.read_text())
+    print("RESULT " + json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from safetensors.torch import load_file
 
 from hpdist.distributed import checkpoint_writer
 from hpdist.trainer import Trainer
+from tests.fault_table import rows_cost, steps_repeated
 from tests.forked import run_forked
 from tests.parquet_files import write_numbers
+from tests.picture_runs import audit_of
 
-STEPS, EVERY = 9, 3
+STEPS, EVERY, UNLABELED = 9, 3, 24
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "zero1_fp16": {"precision": "fp16", "zero": {"stage": 1}},
@@ -87,7 +89,7 @@ def train(
         labeled={**files, "rows": 12},
         unlabeled={**files, "streaming": True, "audit": True},
         views={"name": "identity"},
-        batch={"labeled": 12, "unlabeled": 24},
+        batch={"labeled": 12, "unlabeled": UNLABELED},
         optim={"name": "adamw", "lr": 1e-3},
         loss_scale={"initial": 1024.0, "growth_interval": 4},
         run={"dir": str(folder), "name": name},
@@ -145,10 +147,12 @@ def main() -> None:
         points = int((folder / "points").read_text())
         for point in range(1 + victim, points + 1, every):
             name = f"killed-{victim}-{point}"
+            told = len(log.read_text())
             ended = run_forked(2, log, train, folder, name, kind, (victim, point))
             resumed = run_forked(2, log, train, folder, name, kind, None)
             differs = same(folder / "whole", folder / name) if resumed == [0, 0] else "no end"
             leftovers = [p.name for p in (folder / name / "checkpoints").glob(".*")]
+            audit = audit_of(folder / name)
             found.append(
                 {
                     "victim": victim,
@@ -158,6 +162,8 @@ def main() -> None:
                     "resumed": resumed,
                     "differs": differs,
                     "leftovers": leftovers,
+                    **rows_cost(audit, expected=STEPS * UNLABELED),
+                    "steps_repeated": steps_repeated(log.read_text()[told:]),
                 }
             )
             shutil.rmtree(folder / name)

@@ -15,8 +15,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.fault_table import rows_cost, steps_repeated
 from tests.parquet_files import write_numbers
 
+BATCH = 24  # unlabelled
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 model: {name: mlp, hidden: [8]}
@@ -95,6 +97,13 @@ class SlowRun:
         path = self.run / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
+
+    def cost(self, steps: int) -> dict[str, int]:
+        """What its interruptions have cost, of rows and of steps."""
+        return {
+            **rows_cost(self.audit(), expected=steps * BATCH),
+            "steps_repeated": steps_repeated(self.output),
+        }
 
     def await_step(self, process: subprocess.Popen[str], step: int, seconds: float = 240) -> None:
         """Wait until a step is on record, of a process that is still running."""

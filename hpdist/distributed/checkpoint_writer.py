@@ -1,8 +1,9 @@
 """Writes checkpoints so that a process may die at any instant, in the background of the training.
 
 Each rank writes its own shard under a temporary name, and a note when it is safe on disk. The first
-rank waits for all notes, writes the manifest, and renames the folder: only then does it exist. No
-collective is needed, so the writing cannot get into the way of the training's.
+rank waits for all notes, writes the manifest, and renames the folder: only then does it exist. The
+writing needs no collective, so it cannot get into the way of the training's; that a rank has failed
+is told when the next checkpoint is due, and by a collective, since a full disk may hold no note.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,9 @@ from hpdist.distributed.checkpoint import (
 )
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.reduce import from_main, gathered
-from hpdist.errors import CheckpointError
+from hpdist.errors import CheckpointError, why_not_written
 
 _POLL = 0.02  # seconds
-_LONGEST = 3600.0  # seconds that the first rank waits for the others' notes
 
 
 class CheckpointWriter:
@@ -63,7 +64,8 @@ class CheckpointWriter:
         self._count = 0
         self._thread: threading.Thread | None = None
         self._problems: list[str] = []
-        self._failed = False
+        self._failure: str | None = None  # of the latest write
+        self._others: dict[int, str] = {}  # what kept other ranks from writing, as far as is known
         self.waited = 0.0
         """Seconds that the training has waited for `save` and `finish`."""
         if rank == 0:
@@ -81,11 +83,11 @@ class CheckpointWriter:
         """Copy the state and begin to write it; first an unfinished write is waited for.
 
         `fragments` are this rank's, by kind; `common` and `facts` (JSON) are the same on every
-        rank. `before` writes what must be safe before the checkpoint exists. Every rank must call,
-        but none waits for another.
+        rank. `before` writes what must be safe before the checkpoint exists. Collective: every
+        rank must call.
         """
         start = time.monotonic()
-        self._join()
+        self._settle()
         own = {
             f"{kind}/{f.name}@{f.start}": _copy(f.values)
             for kind, items in fragments.items()
@@ -94,15 +96,16 @@ class CheckpointWriter:
         shared = {name: _copy(value) for name, value in common.items()} if self._rank == 0 else {}
         self._count += 1
         temporary = self._folder / f".writing-{step:08d}-{self._token}-{self._count}"
-        arguments = (temporary, step, own, shared, dict(facts), before)
-        if self._background:
-            name = "hpdist-checkpoint"
-            self._thread = threading.Thread(
-                target=self._write, args=arguments, name=name, daemon=True
-            )
-            self._thread.start()
-        else:
-            self._write(*arguments)
+        self._failure, self._others = None, {}
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(temporary, step, own, shared, dict(facts), before),
+            name="hpdist-checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
+        if not self._background:
+            self._settle()
         self.waited += time.monotonic() - start
 
     def problems(self) -> list[str]:
@@ -116,17 +119,28 @@ class CheckpointWriter:
         Raises CheckpointError on all ranks where it is not.
         """
         start = time.monotonic()
-        self._join()
-        failed = any(gathered(self._failed))
-        told = [line for lines in gathered(self.problems()) for line in lines]
+        self._settle()
+        failures = dict(enumerate(gathered(self._failure)))
+        if self._others:
+            del failures[0]  # which only waited for them
+        told = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
+        self.problems()
         self.waited += time.monotonic() - start
-        if failed:
+        if told:
             error = CheckpointError(
-                f"the latest checkpoint could not be written: {'; '.join(told) or 'see above'}; "
-                "make room, and start again: the run goes on from the one before"
+                f"the latest checkpoint could not be written: {told}; make room, and start again: "
+                "the run goes on from the one before"
             )
             error.everywhere = True
             raise error
+
+    def _settle(self) -> None:
+        """Wait for the latest write; where a rank's part will not come, the first need not wait."""
+        if self._rank != 0:
+            self._join()
+        failures = enumerate(gathered(self._failure))
+        self._others = {rank: reason for rank, reason in failures if reason and rank != 0}
+        self._join()
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -142,7 +156,6 @@ class CheckpointWriter:
         facts: dict[str, Any],
         before: Callable[[], None],
     ) -> None:
-        self._failed = False
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             before()
@@ -150,11 +163,12 @@ class CheckpointWriter:
             if self._rank == 0:
                 self._complete(temporary, step, facts)
         except (OSError, SafetensorError, CheckpointError) as error:
-            self._failed = True
+            self._failure = why_not_written(error, self._folder)
             self._problems.append(
-                f"rank {self._rank}: the checkpoint of step {step} could not be written: {error}"
+                f"rank {self._rank}: the checkpoint of step {step} could not be written: "
+                f"{self._failure}"
             )
-            self._give_up(temporary, str(error))
+            self._make_room(temporary)
 
     def _write_own(
         self, temporary: Path, own: dict[str, Tensor], shared: dict[str, Tensor]
@@ -171,7 +185,7 @@ class CheckpointWriter:
         notes = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
         files: dict[str, Any] = {}
         for rank, note in enumerate(notes):
-            files |= _await(note, temporary / f"failed-{rank:05d}", rank)
+            files |= self._await(note, rank)
         manifest = {
             "version": VERSION,
             "step": step,
@@ -195,34 +209,29 @@ class CheckpointWriter:
         for old in list_checkpoints(self._folder)[self._keep :]:
             shutil.rmtree(old)
 
-    def _give_up(self, temporary: Path, reason: str) -> None:
-        """Let the first rank know, and make room again."""
+    def _await(self, note: Path, rank: int) -> dict[str, Any]:
+        """What a rank notes of its files, once they are safe."""
+        while not note.exists():
+            if rank in self._others:
+                raise CheckpointError(f"rank {rank} failed: {self._others[rank]}")
+            if not note.parent.exists():
+                raise CheckpointError(f"{note.parent} is gone")
+            time.sleep(_POLL)
+        noted: dict[str, Any] = json.loads(note.read_text())
+        return noted
+
+    def _make_room(self, temporary: Path) -> None:
+        """Remove what was written of a checkpoint that will not be whole."""
         if self._rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            return
-        try:
-            (temporary / f"rank-{self._rank:05d}.safetensors").unlink(missing_ok=True)
-            (temporary / f"failed-{self._rank:05d}").write_text(reason)
-        except OSError:
-            return  # the first rank finds out by the folder's end, or by waiting
+        else:
+            with suppress(OSError):
+                (temporary / f"rank-{self._rank:05d}.safetensors").unlink()
 
 
 def _copy(values: Tensor) -> Tensor:
     copied = values.detach().cpu()
     return copied.clone() if copied.data_ptr() == values.data_ptr() else copied
-
-
-def _await(note: Path, failed: Path, rank: int) -> dict[str, Any]:
-    """What a rank notes of its files, once they are safe."""
-    end = time.monotonic() + _LONGEST
-    while not note.exists():
-        if failed.exists():
-            raise CheckpointError(f"rank {rank} failed: {failed.read_text()}")
-        if not note.parent.exists() or time.monotonic() > end:
-            raise CheckpointError(f"rank {rank} has not written its part")
-        time.sleep(_POLL)
-    noted: dict[str, Any] = json.loads(note.read_text())
-    return noted
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:

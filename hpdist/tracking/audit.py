@@ -66,29 +66,32 @@ class Audit:
             self._tables.append((attempt, pa.table(columns, schema=_SCHEMA)))
 
     def take(self) -> Callable[[], None]:
-        """What was collected, as a call that writes it and raises CheckpointError if it cannot.
+        """A call that writes what was collected so far, and raises CheckpointError if it cannot.
 
-        The call may run on another thread; what it cannot write comes with the next one.
+        It may be called on another thread, or never: what is not written comes with the next one.
         """
         with self._lock:
-            taken, self._tables = self._tables, []
-        return lambda: self._write(taken)
+            last = self._tables[-1][0] if self._tables else 0
+        return lambda: self._write(last)
 
-    def _write(self, taken: list[tuple[int, pa.Table]]) -> None:
-        if not taken:
+    def _write(self, last: int) -> None:
+        with self._lock:
+            tables = [(attempt, table) for attempt, table in self._tables if attempt <= last]
+        if not tables:
             return
-        name = f"part-{taken[0][0]:010d}-{taken[-1][0]:010d}.parquet"
+        name = f"part-{tables[0][0]:010d}-{tables[-1][0]:010d}.parquet"
         temporary = self._own / f".{name}.tmp"
         try:
             self._own.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.concat_tables([table for _, table in taken]), temporary)
+            pq.write_table(pa.concat_tables([table for _, table in tables]), temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self._own / name)
         except OSError as error:
-            with self._lock:
-                self._tables = taken + self._tables
+            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"the audit in {self._own} cannot be written: {error}") from error
+        with self._lock:
+            self._tables = self._tables[len(tables) :]
 
     def drop_after(self, attempt: int) -> None:
         """Remove what any rank wrote of later attempts; for one rank to do, before a flush."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpdist.errors import CheckpointError
+from hpdist.errors import CheckpointError, why_not_written
 
 
 class RunFolder:
@@ -34,9 +34,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise CheckpointError(
-                f"run.dir: cannot write to the run folder {str(self.path)!r}: {error}"
-            ) from error
+            raise self._unwritable(error) from error
 
     def is_empty(self) -> bool:
         """Whether nothing is there yet."""
@@ -51,11 +49,19 @@ class RunFolder:
             )
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file through a temporary one, so that no reader sees half of it."""
-        if self.main:
-            temporary = self.path / f".{name}.tmp"
+        """Write a file through a temporary one, so that no reader sees half of it.
+
+        Raises CheckpointError where that cannot be.
+        """
+        if not self.main:
+            return
+        temporary = self.path / f".{name}.tmp"
+        try:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
 
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file."""
@@ -112,3 +118,7 @@ class RunFolder:
             if record["step"] <= step:
                 kept.append(line)
         self.write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        why = why_not_written(error, self.path)
+        return CheckpointError(f"run.dir: cannot write to the run folder {str(self.path)!r}: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from hpdist.data.unlabeled import ParquetRows
 from hpdist.errors import DataError
+from tests.fault_table import Fault, batches_cost, rows_cost
 from tests.picture_runs import (
     assert_once_an_epoch,
     at_batch,
@@ -66,20 +68,30 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> ParquetRows:
     ],
 )
 def test_a_damaged_page_masks_its_row_group_and_nothing_else(
-    tmp_path: Path, whole: ParquetRows, where: str, options: dict[str, object], ranks: int
+    tmp_path: Path,
+    whole: ParquetRows,
+    where: str,
+    options: dict[str, object],
+    ranks: int,
+    inject: Callable[..., Fault],
 ) -> None:
     paths = write_pictures(tmp_path, **options)
     rows = opened(paths)
     damage_page(paths[2], 1, where)
-    found = []
+    fault = inject("a damaged page of a Parquet file")
+    found, seen, expected = [], [], []
     for rank in range(ranks):
         batches = take(rows, 2 * EPOCH, rank, ranks)
-        found += assert_same_but_masked(batches, take(whole, 2 * EPOCH, rank, ranks))
+        undisturbed = take(whole, 2 * EPOCH, rank, ranks)
+        found += assert_same_but_masked(batches, undisturbed)
+        seen += batches
+        expected += undisturbed
         for bad in (bad for batch in batches for bad in batch.bad):
             row = bad.id - min(rows_of(2, 1))
             assert bad.where == f"{paths[2]}, row group 1, row {row}"
             assert bad.reason.startswith("its row group cannot be read: ")
     assert sorted(found) == sorted([*rows_of(2, 1)] * 2)  # once in each of two epochs
+    fault.survived(**batches_cost(seen, expected))
 
 
 def test_a_run_starts_where_any_row_group_is_sound(tmp_path: Path, whole: ParquetRows) -> None:
@@ -99,9 +111,13 @@ def test_a_run_starts_where_any_row_group_is_sound(tmp_path: Path, whole: Parque
         rewrite(paths[file], damaged[file])
 
 
+BAD_IMAGE = "an image that is damaged or null"
+
+
 def test_a_damaged_image_in_a_page_that_nothing_checks_is_masked_alone(
-    tmp_path: Path, whole: ParquetRows
+    tmp_path: Path, whole: ParquetRows, inject: Callable[..., Fault]
 ) -> None:
+    fault = inject(BAD_IMAGE, 2)
     paths = write_pictures(tmp_path, compression="none", use_dictionary=False)
     rows = opened(paths)
     content = paths[1].read_bytes()
@@ -114,22 +130,29 @@ def test_a_damaged_image_in_a_page_that_nothing_checks_is_masked_alone(
     assert sorted(assert_same_but_masked(batches, take(whole, EPOCH))) == [60, 150]
     reasons = {bad.id: bad.reason for batch in batches for bad in batch.bad}
     assert reasons[150] == "it holds text that is not UTF-8"
+    fault.survived(**batches_cost(batches, take(whole, EPOCH)))
 
 
-def test_images_that_are_none_and_nulls_are_masked(tmp_path: Path, whole: ParquetRows) -> None:
+def test_images_that_are_none_and_nulls_are_masked(
+    tmp_path: Path, whole: ParquetRows, inject: Callable[..., Fault]
+) -> None:
     values = {3: b"no image", 77: None, 130: picture(130)[:60], 215: b""}
+    fault = inject(BAD_IMAGE, len(values))
     batches = take(opened(write_pictures(tmp_path, values=values)), EPOCH)
-    masked = assert_same_but_masked(batches, take(whole, EPOCH))
+    expected = take(whole, EPOCH)
+    masked = assert_same_but_masked(batches, expected)
     assert sorted(masked) == sorted(values)
     reasons = {bad.id: bad.reason for batch in batches for bad in batch.bad}
     assert reasons[3] == "it is not an image that Pillow knows"
     assert reasons[77] == "the value is null"
+    fault.survived(**batches_cost(batches, expected))
 
 
 @pytest.mark.parametrize("fault", ["cut", "gone"])
 def test_a_file_that_is_lost_while_the_stream_is_open(
-    tmp_path: Path, whole: ParquetRows, fault: str
+    tmp_path: Path, whole: ParquetRows, fault: str, inject: Callable[..., Fault]
 ) -> None:
+    injected = inject("a data file that is cut off or gone under the stream")
     paths = write_pictures(tmp_path)
     rows = opened(paths, **SMALL)
     whole = opened([file.path for file in whole.index.files], **SMALL)
@@ -150,6 +173,7 @@ def test_a_file_that_is_lost_while_the_stream_is_open(
     for bad in (bad for batch in batches for bad in batch.bad):
         assert re.fullmatch(reason, bad.reason)
         assert bad.where.startswith(f"{paths[2]}, row group ")
+    injected.survived(**batches_cost(batches, expected))
 
 
 def test_a_file_that_was_cut_before_the_start_is_refused_by_name(tmp_path: Path) -> None:
@@ -301,8 +325,9 @@ def runs_on_damaged_data(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_masks_counts_and_stops_at_the_limit_on_real_ranks(
-    tmp_path: Path, ranks: int
+    tmp_path: Path, ranks: int, inject: Callable[..., Fault]
 ) -> None:
+    fault = inject("a run stopped by too many bad rows, then allowed more")
     whole = write_config(tmp_path / "whole", write_pictures(tmp_path / "whole"))
     paths = write_pictures(tmp_path / "damaged", write_page_checksum=True)
     damage_page(paths[2], 1, "body")
@@ -324,6 +349,7 @@ def test_a_run_masks_counts_and_stops_at_the_limit_on_real_ranks(
     )
     assert summary_of(masked)["bad_rows"] == 2 * len(LOST)
     assert_once_an_epoch(masked)
+    cost = rows_cost(audit_of(masked), expected=2 * ROWS)
     invalid = [row for row in audit_of(masked) if not row["valid"]]
     assert sorted(row["id"] for row in invalid) == sorted([*LOST] * 2)
     assert all("cannot be read" in row["reason"] for row in invalid)
@@ -339,6 +365,7 @@ def test_a_run_masks_counts_and_stops_at_the_limit_on_real_ranks(
     (line,) = [line for rank in ended for line in rank["rewritten"][1]]
     assert f"{changed}: the file changed, from " in line
     assert_once_an_epoch(tmp_path / "whole/runs/rewritten")
+    fault.survived(**cost)
 
 
 def test_a_shard_that_was_rewritten_between_runs_is_named_at_every_start(tmp_path: Path) -> None:

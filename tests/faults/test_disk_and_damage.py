@@ -7,20 +7,30 @@ import os
 import pickle
 import shutil
 import subprocess
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdist.distributed.checkpoint import digest_of, hash_of
+from hpdist.distributed.reduce import world_size
 from hpdist.errors import CheckpointError, DivergenceError
 from hpdist.trainer import Trainer
+from tests.fault_table import Fault, rows_cost, steps_repeated
 from tests.parquet_files import write_numbers
+from tests.picture_runs import at_batch, audit_of, train, write_config
+from tests.pictures import write_pictures
+from tests.ranks import run_ranks
+
+UNLABELED = 8  # rows a step
 
 
 def trainer(folder: Path, steps: int, data: Path | None = None, **settings: Any) -> Trainer:
@@ -37,7 +47,7 @@ def trainer(folder: Path, steps: int, data: Path | None = None, **settings: Any)
         labeled={**files, "input": "x", "rows": 12},
         unlabeled={**files, "input": "x", "streaming": True, "audit": True},
         views={"name": "identity"},
-        batch={"labeled": 4, "unlabeled": 8},
+        batch={"labeled": 4, "unlabeled": UNLABELED},
         optim={"lr": 0.001},
         run={"dir": str(folder), "name": "run"},
         log={"every": 1},
@@ -68,12 +78,27 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+HARM = {flip: "has a flipped bit", cut: "is cut off", Path.unlink: "is gone"}
+
+
+def cost_of(folder: Path, steps: int, output: str) -> dict[str, int]:
+    """What a run's faults have cost, of rows and of steps."""
+    rows = rows_cost(audit_of(folder / "run"), expected=steps * UNLABELED)
+    return {**rows, "steps_repeated": steps_repeated(output)}
+
+
+@pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors", "common.safetensors"])
 def test_a_damaged_file_of_any_kind_leads_to_the_one_before(
-    folder: Path, capfd: pytest.CaptureFixture[str], name: str, harm: Any
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    harm: Any,
+    inject: Callable[..., Fault],
 ) -> None:
     trainer(folder, 4).fit()
+    before = capfd.readouterr().err
+    fault = inject(f"a file of the newest checkpoint {HARM[harm]}")
     harm(folder / "run/checkpoints/step-00000004" / name)
     resumed = trainer(folder, 6)
     assert resumed.step.applied_steps == 2
@@ -84,6 +109,9 @@ def test_a_damaged_file_of_any_kind_leads_to_the_one_before(
         assert name in told
     resumed.fit()
     assert records(folder) == [1, 2, 3, 4, 5, 6]
+    cost = cost_of(folder, 6, before + told + capfd.readouterr().err)
+    assert (cost["rows_lost"], cost["rows_repeated"]) == (0, 0)
+    fault.survived(**cost)
 
 
 def test_where_none_is_whole_nothing_is_begun_anew(folder: Path) -> None:
@@ -117,8 +145,11 @@ class _Harm:
         return (Path.touch, (self.file,))
 
 
-def test_a_pickle_in_place_of_a_file_is_not_loaded(folder: Path) -> None:
+def test_a_pickle_in_place_of_a_file_is_not_loaded(
+    folder: Path, capfd: pytest.CaptureFixture[str], inject: Callable[..., Fault]
+) -> None:
     trainer(folder, 4).fit()
+    fault = inject("a pickle with forged hashes in place of a checkpoint's files")
     made = folder / "made by a pickle"
     path = folder / "run/checkpoints/step-00000004"
     for name in ("common.safetensors", "rank-00000.safetensors"):
@@ -128,23 +159,42 @@ def test_a_pickle_in_place_of_a_file_is_not_loaded(folder: Path) -> None:
         entry.update(bytes=(path / name).stat().st_size, sha256=hash_of(path / name))
     del manifest["digest"]
     (path / "manifest.json").write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
-    assert trainer(folder, 6).step.applied_steps == 2
+    resumed = trainer(folder, 6)
+    assert resumed.step.applied_steps == 2
+    resumed.fit()
     assert not made.exists()
+    fault.survived(**cost_of(folder, 6, capfd.readouterr().err))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    disk = tmp_path / "disk"
+def mount(disk: Path, options: str) -> Iterator[Path]:
+    """A file system in memory."""
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_costs_checkpoints_and_no_training(folder: Path, small_disk: Path) -> None:
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    yield from mount(tmp_path / "disk", "size=256k")
+
+
+@pytest.fixture
+def few_inodes(tmp_path: Path) -> Iterator[Path]:
+    """A file system for 100 files and folders, and more than enough bytes."""
+    yield from mount(tmp_path / "disk", "size=16m,nr_inodes=100")
+
+
+def test_a_full_disk_costs_checkpoints_and_no_training(
+    folder: Path,
+    small_disk: Path,
+    capfd: pytest.CaptureFixture[str],
+    inject: Callable[..., Fault],
+) -> None:
+    fault = inject("a disk that is full for a while")
     filler = small_disk / "filler"
     training = trainer(small_disk, 12, data=folder)
     fill = training.writer.save
@@ -170,6 +220,9 @@ def test_a_full_disk_costs_checkpoints_and_no_training(folder: Path, small_disk:
     assert records(small_disk) == list(range(1, 13))  # not one is lost, not one is cut
     kept = sorted(path.name for path in (small_disk / "run/checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000012"]
+    cost = cost_of(small_disk, 12, capfd.readouterr().err)
+    assert cost == dict.fromkeys(cost, 0)
+    fault.survived(**cost)
 
 
 def test_a_disk_that_stays_full_is_an_error_at_the_end(folder: Path, small_disk: Path) -> None:
@@ -181,6 +234,106 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(folder: Path, small_disk:
         warnings.simplefilter("ignore")
         with pytest.raises(CheckpointError, match=told):
             training.fit()
+
+
+def fill_inodes(disk: Path, but: int = 0) -> None:
+    """Make empty files until no more, or only so many more, can be made."""
+    folder = disk / "filler"
+    folder.mkdir(exist_ok=True)
+    made: list[Path] = []
+    with suppress(OSError):
+        while True:
+            (folder / str(len(made))).touch()
+            made.append(folder / str(len(made)))
+    assert os.statvfs(disk).f_ffree == 0
+    for path in made[len(made) - but :]:
+        path.unlink()
+
+
+def train_through_full_inodes(disk: Path, data: Path) -> list[str]:
+    """On every rank: what was told of checkpoints, when the last rank finds no inode at step 4."""
+    training = trainer(disk, 12, data=data)
+    writer, rank, ranks = training.writer, training.step.engine.rank, world_size()
+    write = writer._write_own
+
+    def write_own(temporary: Path, *tensors: Any) -> None:
+        if rank == ranks - 1 and temporary.name.startswith(".writing-00000004-"):
+            while ranks > 1 and not (temporary / "note-00000.json").exists():
+                time.sleep(0.01)  # so that the first rank has done its part
+            fill_inodes(disk)
+        write(temporary, *tensors)
+
+    def free() -> None:
+        if rank == ranks - 1:
+            shutil.rmtree(disk / "filler")
+
+    writer._write_own = write_own  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught, at_batch(6, free):
+        warnings.simplefilter("always")
+        training.fit()
+    return [str(w.message) for w in caught if "could not be written" in str(w.message)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_inodes_cost_checkpoints_and_no_training(
+    folder: Path,
+    few_inodes: Path,
+    ranks: int,
+    capfd: pytest.CaptureFixture[str],
+    inject: Callable[..., Fault],
+) -> None:
+    fault = inject("a disk without free inodes for a while")
+    if ranks == 1:
+        told = train_through_full_inodes(few_inodes, folder)
+    else:
+        found = run_ranks(ranks, train_through_full_inodes, few_inodes, folder, timeout=90)
+        told = [line for lines in found for line in lines]
+    wanted = f"rank {ranks - 1}: the checkpoint of step 4 could not be written: "
+    (line,) = [line for line in told if line.startswith(wanted)]
+    assert "No space left" in line
+    assert "has no free inodes" in line
+    assert "the training goes on, the checkpoints before are whole" in line
+    assert records(few_inodes) == list(range(1, 13))
+    kept = sorted(path.name for path in (few_inodes / "run/checkpoints").iterdir())
+    assert kept == ["step-00000010", "step-00000012"]
+    cost = cost_of(few_inodes, 12, capfd.readouterr().err)
+    assert cost == dict.fromkeys(cost, 0)
+    fault.survived(**cost)
+
+
+def start_with_few_inodes(config: Path, disk: Path) -> list[tuple[int, list[str]]]:
+    """On every rank: how starts ended that found an inode for none, one, … of their files."""
+    ended = []
+    rank = int(os.environ.get("RANK", "0"))
+    for free in range(4):
+        if rank == 0:
+            fill_inodes(disk, free)
+        ended.append(train(config, f"free-{free}", f"--run.dir={disk}"))
+        assert not list(disk.glob("*/metrics.jsonl"))
+        if dist.is_initialized():
+            dist.barrier()
+        if rank == 0:
+            for path in disk.iterdir():
+                shutil.rmtree(path)
+    return ended
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_start_without_inodes_is_one_clear_error(
+    tmp_path: Path, few_inodes: Path, ranks: int
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    config = write_config(tmp_path, write_pictures(tmp_path / "pictures"))
+    if ranks == 1:
+        ended = [start_with_few_inodes(config, few_inodes)]
+    else:
+        ended = run_ranks(ranks, start_with_few_inodes, config, few_inodes)
+    for free, starts in enumerate(zip(*ended, strict=True)):
+        assert [status for status, _ in starts] == [2] * ranks, (free, starts)
+        (line,) = [line for _, lines in starts for line in lines]
+        assert line.startswith("hpdist: CheckpointError: "), line
+        assert str(few_inodes) in line
+        assert "has no free inodes" in line
 
 
 def test_a_read_only_folder_is_refused_before_training(folder: Path, small_disk: Path) -> None:

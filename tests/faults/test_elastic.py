@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fault_table import Fault
 
 ROOT = Path(__file__).parents[2]
 TIMED = {"examples_per_second", "data_wait", "checkpoint_wait"}
@@ -44,10 +47,14 @@ def test_the_curve_continues(outcomes: dict[str, Any], run: str, like: str) -> N
 
 
 @pytest.mark.parametrize("run", ["whole", "ranks", "stages", "both"])
-def test_no_row_is_lost_or_repeated(outcomes: dict[str, Any], run: str) -> None:
+def test_no_row_is_lost_or_repeated(
+    outcomes: dict[str, Any], run: str, inject: Callable[..., Fault]
+) -> None:
     outcome = outcomes[run]
+    fault = inject("stopped, then other numbers of ranks or ZeRO stages", outcome["resumes"])
     assert outcome["most"] == 1
     assert outcome["used"] == outcome["rows"] == 12 * 24
+    fault.survived(**outcome["cost"])
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from hpdist.data.stream.parquet import ParquetReader
+from tests.fault_table import Fault
 from tests.parquet_files import index_of
-from tests.slow_run import SlowRun, kill_all
+from tests.slow_run import BATCH, SlowRun, kill_all
 
 GROUPS = [[37, 20], [64, 1, 30], [], [50, 43], [55]]
-ROWS, BATCH, EPOCHS = 300, 24, 2
+ROWS, EPOCHS = 300, 2
 STEPS = EPOCHS * ROWS // BATCH
 KILLS = [(2, 6), (3, 12), (1, 17)]  # ranks, and the step after which all of them are killed
 LAST = 4
 
 
-def test_every_row_once_an_epoch_whatever_is_killed(tmp_path: Path) -> None:
+def test_every_row_once_an_epoch_whatever_is_killed(
+    tmp_path: Path, inject: Callable[..., Fault]
+) -> None:
     assert sum(map(sum, GROUPS)) == ROWS
     run = SlowRun(tmp_path, GROUPS)
+    fault = inject("all ranks killed, then other numbers of ranks", len(KILLS))
     for ranks, step in KILLS:
         process = run.launch(ranks, STEPS)
         run.await_step(process, step)
@@ -44,3 +49,4 @@ def test_every_row_once_an_epoch_whatever_is_killed(tmp_path: Path) -> None:
         assert sorted(found) == sorted(wanted), f"step {step + 1}"
     reader.close()
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+    fault.survived(**run.cost(STEPS))

@@ -6,10 +6,12 @@ import json
 import re
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.fault_table import Fault
 from tests.slow_run import SlowRun, ranks_of
 
 GROUPS = [[200], [184]]
@@ -17,8 +19,11 @@ STEPS = 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_one_rank_saves_and_stops_all(
+    tmp_path: Path, number: signal.Signals, inject: Callable[..., Fault]
+) -> None:
     run = SlowRun(tmp_path, GROUPS)
+    fault = inject(f"{number.name} to one rank")
     process = run.launch(2, STEPS, "--checkpoint.every", 100)  # none but the one of the signal
     run.await_step(process, 3)
     other, hit = ranks_of(process)
@@ -36,11 +41,17 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, number: signal
     assert run.launch(2, STEPS).wait(timeout=200) == 0, run.output
     assert f"continuing from {run.run}/checkpoints/{saved[0]} at step {told[0]}" in run.output
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+    cost = run.cost(STEPS)
+    assert cost == dict.fromkeys(cost, 0)
+    fault.survived(**cost)
 
 
 @pytest.mark.parametrize("stage", ["null", pytest.param("2", marks=pytest.mark.slow)])
-def test_a_launcher_that_restarts_goes_on_from_the_checkpoint(tmp_path: Path, stage: str) -> None:
+def test_a_launcher_that_restarts_goes_on_from_the_checkpoint(
+    tmp_path: Path, stage: str, inject: Callable[..., Fault]
+) -> None:
     run = SlowRun(tmp_path, GROUPS)
+    fault = inject("a rank killed, and started again by the launcher")
     process = run.launch(2, STEPS, "--zero.stage", stage, launcher=["--max_restarts", 2])
     run.await_step(process, 5)
     ranks_of(process)[1].kill()
@@ -50,6 +61,7 @@ def test_a_launcher_that_restarts_goes_on_from_the_checkpoint(tmp_path: Path, st
     used = Counter((row["epoch"], row["id"]) for row in run.audit())
     assert max(used.values()) == 1
     assert len(used) == STEPS * 24
+    fault.survived(**run.cost(STEPS))
 
 
 def test_the_same_tracker_run_goes_on(tmp_path: Path) -> None:
@@ -79,8 +91,11 @@ def slowly(row):
 """
 
 
-def test_a_rank_that_hangs_is_named_by_all_and_the_launcher_starts_again(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_by_all_and_the_launcher_starts_again(
+    tmp_path: Path, inject: Callable[..., Fault]
+) -> None:
     run = SlowRun(tmp_path, GROUPS, HANGS)
+    fault = inject("a rank hangs, and is started again by the launcher")
     patience = ["--watchdog.seconds", 6, "--data.loading.patience", 3]
     process = run.launch(2, STEPS, *patience, launcher=["--max_restarts", 1])
     run.await_step(process, 4)
@@ -98,3 +113,6 @@ def test_a_rank_that_hangs_is_named_by_all_and_the_launcher_starts_again(tmp_pat
     assert re.search(hung, run.output, re.MULTILINE), run.output
     assert "continuing from" in run.output
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+    cost = run.cost(STEPS)
+    assert (cost["rows_lost"], cost["rows_repeated"]) == (0, 0)
+    fault.survived(**cost)

@@ -25,11 +25,13 @@ from hpdist.data.unlabeled import ParquetRows
 from hpdist.errors import DataError
 from hpdist.run_data import RunData
 from tests.fault_server import FaultServer
+from tests.fault_table import Fault, batches_cost, rows_cost
 from tests.parquet_files import index_of
 from tests.picture_runs import (
     EPOCH,
     assert_once_an_epoch,
     at_batch,
+    audit_of,
     steps_saved,
     train,
     write_config,
@@ -101,13 +103,17 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rows_are_those_of_an_undisturbed_local_run(
-    server: FaultServer, local: ParquetRows, fault: str
+    server: FaultServer, local: ParquetRows, fault: str, inject: Callable[..., Fault]
 ) -> None:
     stream = stream_of(remote(server))
+    injected = inject(f"a server: {fault}") if fault != "none" else None
     FAULTS[fault](server)
     batches = list(islice(stream, EPOCH + 1))
     stream.close()
-    assert_same(batches, take(local, EPOCH + 1))
+    expected = take(local, EPOCH + 1)
+    assert_same(batches, expected)
+    if injected is not None:
+        injected.survived(**batches_cost(batches, expected))
 
 
 def test_an_outage_at_the_start_is_waited_for(server: FaultServer, local: ParquetRows) -> None:
@@ -131,8 +137,9 @@ def test_two_minutes_of_503_are_survived_as_a_run_is_set_up(
 
 
 def test_a_file_that_is_lost_for_good_is_masked_and_named(
-    server: FaultServer, local: ParquetRows
+    server: FaultServer, local: ParquetRows, inject: Callable[..., Fault]
 ) -> None:
+    fault = inject("a server: a file is gone for good")
     stream = stream_of(remote(server))
     batches = list(islice(stream, 2))
     server.lose(NAMES[2])
@@ -145,6 +152,7 @@ def test_a_file_that_is_lost_for_good_is_masked_and_named(
     bad = next(bad for batch in batches for bad in batch.bad)
     assert str(bad).startswith(f"{server.url(NAMES[2])}, row group ")
     assert str(bad).endswith("HTTP 404")
+    fault.survived(**batches_cost(batches, expected))
 
 
 def test_a_file_that_another_replaces_is_refused_by_name(tmp_path: Path) -> None:
@@ -273,7 +281,10 @@ def a_run_that_loses_a_file(config: Path, endpoint: str, name: str) -> list[obje
     return [first, any(seen), saved, train(config, "run", "--data.loading.patience=2")]
 
 
-def test_one_rank_s_trouble_stops_all_after_a_checkpoint(tmp_path: Path) -> None:
+def test_one_rank_s_trouble_stops_all_after_a_checkpoint(
+    tmp_path: Path, inject: Callable[..., Fault]
+) -> None:
+    fault = inject("a server: down for one rank, which stops a run until it is back")
     groups = [[15]] * 24  # each in a window of its own
     paths = write_pictures(tmp_path / "served", groups)
     rows = opened(paths, shuffle_window=40_000)
@@ -297,6 +308,7 @@ def test_one_rank_s_trouble_stops_all_after_a_checkpoint(tmp_path: Path) -> None
     assert again == ((0, []), (0, []))
     assert sorted(asked) == sorted([path.name for path in paths] * 2)  # by one rank, at two starts
     assert_once_an_epoch(tmp_path / "runs/run", 360)
+    fault.survived(**rows_cost(audit_of(tmp_path / "runs/run"), expected=2 * 360))
 
 
 INTERRUPTED = """

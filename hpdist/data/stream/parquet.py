@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,8 @@ from hpdist.data.stream.row_groups import RowGroups
 from hpdist.data.stream.threads import DaemonThreads
 from hpdist.errors import DataError
 
-_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
+_LOCAL_THREADS = min(4, os.cpu_count() or 1)  # more than cores only get into each other's way
+_REMOTE_THREADS = 16
 _MOST_IN_32_BITS = 1 << 30  # bytes; beyond, a column's offsets might not fit
 _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
 _IDLE = 16  # batches, after which a lane that no row was taken from is let go
