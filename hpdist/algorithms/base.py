@@ -65,7 +65,8 @@ class Places:
     def noise(self, name: str, count: int, *, labeled: bool = False) -> Tensor:
         """Uniform numbers in [0, 1) for each row, fp32 [rows, count], on the CPU."""
         positions = self.labeled if labeled else self.unlabeled
-        return uniform(self.seed, stream_id("algorithm", name), self.step, positions, count)
+        stream = stream_id("algorithm", "labeled" if labeled else "unlabeled", name)
+        return uniform(self.seed, stream, self.step, positions, count)
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ class AlgorithmConfig(Component):
 class Algorithm:
     """The base of every algorithm.
 
-    One optimizer step calls, in this order: `statistics` per micro-batch; `observe` once with the
-    sums over the global batch; `mix` per micro-batch; where there are any, `student_statistics`;
-    `loss` per micro-batch; and `commit` if the step was applied, else `discard`.
+    One optimizer step calls, in this order: `statistics` and `mix` per micro-batch; `observe` once
+    with the sums over the global batch; where there are any, `student_statistics`; `loss` per
+    micro-batch; and `commit` if the step was applied, else `discard`.
     """
 
     paper: ClassVar[str] = ""

@@ -19,7 +19,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.mixing import Mixing, draw_mixing
-from hpdist.algorithms.ramped import Ramped
+from hpdist.algorithms.ramps import Ramped
 
 
 class ICTConfig(AlgorithmConfig):
@@ -71,7 +71,7 @@ class ICT(Ramped):
         groups: int = 8,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "sigmoid", device)
+        super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
         self.alpha = alpha
         self.groups = groups
 

@@ -20,7 +20,8 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.mixing import draw_mixing
-from hpdist.algorithms.ramped import Ramped
+from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import sharpened, soft_cross_entropy
 
 
 class MixMatchConfig(AlgorithmConfig):
@@ -109,16 +110,6 @@ class MixMatch(Ramped):
         """Sharpened mean of the predictions on all weak views, [unlabeled, classes]."""
         logs = torch.stack([z.log_softmax(dim=-1) for z in (weak.logits, *weak.others)])
         return sharpened(logs.logsumexp(dim=0), self.temperature)
-
-
-def sharpened(logs: Tensor, temperature: float) -> Tensor:
-    """Probabilities to the power of 1 / T, made to sum to 1 again; from their logarithms."""
-    return (logs / temperature).softmax(dim=-1)
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-sum_c t_c log p_c of each row, [rows]."""
-    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def mixed_with_labels(

@@ -15,7 +15,7 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.algorithms.ramped import Ramped
+from hpdist.algorithms.ramps import Ramped
 
 
 class PiModelConfig(AlgorithmConfig):
@@ -54,7 +54,7 @@ class PiModel(Ramped):
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "sigmoid", device)
+        super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""

@@ -13,6 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hpdist.algorithms.base import Algorithm, Sums
+
+Shape = Literal["linear", "gaussian"]
 Schedule = Literal["off", "linear", "log", "exp"]
 
 
@@ -50,3 +53,34 @@ def annealed_threshold(schedule: Schedule, step: Tensor, steps: int, num_classes
         "exp": (5 * (t - 1)).exp(),
     }
     return alphas[schedule] * (1 - 1 / num_classes) + 1 / num_classes
+
+
+class Ramped(Algorithm):
+    """The base of those whose unsupervised weight rises over the first steps.
+
+    It counts applied steps; the weight is lambda_u r(t), with r one of the ramps above.
+    """
+
+    def __init__(
+        self,
+        unsupervised_weight: float,
+        ramp_steps: int,
+        shape: Shape,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.unsupervised_weight = unsupervised_weight
+        self.ramp_steps = ramp_steps
+        self.shape = shape
+        self.state = {"step": torch.zeros((), device=device)}  # applied steps
+        self.discard()
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Count the step."""
+        self.pending = {**self.state, "step": self.state["step"] + 1}
+
+    @property
+    def ramp(self) -> Tensor:
+        """How much of the weight applies in this step, [], fp32."""
+        ramp = linear if self.shape == "linear" else gaussian
+        return ramp(self.state["step"], self.ramp_steps)

@@ -22,11 +22,10 @@ from hpdist.algorithms.base import (
 from hpdist.algorithms.mixmatch import (
     mixed_supervised_loss,
     mixed_with_labels,
-    sharpened,
-    soft_cross_entropy,
     unlabeled_pairs,
 )
-from hpdist.algorithms.ramped import Ramped
+from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import sharpened, soft_cross_entropy
 
 _SMALL = 1e-6  # of a class that nobody has
 

@@ -19,7 +19,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.ramped import Ramped
+from hpdist.algorithms.ramps import Ramped
 
 _BASE = 2**24  # up to it fp32 holds every integer
 _FIRST_ROWS = 1024
@@ -79,7 +79,7 @@ class TemporalEnsembling(Ramped):
         half_table: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "sigmoid", device)
+        super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
         self.num_classes = num_classes
         self.momentum = momentum
         # Apart from `state`, every tensor of which is copied in a step.
