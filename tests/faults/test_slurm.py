@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slow_run import ROOT, SlowRun
+from tests.fault_table import Fault, rows_cost
+from tests.slow_run import BATCH, ROOT, SlowRun
 from tests.slurm import Slurm, missing
 
 STEPS = 60
@@ -38,8 +39,11 @@ def await_state(slurm: Slurm, job: str, states: set[str], log: Path, seconds: fl
         time.sleep(0.3)
 
 
-def test_signalled_requeued_and_finished(tmp_path: Path, slurm: Slurm) -> None:
+def test_signalled_requeued_and_finished(
+    tmp_path: Path, slurm: Slurm, inject: Callable[..., Fault]
+) -> None:
     run = SlowRun(tmp_path, [[300], [300]])
+    fault = inject("a SLURM job out of time, queued again")
     log = tmp_path / "job.log"
     slurm.environment |= {
         "ACCELERATE": f"{Path(sys.executable).parent}/accelerate",
@@ -70,4 +74,5 @@ def test_signalled_requeued_and_finished(tmp_path: Path, slurm: Slurm) -> None:
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
     used = Counter((row["epoch"], row["id"]) for row in run.audit())
     assert max(used.values()) == 1
-    assert len(used) == STEPS * 24
+    assert len(used) == STEPS * BATCH
+    fault.survived(**rows_cost(run.audit(), STEPS * BATCH))

@@ -124,8 +124,9 @@ def test_an_outage_at_the_start_is_waited_for(server: FaultServer, local: Parque
 
 @pytest.mark.slow
 def test_two_minutes_of_503_are_survived_as_a_run_is_set_up(
-    server: FaultServer, local: ParquetRows
+    server: FaultServer, local: ParquetRows, inject: Callable[..., Fault]
 ) -> None:
+    fault = inject("a server: 503 for two minutes")
     stream = stream_of(remote(server, retry=Retry()))
     batches = [next(stream)]
     server.fail(503, for_seconds=120)
@@ -133,7 +134,9 @@ def test_two_minutes_of_503_are_survived_as_a_run_is_set_up(
     batches += islice(stream, 2 * EPOCH - 1)
     stream.close()
     assert 120 <= time.monotonic() - began < 150
-    assert_same(batches, take(local, 2 * EPOCH))
+    expected = take(local, 2 * EPOCH)
+    assert_same(batches, expected)
+    fault.survived(**batches_cost(batches, expected))
 
 
 def test_a_file_that_is_lost_for_good_is_masked_and_named(
