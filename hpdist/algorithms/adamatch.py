@@ -8,10 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms import ramps
 from hpdist.algorithms.alignment import aligned, moved, uniform_prior
 from hpdist.algorithms.base import (
-    Algorithm,
     AlgorithmConfig,
     LossTerms,
     StudentOutputs,
@@ -21,6 +19,8 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import confident
 
 
 class AdaMatchConfig(AlgorithmConfig):
@@ -50,7 +50,7 @@ class AdaMatchConfig(AlgorithmConfig):
         )
 
 
-class AdaMatch(Algorithm):
+class AdaMatch(Ramped):
     """L = L_x + mu(t) lambda_u mean_b 1[max q_b >= c] H(argmax q_b, p(strong(u_b))).
 
     With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1, and p_x and p_u are EMA
@@ -73,16 +73,14 @@ class AdaMatch(Algorithm):
         ramp_steps: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
+        super().__init__(unsupervised_weight, ramp_steps, "cosine", device)
         self.threshold = threshold
         self.momentum = momentum
-        self.unsupervised_weight = unsupervised_weight
-        self.ramp_steps = ramp_steps
         prior = uniform_prior(num_classes, device)
         self.state = {
             "labeled_probability": prior.clone(),  # [classes], p_x
             "probability": prior.clone(),  # [classes], p_u
-            "step": torch.zeros((), device=device),  # applied steps
+            **self.state,
         }
         self._threshold = torch.ones((), device=device)  # [], c of this step
         self.discard()
@@ -104,11 +102,9 @@ class AdaMatch(Algorithm):
             "labeled_probability": sums["labeled_rows"].clamp(min=1),
             "probability": unlabeled_rows,
         }
-        self.pending = {
-            name: moved(self.state[name], sums[name] / count, self.momentum)
-            for name, count in rows.items()
-        }
-        self.pending["step"] = self.state["step"] + 1
+        super().observe(sums, unlabeled_rows)
+        for name, count in rows.items():
+            self.pending[name] = moved(self.state[name], sums[name] / count, self.momentum)
         confidence = sums["labeled_confidence"] / rows["labeled_probability"]
         self._threshold = self.threshold * confidence
 
@@ -118,12 +114,10 @@ class AdaMatch(Algorithm):
         probabilities = aligned(
             outputs.weak.logits, self.pending["probability"], self.pending["labeled_probability"]
         )
-        confidence, pseudo_labels = probabilities.max(dim=-1)  # [unlabeled]
-        mask = (confidence >= self._threshold).float()
-        ramp = ramps.cosine(self.state["step"], self.ramp_steps)
+        mask, pseudo_labels = confident(probabilities, self._threshold)  # [unlabeled] both
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight * ramp,
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )

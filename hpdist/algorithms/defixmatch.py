@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from hpdist.algorithms.base import (
     Algorithm,
@@ -18,7 +17,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.targets import hard_cross_entropy
+from hpdist.algorithms.targets import confident, hard_cross_entropy
 
 
 class DeFixMatchConfig(AlgorithmConfig):
@@ -57,11 +56,11 @@ class DeFixMatch(Algorithm):
         """Three terms, the one that takes the bias off by itself and weighted; the mask rate."""
         assert outputs.weak is not None
         assert outputs.weak.labeled is not None
-        mask, pseudo_labels = self._mask(outputs.weak.logits)
+        mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
         strong = outputs.strong_labeled[0]  # [labeled, classes]
         rows = outputs.labeled_rows
         strong_loss = hard_cross_entropy(strong, outputs.labels).sum() / rows
-        x_mask, x_pseudo_labels = self._mask(outputs.weak.labeled)
+        x_mask, x_pseudo_labels = confident(outputs.weak.labeled.softmax(dim=-1), self.threshold)
         bias = (hard_cross_entropy(strong, x_pseudo_labels) * x_mask).sum() / rows
         return LossTerms(
             supervised=(supervised_loss(outputs) + strong_loss) / 2,
@@ -70,8 +69,3 @@ class DeFixMatch(Algorithm):
             extras={"debiasing_loss": -self.unsupervised_weight * bias},
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
-
-    def _mask(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows pass, fp32, and their pseudo-labels."""
-        confidence, pseudo_labels = logits.softmax(dim=-1).max(dim=-1)
-        return (confidence >= self.threshold).float(), pseudo_labels

@@ -17,6 +17,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.targets import confident
 
 
 class FixMatchConfig(AlgorithmConfig):
@@ -52,8 +53,7 @@ class FixMatch(Algorithm):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of unlabelled rows that passed the threshold."""
         assert outputs.weak is not None
-        confidence, pseudo_labels = outputs.weak.probabilities.max(dim=-1)  # [unlabeled]
-        mask = (confidence >= self.threshold).float()
+        mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),

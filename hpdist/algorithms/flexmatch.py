@@ -22,6 +22,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.tables import NEVER, LabelTable, take
+from hpdist.algorithms.targets import confident
 
 Shape = Literal["concave", "linear", "convex"]
 
@@ -98,8 +99,8 @@ class FlexMatch(Algorithm):
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Every row's id and, if it is confident, its label."""
-        confidence, pseudo_labels = weak.probabilities.max(dim=-1)  # [unlabeled]
-        labels = torch.where(confidence >= self.threshold, pseudo_labels, NEVER)
+        passed, pseudo_labels = confident(weak.probabilities, self.threshold)  # [unlabeled] both
+        labels = torch.where(passed > 0, pseudo_labels, NEVER)
         return {"table": self._table.pack(weak, labels)}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -143,9 +144,8 @@ class FlexMatch(Algorithm):
 
     def _mask(self, weak: WeakOutputs) -> tuple[Tensor, Tensor]:
         """Which rows pass, fp32 [unlabeled], and their pseudo-labels."""
-        confidence, pseudo_labels = weak.probabilities.max(dim=-1)
         thresholds = self.threshold * self.mapping(self._shares())  # [classes]
-        return (confidence >= thresholds[pseudo_labels]).float(), pseudo_labels
+        return confident(weak.probabilities, thresholds)
 
     def _shares(self) -> Tensor:
         """How well each class is learned, beta, fp32 [classes]."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpdist.algorithms.alignment import moved, uniform_prior
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -20,6 +21,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.targets import confident
 
 
 class FreeMatchConfig(AlgorithmConfig):
@@ -78,7 +80,7 @@ class FreeMatch(Algorithm):
         self.unsupervised_weight = unsupervised_weight
         self.fairness_weight = fairness_weight
         self.max_threshold = max_threshold
-        uniform = torch.full((num_classes,), 1 / num_classes, device=device)
+        uniform = uniform_prior(num_classes, device)
         self.state = {
             "threshold": uniform[0].clone(),  # [], tau
             "probability": uniform.clone(),  # [classes], p~
@@ -99,7 +101,7 @@ class FreeMatch(Algorithm):
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Move every average towards this batch's mean."""
         self.pending = {
-            name: average.lerp(sums[name] / unlabeled_rows, 1 - self.momentum)
+            name: moved(average, sums[name] / unlabeled_rows, self.momentum)
             for name, average in self.state.items()
         }
 
@@ -135,11 +137,10 @@ class FreeMatch(Algorithm):
 
     def _mask(self, outputs: StudentOutputs) -> tuple[Tensor, Tensor]:
         assert outputs.weak is not None
-        confidence, pseudo_labels = outputs.weak.probabilities.max(dim=-1)  # [unlabeled]
         probability = self.pending["probability"]
         threshold = self.pending["threshold"].clamp(max=self.max_threshold)
         thresholds = threshold * probability / probability.max()  # [classes]
-        return (confidence >= thresholds[pseudo_labels]).float(), pseudo_labels
+        return confident(outputs.weak.probabilities, thresholds)
 
     def _fairness(self, sums: Sums) -> Tensor:
         expected = _share(_divide(self.pending["probability"], self.pending["histogram"]))

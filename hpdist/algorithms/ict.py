@@ -20,6 +20,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.mixing import Mixing, draw_mixing
 from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import squared_error
 
 
 class ICTConfig(AlgorithmConfig):
@@ -89,8 +90,7 @@ class ICT(Ramped):
         assert outputs.weak is not None
         mixing = Mixing(outputs.notes["partners"], outputs.notes["shares"])
         targets = mixing(outputs.weak.probabilities)
-        student = outputs.student_weak[0].softmax(dim=-1)
-        losses = (student - targets).square().mean(dim=-1)  # [unlabeled]
+        losses = squared_error(outputs.student_weak[0], targets)  # [unlabeled]
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,

@@ -6,11 +6,8 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from hpdist.algorithms import ramps
 from hpdist.algorithms.base import (
-    Algorithm,
     AlgorithmConfig,
     LossTerms,
     StudentOutputs,
@@ -18,6 +15,8 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
+from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import squared_error
 
 
 class MeanTeacherConfig(AlgorithmConfig):
@@ -36,7 +35,7 @@ class MeanTeacherConfig(AlgorithmConfig):
         return MeanTeacher(self.unsupervised_weight, round(self.ramp * steps), device=device)
 
 
-class MeanTeacher(Algorithm):
+class MeanTeacher(Ramped):
     """L = L_x + r(t) lambda_u mean_{b,c} (p_theta(u2_b)_c - p_theta'(u1_b)_c)^2.
 
     Here theta' is the teacher, u1 and u2 are weak views, and r rises linearly from 0 to 1 over the
@@ -53,24 +52,14 @@ class MeanTeacher(Algorithm):
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
-        self.unsupervised_weight = unsupervised_weight
-        self.ramp_steps = ramp_steps
-        self.state = {"step": torch.zeros((), device=device)}  # applied steps
-        self.discard()
-
-    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Count the step."""
-        self.pending = {"step": self.state["step"] + 1}
+        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
-        student = outputs.student_weak[0].softmax(dim=-1)
-        weight = ramps.linear(self.state["step"], self.ramp_steps)
-        losses = (student - outputs.weak.probabilities).square().mean(dim=-1)  # [unlabeled]
+        losses = squared_error(outputs.student_weak[0], outputs.weak.probabilities)  # [unlabeled]
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight * weight,
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
         )

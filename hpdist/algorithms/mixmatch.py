@@ -21,7 +21,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.mixing import draw_mixing
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import sharpened, soft_cross_entropy
+from hpdist.algorithms.targets import sharpened, soft_cross_entropy, squared_error
 
 
 class MixMatchConfig(AlgorithmConfig):
@@ -45,7 +45,6 @@ class MixMatchConfig(AlgorithmConfig):
     ) -> MixMatch:
         """Make the algorithm for a run of `steps`."""
         return MixMatch(
-            num_classes,
             temperature=self.temperature,
             alpha=self.alpha,
             unsupervised_weight=self.unsupervised_weight,
@@ -71,7 +70,6 @@ class MixMatch(Ramped):
 
     def __init__(
         self,
-        num_classes: int,
         *,
         temperature: float = 0.5,
         alpha: float = 0.75,
@@ -81,7 +79,6 @@ class MixMatch(Ramped):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(unsupervised_weight, ramp_steps, "linear", device)
-        self.num_classes = num_classes
         self.temperature = temperature
         self.alpha = alpha
         self.groups = groups
@@ -96,10 +93,7 @@ class MixMatch(Ramped):
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the unsupervised one without its weight."""
-        losses = [
-            (logits.softmax(dim=-1) - targets).square().mean(dim=-1)  # [unlabeled]
-            for logits, targets in unlabeled_pairs(outputs)
-        ]
+        losses = [squared_error(*pair) for pair in unlabeled_pairs(outputs)]  # [unlabeled] each
         return LossTerms(
             supervised=mixed_supervised_loss(outputs),
             unsupervised=torch.cat(losses).sum() / (len(losses) * outputs.unlabeled_rows),

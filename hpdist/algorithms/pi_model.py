@@ -16,6 +16,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import squared_error
 
 
 class PiModelConfig(AlgorithmConfig):
@@ -59,8 +60,7 @@ class PiModel(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
-        student = outputs.student_weak[0].softmax(dim=-1)
-        losses = (student - outputs.weak.probabilities).square().mean(dim=-1)  # [unlabeled]
+        losses = squared_error(outputs.student_weak[0], outputs.weak.probabilities)  # [unlabeled]
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,

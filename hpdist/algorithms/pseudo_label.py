@@ -7,9 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from hpdist.algorithms import ramps
 from hpdist.algorithms.base import (
-    Algorithm,
     AlgorithmConfig,
     LossTerms,
     StudentOutputs,
@@ -17,7 +15,8 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.algorithms.targets import hard_cross_entropy
+from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import confident, hard_cross_entropy
 
 
 class PseudoLabelConfig(AlgorithmConfig):
@@ -43,7 +42,7 @@ class PseudoLabelConfig(AlgorithmConfig):
         )
 
 
-class PseudoLabel(Algorithm):
+class PseudoLabel(Ramped):
     """L = L_x + alpha(t) mean_b 1[max p_b >= tau] H(argmax p_b, p_b), with p_b = p(weak(u_b)).
 
     One view gives label and loss; no gradient goes through the label. alpha rises linearly from 0
@@ -61,27 +60,17 @@ class PseudoLabel(Algorithm):
         ramp_steps: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
+        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
         self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
-        self.ramp_steps = ramp_steps
-        self.state = {"step": torch.zeros((), device=device)}  # applied steps
-        self.discard()
-
-    def observe(self, sums: Sums, unlabeled_rows: torch.Tensor) -> None:
-        """Count the step."""
-        self.pending = {"step": self.state["step"] + 1}
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, the unsupervised one without its weight, and the mask rate."""
         logits = outputs.student_weak[0]  # [unlabeled, classes]
-        confidence, pseudo_labels = logits.detach().softmax(dim=-1).max(dim=-1)  # [unlabeled]
-        mask = (confidence >= self.threshold).float()
+        mask, pseudo_labels = confident(logits.detach().softmax(dim=-1), self.threshold)
         losses = hard_cross_entropy(logits, pseudo_labels) * mask
-        ramp = ramps.linear(self.state["step"], self.ramp_steps)
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight * ramp,
+            unsupervised_weight=self.unsupervised_weight * self.ramp,
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )

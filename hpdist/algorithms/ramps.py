@@ -8,6 +8,7 @@ skipped moves nothing, for an algorithm counts the steps in its state.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,28 +16,23 @@ from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm, Sums
 
-Shape = Literal["linear", "gaussian"]
+Shape = Literal["linear", "gaussian", "cosine"]
 Schedule = Literal["off", "linear", "log", "exp"]
 
 
-def progress(step: Tensor, steps: int) -> Tensor:
-    """The share t of `steps` that is done, at most 1."""
-    return (step / steps).clamp(max=1) if steps > 0 else torch.ones_like(step)
-
-
 def linear(step: Tensor, steps: int) -> Tensor:
-    """From 0 to 1: t."""
-    return progress(step, steps)
+    """From 0 to 1: the share t of `steps` that is done."""
+    return (step / steps).clamp(max=1) if steps > 0 else torch.ones_like(step)
 
 
 def gaussian(step: Tensor, steps: int) -> Tensor:
     """From exp(-5) to 1: exp(-5 (1 - t)^2) (Laine and Aila 2017, section 2)."""
-    return (-5 * (1 - progress(step, steps)).square()).exp()
+    return (-5 * (1 - linear(step, steps)).square()).exp()
 
 
 def cosine(step: Tensor, steps: int) -> Tensor:
     """From 0 to 1, level at both ends: (1 - cos(pi t)) / 2."""
-    return (1 - (math.pi * progress(step, steps)).cos()) / 2
+    return (1 - (math.pi * linear(step, steps)).cos()) / 2
 
 
 def annealed_threshold(schedule: Schedule, step: Tensor, steps: int, num_classes: int) -> Tensor:
@@ -45,7 +41,7 @@ def annealed_threshold(schedule: Schedule, step: Tensor, steps: int, num_classes
     With alpha = t (linear), 1 - exp(-5 t) (log) or exp(5 (t - 1)) (exp); TSA of Xie et al. 2020.
     `off` is 1 throughout.
     """
-    t = progress(step, steps)
+    t = linear(step, steps)
     alphas = {
         "off": torch.ones_like(t),
         "linear": t,
@@ -53,6 +49,13 @@ def annealed_threshold(schedule: Schedule, step: Tensor, steps: int, num_classes
         "exp": (5 * (t - 1)).exp(),
     }
     return alphas[schedule] * (1 - 1 / num_classes) + 1 / num_classes
+
+
+_RAMPS: dict[Shape, Callable[[Tensor, int], Tensor]] = {
+    "linear": linear,
+    "gaussian": gaussian,
+    "cosine": cosine,
+}
 
 
 class Ramped(Algorithm):
@@ -82,5 +85,4 @@ class Ramped(Algorithm):
     @property
     def ramp(self) -> Tensor:
         """How much of the weight applies in this step, [], fp32."""
-        ramp = linear if self.shape == "linear" else gaussian
-        return ramp(self.state["step"], self.ramp_steps)
+        return _RAMPS[self.shape](self.state["step"], self.ramp_steps)

@@ -17,7 +17,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.targets import kl_divergence
+from hpdist.algorithms.targets import confident, kl_divergence
 
 
 class ReFixMatchConfig(AlgorithmConfig):
@@ -67,8 +67,7 @@ class ReFixMatch(Algorithm):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Three terms, the one of the rejected rows by itself and weighted; the mask rate."""
         assert outputs.weak is not None
-        confidence, pseudo_labels = outputs.weak.probabilities.max(dim=-1)  # [unlabeled]
-        mask = (confidence >= self.threshold).float()
+        mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
         divergences = kl_divergence(
             outputs.weak.logits / self.temperature, outputs.strong[0]
         )  # [unlabeled]

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpdist.algorithms.alignment import moved, uniform_prior
 from hpdist.algorithms.base import (
     AlgorithmConfig,
     LossTerms,
@@ -109,10 +110,9 @@ class ReMixMatch(Ramped):
         self.temperature = temperature
         self.alpha = alpha
         self.strong_weight = strong_weight
-        self.strong_views = strong_views
         self.momentum = momentum
         self.groups = groups
-        uniform = torch.full((num_classes,), 1 / num_classes, device=device)
+        uniform = uniform_prior(num_classes, device)
         self.state |= {
             "labels": uniform.clone(),  # [classes], p(y)
             "predictions": uniform.clone(),  # [classes], p~(y)
@@ -132,7 +132,7 @@ class ReMixMatch(Ramped):
         super().observe(sums, unlabeled_rows)
         for name in ("labels", "predictions"):
             share = sums[name] / sums[name].sum().clamp(min=1)
-            self.pending[name] = self.state[name].lerp(share, 1 - self.momentum)
+            self.pending[name] = moved(self.state[name], share, self.momentum)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """Strong views of labelled, all views of unlabelled rows mixed; the first strong one too.

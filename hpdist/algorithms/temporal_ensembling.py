@@ -20,6 +20,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.targets import squared_error
 
 _BASE = 2**24  # up to it fp32 holds every integer
 _FIRST_ROWS = 1024
@@ -115,8 +116,7 @@ class TemporalEnsembling(Ramped):
         known = (counts > 0).float()  # [unlabeled]
         correction = 1 - self.momentum ** counts.clamp(min=1)
         targets = averages / correction[:, None]
-        student = outputs.student_weak[0].softmax(dim=-1)
-        losses = (student - targets).square().mean(dim=-1) * known  # [unlabeled]
+        losses = squared_error(outputs.student_weak[0], targets) * known  # [unlabeled]
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,

@@ -148,7 +148,7 @@ def test_a_group_that_is_cut_apart_is_refused() -> None:
 
 CLASSES = 5
 MAKERS: dict[str, Callable[[int], Algorithm]] = {
-    "mixmatch": lambda classes: MixMatch(classes, ramp_steps=3, groups=4),
+    "mixmatch": lambda classes: MixMatch(ramp_steps=3, groups=4),
     "remixmatch": lambda classes: ReMixMatch(classes, ramp_steps=3, groups=4, strong_views=2),
 }
 
@@ -189,7 +189,7 @@ def check_flow(ran: Ran, parts: int, step: int) -> None:
 @pytest.mark.parametrize("unusable", [(), (1, 4, 5, 6, 7)])
 def test_mixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
     options = {"temperature": 0.4, "alpha": 0.6, "unsupervised_weight": 9.0}
-    algorithm = MixMatch(CLASSES, **options, ramp_steps=3, groups=4)
+    algorithm = MixMatch(**options, ramp_steps=3, groups=4)
     for step in range(5):
         batch = global_batch(algorithm, step, unusable=unusable)
         ran = run(algorithm, batch)

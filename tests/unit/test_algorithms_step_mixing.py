@@ -15,7 +15,7 @@ MAKERS: dict[str, Callable[[], Algorithm]] = {
     "pi_model": lambda: PiModel(5.0, 3),
     "temporal_ensembling": lambda: TemporalEnsembling(10, ramp_steps=3),
     "ict": lambda: ICT(ramp_steps=3),
-    "mixmatch": lambda: MixMatch(10, ramp_steps=3),
+    "mixmatch": lambda: MixMatch(ramp_steps=3),
     "remixmatch": lambda: ReMixMatch(10, ramp_steps=3, strong_views=2),
 }
 
@@ -34,6 +34,6 @@ def test_accumulation_does_not_matter(name: str) -> None:
 
 def test_micro_batches_that_cut_a_group_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.groups"):
-        train(make_step(MixMatch(10, groups=2), micro_batches=4), 1)
+        train(make_step(MixMatch(groups=2), micro_batches=4), 1)
     with pytest.raises(ConfigError, match=r"algorithm\.groups"):
         train(make_step(ICT(groups=1), micro_batches=2), 1)
