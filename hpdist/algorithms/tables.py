@@ -1,4 +1,8 @@
-"""A label for every unlabelled row, the same on every rank, and how many rows have each label."""
+"""What is remembered of every unlabelled row by its id, the same on every rank.
+
+What ranks find of their rows travels in the algorithm's sums: each fills in its own rows' places in
+a tensor of the global batch and leaves the others 0, so that the sum over ranks is a gather.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,30 @@ NEVER = -1
 _LOW = 24  # bits: an fp32 holds integers of so many exactly
 
 
+def spread(weak: WeakOutputs, values: Tensor) -> Tensor:
+    """Values [unlabeled, *] at their rows' places in the global batch, fp32 [global batch, *]."""
+    assert weak.places is not None
+    at = weak.places.unlabeled.to(values.device, non_blocking=True)
+    empty = values.new_zeros(weak.places.unlabeled_rows, *values.shape[1:], dtype=torch.float32)
+    return empty.index_copy(0, at, values.float())
+
+
+def id_words(ids: Tensor) -> Tensor:
+    """Row ids as numbers that an fp32 holds exactly, int64 [rows, 2]: id / 2^24, and the rest."""
+    return torch.stack((ids >> _LOW, ids & ((1 << _LOW) - 1)), dim=1)
+
+
+def ids_of(words: Tensor) -> Tensor:
+    """The ids of their words [rows, 2], int64 [rows]."""
+    high, low = words.round().long().unbind(dim=1)
+    return (high << _LOW) | low
+
+
 class LabelTable:
     """Labels by row id in int16 [rows], replicated; a step costs O(its global batch).
 
-    What a step finds travels in the algorithm's sums: each rank fills in its own rows' places in
-    vectors of the global batch and leaves the others 0, so that the sum is a gather. `observe`
-    works out what would change, and only `commit` changes the table. It grows by doubling when an
-    id comes that is beyond its end.
+    `observe` works out what would change, and only `commit` changes the table. It grows by doubling
+    when an id comes that is beyond its end.
 
     Args:
         num_classes: Labels are 0 up to it, at most 2^15 - 1.
@@ -47,20 +68,17 @@ class LabelTable:
         `labels` int64 [unlabeled] are classes or `NEVER`. Rows of the result: id / 2^24, the rest
         of the id, and label + 2; all 0 in a place whose row cannot be used.
         """
-        assert weak.places is not None
-        told = torch.stack([weak.ids >> _LOW, weak.ids & ((1 << _LOW) - 1), labels + 2])
-        packed = torch.zeros(3, weak.places.unlabeled_rows, device=labels.device)
-        packed[:, weak.places.unlabeled.to(labels.device)] = told.float()
-        return packed
+        told = torch.cat((id_words(weak.ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
+        return spread(weak, told).T
 
     def observe(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """From the summed `pack`: by how much each label's count changes, and the rows seen first.
 
         int64 [classes] and []. Of several places with one id, the last that has a label wins.
         """
-        high, low, told = packed.round().long().unbind()  # [batch] each
+        told = packed[2].round().long()  # [batch]
         used = told > 0
-        ids = torch.where(used, (high << _LOW) | low, -1)
+        ids = torch.where(used, ids_of(packed[:2].T), -1)
         labels = told - 2
         # Sort by id, then by whether there is a label, then by place: the last of an id wins.
         order = (labels >= 0).long().argsort(stable=True)

@@ -20,9 +20,9 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.tables import id_words, ids_of, spread
 from hpdist.algorithms.targets import squared_error
 
-_BASE = 2**24  # up to it fp32 holds every integer
 _FIRST_ROWS = 1024
 
 
@@ -93,15 +93,9 @@ class TemporalEnsembling(Ramped):
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """What was said of each row, at its place in the global batch: their sum is a gather."""
-        assert weak.places is not None
-        at = weak.places.unlabeled.to(weak.ids.device, non_blocking=True)
-        parts = {
-            "predictions": weak.probabilities,  # [unlabeled, classes]
-            "ids": torch.stack((weak.ids // _BASE, weak.ids % _BASE), dim=1).float(),
-        }
         return {
-            name: part.new_zeros(weak.places.unlabeled_rows, part.shape[1]).index_copy(0, at, part)
-            for name, part in parts.items()
+            "predictions": spread(weak, weak.probabilities),
+            "ids": spread(weak, id_words(weak.ids)),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -161,12 +155,8 @@ class TemporalEnsembling(Ramped):
 
     def _write(self, predictions: Tensor, words: Tensor) -> None:
         filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
-        numbers = torch.cat((words, filled[:, None]), dim=1).tolist()  # waits for the device
-        last = {
-            int(high) * _BASE + int(low): place
-            for place, (high, low, there) in enumerate(numbers)
-            if there
-        }
+        numbers = torch.where(filled, ids_of(words), -1).tolist()  # waits for the device
+        last = {row: place for place, row in enumerate(numbers) if row >= 0}
         if not last:
             return
         self._grow(max(last) + 1)
