@@ -74,25 +74,20 @@ class Cutter:
             unlabeled = None
         elif unlabeled is None:
             raise ConfigError(f"{name} needs unlabelled rows; give a batch of them")
-        sizes = {"labelled": len(labeled)} | ({"unlabelled": len(unlabeled)} if unlabeled else {})
-        for what, size in sizes.items():
+        sizes = {"labeled": len(labeled)} | ({"unlabeled": len(unlabeled)} if unlabeled else {})
+        for setting, size in sizes.items():
+            what = setting.replace("labeled", "labelled")
             if size % self.parts:
                 raise ConfigError(
                     f"{size} {what} rows per rank do not divide into {self.parts} micro-batches"
                 )
             whole = size * self.ranks
-            if whole % algorithm.groups:
+            if algorithm.groups is not None and whole % algorithm.groups:
                 raise ConfigError(
                     f"{name} mixes rows within {algorithm.groups} groups of the global batch, and "
-                    f"{whole} {what} rows do not divide into as many; change batch.{what} or "
+                    f"{whole} {what} rows do not divide into as many; change batch.{setting} or "
                     "algorithm.groups"
                 )
-        if algorithm.groups > 1 and algorithm.groups % (self.parts * self.ranks):
-            raise ConfigError(
-                f"{name} mixes rows within {algorithm.groups} groups of the global batch, which "
-                f"{self.ranks} ranks with {self.parts} micro-batches each cut apart; change "
-                "algorithm.groups"
-            )
         return unlabeled
 
     def _make(

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.mixing import check_groups
 from hpdist.config import LossScale, Precision
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views.base import Views
@@ -84,6 +85,9 @@ class SemiSupervisedStep:
         teacher_model: A second, unprepared model like the first: needed under ZeRO-3 by an
             algorithm whose targets come from the teacher.
         seed: Of what the algorithm draws, such as how it mixes rows.
+
+    Raises ConfigError where the algorithm wants a teacher that there is none of, or mixes rows
+    within groups that ranks and micro-batches cut apart.
     """
 
     def __init__(
@@ -118,6 +122,8 @@ class SemiSupervisedStep:
             raise ConfigError(f"{type(algorithm).__name__} needs a teacher; give its decay")
         if self.teacher is not None and views_wanted.teacher:
             self.teacher.prepare_forward(teacher_model)
+        if algorithm.groups is not None:
+            check_groups(algorithm.groups, self._parts)
         self._noted = torch.zeros(2)
         alone = views_wanted.teacher or views_wanted.inputs_need_targets
         one_pass = micro_batches == 1 and not alone

@@ -165,9 +165,7 @@ def _shape(small: Tensor, large: Tensor) -> str:
 
 def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
     """The size of several tensors in terms of C and of the batch: '2C + 1 + 3 per row'."""
-    sizes: Counter[tuple[int, int]] = (
-        Counter()
-    )  # powers of the batch and of C, and how many there are
+    sizes: Counter[tuple[int, int]] = Counter()  # by powers of the batch and of C, how many
     for a, b in zip(small, large, strict=True):
         dims = list(zip(a.shape, b.shape, strict=True))
         plain = math.prod(x for x, y in dims if (x, y) not in (_CLASSES, _BATCHES))

@@ -187,9 +187,9 @@ class Algorithm:
 
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
-    groups: int = 1
+    groups: int | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
-    divide them, so that no row needs another rank's."""
+    divide them, so that no row needs another rank's. None: it combines none."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}

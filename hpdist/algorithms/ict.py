@@ -62,6 +62,7 @@ class ICT(Ramped):
 
     paper: ClassVar[str] = "Verma et al. 2019, arXiv:1903.03825"
     views: ClassVar[Views] = Views(weak=1, teacher=True)
+    groups: int
 
     def __init__(
         self,

@@ -63,7 +63,8 @@ def draw_mixing(
     Raises ConfigError where a micro-batch does not hold whole groups.
 
     """
-    _check_whole(places, groups)
+    if len(places.labeled):
+        check_groups(groups, places.labeled_rows // len(places.labeled))
     views = [("labeled", copy) for copy in range(labeled)]
     views += [("unlabeled", copy) for copy in range(unlabeled)]
     noise = [
@@ -128,10 +129,10 @@ def _groups(positions: Tensor, rows: int, groups: int) -> Tensor:
     return positions * groups // max(rows, 1)
 
 
-def _check_whole(places: Places, groups: int) -> None:
-    here, everywhere = len(places.labeled), places.labeled_rows
-    if here and groups % (everywhere // here):
+def check_groups(groups: int, slices: int) -> None:
+    """Raise ConfigError unless each slice of a global batch holds whole groups."""
+    if groups % slices:
         raise ConfigError(
-            f"rows are mixed within {groups} groups of the global batch, which {everywhere // here}"
-            " slices cut apart; change algorithm.groups"
+            f"rows are mixed within {groups} groups of the global batch, which {slices} slices "
+            "(ranks times micro-batches) cut apart; change algorithm.groups"
         )

@@ -67,6 +67,7 @@ class MixMatch(Ramped):
 
     paper: ClassVar[str] = "Berthelot et al. 2019, arXiv:1905.02249"
     views: ClassVar[Views] = Views(weak=2, inputs_need_targets=True)
+    groups: int
 
     def __init__(
         self,

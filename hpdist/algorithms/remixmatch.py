@@ -87,6 +87,7 @@ class ReMixMatch(Ramped):
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
+    groups: int
 
     def __init__(
         self,

@@ -37,3 +37,8 @@ def test_micro_batches_that_cut_a_group_are_refused() -> None:
         train(make_step(MixMatch(groups=2), micro_batches=4), 1)
     with pytest.raises(ConfigError, match=r"algorithm\.groups"):
         train(make_step(ICT(groups=1), micro_batches=2), 1)
+
+
+def test_a_batch_that_does_not_divide_into_groups_is_refused_by_its_setting() -> None:
+    with pytest.raises(ConfigError, match=r"16 labelled rows .* change batch\.labeled or"):
+        train(make_step(MixMatch(groups=32)), 1)
