@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import threading
@@ -33,6 +34,11 @@ class FileVersion:
 
     size: int
     tag: str  # ETag, the Hub's id of the content, mtime in ns; "" where none is known
+
+    @staticmethod
+    def of_local(found: os.stat_result) -> FileVersion:
+        """That of a file of this machine."""
+        return FileVersion(found.st_size, str(found.st_mtime_ns))
 
     def differs(self, found: FileVersion) -> bool:
         """Whether the file found is another one; a tag that is unknown is taken for the same."""

@@ -93,7 +93,7 @@ class Local(Source):
             found = os.stat(self.name)
             if modes.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            return FileVersion(found.st_size, str(found.st_mtime_ns))
+            return FileVersion.of_local(found)
 
     def read(
         self, start: int, end: int, out: io.BytesIO, retry: Retry, stop: threading.Event | None

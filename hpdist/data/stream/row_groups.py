@@ -153,4 +153,4 @@ def _unchanged(name: str, version: FileVersion) -> bool:
         found = os.stat(name)
     except OSError:
         return False
-    return not version.differs(FileVersion(found.st_size, str(found.st_mtime_ns)))
+    return not version.differs(FileVersion.of_local(found))
