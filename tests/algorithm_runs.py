@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpdist.algorithms import Algorithm, StudentOutputs, WeakOutputs
 from hpdist.algorithms.base import Places, StudentInputs
+from tests.algorithm_batches import softmax
 
 FEATURES = 6
 
@@ -186,11 +187,6 @@ def with_nan(batch: GlobalBatch) -> GlobalBatch:
     broken = batch.weak[0].clone()
     broken[3] = float("nan")
     return replace(batch, weak=[broken, *batch.weak[1:]])
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

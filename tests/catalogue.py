@@ -34,11 +34,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 RUN_STEPS = 40  # that ramps are made for
 
 
-def names() -> list[str]:
-    """All that are registered."""
-    return sorted(components("algorithm"))
-
-
 def build(name: str) -> Algorithm:
     """An algorithm for ten classes."""
     configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpdist.config import LossScale
-from tests import catalogue
+from hpdist.config import LossScale, component_names
 from tests.catalogue import finite, run
 from tests.ranks import run_ranks
 
@@ -17,7 +16,7 @@ def curves(stage: int | None, precision: str) -> Curves:
     scale = LossScale(initial=2.0**8)
     return {
         name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale)
-        for name in catalogue.names()
+        for name in component_names("algorithm")
     }
 
 
@@ -31,7 +30,7 @@ def half(request: pytest.FixtureRequest) -> Curves:
     return run_ranks(2, curves, request.param, "fp16")[0]
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", component_names("algorithm"))
 def test_the_curve_is_that_of_fp32(reference: Curves, half: Curves, name: str) -> None:
     assert finite(half[name])
     assert all(record["applied"] for record in half[name][:-1])

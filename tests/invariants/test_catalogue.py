@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import catalogue
+from hpdist.config import component_names
 from tests.catalogue import run
 from tests.ranks import run_ranks
 
@@ -16,7 +16,7 @@ def curves() -> Curves:
     return {
         (name, micro_batches): run(name, STEPS, micro_batches=micro_batches)
         for micro_batches in (1, 2)
-        for name in catalogue.names()
+        for name in component_names("algorithm")
     }
 
 
@@ -26,7 +26,7 @@ def by_ranks() -> dict[int, Curves]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", component_names("algorithm"))
 def test_ranks_and_accumulation_do_not_matter(
     by_ranks: dict[int, Curves], name: str, ranks: int
 ) -> None:
@@ -37,7 +37,7 @@ def test_ranks_and_accumulation_do_not_matter(
             assert record == pytest.approx(wanted, rel=2e-4, abs=2e-6), (step, micro_batches)
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+@pytest.mark.parametrize("name", component_names("algorithm"))
 def test_every_part_of_it_does_something(by_ranks: dict[int, Curves], name: str) -> None:
     curve = by_ranks[1][name, 1][:-1]
     assert len({record["loss"] for record in curve}) == STEPS

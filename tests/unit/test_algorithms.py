@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from hpdist.algorithms import (
     Algorithm,
@@ -16,6 +15,7 @@ from hpdist.algorithms import (
     Supervised,
     WeakOutputs,
 )
+from tests.algorithm_batches import cross_entropy, numpy, softmax
 
 CLASSES, LABELED, UNLABELED = 5, 6, 40
 
@@ -39,19 +39,6 @@ def run(algorithm: Algorithm, batch: StudentOutputs) -> LossTerms:
     assert batch.weak is not None
     algorithm.observe(algorithm.statistics(batch.weak), batch.unlabeled_rows)
     return algorithm.loss(batch, algorithm.student_statistics(batch))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
-def numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return -np.log(softmax(logits)[np.arange(len(labels)), labels])
 
 
 def cross_entropy_gradient(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
