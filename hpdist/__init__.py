@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
     from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
+    from hpdist.models.heads import with_heads
     from hpdist.step import SemiSupervisedStep, StepOutcome
     from hpdist.trainer import Trainer
 
@@ -43,6 +44,7 @@ __all__ = [
     "Trainer",
     "UnlabeledBatch",
     "global_batch_norm",
+    "with_heads",
 ]
 
 _HOMES = {  # imported when first used, so that `import hpdist` stays light
@@ -59,6 +61,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "Trainer": "hpdist.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
     "global_batch_norm": "hpdist.distributed.batch_norm",
+    "with_heads": "hpdist.models.heads",
 }
 
 

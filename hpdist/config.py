@@ -372,6 +372,8 @@ class RunConfig(Section):
     )
     batch: Batch = Batch()
     algorithm: Annotated[SerializeAsAny[Component], ComponentOf("algorithm")]
+    addons: list[Annotated[SerializeAsAny[Component], ComponentOf("addon")]] = Field([])
+    """What is put around the algorithm, the first innermost; each at most once."""
     precision: Precision | None = None
     """fp32, bf16 or fp16; by default what the launcher says, else fp32."""
     loss_scale: LossScale = LossScale()
@@ -391,6 +393,15 @@ class RunConfig(Section):
     tracker: Tracker = Tracker()
     watchdog: Watchdog = Watchdog()
     divergence: Divergence = Divergence()
+
+    @field_validator("addons")
+    @classmethod
+    def _each_once(cls, value: list[Component]) -> list[Component]:
+        names = [addon.name for addon in value]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"{', '.join(sorted(twice))} is there twice; name each add-on once")
+        return value
 
     @model_validator(mode="after")
     def _patient_watchdog(self) -> RunConfig:

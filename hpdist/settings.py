@@ -116,6 +116,9 @@ class PythonComponent(Component):
     """`python:package.module:function`; the working directory is importable."""
     num_classes: int | None = Field(None, ge=2)
     """By default what the labelled data say."""
+    features: str | None = None
+    """The submodule that gives the features, for algorithms with heads of their own; by default
+    they are what the last linear layer is given."""
     args: dict[str, Any] = {}
     """Keyword arguments, passed as they are."""
 

@@ -18,7 +18,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import Algorithm, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.base import (
+    Algorithm,
+    HeadOutputs,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    WeakOutputs,
+)
 from hpdist.algorithms.mixing import check_groups
 from hpdist.config import LossScale, Precision
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
@@ -29,6 +36,7 @@ from hpdist.distributed.engine import Engine, EngineStep, make_engine
 from hpdist.distributed.reduce import FusedSum
 from hpdist.errors import ConfigError
 from hpdist.micro_batch import Cutter, MicroBatch
+from hpdist.models.heads import columns_of
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,9 @@ class SemiSupervisedStep:
             algorithm whose targets come from the teacher.
         seed: Of what the algorithm draws, such as how it mixes rows.
 
-    Raises ConfigError where the algorithm wants a teacher that there is none of, or mixes rows
-    within groups that ranks and micro-batches cut apart.
+    Raises ConfigError where the algorithm wants a teacher that there is none of, or heads that the
+    model has not (`hpdist.with_heads` adds them), or mixes rows within groups that ranks and
+    micro-batches cut apart.
     """
 
     def __init__(
@@ -124,8 +133,15 @@ class SemiSupervisedStep:
             self.teacher.prepare_forward(teacher_model)
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
+        self._heads = columns_of(self.engine.module)
+        missing = [name for name in algorithm.head_names if name not in self._heads]
+        if missing:
+            raise ConfigError(
+                f"{type(algorithm).__name__} needs the heads {', '.join(missing)}; before prepare: "
+                "model = hpdist.with_heads(model, algorithm, example)"
+            )
         self._noted = torch.zeros(2)
-        alone = views_wanted.teacher or views_wanted.inputs_need_targets
+        alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed
         one_pass = micro_batches == 1 and not alone
         self._fused = self.engine.fuses_weak_pass and one_pass
         self._seed = seed
@@ -223,14 +239,30 @@ class SemiSupervisedStep:
                 if parts and self.algorithm.views.labeled_targets:
                     parts.append(micro.inputs.labeled)
                 logits = infer(_layout(torch.cat(parts))) if parts else None
-                found.append(None if logits is None else _weak_outputs(logits, micro))
+                found.append(None if logits is None else self._weak_outputs(logits, micro))
         return found
 
     @torch.no_grad()
     def _mixed(self, micro: MicroBatch, weak: WeakOutputs | None) -> MicroBatch:
         """The micro-batch as the algorithm wants the student to see it."""
-        told = weak if self.algorithm.views.inputs_need_targets else None
-        return replace(micro, inputs=self.algorithm.mix(micro.inputs, told))
+        views, inputs = self.algorithm.views, micro.inputs
+        if views.probed and weak is not None:
+            with torch.enable_grad():
+                inputs = self.algorithm.perturb(inputs, weak, self._probe)
+        told = weak if views.inputs_need_targets else None
+        return replace(micro, inputs=self.algorithm.mix(inputs, told))
+
+    def _probe(self, inputs: Tensor) -> Tensor:
+        """Logits of inputs outside of the step's own passes; nothing remembers that they were."""
+        said = self.engine.examine(_layout(inputs))
+        self.engine.forget_norms()
+        return self._columns(said)[0]
+
+    def _columns(self, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits of what the model said, and each head's outputs."""
+        widths = list(self._heads.values())
+        logits, *heads = said.split([said.shape[1] - sum(widths), *widths], dim=1)
+        return logits, dict(zip(self._heads, heads, strict=True))
 
     def _student_pass(self, micro: MicroBatch) -> Tensor:
         """Logits of the student's rows, and of the weak views behind them if fused."""
@@ -250,7 +282,25 @@ class SemiSupervisedStep:
         student, weak = logits.split([len(logits) - weak_rows, weak_rows])
         if self.algorithm.views.labeled_targets:
             weak = torch.cat([weak, student[: len(micro.inputs.labeled)]])
-        return student, [_weak_outputs(weak.detach(), micro)]
+        return student, [self._weak_outputs(weak.detach(), micro)]
+
+    def _weak_outputs(self, said: Tensor, micro: MicroBatch) -> WeakOutputs:
+        """From the rows of all weak views, and the labelled ones behind them if there are any."""
+        inputs = micro.inputs
+        sizes = [len(part) for part in inputs.weak]
+        sizes.append(len(said) - sum(sizes))
+        logits, heads = self._columns(said)
+        first, *others, labeled = logits.split(sizes)
+        kept = len(sizes) if len(labeled) else len(sizes) - 1
+        return WeakOutputs(
+            first,
+            micro.ids,
+            tuple(others),
+            labeled if len(labeled) else None,
+            inputs.labels,
+            inputs.places,
+            {name: head.split(sizes)[:kept] for name, head in heads.items()},
+        )
 
     def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool) -> Tensor:
         """What a rank tells the others besides sums: its unusable rows, and its wish to stop."""
@@ -267,7 +317,7 @@ class SemiSupervisedStep:
         seen = [outputs for outputs in weak if outputs is not None]
         if seen:
             # 0, or NaN where any logit is not finite.
-            sums["not finite"] = sum_(logits.sum() * 0 for said in seen for logits in said.all)
+            sums["not finite"] = sum_(part.sum() * 0 for said in seen for part in said.everything)
             parts = [self.algorithm.statistics(outputs) for outputs in seen]
             sums |= {key: sum_(part[key] for part in parts) for key in parts[0]}
         return FusedSum(sums)
@@ -295,25 +345,26 @@ class SemiSupervisedStep:
 
     def _outputs(
         self,
-        logits: Tensor,
+        said: Tensor,
         micro: MicroBatch,
         weak: WeakOutputs | None,
         rows: tuple[Tensor, Tensor],
     ) -> StudentOutputs:
         inputs = micro.inputs
-        labeled, *views = logits.split([len(part) for part in inputs.parts])
-        weak_end = len(inputs.student_weak)
-        strong_end = weak_end + len(inputs.strong)
+        logits, heads = self._columns(said)
+        own = _by_view(logits, inputs)
         return StudentOutputs(
-            labeled=labeled,
+            labeled=own.labeled,
             labels=inputs.labels,
-            strong=tuple(views[weak_end:strong_end]),
+            strong=own.strong,
             weak=weak,
             labeled_rows=rows[0],
             unlabeled_rows=rows[1],
-            student_weak=tuple(views[:weak_end]),
-            strong_labeled=tuple(views[strong_end:]),
+            student_weak=own.student_weak,
+            strong_labeled=own.strong_labeled,
             notes=inputs.notes,
+            further=own.further,
+            heads={name: _by_view(head, inputs) for name, head in heads.items()},
         )
 
     @property
@@ -399,18 +450,15 @@ class SemiSupervisedStep:
         return dict(zip(reduced, values, strict=True))
 
 
-def _weak_outputs(logits: Tensor, micro: MicroBatch) -> WeakOutputs:
-    """From the logits of all weak views, and of the labelled rows behind them if there are any."""
-    inputs = micro.inputs
-    sizes = [len(part) for part in inputs.weak]
-    first, *others, labeled = logits.split([*sizes, len(logits) - sum(sizes)])
-    return WeakOutputs(
-        first,
-        micro.ids,
-        tuple(others),
-        labeled if len(labeled) else None,
-        inputs.labels,
-        inputs.places,
+def _by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:
+    """Cut the rows of the student's pass into its views."""
+    views = iter(rows.split([len(part) for part in inputs.parts]))
+    return HeadOutputs(
+        next(views),
+        *(
+            tuple(next(views) for _ in part)
+            for part in (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
+        ),
     )
 
 

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from hpdist import config as configuration
-from hpdist.algorithms.base import AlgorithmConfig
+from hpdist.algorithms.addon import AddOnConfig, build_algorithm
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.checks import check_model, divide_batch
 from hpdist.config import Component, RunConfig
+from hpdist.data.random import mixed_seed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
@@ -38,7 +40,8 @@ from hpdist.errors import (
 )
 from hpdist.evaluation import evaluate_both
 from hpdist.models.build import build_model
-from hpdist.models.memory import checkpoint_activations
+from hpdist.models.heads import with_heads
+from hpdist.models.memory import checkpoint_activations, peak_memory
 from hpdist.optim import build_optimizer, learning_rate
 from hpdist.run_data import Objects, RunData
 from hpdist.run_guard import RunGuard
@@ -122,9 +125,7 @@ class Trainer:
         self.monitor = DivergenceMonitor(config.divergence)
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
         sharding = launch.resolve(config)
-        algorithm_config = cast(AlgorithmConfig, config.algorithm)
-        probe = algorithm_config.build(2)
-        uses_unlabeled = probe.views.uses_unlabeled
+        uses_unlabeled = self._compose().views.uses_unlabeled
         if uses_unlabeled and config.data.unlabeled is None:
             raise ConfigError(
                 f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
@@ -144,7 +145,7 @@ class Trainer:
         self.data = RunData(
             config, objects, self.folder, resumed=saved is not None, uses_unlabeled=uses_unlabeled
         )
-        self._build_step(objects, algorithm_config, micro_batches)
+        self._build_step(objects, micro_batches)
         if self.files:
             agreed(self.folder.create)
             engine, keep = self.step.engine, config.checkpoint.keep
@@ -168,22 +169,20 @@ class Trainer:
             return None
         return checkpoint.open_newest(self.folder.checkpoints, Console(0, 0, self.main).say)
 
-    def _build_step(
-        self, objects: Objects, algorithm_config: AlgorithmConfig, micro_batches: int
-    ) -> None:
+    def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
-        model = self._make_model(objects)
+        algorithm = self._make_algorithm()
+        model = self._make_model(objects, algorithm)
         if micro_batches > 1 and any(batch_norms(model)):
             Console(0, 0, self.main).say(
                 f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
                 "statistics are not those of the global batch; norm: group avoids that"
             )
         optimizer = build_optimizer(model, config.optim)
-        algorithm = algorithm_config.build(self.data.num_classes, accelerator.device, config.steps)
-        algorithm.rows = self.data.unlabeled_rows
         replica = None
         if algorithm.views.teacher and self.sharding.stage == 3:
-            replica = self._make_model(replace(objects, model=copy.deepcopy(objects.model)))
+            own = replace(objects, model=copy.deepcopy(objects.model))
+            replica = self._make_model(own, algorithm)
         model, optimizer = accelerator.prepare(model, optimizer)
         self.step = SemiSupervisedStep(
             accelerator,
@@ -211,6 +210,7 @@ class Trainer:
         return {
             "model": config.model.model_dump(mode="json"),
             "algorithm.name": config.algorithm.name,
+            "addons": [addon.name for addon in config.addons],
             "classes": list(self.data.labeled.classes.names),
             "run.seed": config.run.seed,
             "batch.labeled": config.batch.labeled,
@@ -218,7 +218,22 @@ class Trainer:
             "parameters": {name: list(shape) for name, shape in shapes.items()},
         }
 
-    def _make_model(self, objects: Objects) -> nn.Module:
+    def _make_algorithm(self) -> Algorithm:
+        """The algorithm with its add-ons, told how much data there is."""
+        classes = self.data.num_classes
+        algorithm = self._compose(classes, self.accelerator.device)
+        algorithm.rows = self.data.unlabeled_rows
+        labels = torch.from_numpy(self.data.labeled.labels)
+        algorithm.class_counts = labels.bincount(minlength=classes).float()
+        return algorithm
+
+    def _compose(self, classes: int = 2, device: torch.device | str = "cpu") -> Algorithm:
+        config = self.config
+        addons = cast(list[AddOnConfig], config.addons)
+        algorithm = cast(AlgorithmConfig, config.algorithm)
+        return build_algorithm(algorithm, addons, classes, device, config.steps)
+
+    def _make_model(self, objects: Objects, algorithm: Algorithm) -> nn.Module:
         """Build the model, or take the one that was given; checked against the data."""
         config = self.config
 
@@ -228,7 +243,9 @@ class Trainer:
                 seed = config.run.seed
                 model = build_model(config.model, self.data.spec.shape, self.data.num_classes, seed)
             model = global_batch_norm(model)
-            check_model(model, self.data.views.plain(self._example()), self.data.num_classes)
+            example = self.data.views.plain(self._example())
+            check_model(model, example, self.data.num_classes)
+            model = with_heads(model, algorithm, example, getattr(config.model, "features", None))
             if config.activation_checkpointing:
                 checkpoint_activations(model)
             return model
@@ -287,7 +304,7 @@ class Trainer:
     def _attempt(self, measure: bool) -> StepOutcome:
         """Read one global batch and do one step with it."""
         config, step = self.config, self.step
-        seed = _mix(config.run.seed, step.attempts, step.engine.rank)
+        seed = mixed_seed(config.run.seed, step.attempts, step.engine.rank)
         torch.manual_seed(seed)  # dropout, and whatever else a model draws
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -466,15 +483,6 @@ class Trainer:
         self.log.close()
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes this rank has held: on the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _raise(error: HpdistError | None) -> None:
     if error is not None:
         raise error
@@ -489,12 +497,3 @@ def _named(value: str | Mapping[str, Any] | Component) -> dict[str, Any]:
     if isinstance(value, Component):
         return value.model_dump()
     return {"name": value} if isinstance(value, str) else dict(value)
-
-
-def _mix(*numbers: int) -> int:
-    """A seed from several numbers: multiplicative hashing, folded."""
-    value = 0
-    for number in numbers:
-        value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**64
-        value ^= value >> 29
-    return value % 2**63

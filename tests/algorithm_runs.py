@@ -1,6 +1,7 @@
 """Steps of an algorithm on a global batch that several ranks share, without a process for each.
 
-Does what `hpdist.step` does, with a linear model, and keeps what a test wants to look at.
+Does what `hpdist.step` does, with a linear model whose features are its inputs, and keeps what a
+test wants to look at.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm, StudentOutputs, WeakOutputs
-from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.base import HeadOutputs, Places, StudentInputs
 from tests.algorithm_batches import softmax
 
 FEATURES = 6
@@ -33,6 +34,7 @@ class GlobalBatch:
     student: Tensor  # [features, classes]
     target: Tensor  # the same of the model that makes the targets
     step: int
+    heads: dict[str, torch.nn.Module] = field(default_factory=dict)
 
 
 def global_batch(
@@ -67,7 +69,15 @@ def global_batch(
         rows(FEATURES, classes),
         rows(FEATURES, classes) if views.teacher else torch.zeros(0),
         seed,
+        make_heads(algorithm),
     )
+
+
+def make_heads(algorithm: Algorithm) -> dict[str, torch.nn.Module]:
+    """Those that it wants, the same in every call."""
+    torch.manual_seed(3)
+    made = algorithm.heads(torch.Size([FEATURES]))
+    return {name: made[name] for name in algorithm.head_names}
 
 
 @dataclass
@@ -79,6 +89,8 @@ class Ran:
     gradients: list[Tensor] = field(default_factory=list)  # of the loss, to the logits
     notes: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    heads: dict[str, list[Tensor]] = field(default_factory=dict)  # what they said, part by part
+    head_gradients: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def arrays(self, what: str) -> list[np.ndarray]:
         return [part.detach().double().numpy() for part in getattr(self, what)]
@@ -93,20 +105,41 @@ def run(algorithm: Algorithm, batch: GlobalBatch, ranks: int = 1, *, commit: boo
         for name, value in (algorithm.statistics(weak) if weak else {}).items():
             assert value.dtype == torch.float32
             sums[name] = sums[name] + value if name in sums else value
-    told = [weak if algorithm.views.inputs_need_targets else None for weak in said]
-    mixed = [algorithm.mix(inputs, weak) for (inputs, _), weak in zip(cut, told, strict=True)]
+    mixed = [_mixed(algorithm, batch, *pair) for pair in zip(cut, said, strict=True)]
     _observe(algorithm, sums, said, batch)
-    parts = [_student(algorithm, batch, *pair) for pair in zip(mixed, said, strict=True)]
+    pairs = zip(mixed, said, strict=True)
+    outputs = [_outputs(algorithm, batch, *pair) for pair in pairs]
+    parts = _judge(algorithm, outputs, mixed)
     algorithm.commit() if commit else algorithm.discard()
-    names = parts[0].losses
     return Ran(
-        *(
-            [torch.cat(views) for views in zip(*(getattr(p, what) for p in parts), strict=True)]
-            for what in ("inputs", "logits", "gradients")
-        ),
+        *(_joined([getattr(part, what) for part in parts]) for what in _VIEWS),
         {name: torch.cat([p.notes[name] for p in parts]) for name in parts[0].notes},
-        {name: sum(p.losses[name] for p in parts) for name in names},
+        {name: sum(p.losses[name] for p in parts) for name in parts[0].losses},
+        *(
+            {name: _joined([getattr(p, what)[name] for p in parts]) for name in batch.heads}
+            for what in ("heads", "head_gradients")
+        ),
     )
+
+
+_VIEWS = ("inputs", "logits", "gradients")
+
+
+def _joined(parts: list[list[Tensor]]) -> list[Tensor]:
+    """Of each view, the rows of all parts."""
+    return [torch.cat(views) for views in zip(*parts, strict=True)]
+
+
+def _mixed(
+    algorithm: Algorithm,
+    batch: GlobalBatch,
+    cut: tuple[StudentInputs, Tensor],
+    weak: WeakOutputs | None,
+) -> StudentInputs:
+    inputs = cut[0]
+    if algorithm.views.probed and weak is not None:
+        inputs = algorithm.perturb(inputs, weak, lambda rows: rows @ batch.student)
+    return algorithm.mix(inputs, weak if algorithm.views.inputs_need_targets else None)
 
 
 def _slice(batch: GlobalBatch, rank: int, ranks: int) -> tuple[StudentInputs, Tensor]:
@@ -134,7 +167,10 @@ def _say(
     model = batch.target if algorithm.views.teacher else batch.student
     first, *others = [view @ model for view in inputs.weak]
     labeled = inputs.labeled @ model if algorithm.views.labeled_targets else None
-    return WeakOutputs(first, ids, tuple(others), labeled, inputs.labels, inputs.places)
+    views = [*inputs.weak, *([] if labeled is None else [inputs.labeled])]
+    with torch.no_grad():
+        heads = {name: tuple(head(view) for view in views) for name, head in batch.heads.items()}
+    return WeakOutputs(first, ids, tuple(others), labeled, inputs.labels, inputs.places, heads)
 
 
 def _observe(
@@ -143,7 +179,7 @@ def _observe(
     said: list[WeakOutputs | None],
     batch: GlobalBatch,
 ) -> None:
-    logits = [part for weak in said if weak for part in weak.all]
+    logits = [part for weak in said if weak for part in weak.everything]
     algorithm.observe(sums, batch.usable.sum().float().clamp(min=1))
     finite = all(bool(part.isfinite().all()) for part in logits)
     algorithm.sound = torch.tensor(finite and bool(batch.usable.any()))
@@ -153,33 +189,66 @@ def _observe(
     }
 
 
-def _student(
+def _outputs(
     algorithm: Algorithm, batch: GlobalBatch, inputs: StudentInputs, weak: WeakOutputs | None
-) -> Ran:
-    parts = inputs.parts
-    logits = [(part @ batch.student).requires_grad_() for part in parts]
-    ends = np.cumsum([1, len(inputs.student_weak), len(inputs.strong)])
-    outputs = StudentOutputs(
-        logits[0],
+) -> StudentOutputs:
+    own = _by_view([part @ batch.student for part in inputs.parts], inputs)
+    with torch.no_grad():
+        heads = {name: [head(part) for part in inputs.parts] for name, head in batch.heads.items()}
+    return StudentOutputs(
+        own.labeled,
         inputs.labels,
-        tuple(logits[ends[1] : ends[2]]),
+        own.strong,
         weak,
         torch.tensor(float(len(batch.labels))),
         batch.usable.sum().float().clamp(min=1),
-        tuple(logits[ends[0] : ends[1]]),
-        tuple(logits[ends[2] :]),
+        own.student_weak,
+        own.strong_labeled,
         inputs.notes,
+        own.further,
+        {name: _by_view(parts, inputs) for name, parts in heads.items()},
     )
-    terms, again = (algorithm.loss(outputs, {}) for _ in range(2))
-    both = torch.stack([terms.total(1), again.total(1)]).nan_to_num()
-    assert both[0] == both[1], "a second call gives another loss"
-    assert not any(t.requires_grad for t in (weak.all if weak else ()))
-    gradients = torch.autograd.grad(terms.total(1), logits, allow_unused=True)
-    losses = {name: value.item() for name, value in terms.contributions(1).items()}
-    filled = [
-        torch.zeros_like(p) if g is None else g for p, g in zip(logits, gradients, strict=True)
-    ]
-    return Ran(parts, logits, filled, dict(inputs.notes), losses)
+
+
+def _by_view(parts: list[Tensor], inputs: StudentInputs) -> HeadOutputs:
+    leaves = iter([part.detach().requires_grad_() for part in parts])
+    counts = (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
+    return HeadOutputs(next(leaves), *(tuple(next(leaves) for _ in part) for part in counts))
+
+
+def _leaves(outputs: StudentOutputs | HeadOutputs) -> list[Tensor]:
+    views = (outputs.student_weak, outputs.strong, outputs.strong_labeled, outputs.further)
+    return [outputs.labeled, *(leaf for view in views for leaf in view)]
+
+
+def _judge(
+    algorithm: Algorithm, outputs: list[StudentOutputs], inputs: list[StudentInputs]
+) -> list[Ran]:
+    """The loss of every part, and its gradient."""
+    local = [algorithm.student_statistics(part) for part in outputs]
+    total = {name: sum(part[name].detach() for part in local) for name in local[0]}
+    found = []
+    for part, own, seen in zip(outputs, local, inputs, strict=True):
+        sums = {n: total[n] + len(outputs) * (v - v.detach()) for n, v in own.items()}
+        terms, again = (algorithm.loss(part, sums) for _ in range(2))
+        losses = [t.total(len(outputs)) for t in (terms, again)]
+        both = torch.stack(losses).nan_to_num()
+        assert both[0] == both[1], "a second call gives another loss"
+        assert not any(t.requires_grad for t in (part.weak.everything if part.weak else ()))
+        groups = {"": _leaves(part)} | {name: _leaves(h) for name, h in part.heads.items()}
+        leaves = [leaf for group in groups.values() for leaf in group]
+        gradients = iter(torch.autograd.grad(losses[0], leaves, allow_unused=True))
+        filled = {
+            name: [
+                torch.zeros_like(leaf) if gradient is None else gradient
+                for leaf, gradient in zip(group, gradients, strict=False)
+            ]
+            for name, group in groups.items()
+        }
+        named = {n: v.item() for n, v in terms.contributions(len(outputs)).items()}
+        ran = Ran(seen.parts, groups.pop(""), filled.pop(""), dict(part.notes), named)
+        found.append(replace(ran, heads=groups, head_gradients=filled))
+    return found
 
 
 def with_nan(batch: GlobalBatch) -> GlobalBatch:

@@ -8,9 +8,7 @@ import torch
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.config import components
-from hpdist.distributed.batch_norm import global_batch_norm
-from hpdist.models import CNN
-from tests.recipes import make_step, train
+from tests.recipes import make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,8 +27,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequencematch": {"threshold": 0.15, "warmup": False, "unsupervised_weight": 0.1},
     "softmatch": {"momentum": 0.5},
     "temporal_ensembling": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "vat": {"epsilon": 1.0, "ramp": 0.1},
     "uda": {"threshold": 0.14, "annealing": "linear"},
 }
+ADDON_SETTINGS: dict[str, dict[str, Any]] = {"debiaspl": {"momentum": 0.5}}
 RUN_STEPS = 40  # that ramps are made for
 
 
@@ -44,7 +44,7 @@ def run(name: str, steps: int, **options: Any) -> list[dict[str, float]]:
     """The metrics of every step, and at the end what the algorithm and the teacher hold."""
     algorithm = build(name)
     if options.get("stage") == 3 and algorithm.views.teacher:
-        options["teacher_model"] = global_batch_norm(CNN(1, 8, 10, "group"))
+        options["teacher_model"] = make_model(algorithm)
     step = make_step(algorithm, **options)
     curve = train(step, steps)
     state = {

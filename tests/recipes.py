@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, MeanTeacher, Supervised
 from hpdist.config import LossScale
@@ -19,6 +19,7 @@ from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed import launch
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.models import CNN
+from hpdist.models.heads import with_heads
 from hpdist.step import SemiSupervisedStep
 
 LABELED, UNLABELED = 16, 48
@@ -58,6 +59,13 @@ def slice_of(batch: Any, rank: int, ranks: int) -> Any:
     return batch.narrow(rank * part, part)
 
 
+def make_model(algorithm: Algorithm, norm: str = "group") -> nn.Module:
+    """A small CNN for digits, with the heads that the algorithm wants."""
+    torch.manual_seed(0)
+    model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
+    return with_heads(model, algorithm, torch.zeros(2, 1, 8, 8))
+
+
 def make_step(
     algorithm: str | Algorithm,
     *,
@@ -85,8 +93,9 @@ def make_step(
         )
         AcceleratorState._reset_state(reset_partial_state=True)  # of a step made before
         accelerator = launch.make_accelerator(sharding)
-    torch.manual_seed(0)
-    model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
+    if isinstance(algorithm, str):
+        algorithm = make_algorithm(algorithm)
+    model = make_model(algorithm, norm)
     if optimizer == "sgd":
         made: torch.optim.Optimizer = torch.optim.SGD(
             model.parameters(), lr=lr, momentum=0.9, nesterov=True
@@ -98,7 +107,7 @@ def make_step(
         accelerator,
         model,
         made,
-        make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm,
+        algorithm,
         ImageViewsConfig().build(0),
         micro_batches=micro_batches,
         precision=precision,

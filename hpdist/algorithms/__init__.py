@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from hpdist.algorithms.adamatch import AdaMatch
+from hpdist.algorithms.addon import AddOn, AddOnConfig
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
+    HeadOutputs,
     LossTerms,
     Places,
     StudentOutputs,
@@ -21,12 +24,14 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.dash import Dash
+from hpdist.algorithms.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
 from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.ict import ICT
+from hpdist.algorithms.logit_adjustment import LogitAdjustment
 from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.mixmatch import MixMatch
 from hpdist.algorithms.pi_model import PiModel
@@ -38,21 +43,27 @@ from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
+from hpdist.algorithms.vat import VAT
 from hpdist.config import components
 
 __all__ = [
     "ICT",
     "UDA",
+    "VAT",
     "AdaMatch",
+    "AddOn",
+    "AddOnConfig",
     "Algorithm",
     "AlgorithmConfig",
     "AnnealedUDA",
     "Dash",
     "DeFixMatch",
+    "DebiasPL",
     "EntropyMinimization",
     "FixMatch",
     "FlexMatch",
     "FreeMatch",
+    "LogitAdjustment",
     "LossTerms",
     "MeanTeacher",
     "MixMatch",
@@ -75,6 +86,8 @@ _CLASSES = (5, 7)
 _BATCHES = (11, 13)  # unlabelled rows of the global batch
 _ROWS = (101, 103)  # unlabelled rows that there are
 _NAMES = {_CLASSES: "C", _BATCHES: "row", _ROWS: "N"}
+_FEATURES = torch.Size([3])
+_FURTHER = 2  # inputs that an algorithm may add
 _HEADER = ("name", "paper", "views", "state", "reduced per step")
 
 
@@ -124,7 +137,9 @@ def _views(algorithm: Algorithm) -> list[str]:
     told = [f"{count} {kind}" for kind, count in counts.items() if count]
     told += ["targets of labelled rows too"] if views.labeled_targets else []
     told += ["targets by the teacher"] if views.teacher else []
-    return told + ([] if type(algorithm).mix is Algorithm.mix else ["mixed"])
+    told += [] if type(algorithm).mix is Algorithm.mix else ["mixed"]
+    told += ["perturbed"] if views.probed else []
+    return told + [f"{name} head" for name in algorithm.head_names]
 
 
 def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -137,10 +152,13 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
     count = torch.tensor(float(rows))
     places = Places(torch.arange(2), torch.arange(rows), 2, rows, seed=0, step=0)
     weak = None
+    heads = _heads(algorithm, rows)
     if views.weak:
         others = (logits,) * (views.weak - 1)
         targets = labeled if views.labeled_targets else None
         weak = WeakOutputs(logits, torch.arange(rows), others, targets, labels, places)
+        said = {name: _weak_views(head, views) for name, head in heads.items()}
+        weak = replace(weak, heads=said)
     sums = algorithm.statistics(weak) if weak else {}
     algorithm.observe(sums, count)
     outputs = StudentOutputs(
@@ -151,10 +169,34 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
         labeled_rows=torch.tensor(2.0),
         unlabeled_rows=count,
         student_weak=(logits,) * views.student_weak,
+        further=(logits,) * _FURTHER,
         strong_labeled=(labeled,) * views.strong_labeled,
+        heads=heads,
     )
     student = algorithm.student_statistics(outputs) if algorithm.uses_student_statistics else {}
     return list(sums.values()), list(student.values())
+
+
+def _heads(algorithm: Algorithm, rows: int) -> dict[str, HeadOutputs]:
+    """What untrained heads say of as many rows."""
+    views, heads = algorithm.views, {}
+    for name, head in algorithm.heads(_FEATURES).items():
+        with torch.no_grad():
+            row = head(torch.zeros(1, *_FEATURES))
+        unlabeled, labeled = row.expand(rows, -1), row.expand(2, -1)
+        heads[name] = HeadOutputs(
+            labeled,
+            (unlabeled,) * views.student_weak,
+            (unlabeled,) * views.strong,
+            (labeled,) * views.strong_labeled,
+            (unlabeled,) * _FURTHER,
+        )
+    return heads
+
+
+def _weak_views(head: HeadOutputs, views: Views) -> tuple[Tensor, ...]:
+    labeled = (head.labeled,) if views.labeled_targets else ()
+    return (head.further[0],) * views.weak + labeled
 
 
 def _shape(small: Tensor, large: Tensor) -> str:

@@ -8,18 +8,19 @@ of the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.config import Component
-from hpdist.data.random import stream_id, uniform
+from hpdist.data.random import normal, stream_id, uniform
 
 Sums = Mapping[str, Tensor]
+Probe = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Views:
     """Whether the targets come from the teacher's weights instead of the student's."""
     inputs_need_targets: bool = False
     """Whether `Algorithm.mix` goes by what was said of the weak views."""
+    probed: bool = False
+    """Whether `Algorithm.perturb` asks the student of inputs of its own; needs targets too."""
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -65,8 +68,15 @@ class Places:
     def noise(self, name: str, count: int, *, labeled: bool = False) -> Tensor:
         """Uniform numbers in [0, 1) for each row, fp32 [rows, count], on the CPU."""
         positions = self.labeled if labeled else self.unlabeled
-        stream = stream_id("algorithm", "labeled" if labeled else "unlabeled", name)
-        return uniform(self.seed, stream, self.step, positions, count)
+        return uniform(self.seed, self._stream(name, labeled), self.step, positions, count)
+
+    def normal(self, name: str, count: int, *, labeled: bool = False) -> Tensor:
+        """Standard normal numbers for each row, fp32 [rows, count], on the CPU."""
+        positions = self.labeled if labeled else self.unlabeled
+        return normal(self.seed, self._stream(name, labeled), self.step, positions, count)
+
+    def _stream(self, name: str, labeled: bool) -> int:
+        return stream_id("algorithm", "labeled" if labeled else "unlabeled", name)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,8 @@ class WeakOutputs:
     labeled: Tensor | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
     labels: Tensor | None = None  # [labeled], int64
     places: Places | None = None
+    heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By head, view by view as in `all`: [rows, width], fp32."""
 
     @property
     def probabilities(self) -> Tensor:
@@ -90,6 +102,11 @@ class WeakOutputs:
         """Every logit there is, view by view."""
         labeled = () if self.labeled is None else (self.labeled,)
         return (self.logits, *self.others, *labeled)
+
+    @property
+    def everything(self) -> tuple[Tensor, ...]:
+        """Every logit, and all that the heads said."""
+        return (*self.all, *(part for head in self.heads.values() for part in head))
 
 
 @dataclass(frozen=True)
@@ -105,11 +122,24 @@ class StudentInputs:
     places: Places
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` tells `Algorithm.loss`."""
+    further: tuple[Tensor, ...] = ()
+    """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
 
     @property
     def parts(self) -> list[Tensor]:
         """What goes through the student, in this order."""
-        return [self.labeled, *self.student_weak, *self.strong, *self.strong_labeled]
+        return [self.labeled, *self.student_weak, *self.strong, *self.strong_labeled, *self.further]
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What one head said of the student's rows: fp32 [rows, width], with gradient."""
+
+    labeled: Tensor
+    student_weak: tuple[Tensor, ...]
+    strong: tuple[Tensor, ...]
+    strong_labeled: tuple[Tensor, ...]
+    further: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +156,9 @@ class StudentOutputs:
     strong_labeled: tuple[Tensor, ...] = ()  # per strong view [labeled, classes], logits
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` told."""
+    further: tuple[Tensor, ...] = ()  # per `StudentInputs.further` [rows, classes], logits
+    heads: Mapping[str, HeadOutputs] = field(default_factory=dict)
+    """By head of `Algorithm.head_names`."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +213,9 @@ class AlgorithmConfig(Component):
 class Algorithm:
     """The base of every algorithm.
 
-    One optimizer step calls, in this order: `statistics` and `mix` per micro-batch; `observe` once
-    with the sums over the global batch; where there are any, `student_statistics`; `loss` per
-    micro-batch; and `commit` if the step was applied, else `discard`.
+    One optimizer step calls, in this order: `statistics`, `perturb` and `mix` per micro-batch;
+    `observe` once with the sums over the global batch; where there are any, `student_statistics`;
+    `loss` per micro-batch; and `commit` if the step was applied, else `discard`.
     """
 
     paper: ClassVar[str] = ""
@@ -190,6 +223,10 @@ class Algorithm:
     groups: int | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
     divide them, so that no row needs another rank's. None: it combines none."""
+    head_names: tuple[str, ...] = ()
+    """Outputs that its loss uses beside the logits; `heads` makes what the model has not."""
+    predicts: str | None = None
+    """The head whose outputs are the predictions after training; by default the model's own."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -198,8 +235,17 @@ class Algorithm:
         """The state as it will be if this step is applied; what `loss` goes by."""
         self.rows: int | None = None
         """How many unlabelled rows there are, where that is known; set before the first step."""
+        self.class_counts: Tensor | None = None
+        """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """The head of every name in `head_names`: maps features [rows, *features] to [rows, width].
+
+        They are trained with the model, by its optimizer, and left out when it is used.
+        """
+        return {}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums over this rank's rows to be added up over the global batch; fp32, O(classes)."""
@@ -213,6 +259,14 @@ class Algorithm:
         """Change what the student will see; `weak` only if `Views.inputs_need_targets`.
 
         The number of rows must not depend on what the rows hold.
+        """
+        return inputs
+
+    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
+        """Change what the student will see by what it says now; only if `Views.probed`.
+
+        `model` gives logits with a gradient towards its inputs. Only `torch.autograd.grad` towards
+        inputs may be used: the parameters' gradients are not this method's to touch.
         """
         return inputs
 

@@ -131,3 +131,12 @@ def normal(seed: int, stream: int, step: int, positions: Tensor, count: int) -> 
     angle = 2 * math.pi * second
     both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return both.flatten(1)[:, :count].to(torch.float32)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed from several numbers: multiplicative hashing, folded."""
+    value = 0
+    for number in numbers:
+        value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**64
+        value ^= value >> 29
+    return value % 2**63

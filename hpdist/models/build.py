@@ -18,6 +18,9 @@ class ModelConfig(Component):
     kind: ClassVar[str] = "model"
     num_classes: int | None = Field(None, ge=2)
     """By default what the labelled data say."""
+    features: str | None = None
+    """The submodule that gives the features, for algorithms with heads of their own; by default
+    they are what the last linear layer is given."""
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Make the model for inputs of a shape (without the batch) and a number of classes."""

@@ -1,4 +1,4 @@
-"""Trading time for memory: activation checkpointing of any model."""
+"""Memory: activation checkpointing of any model, which trades time for it, and how much is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,3 +68,12 @@ def _with_segments(
     finally:
         for norm, now in zip(norms, own, strict=True):
             norm.segments = now
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this rank has held: on the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,7 +20,6 @@ from tests.algorithm_runs import (
     run,
     softmax,
     squared_error,
-    with_nan,
 )
 
 CLASSES = 5
@@ -200,75 +199,3 @@ def test_a_table_of_half_the_memory() -> None:
     assert table.dtype == torch.float16
     difference = table.float() - full.state_dict()["averages"]
     assert 0 < difference.abs().max() < 2e-3
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("unusable", [(), (0, 3, 4, 5, 13), tuple(range(4, 8)), tuple(range(16))])
-def test_ranks_do_not_matter(name: str, unusable: tuple[int, ...]) -> None:
-    make = MAKERS[name]
-    whole = make(CLASSES)
-    others = {ranks: make(CLASSES) for ranks in (2, 4)}
-    for step in range(4):
-        batch = global_batch(whole, step, unusable=unusable)
-        expected = run(whole, batch)
-        for ranks, algorithm in others.items():
-            found = run(algorithm, batch, ranks)
-            assert found.losses == pytest.approx(expected.losses, rel=1e-5, abs=1e-7)
-            for what in ("inputs", "gradients"):
-                for one, many in zip(getattr(expected, what), getattr(found, what), strict=True):
-                    torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-7)
-            assert algorithm.state_dict().keys() == whole.state_dict().keys()
-            for key, value in whole.state_dict().items():
-                torch.testing.assert_close(algorithm.state_dict()[key], value)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_state_is_final_only_on_commit_and_goes_round(name: str) -> None:
-    algorithm, other = MAKERS[name](CLASSES), MAKERS[name](CLASSES)
-    run(algorithm, global_batch(algorithm, 0))
-    before = {key: value.clone() for key, value in algorithm.state_dict().items()}
-    run(algorithm, global_batch(algorithm, 1), commit=False)
-    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())
-    other.load_state_dict(before)
-    for step in (2, 3):
-        batch = global_batch(algorithm, step)
-        one, two = run(algorithm, batch), run(other, batch)
-        assert one.losses == two.losses
-    assert not torch.equal(before["step"], algorithm.state_dict()["step"])
-    for key, value in algorithm.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value)
-    with pytest.raises(KeyError, match="step"):
-        other.load_state_dict({"nonsense": torch.zeros(1)})
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_batch_that_is_not_finite_leaves_no_trace(name: str) -> None:
-    algorithm = MAKERS[name](CLASSES)
-    run(algorithm, global_batch(algorithm, 0))
-    before = {key: value.clone() for key, value in algorithm.state_dict().items()}
-    run(algorithm, with_nan(global_batch(algorithm, 1)))
-    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("classes", [1, 2])
-@pytest.mark.parametrize("rows", [(1, 1), (8, 16)])
-def test_small_batches(name: str, classes: int, rows: tuple[int, int]) -> None:
-    algorithm = MAKERS[name](classes)
-    for step in range(3):
-        labeled, unlabeled = rows
-        batch = global_batch(algorithm, step, labeled=labeled, unlabeled=unlabeled, classes=classes)
-        ran = run(algorithm, batch)
-        assert all(math.isfinite(value) for value in ran.losses.values())
-        assert all(part.isfinite().all() for part in ran.gradients)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_no_usable_row_is_no_term(name: str) -> None:
-    algorithm = MAKERS[name](CLASSES)
-    batch = global_batch(algorithm, 0, unusable=tuple(range(16)))
-    before = algorithm.state_dict()
-    ran = run(algorithm, batch)
-    assert ran.losses["unsupervised_loss"] == 0
-    assert ran.gradients[0].abs().sum() > 0
-    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())

@@ -15,10 +15,15 @@ CONFIGS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
 VARIANTS = {name: config(name=name) for name, config in CONFIGS.items()} | {
     "uda tsa": CONFIGS["uda"](name="uda", annealing="log"),
 }
-# Algorithms that combine rows before the student sees them have tests of their own.
-NAMES = [
-    name for name, config in VARIANTS.items() if type(config.build(CLASSES)).mix is Algorithm.mix
-]
+
+
+def is_plain(algorithm: Algorithm) -> bool:
+    """Whether the student sees the views as they are, and says no more than logits."""
+    plain = type(algorithm).mix is Algorithm.mix and not algorithm.views.probed
+    return plain and not algorithm.head_names
+
+
+NAMES = [name for name, config in VARIANTS.items() if is_plain(config.build(CLASSES))]
 
 
 def build(name: str, classes: int = CLASSES) -> Algorithm:

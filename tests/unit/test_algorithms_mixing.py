@@ -24,7 +24,6 @@ from tests.algorithm_runs import (
     run,
     softmax,
     squared_error,
-    with_nan,
 )
 
 DRAWS = 40_000
@@ -259,71 +258,6 @@ def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
         state = algorithm.state_dict()
         np.testing.assert_allclose(state["labels"].numpy(), labels_average, rtol=1e-5)
         np.testing.assert_allclose(state["predictions"].numpy(), predictions_average, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("unusable", [(), (0, 3, 4, 5, 13), tuple(range(4, 8)), tuple(range(16))])
-def test_ranks_do_not_matter(name: str, unusable: tuple[int, ...]) -> None:
-    whole = MAKERS[name](CLASSES)
-    others = {ranks: MAKERS[name](CLASSES) for ranks in (2, 4)}
-    for step in range(3):
-        batch = global_batch(whole, step, unusable=unusable)
-        expected = run(whole, batch)
-        for ranks, algorithm in others.items():
-            found = run(algorithm, batch, ranks)
-            assert found.losses == pytest.approx(expected.losses, rel=1e-5, abs=1e-7)
-            for one, many in zip(expected.inputs, found.inputs, strict=True):
-                assert torch.equal(one, many)  # bit for bit: no sum goes into them
-            for one, many in zip(expected.gradients, found.gradients, strict=True):
-                torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-6)
-            for key, value in whole.state_dict().items():
-                torch.testing.assert_close(algorithm.state_dict()[key], value)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_state_is_final_only_on_commit_and_goes_round(name: str) -> None:
-    algorithm, other = MAKERS[name](CLASSES), MAKERS[name](CLASSES)
-    run(algorithm, global_batch(algorithm, 0))
-    before = {key: value.clone() for key, value in algorithm.state_dict().items()}
-    run(algorithm, global_batch(algorithm, 1), commit=False)
-    run(algorithm, with_nan(global_batch(algorithm, 1)))
-    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())
-    other.load_state_dict(before)
-    for step in (2, 3):
-        batch = global_batch(algorithm, step)
-        assert run(algorithm, batch).losses == run(other, batch).losses
-    assert not torch.equal(before["step"], algorithm.state_dict()["step"])
-    assert all(torch.equal(other.state_dict()[k], v) for k, v in algorithm.state_dict().items())
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("classes", [1, 2])
-@pytest.mark.parametrize("rows", [(1, 1), (8, 16)])
-def test_small_batches(name: str, classes: int, rows: tuple[int, int]) -> None:
-    algorithm = MAKERS[name](classes)
-    for step in range(3):
-        labeled, unlabeled = rows
-        batch = global_batch(
-            algorithm,
-            step,
-            labeled=labeled,
-            unlabeled=unlabeled,
-            classes=classes,
-            one_class=True,
-        )
-        ran = run(algorithm, batch)
-        assert all(math.isfinite(value) for value in ran.losses.values())
-        assert all(part.isfinite().all() for part in ran.gradients)
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_no_usable_row_is_no_term(name: str) -> None:
-    algorithm = MAKERS[name](CLASSES)
-    before = algorithm.state_dict()
-    ran = run(algorithm, global_batch(algorithm, 0, unusable=tuple(range(16))))
-    assert ran.losses["unsupervised_loss"] == 0
-    assert ran.gradients[0].abs().sum() > 0
-    assert all(torch.equal(before[k], v) for k, v in algorithm.state_dict().items())
 
 
 CHANGES: list[tuple[str, dict[str, float]]] = [
