@@ -93,7 +93,8 @@ class Index:
 
     def ids(self, group: int, start: int, stop: int) -> Int64Array:
         """The ids of rows [start, stop) of a group's used rows."""
-        return np.arange(start, stop) + int(self.start[group])
+        first = int(self.start[group])
+        return np.arange(first + start, first + stop)
 
     def describe(self, row: int) -> str:
         """Name the file, row group and row of an id."""

@@ -274,7 +274,9 @@ def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
     if len({read.large for read, _, _ in parts}) > 1:
         tables = [table.cast(_large(table.schema)) for table in tables]
     ids = np.concatenate([read.ids[first:last] for read, first, last in parts])
-    epochs = np.repeat([read.epoch for read, _, _ in parts], [len(table) for table in tables])
+    epochs = np.full(len(ids), parts[0][0].epoch)
+    if any(read.epoch != parts[0][0].epoch for read, _, _ in parts):
+        epochs = np.repeat([read.epoch for read, _, _ in parts], [len(table) for table in tables])
     unread: dict[int, str] = {}
     at = 0
     for read, first, last in parts:
