@@ -125,5 +125,6 @@ class Cutter:
             strong_labeled=strong_labeled,
             weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
             places=Places(positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step),
+            ids=unlabeled.ids,
         )
         return MicroBatch(inputs, unlabeled.ids)

@@ -149,6 +149,7 @@ class RunData:
             processes=loading.processes,
         )
         self.rank, self.world_size = rank, world_size
+        self._make_stream = make
         self.labeled_stream: BatchStream[LabeledBatch] = make(
             self.labeled, batch.labeled, processes=0
         )
@@ -173,6 +174,23 @@ class RunData:
         """Give this rank's slices of the next global batches."""
         labeled = next(self.labeled_stream)
         return labeled, next(self.unlabeled_stream) if self.unlabeled_stream else None
+
+    def sweep(self) -> Iterator[UnlabeledBatch]:
+        """Every unlabelled row once: this rank's slices of batches that begin an epoch.
+
+        Rows of the last batch that are not of epoch 0 are there for equal shapes only. Collective:
+        every rank must go through all of them; raises DataError on all ranks alike.
+        """
+        rows, batch = self.unlabeled_rows, self.config.batch.unlabeled
+        if rows is None:
+            raise DataError("data.unlabeled: how many rows there are is not known")
+        stream: BatchStream[UnlabeledBatch] = self._make_stream(self.unlabeled, batch)
+        try:
+            for _ in range(-(-rows // batch)):
+                agreed(stream.look_ahead)
+                yield next(stream)
+        finally:
+            stream.close()
 
     def look_ahead(self, give_up: Callable[[], bool] = lambda: False) -> HpdistError | None:
         """Wait for the batches that `next` will give; what stands in their way, if anything."""

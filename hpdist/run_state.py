@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpdist.config import RunConfig
 from hpdist.distributed import checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment
@@ -26,11 +27,11 @@ class RunState:
         self,
         step: SemiSupervisedStep,
         data: RunData,
-        identity: dict[str, Any],
+        config: RunConfig,
     ) -> None:
         self.step = step
         self.data = data
-        self.identity = identity
+        self.identity = self._identity(config)
         self.overflows = 0
         self.best: tuple[float, int] | None = None
         """The best accuracy on the validation set, and its step."""
@@ -112,6 +113,20 @@ class RunState:
             for name, value in self.step.teacher.buffers.items():
                 common[f"teacher/{name}"] = value
         return common
+
+    def _identity(self, config: RunConfig) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues from it."""
+        shapes = self.step.engine.parameter_shapes()
+        return {
+            "model": config.model.model_dump(mode="json"),
+            "algorithm.name": config.algorithm.name,
+            "addons": [addon.name for addon in config.addons],
+            "classes": list(self.data.labeled.classes.names),
+            "run.seed": config.run.seed,
+            "batch.labeled": config.batch.labeled,
+            "batch.unlabeled": config.batch.unlabeled,
+            "parameters": {name: list(shape) for name, shape in shapes.items()},
+        }
 
     def _check_identity(self, saved: checkpoint.SavedRun) -> None:
         theirs = saved.facts["identity"]

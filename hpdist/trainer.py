@@ -39,6 +39,7 @@ from hpdist.errors import (
     HpdistError,
 )
 from hpdist.evaluation import evaluate_both
+from hpdist.generations import Generations, initial_values
 from hpdist.models.build import build_model
 from hpdist.models.heads import with_heads
 from hpdist.models.memory import checkpoint_activations, peak_memory
@@ -173,6 +174,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         algorithm = self._make_algorithm()
         model = self._make_model(objects, algorithm)
+        initial = initial_values(model, algorithm.generations)
         if micro_batches > 1 and any(batch_norms(model)):
             Console(0, 0, self.main).say(
                 f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
@@ -199,24 +201,11 @@ class Trainer:
             teacher_model=replica,
             seed=config.run.seed,
         )
+        self.generations = Generations(self.step, self.data, initial, config.steps)
         engine = self.step.engine
         self.data.start(engine.rank, engine.world_size, files=self.files)
         self.guard = RunGuard(engine.rank, config.watchdog.seconds)
-        self.state = RunState(self.step, self.data, self._identity())
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that continues from it."""
-        config, shapes = self.config, self.step.engine.parameter_shapes()
-        return {
-            "model": config.model.model_dump(mode="json"),
-            "algorithm.name": config.algorithm.name,
-            "addons": [addon.name for addon in config.addons],
-            "classes": list(self.data.labeled.classes.names),
-            "run.seed": config.run.seed,
-            "batch.labeled": config.batch.labeled,
-            "batch.unlabeled": config.batch.unlabeled,
-            "parameters": {name: list(shape) for name, shape in shapes.items()},
-        }
+        self.state = RunState(self.step, self.data, config)
 
     def _make_algorithm(self) -> Algorithm:
         """The algorithm with its add-ons, told how much data there is."""
@@ -272,6 +261,8 @@ class Trainer:
                 if step.applied_steps < config.steps:
                     self._first_rows()
                 while step.applied_steps < config.steps:
+                    if self.generations.due:
+                        self._begin_generation()
                     self._train_step()
                 summary = self._finish()
         finally:
@@ -321,10 +312,17 @@ class Trainer:
 
     def _rate(self) -> float:
         """The learning rate of the next step."""
-        config = self.config
-        return learning_rate(
-            config.schedule, config.optim.lr, self.step.applied_steps, config.steps
-        )
+        config, generations = self.config, self.generations
+        done = generations.within(self.step.applied_steps)
+        return learning_rate(config.schedule, config.optim.lr, done, generations.steps)
+
+    def _begin_generation(self) -> None:
+        """Have the teacher label all rows, and a student begin anew. Collective."""
+        done = self.step.applied_steps
+        self.log.say(f"step {done}: the teacher labels all rows, and the student begins anew")
+        start = time.monotonic()
+        self.generations.begin(lambda: self.guard.beat(done, "labelling rows"))
+        self.log.leave_out(time.monotonic() - start)
 
     def _train_step(self) -> StepOutcome:
         """One attempt at a step, and whatever is due after it."""

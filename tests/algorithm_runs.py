@@ -155,6 +155,7 @@ def _slice(batch: GlobalBatch, rank: int, ranks: int) -> tuple[StudentInputs, Te
         tuple(view[x] for view in batch.strong_labeled),
         tuple(view[u] for view in batch.weak),
         Places(x, u, len(batch.labels), len(batch.ids), seed=7, step=batch.step),
+        ids=batch.ids[u],
     )
     return inputs, batch.ids[u]
 

@@ -23,6 +23,7 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.crest import CReST
 from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
@@ -34,6 +35,7 @@ from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.logit_adjustment import LogitAdjustment
 from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.mixmatch import MixMatch
+from hpdist.algorithms.noisy_student import NoisyStudent
 from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
@@ -56,6 +58,7 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "AnnealedUDA",
+    "CReST",
     "Dash",
     "DeFixMatch",
     "DebiasPL",
@@ -67,6 +70,7 @@ __all__ = [
     "LossTerms",
     "MeanTeacher",
     "MixMatch",
+    "NoisyStudent",
     "PiModel",
     "PseudoLabel",
     "ReFixMatch",

@@ -72,6 +72,7 @@ class AddOn(Algorithm):
         self.groups = base.groups
         self.head_names = base.head_names
         self.predicts = base.predicts
+        self.generations = base.generations
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -150,6 +151,19 @@ class AddOn(Algorithm):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """The inner algorithm's terms, and the add-on's."""
         return self.add(outputs, self.base.loss(self._seen(outputs), student_sums))
+
+    @property
+    def generation(self) -> int:
+        """That of the inner algorithm."""
+        return self.base.generation
+
+    def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
+        """Hand them on."""
+        self.base.take_labels(ids, probabilities)
+
+    def begin_generation(self) -> None:
+        """Hand it on."""
+        self.base.begin_generation()
 
     def commit(self) -> None:
         """Make both states final."""

@@ -122,6 +122,7 @@ class StudentInputs:
     places: Places
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` tells `Algorithm.loss`."""
+    ids: Tensor | None = None  # [unlabeled], int64, stable row ids
     further: tuple[Tensor, ...] = ()
     """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
 
@@ -225,6 +226,9 @@ class Algorithm:
     divide them, so that no row needs another rank's. None: it combines none."""
     head_names: tuple[str, ...] = ()
     """Outputs that its loss uses beside the logits; `heads` makes what the model has not."""
+    generations: int = 1
+    """Equal parts of the run. Before each but the first the teacher labels every unlabelled row,
+    for `take_labels`, and the student begins anew."""
     predicts: str | None = None
     """The head whose outputs are the predictions after training; by default the model's own."""
 
@@ -282,6 +286,20 @@ class Algorithm:
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """This micro-batch's contributions to the loss."""
         raise NotImplementedError
+
+    @property
+    def generation(self) -> int:
+        """How often the student has begun anew."""
+        return 0
+
+    def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
+        """Remember what the teacher says of some rows, int64 [rows] and fp32 [rows, classes].
+
+        Between two generations, for all rows there are; the same on every rank.
+        """
+
+    def begin_generation(self) -> None:
+        """Go on to the next generation: all rows have their labels."""
 
     def commit(self) -> None:
         """Make this step's pending state final; never called for a skipped step."""

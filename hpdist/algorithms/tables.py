@@ -137,6 +137,38 @@ class LabelTable:
             self._labels = labels
 
 
+class RowTable:
+    """Numbers by row id, [rows, width], 0 where none were written; the same on every rank.
+
+    It grows by doubling, and is written only between steps.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.values = torch.zeros(0, width, dtype=dtype, device=device)
+
+    def write(self, ids: Tensor, values: Tensor) -> None:
+        """Set rows; waits for the device."""
+        if not len(ids):
+            return
+        needed, length = int(ids.max()) + 1, len(self.values)
+        if needed > length:
+            grown = self.values.new_zeros(max(needed, 2 * length), self.values.shape[1])
+            grown[:length] = self.values
+            self.values = grown
+        self.values[ids] = values.to(self.values.dtype)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows, fp32 [rows, width]; 0 beyond the table's end."""
+        if not len(self.values):
+            return torch.zeros(len(ids), self.values.shape[1], device=ids.device)
+        inside = ids < len(self.values)
+        return self.values[torch.where(inside, ids, 0)].float() * inside[:, None]
+
+    def load(self, values: Tensor) -> None:
+        """Take over a table, of however many rows."""
+        self.values = values.to(self.values.device, self.values.dtype).clone()
+
+
 class _HostNumber:
     """A number on its way from the device: waiting for it waits for no later work."""
 

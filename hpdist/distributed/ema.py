@@ -105,6 +105,15 @@ class ShardedTeacher:
         self.updates = updates
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the student's weights and buffers."""
+        for own, student in zip(self._parts, self.engine.master_parts(), strict=True):
+            own.copy_(student)
+        for name, buffer in self.engine.module.named_buffers():
+            self.buffers[name].copy_(buffer)
+        self.updates = 0
+
+    @torch.no_grad()
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
         for name, buffer in self.engine.module.named_buffers():
             buffer.copy_(values[name])

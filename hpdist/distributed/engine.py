@@ -211,6 +211,13 @@ class Engine(ABC):
             for fragment in fragments:
                 fragment.values.copy_(read(key, fragment))
 
+    def restart(self, whole: Mapping[str, Tensor]) -> None:
+        """Set the weights, flat fp32 by name, and have the optimizer forget what it has seen."""
+        self.load_master(whole)
+        scalars = dict.fromkeys(self.optimizer_scalars(), 0.0)
+        keys = sorted(self.optimizer_fragments())
+        self.load_optimizer(keys, scalars, lambda _, fragment: torch.zeros_like(fragment.values))
+
     @staticmethod
     def _make_state(
         tensor: Tensor, state: dict[str, Any], keys: Sequence[str], scalars: Mapping[str, float]

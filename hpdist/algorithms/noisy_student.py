@@ -1,0 +1,138 @@
+"""Noisy Student: each generation learns from what the one before says of the unlabelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    supervised_loss,
+)
+from hpdist.algorithms.tables import RowTable
+from hpdist.algorithms.targets import soft_cross_entropy
+
+
+class NoisyStudentConfig(AlgorithmConfig):
+    """The paper's values."""
+
+    name: Literal["noisy_student"] = "noisy_student"
+    generations: int = Field(4, ge=2)
+    """Equal parts of the run; the first learns from the labels alone."""
+    threshold: float = Field(0.3, ge=0, le=1)
+    """Confidence of the teacher that a row needs to be learnt from."""
+    soft: bool = True
+    """Whether a row's target is the teacher's whole prediction, or its likeliest class."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the unlabelled rows' term."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> NoisyStudent:
+        """Make the algorithm, its state on `device`."""
+        return NoisyStudent(
+            num_classes,
+            generations=self.generations,
+            threshold=self.threshold,
+            soft=self.soft,
+            unsupervised_weight=self.unsupervised_weight,
+            device=device,
+        )
+
+
+class NoisyStudent(Algorithm):
+    """L = L_x + lambda mean_b 1[max q_b >= tau] H(q_b, p(strong(u_b))), algorithm 1 of the paper.
+
+    q_b is what the teacher of the generation before said of the row as it is, without noise; in
+    the first generation there is none, and its term is 0. Between generations the EMA of the
+    weights, the teacher, labels all rows, and a student begins anew, here of the same size. The
+    noise is the strong view's and the model's own. The paper's balancing of classes is left out.
+
+    Every rank holds the labels of all rows in fp16: 2 N C bytes. Labels are made between
+    generations, so a step reduces nothing.
+    """
+
+    paper: ClassVar[str] = "Xie et al. 2020, arXiv:1911.04252"
+    views: ClassVar[Views] = Views(strong=1)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        generations: int = 4,
+        threshold: float = 0.3,
+        soft: bool = True,
+        unsupervised_weight: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.generations = generations
+        self.threshold = threshold
+        self.soft = soft
+        self.unsupervised_weight = unsupervised_weight
+        self.state = {"generation": torch.zeros((), device=device)}
+        self._labels = RowTable(num_classes, torch.float16, device)
+        self.discard()
+
+    @property
+    def generation(self) -> int:
+        """How often the student has begun anew."""
+        return int(self.state["generation"])
+
+    def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
+        """Put them into the table."""
+        self._labels.write(ids, probabilities)
+
+    def begin_generation(self) -> None:
+        """Count it."""
+        self.state = {"generation": self.state["generation"] + 1}
+        self.discard()
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """Look up the rows' labels, all 0 where there is none."""
+        assert inputs.ids is not None
+        targets = self._labels.read(inputs.ids)  # [unlabeled, classes]
+        return replace(inputs, notes={**inputs.notes, "targets": targets})
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms, and the share of rows that are learnt from."""
+        targets = outputs.notes["targets"]
+        confidence, labels = targets.max(dim=-1)
+        mask = ((confidence >= self.threshold) & (confidence > 0)).float()
+        if self.soft:
+            targets = targets / targets.sum(dim=-1, keepdim=True).clamp(min=0.5)  # fp16 rounds
+        else:
+            targets = F.one_hot(labels, self.num_classes).float()
+        losses = soft_cross_entropy(outputs.strong[0], targets) * mask  # [unlabeled]
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generation and the labels."""
+        return self.state | {"labels": self._labels.values}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state, its table as long as it is."""
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
+        super().load_state_dict({"generation": state["generation"]})
+        self._labels.load(state["labels"])
