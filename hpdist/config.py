@@ -113,6 +113,10 @@ class LabelColumn(Source):
     """The column of labels; by default the only ClassLabel column, or `label`."""
 
 
+CHOICES = ("labels_per_class", "indices", "rows")
+"""Settings of the labelled rows that use some of them only."""
+
+
 class Labeled(LabelColumn):
     """The labelled training rows."""
 
@@ -125,8 +129,7 @@ class Labeled(LabelColumn):
 
     @model_validator(mode="after")
     def _one_choice(self) -> Labeled:
-        choices = ("labels_per_class", "indices", "rows")
-        chosen = [choice for choice in choices if getattr(self, choice) is not None]
+        chosen = [choice for choice in CHOICES if getattr(self, choice) is not None]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; keep one")
         return self
@@ -410,6 +413,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"watchdog.seconds: {seconds:g} must be more than data.loading.patience, which is "
                 f"{patience:g}; lower that, or raise this"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _all_labels(self) -> RunConfig:
+        labeled = self.data.labeled
+        chosen = [name for name in CHOICES if getattr(labeled, name) is not None]
+        if self.algorithm.name == "fully_supervised" and chosen:
+            raise ValueError(
+                f"data.labeled.{chosen[0]}: fully_supervised learns from every label; set it to "
+                "null, or choose algorithm.name: supervised"
             )
         return self
 

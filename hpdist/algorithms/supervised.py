@@ -29,6 +29,12 @@ class SupervisedConfig(AlgorithmConfig):
         return Supervised()
 
 
+class FullySupervisedConfig(SupervisedConfig):
+    """No options; the run's labelled data must be all there are."""
+
+    name: Literal["fully_supervised"] = "fully_supervised"  # type: ignore[assignment]
+
+
 class Supervised(Algorithm):
     """L = mean_b H(y_b, p(weak(x_b)))."""
 

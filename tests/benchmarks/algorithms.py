@@ -1,0 +1,201 @@
+"""Every algorithm and add-on against the labels alone, at an equal number of steps.
+
+    python -m tests.benchmarks.algorithms digits --out FOLDER
+    python -m tests.benchmarks.algorithms cifar10 --data FOLDER_OF_SHARDS --out FOLDER
+
+One process of one thread per run, fp32, `--workers` of them at a time. Prints a table and writes it
+to `--out`. A finished run is kept, so that a second call only does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpdist import config
+from hpdist.config import component_names
+from hpdist.data.digits import write_digits
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {
+        "config": "digits.yaml",
+        "steps": 300,
+        "settings": {"model.width": 16, "batch.labeled": 32, "batch.unlabeled": 96},
+        "told": "CNN of width 16, 4 labels per class, 32 + 96 rows a step",
+    },
+    "cifar10": {
+        "config": "cifar10_fixmatch.yaml",
+        "steps": 600,
+        "settings": {
+            "model": {"name": "cnn", "width": 16},
+            "data.labeled.labels_per_class": 40,
+            "batch.labeled": 32,
+            "batch.unlabeled": 96,
+            "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.01},
+            "precision": "fp32",
+            "eval.batch": 500,
+        },
+        "told": "CNN of width 16, 40 labels per class, 32 + 96 rows a step, AdamW",
+    },
+}
+# What the papers set for hundreds of thousands of steps, set for a few hundred.
+SHORT: dict[str, dict[str, Any]] = {
+    "adamatch": {"momentum": 0.99},
+    "dash": {"warmup": 0.1},
+    "freematch": {"momentum": 0.99},
+    "mixmatch": {"unsupervised_weight": 10.0, "ramp": 0.5},
+    "noisy_student": {"generations": 3},
+    "regmixmatch": {"momentum": 0.99},
+    "remixmatch": {"strong_views": 2, "ramp": 0.5},
+    "softmatch": {"momentum": 0.99},
+}
+SHORT_ADDONS: dict[str, dict[str, Any]] = {
+    "crest": {"generations": 3, "momentum": 0.99},
+    "debiaspl": {"momentum": 0.99},
+}
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """The settings of every case by its name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in component_names("algorithm"):
+        if name != "fully_supervised":
+            found[name] = {"algorithm": {"name": name, **SHORT.get(name, {})}}
+    if "ladder" in found:
+        found["ladder"]["model"] = {"name": "ladder"}
+        found["ladder: labels alone"] = {
+            "algorithm": {"name": "supervised"},
+            "model": {"name": "ladder"},
+        }
+    everything = {"algorithm": {"name": "fully_supervised"}, "data.labeled.labels_per_class": None}
+    if "fully_supervised" in component_names("algorithm"):
+        found["fully_supervised"] = everything
+    for name in component_names("addon"):
+        addon = {"name": name, **SHORT_ADDONS.get(name, {})}
+        found[f"fixmatch + {name}"] = {"algorithm": {"name": "fixmatch"}, "addons": [addon]}
+    return found
+
+
+def train(task: tuple[argparse.Namespace, str, int]) -> tuple[str, int, str]:
+    """Train once, unless that was done; an error's text or nothing."""
+    options, case, seed = task
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from hpdist.errors import HpdistError
+    from hpdist.trainer import Trainer
+
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before
+    folder = _folder(options, case, seed)
+    if (folder / "summary.json").exists():
+        return case, seed, ""
+    recipe = RECIPES[options.set]
+    settings = {
+        "data.labeled.data_files.train": f"{options.data}/train-*.parquet",
+        "data.unlabeled.data_files.train": f"{options.data}/train-*.parquet",
+        "data.test.data_files.test": f"{options.data}/test-*.parquet",
+        **recipe["settings"],
+        "steps": options.steps,
+        "eval.every": None,
+        "checkpoint.every": None,
+        "log.every": max(options.steps // 20, 1),
+        "tracker.name": "none",
+        "run.seed": seed,
+        "run.dir": str(folder.parent),
+        "run.name": folder.name,
+        **cases()[case],
+    }
+    pairs = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
+    start = time.monotonic()
+    try:
+        parsed = config.load(CONFIGS / recipe["config"], pairs)
+        Trainer.from_config(parsed).fit()
+    except HpdistError as error:
+        return case, seed, f"{type(error).__name__}: {error}"
+    print(f"{case}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+    return case, seed, ""
+
+
+def table(options: argparse.Namespace, errors: dict[str, str]) -> str:
+    """Test accuracy of the teacher, as Markdown."""
+    recipe = RECIPES[options.set]
+    alone = _summaries(options, "supervised")
+    lines = [
+        f"# Every algorithm on {options.set}",
+        "",
+        f"{recipe['told']}, {options.steps} steps, {options.seeds} seeds, fp32, one thread a run. "
+        "Test accuracy in %: of the teacher, mean of the seeds.",
+        "",
+        "| | accuracy | against labels alone | seeds | student |",
+        "|---|---|---|---|---|",
+    ]
+    found = {case: _summaries(options, case) for case in cases()}
+    ranked = sorted(
+        (case for case in found if len(found[case]) == options.seeds),
+        key=lambda case: -_mean(found[case], "test/accuracy"),
+    )
+    for case in ranked:
+        base = found["ladder: labels alone"] if case.startswith("ladder") else alone
+        accuracy = _mean(found[case], "test/accuracy")
+        seeds = ", ".join(f"{100 * s['test/accuracy']:.1f}" for s in found[case])
+        lines.append(
+            f"| {case} | {accuracy:.1f} | {accuracy - _mean(base, 'test/accuracy'):+.1f} "
+            f"| {seeds} | {_mean(found[case], 'test/accuracy_student'):.1f} |"
+        )
+    changed = {**SHORT, **SHORT_ADDONS}
+    told = "; ".join(f"{n} {o}" for n, o in sorted(changed.items()) if o)
+    lines += ["", f"Settings that differ from the defaults: {told}."]
+    lines += [f"{case}: {error}" for case, error in errors.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _folder(options: argparse.Namespace, case: str, seed: int) -> Path:
+    name = case.replace(": ", "-").replace(" + ", "-").replace(" ", "-")
+    return Path(options.out) / f"{options.set}-{name}-{seed}"
+
+
+def _summaries(options: argparse.Namespace, case: str) -> list[dict[str, float]]:
+    files = [_folder(options, case, seed) / "summary.json" for seed in range(options.seeds)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def _mean(summaries: list[dict[str, float]], key: str) -> float:
+    return 100 * statistics.mean(summary[key] for summary in summaries)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("set", choices=RECIPES)
+    parser.add_argument("--data", type=Path, help="folder of the Parquet shards; of cifar10")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", help="some of them only")
+    options = parser.parse_args(arguments)
+    options.steps = options.steps or RECIPES[options.set]["steps"]
+    if options.set == "digits":
+        options.data = write_digits(options.out / "digits")
+    names = options.cases or list(cases())
+    tasks = [(options, case, seed) for seed in range(options.seeds) for case in names]
+    errors = {}
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for case, _, error in pool.imap_unordered(train, tasks):
+            if error:
+                errors[case] = error
+                print(f"{case}: {error}", flush=True)
+    text = table(options, errors)
+    (options.out / f"algorithms_{options.set}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
