@@ -23,6 +23,7 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.crmatch import CRMatch
 from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
@@ -56,6 +57,7 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "AnnealedUDA",
+    "CRMatch",
     "Dash",
     "DeFixMatch",
     "DebiasPL",
