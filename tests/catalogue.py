@@ -12,6 +12,13 @@ from tests.recipes import make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "comatch": {
+        "threshold": 0.14,
+        "graph_threshold": 0.105,
+        "bank": 100,
+        "alignment_steps": 3,
+        "smoothing": 0.6,
+    },
     "crmatch": {"threshold": 0.15},
     "dash": {"warmup": 0.05, "decay_every": 0.05, "min_threshold": 1.5},
     "defixmatch": {"threshold": 0.13},

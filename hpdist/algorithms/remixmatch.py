@@ -80,7 +80,7 @@ class ReMixMatch(Ramped):
     """L = mean_X' H(p, p(x)) + r(t) [lambda_U L_U' + lambda_U1 L_s] + lambda_r L_rot.
 
     With L_U' = mean_U' H(q, p(u)), L_s = mean_b H(q_b, p(s1_b)) and L_rot = mean_b H(onehot(a_b),
-    p_rot(s1_b turned by a_b)): algorithm 1 and equations 3 and 4 of the paper. A row's guess is p of
+    p_rot(s1_b turned by a_b)): algorithm 1, equations 3 and 4 of the paper. A row's guess is p of
     its weak view, aligned: times p(y) / p~(y), made to sum to 1, with averages over steps of the
     labelled rows' classes and of these predictions (section 3.1); and sharpened: q_c =
     guess_c^(1/T) / sum. X' and U' mix the strong view of labelled rows with the weak and all K
