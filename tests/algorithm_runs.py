@@ -37,6 +37,7 @@ class GlobalBatch:
     target: Tensor  # the same of the model that makes the targets
     step: int
     heads: dict[str, torch.nn.Module] = field(default_factory=dict)
+    labeled_ids: Tensor = field(default_factory=lambda: torch.zeros(0).long())
 
 
 def global_batch(
@@ -75,6 +76,7 @@ def global_batch(
         rows(features, classes) if views.teacher else torch.zeros(0),
         seed,
         make_heads(algorithm, features),
+        torch.randperm(4 * labeled, generator=generator)[:labeled] + 2**30,
     )
 
 
@@ -176,7 +178,8 @@ def _say(
     with torch.no_grad():
         features = [view.flatten(1) for view in views]
         heads = {name: tuple(head(f) for f in features) for name, head in batch.heads.items()}
-    return WeakOutputs(first, ids, tuple(others), labeled, inputs.labels, inputs.places, heads)
+    said = WeakOutputs(first, ids, tuple(others), labeled, inputs.labels, inputs.places, heads)
+    return replace(said, labeled_ids=batch.labeled_ids[inputs.places.labeled])
 
 
 def _said(rows: Tensor, model: Tensor) -> Tensor:
