@@ -41,6 +41,7 @@ from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
 from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.sequencematch import SequenceMatch
+from hpdist.algorithms.simmatch import SimMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
@@ -76,6 +77,7 @@ __all__ = [
     "ReFixMatch",
     "ReMixMatch",
     "SequenceMatch",
+    "SimMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
@@ -162,7 +164,7 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
     if views.weak:
         others = (logits,) * (views.weak - 1)
         targets = labeled if views.labeled_targets else None
-        weak = WeakOutputs(logits, torch.arange(rows), others, targets, labels, places)
+        weak = WeakOutputs(logits, u_at, others, targets, labels, places, labeled_ids=at)
         said = {name: _weak_views(head, views) for name, head in heads.items()}
         weak = replace(weak, heads=said)
     sums = algorithm.statistics(weak) if weak else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdist.algorithms import CoMatch
+from hpdist.algorithms import Algorithm, CoMatch, SimMatch
 from hpdist.algorithms.banks import enqueued, in_use, log_shares, mean_of
+from hpdist.algorithms.tables import ids_of
 from tests.algorithm_runs import GlobalBatch, Ran, cross_entropy, global_batch, run, softmax
 
 CLASSES = 5
@@ -160,22 +161,101 @@ def test_comatch_without_a_graph_has_one_strong_view() -> None:
     assert "contrastive_loss" not in run(algorithm, global_batch(algorithm, 0)).losses
 
 
-def last_loss(algorithm: Any) -> float:
-    """Of the third step."""
+SIMMATCH: dict[str, Any] = {
+    "threshold": 0.6,
+    "unsupervised_weight": 0.8,
+    "similarity_weight": 0.6,
+    "smoothing": 0.7,
+    "temperature": 0.3,
+    "width": 4,
+    "bank": 20,
+    "alignment_steps": 3,
+}
+
+
+@pytest.mark.parametrize("unusable", [(), (0, 4, 5, 6, 7)])
+def test_simmatch(unusable: tuple[int, ...]) -> None:
+    algorithm = SimMatch(CLASSES, **SIMMATCH)
+    memory: dict[int, tuple[np.ndarray, int]] = {}  # by id, the newest first
+    means: list[np.ndarray] = []
+    replaced = 0
+    for step in range(6):
+        batch = global_batch(algorithm, step, unusable=unusable if step != 2 else ())
+        batch.labeled_ids[5] = batch.labeled_ids[2]
+        ran = run(algorithm, batch)
+        x, _ = said(batch, batch.labeled, batch.student)
+        _, z_x = said(batch, batch.labeled, batch.target)
+        w, z_w = said(batch, batch.weak[0], batch.target)
+        s, z_s = said(batch, batch.strong[0], batch.student)
+        one_hot, p, n = np.eye(CLASSES)[batch.labels.numpy()], softmax(w), len(w)
+        means = [p.mean(axis=0), *means][:3]
+        p = p / np.mean(means, axis=0)
+        p /= p.sum(axis=1, keepdims=True)
+        q, similarity, z_slopes = p, 0.0, None
+        if memory:
+            z_k, y_k = (np.stack(part) for part in zip(*memory.values(), strict=True))
+            t = softmax(z_w @ z_k.T / 0.3)
+            q = 0.7 * p + 0.3 * np.stack([t[:, y_k == c].sum(axis=1) for c in range(CLASSES)], 1)
+            unfolded = t * p[:, y_k]
+            unfolded /= unfolded.sum(axis=1, keepdims=True)
+            errors, slopes = cross_entropy(z_s @ z_k.T / 0.3, unfolded)
+            similarity, z_slopes = errors.mean(), 0.6 * slopes @ z_k / 0.3 / n
+        mask = (q.max(axis=1) >= 0.6).astype(float)
+        assert 0 < mask.mean() < 1
+        supervised, x_slopes = cross_entropy(x, one_hot)
+        losses, s_slopes = cross_entropy(s, q)
+        unsupervised = (mask * losses).sum() / n
+        s_slopes *= 0.8 * mask[:, None] / n
+        assert_gradients(ran.gradients, [x_slopes / len(x), s_slopes])
+        assert_gradients(ran.head_gradients["projection"], [None, z_slopes])
+        assert ran.losses["mask_rate"] == pytest.approx(mask.mean())
+        assert ran.losses["unsupervised_loss"] == pytest.approx(unsupervised, rel=1e-4)
+        assert ran.losses["similarity_loss"] == pytest.approx(0.6 * similarity, rel=1e-4)
+        loss = supervised.mean() + 0.8 * unsupervised + 0.6 * similarity
+        assert ran.losses["loss"] == pytest.approx(loss, rel=1e-4)
+        ids, labels = batch.labeled_ids.tolist(), batch.labels.tolist()
+        new = {i: z for i, *z in zip(ids, z_x, labels, strict=True)}
+        order = [i for at, i in enumerate(ids) if i not in ids[at + 1 :]]
+        replaced += len(new.keys() & memory.keys())
+        memory = {i: tuple(new[i]) for i in order} | {
+            i: kept for i, kept in memory.items() if i not in new
+        }
+        memory = dict(list(memory.items())[:20])
+        state = algorithm.state_dict()
+        held = [(z, label + 1) for z, label in memory.values()]
+        check_bank(state, "labels", held)
+        assert ids_of(state["ids"])[: len(memory)].tolist() == list(memory)
+    assert len(memory) == 20
+    assert replaced > 2
+
+
+def last_loss(algorithm: Algorithm) -> float:
+    """Of the fourth step."""
     ran = Ran()
-    for step in range(3):
+    for step in range(4):
         ran = run(algorithm, global_batch(algorithm, step))
     return ran.losses["loss"]
 
 
-@pytest.mark.parametrize("name", COMATCH)
-def test_every_option_of_comatch_changes_the_loss(name: str) -> None:
+KINDS: list[tuple[Callable[..., Algorithm], dict[str, Any]]] = [
+    (CoMatch, COMATCH),
+    (SimMatch, SIMMATCH),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "name"),
+    [(make, options, name) for make, options in KINDS for name in options],
+)
+def test_every_option_changes_the_loss(
+    make: Callable[..., Algorithm], options: dict[str, Any], name: str
+) -> None:
     other = {
         "threshold": 0.3,
         "graph_threshold": 0.2,
         "smoothing": 0.3,
         "alignment_steps": 1,
         "bank": 7,
-    }.get(name, 2 * COMATCH[name])
-    changed = last_loss(CoMatch(CLASSES, **{**COMATCH, name: other}))
-    assert abs(changed - last_loss(CoMatch(CLASSES, **COMATCH))) > 1e-3
+    }.get(name, 2 * options[name])
+    changed = last_loss(make(CLASSES, **{**options, name: other}))
+    assert abs(changed - last_loss(make(CLASSES, **options))) > 1e-3
