@@ -21,6 +21,7 @@ class MicroBatch:
 
     inputs: StudentInputs
     ids: Tensor  # [unlabeled], int64
+    labeled_ids: Tensor  # [labeled], int64
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -106,7 +107,7 @@ class Cutter:
             none = torch.empty(0, dtype=torch.int64)
             places = Places(positions, none, labeled_rows, 0, self.seed, step)
             inputs = StudentInputs(x_weak(), labeled.labels, (), (), strong_labeled, (), places)
-            return MicroBatch(inputs, none.to(self.device))
+            return MicroBatch(inputs, none.to(self.device), labeled.ids)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()
         unlabeled = unlabeled.to(self.device, non_blocking=True)
@@ -127,4 +128,4 @@ class Cutter:
             places=Places(positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step),
             ids=unlabeled.ids,
         )
-        return MicroBatch(inputs, unlabeled.ids)
+        return MicroBatch(inputs, unlabeled.ids, labeled.ids)

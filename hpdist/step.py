@@ -300,6 +300,7 @@ class SemiSupervisedStep:
             inputs.labels,
             inputs.places,
             {name: head.split(sizes)[:kept] for name, head in heads.items()},
+            micro.labeled_ids,
         )
 
     def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool) -> Tensor:

@@ -1,11 +1,12 @@
 """Steps of an algorithm on a global batch that several ranks share, without a process for each.
 
 Does what `hpdist.step` does, with a linear model whose features are its inputs, and keeps what a
-test wants to look at.
+test wants to look at. Inputs are vectors, or small images for algorithms that rotate them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from hpdist.algorithms.base import HeadOutputs, Places, StudentInputs
 from tests.algorithm_batches import softmax
 
 FEATURES = 6
+IMAGE = (1, 3, 3)
 
 
 @dataclass
@@ -35,6 +37,7 @@ class GlobalBatch:
     target: Tensor  # the same of the model that makes the targets
     step: int
     heads: dict[str, torch.nn.Module] = field(default_factory=dict)
+    labeled_ids: Tensor = field(default_factory=lambda: torch.zeros(0).long())
 
 
 def global_batch(
@@ -50,33 +53,37 @@ def global_batch(
     """A random one with as many views as the algorithm wants."""
     generator = torch.Generator().manual_seed(seed)
 
-    def rows(count: int, columns: int = FEATURES) -> Tensor:
-        return torch.randn(count, columns, generator=generator)
+    shape = IMAGE if "rotation" in algorithm.head_names else (FEATURES,)
+    features = math.prod(shape)
+
+    def rows(count: int, *shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
 
     views = algorithm.views
     usable = torch.ones(unlabeled, dtype=torch.bool)
     usable[list(unusable)] = False
     labels = torch.randint(classes, (labeled,), generator=generator)
     return GlobalBatch(
-        rows(labeled),
+        rows(labeled, *shape),
         torch.zeros_like(labels) if one_class else labels,
-        [rows(unlabeled) for _ in range(views.weak)],
-        [rows(unlabeled) for _ in range(views.student_weak)],
-        [rows(unlabeled) for _ in range(views.strong)],
-        [rows(labeled) for _ in range(views.strong_labeled)],
+        [rows(unlabeled, *shape) for _ in range(views.weak)],
+        [rows(unlabeled, *shape) for _ in range(views.student_weak)],
+        [rows(unlabeled, *shape) for _ in range(views.strong)],
+        [rows(labeled, *shape) for _ in range(views.strong_labeled)],
         torch.randperm(unlabeled * 2, generator=generator)[:unlabeled],
         usable,
-        rows(FEATURES, classes),
-        rows(FEATURES, classes) if views.teacher else torch.zeros(0),
+        rows(features, classes),
+        rows(features, classes) if views.teacher else torch.zeros(0),
         seed,
-        make_heads(algorithm),
+        make_heads(algorithm, features),
+        torch.randperm(4 * labeled, generator=generator)[:labeled] + 2**30,
     )
 
 
-def make_heads(algorithm: Algorithm) -> dict[str, torch.nn.Module]:
+def make_heads(algorithm: Algorithm, features: int = FEATURES) -> dict[str, torch.nn.Module]:
     """Those that it wants, the same in every call."""
     torch.manual_seed(3)
-    made = algorithm.heads(torch.Size([FEATURES]))
+    made = algorithm.heads(torch.Size([features]))
     return {name: made[name] for name in algorithm.head_names}
 
 
@@ -138,7 +145,7 @@ def _mixed(
 ) -> StudentInputs:
     inputs = cut[0]
     if algorithm.views.probed and weak is not None:
-        inputs = algorithm.perturb(inputs, weak, lambda rows: rows @ batch.student)
+        inputs = algorithm.perturb(inputs, weak, lambda rows: _said(rows, batch.student))
     return algorithm.mix(inputs, weak if algorithm.views.inputs_need_targets else None)
 
 
@@ -166,12 +173,19 @@ def _say(
     if not inputs.weak:
         return None
     model = batch.target if algorithm.views.teacher else batch.student
-    first, *others = [view @ model for view in inputs.weak]
-    labeled = inputs.labeled @ model if algorithm.views.labeled_targets else None
+    first, *others = [_said(view, model) for view in inputs.weak]
+    labeled = _said(inputs.labeled, model) if algorithm.views.labeled_targets else None
     views = [*inputs.weak, *([] if labeled is None else [inputs.labeled])]
     with torch.no_grad():
-        heads = {name: tuple(head(view) for view in views) for name, head in batch.heads.items()}
-    return WeakOutputs(first, ids, tuple(others), labeled, inputs.labels, inputs.places, heads)
+        features = [view.flatten(1) for view in views]
+        heads = {name: tuple(head(f) for f in features) for name, head in batch.heads.items()}
+    said = WeakOutputs(first, ids, tuple(others), labeled, inputs.labels, inputs.places, heads)
+    return replace(said, labeled_ids=batch.labeled_ids[inputs.places.labeled])
+
+
+def _said(rows: Tensor, model: Tensor) -> Tensor:
+    """Logits of rows."""
+    return rows.flatten(1) @ model
 
 
 def _observe(
@@ -193,9 +207,10 @@ def _observe(
 def _outputs(
     algorithm: Algorithm, batch: GlobalBatch, inputs: StudentInputs, weak: WeakOutputs | None
 ) -> StudentOutputs:
-    own = _by_view([part @ batch.student for part in inputs.parts], inputs)
+    own = _by_view([_said(part, batch.student) for part in inputs.parts], inputs)
     with torch.no_grad():
-        heads = {name: [head(part) for part in inputs.parts] for name, head in batch.heads.items()}
+        features = [part.flatten(1) for part in inputs.parts]
+        heads = {name: [head(part) for part in features] for name, head in batch.heads.items()}
     return StudentOutputs(
         own.labeled,
         inputs.labels,
@@ -270,3 +285,26 @@ def squared_error(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, 
     p = softmax(logits)
     slope = 2 * (p - targets) / p.shape[1]  # to p
     return ((p - targets) ** 2).mean(axis=1), p * (slope - (slope * p).sum(axis=1, keepdims=True))
+
+
+def check_rotation(
+    ran: Ran, batch: GlobalBatch, name: str, view: Tensor, weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """That the last further input is a view with each row turned, and its head's gradient.
+
+    Gives the turned rows, flattened, and the cross-entropy of each.
+    """
+    usable = batch.usable.nonzero().flatten()
+    at = Places(torch.arange(0), usable, 0, len(batch.ids), seed=7, step=batch.step)
+    turns = np.floor(4 * at.noise(f"{name} rotation", 1)[:, 0].numpy()).astype(int)
+    assert len(set(turns)) > 2
+    images = view[batch.usable].double().numpy()
+    turned = [np.rot90(image[0], k).ravel() for image, k in zip(images, turns, strict=True)]
+    *others, said = [part.detach().double().numpy() for part in ran.heads["rotation"]]
+    assert said.shape == (len(turns), 4)
+    errors, slopes = cross_entropy(said, np.eye(4)[turns])
+    *none, found = ran.head_gradients["rotation"]
+    assert len(none) == len(others)
+    assert not any(part.any() for part in none)
+    np.testing.assert_allclose(found, weight * slopes / len(turns), rtol=1e-3, atol=1e-7)
+    return np.stack(turned), errors

@@ -12,6 +12,14 @@ from tests.recipes import make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "comatch": {
+        "threshold": 0.1304,
+        "graph_threshold": 0.102736,
+        "bank": 100,
+        "alignment_steps": 3,
+        "smoothing": 0.6,
+    },
+    "crmatch": {"threshold": 0.15},
     "dash": {"warmup": 0.05, "decay_every": 0.05, "min_threshold": 1.5},
     "defixmatch": {"threshold": 0.13},
     "fixmatch": {"threshold": 0.16},
@@ -25,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refixmatch": {"threshold": 0.15},
     "remixmatch": {"ramp": 0.1, "strong_views": 2},
     "sequencematch": {"threshold": 0.15, "warmup": False, "unsupervised_weight": 0.1},
+    "simmatch": {"threshold": 0.1702, "bank": 50, "alignment_steps": 3, "smoothing": 0.6},
     "softmatch": {"momentum": 0.5},
     "temporal_ensembling": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "vat": {"epsilon": 1.0, "ramp": 0.1},

@@ -23,7 +23,9 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.comatch import CoMatch
 from hpdist.algorithms.crest import CReST
+from hpdist.algorithms.crmatch import CRMatch
 from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
@@ -41,6 +43,7 @@ from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
 from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.sequencematch import SequenceMatch
+from hpdist.algorithms.simmatch import SimMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
@@ -58,7 +61,9 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "AnnealedUDA",
+    "CRMatch",
     "CReST",
+    "CoMatch",
     "Dash",
     "DeFixMatch",
     "DebiasPL",
@@ -76,6 +81,7 @@ __all__ = [
     "ReFixMatch",
     "ReMixMatch",
     "SequenceMatch",
+    "SimMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
@@ -88,8 +94,9 @@ __all__ = [
 # Two of each number: a size that follows both is a multiple of it.
 _CLASSES = (5, 7)
 _BATCHES = (11, 13)  # unlabelled rows of the global batch
+_LABELED = (17, 19)  # labelled ones
 _ROWS = (101, 103)  # unlabelled rows that there are
-_NAMES = {_CLASSES: "C", _BATCHES: "row", _ROWS: "N"}
+_NAMES = {_CLASSES: "C", _ROWS: "N"}
 _FEATURES = torch.Size([3])
 _FURTHER = 2  # inputs that an algorithm may add
 _HEADER = ("name", "paper", "views", "state", "reduced per step")
@@ -108,7 +115,7 @@ def catalogue() -> list[str]:
         "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
         "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
         "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
-        "batch; 'then' begins a second collective.",
+        "batch, 'per labelled row': of the labelled one; 'then' begins a second collective.",
     ]
 
 
@@ -141,26 +148,27 @@ def _views(algorithm: Algorithm) -> list[str]:
     told = [f"{count} {kind}" for kind, count in counts.items() if count]
     told += ["targets of labelled rows too"] if views.labeled_targets else []
     told += ["targets by the teacher"] if views.teacher else []
-    told += [] if type(algorithm).mix is Algorithm.mix else ["mixed"]
+    told += ["mixed"] if algorithm.groups is not None else []
     told += ["perturbed"] if views.probed else []
     return told + [f"{name} head" for name in algorithm.head_names]
 
 
 def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
     """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
-    classes, rows = _CLASSES[number], _BATCHES[number]
+    classes, rows, labeled_rows = _CLASSES[number], _BATCHES[number], _LABELED[number]
     algorithm.rows = _ROWS[number]
     views = algorithm.views
     logits = torch.zeros(rows, classes)
-    labeled, labels = torch.zeros(2, classes), torch.zeros(2).long()
+    labeled, labels = torch.zeros(labeled_rows, classes), torch.zeros(labeled_rows).long()
     count = torch.tensor(float(rows))
-    places = Places(torch.arange(2), torch.arange(rows), 2, rows, seed=0, step=0)
+    at, u_at = torch.arange(labeled_rows), torch.arange(rows)
+    places = Places(at, u_at, labeled_rows, rows, seed=0, step=0)
     weak = None
-    heads = _heads(algorithm, rows)
+    heads = _heads(algorithm, rows, labeled_rows)
     if views.weak:
         others = (logits,) * (views.weak - 1)
         targets = labeled if views.labeled_targets else None
-        weak = WeakOutputs(logits, torch.arange(rows), others, targets, labels, places)
+        weak = WeakOutputs(logits, u_at, others, targets, labels, places, labeled_ids=at)
         said = {name: _weak_views(head, views) for name, head in heads.items()}
         weak = replace(weak, heads=said)
     sums = algorithm.statistics(weak) if weak else {}
@@ -170,7 +178,7 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
         labels=labels,
         strong=(logits,) * views.strong,
         weak=weak,
-        labeled_rows=torch.tensor(2.0),
+        labeled_rows=torch.tensor(float(labeled_rows)),
         unlabeled_rows=count,
         student_weak=(logits,) * views.student_weak,
         further=(logits,) * _FURTHER,
@@ -181,13 +189,13 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
     return list(sums.values()), list(student.values())
 
 
-def _heads(algorithm: Algorithm, rows: int) -> dict[str, HeadOutputs]:
+def _heads(algorithm: Algorithm, rows: int, labeled_rows: int) -> dict[str, HeadOutputs]:
     """What untrained heads say of as many rows."""
     views, heads = algorithm.views, {}
     for name, head in algorithm.heads(_FEATURES).items():
         with torch.no_grad():
             row = head(torch.zeros(1, *_FEATURES))
-        unlabeled, labeled = row.expand(rows, -1), row.expand(2, -1)
+        unlabeled, labeled = row.expand(rows, -1), row.expand(labeled_rows, -1)
         heads[name] = HeadOutputs(
             labeled,
             (unlabeled,) * views.student_weak,
@@ -210,15 +218,19 @@ def _shape(small: Tensor, large: Tensor) -> str:
 
 
 def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
-    """The size of several tensors in terms of C and of the batch: '2C + 1 + 3 per row'."""
-    sizes: Counter[tuple[int, int]] = Counter()  # by powers of the batch and of C, how many
+    """The size of several tensors in terms of C and of the batches: '2C + 1 + 3 per row'."""
+    # How many, by powers of the labelled batch, of the unlabelled one, and of C.
+    sizes: Counter[tuple[int, int, int]] = Counter()
     for a, b in zip(small, large, strict=True):
         dims = list(zip(a.shape, b.shape, strict=True))
-        plain = math.prod(x for x, y in dims if (x, y) not in (_CLASSES, _BATCHES))
-        sizes[dims.count(_BATCHES), -dims.count(_CLASSES)] += plain
+        named = (_LABELED, _BATCHES, _CLASSES)
+        plain = math.prod(x for x, y in dims if (x, y) not in named)
+        labeled, rows, classes = (dims.count(pair) for pair in named)
+        sizes[labeled, rows, -classes] += plain
     return " + ".join(_term(count, *powers) for powers, count in sorted(sizes.items()))
 
 
-def _term(count: int, per_row: int, classes: int) -> str:
+def _term(count: int, per_labeled_row: int, per_row: int, classes: int) -> str:
     power = {0: "", -1: "C"}.get(classes, f"C^{-classes}")
-    return f"{count if count > 1 or not power else ''}{power}{' per row' * per_row}"
+    each = " per row" * per_row + " per labelled row" * per_labeled_row
+    return f"{count if count > 1 or not power else ''}{power}{each}"

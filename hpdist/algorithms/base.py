@@ -91,6 +91,7 @@ class WeakOutputs:
     places: Places | None = None
     heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By head, view by view as in `all`: [rows, width], fp32."""
+    labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
 
     @property
     def probabilities(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""ReMixMatch: MixMatch with aligned guesses that anchor strong views; without its rotation task."""
+"""ReMixMatch: MixMatch with aligned guesses that anchor strong views, and a rotation task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.alignment import moved, uniform_prior
@@ -26,6 +26,7 @@ from hpdist.algorithms.mixmatch import (
     unlabeled_pairs,
 )
 from hpdist.algorithms.ramps import Ramped
+from hpdist.algorithms.rotation import HEAD, add_rotated, rotation_head, rotation_loss
 from hpdist.algorithms.targets import sharpened, soft_cross_entropy
 
 _SMALL = 1e-6  # of a class that nobody has
@@ -43,10 +44,13 @@ class ReMixMatchConfig(AlgorithmConfig):
     """Weight of the mixed unlabelled rows after the ramp (lambda_U)."""
     strong_weight: float = Field(0.5, ge=0)
     """Weight of the strong view that is not mixed, after the ramp (lambda_U1)."""
+    rotation_weight: float = Field(0.5, ge=0)
+    """Weight of the rotation task, which has no ramp (lambda_r). It is for square images; 0 leaves
+    it out, for others."""
     ramp: float = Field(1 / 64, ge=0, le=1)
-    """Share of the run over which both weights rise from 0."""
+    """Share of the run over which the first two weights rise from 0."""
     strong_views: int = Field(8, ge=1)
-    """Strong views of an unlabelled row (K). A row costs K + 3 forwards; 1 or 2 are common."""
+    """Strong views of an unlabelled row (K). A row costs K + 4 forwards; 1 or 2 are common."""
     momentum: float = Field(0.984, ge=0, lt=1)
     """Of the averages of labels and predictions: about the paper's last 128 batches."""
     groups: int = Field(8, ge=1)
@@ -63,6 +67,7 @@ class ReMixMatchConfig(AlgorithmConfig):
             alpha=self.alpha,
             unsupervised_weight=self.unsupervised_weight,
             strong_weight=self.strong_weight,
+            rotation_weight=self.rotation_weight,
             ramp_steps=round(self.ramp * steps),
             strong_views=self.strong_views,
             momentum=self.momentum,
@@ -72,18 +77,20 @@ class ReMixMatchConfig(AlgorithmConfig):
 
 
 class ReMixMatch(Ramped):
-    """L = mean_X' H(p, p(x)) + r(t) [lambda_U mean_U' H(q, p(u)) + lambda_U1 mean_b H(q_b, p(s1))].
+    """L = mean_X' H(p, p(x)) + r(t) [lambda_U L_U' + lambda_U1 L_s] + lambda_r L_rot.
 
-    Algorithm 1 and equations 3 and 4 of the paper. A row's guess is p of its weak view, aligned:
-    times p(y) / p~(y), made to sum to 1, with averages over steps of the labelled rows' classes and
-    of these predictions (section 3.1); and sharpened: q_c = guess_c^(1/T) / sum. X' and U' mix the
-    strong view of labelled rows with the weak and all K strong views of unlabelled ones, as
-    MixMatch does, within groups. s1, the first strong view, is also seen as it is. r rises
-    linearly from 0 to 1 over the first `ramp_steps` applied steps.
+    With L_U' = mean_U' H(q, p(u)), L_s = mean_b H(q_b, p(s1_b)) and L_rot = mean_b H(onehot(a_b),
+    p_rot(s1_b turned by a_b)): algorithm 1, equations 3 and 4 of the paper. A row's guess is p of
+    its weak view, aligned: times p(y) / p~(y), made to sum to 1, with averages over steps of the
+    labelled rows' classes and of these predictions (section 3.1); and sharpened: q_c =
+    guess_c^(1/T) / sum. X' and U' mix the strong view of labelled rows with the weak and all K
+    strong views of unlabelled ones, as MixMatch does, within groups. s1, the first strong view, is
+    also seen as it is, and turned by an angle a of 0, 90, 180 or 270 degrees that is drawn for each
+    row and that a linear head on the features has to say. r rises linearly from 0 to 1 over the
+    first `ramp_steps` applied steps; lambda_r has no ramp.
 
     The averages are moving ones of the global batch as it was in the applied steps before, uniform
-    at first. Left out: the rotation task (lambda_r), which needs a second head. Strong views are
-    the run's, not CTAugment.
+    at first. Strong views are the run's, not CTAugment.
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
@@ -97,6 +104,7 @@ class ReMixMatch(Ramped):
         alpha: float = 0.75,
         unsupervised_weight: float = 1.5,
         strong_weight: float = 0.5,
+        rotation_weight: float = 0.5,
         ramp_steps: int = 0,
         strong_views: int = 8,
         momentum: float = 0.984,
@@ -111,6 +119,9 @@ class ReMixMatch(Ramped):
         self.temperature = temperature
         self.alpha = alpha
         self.strong_weight = strong_weight
+        self.rotation_weight = rotation_weight
+        if rotation_weight > 0:
+            self.head_names = (HEAD,)
         self.momentum = momentum
         self.groups = groups
         uniform = uniform_prior(num_classes, device)
@@ -119,6 +130,10 @@ class ReMixMatch(Ramped):
             "predictions": uniform.clone(),  # [classes], p~(y)
         }
         self.discard()
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """That of the rotation task, if there is one."""
+        return {name: rotation_head(features) for name in self.head_names}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums of labels and of predictions."""
@@ -153,16 +168,22 @@ class ReMixMatch(Ramped):
             targets,
         )
         notes = {**mixed.notes, "targets": targets}
-        return replace(mixed, strong=inputs.strong[:1], strong_labeled=(), notes=notes)
+        mixed = replace(mixed, strong=inputs.strong[:1], strong_labeled=(), notes=notes)
+        if self.rotation_weight > 0:
+            mixed = add_rotated(mixed, inputs.strong[0], "remixmatch")
+        return mixed
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """All terms; the log shows that of the mixed unlabelled rows without its weight."""
         losses = [soft_cross_entropy(*pair) for pair in unlabeled_pairs(outputs)]
         strong = soft_cross_entropy(outputs.strong[0], outputs.notes["targets"])  # [unlabeled]
         weight = self.strong_weight * self.ramp
+        extras = {"strong_loss": weight * strong.sum() / outputs.unlabeled_rows}
+        if self.rotation_weight > 0:
+            extras["rotation_loss"] = self.rotation_weight * rotation_loss(outputs)
         return LossTerms(
             supervised=mixed_supervised_loss(outputs),
             unsupervised=torch.cat(losses).sum() / (len(losses) * outputs.unlabeled_rows),
             unsupervised_weight=self.unsupervised_weight * self.ramp,
-            extras={"strong_loss": weight * strong.sum() / outputs.unlabeled_rows},
+            extras=extras,
         )

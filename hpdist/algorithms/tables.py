@@ -22,12 +22,18 @@ NEVER = -1
 _LOW = 24  # bits: an fp32 holds integers of so many exactly
 
 
-def spread(weak: WeakOutputs, values: Tensor) -> Tensor:
-    """Values [unlabeled, *] at their rows' places in the global batch, fp32 [global batch, *]."""
-    assert weak.places is not None
-    at = weak.places.unlabeled.to(values.device, non_blocking=True)
-    empty = values.new_zeros(weak.places.unlabeled_rows, *values.shape[1:], dtype=torch.float32)
-    return empty.index_copy(0, at, values.float())
+def spread(weak: WeakOutputs, values: Tensor, *, labeled: bool = False) -> Tensor:
+    """Values [unlabeled, *] at their rows' places in the global batch, fp32 [global batch, *].
+
+    Or those of labelled rows, in the labelled global batch.
+    """
+    places = weak.places
+    assert places is not None
+    at, rows = places.unlabeled, places.unlabeled_rows
+    if labeled:
+        at, rows = places.labeled, places.labeled_rows
+    empty = values.new_zeros(rows, *values.shape[1:], dtype=torch.float32)
+    return empty.index_copy(0, at.to(values.device, non_blocking=True), values.float())
 
 
 def id_words(ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from hpdist.errors import ConfigError
 from tests.algorithm_runs import (
     GlobalBatch,
     Ran,
+    check_rotation,
     cross_entropy,
     global_batch,
     run,
@@ -171,11 +172,12 @@ def mixed(
 
 
 def views_of(batch: GlobalBatch, views: list[Tensor]) -> list[np.ndarray]:
-    return [view[batch.usable].double().numpy() for view in views]
+    return [view[batch.usable].flatten(1).double().numpy() for view in views]
 
 
 def check(ran: Ran, part: int, inputs: np.ndarray, slopes: np.ndarray) -> None:
-    np.testing.assert_allclose(ran.arrays("inputs")[part], inputs, atol=1e-5)
+    seen = ran.arrays("inputs")[part].reshape(inputs.shape)
+    np.testing.assert_allclose(seen, inputs, atol=1e-5)
     np.testing.assert_allclose(ran.arrays("gradients")[part], slopes, rtol=2e-3, atol=1e-7)
 
 
@@ -219,7 +221,7 @@ def test_mixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("unusable", [(), (0, 9, 12, 13, 14, 15)])
 def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
-    weights = {"unsupervised_weight": 2.0, "strong_weight": 0.7}
+    weights = {"unsupervised_weight": 2.0, "strong_weight": 0.7, "rotation_weight": 0.3}
     options = {"temperature": 0.6, "alpha": 0.8, "momentum": 0.3}
     algorithm = ReMixMatch(CLASSES, **weights, **options, ramp_steps=3, strong_views=3, groups=4)
     labels_average = predictions_average = np.full(CLASSES, 1 / CLASSES)
@@ -234,7 +236,7 @@ def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
         q = (q / q.sum(axis=1, keepdims=True)) ** (1 / 0.6)
         q /= q.sum(axis=1, keepdims=True)
         one_hot = np.eye(CLASSES)[batch.labels.numpy()]
-        x = batch.strong_labeled[0].double().numpy()
+        x = batch.strong_labeled[0].flatten(1).double().numpy()
         rows = mixed(batch, "remixmatch", 0.8, 4, 4, [x, weak, *strong])
         labels = mixed(batch, "remixmatch", 0.8, 4, 4, [one_hot, *[q] * 4])
         n, ramp = len(weak), min(step / 3, 1)
@@ -248,10 +250,14 @@ def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
             total += errors.sum() / (4 * n)
         errors, slopes = cross_entropy(strong[0] @ model, q)
         check(ran, 5, strong[0], ramp * 0.7 * slopes / n)
+        turned, turn_errors = check_rotation(ran, batch, "remixmatch", batch.strong[0], 0.3)
+        check(ran, 6, turned, np.zeros_like(slopes))
+        ran.gradients.pop()
         check_flow(ran, 6, step)
         assert ran.losses["unsupervised_loss"] == pytest.approx(total, rel=1e-4)
+        assert ran.losses["rotation_loss"] == pytest.approx(0.3 * turn_errors.mean(), rel=1e-4)
         assert ran.losses["strong_loss"] == pytest.approx(ramp * 0.7 * errors.mean(), rel=1e-4)
-        loss = losses.mean() + ramp * (2.0 * total + 0.7 * errors.mean())
+        loss = losses.mean() + ramp * (2.0 * total + 0.7 * errors.mean()) + 0.3 * turn_errors.mean()
         assert ran.losses["loss"] == pytest.approx(loss, rel=1e-4)
         labels_average = 0.3 * labels_average + 0.7 * one_hot.mean(axis=0)
         predictions_average = 0.3 * predictions_average + 0.7 * said.mean(axis=0)
@@ -266,6 +272,7 @@ CHANGES: list[tuple[str, dict[str, float]]] = [
     *(("remixmatch", {key: value}) for key, value in [("temperature", 0.8), ("alpha", 3.0)]),
     *(("remixmatch", {key: 2}) for key in ("unsupervised_weight", "groups", "strong_weight")),
     ("remixmatch", {"momentum": 0.2}),
+    ("remixmatch", {"rotation_weight": 2.0}),
     ("remixmatch", {"strong_views": 3}),
 ]
 

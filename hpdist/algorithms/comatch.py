@@ -1,0 +1,210 @@
+"""CoMatch: pseudo-labels smoothed by a memory, and a graph of them that embeddings follow."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpdist.algorithms.alignment import aligned, uniform_prior
+from hpdist.algorithms.banks import enqueued, in_use, log_shares, mean_of
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    supervised_loss,
+)
+from hpdist.algorithms.heads import projection
+from hpdist.algorithms.tables import spread
+from hpdist.algorithms.targets import soft_cross_entropy
+
+_HEAD = "projection"
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class CoMatchConfig(AlgorithmConfig):
+    """The paper's values for CIFAR-10; its bank holds five batches of 512 rows."""
+
+    name: Literal["comatch"] = "comatch"
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the pseudo-labels (lambda_cls)."""
+    contrast_weight: float = Field(1.0, ge=0)
+    """Weight of the graph (lambda_ctr); 0 leaves it out, with the second strong view."""
+    smoothing: float = Field(0.9, ge=0, le=1)
+    """What a row's own prediction counts beside those of its neighbours in the bank (alpha)."""
+    temperature: float = Field(0.2, gt=0)
+    """Of the similarity of embeddings (t)."""
+    graph_threshold: float = Field(0.8, ge=0, le=1)
+    """Similarity of two rows' pseudo-labels that makes them neighbours in the graph (T)."""
+    width: int = Field(64, gt=0)
+    """Of an embedding."""
+    bank: int = Field(2560, gt=0)
+    """Rows, labelled and unlabelled, that the memory holds (K)."""
+    alignment_steps: int = Field(32, gt=0)
+    """Steps whose mean prediction is made uniform."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> CoMatch:
+        """Make the algorithm, its state on `device`."""
+        return CoMatch(
+            num_classes,
+            threshold=self.threshold,
+            unsupervised_weight=self.unsupervised_weight,
+            contrast_weight=self.contrast_weight,
+            smoothing=self.smoothing,
+            temperature=self.temperature,
+            graph_threshold=self.graph_threshold,
+            width=self.width,
+            bank=self.bank,
+            alignment_steps=self.alignment_steps,
+            device=device,
+        )
+
+
+class CoMatch(Algorithm):
+    """L = L_x + lambda_cls mean_b 1[max q_b >= tau] H(q_b, p(s_b)) + lambda_ctr L_ctr.
+
+    p_b = p(weak(u_b)) is divided by the mean of p over the last steps, this one with them, and made
+    to sum to 1. With z an embedding of length 1 and (z_k, p_k) the rows in the bank, q_b = alpha
+    p_b + (1 - alpha) sum_k softmax_k(z_b z_k / t) p_k. Graph: W_bj = q_b q_j where that is at least
+    T, else 0, W_bb = 1, each row made to sum to 1. L_ctr = -mean_b sum_j W_bj log softmax_j(z_b
+    z'_j / t), z of the first strong view s and z' of the second. Sections 3.2 and 3.3 of the paper.
+
+    The bank holds the newest rows of the steps before: z of weak views, with p_b of unlabelled rows
+    and labels of labelled ones. Empty places count for nothing; while all are, q_b = p_b. The graph
+    is of the global batch: each rank computes all of it, and all of the q.
+    """
+
+    paper: ClassVar[str] = "Li, Xiong and Hoi 2021, arXiv:2011.11183"
+    head_names = (_HEAD,)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        threshold: float = 0.95,
+        unsupervised_weight: float = 1.0,
+        contrast_weight: float = 1.0,
+        smoothing: float = 0.9,
+        temperature: float = 0.2,
+        graph_threshold: float = 0.8,
+        width: int = 64,
+        bank: int = 2560,
+        alignment_steps: int = 32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.views = Views(  # type: ignore[misc]  # the number of views is an option
+            weak=1, strong=2 if contrast_weight > 0 else 1, labeled_targets=True
+        )
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.unsupervised_weight = unsupervised_weight
+        self.contrast_weight = contrast_weight
+        self.smoothing = smoothing
+        self.temperature = temperature
+        self.graph_threshold = graph_threshold
+        self.width = width
+        self.state = {
+            "embeddings": torch.zeros(bank, width, device=device),
+            "targets": torch.zeros(bank, num_classes, device=device),
+            "means": torch.zeros(alignment_steps, num_classes, device=device),
+        }
+        self._pseudo_labels = torch.zeros(0, num_classes)  # q of the global batch, 0 if unusable
+        self.discard()
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """The one that makes embeddings."""
+        return {_HEAD: projection(features, self.width)}
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Predictions or labels, and embeddings, of each row at its place in the global batch."""
+        assert weak.labels is not None
+        unlabeled, labeled = weak.heads[_HEAD]
+        one_hot = F.one_hot(weak.labels, self.num_classes)
+        return {
+            "probabilities": spread(weak, weak.probabilities),
+            "embeddings": spread(weak, unlabeled),
+            "labels": spread(weak, one_hot, labeled=True),
+            "labeled_embeddings": spread(weak, labeled, labeled=True),
+        }
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Make the pseudo-labels of the global batch by the bank, then put it into the bank."""
+        probabilities = sums["probabilities"]
+        usable = in_use(probabilities)
+        mean = probabilities.sum(dim=0, keepdim=True) / unlabeled_rows
+        old = self.state["means"]
+        (means,) = enqueued([old], in_use(old), [mean], torch.ones_like(usable[:1]))
+        prior = uniform_prior(self.num_classes, mean.device)
+        even = aligned(probabilities.clamp(min=_TINY).log(), mean_of(means), prior)
+        self._pseudo_labels = self._smoothed(even, sums["embeddings"]) * usable[:, None]
+        embeddings, targets = enqueued(
+            [self.state["embeddings"], self.state["targets"]],
+            in_use(self.state["targets"]),
+            [
+                torch.cat([sums["embeddings"], sums["labeled_embeddings"]]),
+                torch.cat([even, sums["labels"]]),
+            ],
+            torch.cat([usable, in_use(sums["labels"])]),
+        )
+        self.pending = {"embeddings": embeddings, "targets": targets, "means": means}
+
+    @property
+    def uses_student_statistics(self) -> bool:
+        """Whether there is a graph."""
+        return self.contrast_weight > 0
+
+    def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
+        """Embeddings of both strong views, at their rows' places in the global batch."""
+        if not self.uses_student_statistics:
+            return {}
+        assert outputs.weak is not None
+        first, second = outputs.heads[_HEAD].strong
+        return {"first": spread(outputs.weak, first), "second": spread(outputs.weak, second)}
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """The three terms, and the share of unlabelled rows that passed the threshold."""
+        assert outputs.weak is not None
+        assert outputs.weak.places is not None
+        at = outputs.weak.places.unlabeled.to(self._pseudo_labels.device, non_blocking=True)
+        targets = self._pseudo_labels[at]  # [unlabeled, classes]
+        mask = (targets.amax(dim=1) >= self.threshold).float()
+        losses = soft_cross_entropy(outputs.strong[0], targets) * mask
+        graph = {}
+        if self.uses_student_statistics:
+            contrast = self._contrast(student_sums) / outputs.unlabeled_rows
+            graph["contrastive_loss"] = self.contrast_weight * contrast
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight,
+            global_extras=graph,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
+
+    def _smoothed(self, probabilities: Tensor, embeddings: Tensor) -> Tensor:
+        """Predictions [rows, classes] mixed with those of the bank's rows that are near."""
+        bank, targets = self.state["embeddings"], self.state["targets"]
+        shares = log_shares(embeddings @ bank.T / self.temperature, in_use(targets)).exp()
+        mixed = self.smoothing * probabilities + (1 - self.smoothing) * (shares @ targets)
+        return torch.where(in_use(targets).any(), mixed, probabilities)
+
+    def _contrast(self, sums: Sums) -> Tensor:
+        """The graph's loss, summed over the rows of the global batch."""
+        usable = in_use(self._pseudo_labels)
+        graph = (self._pseudo_labels @ self._pseudo_labels.T).fill_diagonal_(1.0)  # [batch, batch]
+        graph = graph * (graph >= self.graph_threshold)
+        graph = graph / graph.sum(dim=1, keepdim=True)
+        logs = log_shares(sums["first"] @ sums["second"].T / self.temperature, usable)
+        return -((graph * logs).sum(dim=1) * usable).sum()

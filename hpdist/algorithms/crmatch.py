@@ -1,0 +1,124 @@
+"""CRMatch: FixMatch whose features tell a row's weak and strong view apart, and a rotation task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    masked_pseudo_label_loss,
+    supervised_loss,
+)
+from hpdist.algorithms.heads import flat_linear
+from hpdist.algorithms.rotation import HEAD as ROTATION
+from hpdist.algorithms.rotation import add_rotated, rotation_head, rotation_loss
+from hpdist.algorithms.targets import confident
+
+_DISTANCE = "distance"
+
+
+class CRMatchConfig(AlgorithmConfig):
+    """The paper's weights and threshold."""
+
+    name: Literal["crmatch"] = "crmatch"
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the pseudo-labels."""
+    distance_weight: float = Field(1.0, ge=0)
+    """Weight of the distance between features; 0 leaves it out, with a forward of each row."""
+    rotation_weight: float = Field(1.0, ge=0)
+    """Weight of the rotation task. It is for square images; 0 leaves it out, for others."""
+    width: int = Field(128, gt=0)
+    """Of the vectors whose distance it is."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> CRMatch:
+        """Make the algorithm; it has no state, so no argument matters."""
+        return CRMatch(
+            threshold=self.threshold,
+            unsupervised_weight=self.unsupervised_weight,
+            distance_weight=self.distance_weight,
+            rotation_weight=self.rotation_weight,
+            width=self.width,
+        )
+
+
+class CRMatch(Algorithm):
+    """L = L_x + lambda_u mean_b m_b H(argmax q_b, p(s_b)) + lambda_d L_d + lambda_r L_rot.
+
+    With views w and s = strong(u), q_b = p(w_b) and m_b = 1[max q_b >= tau]. L_d = mean_b m_b
+    max(0, cos(g(s_b), g(w_b))) pushes the views' features apart, up to a right angle: the classes
+    are to agree while the features keep what the augmentation did. g is a linear layer on the
+    features as they are, flattened: those before the last pooling if `model.features` names them.
+    Gradient goes through both, so w is seen once more with it. L_rot = mean_b H(onehot(a_b),
+    p_rot(w_b turned by a_b)), with an angle a of 0, 90, 180 or 270 degrees drawn for each row.
+    """
+
+    paper: ClassVar[str] = "Fan, Kukleva and Schiele 2021, arXiv:2112.05825"
+    views: ClassVar[Views] = Views(weak=1, strong=1)
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.95,
+        unsupervised_weight: float = 1.0,
+        distance_weight: float = 1.0,
+        rotation_weight: float = 1.0,
+        width: int = 128,
+    ) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.unsupervised_weight = unsupervised_weight
+        self.distance_weight = distance_weight
+        self.rotation_weight = rotation_weight
+        self.width = width
+        weights = {_DISTANCE: distance_weight, ROTATION: rotation_weight}
+        self.head_names = tuple(name for name, weight in weights.items() if weight > 0)
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """Those of the terms that have a weight."""
+        made = {_DISTANCE: flat_linear(features, self.width), ROTATION: rotation_head(features)}
+        return {name: made[name] for name in self.head_names}
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """The weak view too, as it is and turned."""
+        if self.distance_weight > 0:
+            inputs = replace(inputs, further=(*inputs.further, inputs.weak[0]))
+        if self.rotation_weight > 0:
+            inputs = add_rotated(inputs, inputs.weak[0], "crmatch")
+        return inputs
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """All terms, and the share of unlabelled rows that passed the threshold."""
+        assert outputs.weak is not None
+        mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
+        extras = {}
+        if self.distance_weight > 0:
+            said = outputs.heads[_DISTANCE]
+            near = F.cosine_similarity(said.strong[0], said.further[0], dim=1).clamp(min=0)
+            distance = (near * mask).sum() / outputs.unlabeled_rows
+            extras["distance_loss"] = self.distance_weight * distance
+        if self.rotation_weight > 0:
+            extras["rotation_loss"] = self.rotation_weight * rotation_loss(outputs)
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+            unsupervised_weight=self.unsupervised_weight,
+            extras=extras,
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )

@@ -1,0 +1,172 @@
+"""SimMatch: views agree on their class, and on which labelled rows they are near to."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpdist.algorithms.alignment import aligned, uniform_prior
+from hpdist.algorithms.banks import enqueued, in_use, log_shares, mean_of
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    supervised_loss,
+)
+from hpdist.algorithms.heads import projection
+from hpdist.algorithms.tables import id_words, ids_of, spread
+from hpdist.algorithms.targets import soft_cross_entropy
+
+_HEAD = "projection"
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class SimMatchConfig(AlgorithmConfig):
+    """The paper's values for CIFAR-10; how many steps are aligned is that of its released code."""
+
+    name: Literal["simmatch"] = "simmatch"
+    threshold: float = Field(0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = Field(1.0, ge=0)
+    """Weight of the pseudo-labels (lambda_u)."""
+    similarity_weight: float = Field(1.0, ge=0)
+    """Weight of the agreement on labelled rows (lambda_in)."""
+    smoothing: float = Field(0.9, ge=0, le=1)
+    """What a row's own prediction counts beside the labels that it is near to (alpha)."""
+    temperature: float = Field(0.1, gt=0)
+    """Of the similarity of embeddings (t)."""
+    width: int = Field(128, gt=0)
+    """Of an embedding."""
+    bank: int = Field(4096, gt=0)
+    """Labelled rows that are remembered; where there are more, the newest (K)."""
+    alignment_steps: int = Field(256, gt=0)
+    """Steps whose mean prediction is made uniform."""
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> SimMatch:
+        """Make the algorithm, its state on `device`."""
+        return SimMatch(
+            num_classes,
+            threshold=self.threshold,
+            unsupervised_weight=self.unsupervised_weight,
+            similarity_weight=self.similarity_weight,
+            smoothing=self.smoothing,
+            temperature=self.temperature,
+            width=self.width,
+            bank=self.bank,
+            alignment_steps=self.alignment_steps,
+            device=device,
+        )
+
+
+class SimMatch(Algorithm):
+    """L = L_x + lambda_u mean_b m_b H(q_b, p(s_b)) + lambda_in mean_b H(t'_b, t(s_b)).
+
+    With m_b = 1[max q_b >= tau]. p_b = p(w_b) of the weak view is divided by the mean of p over the
+    last steps, this one with them, and made to sum to 1. With z an embedding of length 1 and (z_k,
+    y_k) the labelled rows in the bank, t(v)_k = softmax_k(z(v) z_k / t). Aggregated: q_bc = alpha
+    p_bc + (1 - alpha) sum of t(w_b)_k over y_k = c. Unfolded: t'_bk = t(w_b)_k p_b,y_k, made to sum
+    to 1. Section 3 of the paper. What is said of weak views is the teacher's, and so are the z_k.
+
+    The bank holds each labelled row once, as it was when last seen in the steps before. Empty
+    places count for nothing; while all are, q_b = p_b and there is no third term.
+    """
+
+    paper: ClassVar[str] = "Zheng et al. 2022, arXiv:2203.06915"
+    views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True, teacher=True)
+    head_names = (_HEAD,)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        threshold: float = 0.95,
+        unsupervised_weight: float = 1.0,
+        similarity_weight: float = 1.0,
+        smoothing: float = 0.9,
+        temperature: float = 0.1,
+        width: int = 128,
+        bank: int = 4096,
+        alignment_steps: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.unsupervised_weight = unsupervised_weight
+        self.similarity_weight = similarity_weight
+        self.smoothing = smoothing
+        self.temperature = temperature
+        self.width = width
+        self.state = {
+            "embeddings": torch.zeros(bank, width, device=device),
+            "labels": torch.zeros(bank, device=device),  # and 1 more, so that 0 is an empty place
+            "ids": torch.zeros(bank, 2, device=device),  # in words
+            "means": torch.zeros(alignment_steps, num_classes, device=device),
+        }
+        self.discard()
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """The one that makes embeddings."""
+        return {_HEAD: projection(features, self.width)}
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """The sum of predictions, and what there is of each labelled row at its place."""
+        assert weak.labels is not None
+        assert weak.labeled_ids is not None
+        return {
+            "probabilities": weak.probabilities.sum(dim=0),
+            "embeddings": spread(weak, weak.heads[_HEAD][1], labeled=True),
+            "labels": spread(weak, weak.labels + 1, labeled=True),
+            "ids": spread(weak, id_words(weak.labeled_ids), labeled=True),
+        }
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Take the batch's mean prediction and its labelled rows into the banks."""
+        mean, means = sums["probabilities"] / unlabeled_rows, self.state["means"]
+        (means,) = enqueued([means], in_use(means), [mean[None]], torch.ones_like(mean[:1]) > 0)
+        names = ("embeddings", "labels", "ids")
+        old, new = [self.state[name] for name in names], [sums[name] for name in names]
+        ids = ids_of(sums["ids"])
+        again = (ids[:, None] == ids).triu(1).any(dim=1)  # comes once more in this batch
+        kept = (self.state["labels"] > 0) & ~torch.isin(ids_of(self.state["ids"]), ids)
+        bank = enqueued(old, kept, new, ~again)
+        self.pending = {**dict(zip(names, bank, strict=True)), "means": means}
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """The three terms, and the share of unlabelled rows that passed the threshold."""
+        weak = outputs.weak
+        assert weak is not None
+        prior = uniform_prior(self.num_classes, weak.logits.device)
+        predictions = aligned(weak.logits, mean_of(self.pending["means"]), prior)
+        known = self.state["labels"] > 0  # [bank]
+        labels = (self.state["labels"].long() - 1).clamp(min=0)
+        near = self._similarities(weak.heads[_HEAD][0])  # [unlabeled, bank]
+        shares = log_shares(near, known).exp() @ F.one_hot(labels, self.num_classes).float()
+        smoothed = self.smoothing * predictions + (1 - self.smoothing) * shares
+        targets = torch.where(known.any(), smoothed, predictions)  # [unlabeled, classes]
+        mask = (targets.amax(dim=1) >= self.threshold).float()
+        losses = soft_cross_entropy(outputs.strong[0], targets) * mask
+        unfolded = log_shares(near + predictions.clamp(min=_TINY).log()[:, labels], known).exp()
+        said = log_shares(self._similarities(outputs.heads[_HEAD].strong[0]), known)
+        apart = -(unfolded * said).sum() * known.any()
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised_weight=self.unsupervised_weight,
+            extras={"similarity_loss": self.similarity_weight * apart / outputs.unlabeled_rows},
+            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        )
+
+    def _similarities(self, embeddings: Tensor) -> Tensor:
+        """Of embeddings [rows, width] with the bank's, by the temperature; [rows, bank]."""
+        return embeddings @ self.state["embeddings"].T / self.temperature
