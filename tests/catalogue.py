@@ -30,7 +30,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vat": {"epsilon": 1.0, "ramp": 0.1},
     "uda": {"threshold": 0.14, "annealing": "linear"},
 }
-ADDON_SETTINGS: dict[str, dict[str, Any]] = {"debiaspl": {"momentum": 0.5}}
+ADDON_SETTINGS: dict[str, dict[str, Any]] = {
+    "abc": {"threshold": 0.15},
+    "debiaspl": {"momentum": 0.5},
+}
 RUN_STEPS = 40  # that ramps are made for
 
 
