@@ -53,12 +53,16 @@ def last_places(words: Tensor, filled: Tensor) -> dict[int, int]:
     return {row: place for place, row in enumerate(numbers) if row >= 0}
 
 
-def grown(tables: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Tables [rows, *] with room for `rows` rows, zeros behind; at least doubled if they grow."""
+def grown(tables: Mapping[str, Tensor], rows: int, expected: int | None) -> dict[str, Tensor]:
+    """Tables [rows, *] with room for `rows` rows, zeros behind.
+
+    They grow to as many as are `expected`, and beyond that by doubling.
+    """
     there = min(len(part) for part in tables.values())
     if rows <= there:
         return dict(tables)
-    more = max(rows, 2 * there, _FIRST_ROWS) - there
+    doubled = max(rows, 2 * there, _FIRST_ROWS)
+    more = (doubled if expected is None or rows > expected else expected) - there
     return {
         name: F.pad(part, (0, 0) * (part.dim() - 1) + (0, more)) for name, part in tables.items()
     }

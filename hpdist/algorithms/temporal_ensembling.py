@@ -59,8 +59,8 @@ class TemporalEnsembling(Ramped):
     no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
 
     Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB, or
-    200 MB in fp16, and up to twice that, for it grows by doubling as higher ids come. Checkpoints
-    hold it too. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
+    200 MB in fp16, and up to twice that where the number of rows is not known, for it grows by
+    doubling then. Checkpoints hold it too. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
     unlabelled row of the global batch. Which rows they are is waited for once a step.
     """
 
@@ -155,7 +155,7 @@ class TemporalEnsembling(Ramped):
         last = last_places(words, filled)
         if not last:
             return
-        self.table = grown(self.table, max(last) + 1)
+        self.table = grown(self.table, max(last) + 1, self.rows)
         device = predictions.device
         ids = torch.tensor(list(last)).to(device)
         new = predictions[torch.tensor(list(last.values())).to(device)]
