@@ -1,4 +1,4 @@
-"""Every algorithm of the catalogue, set so that all its parts act from the first steps on."""
+"""Every algorithm and add-on of the catalogue, set so that all parts act from the first steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig
-from hpdist.config import components
+from hpdist.algorithms.addon import AddOnConfig, build_algorithm
+from hpdist.config import component_names, components
 from tests.recipes import make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
@@ -41,15 +42,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 ADDON_SETTINGS: dict[str, dict[str, Any]] = {
     "crest": {"momentum": 0.5},
+    "abc": {"threshold": 0.15},
     "debiaspl": {"momentum": 0.5},
 }
 RUN_STEPS = 40  # that ramps are made for
 
 
+NAMES = [*component_names("algorithm"), *(f"fixmatch {name}" for name in component_names("addon"))]
+
+
 def build(name: str) -> Algorithm:
-    """An algorithm for ten classes."""
+    """An algorithm for ten classes; behind its name, add-ons from the innermost on."""
+    name, *addons = name.split()
     configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
-    return configs[name](name=name, **SETTINGS.get(name, {})).build(10, steps=RUN_STEPS)
+    around = cast(dict[str, type[AddOnConfig]], components("addon"))
+    algorithm = build_algorithm(
+        configs[name](name=name, **SETTINGS.get(name, {})),
+        [around[addon](name=addon, **ADDON_SETTINGS.get(addon, {})) for addon in addons],
+        10,
+        steps=RUN_STEPS,
+    )
+    algorithm.class_counts = torch.arange(10.0, 0.0, -1.0)
+    return algorithm
 
 
 def run(name: str, steps: int, **options: Any) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpdist.algorithms.adamatch import AdaMatch
 from hpdist.algorithms.addon import AddOn, AddOnConfig
+from hpdist.algorithms.auxiliary_balanced import ABC
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -52,6 +53,7 @@ from hpdist.algorithms.vat import VAT
 from hpdist.config import components
 
 __all__ = [
+    "ABC",
     "ICT",
     "UDA",
     "VAT",

@@ -35,9 +35,11 @@ class DebiasPLConfig(AddOnConfig):
 class DebiasPL(AddOn):
     """Targets from z - lambda log p^, losses on unlabelled rows of z + lambda log p^.
 
-    p^_c is the moving average over steps, per class, of the mean prediction on the weak views of
-    the global batch, from the logits as they are; uniform at first. The first is the paper's
-    debiased pseudo-label, the second its adaptive marginal loss. p^ is that before the step.
+    p^_c is the moving average over steps, per class, of the mean prediction on the first weak view
+    of the global batch, from the logits as they are; uniform at first. The first is the paper's
+    debiased pseudo-label, the second its adaptive marginal loss. p^ is that before the step, in
+    both; the released code's margin has this batch in it already. Labelled rows, and inputs of the
+    inner algorithm's own making, are left as they are.
     """
 
     name: ClassVar[str] = "debiaspl"

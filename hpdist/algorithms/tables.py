@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hpdist.algorithms.base import WeakOutputs
 from hpdist.errors import ConfigError
@@ -19,6 +20,7 @@ UNSEEN = -2
 NEVER = -1
 """The label of a row that was used and never got one."""
 
+_FIRST_ROWS = 1024
 _LOW = 24  # bits: an fp32 holds integers of so many exactly
 
 
@@ -45,6 +47,31 @@ def ids_of(words: Tensor) -> Tensor:
     """The ids of their words [rows, 2], int64 [rows]."""
     high, low = words.round().long().unbind(dim=1)
     return (high << _LOW) | low
+
+
+def last_places(words: Tensor, filled: Tensor) -> dict[int, int]:
+    """Where in the global batch each row id is, the last place of one that is there twice.
+
+    `words` [global batch, 2] are the summed `id_words`; `filled` [global batch] says which places
+    have a row. Waits for the device.
+    """
+    numbers = torch.where(filled, ids_of(words), -1).tolist()
+    return {row: place for place, row in enumerate(numbers) if row >= 0}
+
+
+def grown(tables: Mapping[str, Tensor], rows: int, expected: int | None) -> dict[str, Tensor]:
+    """Tables [rows, *] with room for `rows` rows, zeros behind.
+
+    They grow to as many as are `expected`, and beyond that by doubling.
+    """
+    there = min(len(part) for part in tables.values())
+    if rows <= there:
+        return dict(tables)
+    doubled = max(rows, 2 * there, _FIRST_ROWS)
+    more = (doubled if expected is None or rows > expected else expected) - there
+    return {
+        name: F.pad(part, (0, 0) * (part.dim() - 1) + (0, more)) for name, part in tables.items()
+    }
 
 
 class LabelTable:

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     AlgorithmConfig,
@@ -20,10 +19,8 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.tables import id_words, ids_of, spread
+from hpdist.algorithms.tables import grown, id_words, last_places, spread
 from hpdist.algorithms.targets import squared_error
-
-_FIRST_ROWS = 1024
 
 
 class TemporalEnsemblingConfig(AlgorithmConfig):
@@ -62,8 +59,8 @@ class TemporalEnsembling(Ramped):
     no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
 
     Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB, or
-    200 MB in fp16, and up to twice that, for it grows by doubling as higher ids come. Checkpoints
-    hold it too. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
+    200 MB in fp16, and up to twice that where the number of rows is not known, for it grows by
+    doubling then. Checkpoints hold it too. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
     unlabelled row of the global batch. Which rows they are is waited for once a step.
     """
 
@@ -155,11 +152,10 @@ class TemporalEnsembling(Ramped):
 
     def _write(self, predictions: Tensor, words: Tensor) -> None:
         filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
-        numbers = torch.where(filled, ids_of(words), -1).tolist()  # waits for the device
-        last = {row: place for place, row in enumerate(numbers) if row >= 0}
+        last = last_places(words, filled)
         if not last:
             return
-        self._grow(max(last) + 1)
+        self.table = grown(self.table, max(last) + 1, self.rows)
         device = predictions.device
         ids = torch.tensor(list(last)).to(device)
         new = predictions[torch.tensor(list(last.values())).to(device)]
@@ -167,13 +163,3 @@ class TemporalEnsembling(Ramped):
         moved = averages[ids].float().lerp(new, 1 - self.momentum)
         averages[ids] = moved.to(averages.dtype)
         counts[ids] += 1
-
-    def _grow(self, rows: int) -> None:
-        """Make room for `rows` rows, at least twice as much as there was."""
-        there = len(self.table["counts"])
-        if rows > there:
-            more = max(rows, 2 * there, _FIRST_ROWS) - there
-            self.table = {
-                name: F.pad(part, (0, 0) * (part.dim() - 1) + (0, more))
-                for name, part in self.table.items()
-            }

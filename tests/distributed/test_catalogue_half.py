@@ -1,11 +1,11 @@
-"""Every algorithm trains in fp16 under ZeRO-2 and ZeRO-3, on a curve close to the one in fp32."""
+"""Every algorithm and add-on trains in fp16 under ZeRO-2 and ZeRO-3, close to its curve in fp32."""
 
 from __future__ import annotations
 
 import pytest
 
-from hpdist.config import LossScale, component_names
-from tests.catalogue import finite, run
+from hpdist.config import LossScale
+from tests.catalogue import NAMES, finite, run
 from tests.ranks import run_ranks
 
 STEPS = 5
@@ -15,8 +15,7 @@ Curves = dict[str, list[dict[str, float]]]
 def curves(stage: int | None, precision: str) -> Curves:
     scale = LossScale(initial=2.0**8)
     return {
-        name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale)
-        for name in component_names("algorithm")
+        name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale) for name in NAMES
     }
 
 
@@ -30,7 +29,7 @@ def half(request: pytest.FixtureRequest) -> Curves:
     return run_ranks(2, curves, request.param, "fp16")[0]
 
 
-@pytest.mark.parametrize("name", component_names("algorithm"))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_curve_is_that_of_fp32(reference: Curves, half: Curves, name: str) -> None:
     assert finite(half[name])
     assert all(record["applied"] for record in half[name][:-1])

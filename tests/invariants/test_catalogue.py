@@ -1,11 +1,10 @@
-"""Every algorithm gives the same curve on 1, 2 and 4 ranks, with and without accumulation."""
+"""Every algorithm and add-on: one curve on 1, 2 and 4 ranks, with and without accumulation."""
 
 from __future__ import annotations
 
 import pytest
 
-from hpdist.config import component_names
-from tests.catalogue import run
+from tests.catalogue import NAMES, run
 from tests.ranks import run_ranks
 
 STEPS = 6
@@ -16,7 +15,7 @@ def curves() -> Curves:
     return {
         (name, micro_batches): run(name, STEPS, micro_batches=micro_batches)
         for micro_batches in (1, 2)
-        for name in component_names("algorithm")
+        for name in NAMES
     }
 
 
@@ -26,7 +25,7 @@ def by_ranks() -> dict[int, Curves]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", component_names("algorithm"))
+@pytest.mark.parametrize("name", NAMES)
 def test_ranks_and_accumulation_do_not_matter(
     by_ranks: dict[int, Curves], name: str, ranks: int
 ) -> None:
@@ -37,7 +36,7 @@ def test_ranks_and_accumulation_do_not_matter(
             assert record == pytest.approx(wanted, rel=2e-4, abs=2e-6), (step, micro_batches)
 
 
-@pytest.mark.parametrize("name", component_names("algorithm"))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_part_of_it_does_something(by_ranks: dict[int, Curves], name: str) -> None:
     curve = by_ranks[1][name, 1][:-1]
     assert len({record["loss"] for record in curve}) == STEPS
