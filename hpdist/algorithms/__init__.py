@@ -37,6 +37,7 @@ from hpdist.algorithms.mixmatch import MixMatch
 from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
+from hpdist.algorithms.regmixmatch import RegMixMatch
 from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.softmatch import SoftMatch
@@ -71,6 +72,7 @@ __all__ = [
     "PseudoLabel",
     "ReFixMatch",
     "ReMixMatch",
+    "RegMixMatch",
     "SequenceMatch",
     "SoftMatch",
     "StudentOutputs",
