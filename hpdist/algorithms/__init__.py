@@ -42,6 +42,7 @@ from hpdist.algorithms.noisy_student import NoisyStudent
 from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
 from hpdist.algorithms.refixmatch import ReFixMatch
+from hpdist.algorithms.regmixmatch import RegMixMatch
 from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.simmatch import SimMatch
@@ -82,6 +83,7 @@ __all__ = [
     "PseudoLabel",
     "ReFixMatch",
     "ReMixMatch",
+    "RegMixMatch",
     "SequenceMatch",
     "SimMatch",
     "SoftMatch",

@@ -71,8 +71,8 @@ def draw_mixing(
         places.noise(f"{name} {kind} {copy}", 1 + BETA_NUMBERS, labeled=kind == "labeled")
         for kind, copy in views
     ]
-    of_labeled = _groups(places.labeled, places.labeled_rows, groups)
-    of_unlabeled = _groups(places.unlabeled, places.unlabeled_rows, groups)
+    of_labeled = group_of(places.labeled, places.labeled_rows, groups)
+    of_unlabeled = group_of(places.unlabeled, places.unlabeled_rows, groups)
     of_rows = torch.cat([of_labeled] * labeled + [of_unlabeled] * unlabeled)
     numbers = torch.cat(noise)  # [rows, 1 + BETA_NUMBERS]
     partners = draw_partners(of_rows, numbers[:, 0])
@@ -124,7 +124,7 @@ def _log_gamma_draw(numbers: Tensor, shape: float) -> Tensor:
     return math.log(d) + log_v + small
 
 
-def _groups(positions: Tensor, rows: int, groups: int) -> Tensor:
+def group_of(positions: Tensor, rows: int, groups: int) -> Tensor:
     """The group of each position of a global batch, int64 [rows]."""
     return positions * groups // max(rows, 1)
 
