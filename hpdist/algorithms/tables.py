@@ -183,11 +183,7 @@ class RowTable:
         """Set rows; waits for the device."""
         if not len(ids):
             return
-        needed, length = int(ids.max()) + 1, len(self.values)
-        if needed > length:
-            grown = self.values.new_zeros(max(needed, 2 * length), self.values.shape[1])
-            grown[:length] = self.values
-            self.values = grown
+        self.values = grown({"": self.values}, int(ids.max()) + 1, None)[""]
         self.values[ids] = values.to(self.values.dtype)
 
     def read(self, ids: Tensor) -> Tensor:
