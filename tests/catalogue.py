@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
 import torch
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.algorithms.addon import AddOnConfig, build_algorithm
 from hpdist.config import component_names, components
-from tests.recipes import make_model, make_step, train
+from tests.recipes import digits, make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ict": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "mean_teacher": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "mixmatch": {"ramp": 0.1},
+    "noisy_student": {"threshold": 0.2},
     "pi_model": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "pseudo_label": {"threshold": 0.14, "ramp": 0.1},
     "refixmatch": {"threshold": 0.15},
@@ -58,6 +60,27 @@ RUN_STEPS = 40  # that ramps are made for
 
 
 NAMES = [*component_names("algorithm"), *(f"fixmatch {name}" for name in component_names("addon"))]
+FEW = {  # that together do all that an algorithm can do to a step
+    "comatch",
+    "fixmatch abc",
+    "fixmatch reconstruction",
+    "freematch",
+    "ladder",
+    "mean_teacher",
+    "mixmatch",
+    "noisy_student",
+    "remixmatch",
+    "simmatch",
+    "temporal_ensembling",
+    "vat",
+}
+PARTS = {"few": [n for n in NAMES if n in FEW], "others": [n for n in NAMES if n not in FEW]}
+CASES = [
+    pytest.param(part, name, id=name, marks=[] if part == "few" else pytest.mark.slow)
+    for part, names in PARTS.items()
+    for name in names
+]
+"""Part and name of each; what takes long by default only of a few."""
 
 
 def build(name: str) -> Algorithm:
@@ -72,6 +95,11 @@ def build(name: str) -> Algorithm:
         steps=RUN_STEPS,
     )
     algorithm.class_counts = torch.arange(10.0, 0.0, -1.0)
+    if algorithm.generations > 1:  # as after the first
+        ids = torch.arange(len(digits()[1]))
+        said = (ids[:, None] * (1 + torch.arange(10))).sin().softmax(dim=1)
+        algorithm.take_labels(ids, said)
+        algorithm.begin_generation()
     return algorithm
 
 

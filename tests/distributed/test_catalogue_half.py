@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from hpdist.config import LossScale
-from tests.catalogue import NAMES, finite, run
+from tests.catalogue import CASES, PARTS, finite, run
 from tests.ranks import run_ranks
 
 STEPS = 5
 Curves = dict[str, list[dict[str, float]]]
 
 
-def curves(stage: int | None, precision: str) -> Curves:
+def curves(part: str, stage: int | None, precision: str) -> Curves:
     scale = LossScale(initial=2.0**8)
     return {
-        name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale) for name in NAMES
+        name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale)
+        for name in PARTS[part]
     }
 
 
-@pytest.fixture(scope="module")
-def reference() -> Curves:
-    return run_ranks(1, curves, None, "fp32")[0]
+@cache
+def on_ranks(ranks: int, part: str, stage: int | None, precision: str) -> Curves:
+    return run_ranks(ranks, curves, part, stage, precision, timeout=900)[0]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def half(request: pytest.FixtureRequest) -> Curves:
-    return run_ranks(2, curves, request.param, "fp16")[0]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_curve_is_that_of_fp32(reference: Curves, half: Curves, name: str) -> None:
-    assert finite(half[name])
-    assert all(record["applied"] for record in half[name][:-1])
-    losses = [record["loss"] for record in half[name][:-1]]
-    expected = [record["loss"] for record in reference[name][:-1]]
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("part", "name"), CASES)
+def test_the_curve_is_that_of_fp32(part: str, name: str, stage: int) -> None:
+    half = on_ranks(2, part, stage, "fp16")[name]
+    reference = on_ranks(1, part, None, "fp32")[name]
+    assert finite(half)
+    assert all(record["applied"] for record in half[:-1])
+    losses = [record["loss"] for record in half[:-1]]
+    expected = [record["loss"] for record in reference[:-1]]
     assert losses == pytest.approx(expected, rel=0.03, abs=0.01)
