@@ -60,8 +60,9 @@ class TemporalEnsembling(Ramped):
 
     Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB, or
     200 MB in fp16, and up to twice that where the number of rows is not known, for it grows by
-    doubling then. Checkpoints hold it too. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
-    unlabelled row of the global batch. Which rows they are is waited for once a step.
+    doubling then. Checkpoints hold it too. A step's predictions reach all ranks with its other
+    sums, as C + 2 floats for each unlabelled row of the global batch. Which rows they are is waited
+    for once a step.
     """
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
