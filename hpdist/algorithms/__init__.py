@@ -24,6 +24,7 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.darp import DARP
 from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
@@ -49,6 +50,7 @@ from hpdist.config import components
 
 __all__ = [
     "ABC",
+    "DARP",
     "ICT",
     "UDA",
     "VAT",
