@@ -27,6 +27,7 @@ from hpdist.algorithms.base import (
 from hpdist.algorithms.comatch import CoMatch
 from hpdist.algorithms.crest import CReST
 from hpdist.algorithms.crmatch import CRMatch
+from hpdist.algorithms.darp import DARP
 from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
@@ -55,6 +56,7 @@ from hpdist.config import components
 
 __all__ = [
     "ABC",
+    "DARP",
     "ICT",
     "UDA",
     "VAT",
