@@ -76,6 +76,7 @@ def global_batch(
 def make_heads(algorithm: Algorithm) -> dict[str, torch.nn.Module]:
     """Those that it wants, the same in every call."""
     torch.manual_seed(3)
+    algorithm.input_shape = torch.Size([FEATURES])
     made = algorithm.heads(torch.Size([FEATURES]))
     return {name: made[name] for name in algorithm.head_names}
 
