@@ -39,7 +39,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vat": {"epsilon": 1.0, "ramp": 0.1},
     "uda": {"threshold": 0.14, "annealing": "linear"},
 }
-ADDON_SETTINGS: dict[str, dict[str, Any]] = {"debiaspl": {"momentum": 0.5}}
+ADDON_SETTINGS: dict[str, dict[str, Any]] = {
+    "debiaspl": {"momentum": 0.5},
+    "reconstruction": {"patch": 2, "hidden": 16},
+}
 RUN_STEPS = 40  # that ramps are made for
 
 
