@@ -83,6 +83,7 @@ def global_batch(
 def make_heads(algorithm: Algorithm, features: int = FEATURES) -> dict[str, torch.nn.Module]:
     """Those that it wants, the same in every call."""
     torch.manual_seed(3)
+    algorithm.input_shape = torch.Size([features])
     made = algorithm.heads(torch.Size([features]))
     return {name: made[name] for name in algorithm.head_names}
 

@@ -56,6 +56,7 @@ ADDON_SETTINGS: dict[str, dict[str, Any]] = {
     "abc": {"threshold": 0.15},
     "darp": {"warmup": 0.05, "every": 2},
     "debiaspl": {"momentum": 0.5},
+    "reconstruction": {"patch": 2, "hidden": 16},
 }
 RUN_STEPS = 40  # that ramps are made for
 

@@ -42,6 +42,7 @@ from hpdist.algorithms.mixmatch import MixMatch
 from hpdist.algorithms.noisy_student import NoisyStudent
 from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
+from hpdist.algorithms.reconstruction import Reconstruction
 from hpdist.algorithms.refixmatch import ReFixMatch
 from hpdist.algorithms.regmixmatch import RegMixMatch
 from hpdist.algorithms.remixmatch import ReMixMatch
@@ -85,6 +86,7 @@ __all__ = [
     "PseudoLabel",
     "ReFixMatch",
     "ReMixMatch",
+    "Reconstruction",
     "RegMixMatch",
     "SequenceMatch",
     "SimMatch",
@@ -198,6 +200,7 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
 def _heads(algorithm: Algorithm, rows: int, labeled_rows: int) -> dict[str, HeadOutputs]:
     """What untrained heads say of as many rows."""
     views, heads = algorithm.views, {}
+    algorithm.input_shape = _FEATURES
     for name, head in algorithm.heads(_FEATURES).items():
         with torch.no_grad():
             row = head(torch.zeros(1, *_FEATURES))

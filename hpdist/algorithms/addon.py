@@ -60,6 +60,7 @@ class AddOn(Algorithm):
     name: ClassVar[str] = ""
     rows: Any = _OfBase()
     class_counts: Any = _OfBase()
+    input_shape: Any = _OfBase()
     sound: Any = _OfBase()
 
     def __init__(self, base: Algorithm, own_state: Mapping[str, Tensor] | None = None) -> None:

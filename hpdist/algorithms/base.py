@@ -242,6 +242,8 @@ class Algorithm:
         """How many unlabelled rows there are, where that is known; set before the first step."""
         self.class_counts: Tensor | None = None
         """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
+        self.input_shape: torch.Size | None = None
+        """Of one row as the model sees it; set before `heads` is asked."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 

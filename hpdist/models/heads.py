@@ -103,6 +103,7 @@ def with_heads(
 
     Raises ConfigError where the model has no such submodule or no linear layer.
     """
+    algorithm.input_shape = example.shape[1:]
     missing = [name for name in algorithm.head_names if name not in columns_of(model)]
     if not missing:
         return model
