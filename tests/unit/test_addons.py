@@ -191,7 +191,7 @@ def check(ran: Ran, judged: Judged) -> None:
 def batch_of(algorithm: Algorithm, step: int) -> GlobalBatch:
     """One whose model leans towards class 1, in some steps with rows that cannot be used."""
     batch = global_batch(algorithm, step, unusable=(1, 4, 5, 6, 7) if step % 2 else ())
-    batch.student[:, 1] += 0.5 * batch.weak[0].mean(dim=0)
+    batch.student[:, 1] += 0.5 * batch.weak[0].flatten(1).mean(dim=0)
     return batch
 
 
@@ -384,10 +384,13 @@ def abc_batch(algorithm: Algorithm, step: int) -> GlobalBatch:
 
 
 def plain_batch(batch: GlobalBatch, algorithm: Algorithm) -> GlobalBatch:
-    """The same with no more views than the algorithm asks for."""
+    """The same with no more views and heads than the algorithm asks for."""
     views = algorithm.views
     return replace(
-        batch, weak=batch.weak[: views.weak], strong=batch.strong[: views.strong], heads={}
+        batch,
+        weak=batch.weak[: views.weak],
+        strong=batch.strong[: views.strong],
+        heads={name: batch.heads[name] for name in algorithm.head_names},
     )
 
 
