@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "cifar10": {
         "config": "cifar10_fixmatch.yaml",
-        "steps": 600,
+        "steps": 300,
         "settings": {
             "model": {"name": "cnn", "width": 16},
             "data.labeled.labels_per_class": 40,
