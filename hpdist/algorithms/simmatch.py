@@ -30,7 +30,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class SimMatchConfig(AlgorithmConfig):
-    """The paper's values for CIFAR-10; how many steps are aligned is that of its released code."""
+    """The paper's values for CIFAR-10; how many steps are aligned is that of common benchmarks."""
 
     name: Literal["simmatch"] = "simmatch"
     threshold: float = Field(0.95, ge=0, le=1)
