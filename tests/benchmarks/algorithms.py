@@ -71,9 +71,9 @@ def cases(which: str) -> dict[str, dict[str, Any]]:
     for name, component in components("algorithm").items():
         options = dict(SHORT.get(name, {}))
         threshold = component.model_fields.get("threshold")
-        if "threshold" in RECIPES[which] and threshold and name != "adamatch":
-            if threshold.default >= 0.8:
-                options["threshold"] = RECIPES[which]["threshold"]
+        high = threshold is not None and threshold.default >= 0.8 and name != "adamatch"
+        if high and "threshold" in RECIPES[which]:
+            options["threshold"] = RECIPES[which]["threshold"]
         if name != "fully_supervised":
             found[name] = {"algorithm": {"name": name, **options}}
     if "ladder" in found:
