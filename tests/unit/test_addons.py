@@ -569,13 +569,23 @@ def aligned(said: np.ndarray, amounts: np.ndarray, alpha: float, rounds: int) ->
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 2.0, 6.0])
-@pytest.mark.parametrize(("rows", "alpha", "rounds"), [(60, 2.0, 10), (60, 0.7, 1), (5, 4.0, 3)])
+@pytest.mark.parametrize(
+    ("rows", "alpha", "rounds"), [(60, 2.0, 10), (60, 0.7, 1), (5, 4.0, 3), (5, 0.7, 3)]
+)
 def test_refinement_by_the_formula(rows: int, sharpness: float, alpha: float, rounds: int) -> None:
     noise = np.random.default_rng(rows)
     said = softmax(sharpness * noise.normal(size=(rows, CLASSES)) + np.arange(CLASSES))
     amounts = rows * np.array([0.4, 0.3, 0.15, 0.1, 0.05])
     found = refined(torch.tensor(said), torch.tensor(amounts), alpha, rounds).numpy()
     np.testing.assert_allclose(found, aligned(said, amounts, alpha, rounds), rtol=1e-6, atol=1e-12)
+
+
+def test_of_equal_rows_the_first_keep_a_class() -> None:
+    said = np.tile(softmax(np.arange(CLASSES)[None] / 3), (300, 1))
+    amounts = 300 * np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    found = refined(torch.tensor(said), torch.tensor(amounts), 1.0, 5).numpy()
+    np.testing.assert_allclose(found, aligned(said, amounts, 1.0, 5), rtol=1e-6, atol=1e-12)
+    assert found[0, 4] > 10 * found[20, 4]
 
 
 def test_refinement_is_the_nearest_table_with_the_sums() -> None:
@@ -620,6 +630,7 @@ def test_darp(name: str) -> None:
         batch = batch_of(algorithm, step)
         if step == 6:
             batch.ids[3] = batch.ids[2]
+            batch.ids[8], batch.ids[9] = 5000, 1024  # beyond the table as it is
         ran = run(algorithm, batch)
         seen = said(batch, ran)
         ids = batch.ids[batch.usable].tolist()
