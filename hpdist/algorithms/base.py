@@ -225,6 +225,8 @@ class Algorithm:
     divide them, so that no row needs another rank's. None: it combines none."""
     head_names: tuple[str, ...] = ()
     """Outputs that its loss uses beside the logits; `heads` makes what the model has not."""
+    heads_hint: str = "before prepare: model = hpdist.with_heads(model, algorithm, example)"
+    """What to do where a model has none of them."""
     predicts: str | None = None
     """The head whose outputs are the predictions after training; by default the model's own."""
 
