@@ -137,8 +137,8 @@ class SemiSupervisedStep:
         missing = [name for name in algorithm.head_names if name not in self._heads]
         if missing:
             raise ConfigError(
-                f"{type(algorithm).__name__} needs the heads {', '.join(missing)}; before prepare: "
-                "model = hpdist.with_heads(model, algorithm, example)"
+                f"{type(algorithm).__name__} needs the heads {', '.join(missing)}, which the model "
+                f"has not; {algorithm.heads_hint}"
             )
         self._noted = torch.zeros(2)
         alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed

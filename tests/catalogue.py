@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flexmatch": {"threshold": 0.15, "warmup": False, "unsupervised_weight": 0.1},
     "freematch": {"momentum": 0.5, "fairness_weight": 0.05},
     "ict": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "ladder": {"layer_weights": [10.0, 1.0, 0.1]},
     "mean_teacher": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "mixmatch": {"ramp": 0.1},
     "noisy_student": {"threshold": 0.2},
@@ -58,6 +59,8 @@ ADDON_SETTINGS: dict[str, dict[str, Any]] = {
     "debiaspl": {"momentum": 0.5},
     "reconstruction": {"patch": 2, "hidden": 16},
 }
+NORMALISED = {"ladder"}
+"""Those whose model normalises over the rows of a pass, which micro-batches make smaller."""
 RUN_STEPS = 40  # that ramps are made for
 
 

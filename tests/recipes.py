@@ -12,13 +12,13 @@ from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, MeanTeacher, Supervised
+from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Ladder, MeanTeacher, Supervised
 from hpdist.config import LossScale
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed import launch
 from hpdist.distributed.batch_norm import global_batch_norm
-from hpdist.models import CNN
+from hpdist.models import CNN, LadderMLP
 from hpdist.models.heads import with_heads
 from hpdist.step import SemiSupervisedStep
 
@@ -60,9 +60,12 @@ def slice_of(batch: Any, rank: int, ranks: int) -> Any:
 
 
 def make_model(algorithm: Algorithm, norm: str = "group") -> nn.Module:
-    """A small CNN for digits, with the heads that the algorithm wants."""
+    """A small CNN for digits, or a ladder network, with the heads that the algorithm wants."""
     torch.manual_seed(0)
-    model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
+    if isinstance(algorithm, Ladder):
+        model: nn.Module = LadderMLP(64, [32], 10, noise=0.0)
+    else:
+        model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
     return with_heads(model, algorithm, torch.zeros(2, 1, 8, 8))
 
 

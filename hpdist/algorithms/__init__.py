@@ -36,6 +36,7 @@ from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.ict import ICT
+from hpdist.algorithms.ladder import Ladder
 from hpdist.algorithms.logit_adjustment import LogitAdjustment
 from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.mixmatch import MixMatch
@@ -77,6 +78,7 @@ __all__ = [
     "FixMatch",
     "FlexMatch",
     "FreeMatch",
+    "Ladder",
     "LogitAdjustment",
     "LossTerms",
     "MeanTeacher",

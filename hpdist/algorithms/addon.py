@@ -72,6 +72,7 @@ class AddOn(Algorithm):
         self.paper = base.paper  # type: ignore[misc]
         self.groups = base.groups
         self.head_names = base.head_names
+        self.heads_hint = base.heads_hint
         self.predicts = base.predicts
         self.generations = base.generations
 

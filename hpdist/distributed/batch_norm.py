@@ -82,6 +82,17 @@ class GlobalBatchNorm(_BatchNorm):
             self._seen.append((elements, mean, variance))
         return normalised
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def alike(self, rows: Tensor, others: Tensor) -> Tensor:
+        """Normalise `others` by the global batch's statistics of `rows`, fp32 [rows, channels].
+
+        Both are [rows, channels], and gradient flows to both; nothing is remembered of it. It is
+        collective where forward is.
+        """
+        segments = self.segments or (len(rows),)
+        pairs = zip(rows.split(segments), others.split(segments), strict=True)
+        return torch.cat([_alike(*pair, self.eps) for pair in pairs])
+
     @torch.no_grad()
     def commit(self) -> None:
         """Move the running statistics towards those of all rows seen since the last commit."""
@@ -116,6 +127,44 @@ def _combine(seen: list[_Seen]) -> tuple[Tensor, Tensor]:
         torch.zeros(()),
     )
     return mean, variance
+
+
+def _alike(rows: Tensor, others: Tensor, eps: float) -> Tensor:
+    rows = rows.float()
+    count = max(len(rows), 1)
+    own_mean = rows.sum(dim=0) / count  # of no rows 0, with a gradient: all ranks go backward alike
+    own_variance = (rows - own_mean).square().sum(dim=0) / count
+    own = torch.cat([own_mean, own_variance, own_mean.new_tensor([float(len(rows))])])
+    means, variances, counts = _gathered(own).split([len(own_mean), len(own_mean), 1], dim=1)
+    total = counts.sum().clamp(min=1)
+    mean = (counts * means).sum(dim=0) / total
+    variance = (counts * (variances + (means - mean).square())).sum(dim=0) / total
+    normalised: Tensor = (others.float() - mean) * (variance + eps).rsqrt()
+    return normalised
+
+
+def _gathered(own: Tensor) -> Tensor:
+    """Every rank's vector, [ranks, *], with gradient."""
+    if world_size() == 1:
+        return own[None]
+    function: Any = _Gather.apply
+    return cast(Tensor, function(own))
+
+
+class _Gather(torch.autograd.Function):
+    """One all-gather forward, one all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        everyone = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(everyone, own)
+        return torch.stack(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        grad = grad_outputs[0].contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
 
 
 class _NormaliseGlobally(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 from hpdist.models.build import ModelConfig, build_model
 from hpdist.models.cnn import CNN
+from hpdist.models.ladder import LadderMLP
 from hpdist.models.mlp import MLP
 from hpdist.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "MLP", "ModelConfig", "WideResNet", "build_model"]
+__all__ = ["CNN", "MLP", "LadderMLP", "ModelConfig", "WideResNet", "build_model"]

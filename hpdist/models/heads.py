@@ -25,7 +25,8 @@ class WithHeads(nn.Module):
         heads: Modules from features [rows, *features] to [rows, width].
         features: The submodule of `model` whose output the features are; by default what its last
             linear layer is given.
-        columns: The width of every head, in the order of `heads`.
+        columns: The width of every output behind the logits: the model's own, then of every head
+            in the order of `heads`.
         predicts: The head to use in evaluation in place of the logits.
     """
 
@@ -101,7 +102,8 @@ def with_heads(
         features: The submodule whose output the features are; by default what the last linear layer
             is given.
 
-    Raises ConfigError where the model has no such submodule or no linear layer.
+    Raises ConfigError where the model has no such submodule or no linear layer, or lacks an output
+    that only a model can make.
     """
     algorithm.input_shape = example.shape[1:]
     missing = [name for name in algorithm.head_names if name not in columns_of(model)]
@@ -122,17 +124,26 @@ def with_heads(
                 )
             feature = kept[-1].float()
             made = algorithm.heads(feature.shape[1:])
+            _check_made(algorithm, [name for name in missing if name not in made])
             heads = {name: made[name] for name in missing}
             columns = {name: head(feature).shape[1] for name, head in heads.items()}
     finally:
         model.train(training)
-    return WithHeads(model, heads, where, columns, algorithm.predicts)
+    return WithHeads(model, heads, where, columns_of(model) | columns, algorithm.predicts)
 
 
 def columns_of(model: nn.Module) -> dict[str, int]:
     """The width of every output that a model gives behind its logits in training, by name."""
     columns: dict[str, int] = getattr(model, "columns", {})
     return columns
+
+
+def _check_made(algorithm: Algorithm, unmade: list[str]) -> None:
+    if unmade:
+        raise ConfigError(
+            f"{type(algorithm).__name__} needs the heads {', '.join(unmade)}, which the model has "
+            f"not; {algorithm.heads_hint}"
+        )
 
 
 def _find(model: nn.Module, example: Tensor, features: str | None) -> Features:

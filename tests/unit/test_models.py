@@ -8,6 +8,7 @@ from hpdist.config import IN_PYTHON, PythonComponent
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
 from hpdist.models.cnn import CNNConfig
+from hpdist.models.ladder import LadderConfig
 from hpdist.models.mlp import MLPConfig
 from hpdist.models.wide_resnet import WideResNetConfig
 
@@ -16,6 +17,7 @@ CONFIGS = {
     "cnn-group": CNNConfig(width=6, norm="group"),
     "mlp": MLPConfig(hidden=[8, 8], dropout=0.5),
     "linear": MLPConfig(hidden=[]),
+    "ladder": LadderConfig(hidden=[6]),
     "wrn": WideResNetConfig(depth=10, width=1, dropout=0.2),
     "wrn-group": WideResNetConfig(depth=10, width=1, norm="group"),
 }

@@ -1,0 +1,61 @@
+"""Ladder network: each layer must be found again from its noisy copy and from the layer above."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    StudentOutputs,
+    Sums,
+    Views,
+    supervised_loss,
+)
+
+
+class LadderConfig(AlgorithmConfig):
+    """The paper's values for MNIST."""
+
+    name: Literal["ladder"] = "ladder"
+    layer_weights: list[Annotated[float, Field(ge=0)]] = Field([1000.0, 10.0, 0.1], min_length=1)
+    """Weight of the cost of the input, of the first layer and so on (lambda_l); the last one is
+    also that of all further layers."""
+
+    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> Ladder:
+        """Make the algorithm; it has no state, so no argument matters."""
+        return Ladder(tuple(self.layer_weights))
+
+
+class Ladder(Algorithm):
+    """L = L_x + sum_l lambda_l mean_b C_l(u_b): of noisy logits, and of the decoder's costs.
+
+    Algorithm 1 of the paper. C_l is a row's squared error of layer l, the mean over its units,
+    which the model `ladder` gives behind its logits. u is a weak view. Other than in the paper, a
+    layer is normalised over labelled and unlabelled rows together.
+    """
+
+    paper: ClassVar[str] = "Rasmus et al. 2015, arXiv:1507.02672"
+    views: ClassVar[Views] = Views(student_weak=1)
+    head_names = ("reconstruction",)
+    heads_hint = "only a model with a decoder does: model.name: ladder"
+
+    def __init__(self, layer_weights: tuple[float, ...] = (1000.0, 10.0, 0.1)) -> None:
+        super().__init__()
+        self.layer_weights = layer_weights
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """Both terms, and every layer's cost without its weight."""
+        head = outputs.heads["reconstruction"]
+        costs = head.student_weak[0].sum(dim=0) / outputs.unlabeled_rows  # [layers]
+        last = self.layer_weights[-1:] * max(len(costs) - len(self.layer_weights), 0)
+        weights = costs.new_tensor((*self.layer_weights, *last)[: len(costs)])
+        return LossTerms(
+            supervised=supervised_loss(outputs),
+            unsupervised=(weights * costs).sum(),
+            metrics={f"layer_{number}_cost": cost for number, cost in enumerate(costs)},
+        )
