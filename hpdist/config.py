@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -68,6 +68,7 @@ def _parse_bytes(value: object) -> object:
 
 
 _UNITS = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "K": 10**3, "M": 10**6, "G": 10**9}
+_NO_STREAM = "needs the labels of all rows first, which a stream does not tell"
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
 PythonName = Annotated[str, Field(pattern=r"^python:[\w.]+:[\w.]+$")]
@@ -113,11 +114,29 @@ class LabelColumn(Source):
     """The column of labels; by default the only ClassLabel column, or `label`."""
 
 
-class Labeled(LabelColumn):
+class LongTail(Section):
+    """Class sizes that fall from class to class by the same factor."""
+
+    imbalance: float | None = Field(None, ge=1)
+    """How many times more rows the most frequent class has than the rarest (gamma)."""
+    imbalance_reversed: bool = False
+    """Whether the last class is the most frequent one, in place of the first."""
+
+    only_with_imbalance: ClassVar[tuple[str, ...]] = ("imbalance_reversed",)
+
+    @model_validator(mode="after")
+    def _used(self) -> LongTail:
+        unused = [setting for setting in self.only_with_imbalance if getattr(self, setting)]
+        if unused and self.imbalance is None:
+            raise ValueError(f"{unused[0]} is only used with imbalance; leave it out")
+        return self
+
+
+class Labeled(LabelColumn, LongTail):
     """The labelled training rows."""
 
     labels_per_class: int | None = Field(None, gt=0)
-    """Draw this many rows of every class."""
+    """Draw this many rows of every class, or with imbalance of the most frequent one."""
     indices: list[int] | None = Field(None, min_length=1)
     """Use exactly these rows of the split."""
     rows: int | None = Field(None, gt=0)
@@ -129,20 +148,37 @@ class Labeled(LabelColumn):
         chosen = [choice for choice in choices if getattr(self, choice) is not None]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; keep one")
+        if self.imbalance is not None and (self.labels_per_class or 0) < self.imbalance:
+            raise ValueError(
+                f"imbalance: {self.imbalance:g} needs labels_per_class, at least "
+                f"{math.ceil(self.imbalance)}: the rows of the most frequent class"
+            )
         return self
 
 
-class UnlabeledSource(Source):
+class UnlabeledSource(Source, LongTail):
     """Unlabelled rows of one dataset."""
 
     streaming: bool = False
     """Read the rows as they are needed instead of preparing a local copy first."""
+    label: str | None = None
+    """The column of labels that imbalance goes by; the training never sees it."""
+    rows_per_class: int | None = Field(None, gt=0)
+    """With imbalance: rows of the most frequent class; by default as many as there can be."""
     filter: PythonName | None = None
     """A function python:module:name of a row, {column: value}: False leaves the row out."""
     map: PythonName | None = None
     """A function python:module:name from a row to one with another value of the input column."""
     columns: tuple[str, ...] = ()
     """Further columns that filter and map see."""
+
+    only_with_imbalance: ClassVar = (*LongTail.only_with_imbalance, "label", "rows_per_class")
+
+    @model_validator(mode="after")
+    def _tail_of_a_table(self) -> UnlabeledSource:
+        if self.imbalance is not None and self.streaming:
+            raise ValueError(f"imbalance {_NO_STREAM}; set streaming: false")
+        return self
 
 
 class UnlabeledPart(UnlabeledSource):
@@ -173,6 +209,8 @@ class Unlabeled(UnlabeledSource):
     def _one_source(self) -> Unlabeled:
         if bool(self.path) == bool(self.mix):
             raise ValueError("give path, or mix with a path for each part, and not both")
+        if self.mix and self.imbalance is not None:
+            raise ValueError("imbalance is of one dataset; set it in the parts of mix")
         return self
 
 
