@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -23,6 +22,19 @@ from pydantic import (
     model_validator,
 )
 
+from hpdist.config_data import (
+    CHOICES,
+    Bytes,
+    Data,
+    LabelColumn,
+    Labeled,
+    Loading,
+    LongTail,
+    Source,
+    Unlabeled,
+    UnlabeledPart,
+    UnlabeledSource,
+)
 from hpdist.errors import ConfigError
 from hpdist.overrides import lay_over, read_overrides, read_yaml, to_yaml
 from hpdist.settings import (
@@ -38,12 +50,23 @@ from hpdist.settings import (
 )
 
 __all__ = [
+    "CHOICES",
     "IN_PYTHON",
     "PYTHON_PREFIX",
+    "Bytes",
     "Component",
+    "Data",
+    "LabelColumn",
+    "Labeled",
+    "Loading",
+    "LongTail",
     "PythonComponent",
     "RunConfig",
     "Section",
+    "Source",
+    "Unlabeled",
+    "UnlabeledPart",
+    "UnlabeledSource",
     "component_names",
     "components",
     "import_object",
@@ -55,22 +78,7 @@ __all__ = [
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-def _parse_bytes(value: object) -> object:
-    """Turn '512MiB' into 536870912; leave anything else to the field's own check."""
-    if not isinstance(value, str):
-        return value
-    digits = value.strip().rstrip("BbIiKkMmGg")
-    unit = value.strip()[len(digits) :].upper().removesuffix("B")
-    try:
-        return int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"must be a number of bytes such as 512MiB, not {value!r}") from None
-
-
-_UNITS = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "K": 10**3, "M": 10**6, "G": 10**9}
 Share = Annotated[float, Field(ge=0, lt=1)]
-Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
-PythonName = Annotated[str, Field(pattern=r"^python:[\w.]+:[\w.]+$")]
 
 
 class Run(Section):
@@ -87,119 +95,6 @@ class Run(Section):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.dir) / (self.name or "run")
-
-
-class Source(Section):
-    """A dataset, named as `datasets.load_dataset` names it."""
-
-    path: str
-    """Hub id, local folder, or a builder such as `parquet`."""
-    name: str | None = None
-    """The dataset's configuration, where it has several."""
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Files, with wildcards, local or remote."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    split: str = "train"
-    """Which split, slices allowed: `train[:90%]`."""
-    input: str | None = None
-    """The column that the model sees; by default the only image column."""
-
-
-class LabelColumn(Source):
-    """A dataset with labels."""
-
-    label: str | None = None
-    """The column of labels; by default the only ClassLabel column, or `label`."""
-
-
-CHOICES = ("labels_per_class", "indices", "rows")
-"""Settings of the labelled rows that use some of them only."""
-
-
-class Labeled(LabelColumn):
-    """The labelled training rows."""
-
-    labels_per_class: int | None = Field(None, gt=0)
-    """Draw this many rows of every class."""
-    indices: list[int] | None = Field(None, min_length=1)
-    """Use exactly these rows of the split."""
-    rows: int | None = Field(None, gt=0)
-    """Draw this many rows, whatever their class."""
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> Labeled:
-        chosen = [choice for choice in CHOICES if getattr(self, choice) is not None]
-        if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} exclude each other; keep one")
-        return self
-
-
-class UnlabeledSource(Source):
-    """Unlabelled rows of one dataset."""
-
-    streaming: bool = False
-    """Read the rows as they are needed instead of preparing a local copy first."""
-    filter: PythonName | None = None
-    """A function python:module:name of a row, {column: value}: False leaves the row out."""
-    map: PythonName | None = None
-    """A function python:module:name from a row to one with another value of the input column."""
-    columns: tuple[str, ...] = ()
-    """Further columns that filter and map see."""
-
-
-class UnlabeledPart(UnlabeledSource):
-    """One of several datasets that are mixed."""
-
-    weight: float = Field(1.0, gt=0)
-    """Its share of every batch, in proportion to the other parts' weights."""
-
-
-class Unlabeled(UnlabeledSource):
-    """The unlabelled training rows."""
-
-    path: str = ""
-    """Hub id, local folder, or a builder such as `parquet`; or else `mix`."""
-    mix: list[UnlabeledPart] | None = Field(None, min_length=1)
-    """Several datasets, each read in epochs of its own."""
-    shuffle_window: Bytes | None = None
-    """Memory for shuffling a stream, in bytes, on each rank; more mixes better.
-
-    By default as much as mixes 128 row groups, and at most 512MiB.
-    """
-    max_bad_rows: int = Field(100, ge=0)
-    """Rows of an epoch that may be unusable (unreadable, undecodable) before the run stops."""
-    audit: bool = False
-    """Write down which rows every step consumed, in the run folder's `audit`."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Unlabeled:
-        if bool(self.path) == bool(self.mix):
-            raise ValueError("give path, or mix with a path for each part, and not both")
-        return self
-
-
-class Loading(Section):
-    """How rows are read and decoded."""
-
-    threads: int = Field(1, ge=1)
-    """Threads that decode a batch, where its images are large enough for that to pay."""
-    processes: int = Field(0, ge=0)
-    """Processes that decode, per rank; worth it where decoding keeps the training waiting."""
-    patience: float = Field(300.0, gt=0)
-    """Seconds that a server may fail to answer before the run is saved and stops."""
-
-
-class Data(Section):
-    """What the run trains and measures on."""
-
-    labeled: Labeled
-    unlabeled: Unlabeled | None = None
-    test: LabelColumn | None = None
-    """Measured and reported; never used to choose anything."""
-    validation: LabelColumn | None = None
-    """Measured during training in place of the test set; the summary names its best step."""
-    loading: Loading = Loading()
 
 
 class Batch(Section):

@@ -125,6 +125,7 @@ class RunData:
                 dataset=objects.unlabeled,
                 found=found,
                 loading=loading,
+                seed=self.config.run.seed,
             )
         )
         if isinstance(self.unlabeled, SequentialRows) and self.folder.main:

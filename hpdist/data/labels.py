@@ -8,13 +8,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 
-from hpdist.config import Labeled
+from hpdist.config import Labeled, LongTail
 from hpdist.data.loading import known_column
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
 _CHOICE = 0xC401CE  # keeps the draw of labels apart from everything else the seed feeds
+ROUNDING = 1e-6  # of a row: a power that should be whole may come out a little less
+
+Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -131,14 +135,39 @@ def draw_rows(
         return generator.choice(len(labels), config.rows, replace=False)
     if config.labels_per_class is None:
         return np.arange(len(labels))
-    wanted = config.labels_per_class
+    shares = np.ones(len(classes)) if config.imbalance is None else tail(config, len(classes))
+    sizes = sizes_of(config.labels_per_class, shares)
+    return draw_sizes(sizes, labels, classes, generator, f"{where}.labels_per_class")
+
+
+def tail(config: LongTail, classes: int) -> Float64Array:
+    """Each class's share of the most frequent one's rows: gamma^(-(c - 1) / (C - 1))."""
+    assert config.imbalance is not None
+    shares: Float64Array = config.imbalance ** -np.linspace(0, 1, classes)
+    return shares[::-1] if config.imbalance_reversed else shares
+
+
+def sizes_of(most: int, shares: Float64Array) -> Int64Array:
+    """Rows of every class, rounded down, where the most frequent one has `most`."""
+    sizes: Int64Array = np.floor(most * shares + ROUNDING).astype(np.int64)
+    return sizes
+
+
+def draw_sizes(
+    sizes: Int64Array,
+    labels: Int64Array,
+    classes: Classes,
+    generator: np.random.Generator,
+    setting: str,
+) -> Int64Array:
+    """Draw so many rows of every class."""
     parts = []
-    for number, class_name in enumerate(classes.names):
+    pairs = zip(classes.names, sizes.tolist(), strict=True)
+    for number, (class_name, wanted) in enumerate(pairs):
         of_class = np.flatnonzero(labels == number)
         if len(of_class) < wanted:
             raise DataError(
-                f"{where}.labels_per_class: {wanted} asked for, "
-                f"class {class_name!r} has {len(of_class)}"
+                f"{setting}: {wanted} asked for, class {class_name!r} has {len(of_class)}"
             )
         parts.append(generator.choice(of_class, wanted, replace=False))
     return np.concatenate(parts)

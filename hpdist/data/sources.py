@@ -6,7 +6,7 @@
     test = open_test(config.data.test, labeled, spec)
 
 Rows are read through Hugging Face `datasets` in Arrow format, so that nothing is decoded before a
-batch needs it and, of unlabelled rows, the label column is never read.
+batch needs it and, of unlabelled rows, the label column is never read but to draw a long tail.
 """
 
 from __future__ import annotations

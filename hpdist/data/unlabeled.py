@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import datasets
-import numpy as np
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
 from hpdist.data.decode import InputSpec, Unreadable
@@ -29,6 +28,7 @@ from hpdist.data.loading import (
     same_column,
     source_name,
 )
+from hpdist.data.long_tail import rows_used
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.index import Index, build_index, split_files
@@ -269,16 +269,22 @@ def open_unlabeled(
     where: str = "data.unlabeled",
     found: Survey | None = None,
     loading: Loading | None = None,
+    seed: int = 0,
 ) -> AnyUnlabeled:
     """Open the unlabelled rows; an `IterableDataset`, or `streaming: true`, gives a stream.
 
-    `found` is what `survey` gave. Raises DataError when anything is not as the config says, or none
-    of the first rows fits `spec`.
+    `found` is what `survey` gave; `seed` draws the rows of a long-tailed set. Raises DataError when
+    anything is not as the config says, or none of the first rows fits `spec`.
     """
     if dataset is not None:
         if isinstance(dataset, datasets.IterableDataset):
+            if config.imbalance is not None:
+                raise DataError(
+                    f"{where}.imbalance: the labels of all rows are needed before the first is "
+                    "read, and an IterableDataset is read row by row; give a datasets.Dataset"
+                )
             return _open_sequential(config, config, like, spec, dataset, where)
-        return _open_unlabeled_table(config, like, spec, dataset, where)
+        return _open_unlabeled_table(config, like, spec, dataset, where, seed)
     if found is None:
         found = survey(config, like, spec, loading or Loading(), None, where)
     parts: list[ParquetRows | UnlabeledTable] = []
@@ -287,7 +293,7 @@ def open_unlabeled(
         if surveyed is not None:
             parts.append(_parquet_rows(part, config, surveyed, retry, setting))
         elif not part.streaming:
-            parts.append(_open_unlabeled_table(part, like, spec, None, setting))
+            parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed))
         elif config.mix:
             raise DataError(
                 f"{setting}: only Parquet and tables can be mixed, since other streams do not say "
@@ -378,13 +384,19 @@ def _parquet_rows(
 
 
 def _open_unlabeled_table(
-    config: UnlabeledSource, like: LabeledRows, spec: InputSpec, dataset: Any, where: str
+    config: UnlabeledSource,
+    like: LabeledRows,
+    spec: InputSpec,
+    dataset: Any,
+    where: str,
+    seed: int,
 ) -> UnlabeledTable:
     table, name = open_table(config, dataset, where)
     column, columns, functions = _columns(config, table.features, like, where)
     view = raw_view(table, columns)
-    rows = UnlabeledTable(view, column, name, np.arange(len(table)), functions)
-    first = list(range(min(_TRIED, len(table))))
+    ids = rows_used(config, table, like, seed, where, name)
+    rows = UnlabeledTable(view, column, name, ids, functions)
+    first = ids[:_TRIED].tolist()
     try:
         _check_fit(
             functions.values(view[first]).values, spec, name, [f"row {row}" for row in first]

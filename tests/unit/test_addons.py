@@ -631,6 +631,8 @@ def test_darp(name: str) -> None:
         if step == 6:
             batch.ids[3] = batch.ids[2]
             batch.ids[8], batch.ids[9] = 5000, 1024  # beyond the table as it is
+        if step == 8:
+            batch.ids[5] = 7000
         ran = run(algorithm, batch)
         seen = said(batch, ran)
         ids = batch.ids[batch.usable].tolist()

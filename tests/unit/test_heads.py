@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     model = CNN(1, 8, 10)
     prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ConfigError, match="needs the heads projection, second, which the model has not; before"):
+    with pytest.raises(ConfigError, match="needs the heads projection, second, which the model"):
         hpdist.SemiSupervisedStep(accelerator, *prepared, TwoHeads(), ImageViewsConfig().build(0))
 
 
