@@ -118,7 +118,10 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
             "--model.name=cnnn",
             "--model.name: no model is called 'cnnn', did you mean 'cnn'?; known: ",
         ),
-        ("--model=cnn", "--model: must be a group of settings, not 'cnn'; known: cnn, ladder, mlp, "),
+        (
+            "--model=cnn",
+            "--model: must be a group of settings, not 'cnn'; known: cnn, ladder, mlp, ",
+        ),
         (
             "--algorithm={}",
             "--algorithm.name: missing; known: " + ", ".join(component_names("algorithm")),
