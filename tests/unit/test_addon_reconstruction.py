@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdist.algorithms import Algorithm, AlgorithmConfig, FixMatch, Reconstruction, Supervised
+from hpdist.algorithms import (
+    VAT,
+    Algorithm,
+    AlgorithmConfig,
+    FixMatch,
+    Reconstruction,
+    Supervised,
+)
 from hpdist.algorithms.base import Places, StudentInputs
 from hpdist.algorithms.reconstruction import ReconstructionConfig
 from hpdist.config import components
@@ -159,6 +166,22 @@ def test_two_of_them_around_one_another_and_around_further_inputs() -> None:
     assert flows["reconstruction"] == [False, False, False, True, False]
     assert flows["other"] == [False, False, False, False, True]
     assert set(ran.notes) >= {"reconstruction.target", "other.target", "lost"}
+
+
+class _Watching(VAT):
+    """Notes what it is shown."""
+
+    def loss(self, outputs, student_sums):
+        weak = outputs.weak
+        self.shown = (len(outputs.further), list(outputs.heads), list(weak.heads))
+        return super().loss(outputs, student_sums)
+
+
+def test_the_algorithm_inside_sees_its_own_inputs_alone() -> None:
+    inner = _Watching()
+    algorithm = Reconstruction(inner)
+    run(algorithm, global_batch(algorithm, 0))
+    assert inner.shown == (2, [], [])
 
 
 def test_the_model_is_told_the_input_shape() -> None:
