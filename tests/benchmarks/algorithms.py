@@ -106,11 +106,13 @@ def train(task: tuple[argparse.Namespace, str, int]) -> tuple[str, int, str]:
     if (folder / "summary.json").exists():
         return case, seed, ""
     recipe = RECIPES[options.set]
+    own = cases(options.set)[case]
+    common = {k: v for k, v in recipe["settings"].items() if "model" not in own or k[:5] != "model"}
     settings = {
         "data.labeled.data_files.train": f"{options.data}/train-*.parquet",
         "data.unlabeled.data_files.train": f"{options.data}/train-*.parquet",
         "data.test.data_files.test": f"{options.data}/test-*.parquet",
-        **recipe["settings"],
+        **common,
         "steps": options.steps,
         "eval.every": None,
         "checkpoint.every": None,
@@ -119,7 +121,7 @@ def train(task: tuple[argparse.Namespace, str, int]) -> tuple[str, int, str]:
         "run.seed": seed,
         "run.dir": str(folder.parent),
         "run.name": folder.name,
-        **cases(options.set)[case],
+        **own,
     }
     pairs = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
     start = time.monotonic()
