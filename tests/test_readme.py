@@ -66,7 +66,7 @@ def test_every_command_of_the_readme_works(clone):
             assert name, f"a {language} block of the README must begin with its file name"
             (clone / name[1]).write_text(text, encoding="utf-8")
             continue
-        for line in text.splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             command = shlex.split(line, comments=True)
             if not command:
                 continue

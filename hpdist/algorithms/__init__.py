@@ -110,27 +110,50 @@ _NAMES = {_CLASSES: "C", _ROWS: "N"}
 _FEATURES = torch.Size([3])
 _FURTHER = 2  # inputs that an algorithm may add
 _HEADER = ("name", "paper", "views", "state", "reduced per step")
+_ADDON_HEADER = ("add-on", "paper", "heads", "state", "reduced per step")
 
 
 def catalogue() -> list[str]:
-    """A table of every algorithm, as lines, read off the algorithms as their configs build them."""
+    """Tables of every algorithm and add-on, as lines, read off them as their configs build them."""
     configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
-    rows = [_HEADER, *(_row(name, config) for name, config in configs.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    cells = (zip(row, widths, strict=True) for row in rows)
-    table = ["  ".join(text.ljust(width) for text, width in line).rstrip() for line in cells]
+    addons = cast(dict[str, type[AddOnConfig]], components("addon"))
     return [
-        *table,
+        *_table([_HEADER, *(_row(name, config) for name, config in configs.items())]),
+        "",
+        *_table([_ADDON_HEADER, *(_addon_row(name, config) for name, config in addons.items())]),
         "",
         "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
         "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
         "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
-        "batch, 'per labelled row': of the labelled one; 'then' begins a second collective.",
+        "batch, 'per labelled row': of the labelled one; 'then' begins a second collective. An add-on",
+        "goes around any algorithm, named in the config's addons, and what it has comes on top.",
     ]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    cells = (zip(row, widths, strict=True) for row in rows)
+    return ["  ".join(text.ljust(width) for text, width in line).rstrip() for line in cells]
 
 
 def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
+    state, reduced = _sizes(small, large)
+    return name, small.paper or "-", ", ".join(_views(small)) or "none", state, reduced
+
+
+def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
+    """Around FixMatch, which has no state and reduces nothing."""
+    small, large = (config(name=name).build(FixMatch(), classes) for classes in _CLASSES)
+    state, reduced = _sizes(small, large)
+    heads = [
+        f"{head}, which predicts" if head == small.predicts else head for head in small.head_names
+    ]
+    return name, small.addon_paper or "-", ", ".join(heads) or "none", state, reduced
+
+
+def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:
+    """An algorithm's state, and what it has summed, from two of them."""
     reduced = [_reduced(small, 0), _reduced(large, 1)]
     for algorithm in (small, large):
         algorithm.commit()  # makes every part of the state as large as it will be
@@ -138,9 +161,6 @@ def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     state = [f"{key} [{_shape(before[key], after[key])}]" for key in before]
     totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
     return (
-        name,
-        small.paper or "-",
-        ", ".join(_views(small)) or "none",
         ", ".join(state) or "none",
         ", then ".join(total for total in totals if total) or "0",
     )
@@ -167,6 +187,7 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
     """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
     classes, rows, labeled_rows = _CLASSES[number], _BATCHES[number], _LABELED[number]
     algorithm.rows = _ROWS[number]
+    algorithm.class_counts = torch.ones(classes)
     views = algorithm.views
     logits = torch.zeros(rows, classes)
     labeled, labels = torch.zeros(labeled_rows, classes), torch.zeros(labeled_rows).long()

@@ -58,6 +58,7 @@ class AddOn(Algorithm):
     """
 
     name: ClassVar[str] = ""
+    addon_paper: ClassVar[str] = ""
     rows: Any = _OfBase()
     class_counts: Any = _OfBase()
     input_shape: Any = _OfBase()

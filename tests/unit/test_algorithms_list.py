@@ -54,6 +54,38 @@ def test_the_table_is_read_off_the_algorithms():
     assert {name: cells[name] for name in expected} == expected
 
 
+def test_add_ons_have_a_table_of_their_own():
+    lines = catalogue()
+    start = lines.index("") + 1
+    end = lines.index("", start)
+    header, *rows = map(_cells, lines[start:end])
+    assert header == ["add-on", "paper", "heads", "state", "reduced per step"]
+    assert sorted(row[0] for row in rows) == component_names("addon")
+    cells = {row[0]: row[1:] for row in rows}
+    expected = {
+        "abc": [
+            "Lee et al. 2021, arXiv:2110.10368",
+            "abc, which predicts",
+            "abc.step []",
+            "0",
+        ],
+        "darp": [
+            "Kim et al. 2020, arXiv:2007.08844",
+            "none",
+            "darp.step [], darp.predictions [N x C], darp.refined [N x C]",
+            "C per row + 2 per row",
+        ],
+        "debiaspl": [
+            "Wang et al. 2022, arXiv:2201.01490",
+            "none",
+            "debiaspl.probability [C]",
+            "C",
+        ],
+        "logit_adjustment": ["Menon et al. 2021, arXiv:2007.07314", "none", "none", "0"],
+    }
+    assert {name: cells[name] for name in expected} == expected
+
+
 def _cells(line):
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
