@@ -144,7 +144,7 @@ class Trainer:
         self.folder = RunFolder(config.run.folder, self.main)
         saved = self._open_folder()
         self.data = RunData(
-            config, objects, self.folder, resumed=saved is not None, uses_unlabeled=uses_unlabeled
+            config, objects, self.folder, saved=saved, uses_unlabeled=uses_unlabeled
         )
         self._build_step(objects, micro_batches)
         if self.files:
