@@ -200,6 +200,7 @@ class Trainer:
             loss_scale=config.loss_scale,
             teacher_model=replica,
             seed=config.run.seed,
+            l1=config.optim.l1,
         )
         self.generations = Generations(self.step, self.data, initial, config.steps)
         engine = self.step.engine
