@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
     from hpdist.config import RunConfig
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-    from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig
+    from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, TableViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
     from hpdist.models.heads import with_heads
     from hpdist.step import SemiSupervisedStep, StepOutcome
@@ -41,6 +41,7 @@ __all__ = [
     "SemiSupervisedStep",
     "StepOutcome",
     "Supervised",
+    "TableViewsConfig",
     "Trainer",
     "UnlabeledBatch",
     "global_batch_norm",
@@ -58,6 +59,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "SemiSupervisedStep": "hpdist.step",
     "StepOutcome": "hpdist.step",
     "Supervised": "hpdist.algorithms",
+    "TableViewsConfig": "hpdist.data.views",
     "Trainer": "hpdist.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
     "global_batch_norm": "hpdist.distributed.batch_norm",

@@ -170,6 +170,11 @@ class Optim(Section):
     """Of adam and adamw."""
     weight_decay: float = Field(5e-4, ge=0)
     """Of weights; adamw decouples it from the gradient."""
+    l1: float = Field(0.0, ge=0)
+    """Adds so much times the sum of the weights' absolute values to the loss; not under ZeRO-3.
+
+    Biases and normalisation weights are left out. Weights come close to zero, and are seldom it.
+    """
     decay_all: bool = False
     """Decay biases and normalisation weights as well."""
     grad_clip: float | None = Field(None, gt=0)

@@ -41,8 +41,11 @@ class Source(Section):
     """Branch, tag or commit on the Hub."""
     split: str = "train"
     """Which split, slices allowed: `train[:90%]`."""
-    input: str | None = None
-    """The column that the model sees; by default the only image column."""
+    input: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """The column that the model sees; by default the only image column.
+
+    A list of columns of numbers or booleans, one per feature, makes a vector of them.
+    """
 
 
 class LabelColumn(Source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -25,6 +26,15 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def l1_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of the absolute values, fp32, of parameters of two dimensions or more."""
+    total = torch.zeros(())
+    for parameter in parameters:
+        if parameter.dim() >= 2:
+            total = total.to(parameter.device) + parameter.float().abs().sum()
+    return total
 
 
 def learning_rate(config: Schedule, lr: float, step: int, steps: int) -> float:

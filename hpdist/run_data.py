@@ -18,6 +18,7 @@ from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.evaluation import evaluation_batches
+from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
 from hpdist.data.unlabeled import (
@@ -29,13 +30,16 @@ from hpdist.data.unlabeled import (
     row_count,
     survey,
 )
+from hpdist.data.views.base import FittedViews
+from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
-from hpdist.errors import ConfigError, DataError, HpdistError
+from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.run_folder import RunFolder
 
 _NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
+_VIEWS = "views/"  # what they measured, in a checkpoint
 
 _log = logging.getLogger("hpdist.data")
 
@@ -59,7 +63,7 @@ class RunData:
         config: Of the run.
         objects: Datasets that Python code gave.
         folder: Of the run; what it chose before is read from there.
-        resumed: Whether the run goes on from a checkpoint.
+        saved: The checkpoint that the run goes on from, if it does.
         uses_unlabeled: Whether the algorithm wants unlabelled rows.
 
     Raises DataError or ConfigError, the same on every rank.
@@ -71,7 +75,7 @@ class RunData:
         objects: Objects,
         folder: RunFolder,
         *,
-        resumed: bool,
+        saved: SavedRun | None,
         uses_unlabeled: bool,
     ) -> None:
         self.config = config
@@ -83,6 +87,7 @@ class RunData:
         self._bad_in_epoch = (0, 0)  # epoch, rows
         self._recent: list[BadRow] = []  # of this rank, in this epoch
         self._audit: Audit | None = None
+        resumed = saved is not None
         agreed(lambda: self._open_labeled(objects, resumed))
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
@@ -93,6 +98,7 @@ class RunData:
         )
         self.num_classes = len(self.labeled.classes)
         self.views = cast(Any, config.views).build(config.run.seed)
+        self._fit_views(saved)
 
     def _open_labeled(self, objects: Objects, resumed: bool) -> None:
         config, views = self.config, self.config.views
@@ -103,12 +109,43 @@ class RunData:
             chosen=self.folder.read_labeled_rows() if resumed else None,
             dataset=objects.labeled,
         )
-        self.spec: InputSpec = input_spec(self.labeled, getattr(views, "size", None))
-        if views.name == "image" and self.spec.kind != "image":
+        size, missing = (getattr(views, key, None) for key in ("size", "missing"))
+        self.spec: InputSpec = input_spec(self.labeled, size, missing=missing == "mean")
+        kind = self.spec.kind
+        if (views.name, kind) in (("image", "vector"), ("table", "image")):
             raise ConfigError(
-                f"views.name: image, but column {self.labeled.column!r} holds vectors; "
-                "set views.name: identity"
+                f"views.name: {views.name}, but column {self.labeled.column!r} holds {kind}s; "
+                f"set views.name: {'table, or identity' if kind == 'vector' else 'image'}"
             )
+
+    def _fit_views(self, saved: SavedRun | None) -> None:
+        """Have views measure the training rows, or take over what they measured. Collective."""
+        views = self.views
+        if not isinstance(views, FittedViews):
+            return
+        if saved is not None:
+            state = {
+                k.removeprefix(_VIEWS): v for k, v in saved.common.items() if k.startswith(_VIEWS)
+            }
+            if not state:
+                raise CheckpointError(
+                    f"{saved.path} was trained with other views than views.name: "
+                    f"{self.config.views.name}; choose another run.name, or make the settings agree"
+                )
+        else:
+
+            def measured() -> dict[str, Tensor]:
+                rows = training_rows(self.labeled, self.unlabeled, self.spec)
+                views.fit(rows, self.spec.names)
+                return views.state()
+
+            state = from_main(measured)
+        views.load_state(state)
+
+    @property
+    def views_state(self) -> dict[str, Tensor]:
+        """What the views measured, for the checkpoint."""
+        return self.views.state() if isinstance(self.views, FittedViews) else {}
 
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading

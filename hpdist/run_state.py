@@ -109,6 +109,8 @@ class RunState:
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
         for name, value in self.step.algorithm.state_dict().items():
             common[f"algorithm/{name}"] = value
+        for name, value in self.data.views_state.items():
+            common[f"views/{name}"] = value
         if self.step.teacher is not None:
             for name, value in self.step.teacher.buffers.items():
                 common[f"teacher/{name}"] = value

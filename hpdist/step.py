@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hpdist.algorithms.base import (
     Algorithm,
     HeadOutputs,
+    LossTerms,
     StudentInputs,
     StudentOutputs,
     Sums,
@@ -37,6 +38,7 @@ from hpdist.distributed.reduce import FusedSum
 from hpdist.errors import ConfigError
 from hpdist.micro_batch import Cutter, MicroBatch
 from hpdist.models.heads import columns_of
+from hpdist.optim import l1_norm
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,11 @@ class SemiSupervisedStep:
         teacher_model: A second, unprepared model like the first: needed under ZeRO-3 by an
             algorithm whose targets come from the teacher.
         seed: Of what the algorithm draws, such as how it mixes rows.
+        l1: Weight of the L1 norm of the weights, a term of the loss.
 
-    Raises ConfigError where the algorithm wants a teacher that there is none of, or heads that the
-    model has not (`hpdist.with_heads` adds them), or mixes rows within groups that ranks and
-    micro-batches cut apart.
+    Raises ConfigError where `l1` is given and ZeRO-3 shards the weights, or where the algorithm
+    wants a teacher that there is none of, or heads that the model has not (`hpdist.with_heads` adds
+    them), or mixes rows within groups that ranks and micro-batches cut apart.
     """
 
     def __init__(
@@ -115,12 +118,16 @@ class SemiSupervisedStep:
         loss_scale: LossScale | None = None,
         teacher_model: nn.Module | None = None,
         seed: int = 0,
+        l1: float = 0.0,
     ) -> None:
         self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
         self.views = views
         self.micro_batches = micro_batches
         self.grad_clip = grad_clip
+        self.l1 = l1
+        if l1 and not self.engine.whole_parameters():
+            raise ConfigError("optim.l1: ZeRO-3 shards the weights; use zero.stage 0, 1 or 2")
         self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
         self.history = OverflowHistory()
         self.applied_steps = 0
@@ -203,7 +210,7 @@ class SemiSupervisedStep:
                 outputs = self._outputs(logits, micro, weak[number], rows)
                 local = self.algorithm.student_statistics(outputs)
                 total = FusedSum(local).wait() if local and ahead is None else ahead or {}
-                terms = self.algorithm.loss(outputs, self._attach(local, total))
+                terms = self._penalized(self.algorithm.loss(outputs, self._attach(local, total)))
                 self.engine.backward(terms.total(self._parts))
                 contributions = terms.contributions(self._parts) if measure else {}
                 passes.append(_Pass(micro, weak[number], rows, total, contributions))
@@ -434,6 +441,13 @@ class SemiSupervisedStep:
             weighted["unsupervised"] = terms.unsupervised_weight * terms.unsupervised
         shared = {name: term / self._parts for name, term in terms.global_extras.items()}
         return weighted | dict(terms.extras) | shared
+
+    def _penalized(self, terms: LossTerms) -> LossTerms:
+        """Add the L1 penalty, the same on every rank, if there is one."""
+        if not self.l1:
+            return terms
+        penalty = self.l1 * l1_norm(self.engine.whole_parameters().values())
+        return replace(terms, global_extras={**terms.global_extras, "l1_loss": penalty})
 
     def _measure(self, passes: list[_Pass]) -> dict[str, float]:
         """The global means of a step, from the contributions of all ranks. Collective."""

@@ -38,7 +38,7 @@ from hpdist.errors import (
     DivergenceError,
     HpdistError,
 )
-from hpdist.evaluation import evaluate_both
+from hpdist.evaluation import Evaluation, evaluate_both
 from hpdist.generations import Generations, initial_values
 from hpdist.models.build import build_model
 from hpdist.models.heads import with_heads
@@ -119,7 +119,7 @@ class Trainer:
         self.files = files
         self._run_id: str | None = None  # the tracker's
         self._seconds = 0.0  # trained before this process
-        self._latest: tuple[str, int, dict[str, float]] = ("", -1, {})  # evaluation: set, step
+        self._latest: tuple[str, int, Evaluation] | None = None  # set and step
         self._saved_attempt = -1
         self._problem: HpdistError | None = None  # that this rank has with its next rows
         self._rollbacks = 0
@@ -144,7 +144,7 @@ class Trainer:
         self.folder = RunFolder(config.run.folder, self.main)
         saved = self._open_folder()
         self.data = RunData(
-            config, objects, self.folder, resumed=saved is not None, uses_unlabeled=uses_unlabeled
+            config, objects, self.folder, saved=saved, uses_unlabeled=uses_unlabeled
         )
         self._build_step(objects, micro_batches)
         if self.files:
@@ -200,6 +200,7 @@ class Trainer:
             loss_scale=config.loss_scale,
             teacher_model=replica,
             seed=config.run.seed,
+            l1=config.optim.l1,
         )
         self.generations = Generations(self.step, self.data, initial, config.steps)
         engine = self.step.engine
@@ -401,15 +402,16 @@ class Trainer:
         if rows is None:
             return {}
         start = time.monotonic()
-        values = self.evaluate(rows)
+        measured = self.evaluate(rows)
+        values = measured.values
         self.log.leave_out(time.monotonic() - start)
-        self._latest = (name, self.step.applied_steps, values)
+        self._latest = (name, self.step.applied_steps, measured)
         if name == "validation":
             self.state.note_validation(values["accuracy"])
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
-    def evaluate(self, rows: LabeledRows) -> dict[str, float]:
-        """Accuracy and loss of the teacher, and with `_student` of the student. Collective."""
+    def evaluate(self, rows: LabeledRows) -> Evaluation:
+        """Measure teacher and student on all rows of a set. Collective."""
         batches = partial(self.data.evaluation_batches, rows)
         return evaluate_both(self.step.engine, self.step.teacher, self.data.views, batches)
 
@@ -417,13 +419,14 @@ class Trainer:
         step = self.step
         self._finish_saving()
         summary: dict[str, object] = {}
+        confusions = {}
         for name, rows in (("test", self.data.test), ("validation", self.data.validation)):
             if rows is not None:
-                latest, at, values = self._latest
-                if (latest, at) != (name, step.applied_steps):
-                    values = self.evaluate(rows)
-                summary[f"{name}/accuracy"] = values["accuracy"]
-                summary[f"{name}/accuracy_student"] = values["accuracy_student"]
+                latest = self._latest
+                now = latest is not None and latest[:2] == (name, step.applied_steps)
+                measured = latest[2] if latest and now else self.evaluate(rows)
+                summary |= measured.summary(name)
+                confusions[name] = measured.confusion(rows.classes.names)
         if self.state.best is not None:
             summary["validation/best_accuracy"], summary["validation/best_step"] = self.state.best
         summary |= {
@@ -437,7 +440,7 @@ class Trainer:
             "bad_rows": self.data.bad_rows,
             "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
-        agreed(lambda: self.log.write_summary(step.applied_steps, summary))
+        agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 
     def save(self) -> None:

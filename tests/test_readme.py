@@ -32,6 +32,7 @@ def clone(tmp_path_factory):
     shutil.copytree(ROOT / "configs", folder / "configs")
     write_digits(folder / "demo" / "digits")
     _write_photos(folder / "photos")
+    _write_customers(folder / "customers")
     return folder
 
 
@@ -50,6 +51,21 @@ def _write_photos(folder):
     rows = datasets.Dataset.from_dict({"picture": pictures, "taken": list(range(16))})
     rows = rows.cast_column("picture", datasets.Image())
     rows.to_parquet(str(folder / "unlabeled" / "0.parquet"))
+
+
+def _write_customers(folder):
+    """Customers with gaps, as the README's `customers.yaml` expects them."""
+    folder.mkdir()
+    for part in ("labeled", "unlabeled"):
+        columns = {
+            "name": ["Ada"] * 40,
+            "age": [None if row == 3 else 20 + row for row in range(40)],
+            "income": [1000.5 * row for row in range(40)],
+            "member": [row % 3 == 0 for row in range(40)],
+        }
+        if part == "labeled":
+            columns["churned"] = [row % 2 for row in range(40)]
+        datasets.Dataset.from_dict(columns).to_csv(str(folder / f"{part}.csv"))
 
 
 def test_every_command_of_the_readme_works(clone):

@@ -125,8 +125,8 @@ def catalogue() -> list[str]:
         "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
         "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
         "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
-        "batch, 'per labelled row': of the labelled one; 'then' begins a second collective. An add-on",
-        "goes around any algorithm, named in the config's addons, and what it has comes on top.",
+        "batch, 'per labelled row': of the labelled one; 'then' begins a second collective. An",
+        "add-on goes around any algorithm, named in the config's addons; what it has comes on top.",
     ]
 
 

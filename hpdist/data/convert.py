@@ -29,6 +29,7 @@ from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage, table_cast
 
 from hpdist.config import Source
+from hpdist.data.decode import Column
 from hpdist.data.loading import input_column, load, one_line, same_column, source_name
 from hpdist.data.retry import redacted_text
 from hpdist.data.stream.sequential import read_blocks
@@ -60,14 +61,14 @@ class Written:
     rows: int
     groups: int
     bytes: int
-    input: str
+    input: Column
 
     def yaml(self) -> str:
         """The lines of a config that read it; they replace what named the dataset before."""
         source = {
             "path": "parquet",
             "data_files": str(self.files[0].parent / "train-*.parquet"),
-            "input": self.input,
+            "input": self.input if isinstance(self.input, str) else list(self.input),
             "streaming": True,
         }
         return yaml.safe_dump({"data": {"unlabeled": source}}, sort_keys=False, width=10_000)
@@ -77,7 +78,7 @@ def convert(
     config: Source,
     folder: Path,
     *,
-    input: str | None = None,  # noqa: A002  # what the config calls it
+    input: str | list[str] | None = None,  # noqa: A002  # what the config calls it
     where: str = "data.unlabeled",
     layout: Layout | None = None,
     bar: Any = None,
@@ -92,7 +93,7 @@ def convert(
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
     features = _features(view, name)
-    column = input_column(features, config.input or same_column(input or "", features), where)
+    column = input_column(features, config.input or _same(input, features), where)
     writer = _Writer(folder, features, layout or Layout())
     try:
         for table in _embedded(view, features, name):
@@ -105,6 +106,11 @@ def convert(
     finally:
         writer.discard()
     return Written(files, writer.rows, writer.groups, sum(f.stat().st_size for f in files), column)
+
+
+def _same(column: str | list[str] | None, features: Any) -> Column | None:
+    given = tuple(column) if isinstance(column, list) else column
+    return same_column(given, features) if given else None
 
 
 def _check_folder(folder: Path) -> None:

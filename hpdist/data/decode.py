@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # imported where it is used: a decoding process does without 
     from torch import Tensor
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Column: TypeAlias = str | tuple[str, ...]
+"""Where a row's input is: in one column, or in several, of a number each."""
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
@@ -57,6 +59,8 @@ class InputSpec:
     mode: str | None = None  # L, RGB or RGBA, of images
     channels_last: bool = False  # how 3-D arrays are stored
     size: int | None = None  # every image is resized to size x size
+    missing: bool = False  # whether a vector may hold NaN, for the views to fill in
+    names: tuple[str, ...] = ()  # of the features, where each is a column
 
     @classmethod
     def of(cls, value: Any, size: int | None) -> InputSpec:
@@ -160,7 +164,7 @@ class InputSpec:
             found = "an array" if isinstance(value, np.ndarray) else "an encoded image"
             raise ValueError(f"it is {found}, but the labelled rows are not")
         if self.kind == "vector":
-            array: Array = _finite(value)  # [features]
+            array: Array = _finite(value, self.missing, self.names)  # [features]
         elif self.stored == "encoded":
             pixels = _pixels(_open_image(value), str(self.mode))
             if pixels.shape[:2] == self.shape[1:]:
@@ -200,6 +204,18 @@ def stored_values(column: pa.ChunkedArray) -> list[Any]:
         else:
             values += _plain(storage)
     return values
+
+
+def stored_inputs(table: pa.Table, column: Column) -> list[Any]:
+    """Take the inputs as they are stored, one per row; of several columns a vector, null as NaN."""
+    if isinstance(column, str):
+        return stored_values(table.column(column))
+    return list(np.stack([_numbers(table.column(name)) for name in column], axis=1))
+
+
+def _numbers(column: pa.ChunkedArray) -> Array:
+    """A column of numbers or booleans as float64 [rows]."""
+    return np.asarray(pc.cast(column, pa.float64(), safe=False).to_numpy())
 
 
 def _plain(array: pa.Array) -> list[Any]:
@@ -325,14 +341,21 @@ def _bytes_of(array: Array) -> Array:
     return as_bytes
 
 
-def _finite(array: Array) -> Array:
-    """Numbers as float32, all of them finite."""
+def _finite(array: Array, missing: bool, names: tuple[str, ...]) -> Array:
+    """Numbers as float32, all of them finite, or else NaN where they may be `missing`."""
     if array.dtype.kind not in "iufb":
         raise ValueError(f"a vector of {array.dtype} is not one of numbers")
     with np.errstate(over="ignore"):  # infinities are refused below
         vector = array.astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise ValueError("it holds NaN or infinity, or leaves float32's range")
+    wrong = np.isinf(vector) if missing else ~np.isfinite(vector)
+    if wrong.any():
+        place = int(wrong.argmax())
+        where = f" in column {names[place]!r}" if place < len(names) else ""
+        hint = "; views.missing: mean, of views.name: table, fills in what is missing"
+        raise ValueError(
+            f"it holds NaN or infinity{where}, or leaves float32's range"
+            f"{hint if np.isnan(array[place]) else ''}"
+        )
     return vector
 
 

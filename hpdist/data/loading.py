@@ -6,13 +6,16 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.config import Source
+from hpdist.data.decode import Column
 from hpdist.errors import DataError
+
+AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
 
 _FILE_BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet")
 
@@ -118,9 +121,23 @@ def raw_view(dataset: Any, columns: Sequence[str]) -> Any:
     return dataset.select_columns(list(columns)).with_format("arrow")
 
 
-def same_column(column: str, features: Any) -> str | None:
-    """Take the labelled set's column, where this set has one of that name."""
-    return column if column in features else None
+def same_column(column: AnyColumn, features: Any) -> AnyColumn | None:
+    """Take the labelled set's columns, where this set has all of them."""
+    return column if all(name in features for name in names_of(column)) else None
+
+
+def names_of(column: Column) -> tuple[str, ...]:
+    """The names of the columns that an input is in."""
+    return (column,) if isinstance(column, str) else column
+
+
+def check_order(column: Column, first: Column, where: str) -> None:
+    """Raise DataError for the labelled set's columns in another order: other features, unsaid."""
+    if column != first and sorted(names_of(column)) == sorted(names_of(first)):
+        raise DataError(
+            f"{where}.input: the columns are those of data.labeled.input in another order; "
+            "write them in the same one"
+        )
 
 
 def known_column(features: Any, column: str, setting: str) -> str:
@@ -132,9 +149,17 @@ def known_column(features: Any, column: str, setting: str) -> str:
     return column
 
 
-def input_column(features: Any, column: str | None, where: str, exclude: str | None = None) -> str:
-    """Find the column that the model sees: as named, else the only image column."""
+def input_column(
+    features: Any, column: Column | list[str] | None, where: str, exclude: str | None = None
+) -> Column:
+    """Find the column that the model sees: as named, else the only image column.
+
+    Of a list of columns each must hold a number or a boolean, and none the label `exclude`.
+    """
     setting = f"{where}.input"
+    if isinstance(column, (list, tuple)):
+        _check_numbers(features, column, setting, exclude)
+        return tuple(column)
     images: list[str] = [key for key in features if _is_image(features[key])]
     inputs = [key for key in features if key != exclude and _is_input(features[key])]
     candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
@@ -145,11 +170,36 @@ def input_column(features: Any, column: str | None, where: str, exclude: str | N
             )
         return images[0]
     if not _is_input(features[known_column(features, column, setting)]):
+        hint = f"; a list makes a vector: [{column}]" if _is_number(features[column]) else ""
         raise DataError(
             f"{setting}: column {column!r} holds {features[column]}, neither images nor arrays of "
-            f"numbers; {candidates}"
+            f"numbers{hint}; {candidates}"
         )
     return column
+
+
+def _check_numbers(
+    features: Any, columns: Sequence[str], setting: str, exclude: str | None
+) -> None:
+    for name in columns:
+        feature = features[known_column(features, name, setting)]
+        if name == exclude:
+            raise DataError(f"{setting}: column {name!r} is the label; leave it out")
+        if columns.count(name) > 1:
+            raise DataError(f"{setting}: column {name!r} is there twice; name each once")
+        if not _is_number(feature):
+            kind = getattr(feature, "dtype", "")
+            held = "text" if kind.endswith("string") else str(feature)
+            raise DataError(
+                f"{setting}: column {name!r} holds {held}, and a list of columns must hold numbers "
+                "or booleans; write it as numbers, such as one column of 0 and 1 for each value, "
+                "or leave it out"
+            )
+
+
+def _is_number(feature: Any) -> bool:
+    kind = getattr(feature, "dtype", "")
+    return isinstance(feature, datasets.Value) and kind.startswith(("int", "uint", "float", "bool"))
 
 
 def _is_image(feature: Any) -> bool:

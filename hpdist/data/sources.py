@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hpdist.config import LabelColumn, Labeled
-from hpdist.data.decode import InputSpec, stored_values
+from hpdist.data.decode import Column, InputSpec, stored_inputs
 from hpdist.data.labels import (
     Classes,
     check_indices,
@@ -31,7 +31,9 @@ from hpdist.data.labels import (
     list_classes,
 )
 from hpdist.data.loading import (
+    check_order,
     input_column,
+    names_of,
     one_line,
     open_table,
     raw_view,
@@ -53,7 +55,7 @@ class TableRows:
     """Rows of a map-style dataset, read by position and without decoding."""
 
     dataset: Any  # the columns that are needed, in Arrow format
-    column: str  # the one that the model sees
+    column: Column  # what the model sees
     name: str  # for messages: the setting and what it names
     ids: Int64Array  # [rows], each row's index in its split, ascending
 
@@ -72,7 +74,7 @@ class TableRows:
         if not indices:
             return []
         try:
-            return stored_values(self.dataset[indices][self.column])
+            return stored_inputs(self.dataset[indices], self.column)
         except Exception as error:
             raise DataError(
                 f"{self.name}: cannot read rows {indices[:3]}…: {one_line(error)}"
@@ -171,7 +173,7 @@ def open_labeled(
     check_labels(labels, values, classes, used, name, label)
     drawn = draw_rows(config, labels, classes, seed, where) if given is None else given
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
-    view = raw_view(table, [column])
+    view = raw_view(table, names_of(column))
     return LabeledRows(view, column, name, ids, labels[ids], classes, label)
 
 
@@ -193,23 +195,27 @@ def open_test(
     column = input_column(
         features, config.input or same_column(like.column, features), where, exclude=label
     )
+    check_order(column, like.column, where)
     values = read_column(table, label, name)
     label_kind(features[label], where, label)
     labels = label_ids(features[label], values, like.classes)
     check_labels(labels, values, like.classes, range(len(labels)), name, label)
-    view = raw_view(table, [column])
+    view = raw_view(table, names_of(column))
     rows = LabeledRows(view, column, name, np.arange(len(table)), labels, like.classes, label)
     spec.decode_rows(rows.read_split([0]), [0], name)
     return rows
 
 
-def input_spec(rows: LabeledRows, size: int | None = None) -> InputSpec:
+def input_spec(rows: LabeledRows, size: int | None = None, *, missing: bool = False) -> InputSpec:
     """Derive how inputs are decoded from the first row of the labelled split.
 
-    `size` resizes every image to size x size. Raises DataError when that row is no image or array.
+    `size` resizes every image to size x size; `missing` lets vectors hold NaN. Raises DataError
+    when that row is no image or array.
     """
+    names = () if isinstance(rows.column, str) else rows.column
     try:
-        return InputSpec.of(rows.read_split([0])[0], size)
+        spec = InputSpec.of(rows.read_split([0])[0], size)
+        return replace(spec, missing=missing, names=names)
     except Exception as error:  # image libraries raise nearly everything on a damaged file
         raise DataError(
             f"{rows.name}: row 0, column {rows.column!r}, tells no input shape: {one_line(error)}"

@@ -15,12 +15,14 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.decode import InputSpec, Unreadable
+from hpdist.data.decode import Column, InputSpec, Unreadable
 from hpdist.data.files import Retry
 from hpdist.data.loading import (
+    check_order,
     input_column,
     known_column,
     load,
+    names_of,
     one_line,
     open_table,
     parquet_files,
@@ -53,8 +55,8 @@ class UnlabeledRows(Protocol):
         ...
 
     @property
-    def column(self) -> str:
-        """The column that the model sees."""
+    def column(self) -> Column:
+        """The column or columns that the model sees."""
         ...
 
     def values(self, rows: Rows) -> Values:
@@ -83,7 +85,7 @@ class ParquetRows:
     """Rows of Parquet files, wherever they lie: exactly once an epoch on any number of ranks."""
 
     index: Index
-    column: str
+    column: Column
     name: str
     functions: RowFunctions
     columns: tuple[str, ...]
@@ -130,7 +132,7 @@ class SequentialRows:
     """Rows that only reading counts, such as lines of JSON: every rank reads all of them."""
 
     dataset: datasets.IterableDataset
-    column: str
+    column: Column
     name: str
     functions: RowFunctions
     columns: tuple[str, ...]
@@ -182,7 +184,7 @@ class MixedRows:
     name: str
 
     @property
-    def column(self) -> str:
+    def column(self) -> Column:
         """The column that the model sees; every part's is renamed to it."""
         return self.parts[0].column
 
@@ -230,7 +232,7 @@ class Surveyed:
     """What was found of a Parquet dataset."""
 
     index: Index
-    column: str
+    column: Column
     columns: tuple[str, ...]
     recorded: list[list[Any]] | None
 
@@ -327,7 +329,7 @@ def _survey_parquet(
     name = source_name(part, None, where)
     chosen = split_files(files, part.split, where)
 
-    def columns_of(schema: Any) -> tuple[str, tuple[str, ...], RowFunctions]:
+    def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
         return _columns(part, datasets.Features.from_arrow_schema(schema), like, where)
 
     index = build_index(chosen, part.split, lambda schema: columns_of(schema)[1], name, retry)
@@ -440,15 +442,16 @@ def _first_table(stream: Any, name: str) -> Any:
 
 def _columns(
     config: UnlabeledSource, features: Any, like: LabeledRows, where: str
-) -> tuple[str, tuple[str, ...], RowFunctions]:
+) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
     column = input_column(features, config.input or same_column(like.column, features), where)
+    check_order(column, like.column, where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
-    columns = tuple(dict.fromkeys([column, *others]))
+    columns = tuple(dict.fromkeys([*names_of(column), *others]))
     return column, columns, _functions(config, column, where)
 
 
-def _functions(config: UnlabeledSource, column: str, where: str) -> RowFunctions:
+def _functions(config: UnlabeledSource, column: Column, where: str) -> RowFunctions:
     found = [_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map")]
     return RowFunctions(column, *found)
 

@@ -46,6 +46,14 @@ class FusedSum:
         }
 
 
+def summed(value: Tensor) -> Tensor:
+    """The sum over all ranks, in the tensor's own dtype. Collective: every rank must call."""
+    total = value.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 _kept: list[Any] = []
 
 

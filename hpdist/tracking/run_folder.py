@@ -63,9 +63,9 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
-    def write_json(self, name: str, values: Any) -> None:
+    def write_json(self, name: str, values: Any, indent: int | None = 2) -> None:
         """Write a JSON file."""
-        self.write_text(name, json.dumps(values, indent=2) + "\n")
+        self.write_text(name, json.dumps(values, indent=indent) + "\n")
 
     def read_labeled_rows(self) -> list[int] | None:
         """The labelled rows that this run chose, if it has."""

@@ -84,9 +84,13 @@ class RunLog:
         shown = {"accuracy": accuracies[0]} if accuracies else {}
         self._console.show(step, {**record, **shown})
 
-    def write_summary(self, step: int, summary: Mapping[str, object]) -> None:
-        """Write what came of the run."""
+    def write_summary(
+        self, step: int, summary: Mapping[str, object], confusions: Mapping[str, object]
+    ) -> None:
+        """Write what came of the run, and the confusion matrices of the sets measured."""
         if self._files:
+            for name, confusion in confusions.items():
+                self._folder.write_json(f"confusion_{name}.json", confusion, indent=None)
             self._folder.write_json("summary.json", summary)
         self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)
 

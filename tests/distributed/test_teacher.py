@@ -169,7 +169,8 @@ def lent() -> dict[tuple[int | None, str], Lent]:
         after = engine.infer(inputs)
         batch = LabeledBatch(images[:64], labels[:64], torch.arange(64))
         valid = torch.ones(64, dtype=torch.bool)
-        scores = evaluate_both(engine, teacher, step.views, lambda: [(batch, valid)])  # noqa: B023
+        measured = evaluate_both(engine, teacher, step.views, lambda: [(batch, valid)])  # noqa: B023
+        scores = measured.values
         masters = engine.layout.gather(engine.master_fragments())
         shapes = engine.parameter_shapes()
         weights = {name: masters[name].view(shape) for name, shape in shapes.items()}

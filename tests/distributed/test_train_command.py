@@ -65,6 +65,14 @@ def test_leaves_the_run_folder_of_the_contract(run: Path) -> None:
     evaluated = [record["step"] for record in records if "eval/test/accuracy" in record]
     assert evaluated == [3, 6]
     assert records[-1]["eval/test/accuracy"] == summary["test/accuracy"]
+    for score in ("macro_f1", "balanced_accuracy"):
+        assert records[-1][f"eval/test/{score}"] == summary[f"test/{score}"]
+        assert 0 < records[-1][f"eval/test/{score}_student"] < 1
+    confusion = json.loads((run / "confusion_test.json").read_text())
+    assert confusion["classes"] == [str(digit) for digit in range(10)]
+    for which, key in (("teacher", "test/accuracy"), ("student", "test/accuracy_student")):
+        assert sum(map(sum, confusion[which])) == 360
+        assert sum(confusion[which][digit][digit] for digit in range(10)) / 360 == summary[key]
     checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert checkpoints == ["step-00000004", "step-00000006"], "two are kept"
     assert len(json.loads((run / "labeled_rows.json").read_text())) == 40

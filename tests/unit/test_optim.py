@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpdist.config import Optim, Schedule
-from hpdist.optim import build_optimizer, learning_rate
+from hpdist.optim import build_optimizer, l1_norm, learning_rate
 
 
 def test_biases_and_norms_do_not_decay_unless_asked() -> None:
@@ -20,6 +20,24 @@ def test_biases_and_norms_do_not_decay_unless_asked() -> None:
     assert len(others["params"]) == 4
     (everything,) = build_optimizer(model, Optim(decay_all=True)).param_groups
     assert len(everything["params"]) == 6
+
+
+def test_sgd_without_momentum_is_plain() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, Optim(momentum=0, weight_decay=0, lr=0.5))
+    before = model.weight.detach().clone()
+    for _ in range(2):
+        model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.ones(2)
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 1)
+
+
+def test_the_l1_norm_is_of_weights_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)).half()
+    norm = l1_norm(model.parameters())
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(model[0].weight.float().abs().sum().item())
+    assert l1_norm([torch.ones(2)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.decode import Unreadable, stored_values
+from hpdist.data.decode import Column, Unreadable, stored_inputs, stored_values
 from hpdist.errors import describe
 
 Row = dict[str, Any]
@@ -23,25 +23,26 @@ class RowFunctions:
     nothing; so does one that either raises an error for, which makes it a bad row.
     """
 
-    column: str
+    column: Column
     keep: Callable[[Row], bool] | None = None
     map: Callable[[Row], Row] | None = None
 
     def values(self, table: pa.Table) -> Values:
         """The input column's stored values, mapped, and which rows the filter leaves out."""
         if self.keep is None and self.map is None:
-            return Values(stored_values(table.column(self.column)))
+            return Values(stored_inputs(table, self.column))
         columns = {name: stored_values(table.column(name)) for name in table.column_names}
         found = Values([])
         for line in range(len(table)):
             row = {name: values[line] for name, values in columns.items()}
-            if isinstance(row[self.column], Unreadable) or row[self.column] is None:
-                found.values.append(row[self.column])
+            given = row[self.column] if isinstance(self.column, str) else row
+            if isinstance(given, Unreadable) or given is None:
+                found.values.append(given)
                 continue
             try:
                 kept = self.keep is None or bool(self.keep(row))
                 mapped = self.map(row) if kept and self.map is not None else row
-                found.values.append(_stored(mapped[self.column]))
+                found.values.append(_stored(mapped, self.column))
             except Exception as error:  # whatever the user's function raises
                 found.values.append(Unreadable(f"filter or map failed: {describe(error)}"))
                 continue
@@ -58,6 +59,9 @@ class Values:
     left_out: set[int] = field(default_factory=set)
 
 
-def _stored(value: Any) -> Any:
-    """Lists of numbers as the arrays that stored lists come as."""
+def _stored(row: Row, column: Column) -> Any:
+    """A row's input, as stored ones come: lists of numbers and several columns as arrays."""
+    if not isinstance(column, str):
+        return np.asarray([row[name] for name in column], np.float64)  # None as NaN
+    value = row[column]
     return np.asarray(value) if isinstance(value, (list, tuple)) else value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hpdist.config import Component
+from hpdist.data.decode import Array
 
 
 class Views(Protocol):
@@ -35,6 +37,29 @@ class Views(Protocol):
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Return the rows with much noise, on which the student must agree with pseudo-labels."""
+        ...
+
+
+@runtime_checkable
+class FittedViews(Views, Protocol):
+    """Views that measure the training rows, once, before the training.
+
+    What they measured is in every checkpoint, beside the weights that were trained with it.
+    """
+
+    def fit(self, parts: Iterable[Array], names: Sequence[str] = ()) -> None:
+        """Measure training rows, [rows, *] at a time; `names` are the features', if they have any.
+
+        Called on one process, which tells the others. Raises DataError.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What was measured."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what was measured."""
         ...
 
 

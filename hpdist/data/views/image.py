@@ -189,7 +189,7 @@ def _check_images(x: Tensor) -> None:
     if x.dtype != torch.uint8 or x.dim() != 4:
         raise DataError(
             f"image views take uint8 rows [B, C, H, W], not {x.dtype} {list(x.shape)}; "
-            "for rows that are not images set views.name to identity"
+            "for rows that are not images set views.name to table or identity"
         )
 
 
