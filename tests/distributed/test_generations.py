@@ -26,6 +26,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+BY_SPEED = ["noisy_student", pytest.param("crest", marks=pytest.mark.slow)]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"))
@@ -93,7 +96,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BY_SPEED)
 def test_ranks_do_not_matter(tmp_path: Path, data: Path, kind: str) -> None:
     curves = {}
     for ranks in (1, 2):
@@ -131,7 +134,10 @@ def _train_with(
     return train(data, runs, name, kind, **settings)
 
 
-@pytest.mark.parametrize(("kind", "killed_at"), [("noisy_student", 7), ("crest", 5)])
+@pytest.mark.parametrize(
+    ("kind", "killed_at"),
+    [("noisy_student", 7), pytest.param("crest", 5, marks=pytest.mark.slow)],
+)
 def test_a_killed_run_goes_on_in_its_generation(
     tmp_path: Path, data: Path, kind: str, killed_at: int
 ) -> None:

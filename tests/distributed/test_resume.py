@@ -64,7 +64,13 @@ ZERO3 = {"precision": "fp16", "stage": 3}
 
 
 @pytest.mark.parametrize(
-    "settings", [DDP, ADAMW, ZERO, ZERO3], ids=["ddp", "adamw", "zero2", "zero3"]
+    "settings",
+    [
+        pytest.param(DDP, id="ddp"),
+        pytest.param(ADAMW, id="adamw", marks=pytest.mark.slow),
+        pytest.param(ZERO, id="zero2"),
+        pytest.param(ZERO3, id="zero3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, data: Path, settings: dict[str, Any]
