@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uda": {"threshold": 0.14, "annealing": "linear"},
 }
 ADDON_SETTINGS: dict[str, dict[str, Any]] = {
-    "abc": {"threshold": 0.15},
+    "abc": {"threshold": 0.14},
     "darp": {"warmup": 0.05, "every": 2},
     "debiaspl": {"momentum": 0.5},
 }
