@@ -108,8 +108,8 @@ def catalogue() -> list[str]:
         "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
         "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
         "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
-        "batch; 'then' begins a second collective. An add-on goes around any algorithm, named in the",
-        "config's addons, and what it has comes on top.",
+        "batch; 'then' begins a second collective. An add-on goes around any algorithm, and",
+        "what it has comes on top: `addons` in the config.",
     ]
 
 
