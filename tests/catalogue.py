@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 ADDON_SETTINGS: dict[str, dict[str, Any]] = {
     "crest": {"momentum": 0.5},
-    "abc": {"threshold": 0.15},
+    "abc": {"threshold": 0.14},
     "darp": {"warmup": 0.05, "every": 2},
     "debiaspl": {"momentum": 0.5},
     "reconstruction": {"patch": 2, "hidden": 16},
