@@ -43,11 +43,12 @@ def penalised(settings: dict[str, Any]) -> tuple[dict[str, Tensor], list[float]]
     ],
 )
 def test_every_weight_is_pulled_to_zero_by_the_same(ranks: int, settings: dict[str, Any]) -> None:
+    rounding = 3e-4 if settings.get("precision") == "bf16" else 2e-5  # of a gradient, times LR
     for found, losses in run_ranks(ranks, penalised, settings):
         total = 0.0
         for change, first in found.values():
             pull = 1.9 * LR * L1 * first.sign() if first.dim() >= 2 else torch.zeros(first.shape)
-            torch.testing.assert_close(change, -pull, rtol=0.02, atol=2e-5)
+            torch.testing.assert_close(change, -pull, rtol=0.02, atol=rounding)
             total += float(first.abs().sum()) if first.dim() >= 2 else 0.0
         plain, none, loss, penalty = losses
         assert none == 0
