@@ -40,6 +40,8 @@ from hpdist.micro_batch import Cutter, MicroBatch
 from hpdist.models.heads import columns_of
 from hpdist.optim import l1_norm
 
+_FEWEST = 16  # unlabelled rows of a global batch; of fewer, one class may take all by chance
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -454,6 +456,8 @@ class SemiSupervisedStep:
         names = passes[0].contributions
         sums = {name: sum_(p.contributions[name] for p in passes) for name in names}
         weak = [p.weak.logits for p in passes if p.weak is not None]
+        if passes[0].micro.inputs.places.unlabeled_rows < _FEWEST:
+            weak = []
         if weak:
             logits = torch.cat(weak)  # [unlabeled, classes]
             sums["pseudo-labels"] = logits.argmax(dim=1).bincount(minlength=logits.shape[1]).float()

@@ -70,3 +70,12 @@ def test_accumulation_does_not_matter(name: str) -> None:
     if "mask_rate" in one[0]:
         rates = [record["mask_rate"] for record in one]
         assert any(0 < rate < 1 for rate in rates), rates
+
+
+def test_a_small_batch_says_nothing_of_collapse() -> None:
+    """Of one row, one class always takes all."""
+    step = make_step("fixmatch")
+    labeled, unlabeled = global_batches(0)
+    for rows in (1, 8, 16, 48):
+        metrics = step(labeled, unlabeled.narrow(0, rows), measure=True).metrics
+        assert ("pseudo_label_top_share" in metrics) == (rows >= 16)
