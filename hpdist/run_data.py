@@ -20,6 +20,7 @@ from hpdist.data.decode import InputSpec
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
+from hpdist.data.text import Tokenizer
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
     MixedRows,
@@ -29,8 +30,10 @@ from hpdist.data.unlabeled import (
     row_count,
     survey,
 )
+from hpdist.data.views import TextViewsConfig, Views
 from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import ConfigError, DataError, HpdistError
+from hpdist.models.hugging_face import HuggingFaceConfig
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.run_folder import RunFolder
 
@@ -92,7 +95,13 @@ class RunData:
             ]
         )
         self.num_classes = len(self.labeled.classes)
-        self.views = cast(Any, config.views).build(config.run.seed)
+        self.views = self._make_views()
+
+    def _make_views(self) -> Views:
+        tokenizer, views = self.spec.tokenizer, cast(Any, self.config.views)
+        told = [] if tokenizer is None else [tokenizer.vocabulary]
+        made: Views = views.build(self.config.run.seed, *told)
+        return made
 
     def _open_labeled(self, objects: Objects, resumed: bool) -> None:
         config, views = self.config, self.config.views
@@ -102,13 +111,33 @@ class RunData:
             num_classes=getattr(config.model, "num_classes", None),
             chosen=self.folder.read_labeled_rows() if resumed else None,
             dataset=objects.labeled,
+            text=isinstance(views, TextViewsConfig),
         )
-        self.spec: InputSpec = input_spec(self.labeled, getattr(views, "size", None))
+        self.spec = self._find_spec()
         if views.name == "image" and self.spec.kind != "image":
             raise ConfigError(
                 f"views.name: image, but column {self.labeled.column!r} holds vectors; "
                 "set views.name: identity"
             )
+
+    def _find_spec(self) -> InputSpec:
+        views, model = self.config.views, self.config.model
+        if not isinstance(views, TextViewsConfig):
+            return input_spec(self.labeled, getattr(views, "size", None))
+        tokenizer = None
+        if views.tokenizer is not None:
+            tokenizer = Tokenizer(views.tokenizer, views.max_length)
+        elif isinstance(model, HuggingFaceConfig):
+            tokenizer = Tokenizer(
+                model.path, views.max_length, model.revision, model.trust_remote_code, "model.name"
+            )
+        if tokenizer is None:
+            raise ConfigError(
+                "views.tokenizer: name the folder or the Hub's id of a tokenizer; only a model "
+                "hf:… has one of its own"
+            )
+        tokenizer.vocabulary  # noqa: B018  (loads it, for an error to come here)
+        return InputSpec.of_text(tokenizer)
 
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading

@@ -132,24 +132,28 @@ def known_column(features: Any, column: str, setting: str) -> str:
     return column
 
 
-def input_column(features: Any, column: str | None, where: str, exclude: str | None = None) -> str:
-    """Find the column that the model sees: as named, else the only image column."""
+def input_column(
+    features: Any, column: str | None, where: str, exclude: str | None = None, *, text: bool = False
+) -> str:
+    """Find the column that the model sees: as named, else the only one of images, or of text."""
     setting = f"{where}.input"
-    images: list[str] = [key for key in features if _is_image(features[key])]
-    inputs = [key for key in features if key != exclude and _is_input(features[key])]
+    usual, fits = (_is_text, _is_text) if text else (_is_image, _is_input)
+    found: list[str] = [key for key in features if key != exclude and usual(features[key])]
+    inputs = [key for key in features if key != exclude and fits(features[key])]
     candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
     if column is None:
-        if len(images) != 1:
+        if len(found) != 1:
             raise DataError(
-                f"{setting}: name the input column, there are {len(images)} of images; {candidates}"
+                f"{setting}: name the input column, there are {len(found)} of "
+                f"{'text' if text else 'images'}; {candidates}"
             )
-        return images[0]
-    if not _is_input(features[known_column(features, column, setting)]):
-        raise DataError(
-            f"{setting}: column {column!r} holds {features[column]}, neither images nor arrays of "
-            f"numbers; {candidates}"
-        )
-    return column
+        return found[0]
+    feature = features[known_column(features, column, setting)]
+    if fits(feature):
+        return column
+    wanted = "not text" if text else "neither images nor arrays of numbers"
+    hint = "; for text set views.name: text" if _is_text(feature) and not text else ""
+    raise DataError(f"{setting}: column {column!r} holds {feature}, {wanted}; {candidates}{hint}")
 
 
 def _is_image(feature: Any) -> bool:
@@ -157,6 +161,15 @@ def _is_image(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "").endswith("binary")
+
+
+def is_text(features: Any, column: str | None) -> bool:
+    """Whether a set has such a column, and of text."""
+    return column in features and _is_text(features[column])
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
 
 
 def _is_input(feature: Any) -> bool:

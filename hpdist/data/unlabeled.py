@@ -430,7 +430,8 @@ def _columns(
     config: UnlabeledSource, features: Any, like: LabeledRows, where: str
 ) -> tuple[str, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
-    column = input_column(features, config.input or same_column(like.column, features), where)
+    column = config.input or same_column(like.column, features)
+    column = input_column(features, column, where, text=like.text)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
     columns = tuple(dict.fromkeys([column, *others]))
     return column, columns, _functions(config, column, where)
