@@ -48,6 +48,11 @@ def checkpoint_folder(path: str, setting: str) -> Iterator[str]:
 
 def _message(path: str, local: bool, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            f"{path!r} brings Python code of its own, which runs only with "
+            "model.trust_remote_code: true"
+        )
     said = text if len(text) <= _LENGTH else text[: _LENGTH - 1] + "…"
     if local:
         return f"folder {path!r} cannot be used: {said}"

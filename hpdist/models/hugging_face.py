@@ -169,23 +169,15 @@ class TextClassifier(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits."""
+        rows, ids = len(ids), _one_at_least(ids)
         mask = ids != self.pad
         if not torch.compiler.is_compiling():  # which would compile for every length
-            length = int(mask.any(dim=0).sum()) if len(ids) else 1
-            ids, mask = ids[:, : max(length, 1)], mask[:, : max(length, 1)]
+            length = max(int(mask.any(dim=0).sum()), 1)
+            ids, mask = ids[:, :length], mask[:, :length]
         # A row of nothing but padding, which counts for nothing, must not give NaN.
         mask = mask | (torch.arange(ids.shape[1], device=ids.device) == 0)
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).logits
-        return logits
-
-    @property
-    def supports_gradient_checkpointing(self) -> bool:
-        """Whether the model can recompute its activations."""
-        return bool(self.model.supports_gradient_checkpointing)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Have the model recompute its activations."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        return logits[:rows]
 
 
 class ImageClassifier(nn.Module):
@@ -197,17 +189,13 @@ class ImageClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits."""
-        logits: Tensor = self.model(pixel_values=pixels).logits
-        return logits
+        logits: Tensor = self.model(pixel_values=_one_at_least(pixels)).logits
+        return logits[: len(pixels)]
 
-    @property
-    def supports_gradient_checkpointing(self) -> bool:
-        """Whether the model can recompute its activations."""
-        return bool(self.model.supports_gradient_checkpointing)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        """Have the model recompute its activations."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+def _one_at_least(rows: Tensor) -> Tensor:
+    """The rows, or one of zeros in place of none, on which models of transformers fail."""
+    return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
 
 
 def scale_learning_rates(model: nn.Module, decay: float) -> None:

@@ -121,7 +121,7 @@ class TextViews:
         row, token = noise[:, :_PER_ROW], noise[:, _PER_ROW:].unflatten(1, (_PER_TOKEN, tokens))
         self._special = self._special.to(x.device)
         text = ~self._special[x]  # [B, T]
-        kept = text & span(text, row[:, 0], row[:, 1], view.crop)
+        kept = span(text, row[:, 0], row[:, 1], view.crop)
         # Of all that the span holds, one token is sure to stay.
         safe = one_of(kept, token[:, 0])
         kept = kept & (safe | (token[:, 1] >= view.drop))
@@ -141,7 +141,7 @@ def span(text: Tensor, length: Tensor, start: Tensor, most: float) -> Tensor:
     cut = (length * most * count).long()
     first = (start * (cut + 1)).long()  # of the run, counted in tokens of text
     number = text.long().cumsum(dim=1) - 1
-    return (number >= first[:, None]) & (number < (first + count - cut)[:, None])
+    return text & (number >= first[:, None]) & (number < (first + count - cut)[:, None])
 
 
 def one_of(among: Tensor, noise: Tensor) -> Tensor:
