@@ -30,7 +30,7 @@ BERT = {
     "max_position_embeddings": 64,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,  # so that some pseudo-labels are confident
+    "initializer_range": 0.3,  # so that some pseudo-labels are confident
 }
 
 

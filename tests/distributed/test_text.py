@@ -40,7 +40,7 @@ def curve(folder):
     """Loss, its unsupervised part, mask rate and gradient norm of each step."""
     rows = [json.loads(line) for line in (folder / "news" / "metrics.jsonl").open()]
     names = ("loss", "unsupervised_loss", "mask_rate", "grad_norm")
-    return [[row[name] for name in names] for row in rows]
+    return [[row.get(name, 0.0) for name in names] for row in rows]
 
 
 def close(one, two, rel=1e-4):
