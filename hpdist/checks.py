@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hpdist.algorithms.base import Algorithm
 from hpdist.config import RunConfig
+from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
 
 
@@ -45,6 +47,15 @@ def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
 def _multiples(size: int, ranks: int) -> str:
     below, above = size // ranks * ranks, -(-size // ranks) * ranks
     return f"{below} or {above}" if below else str(above)
+
+
+def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
+    """Raise ConfigError where the algorithm computes with inputs that are token ids."""
+    if spec.kind == "text" and (algorithm.groups is not None or algorithm.views.probed):
+        raise ConfigError(
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs or adds to them, which text "
+            "does not allow; choose one that does not, such as fixmatch"
+        )
 
 
 def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:

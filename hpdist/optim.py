@@ -12,15 +12,25 @@ from hpdist.config import Optim, Schedule
 
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
-    """Make the optimizer; parameters of fewer than two dimensions do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if config.decay_all or p.dim() >= 2]
-    others = [p for p in parameters if not (config.decay_all or p.dim() >= 2)]
+    """Make the optimizer; parameters of fewer than two dimensions do not decay.
+
+    A parameter's own `lr_scale`, if it has one, multiplies its learning rate.
+    """
+    chosen: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = config.decay_all or parameter.dim() >= 2
+            scale = float(getattr(parameter, "lr_scale", 1.0))
+            chosen.setdefault((decays, scale), []).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": chosen[decays, scale],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.lr * scale,
+            "lr_scale": scale,
+        }
+        for decays, scale in sorted(chosen, reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)

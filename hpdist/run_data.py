@@ -21,6 +21,7 @@ from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
+from hpdist.data.text import Tokenizer
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
     MixedRows,
@@ -30,10 +31,11 @@ from hpdist.data.unlabeled import (
     row_count,
     survey,
 )
-from hpdist.data.views.base import FittedViews
+from hpdist.data.views import FittedViews, TextViewsConfig, Views
 from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
+from hpdist.models.hugging_face import HuggingFaceConfig
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.run_folder import RunFolder
 
@@ -97,8 +99,14 @@ class RunData:
             ]
         )
         self.num_classes = len(self.labeled.classes)
-        self.views = cast(Any, config.views).build(config.run.seed)
+        self.views = self._make_views()
         self._fit_views(saved)
+
+    def _make_views(self) -> Views:
+        tokenizer, views = self.spec.tokenizer, cast(Any, self.config.views)
+        told = [] if tokenizer is None else [tokenizer.vocabulary]
+        made: Views = views.build(self.config.run.seed, *told)
+        return made
 
     def _open_labeled(self, objects: Objects, resumed: bool) -> None:
         config, views = self.config, self.config.views
@@ -108,15 +116,35 @@ class RunData:
             num_classes=getattr(config.model, "num_classes", None),
             chosen=self.folder.read_labeled_rows() if resumed else None,
             dataset=objects.labeled,
+            text=isinstance(views, TextViewsConfig),
         )
-        size, missing = (getattr(views, key, None) for key in ("size", "missing"))
-        self.spec: InputSpec = input_spec(self.labeled, size, missing=missing == "mean")
+        self.spec = self._find_spec()
         kind = self.spec.kind
         if (views.name, kind) in (("image", "vector"), ("table", "image")):
             raise ConfigError(
                 f"views.name: {views.name}, but column {self.labeled.column!r} holds {kind}s; "
                 f"set views.name: {'table, or identity' if kind == 'vector' else 'image'}"
             )
+
+    def _find_spec(self) -> InputSpec:
+        views, model = self.config.views, self.config.model
+        if not isinstance(views, TextViewsConfig):
+            size, missing = (getattr(views, key, None) for key in ("size", "missing"))
+            return input_spec(self.labeled, size, missing=missing == "mean")
+        tokenizer = None
+        if views.tokenizer is not None:
+            tokenizer = Tokenizer(views.tokenizer, views.max_length)
+        elif isinstance(model, HuggingFaceConfig):
+            tokenizer = Tokenizer(
+                model.path, views.max_length, model.revision, model.trust_remote_code, "model.name"
+            )
+        if tokenizer is None:
+            raise ConfigError(
+                "views.tokenizer: name the folder or the Hub's id of a tokenizer; only a model "
+                "hf:… has one of its own"
+            )
+        tokenizer.vocabulary  # noqa: B018  (loads it, for an error to come here)
+        return InputSpec.of_text(tokenizer)
 
     def _fit_views(self, saved: SavedRun | None) -> None:
         """Have views measure the training rows, or take over what they measured. Collective."""

@@ -83,18 +83,25 @@ class Component(Section):
     """The options of something chosen by name: a model, an algorithm, the views."""
 
     kind: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""
+    """How every name of such components begins, where not one name alone chooses them."""
+    prefix_hint: ClassVar[str] = ""
+    """Such a name, for messages."""
     name: str
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Make the component known under the default of its `name` field."""
+        """Make the component known under the default of its `name` field, or under its prefix."""
         super().__pydantic_init_subclass__(**kwargs)
+        if cls.kind and cls.prefix:
+            _prefixed.setdefault(cls.kind, {})[cls.prefix] = cls
         default = cls.model_fields["name"].default
         if cls.kind and isinstance(default, str):
             _components.setdefault(cls.kind, {})[default] = cls
 
 
 _components: dict[str, dict[str, type[Component]]] = {}
+_prefixed: dict[str, dict[str, type[Component]]] = {}
 
 
 def components(kind: str) -> dict[str, type[Component]]:
@@ -147,12 +154,20 @@ class ComponentOf:
     @property
     def hint(self) -> str:
         """What a name can be, for a message."""
-        return f"known: {', '.join(components(self.kind))}, or python:package.module:attribute"
+        names = [*components(self.kind), *(c.prefix_hint for c in self._prefixed.values())]
+        return f"known: {', '.join(names)}, or python:package.module:attribute"
+
+    @property
+    def _prefixed(self) -> dict[str, type[Component]]:
+        return _prefixed.get(self.kind, {})
 
     def _class(self, name: str) -> type[Component]:
         if name.startswith(PYTHON_PREFIX):
             return self._python_class(name)
         known = components(self.kind)
+        for prefix, component in self._prefixed.items():
+            if name.startswith(prefix):
+                return component
         if name not in known:
             hint = nearest(name, known)
             raise ConfigError(f"no {self.kind} is called {name!r}{hint}; {self.hint}")
@@ -183,7 +198,7 @@ class ComponentOf:
         default = DEFAULT_NAMES.get(self.kind)
         python = {"python": PythonComponent} if self.kind == "model" else {}
         options = []
-        for name, component in (components(self.kind) | python).items():
+        for name, component in (components(self.kind) | self._prefixed | python).items():
             option = handler(component.__pydantic_core_schema__)
             if name != default:  # so that settings without a name fit one option only
                 definition = handler.resolve_ref_schema(option)

@@ -19,12 +19,12 @@ from typing import Any, NoReturn, cast
 import datasets
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpdist import config as configuration
 from hpdist.algorithms.addon import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
-from hpdist.checks import check_model, divide_batch
+from hpdist.checks import check_inputs, check_model, divide_batch
 from hpdist.config import Component, RunConfig
 from hpdist.data.random import mixed_seed
 from hpdist.data.sources import LabeledRows
@@ -173,6 +173,7 @@ class Trainer:
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
         algorithm = self._make_algorithm()
+        check_inputs(algorithm, self.data.spec)
         model = self._make_model(objects, algorithm)
         initial = initial_values(model, algorithm.generations)
         if micro_batches > 1 and any(batch_norms(model)):
@@ -181,11 +182,11 @@ class Trainer:
                 "statistics are not those of the global batch; norm: group avoids that"
             )
         optimizer = build_optimizer(model, config.optim)
-        replica = None
-        if algorithm.views.teacher and self.sharding.stage == 3:
-            own = replace(objects, model=copy.deepcopy(objects.model))
-            replica = self._make_model(own, algorithm)
+        replicated = algorithm.views.teacher and self.sharding.stage == 3
+        own = replace(objects, model=copy.deepcopy(objects.model)) if replicated else objects
         model, optimizer = accelerator.prepare(model, optimizer)
+        # Not before: ZeRO-3 has by now let go of the first model's whole weights.
+        replica = self._make_model(own, algorithm) if replicated else None
         self.step = SemiSupervisedStep(
             accelerator,
             model,
@@ -231,9 +232,9 @@ class Trainer:
             model = objects.model
             if model is None:
                 seed = config.run.seed
-                model = build_model(config.model, self.data.spec.shape, self.data.num_classes, seed)
+                model = build_model(config.model, self.data.spec, self.data.num_classes, seed)
             model = global_batch_norm(model)
-            example = self.data.views.plain(self._example())
+            example = self.data.views.plain(self.data.spec.example(2))
             check_model(model, example, self.data.num_classes)
             model = with_heads(model, algorithm, example, getattr(config.model, "features", None))
             if config.activation_checkpointing:
@@ -244,9 +245,6 @@ class Trainer:
         if config.compile:
             model.compile()  # in place: the parameters keep their names
         return model
-
-    def _example(self) -> Tensor:
-        return torch.zeros((2, *self.data.spec.shape), dtype=self.data.spec.dtype)
 
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.

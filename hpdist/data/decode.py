@@ -1,8 +1,9 @@
 """How a stored value becomes one row of a batch.
 
 Images stay uint8 [channels, height, width] until the views run on the device; one-dimensional
-arrays are float32 vectors. One `InputSpec` is derived from the labelled rows and shared by every
-other set, so that a test or unlabelled row is decoded as a labelled one is.
+arrays are float32 vectors; text becomes int64 token ids. One `InputSpec` is derived from the
+labelled rows and shared by every other set, so that a test or unlabelled row is decoded as a
+labelled one is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from hpdist.errors import DataError
 if TYPE_CHECKING:  # imported where it is used: a decoding process does without it
     import torch
     from torch import Tensor
+
+    from hpdist.data.text import Tokenizer
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Column: TypeAlias = str | tuple[str, ...]
@@ -53,14 +56,15 @@ class InputSpec:
     rest. Every row is converted to it, whatever its own mode. Images of 32-bit floats are refused.
     """
 
-    kind: Literal["image", "vector"]
-    shape: tuple[int, ...]  # (channels, height, width) or (features,)
-    stored: Literal["encoded", "array"]
+    kind: Literal["image", "vector", "text"]
+    shape: tuple[int, ...]  # (channels, height, width), (features,) or (tokens,)
+    stored: Literal["encoded", "array", "text"]
     mode: str | None = None  # L, RGB or RGBA, of images
     channels_last: bool = False  # how 3-D arrays are stored
     size: int | None = None  # every image is resized to size x size
     missing: bool = False  # whether a vector may hold NaN, for the views to fill in
     names: tuple[str, ...] = ()  # of the features, where each is a column
+    tokenizer: Tokenizer | None = None  # of text
 
     @classmethod
     def of(cls, value: Any, size: int | None) -> InputSpec:
@@ -92,12 +96,26 @@ class InputSpec:
         shape = (channels, size or height, size or width)
         return cls("image", shape, "array", modes[channels], channels_last, size)
 
+    @classmethod
+    def of_text(cls, tokenizer: Tokenizer) -> InputSpec:
+        """The spec of text, which no row needs to tell."""
+        return cls("text", (tokenizer.max_length,), "text", tokenizer=tokenizer)
+
     @property
     def dtype(self) -> torch.dtype:
-        """uint8 for images, float32 for vectors."""
+        """uint8 for images, float32 for vectors, int64 for text."""
         import torch
 
-        return torch.uint8 if self.kind == "image" else torch.float32
+        kinds = {"image": torch.uint8, "vector": torch.float32, "text": torch.int64}
+        return kinds[self.kind]
+
+    def example(self, rows: int) -> Tensor:
+        """Rows to try a model on: zeros, or the tokens of a few words."""
+        import torch
+
+        if self.tokenizer is not None:
+            return torch.from_numpy(self.tokenizer.example(rows))
+        return torch.zeros((rows, *self.shape), dtype=self.dtype)
 
     def decode(self, value: Any) -> Tensor:
         """Turn one stored value into a tensor of `shape` and `dtype`.
@@ -140,6 +158,8 @@ class InputSpec:
             raise ValueError(
                 f"{len(values)} rows of {_by(self.shape)} do not fit into {_by(out.shape)}"
             )
+        if self.tokenizer is not None:
+            return self.tokenizer.decode_into(values, out)
         reasons = {}
         for line, value in enumerate(values):
             reason = self._try_into(value, out[line])
@@ -156,6 +176,10 @@ class InputSpec:
         return None
 
     def _decode_into(self, value: Any, out: Array) -> None:
+        if self.tokenizer is not None:
+            for reason in self.tokenizer.decode_into([value], out[None]).values():
+                raise ValueError(reason)
+            return
         if value is None:
             raise ValueError("the value is null")
         if isinstance(value, Unreadable):

@@ -150,32 +150,48 @@ def known_column(features: Any, column: str, setting: str) -> str:
 
 
 def input_column(
-    features: Any, column: Column | list[str] | None, where: str, exclude: str | None = None
+    features: Any,
+    column: Column | list[str] | None,
+    where: str,
+    exclude: str | None = None,
+    *,
+    text: bool = False,
 ) -> Column:
-    """Find the column that the model sees: as named, else the only image column.
+    """Find the column that the model sees: as named, else the only one of images, or of text.
 
-    Of a list of columns each must hold a number or a boolean, and none the label `exclude`.
+    Of a list of columns each must hold a number or a boolean, and none the label `exclude`; a list
+    is never text.
     """
     setting = f"{where}.input"
     if isinstance(column, (list, tuple)):
+        if text:
+            raise DataError(
+                f"{setting}: a list of columns is no text, which views.name: text takes; name one "
+                "column of text, or set views.name: table, or identity"
+            )
         _check_numbers(features, column, setting, exclude)
         return tuple(column)
-    images: list[str] = [key for key in features if _is_image(features[key])]
-    inputs = [key for key in features if key != exclude and _is_input(features[key])]
+    usual, fits = (_is_text, _is_text) if text else (_is_image, _is_input)
+    found: list[str] = [key for key in features if key != exclude and usual(features[key])]
+    inputs = [key for key in features if key != exclude and fits(features[key])]
     candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
     if column is None:
-        if len(images) != 1:
+        if len(found) != 1:
             raise DataError(
-                f"{setting}: name the input column, there are {len(images)} of images; {candidates}"
+                f"{setting}: name the input column, there are {len(found)} of "
+                f"{'text' if text else 'images'}; {candidates}"
             )
-        return images[0]
-    if not _is_input(features[known_column(features, column, setting)]):
-        hint = f"; a list makes a vector: [{column}]" if _is_number(features[column]) else ""
-        raise DataError(
-            f"{setting}: column {column!r} holds {features[column]}, neither images nor arrays of "
-            f"numbers{hint}; {candidates}"
-        )
-    return column
+        return found[0]
+    feature = features[known_column(features, column, setting)]
+    if fits(feature):
+        return column
+    wanted = "not text" if text else "neither images nor arrays of numbers"
+    hint = ""
+    if not text and _is_text(feature):
+        hint = "; for text set views.name: text"
+    elif not text and _is_number(feature):
+        hint = f"; a list makes a vector: [{column}]"
+    raise DataError(f"{setting}: column {column!r} holds {feature}, {wanted}{hint}; {candidates}")
 
 
 def _check_numbers(
@@ -207,6 +223,15 @@ def _is_image(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "").endswith("binary")
+
+
+def is_text(features: Any, column: Column | list[str] | None) -> bool:
+    """Whether a set has such a column, and of text; a list of columns is none."""
+    return isinstance(column, str) and column in features and _is_text(features[column])
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
 
 
 def _is_input(feature: Any) -> bool:

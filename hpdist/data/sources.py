@@ -88,6 +88,8 @@ class LabeledRows(TableRows):
     labels: Int64Array  # [rows], in 0..len(classes)
     classes: Classes
     label_column: str
+    text: bool = False
+    """Whether the column holds text; every other set's must too."""
 
     @property
     def chosen(self) -> list[int]:
@@ -152,17 +154,18 @@ def open_labeled(
     chosen: list[int] | None = None,
     dataset: Any = None,
     where: str = "data.labeled",
+    text: bool = False,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
     `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
-    of an earlier run, used instead of drawing. Raises DataError when anything is not as the config
-    says.
+    of an earlier run, used instead of drawing; `text` is whether the model sees text. Raises
+    DataError when anything is not as the config says.
     """
     table, name = open_table(config, dataset, where)
     features = table.features
     label = label_column(features, config.label, where)
-    column = input_column(features, config.input, where, exclude=label)
+    column = input_column(features, config.input, where, exclude=label, text=text)
     values = read_column(table, label, name)
     classes = list_classes(features[label], values, num_classes, where, label)
     labels = label_ids(features[label], values, classes)
@@ -174,7 +177,7 @@ def open_labeled(
     drawn = draw_rows(config, labels, classes, seed, where) if given is None else given
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
     view = raw_view(table, names_of(column))
-    return LabeledRows(view, column, name, ids, labels[ids], classes, label)
+    return LabeledRows(view, column, name, ids, labels[ids], classes, label, text)
 
 
 def open_test(
@@ -193,7 +196,11 @@ def open_test(
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(
-        features, config.input or same_column(like.column, features), where, exclude=label
+        features,
+        config.input or same_column(like.column, features),
+        where,
+        exclude=label,
+        text=like.text,
     )
     check_order(column, like.column, where)
     values = read_column(table, label, name)
@@ -201,7 +208,8 @@ def open_test(
     labels = label_ids(features[label], values, like.classes)
     check_labels(labels, values, like.classes, range(len(labels)), name, label)
     view = raw_view(table, names_of(column))
-    rows = LabeledRows(view, column, name, np.arange(len(table)), labels, like.classes, label)
+    ids, classes = np.arange(len(table)), like.classes
+    rows = LabeledRows(view, column, name, ids, labels, classes, label, like.text)
     spec.decode_rows(rows.read_split([0]), [0], name)
     return rows
 

@@ -32,14 +32,13 @@ from hpdist.data.loading import (
 )
 from hpdist.data.long_tail import rows_used
 from hpdist.data.sources import LabeledRows, UnlabeledTable
-from hpdist.data.stream.functions import RowFunctions, Values
+from hpdist.data.stream.functions import RowFunctions, Values, row_functions
 from hpdist.data.stream.index import Index, build_index, split_files
 from hpdist.data.stream.mixed import MixedReader
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.sequential import SequentialReader
-from hpdist.errors import ConfigError, DataError
-from hpdist.settings import import_object
+from hpdist.errors import DataError
 
 _TRIED = 64  # rows of which one must fit
 _PLACES = 8  # that they are taken from, where those of the first do not
@@ -371,7 +370,7 @@ def _retry(loading: Loading) -> Retry:
 def _parquet_rows(
     part: UnlabeledSource, config: Unlabeled, surveyed: Surveyed, retry: Retry, where: str
 ) -> ParquetRows:
-    functions = _functions(part, surveyed.column, where)
+    functions = row_functions(part, surveyed.column, where)
     name = source_name(part, None, where)
     return ParquetRows(
         surveyed.index,
@@ -444,28 +443,13 @@ def _columns(
     config: UnlabeledSource, features: Any, like: LabeledRows, where: str
 ) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
-    column = input_column(features, config.input or same_column(like.column, features), where)
+    column = input_column(
+        features, config.input or same_column(like.column, features), where, text=like.text
+    )
     check_order(column, like.column, where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
     columns = tuple(dict.fromkeys([*names_of(column), *others]))
-    return column, columns, _functions(config, column, where)
-
-
-def _functions(config: UnlabeledSource, column: Column, where: str) -> RowFunctions:
-    found = [_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map")]
-    return RowFunctions(column, *found)
-
-
-def _function(name: str | None, where: str) -> Any:
-    if name is None:
-        return None
-    try:
-        found = import_object(name)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"{where}: {name} is {type(found).__name__}, not a function")
-    return found
+    return column, columns, row_functions(config, column, where)
 
 
 def _check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str]) -> None:

@@ -273,7 +273,12 @@ class ZeroEngine(Engine):
             parameter.copy_(whole[name].view(parameter.shape))
 
     def _cast(self, inputs: Tensor) -> Tensor:
-        return inputs.to(self._dtype) if inputs.is_floating_point() else inputs
+        return as_dtype(inputs, self._dtype)
+
+
+def as_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs in the weights' dtype; token ids stay whole numbers."""
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 class UnshardedEngine(ZeroEngine):

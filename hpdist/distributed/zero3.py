@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.engine import Replica, logits_of
 from hpdist.distributed.fragments import Fragment
-from hpdist.distributed.zero import Place, ZeroEngine
+from hpdist.distributed.zero import Place, ZeroEngine, as_dtype
 from hpdist.errors import ConfigError
 
 
@@ -157,7 +157,7 @@ class PartitionedReplica:
     @torch.no_grad()
     def infer(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, in training mode; what batch normalisation sees is forgotten."""
-        logits = logits_of(self._engine(inputs.to(self._dtype)))
+        logits = logits_of(self._engine(as_dtype(inputs, self._dtype)))
         for norm in batch_norms(self._engine.module):
             norm.discard()
         return logits

@@ -2,8 +2,18 @@
 
 from hpdist.models.build import ModelConfig, build_model
 from hpdist.models.cnn import CNN
+from hpdist.models.hugging_face import HuggingFaceConfig, TextClassifier
 from hpdist.models.ladder import LadderMLP
 from hpdist.models.mlp import MLP
 from hpdist.models.wide_resnet import WideResNet
 
-__all__ = ["CNN", "MLP", "LadderMLP", "ModelConfig", "WideResNet", "build_model"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "HuggingFaceConfig",
+    "LadderMLP",
+    "ModelConfig",
+    "TextClassifier",
+    "WideResNet",
+    "build_model",
+]

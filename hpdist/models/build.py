@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from hpdist.config import IN_PYTHON, Component, PythonComponent, import_object
+from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
 
 
@@ -26,6 +27,14 @@ class ModelConfig(Component):
         """Make the model for inputs of a shape (without the batch) and a number of classes."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
+    def build_for(self, spec: InputSpec, num_classes: int) -> nn.Module:
+        """Make the model for what the input column holds."""
+        if spec.kind == "text":
+            raise ConfigError(
+                f"model.name: {self.name} takes no text; use hf:… or a model of your own"
+            )
+        return self.build(spec.shape, num_classes)
+
     def require_image(self, input_shape: tuple[int, ...]) -> None:
         """Raise ConfigError unless the inputs are [channels, height, width]."""
         if len(input_shape) != 3:
@@ -36,16 +45,19 @@ class ModelConfig(Component):
 
 
 def build_model(
-    config: Component, input_shape: tuple[int, ...], num_classes: int, seed: int
+    config: Component, inputs: InputSpec | tuple[int, ...], num_classes: int, seed: int
 ) -> nn.Module:
     """Build the model that a config names; the same weights for a seed, on every rank.
 
+    `inputs` is the input column's spec, or the shape of one of its rows, of images or vectors.
     A `python:module:function` is called as `function(num_classes=..., **args)`. Raises ConfigError
     where that fails or returns no module.
     """
     torch.manual_seed(seed)
     if isinstance(config, ModelConfig):
-        return config.build(input_shape, num_classes)
+        if isinstance(inputs, tuple):
+            return config.build(inputs, num_classes)
+        return config.build_for(inputs, num_classes)
     if not isinstance(config, PythonComponent):
         raise ConfigError(f"model.name: {config.name} has options, but not those of a ModelConfig")
     return _call(config, num_classes)

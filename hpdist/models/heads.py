@@ -51,7 +51,7 @@ class WithHeads(nn.Module):
             return _logits(self.model(inputs))
         with self._features.kept(self.model) as kept:
             logits = _logits(self.model(inputs))
-        features = kept.pop()
+        features = kept.pop()[: len(inputs)]
         if not self.training:
             predictions: Tensor = self.heads[str(self.predicts)](features)
             return predictions
@@ -121,6 +121,11 @@ def with_heads(
                 raise ConfigError(
                     f"model.features: {where.module} gives {found} for inputs "
                     f"{list(example.shape)}; features must be [rows, *]"
+                )
+            if not example.is_floating_point() and kept[-1].dim() > 2:
+                raise ConfigError(
+                    f"model.features: {where.module} gives features of every token, "
+                    f"{list(kept[-1].shape)}; name a submodule that gives [rows, features]"
                 )
             feature = kept[-1].float()
             made = algorithm.heads(feature.shape[1:])

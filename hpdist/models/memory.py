@@ -26,6 +26,13 @@ def checkpoint_activations(model: nn.Module) -> None:
     norms = list(batch_norms(model))
     if norms:
         options["context_fn"] = partial(_keep_segments, norms)
+    whole = model
+    while not hasattr(model, "supports_gradient_checkpointing"):
+        inner = getattr(model, "model", None)
+        if not isinstance(inner, nn.Module):
+            model = whole
+            break
+        model = inner
     # The latter is gone with transformers 6, the former came with 5.
     for method in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(model, method):

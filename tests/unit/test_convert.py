@@ -342,8 +342,8 @@ def test_the_command_prints_the_lines_that_read_what_it_wrote(config, tmp_path, 
             "DataError: data.unlabeled.data_files: nothing matches 'none.jsonl'",
         ),
         (
-            ["rows.yaml", "--out=rows", "--data.unlabeled.input", "text"],
-            "DataError: data.unlabeled.input: column 'text' holds",
+            ["rows.yaml", "--out=rows", "--data.unlabeled.input", "n"],
+            "DataError: data.unlabeled.input: column 'n' holds",
         ),
         (
             ["rows.yaml", "--out=rows", "--data.unlabeled.split", "train[:5]"],

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.config import UnlabeledSource
 from hpdist.data.decode import Column, Unreadable, stored_inputs, stored_values
-from hpdist.errors import describe
+from hpdist.errors import ConfigError, describe
+from hpdist.settings import import_object
 
 Row = dict[str, Any]
 
@@ -57,6 +59,24 @@ class Values:
 
     values: list[Any]
     left_out: set[int] = field(default_factory=set)
+
+
+def row_functions(config: UnlabeledSource, column: Column, where: str) -> RowFunctions:
+    """The functions that a config names. Raises ConfigError where one cannot be imported."""
+    found = [_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map")]
+    return RowFunctions(column, *found)
+
+
+def _function(name: str | None, where: str) -> Any:
+    if name is None:
+        return None
+    try:
+        found = import_object(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}: {name} is {type(found).__name__}, not a function")
+    return found
 
 
 def _stored(row: Row, column: Column) -> Any:

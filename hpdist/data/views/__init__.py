@@ -3,6 +3,7 @@
 from hpdist.data.views.base import FittedViews, IdentityViews, IdentityViewsConfig, Views
 from hpdist.data.views.image import ImageViews, ImageViewsConfig
 from hpdist.data.views.table import TableViews, TableViewsConfig
+from hpdist.data.views.text import TextViews, TextViewsConfig
 
 __all__ = [
     "FittedViews",
@@ -12,5 +13,7 @@ __all__ = [
     "ImageViewsConfig",
     "TableViews",
     "TableViewsConfig",
+    "TextViews",
+    "TextViewsConfig",
     "Views",
 ]
