@@ -149,7 +149,7 @@ def table(options: argparse.Namespace, errors: dict[str, str]) -> str:
     ]
     found = {case: _summaries(options, case) for case in cases(options.set)}
     ranked = sorted(
-        (case for case in found if len(found[case]) == options.seeds),
+        (case for case in found if found[case]),
         key=lambda case: -_mean(found[case], "test/accuracy"),
     )
     for case in ranked:
