@@ -40,7 +40,7 @@ from hpdist.micro_batch import Cutter, MicroBatch
 from hpdist.models.heads import columns_of
 from hpdist.optim import l1_norm
 
-_FEWEST = 16  # unlabelled rows of a global batch; of fewer, one class may take all by chance
+_FEWEST = 2  # unlabelled rows of a global batch: of one, one class always takes all
 
 
 @dataclass(frozen=True)

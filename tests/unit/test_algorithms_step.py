@@ -76,6 +76,6 @@ def test_a_small_batch_says_nothing_of_collapse() -> None:
     """Of one row, one class always takes all."""
     step = make_step("fixmatch")
     labeled, unlabeled = global_batches(0)
-    for rows in (1, 8, 16, 48):
+    for rows in (1, 2, 48):
         metrics = step(labeled, unlabeled.narrow(0, rows), measure=True).metrics
-        assert ("pseudo_label_top_share" in metrics) == (rows >= 16)
+        assert ("pseudo_label_top_share" in metrics) == (rows > 1)
