@@ -77,11 +77,9 @@ def cases(which: str) -> dict[str, dict[str, Any]]:
         if name != "fully_supervised":
             found[name] = {"algorithm": {"name": name, **options}}
     if "ladder" in found:
-        found["ladder"]["model"] = {"name": "ladder"}
-        found["ladder: labels alone"] = {
-            "algorithm": {"name": "supervised"},
-            "model": {"name": "ladder"},
-        }
+        own = {"model": {"name": "ladder"}, "optim": {"name": "adam", "lr": 0.002}}  # the paper's
+        found["ladder"] |= own
+        found["ladder: labels alone"] = {"algorithm": {"name": "supervised"}, **own}
     everything = {"algorithm": {"name": "fully_supervised"}, "data.labeled.labels_per_class": None}
     if "fully_supervised" in component_names("algorithm"):
         found["fully_supervised"] = everything

@@ -205,7 +205,7 @@ def test_abc_predicts_with_its_head() -> None:
         accuracy = (said.argmax(dim=1) == labels[:50]).float().mean().item()
         return accuracy, torch.nn.functional.cross_entropy(said, labels[:50]).item()
 
-    found = evaluate_both(engine, step.teacher, views, lambda: [(batch, valid)])
+    found = evaluate_both(engine, step.teacher, views, lambda: [(batch, valid)]).values
     student = expected()
     assert found["accuracy_student"] == pytest.approx(student[0])
     assert found["loss_student"] == pytest.approx(student[1], rel=1e-4)
