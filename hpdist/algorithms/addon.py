@@ -54,10 +54,13 @@ class AddOn(Algorithm):
 
     An add-on overrides `targets` and `student`, through which the inner algorithm sees what the
     model said, and `own_statistics`, `own_observe` and `add` for sums, state and terms of its own.
-    Its state and sums carry the name as a prefix, so add-ons can be put around one another.
+    Its state and sums carry the name as a prefix, so add-ons can be put around one another. Heads
+    and further inputs of its own are hidden from the inner algorithm.
     """
 
     name: ClassVar[str] = ""
+    own_further: int = 0
+    """Inputs that its `mix` puts behind those of the inner algorithm."""
     addon_paper: ClassVar[str] = ""
     rows: Any = _OfBase()
     class_counts: Any = _OfBase()
@@ -126,7 +129,7 @@ class AddOn(Algorithm):
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Both sets of sums."""
         own = {self._key(name): value for name, value in self.own_statistics(weak).items()}
-        return self.base.statistics(self.targets(weak)) | own
+        return self.base.statistics(self._inner(weak)) | own
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Give each its sums."""
@@ -136,11 +139,11 @@ class AddOn(Algorithm):
 
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
         """What the inner algorithm does."""
-        return self.base.perturb(inputs, self.targets(weak), model)
+        return self.base.perturb(inputs, self._inner(weak), model)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """What the inner algorithm does."""
-        return self.base.mix(inputs, None if weak is None else self.targets(weak))
+        return self.base.mix(inputs, None if weak is None else self._inner(weak))
 
     @property
     def uses_student_statistics(self) -> bool:
@@ -201,10 +204,26 @@ class AddOn(Algorithm):
         counts: Tensor = self.class_counts
         return counts
 
+    def _inner(self, weak: WeakOutputs) -> WeakOutputs:
+        """The weak views' outputs as the inner algorithm sees them."""
+        own = {name: views for name, views in weak.heads.items() if name in self.base.head_names}
+        return self.targets(replace(weak, heads=own))
+
     def _seen(self, outputs: StudentOutputs) -> StudentOutputs:
         """The student's outputs, and the weak ones in them, as the inner algorithm sees them."""
-        weak = None if outputs.weak is None else self.targets(outputs.weak)
-        return self.student(replace(outputs, weak=weak))
+        further = len(outputs.further) - self.own_further
+        return self.student(
+            replace(
+                outputs,
+                weak=None if outputs.weak is None else self._inner(outputs.weak),
+                further=outputs.further[:further],
+                heads={
+                    name: replace(head, further=head.further[:further])
+                    for name, head in outputs.heads.items()
+                    if name in self.base.head_names
+                },
+            )
+        )
 
     def _key(self, name: str) -> str:
         return f"{self.name}.{name}"

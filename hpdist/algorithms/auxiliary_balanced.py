@@ -77,7 +77,7 @@ class ABC(AddOn):
         self.head_names = (*base.head_names, self.name)
         self.predicts = self.name
         self._mixes = _mixes(base)
-        self._further = 2 if self._mixes else int(base.views.strong == 0)  # of the head's own
+        self.own_further = 2 if self._mixes else int(base.views.strong == 0)
 
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The second classifier."""
@@ -96,21 +96,12 @@ class ABC(AddOn):
         views = self.base.views
         seen = replace(inputs, weak=inputs.weak[: views.weak], strong=inputs.strong[: views.strong])
         mixed = super().mix(seen, weak)
-        own = (inputs.labeled, inputs.strong[0])[2 - self._further :]
+        own = (inputs.labeled, inputs.strong[0])[2 - self.own_further :]
         return replace(mixed, further=(*mixed.further, *own))
 
     def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """Without what is the head's own."""
-        further = len(outputs.further) - self._further
-        return replace(
-            outputs,
-            weak=outputs.weak if self.base.views.weak else None,
-            further=outputs.further[:further],
-            heads={
-                name: replace(head, further=head.further[:further])
-                for name, head in outputs.heads.items()
-            },
-        )
+        """Without targets that the inner algorithm did not ask for."""
+        return outputs if self.base.views.weak else replace(outputs, weak=None)
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """Two more terms, and the share of unlabelled rows that are in the second."""
@@ -139,9 +130,9 @@ class ABC(AddOn):
 
     def _rows(self, head: HeadOutputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The head's outputs on labelled rows and on strong views, all as they are."""
-        if not self._further:
+        if not self.own_further:
             return head.labeled, head.strong[:_VIEWS]
-        own = head.further[-self._further :]
+        own = head.further[-self.own_further :]
         return (own[0] if self._mixes else head.labeled), own[-1:]
 
     def _ratio(self, device: torch.device) -> Tensor:

@@ -74,6 +74,7 @@ class CReST(AddOn):
 
     name: ClassVar[str] = "crest"
     addon_paper: ClassVar[str] = "Wei et al. 2021, arXiv:2102.09559"
+    own_further = 1
 
     def __init__(
         self,
@@ -167,10 +168,6 @@ class CReST(AddOn):
             further=(*mixed.further, inputs.weak[0]),
             notes={**mixed.notes, "crest.labels": labels},
         )
-
-    def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """The inner algorithm's own further inputs only."""
-        return replace(outputs, further=outputs.further[:-1])
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The supervised term over labelled and chosen rows."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hpdist.algorithms.addon import AddOn, AddOnConfig
 from hpdist.algorithms.base import (
     Algorithm,
-    HeadOutputs,
     LossTerms,
     Places,
     StudentInputs,
@@ -66,6 +65,7 @@ class Reconstruction(AddOn):
 
     name: ClassVar[str] = "reconstruction"
     addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
+    own_further = 1
 
     def __init__(
         self,
@@ -127,18 +127,6 @@ class Reconstruction(AddOn):
             notes={**mixed.notes, **self._prefixed(notes)},
         )
 
-    def targets(self, weak: WeakOutputs) -> WeakOutputs:
-        """Without the decoder's outputs."""
-        heads = {name: views for name, views in weak.heads.items() if name != self.name}
-        return replace(weak, heads=heads)
-
-    def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """Without the decoder, and without the corrupted rows."""
-        heads = {
-            name: _without_last(head) for name, head in outputs.heads.items() if name != self.name
-        }
-        return replace(outputs, further=outputs.further[:-1], heads=heads)
-
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The inner algorithm's terms, and that of the decoder."""
         target = outputs.notes[self._key("target")].flatten(1)  # [unlabeled, numbers]
@@ -165,8 +153,3 @@ class Reconstruction(AddOn):
                 masked = masked.repeat_interleave(self.patch, dim=dim)
             masked = masked[:, None, : shape[1], : shape[2]].expand(rows.shape)
         return rows.masked_fill(masked, 0.0), masked.float()
-
-
-def _without_last(head: HeadOutputs) -> HeadOutputs:
-    """A head's outputs without those of the last further input."""
-    return replace(head, further=head.further[:-1])

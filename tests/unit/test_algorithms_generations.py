@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from hpdist.algorithms import CReST, FixMatch, NoisyStudent
+from hpdist.algorithms import AlgorithmConfig, CReST, FixMatch, NoisyStudent
+from hpdist.config import components
 from hpdist.errors import ConfigError
 from tests.algorithm_runs import cross_entropy, global_batch, run, softmax
+from tests.catalogue import SETTINGS
 
 CLASSES, ROWS = 5, 40
 COUNTS = torch.tensor([1.0, 16.0, 2.0, 8.0, 4.0])
@@ -177,6 +179,18 @@ def test_crests_options_change_the_loss(change: dict[str, float]) -> None:
             [run(algorithm, global_batch(algorithm, step)).losses["loss"] for step in range(3)]
         )
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", ["crmatch", "remixmatch"])
+def test_heads_inside_crest_see_their_own_rows(name: str) -> None:
+    """A head's last further input is the algorithm's own, whatever an add-on puts behind it."""
+    config = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))[name]
+    made = [config(name=name, **SETTINGS[name]).build(CLASSES, steps=40) for _ in range(2)]
+    alone, inside = made[0], CReST(made[1], CLASSES, generations=2)
+    inside.class_counts = COUNTS
+    batch = global_batch(alone)
+    found, expected = run(inside, batch), run(alone, batch)
+    assert found.losses["rotation_loss"] == expected.losses["rotation_loss"] > 0
 
 
 def test_what_crest_cannot_be_put_around_is_refused() -> None:
