@@ -19,6 +19,7 @@ from hpdist.algorithms.base import (
     Sums,
     Views,
     WeakOutputs,
+    check_names,
 )
 from hpdist.config import Component
 from hpdist.errors import ConfigError
@@ -72,6 +73,8 @@ class AddOn(Algorithm):
         self.own = dict(own_state or {})
         """The add-on's own state, fp32; without the prefix."""
         self.own_pending = dict(self.own)
+        self.tables = {}
+        """The add-on's own; without the prefix."""
         self.views: Views = base.views  # type: ignore[misc]
         self.paper = base.paper  # type: ignore[misc]
         self.groups = base.groups
@@ -182,17 +185,20 @@ class AddOn(Algorithm):
         self.base.discard()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Both states."""
-        return self.base.state_dict() | self._prefixed(self.own)
+        """Both states, with their tables."""
+        tables = {name: table.values for name, table in self.tables.items()}
+        return self.base.state_dict() | self._prefixed(self.own | tables)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over both states; raises KeyError where the names differ."""
         own, others = self._divide(state)
-        if own.keys() != self.own.keys():
-            raise KeyError(f"state of {self.name} holds {sorted(own)}, expected {sorted(self.own)}")
+        expected = dict.fromkeys([*self.own, *self.tables], torch.empty(0))
+        check_names(self._prefixed(own), self._prefixed(expected))
         self.own = {k: own[k].to(v.device, v.dtype).clone() for k, v in self.own.items()}
-        self.own_pending = dict(self.own)
+        for name, table in self.tables.items():
+            table.load(own[name])
         self.base.load_state_dict(others)
+        self.discard()
 
     def required_counts(self) -> Tensor:
         """The labelled rows of each class, fp32 [classes]; ConfigError where they are not known."""

@@ -8,9 +8,9 @@ of the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -212,6 +212,19 @@ class AlgorithmConfig(Component):
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
 
+class Table(Protocol):
+    """What is remembered of rows by their ids: too much to be copied in every step."""
+
+    @property
+    def values(self) -> Tensor:
+        """All of it, [rows, *]."""
+        ...
+
+    def load(self, values: Tensor) -> None:
+        """Take it over, of however many rows."""
+        ...
+
+
 class Algorithm:
     """The base of every algorithm.
 
@@ -240,6 +253,8 @@ class Algorithm:
         """What the algorithm remembers from applied steps; fp32, the same on every rank."""
         self.pending: dict[str, Tensor] = {}
         """The state as it will be if this step is applied; what `loss` goes by."""
+        self.tables: dict[str, Table] = {}
+        """What else is saved and restored, under these names; written by `commit` at the most."""
         self.rows: int | None = None
         """How many unlabelled rows there are, where that is known; set before the first step."""
         self.class_counts: Tensor | None = None
@@ -315,15 +330,22 @@ class Algorithm:
         self.pending = dict(self.state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors."""
-        return dict(self.state)
+        """The state as tensors, and the tables."""
+        return self.state | {name: table.values for name, table in self.tables.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state; raises KeyError where the names differ."""
-        if state.keys() != self.state.keys():
-            raise KeyError(f"state holds {sorted(state)}, expected {sorted(self.state)}")
+        check_names(state, [*self.state, *self.tables])
         self.state = {k: state[k].to(v.device, v.dtype).clone() for k, v in self.state.items()}
+        for name, table in self.tables.items():
+            table.load(state[name])
         self.discard()
+
+
+def check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+    """Raise KeyError unless a state has just these names."""
+    if state.keys() != set(expected):
+        raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
 
 
 def supervised_loss(outputs: StudentOutputs) -> Tensor:

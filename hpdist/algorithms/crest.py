@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -20,12 +19,11 @@ from hpdist.algorithms.base import (
     Sums,
     WeakOutputs,
 )
-from hpdist.algorithms.tables import RowTable, take
+from hpdist.algorithms.tables import RowTable
 from hpdist.algorithms.targets import hard_cross_entropy
 from hpdist.errors import ConfigError
 
 _SMALL = 1e-6
-_TABLE = "chosen"
 
 
 class CReSTConfig(AddOnConfig):
@@ -104,8 +102,9 @@ class CReST(AddOn):
         self.alpha = alpha
         self.smallest_power = smallest_power
         self.momentum = momentum
-        self._said = RowTable(2, torch.float32, device)  # label + 1 and confidence, being gathered
-        self._chosen = RowTable(1, torch.int16, device)  # label + 1 of the rows that have joined
+        self._said = RowTable((2,), torch.float32, device)  # label + 1, confidence; being gathered
+        self._chosen = RowTable((1,), torch.int16, device)  # label + 1 of the rows that have joined
+        self.tables = {"chosen": self._chosen}
         self._first = {name: value.clone() for name, value in base.state_dict().items()}
 
     @property
@@ -128,7 +127,7 @@ class CReST(AddOn):
             best = confidence[rows].argsort(descending=True, stable=True)[:count]
             chosen[rows[best]] = label + 1
         self._chosen.load(chosen[:, None])
-        self._said = RowTable(2, torch.float32, chosen.device)
+        self._said = RowTable((2,), torch.float32, chosen.device)
         generation = self.own["generation"] + 1
         self.own = {
             "generation": generation,
@@ -179,16 +178,6 @@ class CReST(AddOn):
         supervised = terms.supervised * (outputs.labeled_rows / rows) + added
         metrics = {**terms.metrics, "joined_rate": joined.sum() / outputs.unlabeled_rows}
         return replace(terms, supervised=supervised, metrics=metrics)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Both states, and which rows have joined."""
-        return super().state_dict() | {self._key(_TABLE): self._chosen.values}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over both states."""
-        rest, chosen = take(state, self._key(_TABLE))
-        super().load_state_dict(rest)
-        self._chosen.load(chosen)
 
     def _shares(self) -> Tensor:
         """How much of each class joins, mu, [classes]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from hpdist.algorithms.addon import AddOn, AddOnConfig
 from hpdist.algorithms.base import Algorithm, LossTerms, StudentOutputs, Sums, WeakOutputs
-from hpdist.algorithms.tables import grown, id_words, last_places, spread
+from hpdist.algorithms.tables import RowTable, id_words, last_places, spread
 from hpdist.errors import ConfigError
 
 _NEWTON_STEPS = 10  # from the solution before; each doubles the digits
@@ -107,12 +106,9 @@ class DARP(AddOn):
         self.alpha = alpha
         self.iterations = iterations
         self.distribution = distribution
-        # Apart from `own`, every tensor of which is copied in a step. By row id, zeros of a row
-        # that there is nothing of.
-        self.tables = {
-            "predictions": torch.zeros(0, num_classes, device=device),
-            "refined": torch.zeros(0, num_classes, device=device),
-        }
+        self.predictions = RowTable((num_classes,), torch.float32, device)
+        self.refined = RowTable((num_classes,), torch.float32, device)
+        self.tables = {"predictions": self.predictions, "refined": self.refined}
         self._batch: dict[str, Tensor] = {}
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
@@ -161,53 +157,26 @@ class DARP(AddOn):
         super().discard()
         self._batch = {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Both states, and the tables."""
-        return super().state_dict() | self._prefixed(self.tables)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state, its tables as long as they are."""
-        names = self._prefixed(self.tables)
-        missing = names.keys() - state.keys()
-        if missing:
-            raise KeyError(f"state holds {sorted(state)}, expected {sorted(missing)} too")
-        super().load_state_dict({name: state[name] for name in state if name not in names})
-        self.tables = {
-            name: state[self._key(name)].to(part.device, part.dtype).clone()
-            for name, part in self.tables.items()
-        }
-        self._batch = {}
-
     def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Refined rows [rows, classes], and which of them there are, bool [rows]."""
-        table = self.tables["refined"]
-        if not len(table):
-            return table.new_zeros(len(ids), table.shape[1]), torch.zeros_like(
-                ids, dtype=torch.bool
-            )
-        rows = table[ids.clamp(max=len(table) - 1)]
-        return rows, (ids < len(table)) & (rows.sum(dim=1) > 0.5)
+        rows = self.refined.read(ids)
+        return rows, rows.sum(dim=1) > 0.5
 
     def _write(self, predictions: Tensor, words: Tensor) -> None:
         filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
-        last = last_places(words, filled)
-        if not last:
-            return
-        self.tables = grown(self.tables, max(last) + 1, self.rows)
-        device = predictions.device
-        ids = torch.tensor(list(last)).to(device)
-        places = torch.tensor(list(last.values())).to(device)
-        self.tables["predictions"][ids] = predictions[places]
+        ids, places = last_places(words, filled)
+        self.predictions.write(ids, predictions[places], self.rows)
+        self.refined.reserve(ids, self.rows)
 
     def _refine(self) -> None:
-        table = self.tables["predictions"]
+        table = self.predictions.values
         seen = (table.sum(dim=1) > 0.5).nonzero()[:, 0]
         if not len(seen):
             return
         said = table[seen].double()
         amounts = len(seen) * self._shares(said).double()
         found = refined(said, amounts, self.alpha, self.iterations)
-        self.tables["refined"] = torch.zeros_like(table).index_copy(0, seen, found.float())
+        self.refined.load(torch.zeros_like(table).index_copy(0, seen, found.float()))
 
     def _shares(self, like: Tensor) -> Tensor:
         """How the rows divide among the classes, fp32 [classes], summing to 1."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -85,7 +84,8 @@ class NoisyStudent(Algorithm):
         self.soft = soft
         self.unsupervised_weight = unsupervised_weight
         self.state = {"generation": torch.zeros((), device=device)}
-        self._labels = RowTable(num_classes, torch.float16, device)
+        self._labels = RowTable((num_classes,), torch.float16, device)
+        self.tables = {"labels": self._labels}
         self.discard()
 
     @property
@@ -124,15 +124,3 @@ class NoisyStudent(Algorithm):
             unsupervised_weight=self.unsupervised_weight,
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The generation and the labels."""
-        return self.state | {"labels": self._labels.values}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state, its table as long as it is."""
-        expected = self.state_dict()
-        if state.keys() != expected.keys():
-            raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
-        super().load_state_dict({"generation": state["generation"]})
-        self._labels.load(state["labels"])

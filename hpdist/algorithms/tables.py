@@ -49,29 +49,16 @@ def ids_of(words: Tensor) -> Tensor:
     return (high << _LOW) | low
 
 
-def last_places(words: Tensor, filled: Tensor) -> dict[int, int]:
-    """Where in the global batch each row id is, the last place of one that is there twice.
+def last_places(words: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+    """The row ids of a global batch, each once, and where it stands: the last place if in several.
 
     `words` [global batch, 2] are the summed `id_words`; `filled` [global batch] says which places
-    have a row. Waits for the device.
+    have a row. int64 [rows] both, on the device, which is waited for.
     """
     numbers = torch.where(filled, ids_of(words), -1).tolist()
-    return {row: place for place, row in enumerate(numbers) if row >= 0}
-
-
-def grown(tables: Mapping[str, Tensor], rows: int, expected: int | None) -> dict[str, Tensor]:
-    """Tables [rows, *] with room for `rows` rows, zeros behind.
-
-    They grow to as many as are `expected`, and beyond that by doubling.
-    """
-    there = min(len(part) for part in tables.values())
-    if rows <= there:
-        return dict(tables)
-    doubled = max(rows, 2 * there, _FIRST_ROWS)
-    more = (doubled if expected is None or rows > expected else expected) - there
-    return {
-        name: F.pad(part, (0, 0) * (part.dim() - 1) + (0, more)) for name, part in tables.items()
-    }
+    last = {row: place for place, row in enumerate(numbers) if row >= 0}
+    ids, places = torch.tensor(list(last)).long(), torch.tensor(list(last.values())).long()
+    return ids.to(words.device), places.to(words.device)
 
 
 class LabelTable:
@@ -171,27 +158,37 @@ class LabelTable:
 
 
 class RowTable:
-    """Numbers by row id, [rows, width], 0 where none were written; the same on every rank.
+    """Numbers by row id, [rows, *shape], 0 where none were written; the same on every rank."""
 
-    It grows by doubling, and is written only between steps.
-    """
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.values = torch.zeros(0, *shape, dtype=dtype, device=device)
 
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self.values = torch.zeros(0, width, dtype=dtype, device=device)
+    def reserve(self, ids: Tensor, expected: int | None = None) -> None:
+        """Have room for these rows: for as many as are `expected`, and beyond that by doubling.
 
-    def write(self, ids: Tensor, values: Tensor) -> None:
-        """Set rows; waits for the device."""
-        if not len(ids):
-            return
-        self.values = grown({"": self.values}, int(ids.max()) + 1, None)[""]
+        Waits for the device.
+        """
+        there, needed = len(self.values), int(ids.max()) + 1 if len(ids) else 0
+        if needed > there:
+            doubled = max(needed, 2 * there, _FIRST_ROWS)
+            rows = doubled if expected is None or needed > expected else expected
+            more = (0, 0) * (self.values.dim() - 1) + (0, rows - there)
+            self.values = F.pad(self.values, more)
+
+    def write(self, ids: Tensor, values: Tensor, expected: int | None = None) -> None:
+        """Set rows, each at most once."""
+        self.reserve(ids, expected)
         self.values[ids] = values.to(self.values.dtype)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Rows, fp32 [rows, width]; 0 beyond the table's end."""
+        """Rows, fp32 [rows, *shape]; 0 beyond the table's end."""
         if not len(self.values):
-            return torch.zeros(len(ids), self.values.shape[1], device=ids.device)
+            return torch.zeros(len(ids), *self.values.shape[1:], device=ids.device)
         inside = ids < len(self.values)
-        return self.values[torch.where(inside, ids, 0)].float() * inside[:, None]
+        rows = self.values[torch.where(inside, ids, 0)].float()
+        return rows * inside.view(-1, *[1] * (rows.dim() - 1))
 
     def load(self, values: Tensor) -> None:
         """Take over a table, of however many rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -19,7 +18,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.tables import grown, id_words, last_places, spread
+from hpdist.algorithms.tables import RowTable, id_words, last_places, spread
 from hpdist.algorithms.targets import squared_error
 
 
@@ -81,12 +80,10 @@ class TemporalEnsembling(Ramped):
         super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
         self.num_classes = num_classes
         self.momentum = momentum
-        # Apart from `state`, every tensor of which is copied in a step.
         dtype = torch.float16 if half_table else torch.float32
-        self.table = {
-            "averages": torch.zeros(0, num_classes, dtype=dtype, device=device),  # Z, by row id
-            "counts": torch.zeros(0, device=device),  # n, by row id
-        }
+        self.averages = RowTable((num_classes,), dtype, device)  # Z
+        self.counts = RowTable((), torch.float32, device)  # n
+        self.tables = {"averages": self.averages, "counts": self.counts}
         self._seen: dict[str, Tensor] = {}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
@@ -104,7 +101,7 @@ class TemporalEnsembling(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of unlabelled rows that have a target."""
         assert outputs.weak is not None
-        averages, counts = self._look_up(outputs.weak.ids)
+        averages, counts = (table.read(outputs.weak.ids) for table in (self.averages, self.counts))
         known = (counts > 0).float()  # [unlabeled]
         correction = 1 - self.momentum ** counts.clamp(min=1)
         targets = averages / correction[:, None]
@@ -128,39 +125,9 @@ class TemporalEnsembling(Ramped):
         super().discard()
         self._seen = {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The step and the table."""
-        return self.state | self.table
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state, its table as long as it is."""
-        expected = self.state_dict()
-        if state.keys() != expected.keys():
-            raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
-        super().load_state_dict({name: state[name] for name in self.state})
-        self.table = {k: state[k].to(v.device, v.dtype).clone() for k, v in self.table.items()}
-
-    def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Averages [rows, classes] and counts [rows] of rows, fp32, zero where there are none."""
-        averages, counts = self.table["averages"], self.table["counts"]
-        if not len(counts):
-            return (
-                ids.new_zeros(len(ids), self.num_classes, dtype=torch.float32),
-                ids.new_zeros(len(ids), dtype=torch.float32),
-            )
-        places, inside = ids.clamp(max=len(counts) - 1), ids < len(counts)
-        return averages[places].float() * inside[:, None], counts[places] * inside
-
     def _write(self, predictions: Tensor, words: Tensor) -> None:
         filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
-        last = last_places(words, filled)
-        if not last:
-            return
-        self.table = grown(self.table, max(last) + 1, self.rows)
-        device = predictions.device
-        ids = torch.tensor(list(last)).to(device)
-        new = predictions[torch.tensor(list(last.values())).to(device)]
-        averages, counts = self.table["averages"], self.table["counts"]
-        moved = averages[ids].float().lerp(new, 1 - self.momentum)
-        averages[ids] = moved.to(averages.dtype)
-        counts[ids] += 1
+        ids, places = last_places(words, filled)
+        moved = self.averages.read(ids).lerp(predictions[places], 1 - self.momentum)
+        self.averages.write(ids, moved, self.rows)
+        self.counts.write(ids, self.counts.read(ids) + 1, self.rows)
