@@ -28,6 +28,7 @@ from tests.benchmarks import stream_resume, stream_wait
 from tests.benchmarks.stream_files import COLUMN, index_of, spread, stream_of, write_shards
 
 ROWS, SHARDS, GROUP = 64_867, 32, 250
+RATE_ROWS = 4 * ROWS  # else each of 64 lanes has four row groups, two of which it shares
 DRAWN = 64  # rows of a batch whose row groups are counted
 
 Count = Callable[[], int]  # reads, and says how many rows
@@ -79,6 +80,9 @@ def rate(folder: Path, rows: int, rounds: int) -> None:
     theirs: dict[str, Count] = {
         "Arrow `iter_batches`": raw(paths),
         "`datasets` shuffle(1000), rows": lambda: sum(1 for _ in stream.shuffle(0, None, 1000)),
+        "`datasets` shuffle(1000), Arrow, iter(448)": lambda: sum(
+            len(b) for b in arrow.shuffle(0, None, 1000).iter(448)
+        ),
         "`datasets` Arrow, iter(64)": lambda: sum(len(b) for b in arrow.iter(64)),
         "`datasets` Arrow, iter(448)": lambda: sum(len(b) for b in arrow.iter(448)),
         "`datasets` Arrow, iter(1000)": lambda: sum(len(b) for b in arrow.iter(1000)),
@@ -171,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = ["rate", "mixing", "resume", "wait"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rows", type=int, help="of the files that are read")
     parser.add_argument("--steps", type=int, default=60, help="of the training run")
     parser.add_argument("--cifar10", default="../shared/data/cifar10")
     options = parser.parse_args(arguments)
@@ -179,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             if part == "rate":
-                rate(Path(folder), options.rows, options.rounds)
+                rate(Path(folder), options.rows or RATE_ROWS, options.rounds)
             elif part == "mixing":
-                mixing(Path(folder), options.rows)
+                mixing(Path(folder), options.rows or ROWS)
             elif part == "resume":
                 stream_resume.measure(Path(folder), options.rounds)
             else:

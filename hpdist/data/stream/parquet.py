@@ -231,7 +231,7 @@ class ParquetReader:
             at += len(table)
         order = self._plan.row_order(window)
         whole = pa.concat_tables(tables)
-        large = whole.nbytes > _MOST_IN_32_BITS
+        large = whole.get_total_buffer_size() > _MOST_IN_32_BITS
         if large:
             whole = whole.cast(_large(whole.schema))
         mixed = whole.combine_chunks().take(pa.array(order))  # of one chunk, since that is faster
@@ -274,9 +274,9 @@ def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
     if len({read.large for read, _, _ in parts}) > 1:
         tables = [table.cast(_large(table.schema)) for table in tables]
     ids = np.concatenate([read.ids[first:last] for read, first, last in parts])
-    epochs = np.full(len(ids), parts[0][0].epoch)
-    if any(read.epoch != parts[0][0].epoch for read, _, _ in parts):
-        epochs = np.repeat([read.epoch for read, _, _ in parts], [len(table) for table in tables])
+    epochs = np.repeat(
+        [read.epoch for read, _, _ in parts], [last - first for _, first, last in parts]
+    )
     unread: dict[int, str] = {}
     at = 0
     for read, first, last in parts:

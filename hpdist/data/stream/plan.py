@@ -11,7 +11,6 @@ of them, reads few lanes; where `lanes` divides the batch, always the same ones.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -85,64 +84,31 @@ class Plan:
 
     def pieces(self, position: int, batch: int, start: int, stop: int) -> list[Piece]:
         """Rows [start, stop) of the global batch of `batch` rows that begins at `position`."""
-        spans = list(self._spans(position, batch))
-        if len(spans) == 1:
-            return self._pieces_of_one(spans[0][0], position, batch, start, stop)
-        epochs = [epoch for epoch, _, _ in spans]
-        bounds = np.asarray([(first, last) for _, first, last in spans])  # [spans, 2]
-        origins = np.asarray(epochs)[:, None] * self.rows
-        lanes = np.arange(self.lanes)[:, None, None]
-        rows = self._before(bounds, lanes) - self._before(origins, lanes)  # [lanes, spans, 2]
-        low, high = rows.reshape(-1, 2).T
-        end = np.cumsum(high - low)  # in the global batch
-        begin = end - (high - low)
-        left = low + np.maximum(start - begin, 0)
-        right = high - np.maximum(end - stop, 0)
-        held = np.flatnonzero(left < right)
-        where = zip(held.tolist(), left[held].tolist(), right[held].tolist(), strict=True)
-        return [
-            Piece(epochs[place % len(spans)], place // len(spans), first, last)
-            for place, first, last in where
-        ]
-
-    def _pieces_of_one(
-        self, epoch: int, position: int, batch: int, start: int, stop: int
-    ) -> list[Piece]:
-        """The same within one epoch, lane by lane: few lanes are sooner done than NumPy is called.
-
-        Every lane gives `share` rows, and the `rest` lanes from that of `position` on one more.
-        """
-        lanes, origin = self.lanes, epoch * self.rows
-        share, rest = divmod(batch, lanes)
-        first = position % lanes
-        wrapped = max(0, first + rest - lanes)  # of the lanes with one more, those from 0 on
-        lane = max(0, (start - rest) // (share + 1)) if share else 0
+        lanes, end = self.lanes, position + batch
+        lane = start // (batch // lanes + 1)  # no lane gives more, so it begins before `start`
+        begin = self._below(end, lane) - self._below(position, lane)  # of the lane in the batch
         found = []
-        while lane < lanes:
-            begin = lane * share + min(lane, wrapped) + min(max(lane - first, 0), rest - wrapped)
-            if begin >= stop:
-                break
-            rows = share + (lane < wrapped or first <= lane < first + rest - wrapped)
-            left, right = max(start - begin, 0), min(stop - begin, rows)
-            if left < right:
-                low = (lane - origin) // lanes - (lane - position) // lanes
-                found.append(Piece(epoch, lane, low + left, low + right))
+        while lane < lanes and begin < stop:
+            low, high = self._before(position, lane), self._before(end, lane)
+            left, right = low + max(start - begin, 0), min(high, low + stop - begin)
+            while left < right:  # of a small dataset, in several epochs
+                epoch = (lane + left * lanes) // self.rows
+                origin = self._before(epoch * self.rows, lane)
+                last = min(right, self._before((epoch + 1) * self.rows, lane))
+                found.append(Piece(epoch, lane, left - origin, last - origin))
+                left = last
+            begin += high - low
             lane += 1
         return found
 
-    def _before(self, positions: Int64Array, lanes: Int64Array) -> Int64Array:
-        """How many positions before each of these belong to each lane."""
-        counts: Int64Array = -((lanes - positions) // self.lanes)  # ceil((position - lane) / lanes)
-        return counts
+    def _before(self, position: int, lane: int) -> int:
+        """How many positions before this one belong to a lane."""
+        return -((lane - position) // self.lanes)
 
-    def _spans(self, position: int, batch: int) -> Iterator[tuple[int, int, int]]:
-        """The epochs that a global batch takes rows of, and from where to where."""
-        end = position + batch
-        while position < end:
-            epoch = position // self.rows
-            last = min((epoch + 1) * self.rows, end)
-            yield epoch, position, last
-            position = last
+    def _below(self, position: int, lane: int) -> int:
+        """How many positions before this one belong to lanes before this one."""
+        turns, rest = divmod(position, self.lanes)
+        return turns * lane + min(rest, lane)
 
     def lane_rows(self, epoch: int, lane: int) -> int:
         """Rows of a lane in an epoch: lanes take turns at the one that some have more."""
