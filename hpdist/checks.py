@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.config import RunConfig
 from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
+from hpdist.models.outputs import on_trial
 
 
 def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
@@ -60,17 +60,13 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
 
 def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:
     """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes]."""
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with on_trial(model):
             output = model(example)
     except Exception as error:
         raise ConfigError(
             f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
         ) from error
-    finally:
-        model.train(training)
     logits = getattr(output, "logits", output)
     expected = (len(example), num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:

@@ -54,7 +54,7 @@ class Generations:
     def due(self) -> bool:
         """Whether the next generation begins before the next step."""
         done = self.step.applied_steps
-        if self.count == 1 or done % self.steps or done >= self.count * self.steps:
+        if self.count == 1 or done % self.steps:
             return False
         return self.step.algorithm.generation < done // self.steps
 
@@ -79,14 +79,14 @@ class Generations:
     def _label(self, batch: UnlabeledBatch) -> tuple[Tensor, Tensor]:
         """Ids and probabilities of the global batch's rows that are new and can be used."""
         engine = self.step.engine
-        batch_ = batch.to(engine.device, non_blocking=True)
-        logits = engine.infer(self.step.views.plain(batch_.inputs))
+        moved = batch.to(engine.device, non_blocking=True)
+        logits = engine.infer(self.step.views.plain(moved.inputs))
         probabilities = logits.softmax(dim=-1)
         new = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
         if batch.epochs is not None:
             new = new & (batch.epochs == 0)
         told = torch.cat(
-            [new[:, None].to(engine.device), id_words(batch_.ids), probabilities], dim=1
+            [new[:, None].to(engine.device), id_words(moved.ids), probabilities], dim=1
         )
         told = torch.where(told[:, :1] > 0, told, 0.0)
         spread = told.new_zeros(engine.world_size, *told.shape)

@@ -37,7 +37,7 @@ from hpdist.distributed.engine import Engine, EngineStep, make_engine
 from hpdist.distributed.reduce import FusedSum
 from hpdist.errors import ConfigError
 from hpdist.micro_batch import Cutter, MicroBatch
-from hpdist.models.heads import columns_of
+from hpdist.models.heads import columns_of, require_heads
 from hpdist.optim import l1_norm
 
 _FEWEST = 2  # unlabelled rows of a global batch: of one, one class always takes all
@@ -143,12 +143,7 @@ class SemiSupervisedStep:
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
         self._heads = columns_of(self.engine.module)
-        missing = [name for name in algorithm.head_names if name not in self._heads]
-        if missing:
-            raise ConfigError(
-                f"{type(algorithm).__name__} needs the heads {', '.join(missing)}, which the model "
-                f"has not; {algorithm.heads_hint}"
-            )
+        require_heads(algorithm, self._heads)
         self._noted = torch.zeros(2)
         alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed
         one_pass = micro_batches == 1 and not alone

@@ -200,13 +200,17 @@ class AddOn(Algorithm):
         self.base.load_state_dict(others)
         self.discard()
 
-    def required_counts(self) -> Tensor:
-        """The labelled rows of each class, fp32 [classes]; ConfigError where they are not known."""
+    def required_counts(self, like: Tensor) -> Tensor:
+        """The labelled rows of each class, fp32 [classes], on the device of `like`.
+
+        Raises ConfigError where they are not known.
+        """
         if self.class_counts is None:
             raise ConfigError(
                 f"{type(self).__name__} needs to know how many labelled rows each class has; set "
                 "algorithm.class_counts = torch.bincount(labels) before the first step"
             )
+        self.class_counts = self.class_counts.to(like.device, torch.float32)  # copied only once
         counts: Tensor = self.class_counts
         return counts
 

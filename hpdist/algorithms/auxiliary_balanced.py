@@ -109,7 +109,7 @@ class ABC(AddOn):
         assert weak is not None
         assert weak.places is not None
         labeled, strong = self._rows(outputs.heads[self.name])
-        ratio = self._ratio(labeled.device)  # [classes]
+        ratio = self._ratio(labeled)  # [classes]
         drawn = weak.places.noise("abc", 1, labeled=True)[:, 0].to(labeled.device)
         kept = (drawn < ratio[outputs.labels]).float()  # [labeled]
         losses = hard_cross_entropy(labeled, outputs.labels) * kept
@@ -135,9 +135,9 @@ class ABC(AddOn):
         own = head.further[-self.own_further :]
         return (own[0] if self._mixes else head.labeled), own[-1:]
 
-    def _ratio(self, device: torch.device) -> Tensor:
+    def _ratio(self, like: Tensor) -> Tensor:
         """The smallest class's labelled rows over each class's, [classes]."""
-        counts = self.required_counts().to(device, torch.float32)
+        counts = self.required_counts(like)
         smallest = counts.where(counts > 0, torch.inf).min()
         return smallest / torch.maximum(counts, smallest)
 

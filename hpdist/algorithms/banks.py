@@ -39,6 +39,12 @@ def log_shares(similarities: Tensor, counted: Tensor) -> Tensor:
     return similarities.masked_fill(~counted, _LOW).log_softmax(dim=-1)
 
 
+def with_mean(means: Tensor, mean: Tensor) -> Tensor:
+    """A bank of distributions [size, classes] with the mean [classes] of this step in front."""
+    (found,) = enqueued([means], in_use(means), [mean[None]], torch.ones_like(mean[:1]) > 0)
+    return found
+
+
 def mean_of(means: Tensor) -> Tensor:
     """The mean [classes] of a bank of distributions [size, classes], over the places in use."""
     return means.sum(dim=0) / in_use(means).sum().clamp(min=1)

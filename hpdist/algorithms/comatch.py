@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.alignment import aligned, uniform_prior
-from hpdist.algorithms.banks import enqueued, in_use, log_shares, mean_of
+from hpdist.algorithms.banks import enqueued, in_use, log_shares, mean_of, with_mean
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -143,10 +143,8 @@ class CoMatch(Algorithm):
         """Make the pseudo-labels of the global batch by the bank, then put it into the bank."""
         probabilities = sums["probabilities"]
         usable = in_use(probabilities)
-        mean = probabilities.sum(dim=0, keepdim=True) / unlabeled_rows
-        old = self.state["means"]
-        (means,) = enqueued([old], in_use(old), [mean], torch.ones_like(usable[:1]))
-        prior = uniform_prior(self.num_classes, mean.device)
+        means = with_mean(self.state["means"], probabilities.sum(dim=0) / unlabeled_rows)
+        prior = uniform_prior(self.num_classes, means.device)
         even = aligned(probabilities.clamp(min=_TINY).log(), mean_of(means), prior)
         self._pseudo_labels = self._smoothed(even, sums["embeddings"]) * usable[:, None]
         embeddings, targets = enqueued(

@@ -121,7 +121,7 @@ class CReST(AddOn):
         """Choose among all rows, and have the inner algorithm forget what it knows."""
         labels, confidence = self._said.values.unbind(dim=1)
         chosen = self._said.values.new_zeros(len(labels))
-        for label, share in enumerate(self._shares().tolist()):
+        for label, share in enumerate(self._shares(chosen).tolist()):
             rows = (labels == label + 1).nonzero().flatten()
             count = round(share * len(rows))
             best = confidence[rows].argsort(descending=True, stable=True)[:count]
@@ -138,7 +138,7 @@ class CReST(AddOn):
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
         """Logits of the weak views, aligned."""
-        counts = self.required_counts().to(weak.logits.device)
+        counts = self.required_counts(weak.logits)
         power = 1 - (1 - self.smallest_power) * self.own["generation"] / (self.generations - 1)
         prior = (counts / counts.sum() + _SMALL).pow(power)
         shift = (prior / prior.sum()).log() - (self.own["probability"] + _SMALL).log()
@@ -179,9 +179,9 @@ class CReST(AddOn):
         metrics = {**terms.metrics, "joined_rate": joined.sum() / outputs.unlabeled_rows}
         return replace(terms, supervised=supervised, metrics=metrics)
 
-    def _shares(self) -> Tensor:
+    def _shares(self, like: Tensor) -> Tensor:
         """How much of each class joins, mu, [classes]."""
-        counts = self.required_counts().clamp(min=1)
+        counts = self.required_counts(like).clamp(min=1)
         ordered, order = counts.sort(descending=True, stable=True)
         shares = torch.empty_like(counts)
         shares[order] = (ordered.flip(0) / ordered[0]) ** (1 / self.alpha)

@@ -182,7 +182,7 @@ class DARP(AddOn):
         """How the rows divide among the classes, fp32 [classes], summing to 1."""
         classes = like.shape[1]
         if self.distribution is None:
-            counts = self.required_counts().to(like.device, torch.float32).clamp(min=0.5)
+            counts = self.required_counts(like).clamp(min=0.5)
         elif len(self.distribution) == classes:
             counts = torch.tensor(self.distribution, device=like.device)
         else:

@@ -51,5 +51,5 @@ class LogitAdjustment(AddOn):
         )
 
     def _shift(self, like: Tensor) -> Tensor:
-        counts = self.required_counts().to(like.device, torch.float32).clamp(min=0.5)
+        counts = self.required_counts(like).clamp(min=0.5)
         return self.tau * (counts / counts.sum()).log()

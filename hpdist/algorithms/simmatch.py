@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.alignment import aligned, uniform_prior
-from hpdist.algorithms.banks import enqueued, in_use, log_shares, mean_of
+from hpdist.algorithms.banks import enqueued, log_shares, mean_of, with_mean
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -132,8 +132,7 @@ class SimMatch(Algorithm):
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Take the batch's mean prediction and its labelled rows into the banks."""
-        mean, means = sums["probabilities"] / unlabeled_rows, self.state["means"]
-        (means,) = enqueued([means], in_use(means), [mean[None]], torch.ones_like(mean[:1]) > 0)
+        means = with_mean(self.state["means"], sums["probabilities"] / unlabeled_rows)
         names = ("embeddings", "labels", "ids")
         old, new = [self.state[name] for name in names], [sums[name] for name in names]
         ids = ids_of(sums["ids"])

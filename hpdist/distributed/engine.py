@@ -23,6 +23,7 @@ from hpdist.distributed.fragments import Fragment, Layout, Partition
 from hpdist.distributed.loss_scale import LossScaler
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import DistributedError
+from hpdist.models.outputs import logits_of
 
 
 @dataclass(frozen=True)
@@ -377,11 +378,6 @@ class ReplicatedEngine(Engine):
         return cast(
             AbstractContextManager[None], torch.autocast(self.device.type, dtype=torch.float16)
         )
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a model returns: a tensor, or an output with `.logits`; fp32."""
-    return cast(Tensor, getattr(output, "logits", output)).float()
 
 
 def ranks_are_apart(accelerator: Accelerator) -> bool:

@@ -17,11 +17,12 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from hpdist.config import LossScale
-from hpdist.distributed.engine import Engine, logits_of
+from hpdist.distributed.engine import Engine
 from hpdist.distributed.fragments import Fragment, Partition
 from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
 from hpdist.distributed.loss_scale import LossScaler
 from hpdist.errors import ConfigError
+from hpdist.models.outputs import logits_of
 
 
 def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.engine import Replica, logits_of
+from hpdist.distributed.engine import Replica
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.zero import Place, ZeroEngine, as_dtype
 from hpdist.errors import ConfigError
+from hpdist.models.outputs import logits_of
 
 
 class PartitionedEngine(ZeroEngine):

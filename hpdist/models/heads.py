@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.errors import ConfigError, describe
+from hpdist.models.outputs import logits_of, on_trial
 from hpdist.settings import nearest
 
 
@@ -48,9 +49,9 @@ class WithHeads(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits, in training with the heads' outputs behind them."""
         if not self.training and self.predicts is None:
-            return _logits(self.model(inputs))
+            return logits_of(self.model(inputs))
         with self._features.kept(self.model) as kept:
-            logits = _logits(self.model(inputs))
+            logits = logits_of(self.model(inputs))
         features = kept.pop()[: len(inputs)]
         if not self.training:
             predictions: Tensor = self.heads[str(self.predicts)](features)
@@ -109,31 +110,26 @@ def with_heads(
     missing = [name for name in algorithm.head_names if name not in columns_of(model)]
     if not missing:
         return model
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            where = _find(model, example, features)
-            with where.kept(model) as kept:
-                model(example)
-            if not kept or kept[-1].shape[:1] != example.shape[:1]:
-                found = list(kept[-1].shape) if kept else "nothing"
-                raise ConfigError(
-                    f"model.features: {where.module} gives {found} for inputs "
-                    f"{list(example.shape)}; features must be [rows, *]"
-                )
-            if not example.is_floating_point() and kept[-1].dim() > 2:
-                raise ConfigError(
-                    f"model.features: {where.module} gives features of every token, "
-                    f"{list(kept[-1].shape)}; name a submodule that gives [rows, features]"
-                )
-            feature = kept[-1].float()
-            made = algorithm.heads(feature.shape[1:])
-            _check_made(algorithm, [name for name in missing if name not in made])
-            heads = {name: made[name] for name in missing}
-            columns = {name: head(feature).shape[1] for name, head in heads.items()}
-    finally:
-        model.train(training)
+    with on_trial(model):
+        where = _find(model, example, features)
+        with where.kept(model) as kept:
+            model(example)
+        if not kept or kept[-1].shape[:1] != example.shape[:1]:
+            found = list(kept[-1].shape) if kept else "nothing"
+            raise ConfigError(
+                f"model.features: {where.module} gives {found} for inputs "
+                f"{list(example.shape)}; features must be [rows, *]"
+            )
+        if not example.is_floating_point() and kept[-1].dim() > 2:
+            raise ConfigError(
+                f"model.features: {where.module} gives features of every token, "
+                f"{list(kept[-1].shape)}; name a submodule that gives [rows, features]"
+            )
+        feature = kept[-1].float()
+        made = algorithm.heads(feature.shape[1:])
+        require_heads(algorithm, [*columns_of(model), *made])
+        heads = {name: made[name] for name in missing}
+        columns = {name: head(feature).shape[1] for name, head in heads.items()}
     return WithHeads(model, heads, where, columns_of(model) | columns, algorithm.predicts)
 
 
@@ -143,10 +139,12 @@ def columns_of(model: nn.Module) -> dict[str, int]:
     return columns
 
 
-def _check_made(algorithm: Algorithm, unmade: list[str]) -> None:
-    if unmade:
+def require_heads(algorithm: Algorithm, there: Collection[str]) -> None:
+    """Raise ConfigError unless all heads are there that the algorithm needs."""
+    missing = [name for name in algorithm.head_names if name not in there]
+    if missing:
         raise ConfigError(
-            f"{type(algorithm).__name__} needs the heads {', '.join(unmade)}, which the model has "
+            f"{type(algorithm).__name__} needs the heads {', '.join(missing)}, which the model has "
             f"not; {algorithm.heads_hint}"
         )
 
@@ -191,8 +189,3 @@ def _tensor(output: Any) -> Tensor:
         output = output[0]
     found: Tensor = getattr(output, "last_hidden_state", output)
     return found
-
-
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = getattr(output, "logits", output)
-    return logits.float()

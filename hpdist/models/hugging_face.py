@@ -16,6 +16,7 @@ from hpdist.data.text import Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
 from hpdist.models.build import ModelConfig
+from hpdist.models.outputs import on_trial
 from hpdist.settings import nearest
 
 
@@ -241,14 +242,10 @@ def _try_length(model: TextClassifier, example: Any, pad: int) -> None:
     ids = torch.from_numpy(example)
     length = ids.shape[1]
     ids[ids == pad] = ids[0, 0]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with on_trial(model):
             model(ids)
     except Exception as error:
         raise ConfigError(
             f"views.max_length: the model fails on {length} tokens: {describe(error)}"
         ) from error
-    finally:
-        model.train(training)

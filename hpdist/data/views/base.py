@@ -63,6 +63,15 @@ class FittedViews(Views, Protocol):
         ...
 
 
+def check_positions(x: Tensor, positions: Tensor) -> None:
+    """Raise ValueError unless the places are one for each row, and on the CPU."""
+    if positions.device.type != "cpu" or positions.shape != x.shape[:1]:
+        raise ValueError(
+            f"positions must be one per row, [{len(x)}], on the CPU, "
+            f"not {list(positions.shape)} on {positions.device}"
+        )
+
+
 class IdentityViewsConfig(Component):
     """Rows as they are, in float32: for tables and for rows with views of their own."""
 

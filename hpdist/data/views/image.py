@@ -15,6 +15,7 @@ from torch import Tensor
 from hpdist.config import Component, Section
 from hpdist.data import random
 from hpdist.data.views import rand_augment
+from hpdist.data.views.base import check_positions
 from hpdist.errors import ConfigError, DataError
 
 
@@ -95,7 +96,7 @@ class ImageViews:
     ) -> Tensor:
         """Shift and flip the images at random, and normalise. See `Views`."""
         _check_images(x)
-        _check_positions(x, positions)
+        check_positions(x, positions)
         noise = self._noise(("weak", stream, str(copy)), step, positions, 3)
         config = self.config.weak
         return self._normalize(_to_unit(shift_and_flip(x, noise, config.shift, config.flip)))
@@ -105,7 +106,7 @@ class ImageViews:
     ) -> Tensor:
         """Shift, flip, RandAugment, cut out and normalise the images. See `Views`."""
         _check_images(x)
-        _check_positions(x, positions)
+        check_positions(x, positions)
         config = self.config.strong
         count = 5 + config.ops * rand_augment.DRAWS
         noise = self._noise(("strong", stream, str(copy)), step, positions, count)
@@ -190,14 +191,6 @@ def _check_images(x: Tensor) -> None:
         raise DataError(
             f"image views take uint8 rows [B, C, H, W], not {x.dtype} {list(x.shape)}; "
             "for rows that are not images set views.name to table or identity"
-        )
-
-
-def _check_positions(x: Tensor, positions: Tensor) -> None:
-    if positions.device.type != "cpu" or positions.shape != x.shape[:1]:
-        raise ValueError(
-            f"positions must be one per row, [{len(x)}], on the CPU, "
-            f"not {list(positions.shape)} on {positions.device}"
         )
 
 

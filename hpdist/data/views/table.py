@@ -18,6 +18,7 @@ from torch import Tensor
 from hpdist.config import Component, Section
 from hpdist.data import random
 from hpdist.data.decode import Array
+from hpdist.data.views.base import check_positions
 from hpdist.errors import DataError
 
 _KEPT_ROWS = 1024  # of the training rows, from which features are replaced
@@ -221,9 +222,5 @@ class _Sample:
 
 def _at(x: Tensor, positions: Tensor) -> Tensor:
     """Put the rows' places where the rows are: the same numbers are drawn on every device."""
-    if positions.device.type != "cpu" or positions.shape != x.shape[:1]:
-        raise ValueError(
-            f"positions must be one per row, [{len(x)}], on the CPU, "
-            f"not {list(positions.shape)} on {positions.device}"
-        )
+    check_positions(x, positions)
     return positions.to(x.device, non_blocking=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpdist.config import Component, Section
 from hpdist.data import random
 from hpdist.data.text import Vocabulary
+from hpdist.data.views.base import check_positions
 from hpdist.errors import ConfigError, DataError
 
 _PER_TOKEN = 4  # numbers: which token stays at least, left out, changes places, masked
@@ -109,11 +110,7 @@ class TextViews:
         self, x: Tensor, view: Weak, names: tuple[str, ...], step: int, positions: Tensor
     ) -> Tensor:
         _check_tokens(x)
-        if positions.device.type != "cpu" or positions.shape != x.shape[:1]:
-            raise ValueError(
-                f"positions must be one per row, [{len(x)}], on the CPU, "
-                f"not {list(positions.shape)} on {positions.device}"
-            )
+        check_positions(x, positions)
         tokens = x.shape[1]
         count = _PER_ROW + _PER_TOKEN * tokens
         noise = random.uniform(self.seed, random.stream_id(*names), step, positions, count)
