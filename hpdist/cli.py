@@ -52,7 +52,9 @@ def _run(arguments: Sequence[str]) -> int:
     known = _parser().parse_args(arguments)
     if known.command == "train":
         return train(known, overrides)
-    return convert(known, overrides) if known.command == "convert" else algorithms()
+    if known.command == "convert":
+        return convert(known, overrides)
+    return report(known) if known.command == "report" else algorithms()
 
 
 def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -114,6 +116,18 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         "# In place of path, name, data_files, revision, split and input:\n"
         f"{written.yaml().rstrip()}"
     )
+    return 0
+
+
+def report(known: argparse.Namespace) -> int:
+    """Write the page of one or several runs."""
+    from hpdist.tracking.report import write_report
+
+    runs = [Path(run) for run in known.runs]
+    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    out = Path(known.out) if known.out else default
+    write_report(runs, out)
+    _print(str(out))
     return 0
 
 
@@ -212,5 +226,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     rewrite.add_argument("config", metavar="CONFIG", help="YAML file")
     rewrite.add_argument("--out", metavar="FOLDER", required=True, help="where to; made if need be")
+    page = commands.add_parser(
+        "report",
+        help="write one HTML page of the curves of one run, or of several side by side",
+        usage="hpdist report RUN [RUN ...] [--out FILE]",
+        description="Write a page that needs nothing beside it, from what run folders hold.",
+        allow_abbrev=False,
+    )
+    page.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    page.add_argument(
+        "--out", metavar="FILE", help="default: report.html, of one run in its own folder"
+    )
     commands.add_parser("algorithms", help="list every algorithm", allow_abbrev=False)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +109,19 @@ class RunFolder:
         """Remove the records after a step, so that the file reads as that of one run."""
         if not self.main or not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a line that a killed process left half-written
-                continue
-            if record["step"] <= step:
-                kept.append(line)
+        kept = [line for line, record in read_records(self.metrics) if record["step"] <= step]
         self.write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         why = why_not_written(error, self.path)
         return CheckpointError(f"run.dir: cannot write to the run folder {str(self.path)!r}: {why}")
+
+
+def read_records(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl, each with what it says; not one that was half-written."""
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a killed process left it, or it is being written
+            continue
+        yield line, record

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from hpdist.config import RunConfig
+from hpdist.settings import flat
 
 
 class Tracker:
@@ -56,7 +57,7 @@ class Tracker:
         tracker.start()
         if name == "wandb":
             self.run_id = tracker.tracker.id
-        tracker.store_init_configuration(_flat(config.model_dump(mode="json")))
+        tracker.store_init_configuration(flat(config.model_dump(mode="json")))
         return tracker
 
     def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -74,15 +75,3 @@ class Tracker:
             f"{error}); training goes on, and metrics.jsonl has every number",
             stacklevel=3,
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys, with values that any tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            plain = isinstance(value, (bool, int, float, str))
-            flat[prefix + key] = value if plain else str(value)
-    return flat

@@ -1,0 +1,338 @@
+"""`hpdist report`: one or several runs as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpdist.errors import ConfigError
+from hpdist.settings import flat
+from hpdist.tracking.run_folder import read_records
+
+_CHARTS: dict[str, list[tuple[str, list[str]]]] = {
+    "Training": [
+        ("Loss", ["loss"]),
+        ("Supervised loss", ["supervised_loss"]),
+        ("Unsupervised loss", ["unsupervised_loss"]),
+        ("Accuracy, validation or test", ["eval/validation/accuracy", "eval/test/accuracy"]),
+        ("Learning rate", ["lr"]),
+        ("Gradient norm", ["grad_norm"]),
+    ],
+    "Pseudo-labels": [
+        ("Share of unlabelled rows in the loss (mask rate)", ["mask_rate"]),
+        ("Mean confidence", ["confidence"]),
+        ("Share of the most frequent class", ["pseudo_label_top_share"]),
+    ],
+    "Precision": [("Loss scale; crosses are overflows", ["loss_scale"])],
+    "Stream and system": [
+        ("Examples per second, all ranks", ["examples_per_second"]),
+        ("Share of time waited for data", ["data_wait"]),
+        ("Share of time waited for checkpoints", ["checkpoint_wait"]),
+        ("Rows that could not be used", ["bad_rows"]),
+    ],
+}
+_LOGARITHMIC = {"loss_scale"}
+_DULL = {"loss_scale": 1.0, "bad_rows": 0.0, "checkpoint_wait": 0.0}  # drawn if ever different
+_SUMMARY = [
+    "test/accuracy",
+    "test/accuracy_student",
+    "test/macro_f1",
+    "test/balanced_accuracy",
+    "validation/best_accuracy",
+    "steps",
+    "skipped_steps",
+    "bad_rows",
+    "seconds",
+    "world_size",
+    "precision",
+    "zero_stage",
+    "peak_memory_bytes",
+]
+_PER_CLASS = {
+    "thresholds": "Threshold of each class",
+    "pseudo_labels": "Share of pseudo-labels of each class",
+}
+_MOST_NUMBERS = 20  # classes whose confusions are written into the picture
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px;
+       padding: 0 1rem; color: #1a1a1a; background: #fff; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(350px, 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-size: .85rem; color: #444; }
+figure svg, figure img { width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+.wide { overflow-x: auto; } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd;
+       text-align: left; vertical-align: top; } td { overflow-wrap: anywhere; min-width: 3.5rem; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
+.note { color: #666; }
+"""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says of its run."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """By dotted name."""
+    records: Sequence[Mapping[str, Any]]
+    """Those of metrics.jsonl, in order."""
+    summary: Mapping[str, Any]
+    """Empty where the run has not ended."""
+    confusions: Mapping[str, Mapping[str, Any]]
+    """By the name of the set."""
+
+    def curve(self, keys: Iterable[str]) -> tuple[list[float], list[float]]:
+        """Steps and values of the first of these keys that there is, finite ones only."""
+        for key in keys:
+            found = [(r["step"], r[key]) for r in self.records if _is_number(r.get(key))]
+            if found:
+                return [step for step, _ in found], [value for _, value in found]
+        return [], []
+
+    def overflows(self) -> tuple[list[float], list[float]]:
+        """Steps at which the count of overflows had grown, and the loss scale there."""
+        before, steps, scales = 0, [], []
+        for record in self.records:
+            count = record.get("overflows", 0)
+            if count > before:
+                steps.append(record["step"])
+                scales.append(record["loss_scale"])
+            before = count
+        return steps, scales
+
+    def per_class(self, key: str) -> tuple[list[int], list[list[float]]]:
+        """Steps, and a list of a number for each class at each of them."""
+        found = [(r["step"], r[key]) for r in self.records if r.get(key)]
+        return [step for step, _ in found], [values for _, values in found]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder; raises ConfigError where it holds no run."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        why = "it has no metrics.jsonl" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"report: {str(folder)!r} is not a run folder: {why}")
+    records = [record for _, record in read_records(metrics)]
+    if not records:
+        raise ConfigError(f"report: {str(folder)!r} has no record yet; wait for the first step")
+    config = folder / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
+    summary = folder / "summary.json"
+    return RunRecord(
+        folder.resolve().name,
+        flat(settings),
+        records,
+        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        {
+            file.stem.removeprefix("confusion_"): json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(folder.glob("confusion_*.json"))
+        },
+    )
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Write the page of these runs.
+
+    Raises ConfigError where one is no run, matplotlib is missing, or the file cannot be written.
+    """
+    page = render([read_run(folder) for folder in folders])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"report: {str(out)!r} cannot be written: {error.strerror}") from error
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The page as HTML: tables, curves of all runs in common charts, and matrices of each."""
+    plot = _pyplot()
+    colors = [_hex(plot, number) for number in range(len(runs))]
+    names = ", ".join(run.name for run in runs)
+    parts = [f"<h1>{html.escape(names)}</h1>", _summaries(runs, colors), _settings(runs)]
+    for title, charts in _CHARTS.items():
+        figures = [_chart(plot, runs, colors, caption, keys) for caption, keys in charts]
+        if title == "Pseudo-labels":
+            figures += [_classes(plot, run, key) for run in runs for key in _PER_CLASS]
+        found = [figure for figure in figures if figure]
+        if found:
+            parts.append(f'<h2>{title}</h2><div class="charts">{"".join(found)}</div>')
+    matrices = [
+        _matrix(plot, run, name, who)
+        for run in runs
+        for name in run.confusions
+        for who in ("teacher", "student")
+    ]
+    if matrices:
+        parts.append(f'<h2>Confusion matrices</h2><div class="charts">{"".join(matrices)}</div>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(names)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            'report draws with matplotlib, which is missing; pip install "hpdist[report]"'
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plot
+
+    return plot
+
+
+def _hex(plot: Any, number: int) -> str:
+    from matplotlib.colors import to_hex
+
+    return str(to_hex(plot.colormaps["tab10"](number % 10)))
+
+
+def _summaries(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
+    keys = [key for key in _SUMMARY if any(key in run.summary for run in runs)]
+    rows = ["".join(f"<th>{html.escape(key)}</th>" for key in ["run", *keys])]
+    for run, color in zip(runs, colors, strict=True):
+        swatch = f'<span class="swatch" style="background:{color}"></span>'
+        cells = "".join(f"<td>{html.escape(_told(run.summary.get(key)))}</td>" for key in keys)
+        last = run.records[-1]["step"]
+        note = "" if run.summary else f' <span class="note">not ended, at step {last}</span>'
+        rows.append(f"<td>{swatch}{html.escape(run.name)}{note}</td>{cells}")
+    return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _settings(runs: Sequence[RunRecord]) -> str:
+    """All settings, or of several runs first those that differ."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    differ = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1]
+    parts = []
+    if len(runs) > 1:
+        parts.append(f"<h2>Settings that differ</h2>{_setting_table(runs, differ)}")
+    table = _setting_table(runs[:1], [key for key in keys if key not in differ])
+    parts.append(f"<details><summary>Settings{' in common' * (len(runs) > 1)}</summary>{table}")
+    return "".join(parts) + "</details>"
+
+
+def _setting_table(runs: Sequence[RunRecord], keys: Sequence[str]) -> str:
+    rows = []
+    if len(runs) > 1:
+        rows.append("<th></th>" + "".join(f"<th>{html.escape(run.name)}</th>" for run in runs))
+    for key in keys:
+        cells = "".join(f"<td>{html.escape(_told(run.settings.get(key)))}</td>" for run in runs)
+        rows.append(f"<th>{html.escape(key)}</th>{cells}")
+    return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _chart(
+    plot: Any, runs: Sequence[RunRecord], colors: Sequence[str], caption: str, keys: list[str]
+) -> str:
+    """One curve a run; nothing where no run has any."""
+    curves = [run.curve(keys) for run in runs]
+    if all(value == _DULL.get(keys[0]) for _, values in curves for value in values):
+        return ""
+    figure, axes = plot.subplots(figsize=(4.4, 2.7), layout="constrained")
+    for run, color, (steps, values) in zip(runs, colors, curves, strict=True):
+        alone = {"marker": "o", "markersize": 4} if len(steps) == 1 else {}
+        axes.plot(steps, values, color=color, linewidth=1.3, label=run.name, **alone)
+        if keys[0] == "loss_scale":
+            axes.plot(*run.overflows(), "x", color=color, markersize=6)
+    if _LOGARITHMIC.intersection(keys):
+        axes.set_yscale("log", base=2)
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1:
+        axes.legend(fontsize=7, frameon=False)
+    return _svg(plot, figure, caption)
+
+
+def _classes(plot: Any, run: RunRecord, key: str) -> str:
+    """A number of each class over the steps, as a picture of classes by records."""
+    steps, values = run.per_class(key)
+    if not steps:
+        return ""
+    figure, axes = plot.subplots(figsize=(4.4, 2.7), layout="constrained")
+    columns = list(zip(*values, strict=True))  # [classes][records]
+    limits = {"vmin": 0, "vmax": max(max(column) for column in columns)}
+    end = len(columns) - 0.5
+    extent = (steps[0], max(steps[-1], steps[0] + 1), end, -0.5)
+    drawn = axes.imshow(columns, aspect="auto", extent=extent, interpolation="nearest", **limits)
+    figure.colorbar(drawn).ax.tick_params(labelsize=8)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("class", fontsize=8)
+    axes.tick_params(labelsize=8)
+    return _svg(plot, figure, f"{_PER_CLASS[key]}: {run.name}")
+
+
+def _matrix(plot: Any, run: RunRecord, name: str, who: str) -> str:
+    """A confusion matrix, each row as shares of a class."""
+    confusion = run.confusions[name]
+    counts, classes = confusion[who], confusion["classes"]
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    few = len(classes) <= _MOST_NUMBERS
+    figure, axes = plot.subplots(figsize=(4.6, 4.2), layout="constrained")
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    if few:
+        places = range(len(classes))
+        axes.set_xticks(places, classes, rotation=90, fontsize=7)
+        axes.set_yticks(places, classes, fontsize=7)
+        for y, row in enumerate(counts):
+            for x, count in enumerate(row):
+                if count:
+                    shade = "white" if shares[y][x] > 0.5 else "black"
+                    size = 7 if len(classes) <= 10 else 5
+                    axes.text(x, y, count, ha="center", va="center", color=shade, fontsize=size)
+    axes.set_xlabel("predicted", fontsize=8)
+    axes.set_ylabel("class", fontsize=8)
+    if few:
+        return _svg(plot, figure, f"{run.name}, {name} set, {who}")
+    return _png(plot, figure, f"{run.name}, {name} set, {who}: {len(classes)} classes")
+
+
+def _svg(plot: Any, figure: Any, caption: str) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    plot.close(figure)
+    drawing = stream.getvalue()
+    return _figure(drawing[drawing.index("<svg") :], caption)
+
+
+def _png(plot: Any, figure: Any, caption: str) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    plot.close(figure)
+    data = base64.b64encode(stream.getvalue()).decode()
+    return _figure(f'<img alt="" src="data:image/png;base64,{data}">', caption)
+
+
+def _figure(picture: str, caption: str) -> str:
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _told(value: Any) -> str:
+    """A value as a reader wants it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
