@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
 _CONVERT_FLAGS = ("--help", "--out")
+_PREFLIGHT_FLAGS = ("--help", "--processes", "--rank", "--address", "--port", "--timeout")
 _OVERRIDES = """\
 Any setting of CONFIG can be overridden by its dotted name, and the command line wins:
 
@@ -46,14 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     overrides: list[str] = []
-    if arguments and arguments[0] in ("train", "convert"):
-        flags = _FLAGS if arguments[0] == "train" else _CONVERT_FLAGS
-        arguments, overrides = _split(arguments, flags)
+    flags = {"train": _FLAGS, "convert": _CONVERT_FLAGS, "preflight": _PREFLIGHT_FLAGS}
+    if arguments and arguments[0] in flags:
+        arguments, overrides = _split(arguments, flags[arguments[0]])
     known = _parser().parse_args(arguments)
     if known.command == "train":
         return train(known, overrides)
     if known.command == "convert":
         return convert(known, overrides)
+    if known.command == "preflight":
+        return preflight(known, overrides)
     return report(known) if known.command == "report" else algorithms()
 
 
@@ -116,6 +119,38 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         "# In place of path, name, data_files, revision, split and input:\n"
         f"{written.yaml().rstrip()}"
     )
+    return 0
+
+
+def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Check whether the processes that meet can train together."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
+    from hpdist import config as configuration
+    from hpdist.distributed.reduce import leave_group
+    from hpdist.preflight import Place, preflight, table
+
+    config = configuration.load(known.config, overrides) if known.config else None
+    given = (known.processes, known.rank, known.address)
+    if any(value is not None for value in given):
+        if None in given:
+            raise ConfigError("preflight: --processes, --rank and --address go together")
+        if not 0 <= known.rank < known.processes:
+            raise ConfigError(
+                f"preflight: --rank {known.rank} is not one of {known.processes} processes, "
+                f"0 to {known.processes - 1}"
+            )
+        place = Place(known.rank, known.processes, known.address, known.port)
+    else:
+        place = Place.from_environment()
+    findings = preflight(config, place, known.timeout)
+    failed = [finding.check for finding in findings if finding.verdict == "FAILED"]
+    if place.rank == 0:
+        _print(table(findings))
+    leave_group()
+    if failed:
+        error = DistributedError(f"preflight: not ready to train: {', '.join(failed)}; see above")
+        error.everywhere = True
+        raise error
     return 0
 
 
@@ -226,6 +261,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     rewrite.add_argument("config", metavar="CONFIG", help="YAML file")
     rewrite.add_argument("--out", metavar="FOLDER", required=True, help="where to; made if need be")
+    check = commands.add_parser(
+        "preflight",
+        help="check whether machines can train together: network, versions, run folder, data",
+        usage="hpdist preflight [CONFIG] [--processes N --rank R --address A] [--key.sub value]",
+        description=(
+            "Start it on every machine at the same time. A launcher's variables, or SLURM's with "
+            "MAIN_IP, say who is who; by hand the options do."
+        ),
+        allow_abbrev=False,
+    )
+    check.add_argument("config", nargs="?", metavar="CONFIG", help="also its run folder and data")
+    check.add_argument("--processes", type=int, metavar="N", help="how many meet")
+    check.add_argument("--rank", type=int, metavar="R", help="which of them this is, from 0")
+    check.add_argument("--address", metavar="A", help="of the one of rank 0, as all reach it")
+    check.add_argument("--port", type=int, default=29400, help="there (default: 29400)")
+    check.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds to wait for the others (default: 60)"
+    )
     page = commands.add_parser(
         "report",
         help="write one HTML page of the curves of one run, or of several side by side",

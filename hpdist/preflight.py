@@ -1,0 +1,410 @@
+"""`hpdist preflight`: whether these machines can train together, before they try.
+
+Run it on every machine at the same time, by hand or by a launcher; each comes to the address of the
+first one, and one that does not come is named within the timeout. Then every machine tells what it
+has, all of them measure the network between them, and the first one prints a table.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from hpdist.config import RunConfig, Source
+from hpdist.distributed.reduce import gathered, world_size
+from hpdist.errors import DistributedError, HpdistError
+
+_PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transformers", "wandb")
+_GIB = 2**30
+_LEAST_DISK = 5 * _GIB
+_LARGEST = 64 << 20  # bytes of an all-reduce
+_LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
+_APART = 1.0  # seconds between clocks, from which on log lines are hard to compare
+
+Verdict = Literal["ok", "note", "FAILED"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those that meet."""
+
+    rank: int
+    size: int
+    address: str = "127.0.0.1"
+    port: int = 29400
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """What a launcher says: torchrun's or Accelerate's variables, else SLURM's, else alone.
+
+        Raises DistributedError where SLURM has started several tasks and nothing says where the
+        first one is.
+        """
+        if "WORLD_SIZE" in environment and "MASTER_ADDR" in environment:
+            address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"]) + 1
+            return cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), address, port)
+        tasks = int(environment.get("SLURM_NTASKS", "1"))
+        if tasks > 1 and "SLURM_PROCID" in environment:
+            if "MAIN_IP" not in environment:
+                raise DistributedError(
+                    "preflight: SLURM has started several tasks, and MAIN_IP does not say where "
+                    "the first one is; set it, or give --address"
+                )
+            port = int(environment.get("MAIN_PORT", "29399")) + 1
+            return cls(int(environment["SLURM_PROCID"]), tasks, environment["MAIN_IP"], port)
+        return cls(0, 1)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one check."""
+
+    check: str
+    verdict: Verdict
+    told: str
+
+
+def preflight(config: RunConfig | None, place: Place, timeout: float = 60.0) -> list[Finding]:
+    """Meet the other processes and check everything; the same findings on each.
+
+    Raises DistributedError where they do not meet in time. Collective: every process must call.
+    """
+    started = time.monotonic()
+    _meet(place, timeout)
+    facts = gathered(_facts(config))
+    findings = [_met(facts, time.monotonic() - started), _versions(facts), _devices(facts)]
+    findings.append(_half(facts, config))
+    if world_size() > 1:
+        findings += [_network(), _clocks(facts)]
+    findings.append(_disk(facts))
+    if config is not None:
+        findings.append(_run_folder(Path(config.run.dir), facts))
+        findings += _data(config, facts)
+    return findings
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings, a line each; what goes on over several lines is indented."""
+    width = max(len(finding.check) for finding in findings)
+    lines = []
+    for finding in findings:
+        first, *rest = finding.told.splitlines()
+        lines.append(f"{finding.verdict:6}  {finding.check:{width}}  {first}")
+        lines += [" " * (width + 10) + line for line in rest]
+    return "\n".join(lines)
+
+
+def _meet(place: Place, timeout: float) -> None:
+    """Join the others in a process group of gloo, or say who is missing."""
+    if place.size == 1 or dist.is_initialized():
+        return
+    span = timedelta(seconds=timeout)
+    deadline = time.monotonic() + timeout
+    where = f"{place.address}:{place.port}"
+    try:
+        if place.rank > 0:
+            _await_listener(place, deadline)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            place.address, place.port, None, place.rank == 0, span, wait_for_workers=False
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        advice = (
+            "give --address one of this machine's own, and a --port that is free"
+            if place.rank == 0
+            else "start preflight on the first machine too, give all the address by which they "
+            "reach it, and open the port"
+        )
+        raise DistributedError(
+            f"preflight: process {place.rank} of {place.size}, on {socket.gethostname()}: no "
+            f"connection to {where} within {timeout:g} s ({why}); {advice}"
+        ) from error
+    hosts = _gather_hosts(store, place, deadline)
+    missing = [rank for rank in range(place.size) if rank not in hosts]
+    if missing:
+        came = ", ".join(f"{rank} ({host})" for rank, host in hosts.items())
+        raise DistributedError(
+            f"preflight: within {timeout:g} s only {len(hosts)} of {place.size} processes came to "
+            f"{where}: {came}; missing: {', '.join(map(str, missing))}. Look whether they were "
+            "started, and whether they reach that address"
+        )
+    group = dist.PrefixStore("preflight", store)  # type: ignore[attr-defined]
+    try:
+        dist.init_process_group(
+            "gloo", store=group, rank=place.rank, world_size=place.size, timeout=span
+        )
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise DistributedError(
+            f"preflight: all {place.size} processes came to {where}, but they cannot connect to "
+            f"one another ({why}); set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
+            "interface that they share, and let them use any port among themselves"
+        ) from error
+
+
+def _await_listener(place: Place, deadline: float) -> None:
+    """Wait until the first process listens; torch's own client fills the screen instead."""
+    while True:
+        with socket.socket(_family(place)) as probe:
+            probe.settimeout(2)
+            error = probe.connect_ex((place.address, place.port))
+        if not error:
+            return
+        if time.monotonic() > deadline:
+            raise OSError(error, os.strerror(error))
+        time.sleep(0.2)
+
+
+def _family(place: Place) -> socket.AddressFamily:
+    """IPv4 or IPv6, whichever the address is found under; raises OSError where there is none."""
+    return socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0][0]
+
+
+def _gather_hosts(store: Any, place: Place, deadline: float) -> dict[int, str]:
+    """The host of every process that came in time, by its rank."""
+    store.set(f"here/{place.rank}", socket.gethostname())
+    hosts: dict[int, str] = {}
+    while len(hosts) < place.size and time.monotonic() < deadline:
+        for rank in set(range(place.size)) - hosts.keys():
+            if store.check([f"here/{rank}"]):
+                hosts[rank] = store.get(f"here/{rank}").decode()
+        time.sleep(0.05)
+    return dict(sorted(hosts.items()))
+
+
+def _facts(config: RunConfig | None) -> dict[str, Any]:
+    """What this process has to tell."""
+    devices = [_device(number) for number in range(torch.cuda.device_count())]
+    folder = _there(Path(config.run.dir if config is not None else "."))
+    return {
+        "host": socket.gethostname(),
+        "versions": {"Python": platform.python_version(), **_installed()},
+        "devices": devices,
+        "bf16": torch.cuda.is_bf16_supported() if devices else True,
+        "fp16": bool(devices),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "free": {str(path): shutil.disk_usage(path).free for path in {folder, Path("/tmp")}},
+    }
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
+            found[package] = "missing"
+    if torch.cuda.is_available():
+        found["CUDA"] = str(torch.version.cuda)
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _device(number: int) -> dict[str, Any]:
+    free, total = torch.cuda.mem_get_info(number)
+    return {"name": torch.cuda.get_device_name(number), "free": free, "total": total}
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _met(facts: Sequence[Mapping[str, Any]], seconds: float) -> Finding:
+    hosts = list(dict.fromkeys(fact["host"] for fact in facts))
+    told = f"{len(facts)} on {len(hosts)} hosts, met in {seconds:.1f} s: {', '.join(hosts)}"
+    return Finding("processes", "ok", told)
+
+
+def _versions(facts: Sequence[Mapping[str, Any]]) -> Finding:
+    """The same packages everywhere; else pickles, checkpoints or numbers may differ."""
+    names = list(dict.fromkeys(name for fact in facts for name in fact["versions"]))
+    wrong = []
+    for name in names:
+        by_host = {fact["host"]: fact["versions"].get(name, "missing") for fact in facts}
+        if len(set(by_host.values())) > 1:
+            told = ", ".join(f"{version} on {host}" for host, version in by_host.items())
+            wrong.append(f"{name}: {told}")
+    if wrong:
+        return Finding("versions", "FAILED", "\n".join([*wrong, "install the same everywhere"]))
+    versions = facts[0]["versions"]
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding("versions", "ok", told)
+
+
+def _devices(facts: Sequence[Mapping[str, Any]]) -> Finding:
+    lines, verdict = [], "ok"
+    for fact in {fact["host"]: fact for fact in facts}.values():
+        if not fact["devices"]:
+            lines.append(f"{fact['host']}: no GPU, {fact['cores']} CPU cores")
+            continue
+        for number, device in enumerate(fact["devices"]):
+            free, total = device["free"] / _GIB, device["total"] / _GIB
+            memory = f"{free:.1f} of {total:.1f} GiB free"
+            lines.append(f"{fact['host']}, GPU {number}: {device['name']}, {memory}")
+            if free < 0.9 * total:
+                verdict = "note"
+                lines[-1] += "; another process holds the rest"
+    if len({bool(fact["devices"]) for fact in facts}) > 1:
+        lines.append("some have GPUs and some have not: they cannot train together")
+        verdict = "FAILED"
+    return Finding("devices", verdict, "\n".join(lines))  # type: ignore[arg-type]
+
+
+def _half(facts: Sequence[Mapping[str, Any]], config: RunConfig | None) -> Finding:
+    """What every process can compute in, held against what the config wants."""
+    can = [name for name in ("bf16", "fp16") if all(fact[name] for fact in facts)]
+    told = ", ".join(["fp32", *can]) + " on all"
+    wanted = config.precision if config is not None else None
+    if wanted in ("bf16", "fp16") and wanted not in can:
+        hosts = list(dict.fromkeys(fact["host"] for fact in facts if not fact[wanted]))
+        return Finding("precision", "FAILED", f"no {wanted} on {', '.join(hosts)}; {told}")
+    return Finding("precision", "ok", told)
+
+
+def _network() -> Finding:
+    """Latency of a small all-reduce, and bandwidth of one that takes a while."""
+    latency = min(_all_reduce(1) for _ in range(20))
+    size, seconds = 1 << 20, 0.0
+    while True:
+        seconds = max(gathered(_all_reduce(size // 4)))
+        if seconds > _LONG_ENOUGH or size >= _LARGEST:
+            break
+        size *= 8
+    moved = 2 * (world_size() - 1) / world_size() * size  # bytes that each process sends
+    told = (
+        f"all-reduce over gloo: {1e3 * latency:.2f} ms for 4 bytes; {size >> 20} MiB in "
+        f"{seconds:.2f} s, {8 * moved / seconds / 1e9:.2f} Gbit/s sent by each"
+    )
+    return Finding("network", "ok", told)
+
+
+def _all_reduce(numbers: int) -> float:
+    values = torch.zeros(numbers)
+    dist.barrier()
+    start = time.perf_counter()
+    dist.all_reduce(values)
+    return time.perf_counter() - start
+
+
+def _clocks(facts: Sequence[Mapping[str, Any]]) -> Finding:
+    dist.barrier()
+    times = gathered(time.time())
+    apart = max(times) - min(times)
+    by_host = {fact["host"]: now - times[0] for fact, now in zip(facts, times, strict=True)}
+    if apart > _APART:
+        told = ", ".join(f"{host} {offset:+.1f} s" for host, offset in by_host.items())
+        return Finding("clocks", "note", f"apart: {told}; synchronise them (chrony, ntpd)")
+    return Finding("clocks", "ok", f"within {apart:.3f} s of one another")
+
+
+def _disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
+    lines, verdict = [], "ok"
+    for fact in {fact["host"]: fact for fact in facts}.values():
+        free = sorted(fact["free"].items())
+        told = ", ".join(f"{size / _GIB:.1f} GiB in {path}" for path, size in free)
+        lines.append(f"{fact['host']}: {told} free")
+        if min(fact["free"].values()) < _LEAST_DISK:
+            verdict = "note"
+            lines[-1] += "; little for checkpoints or caches"
+    return Finding("disk", verdict, "\n".join(lines))  # type: ignore[arg-type]
+
+
+def _run_folder(folder: Path, facts: Sequence[Mapping[str, Any]]) -> Finding:
+    """Every process must see what the others write there, and rename it. Collective."""
+    mark = folder / f".preflight-{gathered(uuid.uuid4().hex)[0]}"
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    errors: list[str | None] = gathered(_try(mark.mkdir, parents=True) if rank == 0 else None)
+    if errors[0]:
+        return Finding("run folder", "FAILED", f"{folder}: {errors[0]} on {facts[0]['host']}")
+    try:
+        seen = gathered(mark.is_dir())
+        temporary, final = mark / f"{rank}.tmp", mark / str(rank)
+        errors = gathered(_try(_write_and_rename, temporary, final) if seen[rank] else None)
+        whole = gathered(seen[rank] and all((mark / str(r)).exists() for r in range(len(seen))))
+    finally:
+        if world_size() > 1:
+            dist.barrier()
+        if rank == 0:
+            shutil.rmtree(mark, ignore_errors=True)
+    hosts = [fact["host"] for fact in facts]
+    blind = list(dict.fromkeys(host for host, sees in zip(hosts, seen, strict=True) if not sees))
+    if blind:
+        told = (
+            f"{folder.absolute()} on {', '.join(blind)} is not that of {hosts[0]}; put run.dir on "
+            "a file system that all machines share"
+        )
+        return Finding("run folder", "FAILED", told)
+    failed = {host: error for host, error in zip(hosts, errors, strict=True) if error}
+    if failed or not all(whole):
+        told = ", ".join(f"{error} on {host}" for host, error in failed.items())
+        return Finding("run folder", "FAILED", f"{folder}: {told or 'files come late'}")
+    return Finding("run folder", "ok", f"{folder.absolute()}: all write, rename and see it")
+
+
+def _write_and_rename(temporary: Path, final: Path) -> None:
+    temporary.write_text("preflight")
+    os.replace(temporary, final)
+
+
+def _try(act: Callable[..., object], *args: Any, **kwargs: Any) -> str | None:
+    try:
+        act(*args, **kwargs)
+    except OSError as error:
+        return str(error.strerror or error)
+    return None
+
+
+def _data(config: RunConfig, facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Every host opens every dataset and takes its first row. Collective."""
+    findings = []
+    first = {fact["host"]: rank for rank, fact in reversed(list(enumerate(facts)))}
+    own = dist.get_rank() if dist.is_initialized() else 0
+    for name in ("labeled", "unlabeled", "test", "validation"):
+        source = getattr(config.data, name)
+        if not isinstance(source, Source) or source.path is None:
+            continue
+        start = time.monotonic()
+        told = _first_row(source, f"data.{name}") if own in first.values() else None
+        errors = gathered(told)
+        seconds = max(gathered(time.monotonic() - start))
+        failed = {fact["host"]: e for fact, e in zip(facts, errors, strict=True) if e}
+        if failed:
+            lines = [f"{host}: {error}" for host, error in failed.items()]
+            findings.append(Finding(f"data.{name}", "FAILED", "\n".join(lines)))
+        else:
+            told = f"{source.path}: its first row in at most {seconds:.1f} s on each host"
+            findings.append(Finding(f"data.{name}", "ok", told))
+    return findings
+
+
+def _first_row(source: Source, where: str) -> str | None:
+    from hpdist.data.loading import load
+
+    try:
+        next(iter(load(source, where, streaming=True)))
+    except StopIteration:
+        return "it has no rows"
+    except HpdistError as error:
+        return str(error)
+    except Exception as error:  # datasets raises anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None

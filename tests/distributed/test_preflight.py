@@ -1,0 +1,204 @@
+"""`hpdist preflight` by real processes, each started as on a machine of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpdist.preflight import Place, _versions, table
+from tests.pictures import write_pictures
+from tests.ranks import free_port
+
+NAMESPACES = os.geteuid() == 0 and shutil.which("ip") is not None
+
+
+def start(*arguments: object, cwd: Path | None = None, before: tuple[str, ...] = (), **variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    return subprocess.Popen(
+        [*before, sys.executable, "-m", "hpdist", "preflight", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables,
+    )
+
+
+def ended(process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def verdicts(out: str) -> dict[str, str]:
+    return {
+        m[2]: m[1] for m in re.finditer(r"^(ok|note|FAILED) +(\S+(?: \S+)?)", out, re.MULTILINE)
+    }
+
+
+def write_config(folder: Path, files: object, run_dir: str) -> Path:
+    config = {
+        "run": {"dir": run_dir},
+        "model": {"name": "mlp"},
+        "algorithm": {"name": "fixmatch"},
+        "steps": 1,
+        "data": {
+            "labeled": {"path": "parquet", "data_files": files},
+            "unlabeled": {"path": "parquet", "data_files": files, "streaming": True},
+        },
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder / "run.yaml"
+
+
+def test_two_processes_that_fit_are_told_so_once(tmp_path):
+    files = [str(path) for path in write_pictures(tmp_path)]
+    config = write_config(tmp_path, files, str(tmp_path / "runs"))
+    place = ["--processes", 2, "--address", "127.0.0.1", "--port", free_port()]
+    second = start(config, *place, "--rank", 1)
+    status, out, err = ended(start(config, *place, "--rank", 0))
+    assert (status, err) == (0, "")
+    assert ended(second) == (0, "", "")
+    found = verdicts(out)
+    assert {"processes", "versions", "precision", "network", "run folder"} <= found.keys()
+    assert {"data.labeled", "data.unlabeled"} <= found.keys()
+    assert "FAILED" not in found.values()
+    assert "2 on 1 hosts" in out
+    assert not list((tmp_path / "runs").iterdir())  # it leaves nothing behind
+
+
+def test_who_does_not_come_is_named_in_time():
+    began = time.monotonic()
+    place = ["--processes", 3, "--address", "127.0.0.1", "--port", free_port(), "--timeout", 4]
+    second = start(*place, "--rank", 2)
+    status, out, err = ended(start(*place, "--rank", 0))
+    assert status == 3
+    assert out == ""
+    assert "only 2 of 3 processes came" in err
+    assert "missing: 1." in err
+    assert len(err.splitlines()) == 1
+    assert ended(second)[0] == 3
+    assert time.monotonic() - began < 60
+
+
+def test_nobody_at_the_address_is_one_clear_line():
+    place = ["--processes", 2, "--address", "127.0.0.1", "--port", free_port(), "--timeout", 2]
+    status, out, err = ended(start(*place, "--rank", 1))
+    assert (status, out) == (3, "")
+    (line,) = err.splitlines()
+    assert "no connection to 127.0.0.1:" in line
+    assert "start preflight on the first machine too" in line
+
+
+def test_a_run_folder_of_each_machine_and_lost_data_are_found(tmp_path):
+    """Each process works in a folder of its own, as on a disk of its own."""
+    files = [str(path) for path in write_pictures(tmp_path)]
+    here, there = tmp_path / "here", tmp_path / "there"
+    write_config(here, files, "runs")
+    write_config(there, [*files, str(tmp_path / "lost.parquet")], "runs")
+    place = ["--processes", 2, "--address", "127.0.0.1", "--port", free_port()]
+    second = start("run.yaml", *place, "--rank", 1, cwd=there)
+    status, out, err = ended(start("run.yaml", *place, "--rank", 0, cwd=here))
+    assert status == ended(second)[0] == 3
+    assert verdicts(out)["run folder"] == "FAILED"
+    assert "put run.dir on a file system that all machines share" in out
+    assert "not ready to train: run folder" in err
+
+
+def test_data_that_cannot_be_read_is_found(tmp_path):
+    config = write_config(tmp_path, str(tmp_path / "lost.parquet"), str(tmp_path / "runs"))
+    status, out, err = ended(start(config))
+    assert status == 3
+    assert verdicts(out)["data.labeled"] == "FAILED"
+    assert "lost.parquet" in out
+    assert "Traceback" not in err
+
+
+def test_a_precision_that_the_device_lacks_is_found(tmp_path):
+    files = [str(path) for path in write_pictures(tmp_path)]
+    config = write_config(tmp_path, files, str(tmp_path / "runs"))
+    status, out, _ = ended(start(config, "--precision", "fp16", CUDA_VISIBLE_DEVICES=""))
+    assert status == 3
+    assert verdicts(out)["precision"] == "FAILED"
+
+
+def test_other_versions_on_one_host_are_named():
+    facts = [
+        {"host": "a", "versions": {"torch": "2.13", "datasets": "5.2"}},
+        {"host": "b", "versions": {"torch": "2.12", "datasets": "5.2"}},
+    ]
+    finding = _versions(facts)
+    assert finding.verdict == "FAILED"
+    assert finding.told.splitlines()[0] == "torch: 2.13 on a, 2.12 on b"
+    assert "datasets" not in finding.told
+    assert _versions(facts[:1] * 2).verdict == "ok"
+    assert len(table([finding]).splitlines()) == 2
+
+
+def test_a_launcher_says_who_is_who():
+    torchrun = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+    assert Place.from_environment(torchrun) == Place(3, 4, "n0", 29501)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "MAIN_IP": "n0", "MAIN_PORT": "20007"}
+    assert Place.from_environment(slurm) == Place(1, 2, "n0", 20008)
+    assert Place.from_environment({}) == Place(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--processes", "2"], "go together"),
+        (["--processes", "2", "--rank", "2", "--address", "a"], "--rank 2 is not one of"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments, told):
+    status, _, err = ended(start(*arguments))
+    assert status == 2
+    assert told in err
+
+
+@pytest.mark.skipif(not NAMESPACES, reason="network namespaces need root and iproute2")
+def test_two_hosts_on_a_slow_line_are_measured(two_hosts):
+    """100 Mbit/s: what it finds is a little less than what the line carries."""
+    place = ["--processes", 2, "--address", "10.77.0.1", "--port", free_port()]
+    variables = {"GLOO_SOCKET_IFNAME": "hpline"}
+    first, second = (("ip", "netns", "exec", name) for name in two_hosts)
+    other = start(*place, "--rank", 1, before=second, **variables)
+    status, out, err = ended(start(*place, "--rank", 0, before=first, **variables))
+    assert status == 0, err
+    assert ended(other)[0] == 0
+    rate = float(re.search(r"([\d.]+) Gbit/s", out)[1])
+    assert 0.05 < rate <= 0.105
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces joined by a line of 100 Mbit/s."""
+    names = ("hppre0", "hppre1")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        line = f"hpline netns {names[0]} type veth peer name hpline netns {names[1]}"
+        ip("link", "add", *line.split())
+        for number, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "hpline")
+            ip("-n", name, "link", "set", "hpline", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            limit = ["rate", "100mbit", "burst", "64kb", "latency", "400ms"]
+            tc = ["tc", "qdisc", "add", "dev", "hpline", "root", "tbf", *limit]
+            subprocess.run(["ip", "netns", "exec", name, *tc], check=True, capture_output=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
