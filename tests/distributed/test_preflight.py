@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +13,7 @@ import yaml
 from hpdist.preflight import Place, _versions, table
 from tests.pictures import write_pictures
 from tests.ranks import free_port
-
-NAMESPACES = os.geteuid() == 0 and shutil.which("ip") is not None
+from tests.two_hosts import LINE, MISSING, two_hosts
 
 
 def start(*arguments: object, cwd: Path | None = None, before: tuple[str, ...] = (), **variables):
@@ -162,43 +160,17 @@ def test_options_that_make_no_sense_are_refused(arguments, told):
     assert told in err
 
 
-@pytest.mark.skipif(not NAMESPACES, reason="network namespaces need root and iproute2")
-def test_two_hosts_on_a_slow_line_are_measured(two_hosts):
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_two_hosts_on_a_slow_line_are_measured():
     """100 Mbit/s: what it finds is a little less than what the line carries."""
-    place = ["--processes", 2, "--address", "10.77.0.1", "--port", free_port()]
-    variables = {"GLOO_SOCKET_IFNAME": "hpline"}
-    first, second = (("ip", "netns", "exec", name) for name in two_hosts)
-    other = start(*place, "--rank", 1, before=second, **variables)
-    status, out, err = ended(start(*place, "--rank", 0, before=first, **variables))
-    assert status == 0, err
-    assert ended(other)[0] == 0
+    with two_hosts("hppre") as hosts:
+        hosts.limit("100mbit")
+        place = ["--processes", 2, "--address", hosts.addresses[0], "--port", free_port()]
+        other = start(*place, "--rank", 1, before=hosts.on(1), GLOO_SOCKET_IFNAME=LINE)
+        status, out, err = ended(
+            start(*place, "--rank", 0, before=hosts.on(0), GLOO_SOCKET_IFNAME=LINE)
+        )
+        assert status == 0, err
+        assert ended(other)[0] == 0
     rate = float(re.search(r"([\d.]+) Gbit/s", out)[1])
     assert 0.05 < rate <= 0.105
-
-
-@pytest.fixture
-def two_hosts():
-    """Two network namespaces joined by a line of 100 Mbit/s."""
-    names = ("hppre0", "hppre1")
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    for name in names:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        line = f"hpline netns {names[0]} type veth peer name hpline netns {names[1]}"
-        ip("link", "add", *line.split())
-        for number, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "hpline")
-            ip("-n", name, "link", "set", "hpline", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            limit = ["rate", "100mbit", "burst", "64kb", "latency", "400ms"]
-            tc = ["tc", "qdisc", "add", "dev", "hpline", "root", "tbf", *limit]
-            subprocess.run(["ip", "netns", "exec", name, *tc], check=True, capture_output=True)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -47,6 +47,7 @@ def test_signalled_requeued_and_finished(
     log = tmp_path / "job.log"
     slurm.environment |= {
         "ACCELERATE": f"{Path(sys.executable).parent}/accelerate",
+        "HPDIST": f"{Path(sys.executable).parent}/hpdist",
         "CONFIG_FILE": str(ROOT / "configs/accelerate/cpu_bf16.yaml"),
         "PER_NODE": "1",
         "MAIN_IP": "127.0.0.1",
