@@ -256,7 +256,7 @@ class Watchdog(Section):
 class Tracker(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    name: Literal["wandb", "tensorboard", "none"] = "wandb"
+    name: Literal["wandb", "tensorboard", "mlflow", "none"] = "wandb"
     """Which tracker."""
     project: str = "hpdist"
     """The tracker's project."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import random
 import sys
 import time
 import warnings
@@ -17,7 +16,6 @@ from functools import partial
 from typing import Any, NoReturn, cast
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +24,7 @@ from hpdist.algorithms.addon import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.checks import check_inputs, check_model, divide_batch
 from hpdist.config import Component, RunConfig
-from hpdist.data.random import mixed_seed
+from hpdist.data.random import reseed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
@@ -264,6 +262,9 @@ class Trainer:
                         self._begin_generation()
                     self._train_step()
                 summary = self._finish()
+        except HpdistError as error:
+            self.log.alert(type(error).__name__, str(error))
+            raise
         finally:
             self.close()
         return summary
@@ -281,9 +282,14 @@ class Trainer:
         return outcome
 
     def _open_log(self, files: bool) -> RunLog:
-        done, seconds, run_id = self.step.applied_steps, self._seconds, self._run_id
         return RunLog(
-            self.config, self.folder, done=done, seconds=seconds, run_id=run_id, files=files
+            self.config,
+            self.folder,
+            done=self.step.applied_steps,
+            seconds=self._seconds,
+            run_id=self._run_id,
+            files=files,
+            sharding=self.sharding,
         )
 
     def _first_rows(self) -> None:
@@ -294,10 +300,7 @@ class Trainer:
     def _attempt(self, measure: bool) -> StepOutcome:
         """Read one global batch and do one step with it."""
         config, step = self.config, self.step
-        seed = mixed_seed(config.run.seed, step.attempts, step.engine.rank)
-        torch.manual_seed(seed)  # dropout, and whatever else a model draws
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        reseed(config.run.seed, step.attempts, step.engine.rank)
         self.guard.beat(step.applied_steps, "reading rows")
         labeled, unlabeled = self.data.next()
         self._problem = self.data.look_ahead(self.guard.stopping)

@@ -10,8 +10,10 @@ The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
 from __future__ import annotations
 
 import math
+import random
 import zlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,3 +142,11 @@ def mixed_seed(*numbers: int) -> int:
         value = ((value ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**64
         value ^= value >> 29
     return value % 2**63
+
+
+def reseed(*numbers: int) -> None:
+    """Seed torch's, Python's and NumPy's generators: dropout, and whatever else a model draws."""
+    seed = mixed_seed(*numbers)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 
 from hpdist.config import RunConfig
+from hpdist.distributed.launch import Sharding
+from hpdist.distributed.reduce import world_size
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
@@ -21,6 +23,7 @@ class RunLog:
         seconds: That were trained before.
         run_id: The tracker's, of the run that goes on.
         files: Whether anything is written.
+        sharding: How the run shards, which the tracker is told beside the config.
     """
 
     def __init__(
@@ -32,10 +35,14 @@ class RunLog:
         seconds: float,
         run_id: str | None,
         files: bool,
+        sharding: Sharding | None = None,
     ) -> None:
         self._folder = folder
         self._files = files
-        self._tracker = Tracker(config, folder.path, folder.main and files, run_id)
+        topology: dict[str, object] = {"world_size": world_size()}
+        if sharding is not None:
+            topology |= {"precision": sharding.precision, "zero_stage": sharding.stage or "none"}
+        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, topology)
         self._console = Console(config.steps, done, folder.main)
         self._started = self._clock = time.monotonic()
         self._before = seconds
@@ -93,10 +100,15 @@ class RunLog:
                 self._folder.write_json(f"confusion_{name}.json", confusion, indent=None)
             self._folder.write_json("summary.json", summary)
         self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)
+        self._tracker.log_confusions(confusions, step)
 
     def say(self, line: str) -> None:
         """Print a line."""
         self._console.say(line)
+
+    def alert(self, title: str, line: str) -> None:
+        """Tell whoever watches the run by the tracker."""
+        self._tracker.alert(title, line)
 
     def close(self) -> None:
         """Flush and close tracker and console."""

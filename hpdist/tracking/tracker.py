@@ -1,53 +1,120 @@
-"""W&B or TensorBoard through Accelerate's trackers; one that fails never stops the training."""
+"""W&B, TensorBoard or MLflow by Accelerate's trackers; one that fails never stops the training."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
+from hpdist import __version__
 from hpdist.config import RunConfig
 from hpdist.settings import flat
 
+_GROUPS = {
+    "precision": ("loss_scale", "overflows"),
+    "pseudo-labels": ("mask_rate", "confidence", "pseudo_label_top_share"),
+    "stream": ("epoch", "bad_rows", "data_wait"),
+    "system": ("examples_per_second", "checkpoint_wait"),
+}
+_GROUP = {name: group for group, names in _GROUPS.items() for name in names}
+_FEW = 20  # classes; of more, W&B has a histogram and the others nothing
+
 
 class Tracker:
-    """Sends global numbers from the main process; warns once and goes silent if that fails."""
+    """Sends global numbers from the main process; warns once and goes silent if that fails.
+
+    Args:
+        config: Of the run.
+        folder: Of the run.
+        main: Whether this is the main process; no other sends anything.
+        run_id: The tracker's, of the run that goes on.
+        topology: What else is told beside the config, such as the number of ranks.
+    """
 
     def __init__(
-        self, config: RunConfig, folder: Path, main: bool, run_id: str | None = None
+        self,
+        config: RunConfig,
+        folder: Path,
+        main: bool,
+        run_id: str | None = None,
+        topology: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_id = run_id
+        self._name = config.tracker.name
         self._tracker: GeneralTracker | None = None
-        if main and config.tracker.name != "none":
+        if main and self._name != "none":
             try:
-                self._tracker = self._start(config, folder)
+                self._tracker = self._start(config, folder, topology or {})
             except Exception as error:
-                self._give_up(config.tracker.name, error)
+                self._give_up(self._name, error)
 
-    def log(self, values: Mapping[str, object], step: int) -> None:
-        """Send one record."""
-        self._try("log", dict(values), step=step)
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Send the record of a step, its numbers in groups; lists hold a number for each class."""
+        values: dict[str, Any] = {}
+        for key, value in record.items():
+            if not isinstance(value, Sequence):
+                values[grouped(key)] = value
+                continue
+            if len(value) <= _FEW:
+                values |= {f"{grouped(key)}/{number}": part for number, part in enumerate(value)}
+            if self._name == "wandb":
+                values[f"{grouped(key)}/histogram"] = _histogram(value)
+        self._try("log", values, step=step)
+
+    def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
+        """Send confusion matrices, by the name of the set; to W&B only, as tables."""
+        if self._tracker is None or self._name != "wandb":
+            return
+        import wandb
+
+        tables = {}
+        for name, confusion in confusions.items():
+            if "teacher" not in confusion:
+                continue
+            classes = confusion["classes"]
+            rows = [
+                [classes[true], classes[said], count]
+                for true, counts in enumerate(confusion["teacher"])
+                for said, count in enumerate(counts)
+            ]
+            tables[f"eval/{name}/confusion"] = wandb.Table(["class", "predicted", "rows"], rows)
+        self._try("log", tables, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever watches the run; of the trackers only W&B can."""
+        if self._tracker is not None and self._name == "wandb":
+            run = self._tracker.tracker
+            try:
+                run.alert(title=title, text=text, level="WARN")
+            except Exception as error:
+                self._give_up(self._name, error)
 
     def finish(self) -> None:
         """Flush and close."""
         self._try("finish")
         self._tracker = None
 
-    def _start(self, config: RunConfig, folder: Path) -> GeneralTracker:
-        name = config.tracker.name
+    def _start(
+        self, config: RunConfig, folder: Path, topology: Mapping[str, Any]
+    ) -> GeneralTracker:
+        name, project = self._name, config.tracker.project
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f'{name} is not installed; pip install "hpdist[{name}]"')
         if name == "tensorboard":
-            tracker: GeneralTracker = TensorBoardTracker(config.tracker.project, folder)
+            tracker: GeneralTracker = TensorBoardTracker(project, folder)
+        elif name == "mlflow":
+            if "MLFLOW_TRACKING_URI" not in os.environ:
+                os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+            tracker = MLflowTracker(project, run_id=self.run_id, run_name=config.run.name)
         else:
             os.environ.setdefault("WANDB_SILENT", "true")
             tracker = WandBTracker(
-                config.tracker.project,
+                project,
                 dir=str(folder),
                 name=config.run.name,
                 mode=config.tracker.mode,
@@ -57,8 +124,16 @@ class Tracker:
         tracker.start()
         if name == "wandb":
             self.run_id = tracker.tracker.id
-        tracker.store_init_configuration(flat(config.model_dump(mode="json")))
+        elif name == "mlflow":
+            self.run_id = tracker.active_run.info.run_id
+        settings = flat(config.model_dump(mode="json"))
+        if name != "mlflow" or self._new_run(tracker):
+            tracker.store_init_configuration(settings | {"hpdist": __version__, **topology})
         return tracker
+
+    def _new_run(self, tracker: GeneralTracker) -> bool:
+        """Whether MLflow has no settings of this run yet: it refuses to change them."""
+        return not tracker.active_run.data.params
 
     def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
         if self._tracker is None:
@@ -75,3 +150,19 @@ class Tracker:
             f"{error}); training goes on, and metrics.jsonl has every number",
             stacklevel=3,
         )
+
+
+def grouped(key: str) -> str:
+    """The name under which a tracker has a number of metrics.jsonl: `group/number`."""
+    if "/" in key:
+        return key
+    if key.startswith(("threshold", "pseudo_label")):
+        return f"pseudo-labels/{key}"
+    return f"{_GROUP.get(key, 'train')}/{key}"
+
+
+def _histogram(values: Sequence[float]) -> Any:
+    """A bar for each class."""
+    import wandb
+
+    return wandb.Histogram(np_histogram=(list(values), list(range(len(values) + 1))))
