@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.tasks import Task, make_task
 from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
@@ -21,6 +23,7 @@ from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
+from hpdist.data.targets import Scale
 from hpdist.data.text import Tokenizer
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
@@ -41,7 +44,7 @@ from hpdist.tracking.run_folder import RunFolder
 
 _NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
-_VIEWS = "views/"  # what they measured, in a checkpoint
+_VIEWS, _TARGETS = "views/", "targets/"  # what was measured, in a checkpoint
 
 _log = logging.getLogger("hpdist.data")
 
@@ -90,7 +93,7 @@ class RunData:
         self._recent: list[BadRow] = []  # of this rank, in this epoch
         self._audit: Audit | None = None
         resumed = saved is not None
-        agreed(lambda: self._open_labeled(objects, resumed))
+        agreed(lambda: self._open_labeled(objects, saved))
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
         self.test, self.validation = agreed(
@@ -99,6 +102,9 @@ class RunData:
             ]
         )
         self.num_classes = len(self.labeled.classes)
+        scale = self.labeled.encoding.scale
+        spread = None if scale is None else tuple(scale.std.tolist())
+        self.task: Task = make_task(config.task.name, config.task.threshold, spread)
         self.views = self._make_views()
         self._fit_views(saved)
 
@@ -108,15 +114,17 @@ class RunData:
         made: Views = views.build(self.config.run.seed, *told)
         return made
 
-    def _open_labeled(self, objects: Objects, resumed: bool) -> None:
+    def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> None:
         config, views = self.config, self.config.views
         self.labeled: LabeledRows = open_labeled(
             config.data.labeled,
             config.run.seed,
             num_classes=getattr(config.model, "num_classes", None),
-            chosen=self.folder.read_labeled_rows() if resumed else None,
+            chosen=self.folder.read_labeled_rows() if saved is not None else None,
             dataset=objects.labeled,
             text=isinstance(views, TextViewsConfig),
+            task=config.task,
+            scale=_saved_scale(saved),
         )
         self.spec = self._find_spec()
         kind = self.spec.kind
@@ -171,9 +179,21 @@ class RunData:
         views.load_state(state)
 
     @property
-    def views_state(self) -> dict[str, Tensor]:
-        """What the views measured, for the checkpoint."""
-        return self.views.state() if isinstance(self.views, FittedViews) else {}
+    def fitted(self) -> dict[str, Tensor]:
+        """What views and targets were measured to be, for the checkpoint."""
+        state = self.views.state() if isinstance(self.views, FittedViews) else {}
+        found = {f"{_VIEWS}{name}": value for name, value in state.items()}
+        scale = self.labeled.encoding.scale
+        if scale is not None:
+            found[f"{_TARGETS}mean"] = torch.from_numpy(scale.mean)
+            found[f"{_TARGETS}std"] = torch.from_numpy(scale.std)
+        return found
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """The labelled rows of each class, fp32 [classes]; None where a row is not of one class."""
+        labels = torch.from_numpy(self.labeled.labels)
+        return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
 
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
@@ -349,3 +369,10 @@ class RunData:
         """Stop the reading threads."""
         for stream in self.streams.values():
             stream.close()
+
+
+def _saved_scale(saved: SavedRun | None) -> Scale | None:
+    """What a run that goes on standardised its targets by."""
+    if saved is None or f"{_TARGETS}mean" not in saved.common:
+        return None
+    return Scale(*(saved.common[f"{_TARGETS}{name}"].numpy() for name in ("mean", "std")))
