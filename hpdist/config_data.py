@@ -195,6 +195,16 @@ class TaskChoice(Section):
         return self
 
 
+class Duplicates(Section):
+    """Whether test and validation rows are looked for among the rows to train on, at the start."""
+
+    check: Literal["auto", "always", "never"] = "auto"
+    """auto compares what lies on this machine and is no larger than most_bytes, and says what it
+    left out; always reads all of it, a stream too, before the first step."""
+    most_bytes: Bytes = 2**30
+    """Of a set's input columns, uncompressed, that auto reads."""
+
+
 class Data(Section):
     """What the run trains and measures on."""
 
@@ -205,3 +215,4 @@ class Data(Section):
     validation: LabelColumn | None = None
     """Measured during training in place of the test set; the summary names its best step."""
     loading: Loading = Loading()
+    duplicates: Duplicates = Duplicates()

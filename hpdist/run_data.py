@@ -19,6 +19,7 @@ from hpdist.algorithms.tasks import Task, make_task
 from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
+from hpdist.data.duplicates import Report, find_duplicates
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
@@ -40,10 +41,12 @@ from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.models.hugging_face import HuggingFaceConfig
 from hpdist.tracking.audit import Audit
+from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 
 _NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
+_DUPLICATES = "duplicates.json"
 _VIEWS, _TARGETS = "views/", "targets/"  # what was measured, in a checkpoint
 
 _log = logging.getLogger("hpdist.data")
@@ -101,6 +104,7 @@ class RunData:
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
+        self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
         self.num_classes = len(self.labeled.classes)
         scale = self.labeled.encoding.scale
         spread = None if scale is None else tuple(scale.std.tolist())
@@ -222,6 +226,20 @@ class RunData:
             return None
         return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
 
+    def _find_duplicates(self, resumed: bool) -> Report:
+        """Held-out rows that are training rows too; a run that goes on has looked already."""
+        kept = self.folder.read_json(_DUPLICATES) if resumed else None
+        if kept is not None:
+            return Report(**kept)
+        sets = {"test": self.test, "validation": self.validation}
+        held = {name: rows for name, rows in sets.items() if rows is not None}
+        pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
+        used = {name: rows for name, rows in pools.items() if rows is not None}
+        report = find_duplicates(self.config.data.duplicates, held, used)
+        for line in report.lines:
+            Console(0, 0, self.folder.main).say(line)
+        return report
+
     def start(self, rank: int, world_size: int, *, files: bool) -> None:
         """Open this rank's streams; with `files` their audit is kept too."""
         loading, batch = self.config.data.loading, self.config.batch
@@ -250,6 +268,7 @@ class RunData:
     def record(self) -> None:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+        self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
         rows = self.unlabeled
         parts = rows.parts if isinstance(rows, MixedRows) else [rows]
         if any(isinstance(part, ParquetRows) for part in parts):

@@ -17,6 +17,9 @@ from torch import Tensor
 from hpdist.algorithms.tasks import Multilabel, Regression, Task
 from hpdist.distributed.reduce import summed
 
+_NOT_THERE = -1
+"""The label of a row that does not count."""
+
 
 class AnyScores(Protocol):
     """Scores of one set by one model."""
@@ -125,13 +128,13 @@ class _Measured:
         self._sums = torch.zeros(2 + classes, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, labels: Tensor, keep: Tensor) -> None:
-        logits, labels = logits[keep].double(), labels[keep].double()
-        losses = self._task.losses(logits, labels)
-        rows = losses.new_tensor(float(len(losses)))
-        self._sums += torch.cat((torch.stack((rows, losses.sum())), labels.sum(dim=0)))
-        predictions, targets = self._task.predictions(logits), labels.to(self._label_type)
-        for metric in self._metrics.values():
-            metric.update(predictions, targets)
+        logits, labels, weight = logits.double(), labels.double(), keep.double()
+        losses = self._task.losses(logits, labels) * weight
+        present = (labels * weight[:, None]).sum(dim=0)
+        self._sums += torch.cat((torch.stack((weight.sum(), losses.sum())), present))
+        predictions = self._task.predictions(logits)
+        for name, metric in self._metrics.items():
+            self._update(name, metric, predictions, labels, keep)
 
     def result(self) -> PlainScores:
         rows, loss, *labels = summed(self._sums).tolist()
@@ -145,10 +148,14 @@ class _Measured:
         values = self._values(found, torch.tensor(labels))
         return PlainScores({**values, "loss": loss / rows}, tuple(values))
 
-    _label_type: ClassVar[torch.dtype] = torch.float64
     _of_several_rows: ClassVar[tuple[str, ...]] = ()
 
     def _make(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _update(
+        self, name: str, metric: Any, predictions: Tensor, labels: Tensor, keep: Tensor
+    ) -> None:
         raise NotImplementedError
 
     def _values(self, found: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
@@ -157,8 +164,6 @@ class _Measured:
 
 class _SeveralClasses(_Measured):
     """Of multilabel; average precision keeps every prediction, and every rank gathers all."""
-
-    _label_type = torch.int64
 
     def _make(self) -> dict[str, Any]:
         from torchmetrics.classification import (
@@ -171,11 +176,23 @@ class _SeveralClasses(_Measured):
         common: dict[str, Any] = {"num_labels": self._classes, "validate_args": False}
         decided = common | {"threshold": self._task.threshold}
         return {
-            "average_precision": MultilabelAveragePrecision(average="none", **common),
+            "average_precision": MultilabelAveragePrecision(
+                average="none", ignore_index=_NOT_THERE, **common
+            ),
             "micro_f1": MultilabelF1Score(average="micro", **decided),
             "macro_f1": MultilabelF1Score(average="macro", **decided),
             "exact_match": MultilabelExactMatch(**decided),
         }
+
+    def _update(
+        self, name: str, metric: Any, predictions: Tensor, labels: Tensor, keep: Tensor
+    ) -> None:
+        targets = labels.long()
+        if name == "average_precision":
+            # Equally many on every rank: torchmetrics cannot gather from one that has none.
+            metric.update(predictions, targets.masked_fill(~keep[:, None], _NOT_THERE))
+        elif keep.any():  # nor count none
+            metric.update(predictions[keep], targets[keep])
 
     def _values(self, found: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
         """Average precision is the mean over the classes that are there, NaN if none is."""
@@ -200,6 +217,11 @@ class _Targets(_Measured):
             "mae": MeanAbsoluteError(num_outputs=self._classes),
             "r2": R2Score(multioutput="raw_values"),
         }
+
+    def _update(
+        self, name: str, metric: Any, predictions: Tensor, labels: Tensor, keep: Tensor
+    ) -> None:
+        metric.update(predictions[keep], labels[keep])
 
     def _values(self, found: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
         """R2, which no unit changes, is NaN of a single row."""

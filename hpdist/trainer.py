@@ -431,6 +431,7 @@ class Trainer:
             "precision": self.sharding.precision,
             "zero_stage": self.sharding.stage,
             "bad_rows": self.data.bad_rows,
+            **self.data.duplicates.summary,
             "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
         agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
