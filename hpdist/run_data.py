@@ -105,6 +105,8 @@ class RunData:
             ]
         )
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
+        for line in self.duplicates.lines:
+            Console(0, 0, folder.main).say(line)
         self.num_classes = len(self.labeled.classes)
         scale = self.labeled.encoding.scale
         spread = None if scale is None else tuple(scale.std.tolist())
@@ -228,17 +230,15 @@ class RunData:
 
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
+        config = self.config.data.duplicates
         kept = self.folder.read_json(_DUPLICATES) if resumed else None
-        if kept is not None:
+        if kept is not None and kept["check"] == config.check:
             return Report(**kept)
         sets = {"test": self.test, "validation": self.validation}
         held = {name: rows for name, rows in sets.items() if rows is not None}
         pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
         used = {name: rows for name, rows in pools.items() if rows is not None}
-        report = find_duplicates(self.config.data.duplicates, held, used)
-        for line in report.lines:
-            Console(0, 0, self.folder.main).say(line)
-        return report
+        return find_duplicates(config, held, used)
 
     def start(self, rank: int, world_size: int, *, files: bool) -> None:
         """Open this rank's streams; with `files` their audit is kept too."""

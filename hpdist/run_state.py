@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,9 @@ class RunState:
         """The best score on the validation set, and its step."""
 
     def note_validation(self, score: float) -> None:
-        """Remember the best evaluation, by the task's headline."""
+        """Remember the best evaluation, by the task's headline; one that is NaN is none."""
+        if math.isnan(score):
+            return
         sign = 1 if self.step.algorithm.task.larger_is_better else -1
         if self.best is None or sign * score > sign * self.best[0]:
             self.best = (score, self.step.applied_steps)

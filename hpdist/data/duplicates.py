@@ -40,6 +40,8 @@ class Report:
     """For a person: one for each held-out set."""
     summary: dict[str, Any] = field(default_factory=dict)
     """For `summary.json`: `test/duplicates_in_unlabeled`, …, of what was compared."""
+    check: str = "auto"
+    """What was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON, which `Report(**…)` takes back."""
@@ -69,10 +71,11 @@ def find_duplicates(
     a table cannot be read.
     """
     if config.check == "never":
-        return Report(["duplicates: not looked for (data.duplicates.check: never)"])
+        return Report(["duplicates: not looked for (data.duplicates.check: never)"], check="never")
     if not held:
-        return Report(["duplicates: not looked for, there is no test or validation set"])
-    report = Report()
+        lines = ["duplicates: not looked for, there is no test or validation set"]
+        return Report(lines, check=config.check)
+    report = Report(check=config.check)
     hashed = {name: _digests(config, rows) for name, rows in held.items()}
     known = {name: own for name, own in hashed.items() if not isinstance(own, _UncomparedError)}
     found = {name: _search(config, rows, known) for name, rows in pools.items() if known}

@@ -151,3 +151,27 @@ def test_an_algorithm_that_cannot_do_it_is_refused_before_anything_is_read(tmp_p
     with pytest.raises(ConfigError, match=r"task.name: FixMatch has no meaning for regression"):
         train(tmp_path, tmp_path, "run", "regression", 1, algorithm={"name": "fixmatch"})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_score_that_is_nan_is_never_the_best(data: Path, tmp_path: Path) -> None:
+    """Of a validation set without a positive label there is no average precision."""
+    rows = datasets.Dataset.from_parquet(str(data / "multilabel-validation.parquet"))
+    none = datasets.Dataset.from_dict(
+        {"x": rows["x"], "label": [[] for _ in rows["x"]]}, features=rows.features
+    )
+    folder = tmp_path / "none"
+    folder.mkdir()
+    for part in ("labeled", "unlabeled", "test"):
+        (folder / f"multilabel-{part}.parquet").symlink_to(data / f"multilabel-{part}.parquet")
+    none.to_parquet(str(folder / "multilabel-validation.parquet"))
+    summary = train(
+        folder,
+        tmp_path,
+        "run",
+        "multilabel",
+        2,
+        algorithm={"name": "supervised"},
+        eval={"every": 1},
+    )
+    assert "validation/best_mean_average_precision" not in summary
+    assert np.isnan(float(summary["validation/mean_average_precision"]))  # type: ignore[arg-type]
