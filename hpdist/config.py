@@ -26,11 +26,13 @@ from hpdist.config_data import (
     CHOICES,
     Bytes,
     Data,
+    Duplicates,
     LabelColumn,
     Labeled,
     Loading,
     LongTail,
     Source,
+    TaskChoice,
     Unlabeled,
     UnlabeledPart,
     UnlabeledSource,
@@ -56,6 +58,7 @@ __all__ = [
     "Bytes",
     "Component",
     "Data",
+    "Duplicates",
     "LabelColumn",
     "Labeled",
     "Loading",
@@ -64,6 +67,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "Source",
+    "TaskChoice",
     "Unlabeled",
     "UnlabeledPart",
     "UnlabeledSource",
@@ -270,6 +274,7 @@ class RunConfig(Section):
     run: Run = Run()
     model: Annotated[SerializeAsAny[Component], ComponentOf("model")]
     data: Data
+    task: TaskChoice = TaskChoice()
     views: Annotated[SerializeAsAny[Component], ComponentOf("views")] = Field(
         default_factory=lambda: ComponentOf("views").choose({})
     )
@@ -325,6 +330,25 @@ class RunConfig(Section):
                 f"data.labeled.{chosen[0]}: fully_supervised learns from every label; set it to "
                 "null, or choose algorithm.name: supervised"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _by_class(self) -> RunConfig:
+        """What goes by a row's class needs rows that have one."""
+        if self.task.name == "classification":
+            return self
+        unlabeled = self.data.unlabeled
+        parts = [] if unlabeled is None else [unlabeled, *(unlabeled.mix or [])]
+        used = {
+            "data.labeled.labels_per_class": self.data.labeled.labels_per_class,
+            "data.unlabeled.imbalance": next((p.imbalance for p in parts if p.imbalance), None),
+        }
+        for setting, value in used.items():
+            if value is not None:
+                raise ValueError(
+                    f"{setting}: goes by the class of a row, and of task.name: {self.task.name} a "
+                    "row has not one; use data.labeled.rows or indices"
+                )
         return self
 
     def to_yaml(self) -> str:

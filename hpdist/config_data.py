@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -169,6 +169,42 @@ class Loading(Section):
     """Seconds that a server may fail to answer before the run is saved and stops."""
 
 
+class TaskChoice(Section):
+    """What the labels are, and with them loss and scores."""
+
+    name: Literal["classification", "multilabel", "regression"] = "classification"
+    """classification: one class of each row; multilabel: any number of them, in a list; regression:
+    a number, or a list of as many in every row."""
+    labels: Literal["auto", "ids", "vector"] = "auto"
+    """Of multilabel, what a list holds: the row's classes, or 0 or 1 for every class.
+
+    auto goes by the column's type and, of lists of integers, by what they hold.
+    """
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """Of multilabel, the probability from which on a class counts as predicted in F1 and exact
+    match."""
+
+    @model_validator(mode="after")
+    def _of_multilabel(self) -> TaskChoice:
+        for setting in ("labels", "threshold"):
+            if (
+                self.name != "multilabel"
+                and getattr(self, setting) != TaskChoice.model_fields[setting].default
+            ):
+                raise ValueError(f"{setting} is only used with name: multilabel; leave it out")
+        return self
+
+
+class Duplicates(Section):
+    """Whether test and validation rows are looked for among the rows to train on, at the start."""
+
+    check: Literal["auto", "always", "never"] = "auto"
+    """auto compares what lies on this machine and is no larger than most_bytes, and says what it
+    left out; always reads all of it, a stream too, before the first step."""
+    most_bytes: Bytes = 2**30
+    """Of a set's input columns, uncompressed, that auto reads."""
+
+
 class Data(Section):
     """What the run trains and measures on."""
 
@@ -179,3 +215,4 @@ class Data(Section):
     validation: LabelColumn | None = None
     """Measured during training in place of the test set; the summary names its best step."""
     loading: Loading = Loading()
+    duplicates: Duplicates = Duplicates()

@@ -1,56 +1,29 @@
-"""Scores of student and teacher from one confusion matrix of all ranks, exact at the ragged end."""
+"""Scores of student and teacher over all ranks, exact at the ragged end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from hpdist.algorithms.tasks import CLASSIFICATION, Task
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views.base import Views
 from hpdist.distributed.ema import ShardedTeacher
 from hpdist.distributed.engine import Engine
-from hpdist.distributed.reduce import summed
+from hpdist.scores import AnyScores, Meter, Scores, make_meter
 
-_SUMMARIZED = ("accuracy", "accuracy_student", "macro_f1", "balanced_accuracy")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How a set was predicted, over all ranks."""
-
-    confusion: Tensor  # int64 [classes, classes] on the CPU: rows of a class, predicted as
-    loss: float
-    """Mean cross-entropy."""
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Accuracy, loss, macro-F1 and balanced accuracy.
-
-        Macro-F1 is the mean F1 of the classes that are there or are predicted; balanced accuracy
-        the mean recall of the classes that are there.
-        """
-        right = self.confusion.diagonal().double()
-        there = self.confusion.sum(dim=1).double()
-        predicted = self.confusion.sum(dim=0).double()
-        both = there + predicted
-        return {
-            "accuracy": float(right.sum() / there.sum()),
-            "loss": self.loss,
-            "macro_f1": float((2 * right / both)[both > 0].mean()),
-            "balanced_accuracy": float((right / there)[there > 0].mean()),
-        }
+__all__ = ["Evaluation", "Scores", "evaluate", "evaluate_both"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured of teacher and student; without a teacher it is the student twice."""
 
-    teacher: Scores
-    student: Scores
+    teacher: AnyScores
+    student: AnyScores
 
     @property
     def values(self) -> dict[str, float]:
@@ -60,43 +33,45 @@ class Evaluation:
 
     def summary(self, name: str) -> dict[str, float]:
         """Those that a run's summary has, under the set's name."""
-        values = self.values
-        return {f"{name}/{key}": values[key] for key in _SUMMARIZED}
+        values, (first, *others) = self.values, self.teacher.summarized
+        return {f"{name}/{key}": values[key] for key in (first, f"{first}_student", *others)}
 
     def confusion(self, classes: Sequence[str]) -> dict[str, object]:
-        """Both confusion matrices, for JSON: a list for each class of how often it was taken as."""
+        """Both confusion matrices, for JSON: a list for each class of how often it was taken as.
+
+        Empty where the task has none.
+        """
+        if self.teacher.counts is None:
+            return {}
         return {
             "classes": list(classes),
-            "teacher": self.teacher.confusion.tolist(),
-            "student": self.student.confusion.tolist(),
+            "teacher": self.teacher.counts,
+            "student": self.student.counts,
         }
 
 
 def evaluate(
-    engine: Engine, views: Views, batches: Iterable[tuple[LabeledBatch, Tensor]]
-) -> Scores:
-    """Scores of the weights that are in the model now.
+    engine: Engine,
+    views: Views,
+    batches: Iterable[tuple[LabeledBatch, Tensor]],
+    task: Task = CLASSIFICATION,
+) -> Any:
+    """Scores of the weights that are in the model now; `Scores`, of classification.
 
     `batches` are this rank's, every one with a bool mask [batch] of the rows that count.
-    Collective: every rank must give equally many.
+    Collective: every rank must give equally many, and one at least.
     """
     device = engine.device
-    counts, classes = torch.zeros(0, dtype=torch.float64, device=device), 0
-    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    meter: Meter | None = None
     engine.module.eval()
     for batch, valid in batches:
         batch = batch.to(device, non_blocking=True)
-        keep = valid.to(device).double()  # [batch]
         logits = engine.infer(views.plain(batch.inputs))
-        if not classes:
-            classes = logits.shape[-1]
-            counts = counts.new_zeros(classes * classes)
-        cells = batch.labels * classes + logits.argmax(dim=-1)  # [batch]
-        counts.index_add_(0, cells, keep)
-        loss += (F.cross_entropy(logits, batch.labels, reduction="none") * keep).sum()
-    total = summed(torch.cat([counts, loss])).cpu()  # counts are exact up to 2^53
-    confusion = total[:-1].long().view(classes, classes)
-    return Scores(confusion, float(total[-1] / confusion.sum()))
+        if meter is None:
+            meter = make_meter(task, logits.shape[-1], device)
+        meter.add(logits, batch.labels, valid.to(device))
+    assert meter is not None
+    return meter.result()
 
 
 def evaluate_both(
@@ -104,13 +79,14 @@ def evaluate_both(
     teacher: ShardedTeacher | None,
     views: Views,
     batches: Callable[[], Iterable[tuple[LabeledBatch, Tensor]]],
+    task: Task = CLASSIFICATION,
 ) -> Evaluation:
     """Measure teacher and student.
 
     `batches` reads the set anew for each, so that no more than a batch is held. Collective.
     """
-    student = evaluate(engine, views, batches())
+    student = evaluate(engine, views, batches(), task)
     if teacher is None:
         return Evaluation(student, student)
     with teacher.in_student():
-        return Evaluation(evaluate(engine, views, batches()), student)
+        return Evaluation(evaluate(engine, views, batches(), task), student)

@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.tasks import Task, make_task
 from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
+from hpdist.data.duplicates import Report, find_duplicates
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
+from hpdist.data.targets import Scale
 from hpdist.data.text import Tokenizer
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
@@ -37,11 +41,13 @@ from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.models.hugging_face import HuggingFaceConfig
 from hpdist.tracking.audit import Audit
+from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 
 _NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
-_VIEWS = "views/"  # what they measured, in a checkpoint
+_DUPLICATES = "duplicates.json"
+_VIEWS, _TARGETS = "views/", "targets/"  # what was measured, in a checkpoint
 
 _log = logging.getLogger("hpdist.data")
 
@@ -90,7 +96,7 @@ class RunData:
         self._recent: list[BadRow] = []  # of this rank, in this epoch
         self._audit: Audit | None = None
         resumed = saved is not None
-        agreed(lambda: self._open_labeled(objects, resumed))
+        agreed(lambda: self._open_labeled(objects, saved))
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
         self.test, self.validation = agreed(
@@ -98,7 +104,13 @@ class RunData:
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
+        self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
+        for line in self.duplicates.lines:
+            Console(0, 0, folder.main).say(line)
         self.num_classes = len(self.labeled.classes)
+        scale = self.labeled.encoding.scale
+        spread = None if scale is None else tuple(scale.std.tolist())
+        self.task: Task = make_task(config.task.name, config.task.threshold, spread)
         self.views = self._make_views()
         self._fit_views(saved)
 
@@ -108,15 +120,17 @@ class RunData:
         made: Views = views.build(self.config.run.seed, *told)
         return made
 
-    def _open_labeled(self, objects: Objects, resumed: bool) -> None:
+    def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> None:
         config, views = self.config, self.config.views
         self.labeled: LabeledRows = open_labeled(
             config.data.labeled,
             config.run.seed,
             num_classes=getattr(config.model, "num_classes", None),
-            chosen=self.folder.read_labeled_rows() if resumed else None,
+            chosen=self.folder.read_labeled_rows() if saved is not None else None,
             dataset=objects.labeled,
             text=isinstance(views, TextViewsConfig),
+            task=config.task,
+            scale=_saved_scale(saved),
         )
         self.spec = self._find_spec()
         kind = self.spec.kind
@@ -171,9 +185,21 @@ class RunData:
         views.load_state(state)
 
     @property
-    def views_state(self) -> dict[str, Tensor]:
-        """What the views measured, for the checkpoint."""
-        return self.views.state() if isinstance(self.views, FittedViews) else {}
+    def fitted(self) -> dict[str, Tensor]:
+        """What views and targets were measured to be, for the checkpoint."""
+        state = self.views.state() if isinstance(self.views, FittedViews) else {}
+        found = {f"{_VIEWS}{name}": value for name, value in state.items()}
+        scale = self.labeled.encoding.scale
+        if scale is not None:
+            found[f"{_TARGETS}mean"] = torch.from_numpy(scale.mean)
+            found[f"{_TARGETS}std"] = torch.from_numpy(scale.std)
+        return found
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """The labelled rows of each class, fp32 [classes]; None where a row is not of one class."""
+        labels = torch.from_numpy(self.labeled.labels)
+        return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
 
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
@@ -201,6 +227,18 @@ class RunData:
         if source is None:
             return None
         return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+
+    def _find_duplicates(self, resumed: bool) -> Report:
+        """Held-out rows that are training rows too; a run that goes on has looked already."""
+        config = self.config.data.duplicates
+        kept = self.folder.read_json(_DUPLICATES) if resumed else None
+        if kept is not None and kept["check"] == config.check:
+            return Report(**kept)
+        sets = {"test": self.test, "validation": self.validation}
+        held = {name: rows for name, rows in sets.items() if rows is not None}
+        pools = {"labeled": self.labeled, "unlabeled": self.unlabeled}
+        used = {name: rows for name, rows in pools.items() if rows is not None}
+        return find_duplicates(config, held, used)
 
     def start(self, rank: int, world_size: int, *, files: bool) -> None:
         """Open this rank's streams; with `files` their audit is kept too."""
@@ -230,6 +268,7 @@ class RunData:
     def record(self) -> None:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+        self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
         rows = self.unlabeled
         parts = rows.parts if isinstance(rows, MixedRows) else [rows]
         if any(isinstance(part, ParquetRows) for part in parts):
@@ -349,3 +388,10 @@ class RunData:
         """Stop the reading threads."""
         for stream in self.streams.values():
             stream.close()
+
+
+def _saved_scale(saved: SavedRun | None) -> Scale | None:
+    """What a run that goes on standardised its targets by."""
+    if saved is None or f"{_TARGETS}mean" not in saved.common:
+        return None
+    return Scale(*(saved.common[f"{_TARGETS}{name}"].numpy() for name in ("mean", "std")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,12 +35,15 @@ class RunState:
         self.identity = self._identity(config)
         self.overflows = 0
         self.best: tuple[float, int] | None = None
-        """The best accuracy on the validation set, and its step."""
+        """The best score on the validation set, and its step."""
 
-    def note_validation(self, accuracy: float) -> None:
-        """Remember the best evaluation."""
-        if self.best is None or accuracy > self.best[0]:
-            self.best = (accuracy, self.step.applied_steps)
+    def note_validation(self, score: float) -> None:
+        """Remember the best evaluation, by the task's headline; one that is NaN is none."""
+        if math.isnan(score):
+            return
+        sign = 1 if self.step.algorithm.task.larger_is_better else -1
+        if self.best is None or sign * score > sign * self.best[0]:
+            self.best = (score, self.step.applied_steps)
 
     def save(self, writer: CheckpointWriter, facts: Mapping[str, Any]) -> None:
         """Hand a checkpoint to the writer; `facts` come back from `load`. Every rank must call."""
@@ -109,8 +113,7 @@ class RunState:
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
         for name, value in self.step.algorithm.state_dict().items():
             common[f"algorithm/{name}"] = value
-        for name, value in self.data.views_state.items():
-            common[f"views/{name}"] = value
+        common |= self.data.fitted
         if self.step.teacher is not None:
             for name, value in self.step.teacher.buffers.items():
                 common[f"teacher/{name}"] = value
@@ -121,6 +124,7 @@ class RunState:
         shapes = self.step.engine.parameter_shapes()
         return {
             "model": config.model.model_dump(mode="json"),
+            "task.name": config.task.name,
             "algorithm.name": config.algorithm.name,
             "addons": [addon.name for addon in config.addons],
             "classes": list(self.data.labeled.classes.names),
@@ -131,7 +135,7 @@ class RunState:
         }
 
     def _check_identity(self, saved: checkpoint.SavedRun) -> None:
-        theirs = saved.facts["identity"]
+        theirs = {"task.name": "classification", **saved.facts["identity"]}
         different = [
             f"{key}: {_short(theirs.get(key))} there, {_short(value)} here"
             for key, value in self.identity.items()

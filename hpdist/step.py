@@ -451,13 +451,13 @@ class SemiSupervisedStep:
         names = passes[0].contributions
         sums = {name: sum_(p.contributions[name] for p in passes) for name in names}
         weak = [p.weak.logits for p in passes if p.weak is not None]
-        if passes[0].micro.inputs.places.unlabeled_rows < _FEWEST:
-            weak = []
-        if weak:
-            logits = torch.cat(weak)  # [unlabeled, classes]
-            sums["pseudo-labels"] = logits.argmax(dim=1).bincount(minlength=logits.shape[1]).float()
+        counts = None
+        if weak and passes[0].micro.inputs.places.unlabeled_rows >= _FEWEST:
+            counts = self.algorithm.task.class_counts(torch.cat(weak))
+        if counts is not None:
+            sums["pseudo-labels"] = counts
         reduced = FusedSum(sums).wait()
-        if weak:
+        if counts is not None:
             counts = reduced.pop("pseudo-labels")
             reduced["pseudo_label_top_share"] = counts.max() / counts.sum().clamp(min=1)
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device

@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import datasets
-import torch
 from torch import nn
 
 from hpdist import config as configuration
-from hpdist.algorithms.addon import AddOnConfig, build_algorithm
-from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.algorithms.addon import compose
+from hpdist.algorithms.base import Algorithm
 from hpdist.checks import check_inputs, check_model, divide_batch
 from hpdist.config import Component, RunConfig
 from hpdist.data.random import reseed
@@ -124,7 +123,7 @@ class Trainer:
         self.monitor = DivergenceMonitor(config.divergence)
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
         sharding = launch.resolve(config)
-        uses_unlabeled = self._compose().views.uses_unlabeled
+        uses_unlabeled = compose(config).views.uses_unlabeled
         if uses_unlabeled and config.data.unlabeled is None:
             raise ConfigError(
                 f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
@@ -209,18 +208,11 @@ class Trainer:
 
     def _make_algorithm(self) -> Algorithm:
         """The algorithm with its add-ons, told how much data there is."""
-        classes = self.data.num_classes
-        algorithm = self._compose(classes, self.accelerator.device)
-        algorithm.rows = self.data.unlabeled_rows
-        labels = torch.from_numpy(self.data.labeled.labels)
-        algorithm.class_counts = labels.bincount(minlength=classes).float()
+        data = self.data
+        algorithm = compose(self.config, data.num_classes, self.accelerator.device, data.task)
+        algorithm.rows = data.unlabeled_rows
+        algorithm.class_counts = data.class_counts
         return algorithm
-
-    def _compose(self, classes: int = 2, device: torch.device | str = "cpu") -> Algorithm:
-        config = self.config
-        addons = cast(list[AddOnConfig], config.addons)
-        algorithm = cast(AlgorithmConfig, config.algorithm)
-        return build_algorithm(algorithm, addons, classes, device, config.steps)
 
     def _make_model(self, objects: Objects, algorithm: Algorithm) -> nn.Module:
         """Build the model, or take the one that was given; checked against the data."""
@@ -408,13 +400,14 @@ class Trainer:
         self.log.leave_out(time.monotonic() - start)
         self._latest = (name, self.step.applied_steps, measured)
         if name == "validation":
-            self.state.note_validation(values["accuracy"])
+            self.state.note_validation(values[data.task.headline])
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
     def evaluate(self, rows: LabeledRows) -> Evaluation:
         """Measure teacher and student on all rows of a set. Collective."""
-        batches = partial(self.data.evaluation_batches, rows)
-        return evaluate_both(self.step.engine, self.step.teacher, self.data.views, batches)
+        step, data = self.step, self.data
+        batches = partial(data.evaluation_batches, rows)
+        return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
 
     def _finish(self) -> dict[str, object]:
         step = self.step
@@ -429,7 +422,8 @@ class Trainer:
                 summary |= measured.summary(name)
                 confusions[name] = measured.confusion(rows.classes.names)
         if self.state.best is not None:
-            summary["validation/best_accuracy"], summary["validation/best_step"] = self.state.best
+            best = f"validation/best_{self.data.task.headline}"
+            summary[best], summary["validation/best_step"] = self.state.best
         summary |= {
             "steps": step.applied_steps,
             "skipped_steps": step.attempts - step.applied_steps,
@@ -439,6 +433,7 @@ class Trainer:
             "precision": self.sharding.precision,
             "zero_stage": self.sharding.stage,
             "bad_rows": self.data.bad_rows,
+            **self.data.duplicates.summary,
             "peak_memory_bytes": largest(peak_memory(step.engine.device)),
         }
         agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))

@@ -33,6 +33,7 @@ def clone(tmp_path_factory):
     write_digits(folder / "demo" / "digits")
     _write_photos(folder / "photos")
     _write_customers(folder / "customers")
+    _write_tagged(folder / "tagged")
     return folder
 
 
@@ -66,6 +67,19 @@ def _write_customers(folder):
         if part == "labeled":
             columns["churned"] = [row % 2 for row in range(40)]
         datasets.Dataset.from_dict(columns).to_csv(str(folder / f"{part}.csv"))
+
+
+def _write_tagged(folder):
+    """Vectors with several tags each, as the README's `tagged.yaml` expects them."""
+    folder.mkdir()
+    rows = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    tags = [
+        [name for name, value in zip("abc", row[:3].tolist(), strict=True) if value > 0]
+        for row in rows
+    ]
+    for part in ("labeled", "unlabeled", "test"):
+        columns = {"x": rows.tolist()} | ({} if part == "unlabeled" else {"tags": tags})
+        datasets.Dataset.from_dict(columns).to_parquet(str(folder / f"{part}.parquet"))
 
 
 def test_every_command_of_the_readme_works(clone):

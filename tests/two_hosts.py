@@ -7,13 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 LINE = "hpline"
 """The name of the network interface of both hosts."""
+_ETC = Path("/etc/netns")
 MISSING = (
     None
-    if os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
-    else "network namespaces need root and iproute2"
+    if os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc") and shutil.which("unshare")
+    else "network namespaces need root, iproute2 and util-linux"
 )
 
 
@@ -26,8 +28,10 @@ class TwoHosts:
         self.names = names
 
     def on(self, host: int) -> tuple[str, ...]:
-        """What a command begins with to run there."""
-        return ("ip", "netns", "exec", self.names[host])
+        """What a command begins with to run there, under the host's own name."""
+        name = self.names[host]
+        rename = ("unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name)
+        return ("ip", "netns", "exec", name, *rename)
 
     def cut(self) -> None:
         """Take the line down."""
@@ -58,8 +62,13 @@ def two_hosts(prefix: str) -> Iterator[TwoHosts]:
     hosts = TwoHosts((f"{prefix}0", f"{prefix}1"))
     _remove(hosts)
     try:
+        known = zip(["127.0.0.1", *hosts.addresses], ["localhost", *hosts.names], strict=True)
+        lines = "".join(f"{address} {name}\n" for address, name in known)
         for name in hosts.names:
             _run("ip", "netns", "add", name)
+            own = _ETC / name  # its files take the place of those in /etc
+            own.mkdir(parents=True, exist_ok=True)
+            (own / "hosts").write_text(lines)
         line = f"{LINE} netns {hosts.names[0]} type veth peer name {LINE} netns {hosts.names[1]}"
         _run("ip", "link", "add", *line.split())
         for name, address in zip(hosts.names, hosts.addresses, strict=True):
@@ -74,6 +83,7 @@ def two_hosts(prefix: str) -> Iterator[TwoHosts]:
 def _remove(hosts: TwoHosts) -> None:
     for name in hosts.names:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        shutil.rmtree(_ETC / name, ignore_errors=True)
 
 
 def _run(*command: str) -> None:

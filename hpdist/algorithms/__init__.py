@@ -51,6 +51,7 @@ from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.simmatch import SimMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
+from hpdist.algorithms.tasks import Classification, Multilabel, Regression, Task
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.algorithms.vat import VAT
@@ -70,6 +71,7 @@ __all__ = [
     "AnnealedUDA",
     "CRMatch",
     "CReST",
+    "Classification",
     "CoMatch",
     "Dash",
     "DeFixMatch",
@@ -83,6 +85,7 @@ __all__ = [
     "LossTerms",
     "MeanTeacher",
     "MixMatch",
+    "Multilabel",
     "NoisyStudent",
     "PiModel",
     "PseudoLabel",
@@ -90,11 +93,13 @@ __all__ = [
     "ReMixMatch",
     "Reconstruction",
     "RegMixMatch",
+    "Regression",
     "SequenceMatch",
     "SimMatch",
     "SoftMatch",
     "StudentOutputs",
     "Supervised",
+    "Task",
     "TemporalEnsembling",
     "Views",
     "WeakOutputs",
@@ -109,8 +114,8 @@ _ROWS = (101, 103)  # unlabelled rows that there are
 _NAMES = {_CLASSES: "C", _ROWS: "N"}
 _FEATURES = torch.Size([3])
 _FURTHER = 2  # inputs that an algorithm may add
-_HEADER = ("name", "paper", "views", "state", "reduced per step")
-_ADDON_HEADER = ("add-on", "paper", "heads", "state", "reduced per step")
+_HEADER = ("name", "paper", "tasks", "views", "state", "reduced per step")
+_ADDON_HEADER = ("add-on", "paper", "tasks", "heads", "state", "reduced per step")
 
 
 def catalogue() -> list[str]:
@@ -122,6 +127,7 @@ def catalogue() -> list[str]:
         "",
         *_table([_ADDON_HEADER, *(_addon_row(name, config) for name, config in addons.items())]),
         "",
+        "Tasks (task.name) that it can do: c classification, m multilabel, r regression.",
         "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
         "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
         "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
@@ -139,7 +145,8 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
     state, reduced = _sizes(small, large)
-    return name, small.paper or "-", ", ".join(_views(small)) or "none", state, reduced
+    views = ", ".join(_views(small)) or "none"
+    return name, small.paper or "-", _letters(small.tasks), views, state, reduced
 
 
 def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
@@ -149,7 +156,13 @@ def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
     heads = [
         f"{head}, which predicts" if head == small.predicts else head for head in small.head_names
     ]
-    return name, small.addon_paper or "-", ", ".join(heads) or "none", state, reduced
+    paper, tasks = small.addon_paper or "-", _letters(small.addon_tasks)
+    return name, paper, tasks, ", ".join(heads) or "none", state, reduced
+
+
+def _letters(tasks: Iterable[str]) -> str:
+    """Tasks by their first letters."""
+    return " ".join(task[0] for task in tasks)
 
 
 def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     check_names,
 )
-from hpdist.config import Component
+from hpdist.algorithms.tasks import CLASSIFICATION, Task, make_task
+from hpdist.config import Component, RunConfig
 from hpdist.errors import ConfigError
 
 
@@ -63,7 +64,10 @@ class AddOn(Algorithm):
     own_further: int = 0
     """Inputs that its `mix` puts behind those of the inner algorithm."""
     addon_paper: ClassVar[str] = ""
+    addon_tasks: ClassVar[tuple[str, ...]] = Algorithm.tasks
+    """The tasks that the add-on has a meaning for, around an algorithm that has."""
     rows: Any = _OfBase()
+    task: Any = _OfBase()
     class_counts: Any = _OfBase()
     input_shape: Any = _OfBase()
     sound: Any = _OfBase()
@@ -77,6 +81,7 @@ class AddOn(Algorithm):
         """The add-on's own; without the prefix."""
         self.views: Views = base.views  # type: ignore[misc]
         self.paper = base.paper  # type: ignore[misc]
+        self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
         self.groups = base.groups
         self.head_names = base.head_names
         self.heads_hint = base.heads_hint
@@ -254,9 +259,27 @@ def build_algorithm(
     num_classes: int = 2,
     device: torch.device | str = "cpu",
     steps: int = 1,
+    task: Task = CLASSIFICATION,
 ) -> Algorithm:
-    """An algorithm with its add-ons around it, the first innermost."""
+    """An algorithm with its add-ons around it, the first innermost.
+
+    Raises ConfigError where one of them has no meaning for the task.
+    """
     algorithm = config.build(num_classes, device, steps)
+    algorithm.take_task(task)
     for addon in addons:
         algorithm = addon.build(algorithm, num_classes, device, steps)
+        algorithm.take_task(task)
     return algorithm
+
+
+def compose(
+    config: RunConfig,
+    num_classes: int = 2,
+    device: torch.device | str = "cpu",
+    task: Task | None = None,
+) -> Algorithm:
+    """The algorithm of a run, with its add-ons; raises what `build_algorithm` does."""
+    algorithm, addons = (cast(Any, part) for part in (config.algorithm, config.addons))
+    task = task or make_task(config.task.name)
+    return build_algorithm(algorithm, addons, num_classes, device, config.steps, task)

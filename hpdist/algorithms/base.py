@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpdist.algorithms.tasks import CLASSIFICATION, Task
 from hpdist.config import Component
 from hpdist.data.random import normal, stream_id, uniform
+from hpdist.errors import ConfigError
 
 Sums = Mapping[str, Tensor]
 Probe = Callable[[Tensor], Tensor]
@@ -87,7 +89,7 @@ class WeakOutputs:
     ids: Tensor  # [unlabeled], int64, stable row ids
     others: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], fp32
     labeled: Tensor | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
-    labels: Tensor | None = None  # [labeled], int64
+    labels: Tensor | None = None  # [labeled], int64, or what the task's are
     places: Places | None = None
     heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By head, view by view as in `all`: [rows, width], fp32."""
@@ -115,7 +117,7 @@ class StudentInputs:
     """What the student is about to see of one micro-batch."""
 
     labeled: Tensor  # [labeled, *], weak views
-    labels: Tensor  # [labeled], int64
+    labels: Tensor  # [labeled], int64, or what the task's are
     student_weak: tuple[Tensor, ...]  # per further weak view [unlabeled, *]
     strong: tuple[Tensor, ...]  # per strong view [unlabeled, *]
     strong_labeled: tuple[Tensor, ...]  # per strong view [labeled, *]
@@ -149,7 +151,7 @@ class StudentOutputs:
     """What the student said of one micro-batch, and what is needed to judge it. Logits are fp32."""
 
     labeled: Tensor  # [labeled, classes], logits of the weak views, with gradient
-    labels: Tensor  # [labeled], int64
+    labels: Tensor  # [labeled], int64, or what the task's are
     strong: tuple[Tensor, ...]  # per strong view [unlabeled, classes], logits with gradient
     weak: WeakOutputs | None  # the same unlabelled rows
     labeled_rows: Tensor  # [], fp32: labelled rows in the global batch
@@ -235,6 +237,10 @@ class Algorithm:
 
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)
+    """The tasks that it has a meaning for, by their names."""
+    task: Task = CLASSIFICATION
+    """What the outputs mean; set by `take_task` before the first step."""
     groups: int | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
     divide them, so that no row needs another rank's. None: it combines none."""
@@ -263,6 +269,18 @@ class Algorithm:
         """Of one row as the model sees it; set before `heads` is asked."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
+
+    def take_task(self, task: Task) -> None:
+        """Have the outputs mean something else; before the first step.
+
+        Raises ConfigError where the algorithm has no meaning for that task.
+        """
+        if task.name not in self.tasks:
+            raise ConfigError(
+                f"task.name: {type(self).__name__} has no meaning for {task.name}, only for "
+                f"{', '.join(self.tasks)}; `hpdist algorithms` lists which do what"
+            )
+        self.task = task
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The head of every name in `head_names`: maps features [rows, *features] to [rows, width].
@@ -348,9 +366,12 @@ def check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
         raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
 
 
-def supervised_loss(outputs: StudentOutputs) -> Tensor:
-    """Cross-entropy of the labelled rows, a contribution to the mean of the global batch."""
-    return F.cross_entropy(outputs.labeled, outputs.labels, reduction="sum") / outputs.labeled_rows
+def supervised_loss(outputs: StudentOutputs, task: Task = CLASSIFICATION) -> Tensor:
+    """Loss of the labelled rows (cross-entropy, if not of another task).
+
+    A contribution to the mean of the global batch.
+    """
+    return task.losses(outputs.labeled, outputs.labels).sum() / outputs.labeled_rows
 
 
 def masked_pseudo_label_loss(

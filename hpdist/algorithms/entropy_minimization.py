@@ -16,7 +16,7 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.algorithms.targets import entropy
+from hpdist.algorithms.tasks import CLASSIFICATION, Multilabel
 
 
 class EntropyMinimizationConfig(AlgorithmConfig):
@@ -41,6 +41,7 @@ class EntropyMinimization(Algorithm):
 
     paper: ClassVar[str] = "Grandvalet and Bengio 2004, NIPS 17"
     views: ClassVar[Views] = Views(student_weak=1)
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
 
     def __init__(self, unsupervised_weight: float = 0.06) -> None:
         super().__init__()
@@ -48,9 +49,9 @@ class EntropyMinimization(Algorithm):
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the entropy without its weight."""
-        losses = entropy(outputs.student_weak[0])  # [unlabeled]
+        losses = self.task.entropy(outputs.student_weak[0])  # [unlabeled]
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight,
         )

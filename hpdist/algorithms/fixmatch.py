@@ -14,10 +14,9 @@ from hpdist.algorithms.base import (
     StudentOutputs,
     Sums,
     Views,
-    masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.targets import confident
+from hpdist.algorithms.tasks import CLASSIFICATION, Multilabel, share
 
 
 class FixMatchConfig(AlgorithmConfig):
@@ -39,11 +38,13 @@ class FixMatchConfig(AlgorithmConfig):
 class FixMatch(Algorithm):
     """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))).
 
-    With q_b = p(weak(u_b)). Equations 3 and 4 of the paper.
+    With q_b = p(weak(u_b)). Equations 3 and 4 of the paper. Of several labels each is decided
+    alone: mean_b mean_c 1[max(q_bc, 1 - q_bc) >= tau] H(1[q_bc > 1/2], p(strong(u_b))_c).
     """
 
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
 
     def __init__(self, threshold: float = 0.95, unsupervised_weight: float = 1.0) -> None:
         super().__init__()
@@ -51,12 +52,13 @@ class FixMatch(Algorithm):
         self.unsupervised_weight = unsupervised_weight
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
-        """Both terms, and the share of unlabelled rows that passed the threshold."""
+        """Both terms, and the share of pseudo-labels that passed the threshold."""
         assert outputs.weak is not None
-        mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
+        mask, pseudo_labels = self.task.pseudo_labels(outputs.weak.logits, self.threshold)
+        losses = self.task.pseudo_label_losses(outputs.strong[0], pseudo_labels, mask)
         return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+            supervised=supervised_loss(outputs, self.task),
+            unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
         )

@@ -20,7 +20,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.mixing import Mixing, draw_mixing
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import squared_error
+from hpdist.algorithms.tasks import ALL
 
 
 class ICTConfig(AlgorithmConfig):
@@ -62,6 +62,7 @@ class ICT(Ramped):
 
     paper: ClassVar[str] = "Verma et al. 2019, arXiv:1903.03825"
     views: ClassVar[Views] = Views(weak=1, teacher=True)
+    tasks: ClassVar[tuple[str, ...]] = ALL
     groups: int
 
     def __init__(
@@ -90,10 +91,10 @@ class ICT(Ramped):
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
         mixing = Mixing(outputs.notes["partners"], outputs.notes["shares"])
-        targets = mixing(outputs.weak.probabilities)
-        losses = squared_error(outputs.student_weak[0], targets)  # [unlabeled]
+        targets = mixing(self.task.predictions(outputs.weak.logits))
+        losses = self.task.squared_error(outputs.student_weak[0], targets)  # [unlabeled]
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
         )

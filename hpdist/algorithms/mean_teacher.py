@@ -16,7 +16,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import squared_error
+from hpdist.algorithms.tasks import ALL
 
 
 class MeanTeacherConfig(AlgorithmConfig):
@@ -44,6 +44,7 @@ class MeanTeacher(Ramped):
 
     paper: ClassVar[str] = "Tarvainen and Valpola 2017, arXiv:1703.01780"
     views: ClassVar[Views] = Views(weak=1, student_weak=1, teacher=True)
+    tasks: ClassVar[tuple[str, ...]] = ALL
 
     def __init__(
         self,
@@ -57,9 +58,10 @@ class MeanTeacher(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
-        losses = squared_error(outputs.student_weak[0], outputs.weak.probabilities)  # [unlabeled]
+        targets = self.task.predictions(outputs.weak.logits)
+        losses = self.task.squared_error(outputs.student_weak[0], targets)  # [unlabeled]
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
         )

@@ -16,7 +16,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import squared_error
+from hpdist.algorithms.tasks import ALL
 
 
 class PiModelConfig(AlgorithmConfig):
@@ -47,6 +47,7 @@ class PiModel(Ramped):
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
+    tasks: ClassVar[tuple[str, ...]] = ALL
 
     def __init__(
         self,
@@ -60,9 +61,10 @@ class PiModel(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
-        losses = squared_error(outputs.student_weak[0], outputs.weak.probabilities)  # [unlabeled]
+        targets = self.task.predictions(outputs.weak.logits)
+        losses = self.task.squared_error(outputs.student_weak[0], targets)  # [unlabeled]
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
         )

@@ -16,7 +16,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import confident, hard_cross_entropy
+from hpdist.algorithms.tasks import CLASSIFICATION, Multilabel, share
 
 
 class PseudoLabelConfig(AlgorithmConfig):
@@ -51,6 +51,7 @@ class PseudoLabel(Ramped):
 
     paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
     views: ClassVar[Views] = Views(student_weak=1)
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
 
     def __init__(
         self,
@@ -66,11 +67,11 @@ class PseudoLabel(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, the unsupervised one without its weight, and the mask rate."""
         logits = outputs.student_weak[0]  # [unlabeled, classes]
-        mask, pseudo_labels = confident(logits.detach().softmax(dim=-1), self.threshold)
-        losses = hard_cross_entropy(logits, pseudo_labels) * mask
+        mask, pseudo_labels = self.task.pseudo_labels(logits.detach(), self.threshold)
+        losses = self.task.pseudo_label_losses(logits, pseudo_labels, mask)
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
         )

@@ -19,6 +19,7 @@ from hpdist.algorithms.base import (
     StudentOutputs,
     WeakOutputs,
 )
+from hpdist.algorithms.tasks import ALL
 from hpdist.errors import ConfigError
 
 Mode = Literal["masked", "denoising"]
@@ -65,6 +66,7 @@ class Reconstruction(AddOn):
 
     name: ClassVar[str] = "reconstruction"
     addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
+    addon_tasks: ClassVar[tuple[str, ...]] = ALL
     own_further = 1
 
     def __init__(

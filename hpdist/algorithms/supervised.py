@@ -15,6 +15,7 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
+from hpdist.algorithms.tasks import ALL
 
 
 class SupervisedConfig(AlgorithmConfig):
@@ -36,11 +37,12 @@ class FullySupervisedConfig(SupervisedConfig):
 
 
 class Supervised(Algorithm):
-    """L = mean_b H(y_b, p(weak(x_b)))."""
+    """L = mean_b H(y_b, p(weak(x_b))), with H what the task says."""
 
     views: ClassVar[Views] = Views()
+    tasks: ClassVar[tuple[str, ...]] = ALL
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """The supervised term; the unsupervised one is zero."""
-        supervised = supervised_loss(outputs)
+        supervised = supervised_loss(outputs, self.task)
         return LossTerms(supervised, torch.zeros_like(supervised))

@@ -19,7 +19,10 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.ramps import Ramped
 from hpdist.algorithms.tables import RowTable, id_words, last_places, spread
-from hpdist.algorithms.targets import squared_error
+from hpdist.algorithms.tasks import ALL
+
+_TAKEN = 1 << 24
+"""Added to a row's id on its way, so that the first of its words is never 0."""
 
 
 class TemporalEnsemblingConfig(AlgorithmConfig):
@@ -66,6 +69,7 @@ class TemporalEnsembling(Ramped):
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
+    tasks: ClassVar[tuple[str, ...]] = ALL
 
     def __init__(
         self,
@@ -89,8 +93,8 @@ class TemporalEnsembling(Ramped):
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """What was said of each row, at its place in the global batch: their sum is a gather."""
         return {
-            "predictions": spread(weak, weak.probabilities),
-            "ids": spread(weak, id_words(weak.ids)),
+            "predictions": spread(weak, self.task.predictions(weak.logits)),
+            "ids": spread(weak, id_words(weak.ids + _TAKEN)),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -105,9 +109,9 @@ class TemporalEnsembling(Ramped):
         known = (counts > 0).float()  # [unlabeled]
         correction = 1 - self.momentum ** counts.clamp(min=1)
         targets = averages / correction[:, None]
-        losses = squared_error(outputs.student_weak[0], targets) * known  # [unlabeled]
+        losses = self.task.squared_error(outputs.student_weak[0], targets) * known  # [unlabeled]
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
             metrics={"target_rate": known.sum() / outputs.unlabeled_rows},
@@ -126,8 +130,9 @@ class TemporalEnsembling(Ramped):
         self._seen = {}
 
     def _write(self, predictions: Tensor, words: Tensor) -> None:
-        filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
+        filled = words[:, 0] > 0.5  # else no rank has a row at that place
         ids, places = last_places(words, filled)
+        ids = ids - _TAKEN
         moved = self.averages.read(ids).lerp(predictions[places], 1 - self.momentum)
         self.averages.write(ids, moved, self.rows)
         self.counts.write(ids, self.counts.read(ids) + 1, self.rows)

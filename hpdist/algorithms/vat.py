@@ -21,7 +21,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import entropy, kl_divergence
+from hpdist.algorithms.tasks import ALL, Task
 from hpdist.errors import ConfigError
 
 
@@ -68,10 +68,14 @@ class VAT(Ramped):
     The directions are found with `torch.autograd.grad` towards them alone, so no parameter's
     gradient is touched and nothing is reduced. In a model with batch normalisation its statistics
     in that pass are those of the unlabelled rows.
+
+    Of several labels the divergence is that of Bernoulli distributions, mean_c; of numbers it is
+    the squared error, and they have no entropy.
     """
 
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
     views: ClassVar[Views] = Views(weak=1, probed=True)
+    tasks: ClassVar[tuple[str, ...]] = ALL
 
     def __init__(
         self,
@@ -90,6 +94,12 @@ class VAT(Ramped):
         self.power_iterations = power_iterations
         self.entropy_weight = entropy_weight
 
+    def take_task(self, task: Task) -> None:
+        """Have the outputs mean something else; raises ConfigError where its entropy has none."""
+        super().take_task(task)
+        if self.entropy_weight > 0:
+            task.entropy(torch.zeros(1, 2))
+
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
         """Add the perturbed rows, and the rows as they are where their entropy counts."""
         rows = inputs.weak[0]
@@ -105,7 +115,7 @@ class VAT(Ramped):
             direction = direction.detach().requires_grad_()
             said = model(rows + self.xi * direction)
             # Divided by xi: of the size of the Jacobian, which half precision can hold.
-            divergence = kl_divergence(weak.logits, said).sum() / self.xi
+            divergence = self.task.divergence(weak.logits, said).sum() / self.xi
             (gradient,) = torch.autograd.grad(divergence, direction)
             direction, lost = _unit(gradient, direction.detach())
         perturbed = (rows + self.epsilon * direction).detach()
@@ -116,13 +126,13 @@ class VAT(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """All terms, and the share of rows whose direction stayed random."""
         assert outputs.weak is not None
-        smoothness = kl_divergence(outputs.weak.logits, outputs.further[0])  # [unlabeled]
+        smoothness = self.task.divergence(outputs.weak.logits, outputs.further[0])  # [unlabeled]
         extras = {}
         if self.entropy_weight > 0:
-            entropies = entropy(outputs.further[1]).sum() / outputs.unlabeled_rows
+            entropies = self.task.entropy(outputs.further[1]).sum() / outputs.unlabeled_rows
             extras["entropy_loss"] = self.entropy_weight * entropies
         return LossTerms(
-            supervised=supervised_loss(outputs),
+            supervised=supervised_loss(outputs, self.task),
             unsupervised=smoothness.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
             extras=extras,

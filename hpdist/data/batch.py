@@ -26,7 +26,7 @@ class LabeledBatch:
     """Rows with labels: uint8 images, float32 vectors or int64 tokens; labels and row ids."""
 
     inputs: Tensor  # [batch, channels, height, width], [batch, features] or [batch, tokens]
-    labels: Tensor  # int64 [batch]
+    labels: Tensor  # int64 [batch]; fp32 [batch, classes] of several classes, or of targets
     ids: Tensor  # int64 [batch]
 
     def __len__(self) -> int:

@@ -18,18 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.config import LabelColumn, Labeled
-from hpdist.data.decode import Column, InputSpec, stored_inputs
-from hpdist.data.labels import (
-    Classes,
-    check_indices,
-    check_labels,
-    draw_rows,
-    label_column,
-    label_ids,
-    label_kind,
-    list_classes,
-)
+from hpdist.config import LabelColumn, Labeled, TaskChoice
+from hpdist.data.decode import Array, Column, InputSpec, stored_inputs
+from hpdist.data.labels import Classes, check_indices, draw_rows, label_column
 from hpdist.data.loading import (
     check_order,
     input_column,
@@ -44,6 +35,7 @@ from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.table import TableReader
+from hpdist.data.targets import Encoding, Scale, find_encoding
 from hpdist.errors import DataError
 
 _LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order
@@ -83,13 +75,19 @@ class TableRows:
 
 @dataclass(frozen=True, eq=False)
 class LabeledRows(TableRows):
-    """Rows of a map-style dataset with a class each."""
+    """Rows of a map-style dataset with labels."""
 
-    labels: Int64Array  # [rows], in 0..len(classes)
-    classes: Classes
+    labels: Array  # int64 [rows], in 0..len(classes); of other tasks fp32 [rows, classes]
+    encoding: Encoding
+    """How the labels were read."""
     label_column: str
     text: bool = False
     """Whether the column holds text; every other set's must too."""
+
+    @property
+    def classes(self) -> Classes:
+        """The classes, or the targets' names."""
+        return self.encoding.classes
 
     @property
     def chosen(self) -> list[int]:
@@ -155,29 +153,33 @@ def open_labeled(
     dataset: Any = None,
     where: str = "data.labeled",
     text: bool = False,
+    task: TaskChoice | None = None,
+    scale: Scale | None = None,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
     `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
-    of an earlier run, used instead of drawing; `text` is whether the model sees text. Raises
-    DataError when anything is not as the config says.
+    of an earlier run, used instead of drawing, and `scale` is what it standardised targets by;
+    `text` is whether the model sees text; `task` is classification if not given. Raises DataError
+    when anything is not as the config says.
     """
     table, name = open_table(config, dataset, where)
     features = table.features
     label = label_column(features, config.label, where)
     column = input_column(features, config.input, where, exclude=label, text=text)
     values = read_column(table, label, name)
-    classes = list_classes(features[label], values, num_classes, where, label)
-    labels = label_ids(features[label], values, classes)
+    feature = features[label]
+    encoding = find_encoding(task or TaskChoice(), feature, values, num_classes, where, label)
     given = chosen if chosen is not None else config.indices
     setting = f"{where}.indices" if chosen is None else f"{where}: the recorded choice of rows"
-    check_indices(given, len(labels), setting)
-    used = range(len(labels)) if given is None else given
-    check_labels(labels, values, classes, used, name, label)
-    drawn = draw_rows(config, labels, classes, seed, where) if given is None else given
+    check_indices(given, len(values), setting)
+    used = range(len(values)) if given is None else given
+    labels = encoding.encode(feature, values, used, name, label)
+    drawn = draw_rows(config, labels, encoding.classes, seed, where) if given is None else given
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
+    encoding = encoding.fitted(labels[ids], scale)
     view = raw_view(table, names_of(column))
-    return LabeledRows(view, column, name, ids, labels[ids], classes, label, text)
+    return LabeledRows(view, column, name, ids, encoding.finish(labels[ids]), encoding, label, text)
 
 
 def open_test(
@@ -188,7 +190,7 @@ def open_test(
     dataset: Any = None,
     where: str = "data.test",
 ) -> LabeledRows:
-    """Open all rows of a set that is measured on, with the labelled split's classes.
+    """Open all rows of a set that is measured on, whose labels are read as the labelled split's.
 
     Raises DataError when anything is not as the config says, or the first row does not fit `spec`.
     """
@@ -204,12 +206,12 @@ def open_test(
     )
     check_order(column, like.column, where)
     values = read_column(table, label, name)
-    label_kind(features[label], where, label)
-    labels = label_ids(features[label], values, like.classes)
-    check_labels(labels, values, like.classes, range(len(labels)), name, label)
+    encoding = like.encoding
+    encoding.check(features[label], where, label)
+    ids = np.arange(len(table))
+    labels = encoding.finish(encoding.encode(features[label], values, range(len(ids)), name, label))
     view = raw_view(table, names_of(column))
-    ids, classes = np.arange(len(table)), like.classes
-    rows = LabeledRows(view, column, name, ids, labels, classes, label, like.text)
+    rows = LabeledRows(view, column, name, ids, labels, encoding, label, like.text)
     spec.decode_rows(rows.read_split([0]), [0], name)
     return rows
 

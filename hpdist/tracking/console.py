@@ -9,7 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-_SHOWN = {"loss": "{:.3f}", "mask_rate": "{:.2f}", "loss_scale": "{:g}", "accuracy": "{:.4f}"}
+HEADLINES = ("accuracy", "mean_average_precision", "rmse")
+"""Scores that are shown, whichever of them a task has."""
+_SHOWN = {
+    "loss": "{:.3f}",
+    "mask_rate": "{:.2f}",
+    "loss_scale": "{:g}",
+    **dict.fromkeys(HEADLINES, "{:.4f}"),
+}
 
 
 class Console:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from hpdist.config import RunConfig
 from hpdist.distributed.launch import Sharding
 from hpdist.distributed.reduce import world_size
-from hpdist.tracking.console import Console
+from hpdist.tracking.console import HEADLINES, Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
 
@@ -87,16 +88,18 @@ class RunLog:
         if self._files:
             self._folder.append_metrics({"step": step, "attempt": attempt, **record})
         self._tracker.log(record, step)
-        accuracies = [value for key, value in record.items() if key.endswith("/accuracy")]
-        shown = {"accuracy": accuracies[0]} if accuracies else {}
+        scores = {key.rpartition("/")[2]: value for key, value in record.items() if "/" in key}
+        shown = {name: scores[name] for name in HEADLINES if name in scores}
         self._console.show(step, {**record, **shown})
 
     def write_summary(
-        self, step: int, summary: Mapping[str, object], confusions: Mapping[str, object]
+        self, step: int, summary: Mapping[str, object], confusions: Mapping[str, Any]
     ) -> None:
-        """Write what came of the run, and the confusion matrices of the sets measured."""
+        """Write what came of the run, and the confusion matrices of the sets that have one."""
         if self._files:
             for name, confusion in confusions.items():
+                if not confusion:
+                    continue
                 self._folder.write_json(f"confusion_{name}.json", confusion, indent=None)
             self._folder.write_json("summary.json", summary)
         self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)

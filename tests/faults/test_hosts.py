@@ -104,7 +104,7 @@ def test_fp16_zero_2_on_two_hosts_has_the_curve_of_one(
     arguments = settings(digits, tmp_path / "two")
     started = [start(hosts, host, arguments, "zero2_fp16.yaml", log) for host in (0, 1)]
     assert [process.wait(timeout=400) for process in started] == [0, 0], log.read_text()
-    assert "processes       2 on" in log.read_text()  # the table of the preflight
+    assert "processes       2 on 2 hosts" in log.read_text()  # the table of the preflight
     one = subprocess.run(
         [ROOT / "launch/local.sh", *settings(digits, tmp_path / "one")],
         env=environment("zero2_fp16.yaml", PROCESSES="4"),

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
-from hpdist.data.decode import InputSpec, Unreadable
+from hpdist.data.decode import Array, InputSpec, Unreadable
 from hpdist.data.decoders import Decoder
 from hpdist.data.stream.functions import Values
-from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.errors import DataError
 
@@ -338,6 +337,6 @@ class _Loader:
         )
         return UnlabeledBatch(inputs, ids, valid, epochs, bad)
 
-    def _tensor(self, array: Int64Array) -> torch.Tensor:
+    def _tensor(self, array: Array) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory() if self.cuda is not None else tensor

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.data.decode import Array
 from hpdist.data.stream.permute import Int64Array
 
 
@@ -21,7 +22,7 @@ class Rows:
     epochs: Int64Array  # [rows], the epoch that each row belongs to
     unread: Mapping[int, str] = field(default_factory=dict)
     """Why, by line, of the rows that could not be read."""
-    labels: Int64Array | None = None  # [rows], of labelled rows
+    labels: Array | None = None  # [rows, *], of labelled rows
     parts: tuple[tuple[int, Rows], ...] = ()
     """Of several datasets that are mixed, in place of `table`: which one, and its rows."""
 

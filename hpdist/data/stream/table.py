@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.data.decode import Array
 from hpdist.data.stream.permute import Int64Array, permuted
 from hpdist.data.stream.reader import Rows
 from hpdist.errors import DataError
@@ -22,7 +23,7 @@ class TableReader:
     Args:
         dataset: A `datasets.Dataset` of the columns to read, in Arrow format.
         ids: [rows], which of its rows are used.
-        labels: [rows], the class of each, of labelled rows.
+        labels: [rows, *], the labels of each, of labelled rows.
         name: Of the dataset, for messages.
         key: Chooses the order.
     """
@@ -31,7 +32,7 @@ class TableReader:
         self,
         dataset: Any,
         ids: Int64Array,
-        labels: Int64Array | None,
+        labels: Array | None,
         name: str,
         key: tuple[int, ...],
     ) -> None:
@@ -59,7 +60,7 @@ class TableReader:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self._ids.astype(np.int64).tobytes())
         if self._labels is not None:
-            digest.update(self._labels.astype(np.int64).tobytes())
+            digest.update(np.ascontiguousarray(self._labels).tobytes())
         sample = np.linspace(0, self.rows - 1, min(_SAMPLED, self.rows)).astype(np.int64)
         for row in self._take(self._ids[sample]).to_pylist():
             digest.update(repr(row).encode())

@@ -1,0 +1,255 @@
+"""Held-out rows that are training rows too: their inputs compared byte by byte, through a hash.
+
+    report = find_duplicates(config.data.duplicates, held, pools)
+    for line in report.lines: print(line)
+
+What is compared is what is stored: an image's encoded bytes, a text's UTF-8, the numbers of a
+vector or of several columns. A picture that was saved anew is another one. Of the held-out rows 16
+bytes each are kept in memory; the training rows only pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+import numpy as np
+import xxhash
+
+from hpdist.config import Duplicates
+from hpdist.data.decode import Column, Unreadable, stored_inputs
+from hpdist.data.files import is_remote
+from hpdist.data.loading import one_line
+from hpdist.data.sources import LabeledRows, UnlabeledTable
+from hpdist.data.stream.reader import Rows
+from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
+from hpdist.errors import DataError
+
+_AT_ONCE = 1024  # rows
+_NAMED = 3  # pairs of rows that a line names
+_WAY_OUT = "data.duplicates.check: always compares it"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and what was found."""
+
+    lines: list[str] = field(default_factory=list)
+    """For a person: one for each held-out set."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """For `summary.json`: `test/duplicates_in_unlabeled`, …, of what was compared."""
+    check: str = "auto"
+    """What was asked for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON, which `Report(**…)` takes back."""
+        return asdict(self)
+
+
+@dataclass
+class _Found:
+    """Rows of a held-out set that are in one of the sets to train on."""
+
+    rows: set[int] = field(default_factory=set)
+    pairs: list[tuple[int, str]] = field(default_factory=list)
+
+
+class _UncomparedError(Exception):
+    """A set is not one that `auto` compares, and why."""
+
+
+def find_duplicates(
+    config: Duplicates,
+    held: Mapping[str, LabeledRows],
+    pools: Mapping[str, LabeledRows | AnyUnlabeled],
+) -> Report:
+    """Compare held-out sets, such as `test`, with the sets to train on, such as `unlabeled`.
+
+    One process does it for all. A row that cannot be read is equal to none. Raises DataError where
+    a table cannot be read.
+    """
+    if config.check == "never":
+        return Report(["duplicates: not looked for (data.duplicates.check: never)"], check="never")
+    if not held:
+        lines = ["duplicates: not looked for, there is no test or validation set"]
+        return Report(lines, check=config.check)
+    report = Report(check=config.check)
+    hashed = {name: _digests(config, rows) for name, rows in held.items()}
+    known = {name: own for name, own in hashed.items() if not isinstance(own, _UncomparedError)}
+    found = {name: _search(config, rows, known) for name, rows in pools.items() if known}
+    for name, own in hashed.items():
+        if isinstance(own, _UncomparedError):
+            report.lines.append(f"duplicates: {_left_out(name, own, report)}")
+            continue
+        count = sum(map(len, own.values()))
+        told = [_told(name, pool, result, report) for pool, result in found.items()]
+        report.lines.append(f"duplicates: of {count} rows of data.{name} {', '.join(told)}")
+    return report
+
+
+def _left_out(name: str, reason: _UncomparedError, report: Report) -> str:
+    """What was not compared and why, for a line; the summary takes it too, once."""
+    line = f"data.{name} was not compared: it {reason}"
+    kept = report.summary.setdefault("duplicates_not_compared", [])
+    if line not in kept:
+        kept.append(line)
+    return line
+
+
+def _told(
+    name: str, pool: str, result: Mapping[str, _Found] | _UncomparedError, report: Report
+) -> str:
+    """What came of one pair of sets, for the line; the summary takes it too."""
+    if isinstance(result, _UncomparedError):
+        return _left_out(pool, result, report)
+    found = result[name]
+    report.summary[f"{name}/duplicates_in_{pool}"] = len(found.rows)
+    if not found.rows:
+        return f"none are in data.{pool}"
+    pairs = "; ".join(f"row {row} is {place}" for row, place in found.pairs)
+    more = "; …" if len(found.rows) > len(found.pairs) else ""
+    return f"{len(found.rows)} are in data.{pool} ({pairs}{more})"
+
+
+def _search(
+    config: Duplicates, pool: LabeledRows | AnyUnlabeled, known: Mapping[str, Mapping[bytes, Any]]
+) -> dict[str, _Found] | _UncomparedError:
+    """Go through the rows of a set to train on."""
+    found = {name: _Found() for name in known}
+    parts = pool.parts if isinstance(pool, MixedRows) else (pool,)
+    try:
+        limits = [_limit(config, part) for part in parts]
+        for part, limit in zip(parts, limits, strict=True):
+            several = f"{part.name}, " if len(parts) > 1 else ""
+            for digest, place in _hashed(part, limit):
+                for name, digests in known.items():
+                    rows = digests.get(digest)
+                    if rows is None:
+                        continue
+                    if len(found[name].pairs) < _NAMED and not found[name].rows.issuperset(rows):
+                        found[name].pairs.append((rows[0], several + _place(part, place)))
+                    found[name].rows.update(rows)
+    except _UncomparedError as reason:
+        return reason
+    return found
+
+
+def _digests(config: Duplicates, rows: LabeledRows) -> dict[bytes, list[int]] | _UncomparedError:
+    """The rows of a held-out set by what they hold."""
+    found: dict[bytes, list[int]] = {}
+    try:
+        for digest, row in _hashed(rows, _limit(config, rows)):
+            found.setdefault(digest, []).append(row)
+    except _UncomparedError as reason:
+        return reason
+    return found
+
+
+def _limit(config: Duplicates, rows: Any) -> int | None:
+    """How many bytes of a set may be read; raises _UncomparedError where it has more."""
+    if config.check == "always":
+        return None
+    if isinstance(rows, SequentialRows):
+        raise _UncomparedError(f"does not say how large it is; {_WAY_OUT}")
+    if isinstance(rows, ParquetRows):
+        size = int(rows.index.size.sum())
+        if any(is_remote(file.path) for file in rows.index.files):
+            raise _UncomparedError(f"is streamed from elsewhere; {_WAY_OUT}")
+    else:
+        size = int(rows.dataset.data.nbytes)
+    if size > config.most_bytes:
+        raise _too_large(config.most_bytes)
+    return config.most_bytes
+
+
+def _too_large(limit: int) -> _UncomparedError:
+    return _UncomparedError(
+        f"holds more than {limit} bytes (data.duplicates.most_bytes); {_WAY_OUT}"
+    )
+
+
+def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
+    """The hash and the id of every row that can be read, once."""
+    read = 0
+    for values, ids in _stored(rows):
+        for value, row in zip(values, ids, strict=True):
+            named = isinstance(value, dict) and value.get("bytes") is None
+            data = _file(value.get("path")) if named else _bytes(value)
+            if data is None:
+                continue
+            read += len(data) if named else 0  # which the set's own size does not hold
+            if limit is not None and read > limit:
+                raise _too_large(limit)
+            yield xxhash.xxh3_128_digest(data), row
+
+
+def _stored(rows: Any) -> Iterator[tuple[list[Any], list[int]]]:
+    """The stored values of all rows that are used, with their ids."""
+    if isinstance(rows, (LabeledRows, UnlabeledTable)):
+        yield from _of_table(rows)
+        return
+    order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
+    reader = rows.reader(0, _AT_ONCE, order=order)
+    at = 0
+    try:
+        while reader.rows is None or at < reader.rows:
+            read = reader.read(at, _AT_ONCE, 0, _AT_ONCE)
+            at += _AT_ONCE
+            first = (read.epochs == 0) & ~np.isin(np.arange(len(read)), list(read.unread))
+            yield _picked(rows, read, first)
+    finally:
+        reader.close()
+
+
+def _of_table(rows: LabeledRows | UnlabeledTable) -> Iterator[tuple[list[Any], list[int]]]:
+    for at in range(0, len(rows), _AT_ONCE):
+        ids = rows.ids[at : at + _AT_ONCE]
+        first, last = int(ids[0]), int(ids[-1])
+        together = last - first + 1 == len(ids)  # a slice is read many times as fast
+        try:
+            table = rows.dataset[slice(first, last + 1) if together else ids.tolist()]
+        except Exception as error:
+            raise DataError(
+                f"{rows.name}: cannot read rows {ids[:3].tolist()}…: {one_line(error)}"
+            ) from error
+        read = Rows(table, ids, np.zeros_like(ids))
+        yield _picked(rows, read, np.ones(len(ids), bool))
+
+
+def _picked(rows: Any, read: Rows, wanted: Any) -> tuple[list[Any], list[int]]:
+    """The stored values of wanted rows that no filter leaves out."""
+    column: Column = rows.column
+    functions = getattr(rows, "functions", None)
+    if functions is not None and functions.keep is not None:
+        wanted = wanted & ~np.isin(np.arange(len(read)), list(rows.values(read).left_out))
+    values = stored_inputs(read.table, column)
+    lines = np.flatnonzero(wanted).tolist()
+    return [values[line] for line in lines], read.ids[lines].tolist()
+
+
+def _bytes(value: Any) -> bytes | None:
+    """What a row holds; None where that cannot be read."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if value is None or isinstance(value, Unreadable):
+        return None
+    if isinstance(value, np.ndarray):  # numbers are equal whatever type they are stored in
+        return repr(value.shape).encode() + np.ascontiguousarray(value, np.float64).tobytes()
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _file(path: str | None) -> bytes | None:
+    if not path:
+        return None
+    try:
+        with fsspec.open(path, "rb") as file:
+            data: bytes = file.read()
+    except OSError:
+        return None
+    return data
+
+
+def _place(rows: Any, row: int) -> str:
+    return str(rows.index.describe(row)) if isinstance(rows, ParquetRows) else f"row {row}"
