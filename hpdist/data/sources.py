@@ -90,6 +90,8 @@ class LabeledRows(TableRows):
     label_column: str
     text: bool = False
     """Whether the column holds text; every other set's must too."""
+    audio: bool = False
+    """Whether it holds sound, likewise."""
 
     @property
     def chosen(self) -> list[int]:
@@ -155,17 +157,18 @@ def open_labeled(
     dataset: Any = None,
     where: str = "data.labeled",
     text: bool = False,
+    audio: bool = False,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
     `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
-    of an earlier run, used instead of drawing; `text` is whether the model sees text. Raises
-    DataError when anything is not as the config says.
+    of an earlier run, used instead of drawing; `text` is whether the model sees text, `audio`
+    whether it sees sound. Raises DataError when anything is not as the config says.
     """
     table, name = open_table(config, dataset, where)
     features = table.features
     label = label_column(features, config.label, where)
-    column = input_column(features, config.input, where, exclude=label, text=text)
+    column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
     values = read_column(table, label, name)
     classes = list_classes(features[label], values, num_classes, where, label)
     labels = label_ids(features[label], values, classes)
@@ -177,7 +180,7 @@ def open_labeled(
     drawn = draw_rows(config, labels, classes, seed, where) if given is None else given
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
     view = raw_view(table, names_of(column))
-    return LabeledRows(view, column, name, ids, labels[ids], classes, label, text)
+    return LabeledRows(view, column, name, ids, labels[ids], classes, label, text, audio)
 
 
 def open_test(
@@ -201,6 +204,7 @@ def open_test(
         where,
         exclude=label,
         text=like.text,
+        audio=like.audio,
     )
     check_order(column, like.column, where)
     values = read_column(table, label, name)
@@ -209,7 +213,7 @@ def open_test(
     check_labels(labels, values, like.classes, range(len(labels)), name, label)
     view = raw_view(table, names_of(column))
     ids, classes = np.arange(len(table)), like.classes
-    rows = LabeledRows(view, column, name, ids, labels, classes, label, like.text)
+    rows = LabeledRows(view, column, name, ids, labels, classes, label, like.text, like.audio)
     spec.decode_rows(rows.read_split([0]), [0], name)
     return rows
 
