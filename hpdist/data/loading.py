@@ -80,6 +80,11 @@ def _load_message(config: Source, where: str, streaming: bool, error: Exception)
     if cause.startswith(("Unknown split", "Bad split")):
         hint = "; a stream takes no slices" if streaming and "[" in config.split else ""
         return f"{where}.split: {cause}{hint}"
+    if "torchcodec" in cause:
+        return (
+            f"{where}.path: `datasets` makes a table of sound files only with torchcodec, which is "
+            "not installed; install it, or write the files once as Parquet with `hpdist convert`"
+        )
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError):
         return (
             f"{where}.path: {config.path!r} is no folder here, and the Hub did not give it: {cause}"
