@@ -98,7 +98,7 @@ def digits_config(folder: Path, **changes: Any) -> dict[str, Any]:
             },
         },
         "batch": {"labeled": 8, "unlabeled": 16},
-        "algorithm": {"name": "fixmatch", "threshold": 0.2},
+        "algorithm": {"name": "fixmatch", "threshold": 0.155},
         "optim": {"name": "adamw", "lr": 0.003},
         "log": {"every": 1},
         "steps": 6,
