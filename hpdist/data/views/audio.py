@@ -31,7 +31,8 @@ from hpdist.errors import DataError
 _PER_ROW = 5  # numbers: shift, gain, how loud the noise is, where it begins, speed
 _SOFTER = 20.0  # dB: how much softer than at its loudest the noise may be
 _LEAST = 0.75  # share of a sound that no shift moves out of the row
-_NOISE_ROWS, _NOISE_COLUMNS = 256, 1024  # of the table of noise
+_NOISE = 1 << 18  # numbers of the table of noise, and more of long rows
+_NOISE_COLUMNS = 1024  # of them are drawn at a time
 _TINY = 1e-5  # so that silence can be standardised
 
 
@@ -230,11 +231,9 @@ class AudioViews:
         sound = sound * 10 ** (signed[:, 1] * view.gain / 20)[:, None]
         if view.snr is None:
             return sound, length
-        table = self._table("noise", sound.device)
-        places = torch.arange(sound.shape[1], device=sound.device)
-        start = (noise[:, 3] * len(table)).long()
-        added = table[(start[:, None] + places) % len(table)]
-        added = added * (places < length[:, None])
+        stretches = self._table("noise", sound.device).unfold(0, sound.shape[1], 1)
+        added = stretches[(noise[:, 3] * len(stretches)).long()]
+        added = added * _first(length, sound.shape[1])
         power = sound.square().sum(dim=1) / length.clamp(min=1)  # the padding is 0
         level = power.sqrt() * 10 ** (-(view.snr + _SOFTER * noise[:, 2]) / 20)
         return sound + added * level[:, None], length
@@ -294,8 +293,9 @@ class AudioViews:
 
     @cached_property
     def _noise(self) -> Tensor:
-        """White noise: standard normal numbers, float32 [256 Ki]."""
-        stream, rows = random.stream_id("audio noise"), torch.arange(_NOISE_ROWS)
+        """White noise: standard normal numbers, float32 [256 Ki], or of long rows [4 * samples]."""
+        numbers = max(_NOISE, 4 * self.config.sampling.samples)
+        stream, rows = random.stream_id("audio noise"), torch.arange(numbers // _NOISE_COLUMNS + 1)
         return random.normal(self.seed, stream, 0, rows, _NOISE_COLUMNS).flatten()
 
     @property
@@ -341,11 +341,11 @@ def moved(
     if rate is None:
         moved_sound = sound.gather(1, place.clamp(0, samples - 1))
     else:
-        at = place.clamp(min=0).double() * rate[:, None].double()
-        before = at.long().clamp(max=samples - 1)
-        share = (at - before).clamp(max=1).to(sound.dtype)
-        after = (before + 1).clamp(max=samples - 1)
-        moved_sound = sound.gather(1, before) * (1 - share) + sound.gather(1, after) * share
+        at = (place.double() * rate[:, None].double()).clamp(0, samples - 1)
+        before = at.long()
+        share = (at - before).to(sound.dtype)
+        ended = torch.nn.functional.pad(sound, (0, 1))
+        moved_sound = torch.lerp(sound.gather(1, before), ended.gather(1, before + 1), share)
     return moved_sound * inside, (shift + new).clamp(1, samples)
 
 

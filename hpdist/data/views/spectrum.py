@@ -28,7 +28,8 @@ def log_mel(sound: Tensor, window: int, hop: int, mels: Tensor) -> Tensor:
     spectrum = torch.stft(
         sound, size, hop, window, hann, center=True, pad_mode="constant", return_complex=True
     )  # [B, frequencies, samples // hop + 1]
-    power = spectrum[..., : frames_of(sound.shape[1], hop)].abs().square()
+    spectrum = spectrum[..., : frames_of(sound.shape[1], hop)]
+    power = spectrum.real.square() + spectrum.imag.square()  # abs() would take a root first
     return torch.matmul(mels, power).clamp(min=_FLOOR).log()
 
 
