@@ -125,6 +125,13 @@ def test_noise_has_its_share_of_the_power_and_none_behind_the_sound():
     assert ratio.max() < 31
     assert ratio.mean() == pytest.approx(20, abs=1.5)
     assert (noise[0] / noise[0].std() - noise[2] / noise[2].std()).std() > 1  # not the same stretch
+    noisy = views({"snr": 10.0})
+    changed, length = noisy._changed(
+        sound, (~x.isnan()).sum(dim=1), noisy.config.strong, torch.rand(200, 5)
+    )
+    assert length.tolist() == [800, 400] * 100
+    assert changed[1, :400].all()
+    assert not changed[1, 400:].any()  # which the last frame of a spectrogram would hear
 
 
 def test_sound_is_moved_and_at_least_three_quarters_stay():
