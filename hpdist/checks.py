@@ -56,6 +56,14 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
             f"algorithm.name: {type(algorithm).__name__} mixes inputs or adds to them, which text "
             "does not allow; choose one that does not, such as fixmatch"
         )
+    waveforms = spec.kind == "audio" and spec.seen == spec.shape
+    adds = algorithm.groups is not None or algorithm.views.probed
+    if waveforms and (adds or "reconstruction" in algorithm.head_names):
+        raise ConfigError(
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
+            "back, which waveforms of different lengths do not allow; set views.spectrogram: true, "
+            "or choose one that does not, such as fixmatch"
+        )
 
 
 def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:

@@ -35,7 +35,7 @@ from hpdist.data.unlabeled import (
     row_count,
     survey,
 )
-from hpdist.data.views import FittedViews, TextViewsConfig, Views
+from hpdist.data.views import AudioViewsConfig, FittedViews, TextViewsConfig, Views
 from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
@@ -129,6 +129,7 @@ class RunData:
             chosen=self.folder.read_labeled_rows() if saved is not None else None,
             dataset=objects.labeled,
             text=isinstance(views, TextViewsConfig),
+            audio=isinstance(views, AudioViewsConfig),
             task=config.task,
             scale=_saved_scale(saved),
         )
@@ -142,6 +143,11 @@ class RunData:
 
     def _find_spec(self) -> InputSpec:
         views, model = self.config.views, self.config.model
+        if isinstance(views, AudioViewsConfig):
+            views.sampling.require()
+            spec, first = InputSpec.of_audio(views.sampling, views.seen), self.labeled.chosen[:1]
+            spec.decode_rows(self.labeled.read_split(first), first, self.labeled.name)
+            return spec
         if not isinstance(views, TextViewsConfig):
             size, missing = (getattr(views, key, None) for key in ("size", "missing"))
             return input_spec(self.labeled, size, missing=missing == "mean")

@@ -23,9 +23,9 @@ class BadRow:
 
 @dataclass(frozen=True)
 class LabeledBatch:
-    """Rows with labels: uint8 images, float32 vectors or int64 tokens; labels and row ids."""
+    """Rows with labels: uint8 images, float32 vectors or sound, int64 tokens; labels, row ids."""
 
-    inputs: Tensor  # [batch, channels, height, width], [batch, features] or [batch, tokens]
+    inputs: Tensor  # [batch, channels, height, width], [batch, features], tokens or samples
     labels: Tensor  # int64 [batch]; fp32 [batch, classes] of several classes, or of targets
     ids: Tensor  # int64 [batch]
 
@@ -51,14 +51,14 @@ class LabeledBatch:
 
 @dataclass(frozen=True)
 class UnlabeledBatch:
-    """Rows without labels: uint8 images, float32 vectors or int64 tokens; row ids.
+    """Rows without labels: uint8 images, float32 vectors or sound, int64 tokens; row ids.
 
     Rows that are not `valid` (they could not be read, or a filter leaves them out) hold a place in
     the global batch and nothing else: no model sees them, and every mean is over the valid rows of
     all ranks.
     """
 
-    inputs: Tensor  # [batch, channels, height, width], [batch, features] or [batch, tokens]
+    inputs: Tensor  # [batch, channels, height, width], [batch, features], tokens or samples
     ids: Tensor  # int64 [batch]
     valid: Tensor | None = None  # bool [batch], on the CPU; None: all of them
     epochs: Tensor | None = None  # int64 [batch], on the CPU: which epoch each row is of

@@ -30,7 +30,15 @@ from datasets.table import embed_table_storage, table_cast
 
 from hpdist.config import Source
 from hpdist.data.decode import Column
-from hpdist.data.loading import input_column, is_text, load, one_line, same_column, source_name
+from hpdist.data.loading import (
+    input_column,
+    is_audio,
+    is_text,
+    load,
+    one_line,
+    same_column,
+    source_name,
+)
 from hpdist.data.retry import redacted_text
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError
@@ -94,7 +102,8 @@ def convert(
     view = stream.with_format("arrow")
     features = _features(view, name)
     given = config.input or _same(input, features)
-    column = input_column(features, given, where, text=is_text(features, given))
+    text, audio = is_text(features, given), is_audio(features, given)
+    column = input_column(features, given, where, text=text, audio=audio)
     writer = _Writer(folder, features, layout or Layout())
     try:
         for table in _embedded(view, features, name):

@@ -1,9 +1,9 @@
 """How a stored value becomes one row of a batch.
 
 Images stay uint8 [channels, height, width] until the views run on the device; one-dimensional
-arrays are float32 vectors; text becomes int64 token ids. One `InputSpec` is derived from the
-labelled rows and shared by every other set, so that a test or unlabelled row is decoded as a
-labelled one is.
+arrays are float32 vectors; text becomes int64 token ids, sound float32 samples. One `InputSpec` is
+derived from the labelled rows and shared by every other set, so that a test or unlabelled row is
+decoded as a labelled one is.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # imported where it is used: a decoding process does without 
     import torch
     from torch import Tensor
 
+    from hpdist.data.audio import Sampling
     from hpdist.data.text import Tokenizer
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -56,15 +57,17 @@ class InputSpec:
     rest. Every row is converted to it, whatever its own mode. Images of 32-bit floats are refused.
     """
 
-    kind: Literal["image", "vector", "text"]
-    shape: tuple[int, ...]  # (channels, height, width), (features,) or (tokens,)
-    stored: Literal["encoded", "array", "text"]
+    kind: Literal["image", "vector", "text", "audio"]
+    shape: tuple[int, ...]  # (channels, height, width), (features,), (tokens,) or (samples,)
+    stored: Literal["encoded", "array", "text", "sound"]
     mode: str | None = None  # L, RGB or RGBA, of images
     channels_last: bool = False  # how 3-D arrays are stored
     size: int | None = None  # every image is resized to size x size
     missing: bool = False  # whether a vector may hold NaN, for the views to fill in
     names: tuple[str, ...] = ()  # of the features, where each is a column
     tokenizer: Tokenizer | None = None  # of text
+    sampling: Sampling | None = None  # of sound
+    seen: tuple[int, ...] | None = None  # a row as the views give it to the model, if not `shape`
 
     @classmethod
     def of(cls, value: Any, size: int | None) -> InputSpec:
@@ -101,16 +104,26 @@ class InputSpec:
         """The spec of text, which no row needs to tell."""
         return cls("text", (tokenizer.max_length,), "text", tokenizer=tokenizer)
 
+    @classmethod
+    def of_audio(cls, sampling: Sampling, seen: tuple[int, ...]) -> InputSpec:
+        """The spec of sound; `seen` is the shape of what the views make of a row."""
+        return cls("audio", (sampling.samples,), "sound", sampling=sampling, seen=seen)
+
+    @property
+    def array_dtype(self) -> np.dtype[Any]:
+        """uint8 for images, float32 for vectors and sound, int64 for text."""
+        return np.dtype({"image": np.uint8, "text": np.int64}.get(self.kind, np.float32))
+
     @property
     def dtype(self) -> torch.dtype:
-        """uint8 for images, float32 for vectors, int64 for text."""
+        """`array_dtype` as torch calls it."""
         import torch
 
-        kinds = {"image": torch.uint8, "vector": torch.float32, "text": torch.int64}
-        return kinds[self.kind]
+        found: torch.dtype = getattr(torch, self.array_dtype.name)
+        return found
 
     def example(self, rows: int) -> Tensor:
-        """Rows to try a model on: zeros, or the tokens of a few words."""
+        """Rows to try a model on: zeros (of sound, silence), or the tokens of a few words."""
         import torch
 
         if self.tokenizer is not None:
@@ -179,6 +192,9 @@ class InputSpec:
         if self.tokenizer is not None:
             for reason in self.tokenizer.decode_into([value], out[None]).values():
                 raise ValueError(reason)
+            return
+        if self.sampling is not None:
+            self.sampling.decode_into(value, out)
             return
         if value is None:
             raise ValueError("the value is null")
@@ -279,8 +295,15 @@ def _nested(array: pa.Array) -> Array | Unreadable | None:
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
-def _open_image(value: Any) -> Image.Image:
-    """Open an encoded image, turned the way its EXIF orientation says."""
+def stored_bytes(value: Any, what: str) -> bytes:
+    """The bytes of a stored value, bytes or {bytes, path}, read from the path where need be.
+
+    Raises ValueError where there are none; `what` it should have been is for the message.
+    """
+    if value is None:
+        raise ValueError("the value is null")
+    if isinstance(value, Unreadable):
+        raise ValueError(value.reason)
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
         path = value.get("path")
@@ -289,7 +312,13 @@ def _open_image(value: Any) -> Image.Image:
         with fsspec.open(path, "rb") as file:  # local, hf:// or inside an archive
             data = file.read()
     if not isinstance(data, bytes):
-        raise ValueError(f"it is {type(data).__name__}, not an image, a vector or an array")
+        raise ValueError(f"it is {type(data).__name__}, not {what}")
+    return data
+
+
+def _open_image(value: Any) -> Image.Image:
+    """Open an encoded image, turned the way its EXIF orientation says."""
+    data = stored_bytes(value, "an image, a vector or an array")
     image: Image.Image = Image.open(io.BytesIO(data))
     if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
         return image  # Pillow would find no orientation, and make an empty Exif for every image

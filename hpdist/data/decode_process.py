@@ -1,7 +1,7 @@
-"""Worker processes that decode images.
+"""Worker processes that decode images and sound.
 
 A process is a new interpreter that imports this module and nothing of the run's own: not its
-`__main__`, and torch only to resize. Pixels come back in memory without a name, which vanishes with
+`__main__`, and torch only to resize. Rows come back in memory without a name, which vanishes with
 the last process that holds it, however that ends.
 """
 
@@ -116,8 +116,8 @@ class Pool:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise DataError(
                 f"decoding rows {part.start} to {part.stop - 1} of a batch ended {_TRIES} worker "
-                f"processes, the last by {how}: one of the images is too large for the memory or "
-                "breaks the image library; find it by decoding without worker processes"
+                f"processes, the last by {how}: one of the rows is too large for the memory or "
+                "breaks the library that decodes it; find it by decoding without worker processes"
             )
         return fresh
 
@@ -203,7 +203,8 @@ def work(connection: int, memory: int, parent: int) -> None:
     line, mapped = Connection(connection), mmap.mmap(-1, 1)
     try:
         spec: InputSpec = line.recv()
-        width = int(np.prod(spec.shape, dtype=np.int64))  # bytes of a row: images are uint8
+        dtype, numbers = spec.array_dtype, int(np.prod(spec.shape, dtype=np.int64))  # of a row
+        width = numbers * dtype.itemsize  # in bytes
         while True:
             start, values, (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, added) = (
                 line.recv()
@@ -213,7 +214,7 @@ def work(connection: int, memory: int, parent: int) -> None:
                     Image.register_open(name, factory, accept)
             if len(mapped) < (start + len(values)) * width:
                 mapped = mmap.mmap(memory, 0)  # all of it: it has grown
-            out = np.frombuffer(mapped, np.uint8, len(values) * width, start * width)
+            out = np.frombuffer(mapped, dtype, len(values) * numbers, start * width)
             line.send(spec.decode_array(values, out.reshape(len(values), *spec.shape)))
     except (EOFError, OSError):
         return  # the parent is gone

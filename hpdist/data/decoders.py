@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # imported where it is used: torch takes seconds
 
 _THREADS_PAY_PIXELS = 128 * 128  # below it, Pillow holds the interpreter's lock most of the time
 _THREADS_PAY_BYTES = 4096  # the same of encoded images, where the stored size is not the spec's
+_THREADS_PAY_SOUND = 65536  # bytes of a sound file
 _JOIN_SECONDS = 0.5  # for threads that are in the middle of a row as the interpreter exits
 
 
@@ -27,13 +28,14 @@ class Decoder:
 
     `threads` counts the calling thread. Threads are only used where they pay: for encoded images of
     at least 128 x 128 pixels and, with `views.size` (the stored images are larger than the spec
-    says), for those of 4 KiB or more on average. Smaller ones are decoded mostly under the
-    interpreter's lock, and slower by several threads than by one.
+    says), for those of 4 KiB or more on average, and for sound files of 64 KiB or more on average.
+    Smaller ones are decoded mostly under the interpreter's lock, and slower by several threads than
+    by one.
 
-    With `processes`, that many worker processes decode encoded images of every size, and `threads`
-    is not used; arrays need no decoding and stay with the caller. A process that dies is replaced
-    and its part decoded again. The workers ignore SIGINT and end with this process. They know the
-    image formats that are registered with Pillow here, by classes that can be imported.
+    With `processes`, that many worker processes decode images and sound of every size, and
+    `threads` is not used; arrays need no decoding and stay with the caller. A process that dies is
+    replaced and its part decoded again. The workers ignore SIGINT and end with this process. They
+    know the image formats that are registered with Pillow here, by classes that can be imported.
 
     Use it from one thread at a time. Closing it, its collection and the exit of the interpreter
     leave no thread, process or shared memory behind.
@@ -42,7 +44,7 @@ class Decoder:
     def __init__(self, spec: InputSpec, threads: int = 1, processes: int = 0) -> None:
         if threads < 1 or processes < 0:
             raise ValueError(f"{threads} threads and {processes} processes: give 1 and 0 or more")
-        encoded = spec.stored == "encoded"
+        encoded = spec.stored in ("encoded", "sound")
         self._spec = spec
         self._pool = Pool(spec, processes) if processes and encoded else None
         self._threads = _Threads(threads - 1) if threads > 1 and not self._pool else None
@@ -84,13 +86,14 @@ class Decoder:
 
 
 def _threads_pay(spec: InputSpec, values: Sequence[Any]) -> bool:
-    if spec.stored != "encoded":
+    if spec.stored not in ("encoded", "sound"):
         return False
-    if spec.size is None:
+    if spec.stored == "encoded" and spec.size is None:
         return spec.shape[1] * spec.shape[2] >= _THREADS_PAY_PIXELS
+    least = _THREADS_PAY_BYTES if spec.stored == "encoded" else _THREADS_PAY_SOUND
     data = [value.get("bytes") if isinstance(value, dict) else value for value in values]
     lengths = [len(value) for value in data if isinstance(value, bytes)]
-    return sum(lengths) >= _THREADS_PAY_BYTES * len(lengths)  # also where all are still in files
+    return sum(lengths) >= least * len(lengths)  # also where all are still in files
 
 
 class _Threads:

@@ -17,7 +17,7 @@ from hpdist.errors import DataError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
 
-_FILE_BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet")
+_FILE_BUILDERS = ("arrow", "audiofolder", "csv", "imagefolder", "json", "parquet")
 
 
 def source_name(config: Source, dataset: Any, where: str) -> str:
@@ -80,6 +80,11 @@ def _load_message(config: Source, where: str, streaming: bool, error: Exception)
     if cause.startswith(("Unknown split", "Bad split")):
         hint = "; a stream takes no slices" if streaming and "[" in config.split else ""
         return f"{where}.split: {cause}{hint}"
+    if "torchcodec" in cause:
+        return (
+            f"{where}.path: `datasets` makes a table of sound files only with torchcodec, which is "
+            "not installed; install it, or write the files once as Parquet with `hpdist convert`"
+        )
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError):
         return (
             f"{where}.path: {config.path!r} is no folder here, and the Hub did not give it: {cause}"
@@ -156,40 +161,47 @@ def input_column(
     exclude: str | None = None,
     *,
     text: bool = False,
+    audio: bool = False,
 ) -> Column:
-    """Find the column that the model sees: as named, else the only one of images, or of text.
+    """Find the column that the model sees: as named, else the only one of images, text or sound.
 
     Of a list of columns each must hold a number or a boolean, and none the label `exclude`; a list
-    is never text.
+    is never text or sound.
     """
     setting = f"{where}.input"
+    what = "text" if text else "audio" if audio else "images"
     if isinstance(column, (list, tuple)):
-        if text:
+        if text or audio:
             raise DataError(
-                f"{setting}: a list of columns is no text, which views.name: text takes; name one "
-                "column of text, or set views.name: table, or identity"
+                f"{setting}: a list of columns is no {what}, which views.name: {what} takes; name "
+                f"one column of {what}, or set views.name: table, or identity"
             )
         _check_numbers(features, column, setting, exclude)
         return tuple(column)
-    usual, fits = (_is_text, _is_text) if text else (_is_image, _is_input)
+    usual, fits = {
+        "text": (_is_text, _is_text),
+        "audio": (_is_audio, _is_audio),
+        "images": (_is_image, _is_input),
+    }[what]
     found: list[str] = [key for key in features if key != exclude and usual(features[key])]
     inputs = [key for key in features if key != exclude and fits(features[key])]
     candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
     if column is None:
         if len(found) != 1:
             raise DataError(
-                f"{setting}: name the input column, there are {len(found)} of "
-                f"{'text' if text else 'images'}; {candidates}"
+                f"{setting}: name the input column, there are {len(found)} of {what}; {candidates}"
             )
         return found[0]
     feature = features[known_column(features, column, setting)]
     if fits(feature):
         return column
-    wanted = "not text" if text else "neither images nor arrays of numbers"
+    wanted = "neither images nor arrays of numbers" if what == "images" else f"not {what}"
     hint = ""
-    if not text and _is_text(feature):
+    if what == "images" and isinstance(feature, datasets.Audio):
+        hint = "; for audio set views.name: audio"
+    elif what == "images" and _is_text(feature):
         hint = "; for text set views.name: text"
-    elif not text and _is_number(feature):
+    elif what == "images" and _is_number(feature):
         hint = f"; a list makes a vector: [{column}]"
     raise DataError(f"{setting}: column {column!r} holds {feature}, {wanted}{hint}; {candidates}")
 
@@ -223,6 +235,18 @@ def _is_image(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "").endswith("binary")
+
+
+def is_audio(features: Any, column: Column | list[str] | None) -> bool:
+    """Whether a set has such a column, and of `datasets`' type for sound."""
+    return isinstance(column, str) and isinstance(features.get(column), datasets.Audio)
+
+
+def _is_audio(feature: Any) -> bool:
+    """Audio, or what Parquet files hold of it without its type: {bytes, path} or plain bytes."""
+    if isinstance(feature, datasets.Audio):
+        return True
+    return _is_image(feature) and not isinstance(feature, datasets.Image)
 
 
 def is_text(features: Any, column: Column | list[str] | None) -> bool:

@@ -83,6 +83,8 @@ class LabeledRows(TableRows):
     label_column: str
     text: bool = False
     """Whether the column holds text; every other set's must too."""
+    audio: bool = False
+    """Whether it holds sound, likewise."""
 
     @property
     def classes(self) -> Classes:
@@ -153,6 +155,7 @@ def open_labeled(
     dataset: Any = None,
     where: str = "data.labeled",
     text: bool = False,
+    audio: bool = False,
     task: TaskChoice | None = None,
     scale: Scale | None = None,
 ) -> LabeledRows:
@@ -160,13 +163,13 @@ def open_labeled(
 
     `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
     of an earlier run, used instead of drawing, and `scale` is what it standardised targets by;
-    `text` is whether the model sees text; `task` is classification if not given. Raises DataError
-    when anything is not as the config says.
+    `text` is whether the model sees text, `audio` whether it sees sound; `task` is classification
+    if not given. Raises DataError when anything is not as the config says.
     """
     table, name = open_table(config, dataset, where)
     features = table.features
     label = label_column(features, config.label, where)
-    column = input_column(features, config.input, where, exclude=label, text=text)
+    column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
     values = read_column(table, label, name)
     feature = features[label]
     encoding = find_encoding(task or TaskChoice(), feature, values, num_classes, where, label)
@@ -179,7 +182,8 @@ def open_labeled(
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
     encoding = encoding.fitted(labels[ids], scale)
     view = raw_view(table, names_of(column))
-    return LabeledRows(view, column, name, ids, encoding.finish(labels[ids]), encoding, label, text)
+    finished = encoding.finish(labels[ids])
+    return LabeledRows(view, column, name, ids, finished, encoding, label, text, audio)
 
 
 def open_test(
@@ -203,6 +207,7 @@ def open_test(
         where,
         exclude=label,
         text=like.text,
+        audio=like.audio,
     )
     check_order(column, like.column, where)
     values = read_column(table, label, name)
@@ -211,7 +216,7 @@ def open_test(
     ids = np.arange(len(table))
     labels = encoding.finish(encoding.encode(features[label], values, range(len(ids)), name, label))
     view = raw_view(table, names_of(column))
-    rows = LabeledRows(view, column, name, ids, labels, encoding, label, like.text)
+    rows = LabeledRows(view, column, name, ids, labels, encoding, label, like.text, like.audio)
     spec.decode_rows(rows.read_split([0]), [0], name)
     return rows
 

@@ -444,7 +444,11 @@ def _columns(
 ) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
     column = input_column(
-        features, config.input or same_column(like.column, features), where, text=like.text
+        features,
+        config.input or same_column(like.column, features),
+        where,
+        text=like.text,
+        audio=like.audio,
     )
     check_order(column, like.column, where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]

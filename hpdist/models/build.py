@@ -33,7 +33,12 @@ class ModelConfig(Component):
             raise ConfigError(
                 f"model.name: {self.name} takes no text; use hf:… or a model of your own"
             )
-        return self.build(spec.shape, num_classes)
+        if spec.kind == "audio" and spec.seen == spec.shape:
+            raise ConfigError(
+                f"model.name: {self.name} takes no waveforms; set views.spectrogram: true, or use "
+                "hf:… or a model of your own"
+            )
+        return self.build(spec.seen or spec.shape, num_classes)
 
     def require_image(self, input_shape: tuple[int, ...]) -> None:
         """Raise ConfigError unless the inputs are [channels, height, width]."""

@@ -1,8 +1,8 @@
-"""Models of Hugging Face by name: `hf:<folder or id of the Hub>`, for text and for images."""
+"""Models of Hugging Face by name: `hf:<folder or id of the Hub>`, for text, images and sound."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
@@ -16,12 +16,13 @@ from hpdist.data.text import Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
 from hpdist.models.build import ModelConfig
+from hpdist.models.hugging_face_audio import OWN_NOISE, AudioClassifier, check_audio, check_rate
 from hpdist.models.outputs import on_trial
 from hpdist.settings import nearest
 
 
 class HuggingFaceConfig(ModelConfig):
-    """A classifier of `transformers`: of text where the inputs are text, else of images.
+    """A classifier of `transformers`: of text or audio where the inputs are, else of images.
 
     What a checkpoint does not hold, such as the last layer for these classes, begins at random.
     Weights are read from safetensors only.
@@ -57,6 +58,8 @@ class HuggingFaceConfig(ModelConfig):
 
     def build_for(self, spec: InputSpec, num_classes: int) -> nn.Module:
         """Make the model for what the input column holds."""
+        if spec.sampling is not None:
+            return self._of_audio(spec, num_classes)
         if spec.tokenizer is None:
             return self.build(spec.shape, num_classes)
         return self._of_text(spec.tokenizer, num_classes)
@@ -81,13 +84,28 @@ class HuggingFaceConfig(ModelConfig):
         _try_length(model, tokenizer.example(1), vocabulary.pad)
         return model
 
-    def _make(self, pad: int | None, num_classes: int) -> nn.Module:
+    def _of_audio(self, spec: InputSpec, num_classes: int) -> nn.Module:
+        if self.pretrained and spec.sampling is not None:
+            transformers = require_transformers(f"model.name: {self.name}")
+            with checkpoint_folder(self.path, "model.name") as place:
+                check_rate(transformers, place, self.name, spec.sampling)
+        model = self._make(None, num_classes, "Audio", OWN_NOISE)
+        check_audio(model, self.name, spec.seen or spec.shape)
+        return AudioClassifier(model)
+
+    def _make(
+        self,
+        pad: int | None,
+        num_classes: int,
+        kind: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> nn.Module:
         """The model of `transformers`, in fp32 and whole on the CPU."""
         transformers = require_transformers(f"model.name: {self.name}")
-        kind = "Image" if pad is None else "Sequence"
+        kind = kind or ("Image" if pad is None else "Sequence")
         auto = getattr(transformers, f"AutoModelFor{kind}Classification")
         common = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        changed = self.config | {"num_labels": num_classes}
+        changed = {**(defaults or {}), **self.config, "num_labels": num_classes}
         if pad is not None:
             changed["pad_token_id"] = pad
         with checkpoint_folder(self.path, "model.name") as place, _whole_weights():
@@ -102,7 +120,7 @@ class HuggingFaceConfig(ModelConfig):
             if type(config) not in getattr(auto, "_model_mapping", {type(config)}) and not hasattr(
                 config, "auto_map"
             ):
-                kinds = {"Image": "images", "Sequence": "text"}
+                kinds = {"Image": "images", "Sequence": "text", "Audio": "audio"}
                 raise ConfigError(
                     f"model.name: {self.name} is a model of type {config.model_type}, of which "
                     f"transformers has none that classifies {kinds[kind]}"
@@ -125,7 +143,7 @@ class HuggingFaceConfig(ModelConfig):
         if self.layer_decay is not None:
             scale_learning_rates(model, self.layer_decay)
         model.train()
-        return ImageClassifier(model) if pad is None else cast(nn.Module, model)
+        return ImageClassifier(model) if kind == "Image" else cast(nn.Module, model)
 
     def _check_loaded(self, model: nn.Module, found: dict[str, Any], num_classes: int) -> None:
         """Refuse a checkpoint of which more is missing than a last layer for other classes."""
