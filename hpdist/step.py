@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hpdist import pseudo_labels
 from hpdist.algorithms.base import (
     Algorithm,
     HeadOutputs,
@@ -40,8 +41,6 @@ from hpdist.micro_batch import Cutter, MicroBatch
 from hpdist.models.heads import columns_of, require_heads
 from hpdist.optim import l1_norm
 
-_FEWEST = 2  # unlabelled rows of a global batch: of one, one class always takes all
-
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -57,6 +56,8 @@ class StepOutcome:
     """Of a step that was skipped: what was not finite first."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
+    per_class: Mapping[str, list[float]] = field(default_factory=dict)
+    """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
     bad_rows: int = 0
     """Rows of the unlabelled global batch that could not be used."""
     stop: bool = False
@@ -214,7 +215,7 @@ class SemiSupervisedStep:
         done = self.engine.step(lr, self.grad_clip)
         self.attempts += 1
         culprit = self._close(done, passes)
-        metrics = self._measure(passes) if measure else {}
+        metrics, classes = self._measure(passes) if measure else ({}, {})
         bad_rows, stops = (round(note) for note in self._noted.tolist())
         return StepOutcome(
             done.applied,
@@ -224,6 +225,7 @@ class SemiSupervisedStep:
             done.grad_norm,
             culprit,
             metrics,
+            classes,
             bad_rows,
             stops > 0,
         )
@@ -446,22 +448,19 @@ class SemiSupervisedStep:
         penalty = self.l1 * l1_norm(self.engine.whole_parameters().values())
         return replace(terms, global_extras={**terms.global_extras, "l1_loss": penalty})
 
-    def _measure(self, passes: list[_Pass]) -> dict[str, float]:
-        """The global means of a step, from the contributions of all ranks. Collective."""
+    def _measure(self, passes: list[_Pass]) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Global means of a step, and numbers of each class, from all ranks. Collective."""
         names = passes[0].contributions
         sums = {name: sum_(p.contributions[name] for p in passes) for name in names}
         weak = [p.weak.logits for p in passes if p.weak is not None]
-        counts = None
-        if weak and passes[0].micro.inputs.places.unlabeled_rows >= _FEWEST:
-            counts = self.algorithm.task.class_counts(torch.cat(weak))
-        if counts is not None:
-            sums["pseudo-labels"] = counts
-        reduced = FusedSum(sums).wait()
-        if counts is not None:
-            counts = reduced.pop("pseudo-labels")
-            reduced["pseudo_label_top_share"] = counts.max() / counts.sum().clamp(min=1)
+        rows = passes[0].micro.inputs.places.unlabeled_rows
+        seen = pseudo_labels.observed(self.algorithm, weak, rows)
+        reduced = FusedSum(sums | {f"seen/{name}": value for name, value in seen.items()}).wait()
+        numbers, shares = pseudo_labels.summarized({n: reduced.pop(f"seen/{n}") for n in seen})
+        reduced |= numbers
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
-        return dict(zip(reduced, values, strict=True))
+        told = pseudo_labels.per_class(self.algorithm, shares)
+        return dict(zip(reduced, values, strict=True)), told
 
 
 def _by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:

@@ -371,15 +371,17 @@ class Trainer:
         agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
         self.log.say(f"back to step {self.step.applied_steps}, and on with the rows that follow")
 
-    def _record(self, outcome: StepOutcome, lr: float) -> dict[str, float]:
+    def _record(self, outcome: StepOutcome, lr: float) -> dict[str, Any]:
         waited = {"data_wait": self.data.waited}
         if self.files:
             waited["checkpoint_wait"] = self.writer.waited
         return {
             **outcome.metrics,
+            **outcome.per_class,
             "loss_scale": outcome.new_scale,
             "overflows": self.state.overflows,
             "lr": lr,
+            **({} if self.step.teacher is None else {"teacher_decay": self.step.teacher.decay_now}),
             "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
             "epoch": self.data.epoch,
             "bad_rows": self.data.bad_rows,

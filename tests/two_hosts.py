@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LINE = "hpline"
@@ -48,6 +49,14 @@ class TwoHosts:
             [*self.on(host), "cat", path], check=True, capture_output=True, text=True
         )
         return int(done.stdout)
+
+    def kill(self) -> None:
+        """End every process on them."""
+        for name in self.names:
+            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+            for process in found.stdout.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
 
     def limit(self, rate: str) -> None:
         """Let no more than `rate` (tc's notation, such as 100mbit) through, either way."""

@@ -167,6 +167,11 @@ class AddOn(Algorithm):
         return self.add(outputs, self.base.loss(self._seen(outputs), student_sums))
 
     @property
+    def class_thresholds(self) -> Tensor | None:
+        """Those of the inner algorithm."""
+        return self.base.class_thresholds
+
+    @property
     def generation(self) -> int:
         """That of the inner algorithm."""
         return self.base.generation

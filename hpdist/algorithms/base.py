@@ -326,6 +326,11 @@ class Algorithm:
         raise NotImplementedError
 
     @property
+    def class_thresholds(self) -> Tensor | None:
+        """The confidence that each class asks for now, fp32 [classes]; None where all ask alike."""
+        return None
+
+    @property
     def generation(self) -> int:
         """How often the student has begun anew."""
         return 0

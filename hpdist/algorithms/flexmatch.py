@@ -142,10 +142,14 @@ class FlexMatch(Algorithm):
         super().load_state_dict(rest)
         self._table.load(labels)
 
+    @property
+    def class_thresholds(self) -> Tensor:
+        """Tau M(beta), [classes]."""
+        return self.threshold * self.mapping(self._shares())
+
     def _mask(self, weak: WeakOutputs) -> tuple[Tensor, Tensor]:
         """Which rows pass, fp32 [unlabeled], and their pseudo-labels."""
-        thresholds = self.threshold * self.mapping(self._shares())  # [classes]
-        return confident(weak.probabilities, thresholds)
+        return confident(weak.probabilities, self.class_thresholds)
 
     def _shares(self) -> Tensor:
         """How well each class is learned, beta, fp32 [classes]."""

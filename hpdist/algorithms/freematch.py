@@ -135,12 +135,16 @@ class FreeMatch(Algorithm):
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
 
-    def _mask(self, outputs: StudentOutputs) -> tuple[Tensor, Tensor]:
-        assert outputs.weak is not None
+    @property
+    def class_thresholds(self) -> Tensor:
+        """tau(c), [classes]."""
         probability = self.pending["probability"]
         threshold = self.pending["threshold"].clamp(max=self.max_threshold)
-        thresholds = threshold * probability / probability.max()  # [classes]
-        return confident(outputs.weak.probabilities, thresholds)
+        return threshold * probability / probability.max()
+
+    def _mask(self, outputs: StudentOutputs) -> tuple[Tensor, Tensor]:
+        assert outputs.weak is not None
+        return confident(outputs.weak.probabilities, self.class_thresholds)
 
     def _fairness(self, sums: Sums) -> Tensor:
         expected = _share(_divide(self.pending["probability"], self.pending["histogram"]))

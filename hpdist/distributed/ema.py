@@ -33,12 +33,17 @@ class ShardedTeacher:
         self.buffers = {name: b.detach().clone() for name, b in engine.module.named_buffers()}
         self._owners = _owners(engine.module, self.buffers)
 
+    @property
+    def decay_now(self) -> float:
+        """The decay d of the next update."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the student; call it after every applied step, and only then."""
-        decay = (
-            min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        )
+        decay = self.decay_now
         student = self.engine.master_parts()  # whole parts: one operation, however many parameters
         if student:
             torch._foreach_lerp_(self._parts, student, 1 - decay)

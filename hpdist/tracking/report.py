@@ -31,6 +31,7 @@ _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
         ("Root mean squared error", ["eval/validation/rmse", "eval/test/rmse"]),
         ("Learning rate", ["lr"]),
         ("Gradient norm", ["grad_norm"]),
+        ("Decay of the teacher", ["teacher_decay"]),
     ],
     "Pseudo-labels": [
         ("Share of unlabelled rows in the loss (mask rate)", ["mask_rate"]),

@@ -83,7 +83,7 @@ class RunLog:
         self._clock, self._steps, self._waited = now, 0, dict(waited)
         return {"examples_per_second": rate, **shares}
 
-    def write(self, step: int, attempt: int, record: Mapping[str, float]) -> None:
+    def write(self, step: int, attempt: int, record: Mapping[str, Any]) -> None:
         """Write the record of a step."""
         if self._files:
             self._folder.append_metrics({"step": step, "attempt": attempt, **record})

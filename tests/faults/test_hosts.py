@@ -34,6 +34,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hosts() -> Iterator[TwoHosts]:
     with two_hosts("hphost") as found:
         yield found
+        found.kill()  # what a test that failed has left
 
 
 def settings(digits: Path, folder: Path, steps: int = STEPS) -> list[str]:
