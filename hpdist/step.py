@@ -272,12 +272,11 @@ class SemiSupervisedStep:
 
     def _student_pass(self, micro: MicroBatch) -> Tensor:
         """Logits of the student's rows, and of the weak views behind them if fused."""
-        parts, weak = micro.inputs.parts, micro.inputs.weak
-        if self._fused and weak:
-            rows = [sum(len(part) for part in parts), sum(len(part) for part in weak)]
-            with self.engine.segments(rows):
-                return self.engine.forward(_layout(torch.cat([*parts, *weak])))
-        return self.engine.forward(_layout(torch.cat(parts)))
+        parts, weak = micro.inputs.parts, micro.inputs.weak if self._fused else ()
+        batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
+        rows = [sum(len(part) for part in batch) for batch in (*batches, weak) if batch]
+        with self.engine.segments(rows):
+            return self.engine.forward(_layout(torch.cat([*parts, *weak])))
 
     def _split_fused(
         self, logits: Tensor, micro: MicroBatch

@@ -84,6 +84,7 @@ class AddOn(Algorithm):
         self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
         self.groups = base.groups
         self.head_names = base.head_names
+        self.normalizes_apart = base.normalizes_apart
         self.heads_hint = base.heads_hint
         self.predicts = base.predicts
         self.generations = base.generations

@@ -249,6 +249,8 @@ class Algorithm:
     generations: int = 1
     """Equal parts of the run. Before each but the first the teacher labels every unlabelled row,
     for `take_labels`, and the student begins anew."""
+    normalizes_apart: bool = False
+    """Whether batch normalisation takes labelled rows and the others for batches of their own."""
     heads_hint: str = "before prepare: model = hpdist.with_heads(model, algorithm, example)"
     """What to do where a model has none of them."""
     predicts: str | None = None

@@ -35,13 +35,14 @@ class Ladder(Algorithm):
     """L = L_x + sum_l lambda_l mean_b C_l(u_b): of noisy logits, and of the decoder's costs.
 
     Algorithm 1 of the paper. C_l is a row's squared error of layer l, the mean over its units,
-    which the model `ladder` gives behind its logits. u is a weak view. Other than in the paper, a
-    layer is normalised over labelled and unlabelled rows together.
+    which the model `ladder` gives behind its logits. u is a weak view. A layer is normalised over
+    labelled and unlabelled rows apart.
     """
 
     paper: ClassVar[str] = "Rasmus et al. 2015, arXiv:1507.02672"
     views: ClassVar[Views] = Views(student_weak=1)
     head_names = ("reconstruction",)
+    normalizes_apart = True
     heads_hint = "only a model with a decoder does: model.name: ladder"
 
     def __init__(self, layer_weights: tuple[float, ...] = (1000.0, 10.0, 0.1)) -> None:

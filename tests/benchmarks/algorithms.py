@@ -53,6 +53,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "adamatch": {"momentum": 0.99},
     "dash": {"warmup": 0.1},
     "freematch": {"momentum": 0.99},
+    "ladder": {"layer_weights": [1.0, 0.1]},
     "mixmatch": {"unsupervised_weight": 10.0, "ramp": 0.5},
     "noisy_student": {"generations": 3},
     "regmixmatch": {"momentum": 0.99},

@@ -62,7 +62,7 @@ def test_leaves_the_run_folder_of_the_contract(run: Path) -> None:
     logged = {"step", "attempt", "loss", "supervised_loss", "unsupervised_loss", "mask_rate"}
     logged |= {"loss_scale", "overflows", "lr", "grad_norm", "examples_per_second", "epoch"}
     assert logged <= records[0].keys()
-    for record in records[:2]:  # of 2 ranks together; the third is an evaluation only
+    for record in records[::2]:  # of 2 ranks together; the second is an evaluation only
         shares = record["pseudo_labels"]
         assert len(shares) == len(record["thresholds"]) == 10
         assert sum(shares) == pytest.approx(1)

@@ -19,7 +19,7 @@ from hpdist.models import MLP, LadderMLP
 from hpdist.models.heads import columns_of, with_heads
 from tests.algorithm_runs import cross_entropy, global_batch, run
 from tests.ranks import run_ranks
-from tests.recipes import make_step, train
+from tests.recipes import LABELED, make_step, train
 
 SIZES = (5, 4, 6, 3)
 EPS = 1e-5
@@ -263,6 +263,26 @@ def test_other_algorithms_can_train_it_too() -> None:
     torch.manual_seed(0)
     algorithm = FixMatch(threshold=0.1)
     assert with_heads(LadderMLP(64, [8], 10), algorithm, torch.zeros(2, 1, 8, 8)).columns
+
+
+def test_a_step_normalises_labelled_rows_apart() -> None:
+    step = make_step(Ladder((1.0, 0.1)))
+    model = step.engine.module
+    model.noise = 0.0
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = model.register_forward_hook(lambda _, x, y: seen.append((x[0].detach(), y.detach())))
+    (record,) = train(step, 1)
+    hook.remove()
+    ((rows, said),) = seen
+    assert all(norm.segments is None for norm in step.engine._norms)
+    step = make_step(Ladder((1.0, 0.1)))  # with the weights of before
+    step.engine.module.noise = 0.0
+    for first, last in ((0, LABELED), (LABELED, len(rows))):
+        alone = step.engine.module.train()(rows[first:last])
+        torch.testing.assert_close(said[first:last], alone, rtol=1e-4, atol=1e-4)
+    together = step.engine.module(rows)
+    assert (said - together)[:LABELED].abs().max() > 0.01
+    assert record["loss"] > 0
 
 
 def test_it_learns_digits() -> None:
