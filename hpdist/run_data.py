@@ -36,7 +36,9 @@ from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.models.hugging_face import HuggingFaceConfig
+from hpdist.models.pixels import with_model_pixels
 from hpdist.tracking.audit import Audit
+from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 
 _NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
@@ -80,7 +82,10 @@ class RunData:
         saved: SavedRun | None,
         uses_unlabeled: bool,
     ) -> None:
-        self.config = config
+        self.config, taken = agreed(lambda: with_model_pixels(config))
+        """The run's settings, with what the views took from the model."""
+        if taken is not None:
+            Console(0, 0, folder.main).say(taken)
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None

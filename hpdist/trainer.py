@@ -255,7 +255,7 @@ class Trainer:
         self.log = self._open_log(self.files)
         try:
             if self.files:
-                agreed(lambda: self.folder.write_text("config.yaml", config.to_yaml()))
+                agreed(lambda: self.folder.write_text("config.yaml", self.data.config.to_yaml()))
             with self.guard:
                 if step.applied_steps < config.steps:
                     self._first_rows()

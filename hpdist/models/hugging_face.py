@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
 
@@ -15,7 +16,8 @@ from hpdist.data.decode import InputSpec
 from hpdist.data.text import Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
-from hpdist.models.build import ModelConfig
+from hpdist.models.build import ModelConfig, Pixels
+from hpdist.models.pixels import checkpoint_pixels
 from hpdist.settings import nearest
 
 
@@ -59,6 +61,12 @@ class HuggingFaceConfig(ModelConfig):
         if spec.tokenizer is None:
             return self.build(spec.shape, num_classes)
         return self._of_text(spec.tokenizer, num_classes)
+
+    def pixels(self) -> Pixels:
+        """What the checkpoint's image processor does to images, at the size of `config`, if any."""
+        found = checkpoint_pixels(self.path, self.revision, "model.name")
+        side = self.config.get("image_size")
+        return replace(found, size=side) if isinstance(side, int) else found
 
     def require_image(self, input_shape: tuple[int, ...]) -> None:
         """Raise ConfigError unless the inputs are [channels, height, width]."""
