@@ -151,6 +151,14 @@ class RunData:
         tokenizer.vocabulary  # noqa: B018  (loads it, for an error to come here)
         return InputSpec.of_text(tokenizer)
 
+    @property
+    def unlabeled_spec(self) -> InputSpec:
+        """How unlabelled rows are decoded: as others, or with a strong view of their own."""
+        column = getattr(self.config.views, "strong_column", None)
+        if column is None or self.spec.tokenizer is None:
+            return self.spec
+        return InputSpec.of_text(self.spec.tokenizer, column)
+
     def _fit_views(self, saved: SavedRun | None) -> None:
         """Have views measure the training rows, or take over what they measured. Collective."""
         views = self.views
@@ -182,16 +190,17 @@ class RunData:
 
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
+        spec = self.unlabeled_spec
         assert source is not None
         found = None
         if objects.unlabeled is None:
             recorded = self.folder.read_json(_FILES) if resumed else None
-            found = from_main(lambda: survey(source, self.labeled, self.spec, loading, recorded))
+            found = from_main(lambda: survey(source, self.labeled, spec, loading, recorded))
         self.unlabeled = agreed(
             lambda: open_unlabeled(
                 source,
                 self.labeled,
-                self.spec,
+                spec,
                 dataset=objects.unlabeled,
                 found=found,
                 loading=loading,
@@ -227,7 +236,7 @@ class RunData:
         self.streams: dict[str, BatchStream[Any]] = {"labeled": self.labeled_stream}
         source = self.config.data.unlabeled
         if self.unlabeled is not None and source is not None:
-            self.unlabeled_stream = make(self.unlabeled, batch.unlabeled)
+            self.unlabeled_stream = make(self.unlabeled, batch.unlabeled, spec=self.unlabeled_spec)
             self.streams["unlabeled"] = self.unlabeled_stream
             if files and source.audit:
                 self._audit = Audit(self.folder.path / "audit", rank)
@@ -255,7 +264,9 @@ class RunData:
         rows, batch = self.unlabeled_rows, self.config.batch.unlabeled
         if rows is None:
             raise DataError("data.unlabeled: how many rows there are is not known")
-        stream: BatchStream[UnlabeledBatch] = self._make_stream(self.unlabeled, batch)
+        stream: BatchStream[UnlabeledBatch] = self._make_stream(
+            self.unlabeled, batch, spec=self.unlabeled_spec
+        )
         try:
             for _ in range(-(-rows // batch)):
                 agreed(stream.look_ahead)

@@ -173,7 +173,7 @@ class Trainer:
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
         algorithm = self._make_algorithm()
-        check_inputs(algorithm, self.data.spec)
+        check_inputs(algorithm, self.data.unlabeled_spec)
         model = self._make_model(objects, algorithm)
         initial = initial_values(model, algorithm.generations)
         if micro_batches > 1 and any(batch_norms(model)):
