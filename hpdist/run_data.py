@@ -36,7 +36,7 @@ from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.models.hugging_face import HuggingFaceConfig
-from hpdist.models.pixels import with_model_pixels
+from hpdist.models.pixels import for_channels, with_model_pixels
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
@@ -84,8 +84,6 @@ class RunData:
     ) -> None:
         self.config, taken = agreed(lambda: with_model_pixels(config))
         """The run's settings, with what the views took from the model."""
-        if taken is not None:
-            Console(0, 0, folder.main).say(taken)
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
@@ -96,6 +94,11 @@ class RunData:
         self._audit: Audit | None = None
         resumed = saved is not None
         agreed(lambda: self._open_labeled(objects, resumed))
+        if self.spec.kind == "image":
+            self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
+            taken = "; ".join(filter(None, (taken, fitted))) or None
+        if taken is not None:
+            Console(0, 0, folder.main).say(taken)
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
         self.test, self.validation = agreed(

@@ -37,6 +37,28 @@ def with_model_pixels(config: RunConfig) -> tuple[RunConfig, str | None]:
     return changed, f"{said}: taken from {found.source}"
 
 
+def for_channels(
+    config: RunConfig, given: RunConfig, channels: int
+) -> tuple[RunConfig, str | None]:
+    """Make what `with_model_pixels` took for three channels fit one, by its mean; and say so.
+
+    `given` are the settings before that: what they set stays.
+    """
+    before, now = config.views, given.views
+    if not isinstance(before, ImageViewsConfig) or not isinstance(now, ImageViewsConfig):
+        return config, None
+    changed = {
+        key: [sum(values) / len(values)]
+        for key in ("mean", "std")
+        if getattr(now, key) is None and len(values := getattr(before, key) or []) > channels == 1
+    }
+    if not changed:
+        return config, None
+    views = before.model_copy(update=changed)
+    said = ", ".join(f"views.{key} {_shown(value)}" for key, value in changed.items())
+    return config.model_copy(update={"views": views}), f"for one channel their mean: {said}"
+
+
 def _shown(value: object) -> str:
     numbers = value if isinstance(value, list) else [value]
     text = ", ".join(f"{number:.4g}" for number in numbers)
