@@ -17,6 +17,7 @@ from hpdist.data.text import Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
 from hpdist.models.build import ModelConfig, Pixels
+from hpdist.models.lora import Lora, add_adapters
 from hpdist.models.pixels import checkpoint_pixels
 from hpdist.settings import nearest
 
@@ -42,6 +43,8 @@ class HuggingFaceConfig(ModelConfig):
     """Run Python code that comes with the checkpoint."""
     freeze: list[str] = Field([])
     """Parameters that are not trained, by name with wildcards, as `bert.embeddings.*`."""
+    lora: Lora | None = None
+    """Low-rank adapters: the checkpoint's own weights are not trained; needs peft."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """The learning rate of each block, as a share of the next one's; that of the last layer is
     `optim.lr`."""
@@ -114,6 +117,7 @@ class HuggingFaceConfig(ModelConfig):
                     f"model.name: {self.name} is a model of type {config.model_type}, of which "
                     f"transformers has none that classifies {kinds[kind]}"
                 )
+            fresh: set[str] = set()
             if not self.pretrained:
                 trust = self.trust_remote_code
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust)
@@ -128,6 +132,9 @@ class HuggingFaceConfig(ModelConfig):
                     **common,
                 )
                 self._check_loaded(model, found, num_classes)
+                fresh = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        if self.lora is not None:
+            add_adapters(model, self.lora, fresh)
         self._freeze(model)
         if self.layer_decay is not None:
             scale_learning_rates(model, self.layer_decay)
