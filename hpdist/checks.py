@@ -50,7 +50,7 @@ def _multiples(size: int, ranks: int) -> str:
 
 
 def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
-    """Raise ConfigError where the algorithm computes with inputs that are token ids."""
+    """Raise ConfigError where the algorithm cannot use inputs such as the unlabelled ones."""
     if spec.kind == "text" and (algorithm.groups is not None or algorithm.views.probed):
         raise ConfigError(
             f"algorithm.name: {type(algorithm).__name__} mixes inputs or adds to them, which text "
@@ -63,6 +63,11 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
             f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
             "back, which waveforms of different lengths do not allow; set views.spectrogram: true, "
             "or choose one that does not, such as fixmatch"
+        )
+    if spec.beside is not None and algorithm.views.uses_unlabeled and not algorithm.views.strong:
+        raise ConfigError(
+            f"views.strong_column: {type(algorithm).__name__} makes no strong view of unlabelled "
+            "rows; leave it out, or choose an algorithm that does, such as fixmatch"
         )
 
 

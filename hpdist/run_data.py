@@ -40,6 +40,7 @@ from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.models.hugging_face import HuggingFaceConfig
+from hpdist.models.pixels import for_channels, with_model_pixels
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
@@ -86,7 +87,8 @@ class RunData:
         saved: SavedRun | None,
         uses_unlabeled: bool,
     ) -> None:
-        self.config = config
+        self.config, taken = agreed(lambda: with_model_pixels(config))
+        """The run's settings, with what the views took from the model."""
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
@@ -97,6 +99,11 @@ class RunData:
         self._audit: Audit | None = None
         resumed = saved is not None
         agreed(lambda: self._open_labeled(objects, saved))
+        if self.spec.kind == "image":
+            self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
+            taken = "; ".join(filter(None, (taken, fitted))) or None
+        if taken is not None:
+            Console(0, 0, folder.main).say(taken)
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
         self.test, self.validation = agreed(
@@ -166,6 +173,14 @@ class RunData:
         tokenizer.vocabulary  # noqa: B018  (loads it, for an error to come here)
         return InputSpec.of_text(tokenizer)
 
+    @property
+    def unlabeled_spec(self) -> InputSpec:
+        """How unlabelled rows are decoded: as others, or with a strong view of their own."""
+        column = getattr(self.config.views, "strong_column", None)
+        if column is None or self.spec.tokenizer is None:
+            return self.spec
+        return InputSpec.of_text(self.spec.tokenizer, column)
+
     def _fit_views(self, saved: SavedRun | None) -> None:
         """Have views measure the training rows, or take over what they measured. Collective."""
         views = self.views
@@ -209,16 +224,17 @@ class RunData:
 
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
+        spec = self.unlabeled_spec
         assert source is not None
         found = None
         if objects.unlabeled is None:
             recorded = self.folder.read_json(_FILES) if resumed else None
-            found = from_main(lambda: survey(source, self.labeled, self.spec, loading, recorded))
+            found = from_main(lambda: survey(source, self.labeled, spec, loading, recorded))
         self.unlabeled = agreed(
             lambda: open_unlabeled(
                 source,
                 self.labeled,
-                self.spec,
+                spec,
                 dataset=objects.unlabeled,
                 found=found,
                 loading=loading,
@@ -266,7 +282,7 @@ class RunData:
         self.streams: dict[str, BatchStream[Any]] = {"labeled": self.labeled_stream}
         source = self.config.data.unlabeled
         if self.unlabeled is not None and source is not None:
-            self.unlabeled_stream = make(self.unlabeled, batch.unlabeled)
+            self.unlabeled_stream = make(self.unlabeled, batch.unlabeled, spec=self.unlabeled_spec)
             self.streams["unlabeled"] = self.unlabeled_stream
             if files and source.audit:
                 self._audit = Audit(self.folder.path / "audit", rank)
@@ -295,7 +311,9 @@ class RunData:
         rows, batch = self.unlabeled_rows, self.config.batch.unlabeled
         if rows is None:
             raise DataError("data.unlabeled: how many rows there are is not known")
-        stream: BatchStream[UnlabeledBatch] = self._make_stream(self.unlabeled, batch)
+        stream: BatchStream[UnlabeledBatch] = self._make_stream(
+            self.unlabeled, batch, spec=self.unlabeled_spec
+        )
         try:
             for _ in range(-(-rows // batch)):
                 agreed(stream.look_ahead)

@@ -170,7 +170,7 @@ class Trainer:
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
         algorithm = self._make_algorithm()
-        check_inputs(algorithm, self.data.spec)
+        check_inputs(algorithm, self.data.unlabeled_spec)
         model = self._make_model(objects, algorithm)
         initial = initial_values(model, algorithm.generations)
         if micro_batches > 1 and any(batch_norms(model)):
@@ -245,7 +245,7 @@ class Trainer:
         self.log = self._open_log(self.files)
         try:
             if self.files:
-                agreed(lambda: self.folder.write_text("config.yaml", config.to_yaml()))
+                agreed(lambda: self.folder.write_text("config.yaml", self.data.config.to_yaml()))
             with self.guard:
                 if step.applied_steps < config.steps:
                     self._first_rows()

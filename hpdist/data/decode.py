@@ -58,7 +58,7 @@ class InputSpec:
     """
 
     kind: Literal["image", "vector", "text", "audio"]
-    shape: tuple[int, ...]  # (channels, height, width), (features,), (tokens,) or (samples,)
+    shape: tuple[int, ...]  # (channels, height, width), (features,), ([2,] tokens) or (samples,)
     stored: Literal["encoded", "array", "text", "sound"]
     mode: str | None = None  # L, RGB or RGBA, of images
     channels_last: bool = False  # how 3-D arrays are stored
@@ -68,6 +68,7 @@ class InputSpec:
     tokenizer: Tokenizer | None = None  # of text
     sampling: Sampling | None = None  # of sound
     seen: tuple[int, ...] | None = None  # a row as the views give it to the model, if not `shape`
+    beside: str | None = None  # a column with a second text of each row; stored values are pairs
 
     @classmethod
     def of(cls, value: Any, size: int | None) -> InputSpec:
@@ -100,9 +101,10 @@ class InputSpec:
         return cls("image", shape, "array", modes[channels], channels_last, size)
 
     @classmethod
-    def of_text(cls, tokenizer: Tokenizer) -> InputSpec:
-        """The spec of text, which no row needs to tell."""
-        return cls("text", (tokenizer.max_length,), "text", tokenizer=tokenizer)
+    def of_text(cls, tokenizer: Tokenizer, beside: str | None = None) -> InputSpec:
+        """The spec of text, which no row needs to tell; with a second one in column `beside`."""
+        shape = (tokenizer.max_length,) if beside is None else (2, tokenizer.max_length)
+        return cls("text", shape, "text", tokenizer=tokenizer, beside=beside)
 
     @classmethod
     def of_audio(cls, sampling: Sampling, seen: tuple[int, ...]) -> InputSpec:
@@ -172,6 +174,8 @@ class InputSpec:
                 f"{len(values)} rows of {_by(self.shape)} do not fit into {_by(out.shape)}"
             )
         if self.tokenizer is not None:
+            if self.beside is not None:
+                return self.tokenizer.decode_pairs_into(values, out, self.beside)
             return self.tokenizer.decode_into(values, out)
         reasons = {}
         for line, value in enumerate(values):
@@ -190,7 +194,7 @@ class InputSpec:
 
     def _decode_into(self, value: Any, out: Array) -> None:
         if self.tokenizer is not None:
-            for reason in self.tokenizer.decode_into([value], out[None]).values():
+            for reason in self.decode_array([value], out[None]).values():
                 raise ValueError(reason)
             return
         if self.sampling is not None:

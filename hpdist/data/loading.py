@@ -13,7 +13,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.config import Source
 from hpdist.data.decode import Column
-from hpdist.errors import DataError
+from hpdist.errors import ConfigError, DataError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
 
@@ -256,6 +256,22 @@ def is_text(features: Any, column: Column | list[str] | None) -> bool:
 
 def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
+
+
+def text_beside(features: Any, column: str, where: str) -> str:
+    """Give back the column of `views.strong_column`; raises ConfigError where it is no text."""
+    texts = ", ".join(name for name in features if _is_text(features[name])) or "none"
+    setting = f"views.strong_column: in {where}"
+    if column not in features:
+        raise ConfigError(
+            f"{setting} there is no column {column!r}; there are {', '.join(features)} "
+            f"(of text: {texts})"
+        )
+    if not _is_text(features[column]):
+        raise ConfigError(
+            f"{setting} column {column!r} holds {features[column]}, not text; of text: {texts}"
+        )
+    return column
 
 
 def _is_input(feature: Any) -> bool:

@@ -75,6 +75,18 @@ class Tokenizer:
                 out[line] = row
         return dict(sorted(reasons.items()))
 
+    def decode_pairs_into(self, values: Sequence[Any], out: Array, second: str) -> dict[int, str]:
+        """Do as `decode_into` does with pairs, into [values, 2, max_length].
+
+        `second` is the column of the pairs' second texts. A value that is no pair stands for both.
+        """
+        pairs = [value if isinstance(value, tuple) else (value, value) for value in values]
+        reasons = self.decode_into([pair[0] for pair in pairs], out[:, 0])
+        for line, why in self.decode_into([pair[1] for pair in pairs], out[:, 1]).items():
+            reasons.setdefault(line, f"{why}, in column {second!r}")
+        out[list(reasons)] = 0
+        return dict(sorted(reasons.items()))
+
     @property
     def _loaded(self) -> _Loaded:
         return _load(self.path, self.revision, self.trust_remote_code, self.setting)

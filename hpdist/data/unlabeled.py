@@ -29,6 +29,7 @@ from hpdist.data.loading import (
     raw_view,
     same_column,
     source_name,
+    text_beside,
 )
 from hpdist.data.long_tail import rows_used
 from hpdist.data.sources import LabeledRows, UnlabeledTable
@@ -292,7 +293,7 @@ def open_unlabeled(
     retry = _retry(loading or Loading())
     for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
         if surveyed is not None:
-            parts.append(_parquet_rows(part, config, surveyed, retry, setting))
+            parts.append(_parquet_rows(part, config, surveyed, spec, retry, setting))
         elif not part.streaming:
             parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed))
         elif config.mix:
@@ -329,7 +330,7 @@ def _survey_parquet(
     chosen = split_files(files, part.split, where)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        return _columns(part, datasets.Features.from_arrow_schema(schema), like, where)
+        return _columns(part, datasets.Features.from_arrow_schema(schema), like, spec, where)
 
     index = build_index(chosen, part.split, lambda schema: columns_of(schema)[1], name, retry)
     column, columns, functions = columns_of(index.arrow_schema)
@@ -368,9 +369,14 @@ def _retry(loading: Loading) -> Retry:
 
 
 def _parquet_rows(
-    part: UnlabeledSource, config: Unlabeled, surveyed: Surveyed, retry: Retry, where: str
+    part: UnlabeledSource,
+    config: Unlabeled,
+    surveyed: Surveyed,
+    spec: InputSpec,
+    retry: Retry,
+    where: str,
 ) -> ParquetRows:
-    functions = row_functions(part, surveyed.column, where)
+    functions = row_functions(part, surveyed.column, where, spec.beside)
     name = source_name(part, None, where)
     return ParquetRows(
         surveyed.index,
@@ -393,7 +399,7 @@ def _open_unlabeled_table(
     seed: int,
 ) -> UnlabeledTable:
     table, name = open_table(config, dataset, where)
-    column, columns, functions = _columns(config, table.features, like, where)
+    column, columns, functions = _columns(config, table.features, like, spec, where)
     view = raw_view(table, columns)
     ids = rows_used(config, table, like, seed, where, name)
     rows = UnlabeledTable(view, column, name, ids, functions)
@@ -419,7 +425,7 @@ def _open_sequential(
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
     features = stream.features or datasets.Features.from_arrow_schema(first.schema)
-    column, columns, functions = _columns(part, features, like, where)
+    column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
     _check_fit(
@@ -440,9 +446,10 @@ def _first_table(stream: Any, name: str) -> Any:
 
 
 def _columns(
-    config: UnlabeledSource, features: Any, like: LabeledRows, where: str
+    config: UnlabeledSource, features: Any, like: LabeledRows, spec: InputSpec, where: str
 ) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
+    beside = [] if spec.beside is None else [text_beside(features, spec.beside, where)]
     column = input_column(
         features,
         config.input or same_column(like.column, features),
@@ -452,8 +459,8 @@ def _columns(
     )
     check_order(column, like.column, where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
-    columns = tuple(dict.fromkeys([*names_of(column), *others]))
-    return column, columns, row_functions(config, column, where)
+    columns = tuple(dict.fromkeys([*names_of(column), *beside, *others]))
+    return column, columns, row_functions(config, column, where, spec.beside)
 
 
 def _check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str]) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpdist.distributed.reduce import world_size
+from hpdist.errors import ConfigError
 
 _Seen: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Of one pass: elements per channel on all ranks, mean and unbiased variance."""
@@ -226,14 +227,39 @@ class _NormaliseGlobally(torch.autograd.Function):
         )
 
 
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """The same with timm's dropout and activation behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Normalise, then drop and activate."""
+        return cast(Tensor, self.act(self.drop(super().forward(input))))
+
+
+def _replacement_of(model: _BatchNorm) -> type[GlobalBatchNorm]:
+    """Which class does globally what a BatchNorm does. Raises ConfigError for unknown forwards."""
+    kind = type(model)
+    if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return GlobalBatchNorm
+    parts = {name for name, _ in model.named_children()}
+    if kind.__module__.startswith("timm.") and parts == {"drop", "act"}:
+        return GlobalBatchNormAct
+    raise ConfigError(
+        f"model: {kind.__module__}.{kind.__name__} is a BatchNorm with a forward of its own, which "
+        "cannot be made one over the global batch; use torch's, or another normalisation"
+    )
+
+
 def global_batch_norm(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm in `model` by a `GlobalBatchNorm` with the same tensors.
 
     Call it before the model is prepared. Returns the model (another one if it is itself a
-    BatchNorm).
+    BatchNorm). Raises ConfigError for a BatchNorm that computes something else than torch's.
     """
     if isinstance(model, _BatchNorm) and not isinstance(model, GlobalBatchNorm):
-        replacement = GlobalBatchNorm(
+        replacement = _replacement_of(model)(
             model.num_features,
             model.eps,
             model.momentum,
@@ -242,6 +268,8 @@ def global_batch_norm(model: nn.Module) -> nn.Module:
         )
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(replacement, name, getattr(model, name))
+        for name, child in model.named_children():
+            setattr(replacement, name, child)
         return replacement.train(model.training)
     for name, child in model.named_children():
         setattr(model, name, global_batch_norm(child))

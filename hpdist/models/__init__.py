@@ -5,6 +5,7 @@ from hpdist.models.cnn import CNN
 from hpdist.models.hugging_face import HuggingFaceConfig, TextClassifier
 from hpdist.models.ladder import LadderMLP
 from hpdist.models.mlp import MLP
+from hpdist.models.timm_model import TimmConfig
 from hpdist.models.wide_resnet import WideResNet
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LadderMLP",
     "ModelConfig",
     "TextClassifier",
+    "TimmConfig",
     "WideResNet",
     "build_model",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,20 @@ from torch import nn
 from hpdist.config import IN_PYTHON, Component, PythonComponent, import_object
 from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a model was trained to see images; None where that is not known."""
+
+    source: str
+    """Where that stands, or why it is not known."""
+    mean: list[float] | None = None
+    """Per channel, or one for all, of pixels in [0, 1]."""
+    std: list[float] | None = None
+    """What pixels are divided by after that."""
+    size: int | None = None
+    """Side of the images, which are square."""
 
 
 class ModelConfig(Component):
@@ -39,6 +54,10 @@ class ModelConfig(Component):
                 "hf:… or a model of your own"
             )
         return self.build(spec.seen or spec.shape, num_classes)
+
+    def pixels(self) -> Pixels | None:
+        """How the model wants its images, where something comes with it that says so."""
+        return None
 
     def require_image(self, input_shape: tuple[int, ...]) -> None:
         """Raise ConfigError unless the inputs are [channels, height, width]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
 
@@ -15,9 +16,11 @@ from hpdist.data.decode import InputSpec
 from hpdist.data.text import Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
-from hpdist.models.build import ModelConfig
+from hpdist.models.build import ModelConfig, Pixels
 from hpdist.models.hugging_face_audio import OWN_NOISE, AudioClassifier, check_audio, check_rate
+from hpdist.models.lora import Lora, add_adapters
 from hpdist.models.outputs import on_trial
+from hpdist.models.pixels import checkpoint_pixels
 from hpdist.settings import nearest
 
 
@@ -42,6 +45,8 @@ class HuggingFaceConfig(ModelConfig):
     """Run Python code that comes with the checkpoint."""
     freeze: list[str] = Field([])
     """Parameters that are not trained, by name with wildcards, as `bert.embeddings.*`."""
+    lora: Lora | None = None
+    """Low-rank adapters: the checkpoint's own weights are not trained; needs peft."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """The learning rate of each block, as a share of the next one's; that of the last layer is
     `optim.lr`."""
@@ -63,6 +68,12 @@ class HuggingFaceConfig(ModelConfig):
         if spec.tokenizer is None:
             return self.build(spec.shape, num_classes)
         return self._of_text(spec.tokenizer, num_classes)
+
+    def pixels(self) -> Pixels:
+        """What the checkpoint's image processor does to images, at the size of `config`, if any."""
+        found = checkpoint_pixels(self.path, self.revision, "model.name")
+        side = self.config.get("image_size")
+        return replace(found, size=side) if isinstance(side, int) else found
 
     def require_image(self, input_shape: tuple[int, ...]) -> None:
         """Raise ConfigError unless the inputs are [channels, height, width]."""
@@ -125,6 +136,7 @@ class HuggingFaceConfig(ModelConfig):
                     f"model.name: {self.name} is a model of type {config.model_type}, of which "
                     f"transformers has none that classifies {kinds[kind]}"
                 )
+            fresh: set[str] = set()
             if not self.pretrained:
                 trust = self.trust_remote_code
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust)
@@ -139,6 +151,9 @@ class HuggingFaceConfig(ModelConfig):
                     **common,
                 )
                 self._check_loaded(model, found, num_classes)
+                fresh = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        if self.lora is not None:
+            add_adapters(model, self.lora, fresh)
         self._freeze(model)
         if self.layer_decay is not None:
             scale_learning_rates(model, self.layer_decay)

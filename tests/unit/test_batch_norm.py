@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdist.distributed.batch_norm import GlobalBatchNorm, batch_norms, global_batch_norm
+from hpdist.errors import ConfigError
 from tests.ranks import run_ranks
 
 
@@ -117,3 +118,16 @@ def test_replaces_every_kind_and_keeps_values() -> None:
     assert converted[0].running_mean[0] == 7.0
     assert not converted[0].training
     assert converted[0](torch.zeros(2, 3)).shape == (2, 3)
+
+
+class Scaled(nn.BatchNorm2d):
+    """A BatchNorm with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_batch_norm_that_computes_something_else_is_refused() -> None:
+    assert isinstance(global_batch_norm(nn.SyncBatchNorm(4)), GlobalBatchNorm)
+    with pytest.raises(ConfigError, match=r"Scaled is a BatchNorm with a forward of its own"):
+        global_batch_norm(nn.Sequential(Scaled(4)))

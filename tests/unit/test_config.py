@@ -293,7 +293,7 @@ def test_the_schema_has_every_component_with_its_options():
         options = [_resolve(schema, option) for option in schema["properties"][kind]["oneOf"]]
         names = [option["properties"]["name"] for option in options]
         assert [n["const"] for n in names if "const" in n] == component_names(kind)
-        patterns = ["^hf:.", "^python:"] if kind == "model" else []
+        patterns = ["^hf:.", "^timm:.", "^python:"] if kind == "model" else []
         assert [n["pattern"] for n in names if "pattern" in n] == patterns
         # Without a name an object may fit one option only.
         unnamed = [o for o in options if "name" not in o.get("required", [])]

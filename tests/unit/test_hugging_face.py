@@ -321,7 +321,7 @@ def test_the_name_chooses_the_options():
     assert configuration.parse(parsed.model_dump()).model == parsed.model
     with pytest.raises(ConfigError, match=r"model\.layers: unknown setting"):
         configuration.parse(values | {"model": {"name": "hf:bert", "layers": 2}})
-    with pytest.raises(ConfigError, match=r"known: .*hf:folder-or-id, or python:"):
+    with pytest.raises(ConfigError, match=r"known: .*hf:folder-or-id, .*or python:"):
         configuration.parse(values | {"model": {"name": "brt"}})
     assert "layer_decay" in configuration.json_schema()
 

@@ -28,11 +28,16 @@ class RowFunctions:
     column: Column
     keep: Callable[[Row], bool] | None = None
     map: Callable[[Row], Row] | None = None
+    beside: str | None = None
+    """A column whose value comes with the input's, as the second of a pair."""
 
     def values(self, table: pa.Table) -> Values:
         """The input column's stored values, mapped, and which rows the filter leaves out."""
         if self.keep is None and self.map is None:
-            return Values(stored_inputs(table, self.column))
+            inputs = stored_inputs(table, self.column)
+            if self.beside is not None:
+                inputs = list(zip(inputs, stored_values(table.column(self.beside)), strict=True))
+            return Values(inputs)
         columns = {name: stored_values(table.column(name)) for name in table.column_names}
         found = Values([])
         for line in range(len(table)):
@@ -44,7 +49,9 @@ class RowFunctions:
             try:
                 kept = self.keep is None or bool(self.keep(row))
                 mapped = self.map(row) if kept and self.map is not None else row
-                found.values.append(_stored(mapped, self.column))
+                value = _stored(mapped, self.column)
+                pair = value if self.beside is None else (value, mapped[self.beside])
+                found.values.append(pair)
             except Exception as error:  # whatever the user's function raises
                 found.values.append(Unreadable(f"filter or map failed: {describe(error)}"))
                 continue
@@ -61,10 +68,12 @@ class Values:
     left_out: set[int] = field(default_factory=set)
 
 
-def row_functions(config: UnlabeledSource, column: Column, where: str) -> RowFunctions:
+def row_functions(
+    config: UnlabeledSource, column: Column, where: str, beside: str | None = None
+) -> RowFunctions:
     """The functions that a config names. Raises ConfigError where one cannot be imported."""
-    found = [_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map")]
-    return RowFunctions(column, *found)
+    keep, change = (_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map"))
+    return RowFunctions(column, keep, change, beside)
 
 
 def _function(name: str | None, where: str) -> Any:

@@ -62,11 +62,14 @@ class ImageViewsConfig(Component):
     kind: ClassVar[str] = "views"
     name: Literal["image"] = "image"
     size: int | None = Field(default=None, gt=0)
-    """Resize rows to size x size when they are read; by default they keep their size."""
-    mean: list[float] = Field(default=[0.5], min_length=1)
-    """Subtracted from pixels in [0, 1]: one value per channel, or one for all."""
-    std: list[Annotated[float, Field(gt=0)]] = Field(default=[0.25], min_length=1)
-    """What pixels are divided by, after the mean: one value per channel, or one for all."""
+    """Resize rows to size x size when they are read; by default to what the model was trained with
+    (`hf:`, `timm:`), else they keep their size."""
+    mean: list[float] | None = Field(default=None, min_length=1)
+    """Subtracted from pixels in [0, 1]: one value per channel, or one for all; by default what the
+    model was trained with (`hf:`, `timm:`), else 0.5."""
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """What pixels are divided by, after the mean: one value per channel, or one for all; by default
+    what the model was trained with, else 0.25."""
     weak: Weak = Weak()
     strong: Strong = Strong()
 
@@ -122,8 +125,8 @@ class ImageViews:
 
     def _normalize(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the standard deviation. Changes `images` in place."""
-        mean = _per_channel("mean", self.config.mean, images)
-        std = _per_channel("std", self.config.std, images)
+        mean = _per_channel("mean", self.config.mean or [0.5], images)
+        std = _per_channel("std", self.config.std or [0.25], images)
         return images.sub_(mean).div_(std)
 
 

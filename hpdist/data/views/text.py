@@ -58,15 +58,19 @@ class TextViewsConfig(Component):
     """Tokens of a row; longer text is cut off, shorter text padded."""
     tokenizer: str | None = None
     """The folder or the Hub's id of a tokenizer; by default that of a model `hf:...`."""
+    strong_column: str | None = None
+    """A column of the unlabelled rows that is their strong view, such as a back-translation; the
+    weak view and everything labelled stay those of the input."""
     weak: Weak = Weak()
-    strong: Strong = Strong()
+    strong: Strong | None = None
+    """The strong view's noise; where it is left out, there is none on top of `strong_column`."""
 
     def build(self, seed: int, vocabulary: Vocabulary) -> TextViews:
         """Build the views of a tokenizer's ids, with noise from this seed.
 
         Raises ConfigError where tokens are to be masked and there is no mask token.
         """
-        for setting, view in (("weak", self.weak), ("strong", self.strong)):
+        for setting, view in (("weak", self.weak), ("strong", self.strong or Strong())):
             if view.mask and vocabulary.mask is None:
                 raise ConfigError(
                     f"views.{setting}.mask: the tokenizer has no mask token; set it to 0"
@@ -77,7 +81,8 @@ class TextViewsConfig(Component):
 class TextViews:
     """The `Views` of text: int64 [B, T] to int64 [B, T], padded on the right.
 
-    Special tokens (beginning, end, padding) stay; at least one other token does too, unmasked.
+    Rows with a strong view of their own are [B, 2, T], that view behind the input. Special tokens
+    (beginning, end, padding) stay; at least one other token does too, unmasked.
     """
 
     def __init__(self, config: TextViewsConfig, seed: int, vocabulary: Vocabulary) -> None:
@@ -89,27 +94,28 @@ class TextViews:
 
     def plain(self, x: Tensor) -> Tensor:
         """Return the tokens as they are. See `Views`."""
-        _check_tokens(x)
-        return x
+        return _part(x, 0)
 
     def weak(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Change a few tokens. See `Views`."""
-        return self._view(x, self.config.weak, ("text weak", stream, str(copy)), step, positions)
+        names = ("text weak", stream, str(copy))
+        return self._view(_part(x, 0), self.config.weak, names, step, positions)
 
     def strong(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
-        """Change many tokens. See `Views`."""
-        return self._view(
-            x, self.config.strong, ("text strong", stream, str(copy)), step, positions
-        )
+        """Change many tokens; a strong view that came with the row only by config. See `Views`."""
+        names = ("text strong", stream, str(copy))
+        if x.dim() == 3 and self.config.strong is None:
+            return _part(x, 1)
+        strong = self.config.strong or Strong()
+        return self._view(_part(x, 1), strong, names, step, positions)
 
     def _view(
         self, x: Tensor, view: Weak, names: tuple[str, ...], step: int, positions: Tensor
     ) -> Tensor:
-        _check_tokens(x)
         check_positions(x, positions)
         tokens = x.shape[1]
         count = _PER_ROW + _PER_TOKEN * tokens
@@ -173,6 +179,13 @@ def swapped(x: Tensor, text: Tensor, start: Tensor, drawn: Tensor) -> Tensor:
     second = first.roll(1, dims=1)
     source = place + first.long() - second.long()
     return x.gather(1, source)
+
+
+def _part(x: Tensor, number: int) -> Tensor:
+    """Of rows that hold two texts, [B, 2, T], the first or the second; of others their only one."""
+    text = x[:, number] if x.dim() == 3 else x
+    _check_tokens(text)
+    return text
 
 
 def _check_tokens(x: Tensor) -> None:

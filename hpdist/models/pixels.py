@@ -1,0 +1,136 @@
+"""How a pretrained model of images wants its pixels: what a checkpoint says, as views take it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpdist.config import RunConfig
+from hpdist.data.views import ImageViewsConfig
+from hpdist.errors import ConfigError
+from hpdist.hub import checkpoint_folder, require_transformers
+from hpdist.models.build import ModelConfig, Pixels
+
+_FILES = ("processor_config.json", "preprocessor_config.json")  # the first may hold the second
+
+
+def with_model_pixels(config: RunConfig) -> tuple[RunConfig, str | None]:
+    """Fill what the image views leave open with what the model was trained with.
+
+    Gives the run's settings and a line that says what was taken; None where there is nothing to
+    say. Raises ConfigError where what comes with the model cannot be used.
+    """
+    views, model = config.views, config.model
+    if not isinstance(views, ImageViewsConfig) or not isinstance(model, ModelConfig):
+        return config, None
+    missing = [key for key in ("mean", "std", "size") if getattr(views, key) is None]
+    found = model.pixels() if missing else None
+    if found is None:
+        return config, None
+    taken = {key: getattr(found, key) for key in missing if getattr(found, key) is not None}
+    if not taken:
+        return config, f"note: {found.source}: views.{', views.'.join(missing)} keep their defaults"
+    changed = config.model_copy(update={"views": views.model_copy(update=taken)})
+    said = ", ".join(f"views.{key} {_shown(value)}" for key, value in taken.items())
+    return changed, f"{said}: taken from {found.source}"
+
+
+def for_channels(
+    config: RunConfig, given: RunConfig, channels: int
+) -> tuple[RunConfig, str | None]:
+    """Make what `with_model_pixels` took for three channels fit one, by its mean; and say so.
+
+    `given` are the settings before that: what they set stays.
+    """
+    before, now = config.views, given.views
+    if not isinstance(before, ImageViewsConfig) or not isinstance(now, ImageViewsConfig):
+        return config, None
+    changed = {
+        key: [sum(values) / len(values)]
+        for key in ("mean", "std")
+        if getattr(now, key) is None and len(values := getattr(before, key) or []) > channels == 1
+    }
+    if not changed:
+        return config, None
+    views = before.model_copy(update=changed)
+    said = ", ".join(f"views.{key} {_shown(value)}" for key, value in changed.items())
+    return config.model_copy(update={"views": views}), f"for one channel their mean: {said}"
+
+
+def _shown(value: object) -> str:
+    numbers = value if isinstance(value, list) else [value]
+    text = ", ".join(f"{number:.4g}" for number in numbers)
+    return f"[{text}]" if isinstance(value, list) else text
+
+
+def checkpoint_pixels(path: str, revision: str | None, setting: str) -> Pixels:
+    """What the image processor's file of a Hugging Face checkpoint says; of none, nothing.
+
+    `path` is a folder or an id of the Hub; `setting` is for messages. Raises ConfigError.
+    """
+    require_transformers(setting)
+    from transformers.utils.hub import cached_file
+
+    with checkpoint_folder(path, setting) as place:
+        for name in _FILES:
+            file = cached_file(
+                place, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+            if file is None:
+                continue
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+            if name == _FILES[0]:
+                values = values.get("image_processor")
+            if values is not None:
+                return _of_processor(values, f"{name} of {path}")
+    return Pixels(f"{path} holds no {_FILES[1]}")
+
+
+def _of_processor(values: Mapping[str, Any], source: str) -> Pixels:
+    """Turn an image processor's settings into those of pixels in [0, 1] at one size."""
+    try:
+        mean, std = _normalisation(values)
+        return Pixels(source, mean, std, _side(values))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.name: {source} is no image processor that views can follow ({error}); set "
+            "views.mean, views.std and views.size"
+        ) from error
+
+
+def _normalisation(values: Mapping[str, Any]) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and deviation, per channel, of pixels in [0, 1]."""
+    factor = float(values.get("rescale_factor") or 1 / 255) if values.get("do_rescale", True) else 1
+    factor *= 255  # that pixels in [0, 1] are multiplied by
+    offset = 1.0 if values.get("rescale_offset") else 0.0
+    if not values.get("do_normalize", True):
+        mean, std = [0.0], [1.0]
+    elif values.get("image_mean") is None or values.get("image_std") is None:
+        return None, None
+    else:
+        mean, std = (_numbers(values[key]) for key in ("image_mean", "image_std"))
+    if not all(value > 0 for value in std):
+        raise ValueError(f"image_std is {std}")
+    return [(value + offset) / factor for value in mean], [value / factor for value in std]
+
+
+def _numbers(value: Any) -> list[float]:
+    return [float(number) for number in (value if isinstance(value, list) else [value])]
+
+
+def _side(values: Mapping[str, Any]) -> int | None:
+    """The side of the square that the model sees; None where rows keep their size."""
+    if values.get("do_center_crop") and values.get("crop_size") is not None:
+        size = values["crop_size"]
+    elif values.get("do_resize", True):
+        size = values.get("size")
+    else:
+        return None
+    if isinstance(size, Mapping):
+        sides = {size[key] for key in ("height", "width", "shortest_edge") if size.get(key)}
+        if len(sides) != 1:
+            raise ValueError(f"its size is {dict(size)}, not one square's")
+        (size,) = sides
+    return None if size is None else int(size)
