@@ -58,7 +58,7 @@ def test_it_resolves_and_its_parts_can_be_made(path: Path) -> None:
 
 def test_the_sets_of_the_hub_have_a_config() -> None:
     stems = {path.stem.partition("_")[0] for path in HUB}
-    assert stems == {"ag", "cifar100", "eurosat", "imdb", "stl10", "yelp"}
+    assert stems == {"ag", "cifar100", "esc50", "eurosat", "imdb", "speech", "stl10", "yelp"}
 
 
 @pytest.mark.parametrize("path", HUB, ids=named)
@@ -70,6 +70,6 @@ def test_a_config_of_a_public_set_says_whose_settings_it_has(path: Path) -> None
     assert {source.path for source in sets(config)} == {config.data.labeled.path}
     assert all(ON_THE_HUB.fullmatch(source.path) for source in sets(config))
     assert config.data.test is not None
-    assert config.data.test.split == "test"
+    assert config.data.test.split != config.data.labeled.split
     if isinstance(config.model, HuggingFaceConfig | TimmConfig):
         assert config.model.pretrained
