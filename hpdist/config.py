@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -389,8 +390,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     lay_over(values, pairs)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
-        run["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run"
+        run["name"] = _default_name(path)
     return parse(values, str(path), [key for key, _ in pairs])
+
+
+def _default_name(path: Path) -> str:
+    """The config file's; in a sweep of W&B with the run's id, since each is a run of its own."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run"
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
+        name = f"{name}-{os.environ['WANDB_RUN_ID']}"
+    return name
 
 
 def json_schema() -> str:

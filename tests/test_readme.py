@@ -20,7 +20,7 @@ from hpdist.data.digits import write_digits
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CHECKED_OTHERWISE = ("make", "pip", "source", "wandb", "tensorboard", "sbatch")
+CHECKED_OTHERWISE = ("make", "pip", "source", "wandb", "tensorboard", "sbatch", "kubectl", "sky")
 """Commands that install, need an account, or do not end: what they name must exist."""
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
-    shutil.copytree(ROOT / "configs", folder / "configs")
+    for part in ("configs", "launch"):
+        shutil.copytree(ROOT / part, folder / part)
     write_digits(folder / "demo" / "digits")
     _write_photos(folder / "photos")
     _write_customers(folder / "customers")
@@ -100,7 +101,9 @@ def test_every_command_of_the_readme_works(clone):
             command = shlex.split(line, comments=True)
             if not command:
                 continue
-            if command[0] in CHECKED_OTHERWISE or "# GPUs" in line:
+            while "=" in command[0]:  # a variable for the command
+                command.pop(0)
+            if command[0] in (*CHECKED_OTHERWISE, "launch/hosts.sh") or "# GPUs" in line:
                 _check(command, clone)
                 continue
             done = subprocess.run(
@@ -123,14 +126,36 @@ def _check(command, clone):
         assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in wanted)
     elif command[:2] == ["wandb", "sync"]:
         assert glob.glob(command[-1], root_dir=clone)
-    elif command[0] == "sbatch":
-        subprocess.run(["bash", "-n", ROOT / command[1]], check=True)
-        assert (ROOT / command[2]).exists()
+    elif command[:2] == ["wandb", "sweep"]:
+        _check_sweep(clone / command[2])
+    elif command[0] in ("sbatch", "launch/hosts.sh"):  # tests/faults runs both
+        script, config = command[-4:-2] if command[0] == "sbatch" else command[:2]
+        subprocess.run(["bash", "-n", ROOT / script], check=True)
+        assert (ROOT / config).exists()
+    elif command[0] in ("kubectl", "sky"):
+        assert (ROOT / command[-1]).exists()
     elif command[0] == "tensorboard":
         assert list((clone / command[-1]).rglob("events.out.tfevents.*"))
     elif command[0] == "accelerate":
         file = ROOT / command[command.index("--config_file") + 1]
         assert yaml.safe_load(file.read_text(encoding="utf-8"))["distributed_type"] == "DEEPSPEED"
+
+
+def _check_sweep(file):
+    """What an agent of the sweep would start must be a training that hpdist accepts."""
+    sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
+    ranges = sweep["parameters"].items()
+    drawn = [f"--{key}={values.get('min') or values['values'][0]}" for key, values in ranges]
+    program, command, *rest = (part for part in sweep["command"] if part != "${args}")
+    done = subprocess.run(
+        [sys.executable, "-m", program, command, *rest, *drawn, "--print-config"],
+        cwd=file.parent,
+        env=os.environ | {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["run"]["name"] == "digits-r1"
 
 
 def test_links_and_pictures_of_the_readme_exist():

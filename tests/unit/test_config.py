@@ -346,3 +346,15 @@ except AttributeError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_run_of_a_sweep_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    path = tmp_path / "digits.yaml"
+    path.write_text(
+        "{model: {name: mlp}, data: {labeled: {path: x}}, algorithm: {name: supervised}, steps: 1}"
+    )
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    assert load(path).run.name == "digits"  # one run that W&B was told to go on with
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert load(path).run.name == "digits-r1"
+    assert load(path, ["--run.name=own"]).run.name == "own"
