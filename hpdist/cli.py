@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -76,6 +77,7 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
+    _name_rank_in_warnings()
     trainer = Trainer.from_config(config, files=not known.dry_run)
     summary = _fit(trainer, known.dry_run)
     for key, value in summary.items():
@@ -177,6 +179,14 @@ def algorithms() -> int:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _name_rank_in_warnings() -> None:
+    """Have a warning of one of several processes say whose it is."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    plain, rank = warnings.formatwarning, _rank()
+    warnings.formatwarning = lambda *args, **kwargs: f"rank {rank}: {plain(*args, **kwargs)}"
 
 
 def _print(text: str) -> None:

@@ -137,3 +137,15 @@ def test_what_one_rank_knows_that_rank_says(monkeypatch, capsys):
     error.rank = 0
     cli._report(error)
     assert capsys.readouterr().err == "hpdist: DataError: row 7 is damaged\n"
+
+
+def test_a_warning_says_whose_it_is(monkeypatch):
+    code = (
+        "import warnings; from hpdist.cli import _name_rank_in_warnings; "
+        "_name_rank_in_warnings(); warnings.warn('a row is bad')"
+    )
+    for ranks, told in (("4", "rank 3: <string>:1: UserWarning: a row is bad"), ("1", "<string>")):
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stderr.startswith(told)
