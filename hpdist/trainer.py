@@ -354,6 +354,7 @@ class Trainer:
         """Go on from before a divergence that began at step `first`, or end. Collective."""
         config = self.config.divergence
         self.log.say(f"step {self.step.applied_steps}: {what}")
+        self.log.alert("divergence", what)
         advice = "try a lower optim.lr, a higher threshold, or optim.grad_clip"
         if config.on == "stop" or not self.files:
             raise DivergenceError(

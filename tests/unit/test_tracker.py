@@ -137,3 +137,21 @@ def test_lists_are_a_number_and_a_bar_for_each_class(tmp_path):
     assert len(second["pseudo-labels/pseudo_labels/histogram/values"]) == 30
     assert "pseudo-labels/pseudo_labels/0" not in second
     assert alerts == ["divergence"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "alerts"),
+    [
+        (["--optim.lr=1e30"], ["PrecisionError"]),
+        (
+            ["--divergence.collapse_share=0.1", "--divergence.collapse_steps=2"],
+            ["divergence", "DivergenceError"],
+        ),
+    ],
+)
+def test_a_run_that_goes_wrong_says_so_to_whoever_watches(tmp_path, settings, alerts):
+    config = write_config(tmp_path, write_pictures(tmp_path))
+    status, errors = train(config, "wild", "--tracker.name=wandb", "--steps=10", *settings)
+    assert status == 3
+    assert alerts[-1] in errors[0]
+    assert written_by_wandb(tmp_path / "runs" / "wild")[2] == alerts
