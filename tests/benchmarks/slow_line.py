@@ -66,7 +66,8 @@ def train(hosts: TwoHosts, data: Path, folder: Path, steps: int) -> list[float]:
                 stderr=subprocess.DEVNULL,
             )
         )
-    if any([process.wait(timeout=600) for process in started]):
+    ended = [process.wait(timeout=600) for process in started]
+    if any(ended):
         raise RuntimeError("the training failed")
     lines = (folder / f"steps-{steps}" / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line)["examples_per_second"] for line in lines]
