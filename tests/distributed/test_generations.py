@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from hpdist.data.digits import write_digits
 from tests.ranks import run_ranks
+from tests.run_records import records
 
 STEPS, GENERATIONS = 9, 3
 KINDS: dict[str, dict[str, Any]] = {
@@ -88,12 +88,6 @@ def _whole(engine: Any) -> dict[str, torch.Tensor]:
 
 def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return sum(float((one[name] - other[name]).abs().sum()) for name in one)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timed = {"examples_per_second", "data_wait", "checkpoint_wait"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 @pytest.mark.parametrize("kind", BY_SPEED)

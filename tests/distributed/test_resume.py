@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from hpdist.data.digits import write_digits
 from tests.ranks import run_ranks
+from tests.run_records import records
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,6 @@ def train(data: Path, runs: Path, name: str, steps: int, settings: dict[str, Any
         tracker={"name": "none"},
     )
     trainer.fit()
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timed = {"examples_per_second", "data_wait", "checkpoint_wait"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
