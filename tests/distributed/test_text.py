@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path, model):
     assert curve(tmp_path / "once") != curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_frozen_parts_and_layer_decay_under_zero(tmp_path, model, stage):
     own = {"model": {"name": f"hf:{model}", **SHARDED}}
     (tmp_path / "plain").mkdir()
