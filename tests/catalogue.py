@@ -59,6 +59,8 @@ ADDON_SETTINGS: dict[str, dict[str, Any]] = {
     "debiaspl": {"momentum": 0.5},
     "reconstruction": {"patch": 2, "hidden": 16},
 }
+INSIDE: dict[str, dict[str, Any]] = {"crest": {"threshold": 0.2}}
+"""Of the algorithm inside an add-on that changes how confident the model is."""
 NORMALISED = {"ladder"}
 """Those whose model normalises over the rows of a pass, which micro-batches make smaller."""
 RUN_STEPS = 40  # that ramps are made for
@@ -94,7 +96,7 @@ def build(name: str) -> Algorithm:
     configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
     around = cast(dict[str, type[AddOnConfig]], components("addon"))
     algorithm = build_algorithm(
-        configs[name](name=name, **SETTINGS.get(name, {})),
+        configs[name](name=name, **SETTINGS.get(name, {}) | INSIDE.get("".join(addons), {})),
         [around[addon](name=addon, **ADDON_SETTINGS.get(addon, {})) for addon in addons],
         10,
         steps=RUN_STEPS,
