@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,26 @@ class Tracker:
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Send the record of a step, its numbers in groups; lists hold a number for each class."""
+        self._try(lambda tracker: tracker.log(self._values(record), step=step))
+
+    def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
+        """Send confusion matrices, by the name of the set; to W&B only, as tables."""
+        # A task may have none.
+        there = {name: confusion for name, confusion in confusions.items() if confusion}
+        if there and self._name == "wandb":
+            self._try(lambda tracker: tracker.log(_tables(there), step=step))
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever watches the run; of the trackers only W&B can."""
+        if self._name == "wandb":
+            self._try(lambda tracker: tracker.tracker.alert(title=title, text=text, level="WARN"))
+
+    def finish(self) -> None:
+        """Flush and close."""
+        self._try(lambda tracker: tracker.finish())
+        self._tracker = None
+
+    def _values(self, record: Mapping[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in record.items():
             if not isinstance(value, Sequence):
@@ -64,40 +84,7 @@ class Tracker:
                 values |= {f"{grouped(key)}/{number}": part for number, part in enumerate(value)}
             if self._name == "wandb":
                 values[f"{grouped(key)}/histogram"] = _histogram(value)
-        self._try("log", values, step=step)
-
-    def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
-        """Send confusion matrices, by the name of the set; to W&B only, as tables."""
-        if self._tracker is None or self._name != "wandb":
-            return
-        import wandb
-
-        tables = {}
-        for name, confusion in confusions.items():
-            if not confusion:  # of a task that has none
-                continue
-            classes = confusion["classes"]
-            rows = [
-                [classes[true], classes[said], count]
-                for true, counts in enumerate(confusion["teacher"])
-                for said, count in enumerate(counts)
-            ]
-            tables[f"eval/{name}/confusion"] = wandb.Table(["class", "predicted", "rows"], rows)
-        self._try("log", tables, step=step)
-
-    def alert(self, title: str, text: str) -> None:
-        """Tell whoever watches the run; of the trackers only W&B can."""
-        if self._tracker is not None and self._name == "wandb":
-            run = self._tracker.tracker
-            try:
-                run.alert(title=title, text=text, level="WARN")
-            except Exception as error:
-                self._give_up(self._name, error)
-
-    def finish(self) -> None:
-        """Flush and close."""
-        self._try("finish")
-        self._tracker = None
+        return values
 
     def _start(
         self, config: RunConfig, folder: Path, topology: Mapping[str, Any]
@@ -127,21 +114,18 @@ class Tracker:
         elif name == "mlflow":
             self.run_id = tracker.active_run.info.run_id
         settings = flat(config.model_dump(mode="json"))
-        if name != "mlflow" or self._new_run(tracker):
+        # MLflow refuses to change the settings of a run that goes on.
+        if name != "mlflow" or not tracker.active_run.data.params:
             tracker.store_init_configuration(settings | {"hpdist": __version__, **topology})
         return tracker
 
-    def _new_run(self, tracker: GeneralTracker) -> bool:
-        """Whether MLflow has no settings of this run yet: it refuses to change them."""
-        return not tracker.active_run.data.params
-
-    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _try(self, act: Callable[[GeneralTracker], object]) -> None:
         if self._tracker is None:
             return
         try:
-            getattr(self._tracker, method)(*args, **kwargs)
+            act(self._tracker)
         except Exception as error:
-            self._give_up(type(self._tracker).__name__, error)
+            self._give_up(self._name, error)
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._tracker = None
@@ -166,3 +150,19 @@ def _histogram(values: Sequence[float]) -> Any:
     import wandb
 
     return wandb.Histogram(np_histogram=(list(values), list(range(len(values) + 1))))
+
+
+def _tables(confusions: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's confusion matrices, a line for each pair of classes."""
+    import wandb
+
+    tables = {}
+    for name, confusion in confusions.items():
+        classes = confusion["classes"]
+        rows = [
+            [classes[true], classes[said], count]
+            for true, counts in enumerate(confusion["teacher"])
+            for said, count in enumerate(counts)
+        ]
+        tables[f"eval/{name}/confusion"] = wandb.Table(["class", "predicted", "rows"], rows)
+    return tables
