@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ import torch
 from sklearn import metrics
 from torch import Tensor, nn
 
-from hpdist.data.batch import LabeledBatch
-from hpdist.data.views import IdentityViews
-from hpdist.evaluation import Evaluation, Scores, evaluate
+from hpdist.evaluation import Evaluation, Scores
+from tests.evaluated import evaluated
 from tests.ranks import run_ranks
 
 CLASSES = 5
@@ -30,16 +28,7 @@ def predictions(rows: int = 103, classes: int = CLASSES) -> tuple[Tensor, Tensor
 
 
 def scores_of(logits: Tensor, labels: Tensor, size: int, rank: int = 0, ranks: int = 1) -> Scores:
-    """Evaluate a model that returns its inputs, with a ragged end of row 0 as batches have it."""
-    share = -(-len(labels) // ranks)
-    batches = []
-    for first in range(rank * share, (rank + 1) * share, size):
-        rows = torch.arange(first, first + size)
-        valid = rows < min((rank + 1) * share, len(labels))
-        rows[~valid] = 0
-        batches.append((LabeledBatch(logits[rows], labels[rows], rows), valid))
-    engine = SimpleNamespace(device="cpu", module=nn.Identity(), infer=lambda inputs: inputs)
-    return evaluate(cast(Any, engine), IdentityViews(), batches)
+    return cast(Scores, evaluated(logits, labels, size, rank, ranks))
 
 
 def on_rank(size: int) -> tuple[dict[str, float], list[list[int]]]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpdist.algorithms import Multilabel, Regression, Task
-from hpdist.data.batch import LabeledBatch
-from hpdist.data.views import IdentityViews
-from hpdist.evaluation import Evaluation, evaluate
+from hpdist.evaluation import Evaluation
+from tests.evaluated import evaluated
 from tests.ranks import run_ranks
 
 SPREAD = (2.0, 0.5, 300.0)
@@ -39,16 +35,7 @@ def numbers(rows: int = 103) -> tuple[Tensor, Tensor]:
 def values_of(
     task: Task, logits: Tensor, labels: Tensor, size: int, rank: int = 0, ranks: int = 1
 ) -> dict[str, float]:
-    """Evaluate a model that returns its inputs, with a ragged end of row 0 as batches have it."""
-    share = -(-len(labels) // ranks)
-    batches = []
-    for first in range(rank * share, (rank + 1) * share, size):
-        rows = torch.arange(first, first + size)
-        valid = rows < min((rank + 1) * share, len(labels))
-        rows[~valid] = 0
-        batches.append((LabeledBatch(logits[rows], labels[rows], rows), valid))
-    engine = SimpleNamespace(device="cpu", module=nn.Identity(), infer=lambda inputs: inputs)
-    found: dict[str, float] = evaluate(cast(Any, engine), IdentityViews(), batches, task).values
+    found: dict[str, float] = evaluated(logits, labels, size, rank, ranks, task).values
     return found
 
 
