@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
 _CONVERT_FLAGS = ("--help", "--out")
 _PREFLIGHT_FLAGS = ("--help", "--processes", "--rank", "--address", "--port", "--timeout")
+_PLAN_FLAGS = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed")
 _OVERRIDES = """\
 Any setting of CONFIG can be overridden by its dotted name, and the command line wins:
 
@@ -48,7 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     overrides: list[str] = []
-    flags = {"train": _FLAGS, "convert": _CONVERT_FLAGS, "preflight": _PREFLIGHT_FLAGS}
+    flags = {
+        "train": _FLAGS,
+        "convert": _CONVERT_FLAGS,
+        "preflight": _PREFLIGHT_FLAGS,
+        "plan": _PLAN_FLAGS,
+    }
     if arguments and arguments[0] in flags:
         arguments, overrides = _split(arguments, flags[arguments[0]])
     known = _parser().parse_args(arguments)
@@ -58,6 +64,8 @@ def _run(arguments: Sequence[str]) -> int:
         return convert(known, overrides)
     if known.command == "preflight":
         return preflight(known, overrides)
+    if known.command == "plan":
+        return plan(known, overrides)
     return report(known) if known.command == "report" else algorithms()
 
 
@@ -154,6 +162,25 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         error.everywhere = True
         raise error
     return 0
+
+
+def plan(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Say what every ZeRO stage needs, and which fits; status 3 where none does."""
+    from hpdist import config as configuration
+    from hpdist.memory_plan import make_plan, table
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("plan runs on one process; start it without a launcher")
+    found = make_plan(
+        configuration.load(known.config, overrides),
+        known.gpus,
+        known.gpu_memory,
+        reserve=known.reserve,
+        deepspeed=known.deepspeed,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    _print(table(found))
+    return 0 if found.fitting is not None else 3
 
 
 def report(known: argparse.Namespace) -> int:
@@ -288,6 +315,29 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--port", type=int, default=29400, help="there (default: 29400)")
     check.add_argument(
         "--timeout", type=float, default=60.0, help="seconds to wait for the others (default: 60)"
+    )
+    need = commands.add_parser(
+        "plan",
+        help="say what each ZeRO stage needs of a GPU's memory, and which fits",
+        usage="hpdist plan CONFIG --gpus N --gpu-memory GIB [--key.sub value ...]",
+        description=(
+            "Rehearse every stage in one process, as the first of N GPUs: a few steps on real rows "
+            "and a batch of evaluation. It needs a GPU, or else this machine's memory and patience."
+        ),
+        allow_abbrev=False,
+    )
+    need.add_argument("config", metavar="CONFIG", help="YAML file")
+    need.add_argument("--gpus", type=int, required=True, metavar="N", help="on all machines")
+    need.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of each")
+    need.add_argument(
+        "--reserve",
+        type=float,
+        default=2.0,
+        metavar="GIB",
+        help="of it, for what is not tensors: CUDA's context, NCCL's buffers (default: 2)",
+    )
+    need.add_argument(
+        "--deepspeed", metavar="JSON", help="the file that Accelerate's config names, if any"
     )
     page = commands.add_parser(
         "report",

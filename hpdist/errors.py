@@ -52,6 +52,10 @@ class DivergenceError(HpdistError):
     """Training went wrong without an error of its own: NaN, or collapsed pseudo-labels."""
 
 
+class RehearsalError(HpdistError):
+    """What a rank needs could not be counted here."""
+
+
 class StoppedError(HpdistError):
     """A signal asked the run to stop; it is saved and can go on."""
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -30,11 +30,7 @@ from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.reduce import agreed, from_main, largest, world_size
 from hpdist.divergence import DivergenceMonitor
-from hpdist.errors import (
-    ConfigError,
-    DivergenceError,
-    HpdistError,
-)
+from hpdist.errors import ConfigError, DivergenceError, HpdistError
 from hpdist.evaluation import Evaluation, evaluate_both
 from hpdist.generations import Generations, initial_values
 from hpdist.models.build import build_model
@@ -263,15 +259,20 @@ class Trainer:
 
     def dry_run(self) -> StepOutcome:
         """Do one step and write nothing. Collective."""
+        for outcome in self.trial_steps(1):
+            numbers = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items())
+            self.log.say(f"dry run: one step, {numbers}; nothing was written")
+        return outcome
+
+    def trial_steps(self, attempts: int) -> Iterator[StepOutcome]:
+        """Attempt a step whenever one is asked for, and write nothing. Collective."""
         self.log = self._open_log(files=False)
         try:
             self._first_rows()
-            outcome = self._attempt(measure=True)
-            numbers = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items())
-            self.log.say(f"dry run: one step, {numbers}; nothing was written")
+            for _ in range(attempts):
+                yield self._attempt(measure=True)
         finally:
             self.close()
-        return outcome
 
     def _open_log(self, files: bool) -> RunLog:
         return RunLog(

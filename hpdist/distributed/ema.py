@@ -92,6 +92,11 @@ class ShardedTeacher:
         with self.in_student():
             yield infer
 
+    def tensors(self) -> list[Tensor]:
+        """All that this rank keeps for the teacher, a second model's parts too."""
+        replica = [] if self._replica is None else self._replica.tensors()
+        return [*self._parts, *self.buffers.values(), *replica]
+
     def whole(self) -> dict[str, Tensor]:
         """The teacher's parameters in their shapes, fp32, and its buffers.
 

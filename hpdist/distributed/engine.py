@@ -50,6 +50,10 @@ class Replica(Protocol):
         """Logits in fp32."""
         ...
 
+    def tensors(self) -> list[Tensor]:
+        """All that this rank keeps of it."""
+        ...
+
 
 class Engine(ABC):
     """Forward, backward and optimizer step of a prepared model, the same whatever shards it.
@@ -361,9 +365,9 @@ class ReplicatedEngine(Engine):
 
     @contextmanager
     def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Gather, copy in, and put the own weights back at the end."""
+        """Gather into the weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.load_master(self.layout.gather(fragments))
+        self.layout.spread(fragments, self._parameters)
         try:
             yield
         finally:

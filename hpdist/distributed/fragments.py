@@ -6,15 +6,21 @@ of fragments only, so neither knows how an engine shards.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpdist.distributed.reduce import world_size
+from hpdist.distributed.reduce import gathered, world_size
+
+PlaceOf = tuple[str, int, int]  # a parameter's name, a fragment's start and length
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed
+_PIECE = 1 << 22  # elements of all ranks that are exchanged at once
 
 
 @dataclass(frozen=True)
@@ -91,43 +97,87 @@ class Partition:
 class Layout:
     """Where every rank's fragments lie, so that whole parameters can be put together.
 
-    Collective: every rank must construct it (once; the layout of a run does not change).
+    Collective, unless `places` is given: every rank must construct it (once; the layout of a run
+    does not change).
+
+    Args:
+        own: This rank's fragments.
+        places: Of every rank, name, start and length of its fragments; by default they are asked.
     """
 
-    def __init__(self, own: Sequence[Fragment]) -> None:
-        mine = [(f.name, f.start, len(f.values)) for f in own]
-        self._ranks: list[list[tuple[str, int, int]]] = [mine]
-        if world_size() > 1:
-            everyone: list[list[tuple[str, int, int]] | None] = [None] * world_size()
-            dist.all_gather_object(everyone, mine)
-            self._ranks = [places or [] for places in everyone]
+    def __init__(
+        self, own: Sequence[Fragment], places: Sequence[Sequence[PlaceOf]] | None = None
+    ) -> None:
+        self._ranks = [list(each) for each in places or gathered(places_of(own))]
         self.sizes: dict[str, int] = {}
         for name, start, length in (place for places in self._ranks for place in places):
             self.sizes[name] = max(self.sizes.get(name, 0), start + length)
-        self._longest = max(sum(length for _, _, length in places) for places in self._ranks)
+        lengths = [[length for _, _, length in each] for each in self._ranks]
+        self._ends = [list(accumulate(each)) for each in lengths]
+        self._longest = max(sum(each) for each in lengths)
 
     def gather(self, own: Sequence[Fragment]) -> dict[str, Tensor]:
         """Put every parameter together from all ranks' fragments: name -> [elements], fp32.
 
-        Collective: every rank must call; one all-gather.
+        Collective: every rank must call; an all-gather for every 4 million elements.
         """
-        device = own[0].values.device if own else None  # offload may keep some of them elsewhere
-        values = [f.values.detach().reshape(-1).to(device, torch.float32) for f in own]
-        flat = torch.cat(values or [torch.empty(0)])
-        whole = {name: flat.new_empty(size) for name, size in self.sizes.items()}
-        for places, received in zip(self._ranks, self._exchange(flat), strict=True):
-            offset = 0
-            for name, start, length in places:
-                whole[name][start : start + length] = received[offset : offset + length]
-                offset += length
+        device = _device_of(own)
+        whole = {name: torch.empty(size, device=device) for name, size in self.sizes.items()}
+        self.spread(own, whole)
         return whole
 
-    def _exchange(self, flat: Tensor) -> list[Tensor]:
+    @torch.no_grad()
+    def spread(self, own: Sequence[Fragment], whole: Mapping[str, Tensor]) -> None:
+        """Copy all ranks' fragments into whole tensors of any dtype, which are contiguous.
+
+        Piece by piece, so that little more is held than the tensors. Collective: every rank must
+        call; an all-gather for every 4 million elements.
+        """
+        device = _device_of(own)
+        flats = {name: tensor.detach().view(-1) for name, tensor in whole.items()}
+        step = max(_PIECE // len(self._ranks), 1)
+        for begin in range(0, self._longest, step):
+            end = min(begin + step, self._longest)
+            cut = _cut([f.values.detach() for f in own], begin, end)
+            piece = torch.cat([values.to(device, torch.float32) for values in cut])
+            received = self._exchange(piece, end - begin)
+            for places, ends, piece in zip(self._ranks, self._ends, received, strict=True):
+                for number in range(bisect_right(ends, begin), len(places)):
+                    name, start, length = places[number]
+                    at = ends[number] - length  # where it begins, of its rank's elements in a row
+                    if at >= end:
+                        break
+                    low, high = max(at, begin), min(ends[number], end)
+                    target = flats[name][start + low - at : start + high - at]
+                    target.copy_(piece[low - begin : high - begin])
+
+    def _exchange(self, piece: Tensor, length: int) -> list[Tensor]:
         if world_size() == 1:
-            return [flat]
-        padded = torch.nn.functional.pad(flat, (0, self._longest - len(flat)))
+            return [piece]
+        padded = torch.nn.functional.pad(piece, (0, length - len(piece)))
         if dist.get_backend() == "nccl":  # offloaded parts are on the CPU
             padded = padded.cuda()
-        received = [torch.empty_like(padded) for _ in range(world_size())]
-        dist.all_gather(received, padded)
-        return received
+        received = padded.new_empty(world_size() * length)
+        _all_gather(received, padded)  # of a list of tensors the backends would make a copy
+        return list(received.split(length))
+
+
+def places_of(fragments: Sequence[Fragment]) -> list[PlaceOf]:
+    """Name, start and length of each."""
+    return [(f.name, f.start, len(f.values)) for f in fragments]
+
+
+def _cut(values: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
+    """Of flat tensors in a row, the elements from one to another; one empty tensor at least."""
+    found, at = [torch.empty(0)], 0
+    for each in values:
+        low, high = max(begin - at, 0), min(end - at, len(each))
+        if low < high:
+            found.append(each[low:high])
+        at += len(each)
+    return found
+
+
+def _device_of(fragments: Sequence[Fragment]) -> torch.device | None:
+    """That of the first; offload may keep some of the others elsewhere."""
+    return fragments[0].values.device if fragments else None

@@ -222,9 +222,9 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Gather, copy into the half-precision weights, and put the own ones back at the end."""
+        """Gather into the half-precision weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._load_weights(self.layout.gather(fragments))
+        self.layout.spread(fragments, self._parameters)
         try:
             yield
         finally:

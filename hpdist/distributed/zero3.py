@@ -163,6 +163,11 @@ class PartitionedReplica:
             norm.discard()
         return logits
 
+    def tensors(self) -> list[Tensor]:
+        """This rank's part of each weight, and the buffers."""
+        shards = [cast(Any, parameter).ds_tensor for parameter in self._parameters.values()]
+        return [*shards, *self._engine.module.buffers()]
+
 
 def read_shard(parameter: Any) -> Tensor:
     """A copy of this rank's part of a ZeRO-3 parameter, from memory or from NVMe."""
