@@ -128,8 +128,9 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
     from hpdist import config as configuration
+    from hpdist.distributed.meeting import Place
     from hpdist.distributed.reduce import leave_group
-    from hpdist.preflight import Place, preflight, table
+    from hpdist.preflight import preflight, table
 
     config = configuration.load(known.config, overrides) if known.config else None
     given = (known.processes, known.rank, known.address)

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from hpdist.config import RunConfig, Source
+from hpdist.distributed.meeting import Place, meet
 from hpdist.distributed.reduce import gathered, world_size
 from hpdist.errors import DistributedError, HpdistError
 
@@ -38,37 +38,6 @@ Verdict = Literal["ok", "note", "FAILED"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among those that meet."""
-
-    rank: int
-    size: int
-    address: str = "127.0.0.1"
-    port: int = 29400
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """What a launcher says: torchrun's or Accelerate's variables, else SLURM's, else alone.
-
-        Raises DistributedError where SLURM has started several tasks and nothing says where the
-        first one is.
-        """
-        if "WORLD_SIZE" in environment and "MASTER_ADDR" in environment:
-            address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"]) + 1
-            return cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), address, port)
-        tasks = int(environment.get("SLURM_NTASKS", "1"))
-        if tasks > 1 and "SLURM_PROCID" in environment:
-            if "MAIN_IP" not in environment:
-                raise DistributedError(
-                    "preflight: SLURM has started several tasks, and MAIN_IP does not say where "
-                    "the first one is; set it, or give --address"
-                )
-            port = int(environment.get("MAIN_PORT", "29399")) + 1
-            return cls(int(environment["SLURM_PROCID"]), tasks, environment["MAIN_IP"], port)
-        return cls(0, 1)
-
-
-@dataclass(frozen=True)
 class Finding:
     """What came of one check."""
 
@@ -80,11 +49,28 @@ class Finding:
 def preflight(config: RunConfig | None, place: Place, timeout: float = 60.0) -> list[Finding]:
     """Meet the other processes and check everything; the same findings on each.
 
-    Raises DistributedError where they do not meet in time. Collective: every process must call.
+    Raises DistributedError where they do not meet in time, or one is lost on the way. Collective:
+    every process must call.
     """
     started = time.monotonic()
-    _meet(place, timeout)
-    facts = gathered(_facts(config))
+    meet(place, timeout)
+    own = _facts(config)
+    try:
+        return _findings(own, config, started)
+    except RuntimeError as error:  # what a collective raises
+        if world_size() == 1:
+            raise
+        why = " ".join(str(error).split())[:200]
+        lost = DistributedError(
+            f"preflight: {place.who}: lost another process during the checks ({why}); look at what "
+            "the others say, and whether their machines are up"
+        )
+        lost.rank = place.rank
+        raise lost from error
+
+
+def _findings(own: Mapping[str, Any], config: RunConfig | None, started: float) -> list[Finding]:
+    facts = gathered(own)
     findings = [_met(facts, time.monotonic() - started), _versions(facts), _devices(facts)]
     findings.append(_half(facts, config))
     if world_size() > 1:
@@ -105,84 +91,6 @@ def table(findings: Sequence[Finding]) -> str:
         lines.append(f"{finding.verdict:6}  {finding.check:{width}}  {first}")
         lines += [" " * (width + 10) + line for line in rest]
     return "\n".join(lines)
-
-
-def _meet(place: Place, timeout: float) -> None:
-    """Join the others in a process group of gloo, or say who is missing."""
-    if place.size == 1 or dist.is_initialized():
-        return
-    span = timedelta(seconds=timeout)
-    deadline = time.monotonic() + timeout
-    where = f"{place.address}:{place.port}"
-    try:
-        if place.rank > 0:
-            _await_listener(place, deadline)
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            place.address, place.port, None, place.rank == 0, span, wait_for_workers=False
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        advice = (
-            "give --address one of this machine's own, and a --port that is free"
-            if place.rank == 0
-            else "start preflight on the first machine too, give all the address by which they "
-            "reach it, and open the port"
-        )
-        raise DistributedError(
-            f"preflight: process {place.rank} of {place.size}, on {socket.gethostname()}: no "
-            f"connection to {where} within {timeout:g} s ({why}); {advice}"
-        ) from error
-    hosts = _gather_hosts(store, place, deadline)
-    missing = [rank for rank in range(place.size) if rank not in hosts]
-    if missing:
-        came = ", ".join(f"{rank} ({host})" for rank, host in hosts.items())
-        raise DistributedError(
-            f"preflight: within {timeout:g} s only {len(hosts)} of {place.size} processes came to "
-            f"{where}: {came}; missing: {', '.join(map(str, missing))}. Look whether they were "
-            "started, and whether they reach that address"
-        )
-    group = dist.PrefixStore("preflight", store)  # type: ignore[attr-defined]
-    try:
-        dist.init_process_group(
-            "gloo", store=group, rank=place.rank, world_size=place.size, timeout=span
-        )
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
-        raise DistributedError(
-            f"preflight: all {place.size} processes came to {where}, but they cannot connect to "
-            f"one another ({why}); set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
-            "interface that they share, and let them use any port among themselves"
-        ) from error
-
-
-def _await_listener(place: Place, deadline: float) -> None:
-    """Wait until the first process listens; torch's own client fills the screen instead."""
-    while True:
-        with socket.socket(_family(place)) as probe:
-            probe.settimeout(2)
-            error = probe.connect_ex((place.address, place.port))
-        if not error:
-            return
-        if time.monotonic() > deadline:
-            raise OSError(error, os.strerror(error))
-        time.sleep(0.2)
-
-
-def _family(place: Place) -> socket.AddressFamily:
-    """IPv4 or IPv6, whichever the address is found under; raises OSError where there is none."""
-    return socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0][0]
-
-
-def _gather_hosts(store: Any, place: Place, deadline: float) -> dict[int, str]:
-    """The host of every process that came in time, by its rank."""
-    store.set(f"here/{place.rank}", socket.gethostname())
-    hosts: dict[int, str] = {}
-    while len(hosts) < place.size and time.monotonic() < deadline:
-        for rank in set(range(place.size)) - hosts.keys():
-            if store.check([f"here/{rank}"]):
-                hosts[rank] = store.get(f"here/{rank}").decode()
-        time.sleep(0.05)
-    return dict(sorted(hosts.items()))
 
 
 def _facts(config: RunConfig | None) -> dict[str, Any]:
