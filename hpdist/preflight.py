@@ -24,15 +24,19 @@ import torch.distributed as dist
 
 from hpdist.config import RunConfig, Source
 from hpdist.distributed.meeting import Place, meet
+from hpdist.distributed.network import Speed, measure, measure_apart
 from hpdist.distributed.reduce import gathered, world_size
 from hpdist.errors import DistributedError, HpdistError
 
 _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transformers", "wandb")
 _GIB = 2**30
 _LEAST_DISK = 5 * _GIB
-_LARGEST = 64 << 20  # bytes of an all-reduce
-_LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _APART = 1.0  # seconds between clocks, from which on log lines are hard to compare
+_NCCL_ADVICE = (
+    "NCCL_DEBUG=INFO shows what it tries; set NCCL_SOCKET_IFNAME to the network interface that the "
+    "machines share and NCCL_IB_HCA to their InfiniBand adapters (NCCL_IB_DISABLE=1 does without); "
+    "driver, CUDA and NCCL must fit, see versions"
+)
 
 Verdict = Literal["ok", "note", "FAILED"]
 
@@ -56,7 +60,7 @@ def preflight(config: RunConfig | None, place: Place, timeout: float = 60.0) -> 
     meet(place, timeout)
     own = _facts(config)
     try:
-        return _findings(own, config, started)
+        return _findings(own, config, place, timeout, started)
     except RuntimeError as error:  # what a collective raises
         if world_size() == 1:
             raise
@@ -69,12 +73,16 @@ def preflight(config: RunConfig | None, place: Place, timeout: float = 60.0) -> 
         raise lost from error
 
 
-def _findings(own: Mapping[str, Any], config: RunConfig | None, started: float) -> list[Finding]:
+def _findings(
+    own: Mapping[str, Any], config: RunConfig | None, place: Place, timeout: float, started: float
+) -> list[Finding]:
     facts = gathered(own)
     findings = [_met(facts, time.monotonic() - started), _versions(facts), _devices(facts)]
     findings.append(_half(facts, config))
     if world_size() > 1:
         findings += [_network(), _clocks(facts)]
+        if all(fact["devices"] for fact in facts):
+            findings.append(_nccl(facts, place, timeout))
     findings.append(_disk(facts))
     if config is not None:
         findings.append(_run_folder(Path(config.run.dir), facts))
@@ -101,6 +109,7 @@ def _facts(config: RunConfig | None) -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": {"Python": platform.python_version(), **_installed()},
         "devices": devices,
+        "gpu": _own_gpu(len(devices)),
         "bf16": torch.cuda.is_bf16_supported() if devices else True,
         "fp16": bool(devices),
         "cores": len(os.sched_getaffinity(0))
@@ -125,7 +134,14 @@ def _installed() -> dict[str, str]:
 
 def _device(number: int) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(number)
-    return {"name": torch.cuda.get_device_name(number), "free": free, "total": total}
+    properties = torch.cuda.get_device_properties(number)
+    return {"name": properties.name, "uuid": str(properties.uuid), "free": free, "total": total}
+
+
+def _own_gpu(gpus: int) -> int | None:
+    """The GPU of this process, by its number on its host where a launcher has given it one."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return int(local) % gpus if gpus else None
 
 
 def _there(folder: Path) -> Path:
@@ -189,28 +205,49 @@ def _half(facts: Sequence[Mapping[str, Any]], config: RunConfig | None) -> Findi
 
 
 def _network() -> Finding:
-    """Latency of a small all-reduce, and bandwidth of one that takes a while."""
-    latency = min(_all_reduce(1) for _ in range(20))
-    size, seconds = 1 << 20, 0.0
-    while True:
-        seconds = max(gathered(_all_reduce(size // 4)))
-        if seconds > _LONG_ENOUGH or size >= _LARGEST:
-            break
-        size *= 8
-    moved = 2 * (world_size() - 1) / world_size() * size  # bytes that each process sends
-    told = (
-        f"all-reduce over gloo: {1e3 * latency:.2f} ms for 4 bytes; {size >> 20} MiB in "
-        f"{seconds:.2f} s, {8 * moved / seconds / 1e9:.2f} Gbit/s sent by each"
-    )
-    return Finding("network", "ok", told)
+    """Latency and bandwidth between the processes' CPUs. Collective."""
+    return Finding("network", "ok", f"all-reduce over gloo: {measure(None, torch.device('cpu'))}")
 
 
-def _all_reduce(numbers: int) -> float:
-    values = torch.zeros(numbers)
-    dist.barrier()
-    start = time.perf_counter()
-    dist.all_reduce(values)
-    return time.perf_counter() - start
+def _nccl(facts: Sequence[Mapping[str, Any]], place: Place, timeout: float) -> Finding:
+    """The same between the processes' GPUs, as NCCL has it, in less time than others wait.
+
+    NCCL does not take two processes on one GPU, which is found before. Collective.
+    """
+    shared = _shared_gpus(facts)
+    if shared:
+        told = "\n".join([*shared, "NCCL needs a GPU for each process; it was not measured"])
+        return Finding("NCCL", "note", told)
+    gpu = facts[place.rank]["gpu"]
+    outcomes = gathered(measure_apart("nccl", f"cuda:{gpu}", place, 0.8 * timeout))
+    return _nccl_finding(outcomes, [fact["host"] for fact in facts])
+
+
+def _shared_gpus(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every GPU that several processes would use."""
+    users: dict[tuple[str, str], list[int]] = {}
+    for rank, fact in enumerate(facts):
+        gpu = fact["devices"][fact["gpu"]]["uuid"]
+        users.setdefault((fact["host"], gpu), []).append(rank)
+    return [
+        f"processes {', '.join(map(str, ranks))} share GPU {facts[ranks[0]]['gpu']} of {host}"
+        for (host, _), ranks in users.items()
+        if len(ranks) > 1
+    ]
+
+
+def _nccl_finding(outcomes: Sequence[Speed | str], hosts: Sequence[str]) -> Finding:
+    """What came of measuring: the slowest, or what each process says of its failure."""
+    speeds = [outcome for outcome in outcomes if isinstance(outcome, Speed)]
+    if len(speeds) == len(outcomes):
+        slowest = max(speeds, key=lambda speed: speed.latency)
+        return Finding("NCCL", "ok", f"all-reduce between {len(speeds)} GPUs: {slowest}")
+    lines = [
+        f"process {rank} on {host}: {outcome}"
+        for rank, (host, outcome) in enumerate(zip(hosts, outcomes, strict=True))
+        if not isinstance(outcome, Speed)
+    ]
+    return Finding("NCCL", "FAILED", "\n".join([*lines, _NCCL_ADVICE]))
 
 
 def _clocks(facts: Sequence[Mapping[str, Any]]) -> Finding:

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from hpdist.distributed.meeting import Place, meet
+from hpdist.distributed.network import measure_apart
 from hpdist.errors import DistributedError
-from hpdist.preflight import _versions, table
+from hpdist.preflight import _nccl, _nccl_finding, _own_gpu, _shared_gpus, _versions, table
 from tests.pictures import write_pictures
 from tests.ranks import free_port, run_ranks
 from tests.two_hosts import LINE, MISSING, two_hosts
@@ -198,6 +199,64 @@ def test_other_versions_on_one_host_are_named():
     assert "datasets" not in finding.told
     assert _versions(facts[:1] * 2).verdict == "ok"
     assert len(table([finding]).splitlines()) == 2
+
+
+def measured_apart(port: int, seconds: float, network_of_1: str) -> object:
+    rank = int(os.environ["RANK"])
+    place = Place(rank, 2, "127.0.0.1", port)
+    meet(place, 60)
+    if rank == 1 and network_of_1:
+        os.environ["GLOO_SOCKET_IFNAME"] = network_of_1
+    return measure_apart("gloo", "cpu", place, seconds)
+
+
+def test_what_is_measured_beside_the_processes_is_what_they_reach():
+    found = run_ranks(2, measured_apart, free_port(), 60, "")
+    for speed in found:
+        assert (speed.processes, speed.size) == (2, 64 << 20)
+        assert 0 < speed.latency < speed.seconds
+    finding = _nccl_finding(found, ["a", "b"])
+    assert finding.verdict == "ok"
+    assert "64 MiB in" in finding.told
+
+
+def test_a_network_that_does_not_carry_is_found_and_ends_nobody():
+    """The process beside rank 1 fails at once; the one beside rank 0 waits for it in vain."""
+    found = run_ranks(2, measured_apart, free_port(), 15, "nowhere0")
+    finding = _nccl_finding(found, ["a", "b"])
+    assert finding.verdict == "FAILED"
+    assert "process 0 on a: " in finding.told
+    (line,) = [line for line in finding.told.splitlines() if line.startswith("process 1 on b: ")]
+    assert "nowhere0" in line
+    assert "NCCL_DEBUG=INFO" in finding.told
+
+
+def test_measuring_that_takes_too_long_is_given_up():
+    began = time.monotonic()
+    found = run_ranks(2, measured_apart, free_port(), 0.2, "")
+    assert found == ["not done within 0.2 s"] * 2
+    assert time.monotonic() - began < 60
+
+
+def test_processes_that_share_a_gpu_are_noted():
+    gpus = [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}]
+    facts = [{"host": host, "devices": gpus, "gpu": gpu} for host, gpu in (("n0", 0), ("n0", 1))]
+    assert _shared_gpus(facts) == []
+    facts.append({"host": "n0", "devices": gpus, "gpu": 1})
+    assert _shared_gpus(facts) == ["processes 1, 2 share GPU 1 of n0"]
+    assert _nccl(facts, Place(0, 3), 60).verdict == "note"
+
+
+def test_a_process_has_the_gpu_of_its_number(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert _own_gpu(0) is None
+    assert _own_gpu(4) == 0  # one process on this host
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert _own_gpu(4) == 1
+    assert _own_gpu(1) == 0  # SLURM shows each task its own
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _own_gpu(4) == 3
 
 
 def test_a_launcher_says_who_is_who():
