@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpdist.config import RunConfig
 from hpdist.distributed.launch import Sharding
+from hpdist.distributed.own_time import stragglers
 from hpdist.distributed.reduce import world_size
 from hpdist.tracking.console import HEADLINES, Console
 from hpdist.tracking.run_folder import RunFolder
@@ -49,6 +50,7 @@ class RunLog:
         self._before = seconds
         self._steps = 0
         self._waited: dict[str, float] = {}
+        self._waited_now: dict[str, float] = {}
 
     @property
     def run_id(self) -> str | None:
@@ -68,20 +70,30 @@ class RunLog:
         """Do not count this time as the training's."""
         self._clock += seconds
 
-    def speed(self, rows: int, waited: Mapping[str, float]) -> dict[str, float]:
-        """Examples per second since the last call, of `rows` a step, and shares of time waited.
+    def since_record(self, waited: Mapping[str, float]) -> dict[str, float]:
+        """What has been added to seconds, which count from the process's beginning."""
+        self._waited_now = dict(waited)
+        return {name: total - self._waited.get(name, 0.0) for name, total in waited.items()}
 
-        `waited` are the seconds that this process has waited for something, from its beginning.
+    def speed(self, rows: int, per_rank: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """How fast the steps since the last record were, of `rows` each.
+
+        Examples per second of all ranks, the largest share of time that a rank has waited, and
+        which of several ranks is the slowest.
+
+        Args:
+            rows: Of the global batch.
+            per_rank: `own_seconds` of each rank, and what `since_record` has given there.
         """
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
-        shares = {
-            name: max(total - self._waited.get(name, 0.0), 0.0) / seconds
-            for name, total in waited.items()
-        }
+        told = dict(per_rank)
+        own = told.pop("own_seconds")
+        shares = {name: max(0.0, *waits) / seconds for name, waits in told.items()}
         rate = self._steps * rows / seconds
-        self._clock, self._steps, self._waited = now, 0, dict(waited)
-        return {"examples_per_second": rate, **shares}
+        found = stragglers(own, rows, seconds / max(self._steps, 1))
+        self._clock, self._steps, self._waited = now, 0, self._waited_now
+        return {"examples_per_second": rate, **found, **shares}
 
     def write(self, step: int, attempt: int, record: Mapping[str, Any]) -> None:
         """Write the record of a step."""

@@ -19,7 +19,13 @@ _GROUPS = {
     "precision": ("loss_scale", "overflows"),
     "pseudo-labels": ("mask_rate", "confidence", "pseudo_label_top_share"),
     "stream": ("epoch", "bad_rows", "data_wait"),
-    "system": ("examples_per_second", "checkpoint_wait"),
+    "system": (
+        "examples_per_second",
+        "examples_per_second_per_rank",
+        "slowest_rank",
+        "slowest_rank_lag",
+        "checkpoint_wait",
+    ),
 }
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names}
 _FEW = 20  # classes; of more, W&B has a histogram and the others nothing
@@ -54,7 +60,7 @@ class Tracker:
                 self._give_up(self._name, error)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Send the record of a step, its numbers in groups; lists hold a number for each class."""
+        """Send the record of a step, numbers in groups; a list is of all classes or ranks."""
         self._try(lambda tracker: tracker.log(self._values(record), step=step))
 
     def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
