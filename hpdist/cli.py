@@ -77,7 +77,7 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
-    _name_rank_in_warnings()
+    _begin_warnings()
     trainer = Trainer.from_config(config, files=not known.dry_run)
     summary = _fit(trainer, known.dry_run)
     for key, value in summary.items():
@@ -182,12 +182,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _name_rank_in_warnings() -> None:
-    """Have a warning of one of several processes say whose it is."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return
-    plain, rank = warnings.formatwarning, _rank()
-    warnings.formatwarning = lambda *args, **kwargs: f"rank {rank}: {plain(*args, **kwargs)}"
+def _begin_warnings() -> None:
+    """Have a warning of one of several processes say whose it is, and not stand behind a bar."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    whose = f"rank {_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: f"{clear}{whose}{plain(*args, **kwargs)}"
 
 
 def _print(text: str) -> None:
