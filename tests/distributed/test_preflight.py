@@ -101,7 +101,7 @@ def meet_late(folder: Path, ports: list[int], delays: list[dict[int, float]]) ->
             continue
         time.sleep(late[rank])
         try:
-            meet(Place(rank, 3, "127.0.0.1", port), timeout=2)
+            meet(Place(rank, 3, "127.0.0.1", port), timeout=4)
         except DistributedError as error:
             told.append(str(error))
     return told
@@ -121,7 +121,7 @@ def test_every_process_names_the_missing_one_whenever_it_comes(tmp_path):
 def test_one_that_comes_too_late_is_told(tmp_path):
     """The first process has left, or is about to and says that this one is missing."""
     port = free_port()
-    told = run_ranks(3, meet_late, tmp_path, [port], [{0: 0, 1: 0, 2: 2.5}])
+    told = run_ranks(3, meet_late, tmp_path, [port], [{0: 0, 1: 0, 2: 4.5}])
     assert all("missing: 2." in told[rank][0] for rank in (0, 1))
     assert "missing: 2." in told[2][0] or f"no connection to 127.0.0.1:{port}" in told[2][0]
 

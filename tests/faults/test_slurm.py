@@ -16,6 +16,7 @@ from tests.slow_run import BATCH, ROOT, SlowRun
 from tests.slurm import Slurm, missing
 
 STEPS = 60
+GOING = {"PENDING", "CONFIGURING", "RUNNING"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,8 +64,9 @@ def test_signalled_requeued_and_finished(
     deadline = time.monotonic() + 240
     while not any(record["step"] >= 4 for record in run.records()):
         text = log.read_text() if log.exists() else ""
+        assert slurm.state(job) in GOING, f"{text}\n{slurm.told(job)}"
         assert time.monotonic() < deadline, f"{text}\n{slurm.told(job)}"
-        time.sleep(0.1)
+        time.sleep(0.3)
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time is up
     await_state(slurm, job, {"PENDING"}, log)
     assert "stopped by SIGUSR1" in log.read_text()
