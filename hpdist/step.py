@@ -64,6 +64,16 @@ class StepOutcome:
     stop: bool = False
     """Whether any rank asked for the run to stop."""
 
+    @property
+    def overflow(self) -> str | None:
+        """Of a step that overflowed: where, and what that makes of the loss scale."""
+        if not self.overflowed:
+            return None
+        where = str(self.culprit or "nothing that shows again")
+        if self.new_scale == self.old_scale:
+            return where
+        return f"{where}; loss scale {self.old_scale:g}, now {self.new_scale:g}"
+
 
 @dataclass(frozen=True)
 class _Pass:

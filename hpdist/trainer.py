@@ -327,7 +327,7 @@ class Trainer:
         measure = _due(config.log.every, step.applied_steps + 1, config.steps)
         outcome = self._attempt(measure)
         self.state.overflows += outcome.overflowed
-        self.log.count_step()
+        self.log.count_step(step.applied_steps, outcome.overflow)
         if outcome.applied:
             done = step.applied_steps
             record = self._record(outcome, lr) if measure else {}
@@ -406,6 +406,7 @@ class Trainer:
         values = measured.values
         self.log.leave_out(time.monotonic() - start)
         self._latest = (name, self.step.applied_steps, measured)
+        self.log.confusions(self.step.applied_steps, {name: measured.confusion(rows.classes.names)})
         if name == "validation":
             self.state.note_validation(values[data.task.headline])
         return {f"eval/{name}/{key}": value for key, value in values.items()}

@@ -9,14 +9,15 @@ from typing import Any
 from hpdist.config import RunConfig
 from hpdist.distributed.launch import Sharding
 from hpdist.distributed.own_time import stragglers
-from hpdist.distributed.reduce import world_size
+from hpdist.divergence import OverflowStorm
 from hpdist.tracking.console import HEADLINES, Console
+from hpdist.tracking.environment import environment
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
 
 
 class RunLog:
-    """Writes global numbers from the main process, and keeps the time.
+    """Writes global numbers from the main process, and keeps the time. Collective to construct.
 
     Args:
         config: Of the run.
@@ -41,16 +42,15 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._files = files
-        topology: dict[str, object] = {"world_size": world_size()}
-        if sharding is not None:
-            topology |= {"precision": sharding.precision, "zero_stage": sharding.stage or "none"}
-        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, topology)
+        told = environment(sharding)
+        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told)
         self._console = Console(config.steps, done, folder.main)
         self._started = self._clock = time.monotonic()
         self._before = seconds
         self._steps = 0
         self._waited: dict[str, float] = {}
         self._waited_now: dict[str, float] = {}
+        self._storm = OverflowStorm()
 
     @property
     def run_id(self) -> str | None:
@@ -62,9 +62,16 @@ class RunLog:
         """Of training, those before a resume included."""
         return self._before + time.monotonic() - self._started
 
-    def count_step(self) -> None:
-        """Count an attempted step."""
+    def count_step(self, step: int, overflow: str | None) -> None:
+        """Count an attempted step; of one that overflowed, say where, and alert where many do."""
         self._steps += 1
+        storm = self._storm.look(overflow is not None)
+        if overflow is not None:
+            self.say(f"step {step + 1} overflowed and is skipped: {overflow}")
+            self._tracker.note("overflow", overflow, step)
+        if storm is not None:
+            self.say(storm)
+            self.alert("overflow storm", f"{storm}; the latest: {overflow}")
 
     def leave_out(self, seconds: float) -> None:
         """Do not count this time as the training's."""
@@ -115,6 +122,10 @@ class RunLog:
                 self._folder.write_json(f"confusion_{name}.json", confusion, indent=None)
             self._folder.write_json("summary.json", summary)
         self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)
+        self._tracker.log_confusions(confusions, step)
+
+    def confusions(self, step: int, confusions: Mapping[str, Any]) -> None:
+        """Send the confusion matrices of an evaluation, by the name of the set."""
         self._tracker.log_confusions(confusions, step)
 
     def say(self, line: str) -> None:
