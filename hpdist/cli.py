@@ -85,7 +85,7 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
-    _name_rank_in_warnings()
+    _begin_warnings()
     trainer = Trainer.from_config(config, files=not known.dry_run)
     summary = _fit(trainer, known.dry_run)
     for key, value in summary.items():
@@ -136,8 +136,9 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
     from hpdist import config as configuration
+    from hpdist.distributed.meeting import Place
     from hpdist.distributed.reduce import leave_group
-    from hpdist.preflight import Place, preflight, table
+    from hpdist.preflight import preflight, table
 
     config = configuration.load(known.config, overrides) if known.config else None
     given = (known.processes, known.rank, known.address)
@@ -208,12 +209,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _name_rank_in_warnings() -> None:
-    """Have a warning of one of several processes say whose it is."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return
-    plain, rank = warnings.formatwarning, _rank()
-    warnings.formatwarning = lambda *args, **kwargs: f"rank {rank}: {plain(*args, **kwargs)}"
+def _begin_warnings() -> None:
+    """Have a warning of one of several processes say whose it is, and not stand behind a bar."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    whose = f"rank {_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: f"{clear}{whose}{plain(*args, **kwargs)}"
 
 
 def _print(text: str) -> None:

@@ -371,6 +371,13 @@ def parse(values: Mapping[str, Any], where: str = "config", given: Sequence[str]
         raise ConfigError(f"{where}:" + separator + separator.join(lines)) from None
 
 
+def named(value: str | Mapping[str, Any] | Component) -> dict[str, Any]:
+    """The settings of a section that may be given by its name alone."""
+    if isinstance(value, Component):
+        return value.model_dump()
+    return {"name": value} if isinstance(value, str) else dict(value)
+
+
 def _spelt(path: str, given: Sequence[str]) -> str:
     """A setting's path, with dashes where the command line gave it or a part of it."""
     typed = (f"{key}." for key in given)

@@ -1,10 +1,32 @@
-"""Notices a training that went wrong without an error: NaN, or one class that takes all."""
+"""Notices a training that goes wrong without an error: NaN, one class that takes all, overflows."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 from hpdist.config import Divergence
+
+_WINDOW = 100  # attempts
+_STORM = 20  # overflows in it; the search for the first loss scale has up to 16
+
+
+class OverflowStorm:
+    """Notices that many steps overflow, though never enough in a row to end the run."""
+
+    def __init__(self) -> None:
+        self._latest: deque[bool] = deque(maxlen=_WINDOW)
+        self._told = False
+
+    def look(self, overflowed: bool) -> str | None:
+        """What to say when a storm begins; None before, after and while it goes on."""
+        self._latest.append(overflowed)
+        count = sum(self._latest)
+        if count < _STORM or self._told:
+            self._told = self._told and count > _STORM // 2
+            return None
+        self._told = True
+        return f"{count} of the last {len(self._latest)} steps overflowed"
 
 
 class DivergenceMonitor:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, Places, StudentInputs
+from hpdist.algorithms.base import Algorithm, HeadOutputs, Places, StudentInputs
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views.base import Views
 from hpdist.errors import ConfigError
@@ -129,3 +129,20 @@ class Cutter:
             ids=unlabeled.ids,
         )
         return MicroBatch(inputs, unlabeled.ids, labeled.ids)
+
+
+def by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:
+    """Cut the rows of the student's pass into its views."""
+    views = iter(rows.split([len(part) for part in inputs.parts]))
+    return HeadOutputs(
+        next(views),
+        *(
+            tuple(next(views) for _ in part)
+            for part in (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
+        ),
+    )
+
+
+def channels_last(inputs: Tensor) -> Tensor:
+    """Images as channels-last, which half-precision convolutions want; others as they are."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,48 +23,22 @@ import torch
 import torch.distributed as dist
 
 from hpdist.config import RunConfig, Source
+from hpdist.distributed.meeting import Place, meet
+from hpdist.distributed.network import Speed, measure, measure_apart
 from hpdist.distributed.reduce import gathered, world_size
 from hpdist.errors import DistributedError, HpdistError
 
 _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transformers", "wandb")
 _GIB = 2**30
 _LEAST_DISK = 5 * _GIB
-_LARGEST = 64 << 20  # bytes of an all-reduce
-_LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _APART = 1.0  # seconds between clocks, from which on log lines are hard to compare
+_NCCL_ADVICE = (
+    "NCCL_DEBUG=INFO shows what it tries; set NCCL_SOCKET_IFNAME to the network interface that the "
+    "machines share and NCCL_IB_HCA to their InfiniBand adapters (NCCL_IB_DISABLE=1 does without); "
+    "driver, CUDA and NCCL must fit, see versions"
+)
 
 Verdict = Literal["ok", "note", "FAILED"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among those that meet."""
-
-    rank: int
-    size: int
-    address: str = "127.0.0.1"
-    port: int = 29400
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """What a launcher says: torchrun's or Accelerate's variables, else SLURM's, else alone.
-
-        Raises DistributedError where SLURM has started several tasks and nothing says where the
-        first one is.
-        """
-        if "WORLD_SIZE" in environment and "MASTER_ADDR" in environment:
-            address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"]) + 1
-            return cls(int(environment["RANK"]), int(environment["WORLD_SIZE"]), address, port)
-        tasks = int(environment.get("SLURM_NTASKS", "1"))
-        if tasks > 1 and "SLURM_PROCID" in environment:
-            if "MAIN_IP" not in environment:
-                raise DistributedError(
-                    "preflight: SLURM has started several tasks, and MAIN_IP does not say where "
-                    "the first one is; set it, or give --address"
-                )
-            port = int(environment.get("MAIN_PORT", "29399")) + 1
-            return cls(int(environment["SLURM_PROCID"]), tasks, environment["MAIN_IP"], port)
-        return cls(0, 1)
 
 
 @dataclass(frozen=True)
@@ -80,15 +53,36 @@ class Finding:
 def preflight(config: RunConfig | None, place: Place, timeout: float = 60.0) -> list[Finding]:
     """Meet the other processes and check everything; the same findings on each.
 
-    Raises DistributedError where they do not meet in time. Collective: every process must call.
+    Raises DistributedError where they do not meet in time, or one is lost on the way. Collective:
+    every process must call.
     """
     started = time.monotonic()
-    _meet(place, timeout)
-    facts = gathered(_facts(config))
+    meet(place, timeout)
+    own = _facts(config)
+    try:
+        return _findings(own, config, place, timeout, started)
+    except RuntimeError as error:  # what a collective raises
+        if world_size() == 1:
+            raise
+        why = " ".join(str(error).split())[:200]
+        lost = DistributedError(
+            f"preflight: {place.who}: lost another process during the checks ({why}); look at what "
+            "the others say, and whether their machines are up"
+        )
+        lost.rank = place.rank
+        raise lost from error
+
+
+def _findings(
+    own: Mapping[str, Any], config: RunConfig | None, place: Place, timeout: float, started: float
+) -> list[Finding]:
+    facts = gathered(own)
     findings = [_met(facts, time.monotonic() - started), _versions(facts), _devices(facts)]
     findings.append(_half(facts, config))
     if world_size() > 1:
         findings += [_network(), _clocks(facts)]
+        if all(fact["devices"] for fact in facts):
+            findings.append(_nccl(facts, place, timeout))
     findings.append(_disk(facts))
     if config is not None:
         findings.append(_run_folder(Path(config.run.dir), facts))
@@ -107,84 +101,6 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _meet(place: Place, timeout: float) -> None:
-    """Join the others in a process group of gloo, or say who is missing."""
-    if place.size == 1 or dist.is_initialized():
-        return
-    span = timedelta(seconds=timeout)
-    deadline = time.monotonic() + timeout
-    where = f"{place.address}:{place.port}"
-    try:
-        if place.rank > 0:
-            _await_listener(place, deadline)
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            place.address, place.port, None, place.rank == 0, span, wait_for_workers=False
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
-        advice = (
-            "give --address one of this machine's own, and a --port that is free"
-            if place.rank == 0
-            else "start preflight on the first machine too, give all the address by which they "
-            "reach it, and open the port"
-        )
-        raise DistributedError(
-            f"preflight: process {place.rank} of {place.size}, on {socket.gethostname()}: no "
-            f"connection to {where} within {timeout:g} s ({why}); {advice}"
-        ) from error
-    hosts = _gather_hosts(store, place, deadline)
-    missing = [rank for rank in range(place.size) if rank not in hosts]
-    if missing:
-        came = ", ".join(f"{rank} ({host})" for rank, host in hosts.items())
-        raise DistributedError(
-            f"preflight: within {timeout:g} s only {len(hosts)} of {place.size} processes came to "
-            f"{where}: {came}; missing: {', '.join(map(str, missing))}. Look whether they were "
-            "started, and whether they reach that address"
-        )
-    group = dist.PrefixStore("preflight", store)  # type: ignore[attr-defined]
-    try:
-        dist.init_process_group(
-            "gloo", store=group, rank=place.rank, world_size=place.size, timeout=span
-        )
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:200]
-        raise DistributedError(
-            f"preflight: all {place.size} processes came to {where}, but they cannot connect to "
-            f"one another ({why}); set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network "
-            "interface that they share, and let them use any port among themselves"
-        ) from error
-
-
-def _await_listener(place: Place, deadline: float) -> None:
-    """Wait until the first process listens; torch's own client fills the screen instead."""
-    while True:
-        with socket.socket(_family(place)) as probe:
-            probe.settimeout(2)
-            error = probe.connect_ex((place.address, place.port))
-        if not error:
-            return
-        if time.monotonic() > deadline:
-            raise OSError(error, os.strerror(error))
-        time.sleep(0.2)
-
-
-def _family(place: Place) -> socket.AddressFamily:
-    """IPv4 or IPv6, whichever the address is found under; raises OSError where there is none."""
-    return socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)[0][0]
-
-
-def _gather_hosts(store: Any, place: Place, deadline: float) -> dict[int, str]:
-    """The host of every process that came in time, by its rank."""
-    store.set(f"here/{place.rank}", socket.gethostname())
-    hosts: dict[int, str] = {}
-    while len(hosts) < place.size and time.monotonic() < deadline:
-        for rank in set(range(place.size)) - hosts.keys():
-            if store.check([f"here/{rank}"]):
-                hosts[rank] = store.get(f"here/{rank}").decode()
-        time.sleep(0.05)
-    return dict(sorted(hosts.items()))
-
-
 def _facts(config: RunConfig | None) -> dict[str, Any]:
     """What this process has to tell."""
     devices = [_device(number) for number in range(torch.cuda.device_count())]
@@ -193,6 +109,7 @@ def _facts(config: RunConfig | None) -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": {"Python": platform.python_version(), **_installed()},
         "devices": devices,
+        "gpu": _own_gpu(len(devices)),
         "bf16": torch.cuda.is_bf16_supported() if devices else True,
         "fp16": bool(devices),
         "cores": len(os.sched_getaffinity(0))
@@ -217,7 +134,14 @@ def _installed() -> dict[str, str]:
 
 def _device(number: int) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(number)
-    return {"name": torch.cuda.get_device_name(number), "free": free, "total": total}
+    properties = torch.cuda.get_device_properties(number)
+    return {"name": properties.name, "uuid": str(properties.uuid), "free": free, "total": total}
+
+
+def _own_gpu(gpus: int) -> int | None:
+    """The GPU of this process, by its number on its host where a launcher has given it one."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return int(local) % gpus if gpus else None
 
 
 def _there(folder: Path) -> Path:
@@ -281,28 +205,49 @@ def _half(facts: Sequence[Mapping[str, Any]], config: RunConfig | None) -> Findi
 
 
 def _network() -> Finding:
-    """Latency of a small all-reduce, and bandwidth of one that takes a while."""
-    latency = min(_all_reduce(1) for _ in range(20))
-    size, seconds = 1 << 20, 0.0
-    while True:
-        seconds = max(gathered(_all_reduce(size // 4)))
-        if seconds > _LONG_ENOUGH or size >= _LARGEST:
-            break
-        size *= 8
-    moved = 2 * (world_size() - 1) / world_size() * size  # bytes that each process sends
-    told = (
-        f"all-reduce over gloo: {1e3 * latency:.2f} ms for 4 bytes; {size >> 20} MiB in "
-        f"{seconds:.2f} s, {8 * moved / seconds / 1e9:.2f} Gbit/s sent by each"
-    )
-    return Finding("network", "ok", told)
+    """Latency and bandwidth between the processes' CPUs. Collective."""
+    return Finding("network", "ok", f"all-reduce over gloo: {measure(None, torch.device('cpu'))}")
 
 
-def _all_reduce(numbers: int) -> float:
-    values = torch.zeros(numbers)
-    dist.barrier()
-    start = time.perf_counter()
-    dist.all_reduce(values)
-    return time.perf_counter() - start
+def _nccl(facts: Sequence[Mapping[str, Any]], place: Place, timeout: float) -> Finding:
+    """The same between the processes' GPUs, as NCCL has it, in less time than others wait.
+
+    NCCL does not take two processes on one GPU, which is found before. Collective.
+    """
+    shared = _shared_gpus(facts)
+    if shared:
+        told = "\n".join([*shared, "NCCL needs a GPU for each process; it was not measured"])
+        return Finding("NCCL", "note", told)
+    gpu = facts[place.rank]["gpu"]
+    outcomes = gathered(measure_apart("nccl", f"cuda:{gpu}", place, 0.8 * timeout))
+    return _nccl_finding(outcomes, [fact["host"] for fact in facts])
+
+
+def _shared_gpus(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every GPU that several processes would use."""
+    users: dict[tuple[str, str], list[int]] = {}
+    for rank, fact in enumerate(facts):
+        gpu = fact["devices"][fact["gpu"]]["uuid"]
+        users.setdefault((fact["host"], gpu), []).append(rank)
+    return [
+        f"processes {', '.join(map(str, ranks))} share GPU {facts[ranks[0]]['gpu']} of {host}"
+        for (host, _), ranks in users.items()
+        if len(ranks) > 1
+    ]
+
+
+def _nccl_finding(outcomes: Sequence[Speed | str], hosts: Sequence[str]) -> Finding:
+    """What came of measuring: the slowest, or what each process says of its failure."""
+    speeds = [outcome for outcome in outcomes if isinstance(outcome, Speed)]
+    if len(speeds) == len(outcomes):
+        slowest = max(speeds, key=lambda speed: speed.latency)
+        return Finding("NCCL", "ok", f"all-reduce between {len(speeds)} GPUs: {slowest}")
+    lines = [
+        f"process {rank} on {host}: {outcome}"
+        for rank, (host, outcome) in enumerate(zip(hosts, outcomes, strict=True))
+        if not isinstance(outcome, Speed)
+    ]
+    return Finding("NCCL", "FAILED", "\n".join([*lines, _NCCL_ADVICE]))
 
 
 def _clocks(facts: Sequence[Mapping[str, Any]]) -> Finding:

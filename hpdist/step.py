@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from hpdist import pseudo_labels
 from hpdist.algorithms.base import (
     Algorithm,
-    HeadOutputs,
     LossTerms,
-    StudentInputs,
     StudentOutputs,
     Sums,
     WeakOutputs,
@@ -35,9 +33,10 @@ from hpdist.data.views.base import Views
 from hpdist.distributed.diagnose import Culprit, OverflowHistory, find_culprit
 from hpdist.distributed.ema import ShardedTeacher
 from hpdist.distributed.engine import Engine, EngineStep, make_engine
-from hpdist.distributed.reduce import FusedSum
+from hpdist.distributed.own_time import OwnTime
+from hpdist.distributed.reduce import FusedSum, apart
 from hpdist.errors import ConfigError
-from hpdist.micro_batch import Cutter, MicroBatch
+from hpdist.micro_batch import Cutter, MicroBatch, by_view, channels_last
 from hpdist.models.heads import columns_of, require_heads
 from hpdist.optim import l1_norm
 
@@ -58,10 +57,22 @@ class StepOutcome:
     """Means over the global batch; only when measured."""
     per_class: Mapping[str, list[float]] = field(default_factory=dict)
     """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
+    per_rank: Mapping[str, list[float]] = field(default_factory=dict)
+    """Numbers of each rank, [ranks]: `own_seconds`, which see `OwnTime`, and what was told."""
     bad_rows: int = 0
     """Rows of the unlabelled global batch that could not be used."""
     stop: bool = False
     """Whether any rank asked for the run to stop."""
+
+    @property
+    def overflow(self) -> str | None:
+        """Of a step that overflowed: where, and what that makes of the loss scale."""
+        if not self.overflowed:
+            return None
+        where = str(self.culprit or "nothing that shows again")
+        if self.new_scale == self.old_scale:
+            return where
+        return f"{where}; loss scale {self.old_scale:g}, now {self.new_scale:g}"
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,8 @@ class SemiSupervisedStep:
             raise ConfigError("optim.l1: ZeRO-3 shards the weights; use zero.stage 0, 1 or 2")
         self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
         self.history = OverflowHistory()
+        self.own_time = OwnTime(self.engine.device)
+        """Begins with a step, or before it where one begins it to count the reading of rows."""
         self.applied_steps = 0
         self.attempts = 0
         """Steps begun, skipped ones included; the views' noise is keyed by it."""
@@ -158,6 +171,7 @@ class SemiSupervisedStep:
         *,
         lr: float | None = None,
         measure: bool = False,
+        tell: Mapping[str, float] | None = None,
         stop: bool = False,
     ) -> StepOutcome:
         """Do one optimizer step.
@@ -167,6 +181,8 @@ class SemiSupervisedStep:
             unlabeled: The same of the unlabelled one; ignored by an algorithm that wants no views.
             lr: Learning rate of this step; by default the optimizer keeps its own.
             measure: Also say what the step did, at the cost of a wait for the device.
+            tell: Numbers of this rank that every rank's outcome holds then, under the same names
+                on all.
             stop: Whether this rank wants the run to stop after this step, as when it cannot read
                 its next rows. Every rank's outcome says so then, at no further communication.
 
@@ -175,6 +191,7 @@ class SemiSupervisedStep:
         """
         if not self.engine.module.training:  # setting it walks over all modules
             self.engine.module.train()
+        self.own_time.begin()
         notes = self._notes(unlabeled, stop)
         engine = self.engine
         cutter = Cutter(
@@ -187,6 +204,8 @@ class SemiSupervisedStep:
             self._seed,
         )
         micros = list(cutter.cut(labeled, unlabeled, self.attempts))
+        if engine.forward_communicates or self.algorithm.views.teacher:
+            self.own_time.end()
         weak: list[WeakOutputs | None] = [None] * len(micros)
         rows = reduction = ahead = None
         if not self._fused:
@@ -215,7 +234,7 @@ class SemiSupervisedStep:
         done = self.engine.step(lr, self.grad_clip)
         self.attempts += 1
         culprit = self._close(done, passes)
-        metrics, classes = self._measure(passes) if measure else ({}, {})
+        metrics, classes, ranks = self._measure(passes, tell or {}) if measure else ({}, {}, {})
         bad_rows, stops = (round(note) for note in self._noted.tolist())
         return StepOutcome(
             done.applied,
@@ -226,6 +245,7 @@ class SemiSupervisedStep:
             culprit,
             metrics,
             classes,
+            ranks,
             bad_rows,
             stops > 0,
         )
@@ -244,7 +264,7 @@ class SemiSupervisedStep:
                 parts = list(micro.inputs.weak)
                 if parts and self.algorithm.views.labeled_targets:
                     parts.append(micro.inputs.labeled)
-                logits = infer(_layout(torch.cat(parts))) if parts else None
+                logits = infer(channels_last(torch.cat(parts))) if parts else None
                 found.append(None if logits is None else self._weak_outputs(logits, micro))
         return found
 
@@ -260,7 +280,7 @@ class SemiSupervisedStep:
 
     def _probe(self, inputs: Tensor) -> Tensor:
         """Logits of inputs outside of the step's own passes; nothing remembers that they were."""
-        said = self.engine.examine(_layout(inputs))
+        said = self.engine.examine(channels_last(inputs))
         self.engine.forget_norms()
         return self._columns(said)[0]
 
@@ -276,7 +296,7 @@ class SemiSupervisedStep:
         batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
         rows = [sum(len(part) for part in batch) for batch in (*batches, weak) if batch]
         with self.engine.segments(rows):
-            return self.engine.forward(_layout(torch.cat([*parts, *weak])))
+            return self.engine.forward(channels_last(torch.cat([*parts, *weak])))
 
     def _split_fused(
         self, logits: Tensor, micro: MicroBatch
@@ -334,6 +354,7 @@ class SemiSupervisedStep:
         A NaN in any weak view of any rank leaves every statistic as it was, and so does a global
         batch without a valid row.
         """
+        self.own_time.end()
         sums = reduction.wait()
         self._noted = sums.pop("notes")
         labeled, unlabeled = sums.pop("rows").unbind()
@@ -358,7 +379,7 @@ class SemiSupervisedStep:
     ) -> StudentOutputs:
         inputs = micro.inputs
         logits, heads = self._columns(said)
-        own = _by_view(logits, inputs)
+        own = by_view(logits, inputs)
         return StudentOutputs(
             labeled=own.labeled,
             labels=inputs.labels,
@@ -370,7 +391,7 @@ class SemiSupervisedStep:
             strong_labeled=own.strong_labeled,
             notes=inputs.notes,
             further=own.further,
-            heads={name: _by_view(head, inputs) for name, head in heads.items()},
+            heads={name: by_view(head, inputs) for name, head in heads.items()},
         )
 
     @property
@@ -388,7 +409,7 @@ class SemiSupervisedStep:
         """The student's global sums before its first backward, from passes without gradient."""
         parts = []
         for micro, weak_outputs in zip(micros, weak, strict=True):
-            logits = self.engine.infer(_layout(torch.cat(micro.inputs.parts)))
+            logits = self.engine.infer(channels_last(torch.cat(micro.inputs.parts)))
             self.engine.forget_norms()
             outputs = self._outputs(logits, micro, weak_outputs, rows)
             parts.append(self.algorithm.student_statistics(outputs))
@@ -423,7 +444,7 @@ class SemiSupervisedStep:
     def _find_culprit(self, passes: list[_Pass]) -> Culprit | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
         for done in passes:
-            inputs = _layout(torch.cat(done.micro.inputs.parts))
+            inputs = channels_last(torch.cat(done.micro.inputs.parts))
             culprit = find_culprit(self.engine, inputs, partial(self._terms, done=done))
             if culprit is not None:
                 return culprit
@@ -447,31 +468,26 @@ class SemiSupervisedStep:
         penalty = self.l1 * l1_norm(self.engine.whole_parameters().values())
         return replace(terms, global_extras={**terms.global_extras, "l1_loss": penalty})
 
-    def _measure(self, passes: list[_Pass]) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Global means of a step, and numbers of each class, from all ranks. Collective."""
+    def _measure(
+        self, passes: list[_Pass], tell: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, list[float]]]:
+        """Global means of a step, numbers of each class and of each rank. Collective."""
         names = passes[0].contributions
         sums = {name: sum_(p.contributions[name] for p in passes) for name in names}
         weak = [p.weak.logits for p in passes if p.weak is not None]
         rows = passes[0].micro.inputs.places.unlabeled_rows
         seen = pseudo_labels.observed(self.algorithm, weak, rows)
-        reduced = FusedSum(sums | {f"seen/{name}": value for name, value in seen.items()}).wait()
+        told = {"own_seconds": self.own_time.take(), **tell}
+        own = torch.tensor(list(told.values()), device=self.engine.device)
+        reduced = FusedSum(
+            sums | {f"seen/{n}": value for n, value in seen.items()} | {"ranks": apart(own)}
+        ).wait()
+        ranks = dict(zip(told, reduced.pop("ranks").T.tolist(), strict=True))
         numbers, shares = pseudo_labels.summarized({n: reduced.pop(f"seen/{n}") for n in seen})
         reduced |= numbers
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
-        told = pseudo_labels.per_class(self.algorithm, shares)
-        return dict(zip(reduced, values, strict=True)), told
-
-
-def _by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:
-    """Cut the rows of the student's pass into its views."""
-    views = iter(rows.split([len(part) for part in inputs.parts]))
-    return HeadOutputs(
-        next(views),
-        *(
-            tuple(next(views) for _ in part)
-            for part in (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
-        ),
-    )
+        classes = pseudo_labels.per_class(self.algorithm, shares)
+        return dict(zip(reduced, values, strict=True)), classes, ranks
 
 
 def sum_(values: Iterable[Tensor]) -> Tensor:
@@ -480,8 +496,3 @@ def sum_(values: Iterable[Tensor]) -> Tensor:
     for value in rest:
         first = first + value
     return first
-
-
-def _layout(inputs: Tensor) -> Tensor:
-    """Images as channels-last, which half-precision convolutions want; others as they are."""
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs

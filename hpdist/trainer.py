@@ -22,7 +22,7 @@ from hpdist import config as configuration
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.checks import check_inputs, check_model, divide_batch
-from hpdist.config import Component, RunConfig
+from hpdist.config import RunConfig
 from hpdist.data.random import reseed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
@@ -91,12 +91,12 @@ class Trainer:
                 rows, columns = value if isinstance(value, tuple) else (value, {})
                 setattr(objects, name, rows)
                 data[name] = {"path": IN_MEMORY, **columns}
-        values = {"data": data, "algorithm": _named(algorithm), **settings}
+        values = {"data": data, "algorithm": configuration.named(algorithm), **settings}
         if isinstance(model, nn.Module):
             objects.model = model
             values["model"] = {"name": configuration.IN_PYTHON}
         else:
-            values["model"] = _named(model)
+            values["model"] = configuration.named(model)
         self._build(configuration.parse(values), objects)
 
     @classmethod
@@ -295,11 +295,13 @@ class Trainer:
         config, step = self.config, self.step
         reseed(config.run.seed, step.attempts, step.engine.rank)
         self.guard.beat(step.applied_steps, "reading rows")
+        step.own_time.begin()
         labeled, unlabeled = self.data.next()
         self._problem = self.data.look_ahead(self.guard.stopping)
         stop = self._problem is not None or self.guard.stopping()
         self.guard.beat(step.applied_steps, "training")
-        outcome = step(labeled, unlabeled, lr=self._rate(), measure=measure, stop=stop)
+        waits = self._waits() if measure else None
+        outcome = step(labeled, unlabeled, lr=self._rate(), measure=measure, tell=waits, stop=stop)
         self._excess = self.data.account(
             unlabeled, step.attempts, outcome.applied, outcome.bad_rows
         )
@@ -326,7 +328,7 @@ class Trainer:
         measure = _due(config.log.every, step.applied_steps + 1, config.steps)
         outcome = self._attempt(measure)
         self.state.overflows += outcome.overflowed
-        self.log.count_step()
+        self.log.count_step(step.applied_steps, outcome.overflow)
         if outcome.applied:
             done = step.applied_steps
             record = self._record(outcome, lr) if measure else {}
@@ -373,10 +375,12 @@ class Trainer:
         agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
         self.log.say(f"back to step {self.step.applied_steps}, and on with the rows that follow")
 
+    def _waits(self) -> dict[str, float]:
+        """Seconds since the last record that this rank has waited, by what for."""
+        checkpoints = {"checkpoint_wait": self.writer.waited} if self.files else {}
+        return self.log.since_record({"data_wait": self.data.waited, **checkpoints})
+
     def _record(self, outcome: StepOutcome, lr: float) -> dict[str, Any]:
-        waited = {"data_wait": self.data.waited}
-        if self.files:
-            waited["checkpoint_wait"] = self.writer.waited
         return {
             **outcome.metrics,
             **outcome.per_class,
@@ -387,7 +391,7 @@ class Trainer:
             "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
             "epoch": self.data.epoch,
             "bad_rows": self.data.bad_rows,
-            **self.log.speed(self._global_rows, waited),
+            **self.log.speed(self._global_rows, outcome.per_rank),
         }
 
     def _evaluate(self) -> dict[str, float]:
@@ -403,6 +407,7 @@ class Trainer:
         values = measured.values
         self.log.leave_out(time.monotonic() - start)
         self._latest = (name, self.step.applied_steps, measured)
+        self.log.confusions(self.step.applied_steps, {name: measured.confusion(rows.classes.names)})
         if name == "validation":
             self.state.note_validation(values[data.task.headline])
         return {f"eval/{name}/{key}": value for key, value in values.items()}
@@ -492,9 +497,3 @@ def _raise(error: HpdistError | None) -> None:
 def _due(every: int | None, step: int, last: int) -> bool:
     """Whether something due every so many steps is due now; at the last step everything is."""
     return step == last or (every is not None and step % every == 0)
-
-
-def _named(value: str | Mapping[str, Any] | Component) -> dict[str, Any]:
-    if isinstance(value, Component):
-        return value.model_dump()
-    return {"name": value} if isinstance(value, str) else dict(value)

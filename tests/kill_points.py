@@ -25,6 +25,7 @@ from tests.fault_table import rows_cost, steps_repeated
 from tests.forked import run_forked
 from tests.parquet_files import write_numbers
 from tests.picture_runs import audit_of
+from tests.run_records import TIMED
 
 STEPS, EVERY, UNLABELED = 9, 3, 24
 KINDS: dict[str, dict[str, Any]] = {
@@ -112,8 +113,7 @@ def state_of(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     manifest = json.loads((last / "manifest.json").read_text())
     kept = ("streams", "data", "loss_scale", "attempts", "overflows", "optimizer", "files")
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    timed = {"examples_per_second", "data_wait", "checkpoint_wait"}
-    records = [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
     audits = sorted((run / "audit").glob("rank-*.parquet/*.parquet"))
     facts = {
         "manifest": {key: manifest[key] for key in kept},

@@ -67,9 +67,14 @@ class SlowRun:
         (folder / "config.yaml").write_text(CONFIG.replace("DATA", files))
 
     def launch(
-        self, ranks: int, steps: int, *settings: Any, launcher: Sequence[Any] = ()
+        self,
+        ranks: int,
+        steps: int,
+        *settings: Any,
+        launcher: Sequence[Any] = (),
+        terminal: int | None = None,
     ) -> subprocess.Popen[str]:
-        """Start it, or let it go on."""
+        """Start it, or let it go on; what it prints goes to a file, or to an open terminal."""
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", ROOT / "configs/accelerate/cpu_bf16.yaml"),
@@ -82,7 +87,7 @@ class SlowRun:
             [str(part) for part in command],
             cwd=self.folder,
             env=environment,
-            stdout=(self.folder / "output").open("a"),
+            stdout=(self.folder / "output").open("a") if terminal is None else terminal,
             stderr=subprocess.STDOUT,
             text=True,
         )

@@ -86,8 +86,12 @@ PartitionName=all Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 
     def logs(self) -> str:
         """What the daemons say."""
-        texts = [path.read_text()[-3000:] for path in self.folder.glob("*.log")]
-        return "\n".join(texts)
+        paths = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)
+
+    def told(self, job: str) -> str:
+        """What SLURM knows of a job, and what the daemons say."""
+        return f"{self.run('scontrol', 'show', 'job', job)}\n{self.logs()}"
 
     def stop(self) -> None:
         """End the daemons and what they run."""

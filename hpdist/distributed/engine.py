@@ -88,6 +88,11 @@ class Engine(ABC):
         return Layout(self.master_fragments())
 
     @property
+    def forward_communicates(self) -> bool:
+        """Whether a forward waits for the other ranks: for weights, or for batch statistics."""
+        return self.fuses_weak_pass or (self.world_size > 1 and bool(self._norms))
+
+    @property
     def loss_scale(self) -> float:
         """What the loss is multiplied by; 1 outside fp16."""
         return self.scaler.scale if self.scaler is not None else 1.0

@@ -54,6 +54,13 @@ def summed(value: Tensor) -> Tensor:
     return total
 
 
+def apart(own: Tensor) -> Tensor:
+    """This rank's numbers [numbers] as its line of [ranks, numbers], whose sum has all of them."""
+    lines = own.new_zeros(world_size(), len(own))
+    lines[dist.get_rank() if world_size() > 1 else 0] = own
+    return lines
+
+
 _kept: list[Any] = []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
 """Scores that are shown, whichever of them a task has."""
+_WIDTH = 80  # columns
 _SHOWN = {
     "loss": "{:.3f}",
     "mask_rate": "{:.2f}",
@@ -20,7 +22,7 @@ _SHOWN = {
 
 
 class Console:
-    """Progress of a run, from the main process only."""
+    """Progress of a run of so many steps, from the main process only; of none there is no bar."""
 
     def __init__(self, steps: int, done: int, main: bool) -> None:
         self.main = main
@@ -28,8 +30,11 @@ class Console:
         self._started, self._first = time.monotonic(), done
         self._shown: dict[str, str] = {}
         self._bar: Any = None
-        if main and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+        if main and steps and sys.stderr.isatty():
+            # Of a terminal that does not say how wide it is tqdm would show nothing.
+            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if sized else {"ncols": _WIDTH}
+            self._bar = tqdm(total=steps, initial=done, unit="step", **width)
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""

@@ -41,6 +41,7 @@ _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
     "Precision": [("Loss scale; crosses are overflows", ["loss_scale"])],
     "Stream and system": [
         ("Examples per second, all ranks", ["examples_per_second"]),
+        ("Share of a step that the others wait for the slowest rank", ["slowest_rank_lag"]),
         ("Share of time waited for data", ["data_wait"]),
         ("Share of time waited for checkpoints", ["checkpoint_wait"]),
         ("Rows that could not be used", ["bad_rows"]),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpdist.config import RunConfig
 from hpdist.distributed.launch import Sharding
-from hpdist.distributed.reduce import world_size
+from hpdist.distributed.own_time import stragglers
+from hpdist.divergence import OverflowStorm
 from hpdist.tracking.console import HEADLINES, Console
+from hpdist.tracking.environment import environment
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
 
 
 class RunLog:
-    """Writes global numbers from the main process, and keeps the time.
+    """Writes global numbers from the main process, and keeps the time. Collective to construct.
 
     Args:
         config: Of the run.
@@ -40,15 +42,15 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._files = files
-        topology: dict[str, object] = {"world_size": world_size()}
-        if sharding is not None:
-            topology |= {"precision": sharding.precision, "zero_stage": sharding.stage or "none"}
-        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, topology)
+        told = environment(sharding)
+        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told)
         self._console = Console(config.steps, done, folder.main)
         self._started = self._clock = time.monotonic()
         self._before = seconds
         self._steps = 0
         self._waited: dict[str, float] = {}
+        self._waited_now: dict[str, float] = {}
+        self._storm = OverflowStorm()
 
     @property
     def run_id(self) -> str | None:
@@ -60,28 +62,45 @@ class RunLog:
         """Of training, those before a resume included."""
         return self._before + time.monotonic() - self._started
 
-    def count_step(self) -> None:
-        """Count an attempted step."""
+    def count_step(self, step: int, overflow: str | None) -> None:
+        """Count an attempted step; of one that overflowed, say where, and alert where many do."""
         self._steps += 1
+        storm = self._storm.look(overflow is not None)
+        if overflow is not None:
+            self.say(f"step {step + 1} overflowed and is skipped: {overflow}")
+            self._tracker.note("overflow", overflow, step)
+        if storm is not None:
+            self.say(storm)
+            self.alert("overflow storm", f"{storm}; the latest: {overflow}")
 
     def leave_out(self, seconds: float) -> None:
         """Do not count this time as the training's."""
         self._clock += seconds
 
-    def speed(self, rows: int, waited: Mapping[str, float]) -> dict[str, float]:
-        """Examples per second since the last call, of `rows` a step, and shares of time waited.
+    def since_record(self, waited: Mapping[str, float]) -> dict[str, float]:
+        """What has been added to seconds, which count from the process's beginning."""
+        self._waited_now = dict(waited)
+        return {name: total - self._waited.get(name, 0.0) for name, total in waited.items()}
 
-        `waited` are the seconds that this process has waited for something, from its beginning.
+    def speed(self, rows: int, per_rank: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """How fast the steps since the last record were, of `rows` each.
+
+        Examples per second of all ranks, the largest share of time that a rank has waited, and
+        which of several ranks is the slowest.
+
+        Args:
+            rows: Of the global batch.
+            per_rank: `own_seconds` of each rank, and what `since_record` has given there.
         """
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
-        shares = {
-            name: max(total - self._waited.get(name, 0.0), 0.0) / seconds
-            for name, total in waited.items()
-        }
+        told = dict(per_rank)
+        own = told.pop("own_seconds")
+        shares = {name: max(0.0, *waits) / seconds for name, waits in told.items()}
         rate = self._steps * rows / seconds
-        self._clock, self._steps, self._waited = now, 0, dict(waited)
-        return {"examples_per_second": rate, **shares}
+        found = stragglers(own, rows, seconds / max(self._steps, 1))
+        self._clock, self._steps, self._waited = now, 0, self._waited_now
+        return {"examples_per_second": rate, **found, **shares}
 
     def write(self, step: int, attempt: int, record: Mapping[str, Any]) -> None:
         """Write the record of a step."""
@@ -103,6 +122,10 @@ class RunLog:
                 self._folder.write_json(f"confusion_{name}.json", confusion, indent=None)
             self._folder.write_json("summary.json", summary)
         self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)
+        self._tracker.log_confusions(confusions, step)
+
+    def confusions(self, step: int, confusions: Mapping[str, Any]) -> None:
+        """Send the confusion matrices of an evaluation, by the name of the set."""
         self._tracker.log_confusions(confusions, step)
 
     def say(self, line: str) -> None:

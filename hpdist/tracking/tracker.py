@@ -11,17 +11,23 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
-from hpdist import __version__
 from hpdist.config import RunConfig
 from hpdist.settings import flat
 
 _GROUPS = {
-    "precision": ("loss_scale", "overflows"),
+    "precision": ("loss_scale", "overflows", "overflow"),
     "pseudo-labels": ("mask_rate", "confidence", "pseudo_label_top_share"),
     "stream": ("epoch", "bad_rows", "data_wait"),
-    "system": ("examples_per_second", "checkpoint_wait"),
+    "system": (
+        "examples_per_second",
+        "examples_per_second_per_rank",
+        "slowest_rank",
+        "slowest_rank_lag",
+        "checkpoint_wait",
+    ),
 }
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names}
+_MOST_IN_TABLE = 100  # classes; a table has a line for each pair of them
 _FEW = 20  # classes; of more, W&B has a histogram and the others nothing
 
 
@@ -33,7 +39,7 @@ class Tracker:
         folder: Of the run.
         main: Whether this is the main process; no other sends anything.
         run_id: The tracker's, of the run that goes on.
-        topology: What else is told beside the config, such as the number of ranks.
+        environment: What else is told beside the config, such as the number of ranks.
     """
 
     def __init__(
@@ -42,25 +48,34 @@ class Tracker:
         folder: Path,
         main: bool,
         run_id: str | None = None,
-        topology: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_id = run_id
         self._name = config.tracker.name
         self._tracker: GeneralTracker | None = None
         if main and self._name != "none":
             try:
-                self._tracker = self._start(config, folder, topology or {})
+                self._tracker = self._start(config, folder, environment or {})
             except Exception as error:
                 self._give_up(self._name, error)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Send the record of a step, its numbers in groups; lists hold a number for each class."""
+        """Send the record of a step, numbers in groups; a list is of all classes or ranks."""
         self._try(lambda tracker: tracker.log(self._values(record), step=step))
+
+    def note(self, key: str, text: str, step: int) -> None:
+        """Send a line of text; MLflow takes numbers only."""
+        if self._name != "mlflow":
+            self._try(lambda tracker: tracker.log({grouped(key): text}, step=step))
 
     def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
         """Send confusion matrices, by the name of the set; to W&B only, as tables."""
         # A task may have none.
-        there = {name: confusion for name, confusion in confusions.items() if confusion}
+        there = {
+            name: confusion
+            for name, confusion in confusions.items()
+            if confusion and len(confusion["classes"]) <= _MOST_IN_TABLE
+        }
         if there and self._name == "wandb":
             self._try(lambda tracker: tracker.log(_tables(there), step=step))
 
@@ -87,7 +102,7 @@ class Tracker:
         return values
 
     def _start(
-        self, config: RunConfig, folder: Path, topology: Mapping[str, Any]
+        self, config: RunConfig, folder: Path, environment: Mapping[str, Any]
     ) -> GeneralTracker:
         name, project = self._name, config.tracker.project
         if importlib.util.find_spec(name) is None:
@@ -116,7 +131,7 @@ class Tracker:
         settings = flat(config.model_dump(mode="json"))
         # MLflow refuses to change the settings of a run that goes on.
         if name != "mlflow" or not tracker.active_run.data.params:
-            tracker.store_init_configuration(settings | {"hpdist": __version__, **topology})
+            tracker.store_init_configuration(settings | dict(environment))
         return tracker
 
     def _try(self, act: Callable[[GeneralTracker], object]) -> None:

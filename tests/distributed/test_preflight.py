@@ -2,17 +2,22 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from hpdist.preflight import Place, _versions, table
+from hpdist.distributed.meeting import Place, meet
+from hpdist.distributed.network import measure_apart
+from hpdist.errors import DistributedError
+from hpdist.preflight import _nccl, _nccl_finding, _own_gpu, _shared_gpus, _versions, table
 from tests.pictures import write_pictures
-from tests.ranks import free_port
+from tests.ranks import free_port, run_ranks
 from tests.two_hosts import LINE, MISSING, two_hosts
 
 
@@ -73,16 +78,73 @@ def test_two_processes_that_fit_are_told_so_once(tmp_path):
 
 def test_who_does_not_come_is_named_in_time():
     began = time.monotonic()
-    place = ["--processes", 3, "--address", "127.0.0.1", "--port", free_port(), "--timeout", 4]
+    place = ["--processes", 3, "--address", "127.0.0.1", "--port", free_port(), "--timeout", 10]
     second = start(*place, "--rank", 2)
-    status, out, err = ended(start(*place, "--rank", 0))
-    assert status == 3
-    assert out == ""
-    assert "only 2 of 3 processes came" in err
-    assert "missing: 1." in err
-    assert len(err.splitlines()) == 1
-    assert ended(second)[0] == 3
+    for status, out, err in (ended(start(*place, "--rank", 0)), ended(second)):
+        assert (status, out) == (3, "")
+        (line,) = err.splitlines()
+        assert "only 2 of 3 processes came" in line
+        assert "missing: 1." in line
     assert time.monotonic() - began < 60
+
+
+def meet_late(folder: Path, ports: list[int], delays: list[dict[int, float]]) -> list[str]:
+    """What this rank is told when each rank comes so many seconds late, or not at all."""
+    rank = int(os.environ["RANK"])
+    told = []
+    for number, (port, late) in enumerate(zip(ports, delays, strict=True)):
+        (folder / f"{number}-{rank}").touch()
+        while len(list(folder.glob(f"{number}-*"))) < 3:
+            time.sleep(0.01)
+        if rank not in late:
+            told.append("")
+            continue
+        time.sleep(late[rank])
+        try:
+            meet(Place(rank, 3, "127.0.0.1", port), timeout=4)
+        except DistributedError as error:
+            told.append(str(error))
+    return told
+
+
+def test_every_process_names_the_missing_one_whenever_it_comes(tmp_path):
+    delays = [{0: 0, 2: 0}, {0: 1.5, 2: 0}, {0: 0, 2: 1.5}, {0: 0, 1: 0}]
+    ports = [free_port() for _ in delays]
+    told = run_ranks(3, meet_late, tmp_path, ports, delays)
+    for number, late in enumerate(delays):
+        (missing,) = {0, 1, 2} - late.keys()
+        for rank in late:
+            assert f"only 2 of 3 processes came to 127.0.0.1:{ports[number]}" in told[rank][number]
+            assert f"missing: {missing}." in told[rank][number]
+
+
+def test_one_that_comes_too_late_is_told(tmp_path):
+    """The first process has left, or is about to and says that this one is missing."""
+    port = free_port()
+    told = run_ranks(3, meet_late, tmp_path, [port], [{0: 0, 1: 0, 2: 4.5}])
+    assert all("missing: 2." in told[rank][0] for rank in (0, 1))
+    assert "missing: 2." in told[2][0] or f"no connection to 127.0.0.1:{port}" in told[2][0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_first_process_that_is_lost_is_told_in_one_line(how):
+    port = free_port()
+    place = ["--processes", 3, "--address", "127.0.0.1", "--port", port, "--timeout", 10]
+    first, second = start(*place, "--rank", 0), start(*place, "--rank", 1)
+    connected = psutil.Process(second.pid).net_connections
+    while not any(c.raddr and c.raddr.port == port for c in connected()):
+        time.sleep(0.01)
+    first.send_signal(how)
+    try:
+        status, out, err = ended(second)
+    finally:
+        first.kill()
+        first.communicate()
+    assert (status, out) == (3, "")
+    (line,) = err.splitlines()
+    assert "process 1 of 3" in line
+    if how == signal.SIGKILL:  # the other may have been stopped before it had taken the connection
+        assert f"the first process, at 127.0.0.1:{port}, has left" in line
 
 
 def test_nobody_at_the_address_is_one_clear_line():
@@ -137,6 +199,64 @@ def test_other_versions_on_one_host_are_named():
     assert "datasets" not in finding.told
     assert _versions(facts[:1] * 2).verdict == "ok"
     assert len(table([finding]).splitlines()) == 2
+
+
+def measured_apart(port: int, seconds: float, network_of_1: str) -> object:
+    rank = int(os.environ["RANK"])
+    place = Place(rank, 2, "127.0.0.1", port)
+    meet(place, 60)
+    if rank == 1 and network_of_1:
+        os.environ["GLOO_SOCKET_IFNAME"] = network_of_1
+    return measure_apart("gloo", "cpu", place, seconds)
+
+
+def test_what_is_measured_beside_the_processes_is_what_they_reach():
+    found = run_ranks(2, measured_apart, free_port(), 60, "")
+    for speed in found:
+        assert (speed.processes, speed.size) == (2, 64 << 20)
+        assert 0 < speed.latency < speed.seconds
+    finding = _nccl_finding(found, ["a", "b"])
+    assert finding.verdict == "ok"
+    assert "64 MiB in" in finding.told
+
+
+def test_a_network_that_does_not_carry_is_found_and_ends_nobody():
+    """The process beside rank 1 fails at once; the one beside rank 0 waits for it in vain."""
+    found = run_ranks(2, measured_apart, free_port(), 15, "nowhere0")
+    finding = _nccl_finding(found, ["a", "b"])
+    assert finding.verdict == "FAILED"
+    assert "process 0 on a: " in finding.told
+    (line,) = [line for line in finding.told.splitlines() if line.startswith("process 1 on b: ")]
+    assert "nowhere0" in line
+    assert "NCCL_DEBUG=INFO" in finding.told
+
+
+def test_measuring_that_takes_too_long_is_given_up():
+    began = time.monotonic()
+    found = run_ranks(2, measured_apart, free_port(), 0.2, "")
+    assert found == ["not done within 0.2 s"] * 2
+    assert time.monotonic() - began < 60
+
+
+def test_processes_that_share_a_gpu_are_noted():
+    gpus = [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}]
+    facts = [{"host": host, "devices": gpus, "gpu": gpu} for host, gpu in (("n0", 0), ("n0", 1))]
+    assert _shared_gpus(facts) == []
+    facts.append({"host": "n0", "devices": gpus, "gpu": 1})
+    assert _shared_gpus(facts) == ["processes 1, 2 share GPU 1 of n0"]
+    assert _nccl(facts, Place(0, 3), 60).verdict == "note"
+
+
+def test_a_process_has_the_gpu_of_its_number(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert _own_gpu(0) is None
+    assert _own_gpu(4) == 0  # one process on this host
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert _own_gpu(4) == 1
+    assert _own_gpu(1) == 0  # SLURM shows each task its own
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _own_gpu(4) == 3
 
 
 def test_a_launcher_says_who_is_who():

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.fault_table import Fault
+from tests.run_records import TIMED
 
 ROOT = Path(__file__).parents[2]
-TIMED = {"examples_per_second", "data_wait", "checkpoint_wait"}
 TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
 
 

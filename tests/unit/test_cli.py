@@ -141,8 +141,8 @@ def test_what_one_rank_knows_that_rank_says(monkeypatch, capsys):
 
 def test_a_warning_says_whose_it_is(monkeypatch):
     code = (
-        "import warnings; from hpdist.cli import _name_rank_in_warnings; "
-        "_name_rank_in_warnings(); warnings.warn('a row is bad')"
+        "import warnings; from hpdist.cli import _begin_warnings; "
+        "_begin_warnings(); warnings.warn('a row is bad')"
     )
     for ranks, told in (("4", "rank 3: <string>:1: UserWarning: a row is bad"), ("1", "<string>")):
         monkeypatch.setenv("RANK", "3")

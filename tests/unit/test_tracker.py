@@ -1,12 +1,18 @@
 import json
+import socket
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import hpdist
 from hpdist import config as configuration
+from hpdist.divergence import OverflowStorm
+from hpdist.tracking.environment import _hosts
 from hpdist.tracking.tracker import Tracker, grouped
 from tests.picture_runs import train, write_config
 from tests.pictures import write_pictures
@@ -86,6 +92,73 @@ def test_what_wandb_writes_has_the_numbers_of_metrics_jsonl(run):
     assert settings["algorithm.threshold"] == 0.2
     assert settings["world_size"] == 1
     assert rows[10]["eval/test/confusion/_type"] == "table-file"
+
+
+def test_a_run_that_goes_on_is_one_run_in_wandb(run):
+    folder = run("curve", "wandb", "--steps=4", "--checkpoint.every=4")
+    run("curve", "wandb", "--steps=8")
+    ids = {path.name.removesuffix(".wandb") for path in folder.glob("wandb/offline-run-*/*.wandb")}
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    assert len(ids) == 1
+    history, _, _ = written_by_wandb(folder)
+    found = {row["_step"]: row["train/loss"] for row in history if "train/loss" in row}
+    assert found == {record["step"]: record["loss"] for record in records(folder)}
+    assert list(found) == list(range(1, 9))
+
+
+def test_wandb_is_told_where_and_with_what_code_a_run_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    _, settings, _ = written_by_wandb(run("told", "wandb"))
+    assert settings["git_commit"] == commit.strip()
+    assert settings["hpdist"] == hpdist.__version__
+    assert settings["torch"] == torch.__version__
+    assert settings["hosts"] == f"{socket.gethostname()} (rank 0: CPU)"
+    topology = ("world_size", "precision", "zero_stage", "offload", "accumulation")
+    assert [settings[name] for name in topology] == [1, "fp32", "none", "none", 1]
+
+
+def test_every_evaluation_has_its_confusion_matrix(run):
+    history, _, _ = written_by_wandb(run("evaluated", "wandb", "--eval.every=5"))
+    tables = {row["_step"] for row in history if "eval/test/confusion/_type" in row}
+    assert tables == {5, 10}
+    assert all("eval/test/accuracy" in row for row in history if row["_step"] in tables)
+
+
+@pytest.mark.filterwarnings("ignore:HPDIST_ALLOW_CPU_FP16")
+def test_overflows_name_their_culprit_and_a_storm_of_them_is_an_alert(tmp_path, monkeypatch):
+    """A loss scale that grows at every step is too large at every other one."""
+    monkeypatch.setenv("HPDIST_ALLOW_CPU_FP16", "1")
+    config = write_config(tmp_path, write_pictures(tmp_path))
+    settings = ["--tracker.name=wandb", "--steps=60", "--precision=fp16"]
+    settings += ["--loss_scale.growth_interval=1"]
+    status, errors = train(config, "storm", *settings)
+    assert status == 0, errors
+    folder = tmp_path / "runs" / "storm"
+    history, _, alerts = written_by_wandb(folder)
+    assert alerts == ["overflow storm"]
+    said = [row["precision/overflow"] for row in history if "precision/overflow" in row]
+    assert any("rank 0, supervised term, " in line for line in said)
+    assert all("; loss scale " in line for line in said)
+
+
+def test_a_storm_is_told_once_and_again_when_it_comes_back():
+    storm = OverflowStorm()
+    told = [storm.look(True) for _ in range(30)]
+    assert [number for number, line in enumerate(told) if line] == [19]
+    assert told[19] == "20 of the last 20 steps overflowed"
+    assert not any(storm.look(False) for _ in range(100))
+    assert [storm.look(True) for _ in range(20)][19] == "20 of the last 100 steps overflowed"
+    calm = OverflowStorm()
+    assert not any(calm.look(number < 16) for number in range(200))  # the first loss scale
+
+
+def test_hosts_are_told_with_their_ranks_and_devices():
+    places = [("n0", "H100")] * 4 + [("n1", "H100")] * 2 + [("n2", "CPU")]
+    assert _hosts(places) == "n0 (ranks 0 to 3: H100), n1 (ranks 4, 5: H100), n2 (rank 6: CPU)"
 
 
 def test_numbers_stand_in_groups():

@@ -1,0 +1,83 @@
+"""What a tracker is told of where a run runs: versions of the code, hosts, devices, sharding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+import subprocess
+from pathlib import Path
+
+import torch
+
+import hpdist
+from hpdist.distributed.launch import Sharding
+from hpdist.distributed.reduce import gathered, world_size
+
+_PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "transformers")
+
+
+def environment(sharding: Sharding | None) -> dict[str, object]:
+    """Settings by name, beside those of the config. Collective: every rank must call."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    places = gathered((socket.gethostname(), device))
+    found: dict[str, object] = {
+        "world_size": world_size(),
+        "hosts": _hosts(places),
+        "python": platform.python_version(),
+        "hpdist": hpdist.__version__,
+        **{package: version for package in _PACKAGES if (version := _version(package))},
+    }
+    folders = {"git_commit": Path.cwd(), "hpdist_commit": _own_repository()}
+    commits = {name: _commit(folder) for name, folder in folders.items() if folder is not None}
+    found |= {name: commit for name, commit in commits.items() if commit is not None}
+    if sharding is None:
+        return found
+    sharded: dict[str, object] = {
+        "precision": sharding.precision,
+        "zero_stage": "none" if sharding.stage is None else sharding.stage,
+        "offload": sharding.offload,
+        "micro_batch": sharding.micro_batch,
+        "accumulation": sharding.accumulation,
+    }
+    return found | sharded
+
+
+def _hosts(places: list[tuple[str, str]]) -> str:
+    """Every host with its ranks and their devices."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks.setdefault(place, []).append(rank)
+    return ", ".join(
+        f"{host} ({'rank' if len(own) == 1 else 'ranks'} {_span(own)}: {device})"
+        for (host, device), own in ranks.items()
+    )
+
+
+def _span(ranks: list[int]) -> str:
+    if len(ranks) > 2 and ranks[-1] - ranks[0] + 1 == len(ranks):
+        return f"{ranks[0]} to {ranks[-1]}"
+    return ", ".join(map(str, ranks))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _own_repository() -> Path | None:
+    """The checkout that hpdist runs from, where it is one."""
+    root = Path(hpdist.__file__).parents[1]
+    return root if (root / ".git").exists() else None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that a folder is at, `-dirty` where it has changes; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,88 @@
+"""What a launched run of two ranks shows: a bar on a terminal, plain lines in a file, once each."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.slow_run import SlowRun
+
+STEPS = 6
+ROWS = """
+import os, warnings
+
+def slowly(row):
+    if os.environ["RANK"] == "1":
+        warnings.warn("this row is odd")
+    return row
+"""
+
+
+def read_terminal(master: int, into: list[str]) -> None:
+    while True:
+        try:
+            data = os.read(master, 65536)
+        except OSError:  # the last process that had it has ended
+            return
+        if not data:
+            return
+        into.append(data.decode(errors="replace"))
+
+
+def shown(folder: Path, columns: int | None = None) -> str:
+    """What a run prints, to a terminal of so many columns or else to a file."""
+    run = SlowRun(folder, [[300], [300]], row=ROWS)
+    if columns is None:
+        assert run.launch(2, STEPS, "--log.every", 2).wait(timeout=240) == 0, run.output
+        return run.output
+    master, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    parts: list[str] = []
+    reader = threading.Thread(target=read_terminal, args=(master, parts))
+    process = run.launch(2, STEPS, "--log.every", 2, terminal=terminal)
+    os.close(terminal)
+    reader.start()
+    status = process.wait(timeout=240)
+    reader.join(timeout=60)
+    os.close(master)
+    assert status == 0, "".join(parts)
+    return "".join(parts)
+
+
+def test_a_file_has_plain_lines_of_the_main_process(tmp_path: Path) -> None:
+    text = shown(tmp_path)
+    assert "\r" not in text
+    assert "%|" not in text
+    steps = re.findall(
+        r"^step (\d+)/6: loss [\d.]+, mask rate [\d.]+, \d+:\d\d left$", text, re.MULTILINE
+    )
+    assert steps == ["2", "4", "6"]
+    assert len(re.findall(r"^steps +6$", text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^run folder +\S+/run$", text, re.MULTILINE)) == 1
+    odd = [line for line in text.splitlines() if "UserWarning: this row is odd" in line]
+    assert len(odd) == 1
+    assert odd[0].startswith("rank 1: ")
+
+
+@pytest.mark.parametrize("columns", [120, 0], ids=["120 columns", "width unknown"])
+def test_a_terminal_has_a_bar_of_the_main_process(tmp_path: Path, columns: int) -> None:
+    text = shown(tmp_path, columns)
+    assert "step 2/6:" not in text
+    bars = [part for part in re.split(r"[\r\n]", text) if "%|" in part]
+    assert "6/6" in bars[-1]
+    assert "loss=" in bars[-1]
+    assert "mask rate=" in bars[-1]
+    assert "0step" not in text
+    assert sum("  0%|" in bar for bar in bars) == 1  # not one of each rank
+    assert len(re.findall(r"^steps +6\r?$", text, re.MULTILINE)) == 1
+    assert (
+        len(re.findall(r"\r\x1b\[Krank 1: .*UserWarning: this row is odd\r?$", text, re.MULTILINE))
+        == 1
+    )
