@@ -28,6 +28,7 @@ from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
+from hpdist.distributed.engine import prepare
 from hpdist.distributed.reduce import agreed, from_main, largest, world_size
 from hpdist.divergence import DivergenceMonitor
 from hpdist.errors import ConfigError, DivergenceError, HpdistError
@@ -36,6 +37,7 @@ from hpdist.generations import Generations, initial_values
 from hpdist.models.build import build_model
 from hpdist.models.heads import with_heads
 from hpdist.models.memory import checkpoint_activations, peak_memory
+from hpdist.models.stored import weights_as_stored
 from hpdist.optim import build_optimizer, learning_rate
 from hpdist.run_data import Objects, RunData
 from hpdist.run_guard import RunGuard
@@ -177,7 +179,7 @@ class Trainer:
         optimizer = build_optimizer(model, config.optim)
         replicated = algorithm.views.teacher and self.sharding.stage == 3
         own = replace(objects, model=copy.deepcopy(objects.model)) if replicated else objects
-        model, optimizer = accelerator.prepare(model, optimizer)
+        model, optimizer = prepare(accelerator, model, optimizer)
         # Not before: ZeRO-3 has by now let go of the first model's whole weights.
         replica = self._make_model(own, algorithm) if replicated else None
         self.step = SemiSupervisedStep(
@@ -227,7 +229,8 @@ class Trainer:
                 checkpoint_activations(model)
             return model
 
-        model = agreed(build)
+        with weights_as_stored(self.sharding.stage == 3):
+            model = agreed(build)
         if config.compile:
             model.compile()  # in place: the parameters keep their names
         return model

@@ -395,6 +395,22 @@ def ranks_are_apart(accelerator: Accelerator) -> bool:
     return launched > 1 and accelerator.distributed_type == DistributedType.NO
 
 
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, to which ZeRO-3's weights come sharded already.
+
+    It would itself cast the whole model, and move it to the device, before it shards it.
+    Collective: every rank must call.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
+        from hpdist.distributed.zero3 import partition_weights
+
+        partition_weights(model, plugin.deepspeed_config, accelerator.device)
+    return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+
+
 def make_engine(
     accelerator: Accelerator,
     model: nn.Module,

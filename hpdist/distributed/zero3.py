@@ -17,6 +17,50 @@ from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
 
+def partition_weights(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Leave this rank's part of every weight, by DeepSpeed's config, in the dtype that it trains.
+
+    One weight after the other is copied, onto the device, and let go of. So weights that are pages
+    of a checkpoint's files, which ranks share, never are memory of a rank's own: DeepSpeed alone
+    would write into the pages. Buffers stay whole. Collective: every rank must call.
+    """
+    import deepspeed
+
+    values = {key: value for key, value in config.items() if key != "train_batch_size"}  # "auto"
+    dtype = torch.float32
+    for half, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        if (values.get(half) or {}).get("enabled"):
+            dtype = kind
+    deepspeed.zero.Init(module=_OneByOne(model, dtype, device), config_dict_or_path=values)
+    for buffer in model.buffers():  # which DeepSpeed takes to be on the device as well
+        buffer.data = buffer.data.to(device)
+
+
+class _OneByOne(nn.Module):
+    """Copies each parameter when its turn comes, all into the same memory."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._dtype = dtype
+        self._device = device
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's, each to be partitioned before the next is asked for."""
+        sizes = [p.numel() for p in self.model.parameters() if p.is_floating_point()]
+        # Copies of their own would leave holes in the heap, together as large as a shard.
+        shared = torch.empty(max(sizes, default=0), dtype=self._dtype, device=self._device)
+        last = None
+        for parameter in self.model.parameters(recurse):
+            if last is not None and last.data_ptr() == shared.data_ptr():
+                shared = torch.empty_like(shared)  # DeepSpeed has asked for this one too early
+            if parameter.is_floating_point():
+                whole = shared[: parameter.numel()].view(parameter.shape)
+                parameter.data = whole.copy_(parameter.data)
+            last = parameter
+            yield parameter
+
+
 class PartitionedEngine(ZeroEngine):
     """ZeRO 3: every rank holds a part of each weight; a second forward a step is avoided."""
 
@@ -77,7 +121,7 @@ class PartitionedEngine(ZeroEngine):
                 "under ZeRO-3 an algorithm whose targets come from the teacher needs a second "
                 "model; give teacher_model"
             )
-        return PartitionedReplica(model.to(self._dtype), self.deepspeed.config, self._dtype)
+        return PartitionedReplica(model, self.deepspeed.config, self._dtype, self.device)
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
@@ -132,7 +176,9 @@ class PartitionedEngine(ZeroEngine):
 class PartitionedReplica:
     """A second ZeRO-3 engine without an optimizer, partitioned like the first."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> None:
         import deepspeed
 
         kept = ("train_micro_batch_size_per_gpu", "fp16", "bf16")
@@ -144,7 +190,8 @@ class PartitionedReplica:
             zero["offload_param"] = {"device": "cpu"}
         values["zero_optimization"] = zero
         self._dtype = dtype
-        self._engine = deepspeed.initialize(model=model, config=values)[0]
+        partition_weights(model, values, device)
+        self._engine = deepspeed.initialize(model=model.to(dtype), config=values)[0]
         self._engine.module.train()
         self._parameters = dict(self._engine.module.named_parameters())
 

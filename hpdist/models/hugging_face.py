@@ -21,6 +21,7 @@ from hpdist.models.hugging_face_audio import OWN_NOISE, AudioClassifier, check_a
 from hpdist.models.lora import Lora, add_adapters
 from hpdist.models.outputs import on_trial
 from hpdist.models.pixels import checkpoint_pixels
+from hpdist.models.stored import loading_as_stored, mark_stored
 from hpdist.settings import nearest
 
 
@@ -111,7 +112,7 @@ class HuggingFaceConfig(ModelConfig):
         kind: str | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> nn.Module:
-        """The model of `transformers`, in fp32 and whole on the CPU."""
+        """The model of `transformers`, whole on the CPU, in fp32 unless `weights_as_stored`."""
         transformers = require_transformers(f"model.name: {self.name}")
         kind = kind or ("Image" if pad is None else "Sequence")
         auto = getattr(transformers, f"AutoModelFor{kind}Classification")
@@ -141,15 +142,18 @@ class HuggingFaceConfig(ModelConfig):
                 trust = self.trust_remote_code
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust)
             else:
-                model, found = auto.from_pretrained(
-                    place,
-                    config=config,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **common,
-                )
+                with loading_as_stored(transformers, config) as as_stored:
+                    model, found = auto.from_pretrained(
+                        place,
+                        config=config,
+                        dtype=torch.float32,
+                        use_safetensors=True,
+                        ignore_mismatched_sizes=True,
+                        output_loading_info=True,
+                        **common,
+                    )
+                if as_stored:
+                    mark_stored(model)
                 self._check_loaded(model, found, num_classes)
                 fresh = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         if self.lora is not None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from hpdist.config import Section
 from hpdist.errors import ConfigError, describe
+from hpdist.models.stored import SeenInFull
 from hpdist.settings import nearest
 
 
@@ -36,7 +37,7 @@ def add_adapters(model: nn.Module, config: Lora, fresh: Iterable[str]) -> None:
     """Put adapters into a model of transformers, and leave only them and what is new to train.
 
     Args:
-        model: A classifier, whole and in fp32.
+        model: A classifier, whole; in fp32, or with `weights_as_stored`.
         config: Of the adapters.
         fresh: Names of parameters that no checkpoint gave, and that are trained as well.
 
@@ -66,7 +67,8 @@ def add_adapters(model: nn.Module, config: Lora, fresh: Iterable[str]) -> None:
         fan_in_fan_out=not isinstance(layers[chosen[0]], nn.Linear),
     )
     try:
-        peft.inject_adapter_in_model(settings, model)  # which freezes all but the adapters
+        with SeenInFull():  # adapters take the dtype of what they adapt
+            peft.inject_adapter_in_model(settings, model)  # which freezes all but the adapters
     except Exception as error:
         raise ConfigError(f"model.lora: peft cannot: {describe(error)}") from error
     for parameter in trained:
