@@ -80,13 +80,8 @@ class Trainer:
     ) -> None:
         objects = Objects()
         data = {}
-        given = {
-            "labeled": labeled,
-            "unlabeled": unlabeled,
-            "test": test,
-            "validation": validation,
-        }
-        for name, value in given.items():
+        sets = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "validation": validation}
+        for name, value in sets.items():
             if isinstance(value, Mapping) and "path" in value:
                 data[name] = dict(value)
             elif value is not None:
