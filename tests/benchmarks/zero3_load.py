@@ -2,19 +2,22 @@
 
     python -m tests.benchmarks.zero3_load [--out FOLDER]
 
-A BERT of 110 million random weights, on CPU ranks: loaded whole and then partitioned, which is what
-a run does, and under `deepspeed.zero.Init`, where every weight is partitioned as it is made.
+A BERT of 110 million random weights, on CPU ranks that train in fp32: as a run does, which keeps
+weights as pages of the checkpoint's files until they are partitioned, one after the other; loaded
+whole and then partitioned by DeepSpeed; and under `deepspeed.zero.Init`, where every weight is
+partitioned as it is made.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.memory import Peak, own_memory
 from tests.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {
@@ -22,89 +25,95 @@ CONFIG: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
+WAYS = {
+    "run": "as a run does",
+    "whole": "whole, then partitioned",
+    "init": "under zero.Init",
+}
+TINY = {"hidden_size": 12, "num_hidden_layers": 1, "intermediate_size": 12}
 
 
-def resident() -> dict[str, float]:
-    """MiB of this process: its own memory, and pages of files, which processes share."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return {"own": int(found["RssAnon"]) / 1024, "file": int(found["RssFile"]) / 1024}
-
-
-class Peak:
-    """The most memory of a process's own, looked at every few milliseconds."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.most = resident()["own"]
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.most = max(self.most, resident()["own"])
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.most = max(self.most, resident()["own"])
-
-
-def load(folder: str, sharded: bool) -> tuple[float, float, float]:
-    """Peak of own memory and what is kept of it, over the start, as shares of the fp32 weights."""
+def load(folder: str, way: str) -> Any:
+    """A model whose weights are partitioned."""
     import deepspeed
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.integrations import HfDeepSpeedConfig
 
+    from hpdist.checks import check_model
+    from hpdist.data.decode import InputSpec
+    from hpdist.data.text import Tokenizer
+    from hpdist.distributed.zero3 import partition_weights
+    from hpdist.models import HuggingFaceConfig, build_model
+    from hpdist.models.stored import weights_as_stored
+
+    if way == "run":
+        spec = InputSpec.of_text(Tokenizer(folder, 32))
+        with weights_as_stored(True):
+            model = build_model(HuggingFaceConfig(name=f"hf:{folder}"), spec, 2, 0)
+        check_model(model, spec.example(2), 2)
+        partition_weights(model, CONFIG, torch.device("cpu"))
+        return model
+    config = CONFIG | {"train_batch_size": int(os.environ["WORLD_SIZE"])}
+    kept = HfDeepSpeedConfig(config) if way == "init" else None
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    )
+    if way == "whole":
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    del kept
+    return model
+
+
+def measure(tiny: str, folder: str, way: str) -> tuple[float, float, float]:
+    """Peak of own memory and what is kept of it, over the start, as shares of the fp32 weights."""
+    import deepspeed
+
     deepspeed.init_distributed("gloo")
-    config = CONFIG | {"train_batch_size": torch.distributed.get_world_size()}
-    kept = HfDeepSpeedConfig(config) if sharded else None
+    load(tiny, way)  # imports what there is to import
     start = time.monotonic()
     with Peak() as peak:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        )
-        if not sharded:
-            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        model = load(folder, way)
     seconds = time.monotonic() - start
-    del kept
     size = sum(p.ds_numel for p in model.parameters()) * 4 / 2**20
-    return (peak.most - peak.start) / size, (resident()["own"] - peak.start) / size, seconds
+    return peak.rise / size, (own_memory() - peak.start) / size, seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    import torch
     from transformers import BertConfig, BertForSequenceClassification
+
+    from tests.texts import write_tokenizer
 
     lines = [
         "# Loading a checkpoint under ZeRO-3",
         "",
-        "A BERT of 110 million weights, CPU ranks: a process's own memory (without pages of files, "
-        "which ranks share), over what it had before, as a share of the weights in fp32; of the "
-        "rank that has most.",
+        "A BERT of 110 million weights, CPU ranks that train in fp32: a process's own memory "
+        "(without pages of files, which ranks share), over what it had before, as a share of the "
+        "weights in fp32; of the rank that has most.",
         "",
         "| stored as | loaded | ranks | peak while loading | kept afterwards | seconds |",
         "|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        model = BertForSequenceClassification(BertConfig(num_labels=2))
         for dtype in ("float32", "bfloat16"):
-            import torch
-
-            place = str(Path(folder, dtype))
-            model.to(getattr(torch, dtype)).save_pretrained(place)
-            for sharded in (False, True):
-                for ranks in (1, 2):
-                    found = run_ranks(ranks, load, place, sharded)
+            places = []
+            for name, config in (("tiny", BertConfig(**TINY)), ("large", BertConfig())):
+                place = Path(folder, f"{dtype}-{name}")
+                write_tokenizer(place)
+                model = BertForSequenceClassification(config).to(getattr(torch, dtype))
+                model.save_pretrained(place)
+                places.append(str(place))
+            for way, said in WAYS.items():
+                for ranks in (2,) if way == "init" else (1, 2, 4):
+                    found = run_ranks(ranks, measure, *places, way)
                     peak, kept, seconds = (max(values) for values in zip(*found, strict=True))
-                    way = "under zero.Init" if sharded else "whole, then partitioned"
-                    print(f"{dtype}, {way}, {ranks} ranks: {found}", flush=True)
+                    print(f"{dtype}, {said}, {ranks} ranks: {found}", flush=True)
                     lines.append(
-                        f"| {dtype} | {way} | {ranks} | {peak:.2f} | {kept:.2f} | {seconds:.0f} |"
+                        f"| {dtype} | {said} | {ranks} | {peak:.2f} | {kept:.2f} | {seconds:.0f} |"
                     )
     text = "\n".join(lines) + "\n"
     print(text)

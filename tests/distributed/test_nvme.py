@@ -19,6 +19,7 @@ from hpdist.config import LossScale
 from hpdist.data.digits import write_digits
 from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed import launch
+from hpdist.distributed.engine import prepare
 from hpdist.distributed.zero3 import PartitionedEngine
 from hpdist.models import MLP
 from hpdist.step import SemiSupervisedStep
@@ -79,7 +80,7 @@ def make_step(
     replica = MLP(64, HIDDEN, 10) if algorithm == "mean_teacher" else None
     model = MLP(64, HIDDEN, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     return SemiSupervisedStep(
         accelerator,
         model,

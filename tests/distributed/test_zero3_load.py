@@ -101,7 +101,10 @@ RUNS = {
     "heads": (
         "several",
         "bf16",
-        {"algorithm": {"name": "simmatch", "width": 8, "bank": 16, "threshold": 0.5}},
+        {
+            "algorithm": {"name": "simmatch", "width": 8, "bank": 16, "threshold": 0.5},
+            "zero": {"stage": 3, "offload": "cpu"},
+        },
         {},
     ),
     "lora": ("bfloat16", "fp32", {}, {"lora": {"rank": 2, "targets": ["query", "dense"]}}),
