@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,30 @@ def test_runs_are_equal_on_any_ranks_and_resume(data: Path, tmp_path: Path, task
     assert one[f"validation/best_{headline}"] == pytest.approx(best)
     assert f"test/{headline}_student" in one
     assert not list((tmp_path / "one").glob("confusion*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("task", ALGORITHMS)
+def test_half_precision_under_zero_is_close_to_fp32(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    precision: str,
+    stage: int,
+) -> None:
+    monkeypatch.setenv("HPDIST_ALLOW_CPU_FP16", "1")
+    (one,) = run_ranks(1, train, data, tmp_path, "one", task, 6)
+    half = {"precision": precision, "zero": {"stage": stage}, "loss_scale": {"initial": 128.0}}
+    two, _ = run_ranks(2, partial(train, **half), data, tmp_path, "two", task, 6)
+    assert (two["precision"], two["zero_stage"], two["skipped_steps"]) == (precision, stage, 0)
+    for found, expected in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(expected, rel=0.03, abs=0.01)
+    assert any(unsupervised > 0 for _, unsupervised in curve(tmp_path / "two"))
+    headline = f"test/{SCORES[task][0]}"
+    assert two[headline] == pytest.approx(one[headline], rel=0.05)
 
 
 def test_targets_are_in_their_own_units_and_their_scale_in_the_checkpoint(
