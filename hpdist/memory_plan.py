@@ -112,6 +112,8 @@ def make_plan(
     for stage in (None, 1, 2, 3):
         tell(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
         stages.append(rehearsed(config, gpus, stage, base))
+        if stage is None and stages[0].kind is not None:
+            break  # what is wrong without any sharding is wrong with it
     if all(stage.rehearsal is None for stage in stages):
         kind = next((s.kind for s in stages if s.kind is not None), RehearsalError)
         raise kind(stages[0].problem)

@@ -83,6 +83,7 @@ def run_plan(folder: Path, values: dict[str, Any], *arguments: object):
     return done
 
 
+@pytest.mark.slow
 def test_the_command_names_the_smallest_stage_that_fits(digits, tmp_path):
     """Precision and buckets come from the file that a launcher would be given."""
     values = settings(digits, "CNN", None) | {"optim": {"name": "adamw"}, "precision": None}
@@ -108,6 +109,7 @@ def test_what_cannot_be_planned_is_one_clear_line(digits, tmp_path):
     done = run_plan(tmp_path, values, "--gpus", 3, "--gpu-memory", 16)
     assert (done.returncode, done.stdout) == (2, "")
     assert "batch.labeled: 64 rows do not divide over 3 ranks" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("rehearsing") == 1
     for wrong in (["--gpus", 0, "--gpu-memory", 16], ["--gpus", 1, "--gpu-memory", 1]):
         done = run_plan(tmp_path, values, *wrong)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
