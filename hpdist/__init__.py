@@ -13,6 +13,7 @@ from hpdist.errors import (
 )
 
 if TYPE_CHECKING:
+    from hpdist.algorithm_state import whole_state
     from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
     from hpdist.config import RunConfig
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
@@ -45,6 +46,7 @@ __all__ = [
     "Trainer",
     "UnlabeledBatch",
     "global_batch_norm",
+    "whole_state",
     "with_heads",
 ]
 
@@ -63,6 +65,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "Trainer": "hpdist.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
     "global_batch_norm": "hpdist.distributed.batch_norm",
+    "whole_state": "hpdist.algorithm_state",
     "with_heads": "hpdist.models.heads",
 }
 

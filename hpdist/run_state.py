@@ -84,7 +84,8 @@ class RunState:
         engine.load_scale_state(facts["loss_scale"])
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(saved.common[f"buffer/{name}"])
-        step.algorithm.load_state_dict(_under(saved.common, "algorithm/"))
+        shards = saved.whole("algorithm")
+        step.algorithm.load_state_dict(_under(saved.common, "algorithm/"), shards)
         if step.teacher is not None:
             restored = [f.like(saved.read("teacher", f)) for f in step.teacher.fragments]
             step.teacher.load(restored, _under(saved.common, "teacher/"), facts["teacher_updates"])
@@ -105,14 +106,21 @@ class RunState:
             fragments["teacher"] = self.step.teacher.fragments
         for key, pieces in self.step.engine.optimizer_fragments().items():
             fragments[f"optimizer.{key}"] = pieces
+        fragments["algorithm"] = [
+            Fragment(name, start, values)
+            for name, parts in self.step.algorithm.shards().items()
+            for start, values in parts
+        ]
         return fragments
 
     def _common(self) -> dict[str, Tensor]:
         """What every rank holds alike."""
         buffers = self.step.engine.module.named_buffers()
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
+        sharded = self.step.algorithm.shards()
         for name, value in self.step.algorithm.state_dict().items():
-            common[f"algorithm/{name}"] = value
+            if name not in sharded:
+                common[f"algorithm/{name}"] = value
         common |= self.data.fitted
         if self.step.teacher is not None:
             for name, value in self.step.teacher.buffers.items():

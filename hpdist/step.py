@@ -136,6 +136,7 @@ class SemiSupervisedStep:
     ) -> None:
         self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
+        algorithm.take_place(self.engine.rank, self.engine.world_size)
         self.views = views
         self.micro_batches = micro_batches
         self.grad_clip = grad_clip
@@ -346,6 +347,7 @@ class SemiSupervisedStep:
             sums["not finite"] = sum_(part.sum() * 0 for said in seen for part in said.everything)
             parts = [self.algorithm.statistics(outputs) for outputs in seen]
             sums |= {key: sum_(part[key] for part in parts) for key in parts[0]}
+        sums |= self.algorithm.rank_statistics()
         return FusedSum(sums)
 
     def _observe(self, reduction: FusedSum) -> tuple[Tensor, Tensor]:

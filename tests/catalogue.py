@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from hpdist.algorithm_state import whole_state
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.algorithms.addon import AddOnConfig, build_algorithm
 from hpdist.config import component_names, components
@@ -117,10 +118,9 @@ def run(name: str, steps: int, **options: Any) -> list[dict[str, float]]:
         options["teacher_model"] = make_model(algorithm)
     step = make_step(algorithm, **options)
     curve = train(step, steps)
-    state = {
-        f"state {key}": float(value.double().sum())
-        for key, value in step.algorithm.state_dict().items()
-    }
+    alone = build(name)  # by one rank, from what all ranks hold
+    alone.load_state_dict(whole_state(step.algorithm))
+    state = {f"state {key}": float(v.double().sum()) for key, v in alone.state_dict().items()}
     assert step.teacher is not None
     whole = step.teacher.whole()
     teacher = sum(float(value.double().square().sum()) for value in whole.values())

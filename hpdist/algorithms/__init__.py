@@ -129,10 +129,11 @@ def catalogue() -> list[str]:
         "",
         "Tasks (task.name) that it can do: c classification, m multilabel, r regression.",
         "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
-        "unlabelled rows, or largest row id. Reduced: floats summed over the ranks per optimizer",
-        "step, besides the gradients and three counts of rows; 'per row': of the unlabelled global",
-        "batch, 'per labelled row': of the labelled one; 'then' begins a second collective. An",
-        "add-on goes around any algorithm, named in the config's addons; what it has comes on top.",
+        "unlabelled rows, or largest row id. / ranks: each rank holds a part; all else is on every",
+        "rank. Reduced: floats summed over the ranks per optimizer step, besides the gradients and",
+        "three counts of rows; 'per row': of the unlabelled global batch, 'per labelled row': of",
+        "the labelled one; 'then' begins a second collective. An add-on goes around any algorithm,",
+        "named in the config's addons; what it has comes on top.",
     ]
 
 
@@ -171,7 +172,13 @@ def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:
     for algorithm in (small, large):
         algorithm.commit()  # makes every part of the state as large as it will be
     before, after = small.state_dict(), large.state_dict()
-    state = [f"{key} [{_shape(before[key], after[key])}]" for key in before]
+    state = [
+        f"{key} [{_shape(before[key], after[key])}{' / ranks' if key in small.shards() else ''}]"
+        for key in before
+    ]
+    for algorithm, (sums, _) in zip((small, large), reduced, strict=True):
+        algorithm.take_place(0, 2)
+        sums += algorithm.rank_statistics().values()
     totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
     return (
         ", ".join(state) or "none",

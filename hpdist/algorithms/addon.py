@@ -14,6 +14,8 @@ from hpdist.algorithms.base import (
     AlgorithmConfig,
     LossTerms,
     Probe,
+    SavedShards,
+    Shards,
     StudentInputs,
     StudentOutputs,
     Sums,
@@ -131,6 +133,10 @@ class AddOn(Algorithm):
         """The inner algorithm's terms with the add-on's; `outputs` are what the model said."""
         return terms
 
+    def take_place(self, rank: int, ranks: int) -> None:
+        """Hand it on."""
+        self.base.take_place(rank, ranks)
+
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """Both sets of heads."""
         return self.base.heads(features) | self.own_heads(features)
@@ -139,6 +145,10 @@ class AddOn(Algorithm):
         """Both sets of sums."""
         own = {self._key(name): value for name, value in self.own_statistics(weak).items()}
         return self.base.statistics(self._inner(weak)) | own
+
+    def rank_statistics(self) -> dict[str, Tensor]:
+        """Those of the inner algorithm."""
+        return self.base.rank_statistics()
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Give each its sums."""
@@ -200,7 +210,13 @@ class AddOn(Algorithm):
         tables = {name: table.values for name, table in self.tables.items()}
         return self.base.state_dict() | self._prefixed(self.own | tables)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def shards(self) -> Shards:
+        """Those of the inner algorithm."""
+        return self.base.shards()
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
         """Take over both states; raises KeyError where the names differ."""
         own, others = self._divide(state)
         expected = dict.fromkeys([*self.own, *self.tables], torch.empty(0))
@@ -208,7 +224,7 @@ class AddOn(Algorithm):
         self.own = {k: own[k].to(v.device, v.dtype).clone() for k, v in self.own.items()}
         for name, table in self.tables.items():
             table.load(own[name])
-        self.base.load_state_dict(others)
+        self.base.load_state_dict(others, saved)
         self.discard()
 
     def required_counts(self, like: Tensor) -> Tensor:

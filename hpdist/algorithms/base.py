@@ -227,12 +227,29 @@ class Table(Protocol):
         ...
 
 
+Shards = dict[str, list[tuple[int, Tensor]]]
+"""What a rank holds alone: by name, where its parts of a flat tensor begin, and the parts."""
+
+
+class SavedShards(Protocol):
+    """What ranks held alone when it was saved: flat tensors by name, to be read in parts."""
+
+    def size(self, name: str) -> int:
+        """Elements of it; 0 where there are none."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Some of its elements."""
+        ...
+
+
 class Algorithm:
     """The base of every algorithm.
 
     One optimizer step calls, in this order: `statistics`, `perturb` and `mix` per micro-batch;
-    `observe` once with the sums over the global batch; where there are any, `student_statistics`;
-    `loss` per micro-batch; and `commit` if the step was applied, else `discard`.
+    `rank_statistics` and, with the sums over the global batch, `observe` once; where there are any,
+    `student_statistics`; `loss` per micro-batch; and `commit` if the step was applied, else
+    `discard`.
     """
 
     paper: ClassVar[str] = ""
@@ -284,6 +301,9 @@ class Algorithm:
             )
         self.task = task
 
+    def take_place(self, rank: int, ranks: int) -> None:
+        """Hold this rank's part of what is sharded; the step says so before anything else."""
+
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The head of every name in `head_names`: maps features [rows, *features] to [rows, width].
 
@@ -293,6 +313,13 @@ class Algorithm:
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums over this rank's rows to be added up over the global batch; fp32, O(classes)."""
+        return {}
+
+    def rank_statistics(self) -> dict[str, Tensor]:
+        """Sums that a rank adds once a step, however many micro-batches it has; fp32.
+
+        For what does not follow from this step's rows, such as what shards have found since.
+        """
         return {}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -329,7 +356,10 @@ class Algorithm:
 
     @property
     def class_thresholds(self) -> Tensor | None:
-        """The confidence that each class asks for now, fp32 [classes]; None where all ask alike."""
+        """The confidence that each class asked for in the latest loss, fp32 [classes].
+
+        None where all ask alike.
+        """
         return None
 
     @property
@@ -355,11 +385,26 @@ class Algorithm:
         self.pending = dict(self.state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors, and the tables."""
+        """The state as tensors, and the tables: on one rank all there is, on several no `shards`.
+
+        `hpdist.whole_state` gives all on any number of ranks.
+        """
         return self.state | {name: table.values for name, table in self.tables.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state; raises KeyError where the names differ."""
+    def shards(self) -> Shards:
+        """What this rank holds alone, in parts of flat tensors that any number of ranks can load.
+
+        Of one rank, whole: under these names it may stand in `state_dict` too.
+        """
+        return {}
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over a state; raises KeyError where the names differ.
+
+        What is sharded is read from `saved`, as far as it is this rank's, or stands in `state`.
+        """
         check_names(state, [*self.state, *self.tables])
         self.state = {k: state[k].to(v.device, v.dtype).clone() for k, v in self.state.items()}
         for name, table in self.tables.items():

@@ -14,6 +14,8 @@ from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
     LossTerms,
+    SavedShards,
+    Shards,
     StudentOutputs,
     Sums,
     Views,
@@ -21,10 +23,12 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.tables import NEVER, LabelTable, take
+from hpdist.algorithms.tables import NEVER, LabelTable, WholeShards
 from hpdist.algorithms.targets import confident
 
 Shape = Literal["concave", "linear", "convex"]
+
+_SHARDS = ("labels", "changes")
 
 _MAPPINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "concave": lambda share: (share + 1).log() / math.log(2),
@@ -68,6 +72,10 @@ class FlexMatch(Algorithm):
     max(max_c sigma(c), N - sum_c sigma(c)) (eq. 11), without the second term if there is no warm-up
     (eq. 6). The counts are those before this step. Where N is not known, the rows seen so far
     stand for it.
+
+    Each rank holds the labels of its own rows: 2 N / ranks bytes. On several ranks the counts in
+    `state` are without the last applied step, of which each rank knows its rows' part alone: it is
+    summed with the next step's statistics, before that step's loss, which goes by all steps.
     """
 
     paper: ClassVar[str] = "Zhang et al. 2021, arXiv:2110.08263"
@@ -95,7 +103,12 @@ class FlexMatch(Algorithm):
             "seen": torch.zeros((), dtype=torch.int64, device=device),  # rows used so far
         }
         self._table = LabelTable(num_classes, device)
+        self._told = self.state  # what the latest loss went by
         self.discard()
+
+    def take_place(self, rank: int, ranks: int) -> None:
+        """Hold the labels of this rank's rows only."""
+        self._table.take_place(rank, ranks)
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Every row's id and, if it is confident, its label."""
@@ -103,13 +116,24 @@ class FlexMatch(Algorithm):
         labels = torch.where(passed > 0, pseudo_labels, NEVER)
         return {"table": self._table.pack(weak, labels)}
 
+    def rank_statistics(self) -> dict[str, Tensor]:
+        """What this rank's rows have changed and no step's sums have told yet."""
+        if self._table.ranks == 1:
+            return {}
+        changes = self._table.unsent.float()
+        return {"changes": changes[:-1], "first": changes[-1]}
+
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Work out the counts after this step."""
-        change, first = self._table.observe(sums["table"])
+        """Work out the counts: of one rank those after this step, of several those before it."""
+        change = self._table.observe(sums["table"])  # by this rank's rows
+        if self._table.ranks > 1:  # by all ranks' rows, of the step before
+            change = torch.cat([sums["changes"], sums["first"].view(1)]).round().long()
         self.pending = {
-            "counts": self.state["counts"] + change,
-            "seen": self.state["seen"] + first,
+            "counts": self.state["counts"] + change[:-1],
+            "seen": self.state["seen"] + change[-1],
         }
+        # Of several ranks, also where this step's sums are not sound: the changes always are.
+        self._told = self.pending if self._table.ranks > 1 else self.state
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms and the mask rate."""
@@ -133,18 +157,45 @@ class FlexMatch(Algorithm):
         self._table.discard()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts, and a copy of the table of labels."""
+        """The counts, and on one rank a copy of the table of labels.
+
+        On several ranks each has but its `shards`; `hpdist.whole_state` puts them together.
+        """
+        if self._table.ranks > 1:
+            return dict(self.state)
         return {**self.state, "labels": self._table.labels()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state, its table of any length."""
-        rest, labels = take(state, "labels")
-        super().load_state_dict(rest)
-        self._table.load(labels)
+    def shards(self) -> Shards:
+        """The labels of this rank's rows, and what they have changed since the counts."""
+        return self._table.shards()
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over a state, its table of any length, saved by any number of ranks.
+
+        Raises KeyError where there are no labels in it, nor in `saved`.
+        """
+        if saved is None or "labels" in state:
+            saved = WholeShards({name: state[name] for name in _SHARDS if name in state})
+            missing = "labels" not in state
+        else:
+            missing = not saved.size("changes")
+        if missing:
+            raise KeyError(
+                f"state holds {sorted(state)}, expected 'labels' too; several ranks hold a part "
+                "each, which `hpdist.whole_state` puts together"
+            )
+        super().load_state_dict({k: v for k, v in state.items() if k not in _SHARDS})
+        changes = self._table.load(saved)
+        self.state["counts"] += changes[:-1]
+        self.state["seen"] += changes[-1]
+        self._told = self.state
+        self.discard()
 
     @property
     def class_thresholds(self) -> Tensor:
-        """Tau M(beta), [classes]."""
+        """Tau M(beta) that the latest loss went by, [classes]."""
         return self.threshold * self.mapping(self._shares())
 
     def _mask(self, weak: WeakOutputs) -> tuple[Tensor, Tensor]:
@@ -153,9 +204,9 @@ class FlexMatch(Algorithm):
 
     def _shares(self) -> Tensor:
         """How well each class is learned, beta, fp32 [classes]."""
-        counts = self.state["counts"]
+        counts = self._told["counts"]
         most = counts.max()
         if self.warmup:
-            rows = self.state["seen"] if self.rows is None else self.rows
+            rows = self._told["seen"] if self.rows is None else self.rows
             most = torch.maximum(most, rows - counts.sum())
         return counts.float() / most.clamp(min=1)

@@ -1,4 +1,4 @@
-"""What is remembered of every unlabelled row by its id, the same on every rank.
+"""What is remembered of every unlabelled row by its id.
 
 What ranks find of their rows travels in the algorithm's sums: each fills in its own rows' places in
 a tensor of the global batch and leaves the others 0, so that the sum over ranks is a gather.
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import WeakOutputs
+from hpdist.algorithms.base import SavedShards, Shards, WeakOutputs
 from hpdist.errors import ConfigError
 
 UNSEEN = -2
 """The label of a row that no step has used."""
 NEVER = -1
 """The label of a row that was used and never got one."""
+
+BLOCK = 4096
+"""Ids in a row that one rank owns: the first block is that of rank 0, the next of rank 1."""
 
 _FIRST_ROWS = 1024
 _LOW = 24  # bits: an fp32 holds integers of so many exactly
@@ -62,10 +65,15 @@ def last_places(words: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LabelTable:
-    """Labels by row id in int16 [rows], replicated; a step costs O(its global batch).
+    """Labels by row id in int16, each held by one rank alone; a step costs O(its global batch).
+
+    Ids are dealt out in blocks of `BLOCK`, one to each rank in turn, so a rank holds 2 rows / ranks
+    bytes, give or take a block. Every rank sees the ids and labels of the whole global batch, but
+    only the owner of a row knows its old label. So what a rank finds of the counts' change is its
+    part of a sum: `unsent`, to be summed over the ranks with the next step's statistics.
 
     `observe` works out what would change, and only `commit` changes the table. It grows by doubling
-    when an id comes that is beyond its end.
+    when an id comes that is beyond its end, and covers the same ids on every rank.
 
     Args:
         num_classes: Labels are 0 up to it, at most 2^15 - 1.
@@ -76,10 +84,29 @@ class LabelTable:
         if num_classes > torch.iinfo(torch.int16).max:
             raise ConfigError(f"a table of labels holds at most 32767 classes, not {num_classes}")
         self.num_classes = num_classes
+        self.rank, self.ranks = 0, 1
+        self.rows = 0
+        """Ids that the table covers, those of other ranks among them."""
         # The last entry belongs to no row: what must not be written anywhere is written there.
         self._labels = torch.full((1,), UNSEEN, dtype=torch.int16, device=device)
-        self._found: tuple[Tensor, Tensor, Tensor] | None = None  # ids, labels, which to write
+        self.unsent = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)
+        """This rank's part of the last committed change that no `commit` has taken over yet,
+        int64 [classes + 1]; always 0 where there is one rank."""
+        self._found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._largest = _HostNumber()
+
+    def take_place(self, rank: int, ranks: int) -> None:
+        """Hold the rows of one rank of so many; raises ConfigError where others' are missing."""
+        if (rank, ranks) == (self.rank, self.ranks):
+            return
+        if self.ranks > 1:
+            raise ConfigError(
+                f"the algorithm holds the rows of rank {self.rank} of {self.ranks}, so it cannot "
+                f"be that of rank {rank} of {ranks}; make another, and load what `whole_state` gave"
+            )
+        whole = WholeShards({"labels": self._labels[:-1].cpu()})
+        self.rank, self.ranks = rank, ranks
+        self.load(whole)
 
     @staticmethod
     def pack(weak: WeakOutputs, labels: Tensor) -> Tensor:
@@ -91,14 +118,16 @@ class LabelTable:
         told = torch.cat((id_words(weak.ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
         return spread(weak, told).T
 
-    def observe(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """From the summed `pack`: by how much each label's count changes, and the rows seen first.
+    def observe(self, packed: Tensor) -> Tensor:
+        """From the summed `pack`, what changes by the rows of this rank: int64 [classes + 1].
 
-        int64 [classes] and []. Of several places with one id, the last that has a label wins.
+        By how much each label's count does, and last the number of rows seen first. Of several
+        places with one id, the last that has a label wins.
         """
         told = packed[2].round().long()  # [batch]
         used = told > 0
         ids = torch.where(used, ids_of(packed[:2].T), -1)
+        self._largest.set(ids.max() if len(ids) else ids.sum() - 1)
         labels = told - 2
         # Sort by id, then by whether there is a label, then by place: the last of an id wins.
         order = (labels >= 0).long().argsort(stable=True)
@@ -106,41 +135,68 @@ class LabelTable:
         ids, labels, used = ids[order], labels[order], used[order]
         wins = torch.ones_like(used)
         wins[:-1] = ids[1:] != ids[:-1]
-        wins = wins & used
+        blocks = ids // BLOCK
+        wins = wins & used & (blocks % self.ranks == self.rank)
+        places = blocks // self.ranks * BLOCK + ids % BLOCK  # in this rank's part
         end = len(self._labels) - 1
-        known = wins & (ids < end)
-        old = torch.where(known, self._labels[torch.where(known, ids, end)].long(), UNSEEN)
+        known = wins & (places < end)
+        old = torch.where(known, self._labels[torch.where(known, places, end)].long(), UNSEEN)
         new = torch.where(labels >= 0, labels, old.clamp(min=NEVER))
-        change = self._count(new, wins) - self._count(old, wins)
-        self._found = (ids, new, wins)
-        self._largest.set(ids.max() if len(ids) else ids.sum() - 1)
-        return change, (wins & (old == UNSEEN)).sum()
+        counts = self._count(new, wins) - self._count(old, wins)
+        change = torch.cat([counts, (wins & (old == UNSEEN)).sum().view(1)])
+        self._found = (places, new, wins, change)
+        return change
 
     def commit(self, sound: Tensor | None, rows: int | None) -> None:
-        """Write down what `observe` found, unless it is not sound; `rows` are expected at least."""
+        """Write down what `observe` found, unless it is not sound; `rows` are expected at least.
+
+        What was unsent is taken to be in the counts by now, and this step's change is so instead.
+        """
         if self._found is None:
             return
-        ids, labels, wins = self._found
+        places, labels, wins, change = self._found
         self._found = None
         self._grow(self._largest.get() + 1, rows or 0)
         writes = wins if sound is None else wins & sound
         end = len(self._labels) - 1
-        places = torch.where(writes, ids, end)
+        places = torch.where(writes, places, end)
         self._labels[places] = torch.where(writes, labels, UNSEEN).to(torch.int16)
+        if self.ranks > 1:
+            self.unsent = change if sound is None else torch.where(sound, change, self.unsent)
 
     def discard(self) -> None:
         """Forget what `observe` found."""
         self._found = None
 
     def labels(self) -> Tensor:
-        """A copy of the labels, int16 [rows]."""
+        """A copy of this rank's labels in the order of their ids, int16; of one rank, all."""
         return self._labels[:-1].clone()
 
-    def load(self, labels: Tensor) -> None:
-        """Take over labels, of however many rows."""
-        end = self._labels.new_full((1,), UNSEEN)
-        self._labels = torch.cat([labels.to(end.device, end.dtype), end])
+    def shards(self) -> Shards:
+        """Labels by id, and `unsent`, [ranks, classes + 1] in a row, as far as they are here."""
+        labels = self._labels[:-1].cpu()
+        parts = labels.split(BLOCK) if self.ranks > 1 else (labels,)
+        starts = range(self.rank * BLOCK, self.rows, self.ranks * BLOCK)
+        return {
+            "labels": list(zip(starts, parts, strict=False)),  # one rank's is in one part
+            "changes": [(self.rank * len(self.unsent), self.unsent)],
+        }
+
+    def load(self, saved: SavedShards) -> Tensor:
+        """Take over this rank's part of labels, of however many rows, that any ranks saved.
+
+        Gives the sum of what was unsent then, int64 [classes + 1]: the same on every rank.
+        """
+        self.rows = saved.size("labels")
+        starts = range(self.rank * BLOCK, self.rows, self.ranks * BLOCK)
+        parts = [saved.read("labels", at, min(at + BLOCK, self.rows)) for at in starts]
+        end = torch.full((1,), UNSEEN, dtype=torch.int16)
+        self._labels = torch.cat([*(p.to(end) for p in parts), end]).to(self._labels.device)
         self.discard()
+        self.unsent = torch.zeros_like(self.unsent)
+        size = saved.size("changes")
+        changes = saved.read("changes", 0, size) if size else self.unsent
+        return changes.to(self.unsent).view(-1, len(self.unsent)).sum(dim=0)
 
     def _count(self, labels: Tensor, which: Tensor) -> Tensor:
         """How often each label occurs among some rows, int64 [classes]; integers, so exact."""
@@ -149,12 +205,32 @@ class LabelTable:
         return counts.index_add(0, labels.clamp(min=0), counted)
 
     def _grow(self, needed: int, expected: int) -> None:
-        length = len(self._labels) - 1
-        if needed > length or expected > length:
-            more = max(needed if needed <= expected else max(needed, 2 * length), expected)
-            labels = self._labels.new_full((more + 1,), UNSEEN)
-            labels[:length] = self._labels[:-1]
-            self._labels = labels
+        """Cover so many ids: as many on every rank, so that what they save has no holes."""
+        if max(needed, expected) > self.rows:
+            more = max(needed if needed <= expected else max(needed, 2 * self.rows), expected)
+            labels = self._labels.new_full((self._own(more) + 1,), UNSEEN)
+            labels[: len(self._labels) - 1] = self._labels[:-1]
+            self._labels, self.rows = labels, more
+
+    def _own(self, rows: int) -> int:
+        """How many of the ids below `rows` are this rank's."""
+        rounds, rest = divmod(rows, BLOCK * self.ranks)
+        return rounds * BLOCK + min(max(rest - self.rank * BLOCK, 0), BLOCK)
+
+
+class WholeShards:
+    """What ranks held alone, put together: flat tensors by name."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def size(self, name: str) -> int:
+        """Elements of it; 0 where there are none."""
+        return len(self._values[name]) if name in self._values else 0
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Some of its elements."""
+        return self._values[name][start:stop]
 
 
 class RowTable:
@@ -215,11 +291,3 @@ class _HostNumber:
         if self._arrived is not None:
             self._arrived.synchronize()
         return int(self._value)
-
-
-def take(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], Tensor]:
-    """A state without one of its tensors, and that tensor; raises KeyError where it is missing."""
-    rest = dict(state)
-    if name not in rest:
-        raise KeyError(f"state holds {sorted(state)}, expected {name!r} too")
-    return rest, rest.pop(name)

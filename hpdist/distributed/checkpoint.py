@@ -4,7 +4,8 @@
 
     step-00000100/
       manifest.json             counters, topology, size and SHA-256 of every file; written last
-      rank-00000.safetensors    master weights, teacher and optimizer state that the rank owns
+      rank-00000.safetensors    what the rank owns of master weights, teacher, optimizer and
+                              algorithm state
       common.safetensors        what every rank holds alike: buffers, algorithm state
 
 Nothing is pickled. A checkpoint is written under a temporary name and renamed when it is whole.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ class SavedRun:
         self.facts = _read_manifest(path)
         self._verify(rank, ranks)
         self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        self._files: dict[str, Any] = {}
         try:
             self.common = load_file(path / COMMON)
             for file in self.facts["files"]:
@@ -113,29 +116,38 @@ class SavedRun:
         """The saved elements at a fragment's place, from however many files hold them."""
         return self._read(kind, like.name, like.start, like.start + len(like.values))
 
-    def whole(self, kind: str) -> Mapping[str, Tensor]:
+    def whole(self, kind: str) -> WholeKind:
         """Every parameter's saved elements, read when asked for."""
-        return _Whole(self, kind)
+        return WholeKind(self, kind)
 
     def _read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        places = self._places.get((kind, name), [])
         parts, at = [], start
-        for first, length, file, key in self._places.get((kind, name), []):
+        # Fragments do not overlap, so the first that is needed is the last that begins by `start`.
+        for first, length, file, key in places[max(bisect_right(places, (start + 1,)) - 1, 0) :]:
+            if first >= stop:
+                break
             low, high = max(at, first), min(stop, first + length)
             if low == at and low < high:
-                with safe_open(self.path / file, framework="pt") as reader:
-                    parts.append(reader.get_slice(key)[low - first : high - first])
+                parts.append(self._open(file).get_slice(key)[low - first : high - first])
                 at = high
         if at < stop:
             raise CheckpointError(f"{self.path}: {kind} of {name!r} lacks elements {at} to {stop}")
         return torch.cat(parts)
 
+    def _open(self, file: str) -> Any:
+        """A file, opened once: its header has an entry for every fragment."""
+        if file not in self._files:
+            self._files[file] = safe_open(self.path / file, framework="pt")
+        return self._files[file]
+
     def _index(self, file: str) -> None:
-        with safe_open(self.path / file, framework="pt") as reader:
-            for key in reader.keys():  # noqa: SIM118 (not a dict)
-                kind, _, place = key.partition("/")
-                name, _, start = place.rpartition("@")
-                length = reader.get_slice(key).get_shape()[0]
-                self._places.setdefault((kind, name), []).append((int(start), length, file, key))
+        reader = self._open(file)
+        for key in reader.keys():  # noqa: SIM118 (not a dict)
+            kind, _, place = key.partition("/")
+            name, _, start = place.rpartition("@")
+            length = reader.get_slice(key).get_shape()[0]
+            self._places.setdefault((kind, name), []).append((int(start), length, file, key))
         for places in self._places.values():
             places.sort()
 
@@ -153,7 +165,9 @@ class SavedRun:
                 raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest's")
 
 
-class _Whole(Mapping[str, Tensor]):
+class WholeKind(Mapping[str, Tensor]):
+    """All fragments of a kind, by name: whole, or a part of them."""
+
     def __init__(self, saved: SavedRun, kind: str) -> None:
         self._saved, self._kind = saved, kind
         self._sizes = {
@@ -166,6 +180,14 @@ class _Whole(Mapping[str, Tensor]):
         if name not in self._sizes:
             raise CheckpointError(f"{self._saved.path} holds no {self._kind} of {name!r}")
         return self._saved._read(self._kind, name, 0, self._sizes[name])
+
+    def size(self, name: str) -> int:
+        """Elements that are saved under a name; 0 where there are none."""
+        return self._sizes.get(name, 0)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Some of the elements under a name; raises CheckpointError where any is missing."""
+        return self._saved._read(self._kind, name, start, stop)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)

@@ -29,7 +29,7 @@ class Fragment:
 
     name: str
     start: int
-    values: Tensor  # [elements], fp32, a live view where the engine allows it
+    values: Tensor  # [elements], fp32 (of algorithms int too), a live view where it can be one
 
     def like(self, values: Tensor) -> Fragment:
         """The same place with other values."""

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.algorithm_cost [--rounds 15]
 
 Times are of a step of a small CNN on digits, one process of one thread; all take turns, and a ratio
-is that of a round. Collectives are counted on two processes, DDP's own gradients left out.
+is that of a round. Collectives and state are those of two processes: DDP's own gradients, weights
+of heads and teacher are left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.recipes import digits, global_batches, make_model, make_step, slice_o
 CLASSES, BATCH = 10, 448
 BASE = "fixmatch"
 SIZES = (50_000, 1_000_000, 10_000_000)
+RANKS = (1, 8)
 
 
 def names() -> list[str]:
@@ -53,8 +55,8 @@ def build(name: str) -> Algorithm:
     return made
 
 
-def prepared(name: str) -> Callable[[int], None]:
-    """A function that does step number so and so."""
+def prepared(name: str) -> tuple[Callable[[int], None], Algorithm]:
+    """A function that does step number so and so, and the algorithm."""
     algorithm = build(name)
     options: dict[str, Any] = {}
     if algorithm.views.teacher:
@@ -66,11 +68,11 @@ def prepared(name: str) -> Callable[[int], None]:
         batches = [slice_of(b, engine.rank, engine.world_size) for b in global_batches(number)]
         step(*batches)
 
-    return run
+    return run, algorithm
 
 
-def count() -> dict[str, tuple[int, int]]:
-    """Collectives of one step, and the numbers that are summed; on this rank."""
+def count() -> dict[str, tuple[int, int, int]]:
+    """Collectives of one step, the numbers that are summed, bytes of state; on this rank."""
     calls: list[int] = []
     inner = dist.all_reduce
 
@@ -80,7 +82,7 @@ def count() -> dict[str, tuple[int, int]]:
 
     found = {}
     for name in names():
-        run = prepared(name)
+        run, algorithm = prepared(name)
         run(0)
         calls.clear()
         dist.all_reduce = counted
@@ -88,13 +90,13 @@ def count() -> dict[str, tuple[int, int]]:
             run(1)
         finally:
             dist.all_reduce = inner
-        found[name] = (len(calls), sum(calls))
+        found[name] = (len(calls), sum(calls), state_bytes(algorithm))
     return found
 
 
 def timed(rounds: int) -> dict[str, list[float]]:
     """Seconds of a step, round by round."""
-    runs = {name: prepared(name) for name in names()}
+    runs = {name: prepared(name)[0] for name in names()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name in list(runs)[:: 1 if number % 2 else -1]:
@@ -105,32 +107,33 @@ def timed(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def state_bytes(name: str) -> int:
-    """Of the algorithm's state after a step, without weights of heads or teacher."""
-    algorithm = build(name)
-    step = make_step(algorithm)
-    step(*global_batches(0))
-    return sum(value.numel() * value.element_size() for value in algorithm.state_dict().values())
+def state_bytes(algorithm: Algorithm) -> int:
+    """Of what this rank holds of the state."""
+    shards = algorithm.shards()
+    held = [value for name, value in algorithm.state_dict().items() if name not in shards]
+    held += [part for parts in shards.values() for _, part in parts]
+    return sum(value.numel() * value.element_size() for value in held)
 
 
 def costs(rounds: int) -> None:
     """The first table."""
-    collectives = run_ranks(2, count, timeout=1200)[0]
+    counted = run_ranks(2, count, timeout=1200)
     seconds = timed(rounds)
     print(
         f"CNN of width 8, 16 + 48 digits a step, {rounds} rounds. Time: median (quartiles) of the "
         f"ratio to the labels alone and to {BASE}.\n"
     )
-    print(f"| | state, bytes | collectives | numbers summed | time | time by {BASE} |")
+    print(f"| | state of a rank, bytes | collectives | numbers summed | time | time by {BASE} |")
     print("|---|---|---|---|---|---|")
     for name in names():
-        calls, numbers = collectives[name]
+        calls, numbers, _ = counted[0][name]
+        held = max(found[name][2] for found in counted)
         ratios = [
             spread([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
             for base in ("supervised", BASE)
         ]
         told = name.replace(" ", " + ")
-        print(f"| {told} | {state_bytes(name):,} | {calls} | {numbers:,} | {' | '.join(ratios)} |")
+        print(f"| {told} | {held:,} | {calls} | {numbers:,} | {' | '.join(ratios)} |")
     print()
 
 
@@ -142,7 +145,8 @@ def update(algorithm: FlexMatch, rows: int, seed: int) -> float:
     places = Places(torch.arange(1), torch.arange(BATCH), 1, BATCH, 0, seed)
     weak = WeakOutputs(logits, ids, places=places)
     start = time.perf_counter()
-    algorithm.observe(algorithm.statistics(weak), torch.tensor(float(BATCH)))
+    sums = algorithm.statistics(weak) | algorithm.rank_statistics()
+    algorithm.observe(sums, torch.tensor(float(BATCH)))
     algorithm.commit()
     return time.perf_counter() - start
 
@@ -150,21 +154,25 @@ def update(algorithm: FlexMatch, rows: int, seed: int) -> float:
 def flexmatch(rounds: int) -> None:
     """The second table."""
     made = {}
-    for rows in SIZES:
-        made[rows] = FlexMatch(CLASSES, threshold=0.8)
-        made[rows].rows = rows
-        update(made[rows], rows, 0)
-    found: dict[int, list[float]] = {rows: [] for rows in SIZES}
+    for shape in ((ranks, rows) for ranks in RANKS for rows in SIZES):
+        made[shape] = FlexMatch(CLASSES, threshold=0.8, rows=shape[1])
+        made[shape].take_place(0, shape[0])
+        update(made[shape], shape[1], 0)
+    found: dict[tuple[int, int], list[float]] = {shape: [] for shape in made}
     for number in range(1, 20 * rounds + 1):
-        for rows, algorithm in made.items():
-            found[rows].append(update(algorithm, rows, number))
-    print(f"FlexMatch's update for {BATCH} rows, {20 * rounds} rounds.\n")
-    print("| rows of the table | table, bytes | ms | by the smallest |")
-    print("|---|---|---|---|")
-    for rows in SIZES:
-        ratio = spread([a / b for a, b in zip(found[rows], found[SIZES[0]], strict=True)])
-        size = sum(v.numel() * v.element_size() for v in made[rows].state_dict().values())
-        print(f"| {rows:,} | {size:,} | {1e3 * statistics.median(found[rows]):.2f} | {ratio} |")
+        for shape, algorithm in made.items():
+            found[shape].append(update(algorithm, shape[1], number))
+    print(
+        f"FlexMatch's update for {BATCH} rows on the first of some ranks, {20 * rounds} rounds.\n"
+    )
+    print("| ranks | rows of the table | state of the rank, bytes | ms | by the first line |")
+    print("|---|---|---|---|---|")
+    first = found[RANKS[0], SIZES[0]]
+    for (ranks, rows), seconds in found.items():
+        ratio = spread([a / b for a, b in zip(seconds, first, strict=True)])
+        size = state_bytes(made[ranks, rows])
+        median = 1e3 * statistics.median(seconds)
+        print(f"| {ranks} | {rows:,} | {size:,} | {median:.2f} | {ratio} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

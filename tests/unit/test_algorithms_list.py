@@ -38,8 +38,8 @@ def test_the_table_is_read_off_the_algorithms():
             "Zhang et al. 2021, arXiv:2110.08263",
             "c",
             "1 weak, 1 strong",
-            "counts [C], seen [], labels [N]",
-            "3 per row",
+            "counts [C], seen [], labels [N / ranks]",
+            "C + 1 + 3 per row",
         ],
         "freematch": [
             "Wang et al. 2023, arXiv:2205.07246",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpdist.algorithms import FlexMatch, SequenceMatch, WeakOutputs
 from hpdist.algorithms.base import Places
-from hpdist.algorithms.tables import NEVER, UNSEEN, LabelTable
+from hpdist.algorithms.tables import NEVER, UNSEEN, LabelTable, WholeShards
 from hpdist.errors import ConfigError
 from tests.algorithm_batches import (
     CLASSES,
@@ -38,9 +38,9 @@ def pack(
 
 
 def change(table: LabelTable, packed: Tensor, *, sound: bool = True) -> list[int]:
-    counts, _ = table.observe(packed)
+    found = table.observe(packed)
     table.commit(torch.tensor(sound), None)
-    return counts.tolist()
+    return found[:-1].tolist()
 
 
 def test_ranks_gather_by_adding() -> None:
@@ -70,8 +70,7 @@ def test_of_one_row_in_several_places_the_last_label_wins(labels: list[int], exp
     table = LabelTable(3)
     assert change(table, pack([6, 6, 6], labels)) == onehot(np.array(expected), 3).tolist()
     assert table.labels()[6] == expected
-    _, first = table.observe(pack([6, 6, 1, 1], [0, 0, 0, NEVER]))
-    assert first == 1
+    assert table.observe(pack([6, 6, 1, 1], [0, 0, 0, NEVER]))[-1] == 1
 
 
 def test_nothing_is_written_before_commit_nor_where_it_is_not_sound() -> None:
@@ -107,7 +106,7 @@ def test_table_is_as_long_as_the_rows_that_are_known() -> None:
     table.observe(pack([2], [1]))
     table.commit(None, 1000)
     assert len(table.labels()) == 1000
-    table.load(torch.tensor([0, NEVER], dtype=torch.int16))
+    table.load(WholeShards({"labels": torch.tensor([0, NEVER], dtype=torch.int16)}))
     assert table.labels().tolist() == [0, NEVER]
     assert change(table, pack([0], [2])) == [-1, 0, 1]
 

@@ -49,6 +49,25 @@ def test_any_cut_can_be_read(tmp_path: Path) -> None:
         saved.whole("master")["c"]
 
 
+def test_parts_are_read_from_many_fragments_of_integers(tmp_path: Path) -> None:
+    values = torch.arange(-50, 50, dtype=torch.int16)
+    starts = [8, 0, 4, 20, 16, 99]  # 12 to 16 is missing
+    fragments = [Fragment("labels", at, values[at : at + 4]) for at in starts]
+    writer = CheckpointWriter(tmp_path, 0, 1, keep=1)
+    writer.save(1, {"algorithm": fragments}, {}, {})
+    writer.finish()
+    whole = checkpoint.SavedRun(tmp_path / "step-00000001").whole("algorithm")
+    assert whole.size("labels") == 100
+    assert whole.size("nothing") == 0
+    for start, stop in ((0, 12), (3, 9), (4, 8), (7, 8), (16, 24), (21, 23), (99, 100)):
+        part = whole.read("labels", start, stop)
+        assert part.dtype == torch.int16
+        assert torch.equal(part, values[start:stop])
+    for start, stop, gap in ((0, 16, "12 to 16"), (13, 14, "13 to 14"), (23, 30, "24 to 30")):
+        with pytest.raises(CheckpointError, match=f"'labels' lacks elements {gap}"):
+            whole.read("labels", start, stop)
+
+
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     file = path / "rank-00000.safetensors"
