@@ -28,6 +28,7 @@ from hpdist.trainer import Trainer
 from tests.ranks import run_ranks
 
 STAGES = (None, 1, 2, 3)
+_TRIES = 4
 MODELS: dict[str, dict[str, Any]] = {
     "MLP": {
         "model": {"name": "mlp", "hidden": [4096, 4096, 2048]},
@@ -79,10 +80,17 @@ def compare(folder: Path, model: str, stage: int | None, ranks: int) -> tuple[in
     values = settings(folder, model, stage)
     planned = rehearsed(config.parse(values), ranks, stage)
     assert planned.rehearsal is not None, planned.problem
-    with _freeing_at_once():
-        found = run_ranks(ranks, real_peak, values, timeout=900)
-    # Ranks are alike, but what a thread of gloo frees stays counted on some.
-    return planned.rehearsal.peak, min(t for t, _ in found), max(grown for _, grown in found)
+    # Ranks are alike, but what a thread of gloo frees stays counted for some, now and then: no
+    # measurement is below the truth, so the least of several is the best.
+    tensors, grown = 2**63, 0
+    for _ in range(_TRIES):
+        with _freeing_at_once():
+            found = run_ranks(ranks, real_peak, values, timeout=900)
+        tensors = min(tensors, *(held for held, _ in found))
+        grown = max(grown, *(more for _, more in found))
+        if planned.rehearsal.peak > 0.95 * tensors:
+            break
+    return planned.rehearsal.peak, tensors, grown
 
 
 @contextmanager
