@@ -58,6 +58,7 @@ def check(found: Curves, reference: Curves) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_two_ranks(reference: Curves) -> None:
     check(run_ranks(2, curves, ["fp32", "bf16", "fp16"], STAGES, timeout=900)[0], reference)
 

@@ -126,7 +126,9 @@ def test_one_that_comes_too_late_is_told(tmp_path):
     assert "missing: 2." in told[2][0] or f"no connection to 127.0.0.1:{port}" in told[2][0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_a_first_process_that_is_lost_is_told_in_one_line(how):
     port = free_port()
     place = ["--processes", 3, "--address", "127.0.0.1", "--port", port, "--timeout", 10]
@@ -220,6 +222,7 @@ def test_what_is_measured_beside_the_processes_is_what_they_reach():
     assert "64 MiB in" in finding.told
 
 
+@pytest.mark.slow
 def test_a_network_that_does_not_carry_is_found_and_ends_nobody():
     """The process beside rank 1 fails at once; the one beside rank 0 waits for it in vain."""
     found = run_ranks(2, measured_apart, free_port(), 15, "nowhere0")

@@ -184,6 +184,7 @@ def saved_counts(run: Path) -> tuple[list[int], dict[int, int]]:
     return alone.state["counts"].tolist(), {i: v for i, v in enumerate(labels) if v >= 0}
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks_it_goes_on_with_three_and_then_one(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "digits")
     run_ranks(1, train, data, tmp_path, "whole", 16)

@@ -68,7 +68,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path, model):
     assert curve(tmp_path / "once") != curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_frozen_parts_and_layer_decay_under_zero(tmp_path, model, stage):
     own = {"model": {"name": f"hf:{model}", **SHARDED}}
     (tmp_path / "plain").mkdir()
@@ -86,6 +87,7 @@ def test_half_precision_under_zero_2(tmp_path, model):
     assert all(math.isfinite(loss) for loss, *_ in half)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_its_own_under_zero_3_takes_token_ids(tmp_path, model):
     teacher = {"algorithm": {"name": "mean_teacher"}, "teacher": {"decay": 0.9}}
     run_ranks(1, train, tmp_path / "plain", model, teacher)

@@ -151,6 +151,7 @@ def train(folder, saved, file, ours):
     return seen
 
 
+@pytest.mark.slow
 def test_the_curve_is_that_of_weights_that_deepspeed_shards(tmp_path):
     saved = write(tmp_path / "saved", classes=3)  # the rows have two
     texts = [SENTENCES[row % 6] + " " + SENTENCES[(row * 5 + 1) % 6] for row in range(32)]

@@ -18,7 +18,9 @@ GROUPS = [[200], [184]]
 STEPS = 40
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_saves_and_stops_all(
     tmp_path: Path, number: signal.Signals, inject: Callable[..., Fault]
 ) -> None:

@@ -241,6 +241,7 @@ def ladder_run(options: dict[str, Any], noise: float = 0.0) -> list[dict[str, fl
     return train(step, 6)
 
 
+@pytest.mark.slow
 def test_curves_do_not_depend_on_ranks_and_half_precision_is_close() -> None:
     alone = ladder_run({})
     costs = [record["unsupervised_loss"] for record in alone]
