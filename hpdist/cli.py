@@ -323,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="hpdist plan CONFIG --gpus N --gpu-memory GIB [--key.sub value ...]",
         description=(
             "Rehearse every stage in one process, as the first of N GPUs: a few steps on real rows "
-            "and a batch of evaluation. It needs a GPU, or else this machine's memory and patience."
+            "and some of evaluation. It needs a GPU, or else this machine's memory and patience."
         ),
         allow_abbrev=False,
     )

@@ -132,8 +132,8 @@ def table(plan: Plan) -> str:
         f"{counted.parameters:,} parameters, {trained} trained; {precision}, "
         f"{plan.config.optim.name}; {plan.gpus} GPUs of {plan.memory:g} GiB, "
         f"{counted.rows} rows a forward on each",
-        f"GiB of tensors on rank 0, counted on {counted.device} in {STEPS} steps and a batch of "
-        "evaluation:",
+        f"GiB of tensors on rank 0, counted on {counted.device} in {STEPS} steps and two batches "
+        "of evaluation:",
         "",
         f"{'':8}" + "".join(f"{column:>12}" for column in columns),
     ]

@@ -1,7 +1,7 @@
 """One rank of many, rehearsed in one process, to count the memory that it needs.
 
-All is real but the other ranks: data, model, DeepSpeed's partitions and buckets, a few steps and a
-batch of evaluation. The process group is torch's `fake` one, in which a collective returns at once
+All is real but the other ranks: data, model, DeepSpeed's partitions and buckets, a few steps and
+two batches of evaluation. The process group is torch's `fake` one, in which a collective returns at once
 and a gather gives this rank's own part as often as there are ranks. So the numbers that come out
 mean nothing, and the sizes of all tensors are those of rank 0.
 
@@ -201,18 +201,18 @@ def _mark_first_backward(step: SemiSupervisedStep, meter: Any) -> None:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    """Measure student and teacher on one batch, as often as training would."""
+    """Measure student and teacher on two batches: the first is there while the second is made."""
     from hpdist.evaluation import evaluate_both
 
     step, data = trainer.step, trainer.data
     for rows in (data.validation, data.test):
         if rows is not None:
-            first = partial(_first_batch, data, rows)
+            first = partial(_first_batches, data, rows)
             evaluate_both(step.engine, step.teacher, data.views, first, data.task)
 
 
-def _first_batch(data: RunData, rows: LabeledRows) -> Iterable[Any]:
-    return islice(data.evaluation_batches(rows), 1)
+def _first_batches(data: RunData, rows: LabeledRows) -> Iterable[Any]:
+    return islice(data.evaluation_batches(rows), 2)
 
 
 def _whole_size(parameter: Any) -> int:
