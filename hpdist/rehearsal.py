@@ -1,9 +1,9 @@
 """One rank of many, rehearsed in one process, to count the memory that it needs.
 
 All is real but the other ranks: data, model, DeepSpeed's partitions and buckets, a few steps and
-two batches of evaluation. The process group is torch's `fake` one, in which a collective returns at once
-and a gather gives this rank's own part as often as there are ranks. So the numbers that come out
-mean nothing, and the sizes of all tensors are those of rank 0.
+two batches of evaluation. The process group is torch's `fake` one, in which a collective returns at
+once and a gather gives this rank's own part as often as there are ranks. So the numbers that come
+out mean nothing, and the sizes of all tensors are those of rank 0.
 
 `hpdist plan` starts this module, a process for each stage: neither DeepSpeed nor Accelerate can be
 set up twice.
