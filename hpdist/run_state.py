@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpdist.algorithms.base import Shards
 from hpdist.config import RunConfig
 from hpdist.distributed import checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
@@ -48,10 +49,11 @@ class RunState:
     def save(self, writer: CheckpointWriter, facts: Mapping[str, Any]) -> None:
         """Hand a checkpoint to the writer; `facts` come back from `load`. Every rank must call."""
         step, engine = self.step, self.step.engine
+        shards = step.algorithm.shards()
         writer.save(
             step.applied_steps,
-            self._fragments(),
-            self._common(),
+            self._fragments(shards),
+            self._common(shards),
             {
                 "attempts": step.attempts,
                 "overflows": self.overflows,
@@ -99,7 +101,7 @@ class RunState:
             self.data.load_state(facts["data"], facts["attempts"])
         return facts
 
-    def _fragments(self) -> dict[str, list[Fragment]]:
+    def _fragments(self, shards: Shards) -> dict[str, list[Fragment]]:
         """This rank's share of everything sharded, by kind."""
         fragments = {"master": self.step.engine.master_fragments()}
         if self.step.teacher is not None:
@@ -108,18 +110,17 @@ class RunState:
             fragments[f"optimizer.{key}"] = pieces
         fragments["algorithm"] = [
             Fragment(name, start, values)
-            for name, parts in self.step.algorithm.shards().items()
+            for name, parts in shards.items()
             for start, values in parts
         ]
         return fragments
 
-    def _common(self) -> dict[str, Tensor]:
+    def _common(self, shards: Shards) -> dict[str, Tensor]:
         """What every rank holds alike."""
         buffers = self.step.engine.module.named_buffers()
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
-        sharded = self.step.algorithm.shards()
         for name, value in self.step.algorithm.state_dict().items():
-            if name not in sharded:
+            if name not in shards:
                 common[f"algorithm/{name}"] = value
         common |= self.data.fitted
         if self.step.teacher is not None:

@@ -8,11 +8,16 @@ from pathlib import Path
 from torch import Tensor
 
 
+def status(key: str) -> int:
+    """Bytes of this process that the kernel counts under a name, as `VmRSS`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = (line.split()[1] for line in lines if line.startswith(key))
+    return 1024 * int(found)
+
+
 def own_memory() -> float:
     """MiB of this process's own."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (found,) = (line.split()[1] for line in lines if line.startswith("RssAnon"))
-    return int(found) / 1024
+    return status("RssAnon") / 2**20
 
 
 def mapped(tensor: Tensor) -> bool:

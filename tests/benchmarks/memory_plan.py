@@ -25,6 +25,7 @@ from hpdist.data.digits import write_digits
 from hpdist.memory_meter import MemoryMeter
 from hpdist.memory_plan import rehearsed
 from hpdist.trainer import Trainer
+from tests.memory import status
 from tests.ranks import run_ranks
 
 STAGES = (None, 1, 2, 3)
@@ -62,17 +63,12 @@ def real_peak(values: dict[str, Any]) -> tuple[int, int]:
     """On a rank of a real run: bytes of tensors at the peak, and bytes that the process grew by."""
     import deepspeed  # noqa: F401  (before the process is measured, as all that is imported)
 
-    resident = _status("VmRSS")
+    resident = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     with MemoryMeter(torch.device("cpu")) as meter:
         meter.mark("run")
         Trainer.from_config(config.parse(values), files=False).fit()
-    return meter.peak, _status("VmHWM") - resident
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return meter.peak, status("VmHWM") - resident
 
 
 def compare(folder: Path, model: str, stage: int | None, ranks: int) -> tuple[int, int, int]:
