@@ -14,7 +14,7 @@ from hpdist.config import RunConfig
 from hpdist.distributed import checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment
-from hpdist.errors import CheckpointError
+from hpdist.errors import CheckpointError, describe
 from hpdist.run_data import RunData
 from hpdist.step import SemiSupervisedStep
 
@@ -96,10 +96,19 @@ class RunState:
         self.best = tuple(facts["best"]) if facts["best"] else None
         if data:
             step.attempts = facts["attempts"]
-            for name, stream in self.data.streams.items():
-                stream.load_state_dict(facts["streams"][name])
+            self._load_streams(saved)
             self.data.load_state(facts["data"], facts["attempts"])
         return facts
+
+    def _load_streams(self, saved: checkpoint.SavedRun) -> None:
+        states, name = saved.facts["streams"], ""
+        try:
+            for name, stream in self.data.streams.items():
+                stream.load_state_dict(states[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{saved.path} does not say where the {name} rows go on: {describe(error)}"
+            ) from error
 
     def _fragments(self, shards: Shards) -> dict[str, list[Fragment]]:
         """This rank's share of everything sharded, by kind."""

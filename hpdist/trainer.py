@@ -40,6 +40,7 @@ from hpdist.models.memory import checkpoint_activations, peak_memory
 from hpdist.models.stored import weights_as_stored
 from hpdist.optim import build_optimizer, learning_rate
 from hpdist.run_data import Objects, RunData
+from hpdist.run_facts import RunFacts
 from hpdist.run_guard import RunGuard
 from hpdist.run_state import RunState
 from hpdist.step import SemiSupervisedStep, StepOutcome
@@ -158,7 +159,8 @@ class Trainer:
         if self.config.checkpoint.resume == "never":
             from_main(self.folder.refuse_unless_empty)
             return None
-        return checkpoint.open_newest(self.folder.checkpoints, Console(0, 0, self.main).say)
+        say = Console(0, 0, self.main).say
+        return checkpoint.open_newest(self.folder.checkpoints, say, facts=RunFacts)
 
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
@@ -362,7 +364,8 @@ class Trainer:
                 f"{what}; {advice}; divergence.on: rollback goes on from a checkpoint before"
             )
         self._finish_saving()
-        saved = checkpoint.open_newest(self.folder.checkpoints, self.log.say, before=first)
+        folder, say = self.folder.checkpoints, self.log.say
+        saved = checkpoint.open_newest(folder, say, before=first, facts=RunFacts)
         if saved is None or self._rollbacks == config.most_rollbacks:
             why = f"after {self._rollbacks} rollbacks" if saved else "no checkpoint is from before"
             raise DivergenceError(f"{what}; {why}; {advice}")
@@ -466,6 +469,7 @@ class Trainer:
         """Wait until the latest checkpoint is safe. Collective."""
         if self.files:
             self.writer.finish()
+            self._tell_problems()
 
     def _resume(self, saved: checkpoint.SavedRun | None) -> None:
         """Continue from a checkpoint, or begin."""

@@ -13,8 +13,6 @@ Nothing is pickled. A checkpoint is written under a temporary name and renamed w
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -23,31 +21,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.manifest import (
+    COMMON,
+    MANIFEST,
+    LaterFormatError,
+    check_types,
+    hash_of,
+    list_checkpoints,
+    read_manifest,
+    regular_size,
+    step_of,
+)
 from hpdist.distributed.reduce import from_main, gathered, world_size
 from hpdist.errors import CheckpointError
 
-VERSION = 2
-MANIFEST = "manifest.json"
-COMMON = "common.safetensors"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints, newest first."""
-    found = [p for p in folder.glob("step-*") if (p / MANIFEST).exists()]
-    return sorted(found, key=lambda p: p.name, reverse=True)
-
 
 def open_newest(
-    folder: Path, say: Callable[[str], None], before: int | None = None
+    folder: Path,
+    say: Callable[[str], None],
+    before: int | None = None,
+    facts: type[BaseModel] | None = None,
 ) -> SavedRun | None:
     """Open the newest checkpoint that verifies; what is wrong with a newer one is said.
 
-    With `before`, only checkpoints of earlier steps count.
+    With `before`, only checkpoints of earlier steps count. `facts` are the types of what the run
+    has added to a manifest: one of other types does not verify.
 
     Each rank verifies its share of the files, and all agree. Collective: every rank must call.
     Raises CheckpointError where there are checkpoints and none is whole, or one is of a later
@@ -55,11 +59,13 @@ def open_newest(
     """
     rank = dist.get_rank() if world_size() > 1 else 0
     newest = from_main(lambda: [path.name for path in list_checkpoints(folder)])
-    newest = [name for name in newest if before is None or name < f"step-{before:08d}"]
+    newest = [name for name in newest if before is None or (step_of(name) or 0) < before]
     for name in newest:
         saved, error = None, None
         try:
             saved = SavedRun(folder / name, rank, world_size())
+            if facts is not None:
+                check_types(facts, saved.facts, saved.path / MANIFEST)
         except CheckpointError as raised:
             error = raised
         errors = [e for e in gathered(error) if e is not None]
@@ -80,12 +86,16 @@ def open_newest(
 def drop_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps; for one rank to do."""
     for path in list_checkpoints(folder):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
+        if (step_of(path.name) or 0) > step:
+            remove(path)
 
 
-class LaterFormatError(CheckpointError):
-    """A checkpoint that a later version of hpdist wrote."""
+def remove(path: Path) -> None:
+    """Remove a checkpoint; of one that lies elsewhere only the link to it. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class SavedRun:
@@ -96,7 +106,7 @@ class SavedRun:
 
     def __init__(self, path: Path, rank: int = 0, ranks: int = 1) -> None:
         self.path = path
-        self.facts = _read_manifest(path)
+        self.facts = read_manifest(path)
         self._verify(rank, ranks)
         self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
         self._files: dict[str, Any] = {}
@@ -155,10 +165,7 @@ class SavedRun:
         """Sizes of all files, hashes of a share of them."""
         for number, (name, entry) in enumerate(sorted(self.facts["files"].items())):
             file = self.path / name
-            try:
-                size = file.stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{file} is missing: {error.strerror}") from error
+            size = regular_size(file)
             if size != entry["bytes"]:
                 raise CheckpointError(f"{file} is truncated: {size} of {entry['bytes']} bytes")
             if number % ranks == rank and hash_of(file) != entry["sha256"]:
@@ -194,37 +201,3 @@ class WholeKind(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sizes)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, _, _ = (facts[key] for key in ("version", "files", "step"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
-    if version > VERSION:
-        raise LaterFormatError(
-            f"{path} has format {version}, this hpdist knows up to {VERSION}; upgrade hpdist"
-        )
-    if facts.pop("digest", None) != digest_of(facts):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its digest differs")
-    if version < VERSION:
-        raise CheckpointError(f"{path} has format {version}, which is no longer read")
-    return facts
-
-
-def digest_of(facts: Mapping[str, Any]) -> str:
-    """The SHA-256 of a manifest's content."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def hash_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return digest.hexdigest()

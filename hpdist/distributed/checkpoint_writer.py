@@ -23,15 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpdist.distributed.checkpoint import (
+from hpdist.distributed.checkpoint import remove
+from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.manifest import (
     COMMON,
     MANIFEST,
     VERSION,
     digest_of,
+    folder_name,
     hash_of,
     list_checkpoints,
 )
-from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.reduce import from_main, gathered
 from hpdist.errors import CheckpointError, why_not_written
 
@@ -70,7 +72,8 @@ class CheckpointWriter:
         """Seconds that the training has waited for `save` and `finish`."""
         if rank == 0:
             for left in folder.glob(".writing-*"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                with suppress(OSError):  # it is in nobody's way
+                    remove(left)
 
     def save(
         self,
@@ -124,9 +127,9 @@ class CheckpointWriter:
         if self._others:
             del failures[0]  # which only waited for them
         told = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
-        self.problems()
         self.waited += time.monotonic() - start
         if told:
+            self.problems()  # which the error tells
             error = CheckpointError(
                 f"the latest checkpoint could not be written: {told}; make room, and start again: "
                 "the run goes on from the one before"
@@ -199,15 +202,24 @@ class CheckpointWriter:
         for note in notes:
             note.unlink()
         _sync_folder(temporary)
-        final = self._folder / f"step-{step:08d}"
+        final = self._folder / folder_name(step)
         replaced = self._folder / f".writing-replaced-{self._token}-{self._count}"
         if final.exists():
             os.rename(final, replaced)
         os.rename(temporary, final)
         _sync_folder(self._folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for old in list_checkpoints(self._folder)[self._keep :]:
-            shutil.rmtree(old)
+        with suppress(FileNotFoundError):
+            remove(replaced)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Remove what is older than the checkpoints to keep; links are not this run's to count."""
+        own = [path for path in list_checkpoints(self._folder) if not path.is_symlink()]
+        try:
+            for path in own[self._keep :]:
+                remove(path)
+        except OSError as error:
+            self._problems.append(f"an old checkpoint could not be removed: {error}")
 
     def _await(self, note: Path, rank: int) -> dict[str, Any]:
         """What a rank notes of its files, once they are safe."""

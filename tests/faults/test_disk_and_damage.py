@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpdist.distributed.checkpoint import digest_of, hash_of
+from hpdist.distributed.manifest import digest_of, hash_of
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import CheckpointError, DivergenceError
 from hpdist.trainer import Trainer

@@ -11,6 +11,7 @@ import torch
 from hpdist.distributed import checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment, Partition, partition
+from hpdist.distributed.manifest import list_checkpoints
 from hpdist.errors import CheckpointError
 
 
@@ -101,5 +102,5 @@ def test_old_ones_go_and_unfinished_ones_do_not_count(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step-00000009").mkdir()  # without a manifest
-    names = [path.name for path in checkpoint.list_checkpoints(tmp_path)]
+    names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-00000003", "step-00000002"]

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from hpdist import config as configuration
-from hpdist.distributed.checkpoint import SavedRun, list_checkpoints
+from hpdist.distributed.checkpoint import SavedRun
+from hpdist.distributed.manifest import list_checkpoints
 from hpdist.errors import ConfigError
 from hpdist.models import HuggingFaceConfig, build_model
 from hpdist.models.heads import with_heads
