@@ -78,10 +78,11 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if known.config is None:
         raise ConfigError("train needs a config file: hpdist train CONFIG [--key.sub value ...]")
-    config = configuration.load(known.config, overrides)
     if known.print_config:
+        config = configuration.load(known.config, overrides, run_code=False)
         _print(config.to_yaml().rstrip())
         return 0
+    config = configuration.load(known.config, overrides)
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
@@ -118,7 +119,7 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("convert runs on one process; start it without a launcher")
-    data = configuration.load(known.config, overrides).data
+    data = configuration.load(known.config, overrides, run_code=False).data
     if data.unlabeled is None or not data.unlabeled.path:
         raise ConfigError("convert reads the dataset that data.unlabeled.path names; set it")
     with tqdm(unit=" rows", dynamic_ncols=True, disable=None) as bar:
@@ -140,7 +141,9 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     from hpdist.distributed.reduce import leave_group
     from hpdist.preflight import preflight, table
 
-    config = configuration.load(known.config, overrides) if known.config else None
+    config = None
+    if known.config:
+        config = configuration.load(known.config, overrides, run_code=False)
     given = (known.processes, known.rank, known.address)
     if any(value is not None for value in given):
         if None in given:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,7 @@ from hpdist.settings import (
     component_names,
     components,
     import_object,
+    nothing_imported,
 )
 
 __all__ = [
@@ -385,11 +387,12 @@ def _spelt(path: str, given: Sequence[str]) -> str:
     return f"--{path}" if any(own.startswith(key) or key.startswith(own) for key in typed) else path
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = True) -> RunConfig:
     """Read a YAML file, lay the command line's overrides over it, and validate.
 
-    `overrides` are `--key.sub value` or `--key.sub=value`; values are read as YAML. Raises
-    ConfigError.
+    `overrides` are `--key.sub value` or `--key.sub=value`; values are read as YAML. Without
+    `run_code` no module of a `python:` name is imported, and its settings are taken as they are:
+    such a config can be looked at, and nothing can be built from it. Raises ConfigError.
     """
     path = Path(path)
     values = read_yaml(path)
@@ -398,7 +401,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     run = values.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
         run["name"] = _default_name(path)
-    return parse(values, str(path), [key for key, _ in pairs])
+    with nullcontext() if run_code else nothing_imported():
+        return parse(values, str(path), [key for key, _ in pairs])
 
 
 def _default_name(path: Path) -> str:

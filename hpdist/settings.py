@@ -13,7 +13,9 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, TypeAlias, get_args
 
 from pydantic import (
@@ -130,6 +132,28 @@ class PythonComponent(Component):
     """Keyword arguments, passed as they are."""
 
 
+class UnreadComponent(Component):
+    """A component named `python:…` where a command need not run its module: settings as given."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+_imports: ContextVar[bool] = ContextVar("imports", default=True)
+
+
+@contextmanager
+def nothing_imported() -> Iterator[None]:
+    """Take `python:` names as they are, for a while: what they name is not imported, so not run.
+
+    A config is code where it names modules, and whoever only looks at one should not run it.
+    """
+    token = _imports.set(False)
+    try:
+        yield
+    finally:
+        _imports.reset(token)
+
+
 class ComponentOf:
     """Annotates a field that holds a component: `name` decides whose options the others are."""
 
@@ -175,6 +199,9 @@ class ComponentOf:
 
     def _python_class(self, name: str) -> type[Component]:
         """A user's own component: a config class, or something that has one as its `Config`."""
+        if not _imports.get():
+            split_name(name)
+            return UnreadComponent
         found = None if name == IN_PYTHON else import_object(name)
         for candidate in (found, getattr(found, "Config", None)):
             if isinstance(candidate, type) and issubclass(candidate, Component):
@@ -212,9 +239,7 @@ def import_object(name: str) -> Any:
 
     Raises ConfigError when it cannot be found, or the module fails.
     """
-    module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).partition(":")
-    if not module_name or not attribute:
-        raise ConfigError(f"{name!r} must read python:package.module:attribute")
+    module_name, attribute = split_name(name)
     if os.getcwd() not in sys.path:  # the `hpdist` script does not put it there, `python -m` does
         sys.path.insert(0, os.getcwd())
     try:
@@ -226,6 +251,14 @@ def import_object(name: str) -> Any:
     except AttributeError as error:
         hint = nearest(attribute, vars(module))
         raise ConfigError(f"module {module_name!r} has no {attribute!r}{hint}") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The module and the attribute of a `python:` name. Raises ConfigError where it names none."""
+    module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"{name!r} must read python:package.module:attribute")
+    return module_name, attribute
 
 
 def _refusal(*findings: tuple[Location, str]) -> ValidationError:
