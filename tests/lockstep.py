@@ -2,8 +2,8 @@
 
 Two runs that should be the same drift apart by rounding: a step amplifies what came before, a row
 that lies on a threshold passes in one and not in the other, and how soon is the processor's choice.
-So a run on one process is recorded, the whole state before some of its steps and all that comes of
-them; every other run takes over such a state, does that one step, and must get the same, closely.
+So one run is recorded, the whole state before some of its steps and all that comes of them; every
+other run takes over such a state, does that one step, and must get the same, closely.
 
 Where rounding alone would decide something (a row on a threshold, two classes alike), there is no
 same to get. Each recorded step is therefore done again from weights that differ by ten times what
@@ -123,9 +123,12 @@ def do(
 
 
 def record(
-    step: SemiSupervisedStep, numbers: Iterable[int], batches: GiveBatches = global_batches
+    step: SemiSupervisedStep,
+    numbers: Iterable[int],
+    batches: GiveBatches = global_batches,
+    tolerance: float = TOLERANCE,
 ) -> Recorded:
-    """Do all steps up to the last of these numbers, and record these."""
+    """Do all steps up to the last of these numbers, and record these. Collective."""
     found, numbers = Recorded(), set(numbers)
     for number in range(max(numbers) + 1):
         if number not in numbers:
@@ -141,7 +144,7 @@ def record(
         found.curve.append(do(step, number, batches))
         done = Step(before, found.curve[-1], state_of(step))
         firm = not any(
-            differences(_with_teacher(other, done), done, TOLERANCE / 2) for other in nudged
+            differences(_with_teacher(other, done), done, tolerance / 2) for other in nudged
         )
         found.steps[number] = replace(done, firm=firm)
     assert 2 * len(found.firm) > len(found.steps), "most steps hang on rounding; change settings"
@@ -171,7 +174,10 @@ def _nudged(kinds: Kinds, seed: int) -> Iterable[Kinds]:
 
 
 def follow(
-    step: SemiSupervisedStep, recorded: Recorded, batches: GiveBatches = global_batches
+    step: SemiSupervisedStep,
+    recorded: Recorded,
+    batches: GiveBatches = global_batches,
+    tolerance: float = TOLERANCE,
 ) -> dict[int, list[str]]:
     """Do the firm steps of a recorded run from their states; by number, how the outcome differs.
 
@@ -184,7 +190,8 @@ def follow(
     for number, wanted in firm.items():
         put(step, wanted.before)
         metrics = do(step, number, batches)
-        found[number] = differences(Step(wanted.before, metrics, state_of(step)), wanted)
+        done = Step(wanted.before, metrics, state_of(step))
+        found[number] = differences(done, wanted, tolerance)
     return {number: told for number, told in found.items() if told}
 
 

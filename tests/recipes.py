@@ -72,7 +72,7 @@ def make_model(algorithm: Algorithm, norm: str = "group", smooth: bool = False) 
         if smooth:
             for number, layer in enumerate(cnn.features):
                 if isinstance(layer, nn.ReLU):
-                    cnn.features[number] = nn.SiLU(inplace=True)
+                    cnn.features[number] = nn.SiLU()
         model = global_batch_norm(cnn)
     return with_heads(model, algorithm, torch.zeros(2, 1, 8, 8))
 
