@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -342,14 +343,42 @@ def _data(config: RunConfig, facts: Sequence[Mapping[str, Any]]) -> list[Finding
 
 
 def _first_row(source: Source, where: str) -> str | None:
-    from hpdist.data.loading import load
+    """Why the first row cannot be had, or nothing."""
+    from hpdist.data.loading import parquet_files
 
     try:
-        next(iter(load(source, where, streaming=True)))
-    except StopIteration:
-        return "it has no rows"
+        files = parquet_files(source, where)
+        found = _in_parquet(files, source, where) if files else _in_stream(source, where)
     except HpdistError as error:
         return str(error)
-    except Exception as error:  # datasets raises anything
+    except Exception as error:  # datasets and Arrow raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return None
+    return None if found else "it has no rows"
+
+
+def _in_parquet(files: Mapping[str, Sequence[str]], source: Source, where: str) -> bool:
+    """Whether the files of the source's split hold a row.
+
+    `datasets` would go on reading in Arrow's threads after the row, which can abort the process
+    when it ends before they do.
+    """
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    from hpdist.data.files import Retry, open_file, stat
+    from hpdist.data.stream.index import split_files
+
+    for path in chain.from_iterable(split_files(files, source.split, where).values()):
+        with open_file(path, stat(path, Retry()), Retry()) as file:
+            parquet = pq.ParquetFile(file, pre_buffer=False)
+            if next(parquet.iter_batches(1, use_threads=False), None) is not None:
+                return True
+    return False
+
+
+def _in_stream(source: Source, where: str) -> bool:
+    from hpdist.data.loading import load
+
+    if not getattr(source, "streaming", False):  # a table's split may be a slice, a stream's not
+        split = source.split.partition("+")[0].partition("[")[0].strip()
+        source = source.model_copy(update={"split": split})
+    return next(iter(load(source, where, streaming=True)), None) is not None

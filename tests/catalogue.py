@@ -11,6 +11,7 @@ from hpdist.algorithm_state import whole_state
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.algorithms.addon import AddOnConfig, build_algorithm
 from hpdist.config import component_names, components
+from hpdist.step import SemiSupervisedStep
 from tests.recipes import digits, make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
@@ -111,12 +112,17 @@ def build(name: str) -> Algorithm:
     return algorithm
 
 
-def run(name: str, steps: int, **options: Any) -> list[dict[str, float]]:
-    """The metrics of every step, and at the end what the algorithm and the teacher hold."""
+def make(name: str, **options: Any) -> SemiSupervisedStep:
+    """A step of it."""
     algorithm = build(name)
     if options.get("stage") == 3 and algorithm.views.teacher:
         options["teacher_model"] = make_model(algorithm)
-    step = make_step(algorithm, **options)
+    return make_step(algorithm, **options)
+
+
+def run(name: str, steps: int, **options: Any) -> list[dict[str, float]]:
+    """The metrics of every step, and at the end what the algorithm and the teacher hold."""
+    step = make(name, **options)
     curve = train(step, steps)
     alone = build(name)  # by one rank, from what all ranks hold
     alone.load_state_dict(whole_state(step.algorithm))

@@ -59,13 +59,21 @@ def slice_of(batch: Any, rank: int, ranks: int) -> Any:
     return batch.narrow(rank * part, part)
 
 
-def make_model(algorithm: Algorithm, norm: str = "group") -> nn.Module:
-    """A small CNN for digits, or a ladder network, with the heads that the algorithm wants."""
+def make_model(algorithm: Algorithm, norm: str = "group", smooth: bool = False) -> nn.Module:
+    """A small CNN for digits, or a ladder network, with the heads that the algorithm wants.
+
+    A smooth one has SiLU in place of ReLU, whose gradient jumps where rounding decides of a sign.
+    """
     torch.manual_seed(0)
     if isinstance(algorithm, Ladder):
         model: nn.Module = LadderMLP(64, [32], 10, noise=0.0)
     else:
-        model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
+        cnn = CNN(1, 8, 10, norm)  # type: ignore[arg-type]
+        if smooth:
+            for number, layer in enumerate(cnn.features):
+                if isinstance(layer, nn.ReLU):
+                    cnn.features[number] = nn.SiLU()
+        model = global_batch_norm(cnn)
     return with_heads(model, algorithm, torch.zeros(2, 1, 8, 8))
 
 
@@ -73,6 +81,7 @@ def make_step(
     algorithm: str | Algorithm,
     *,
     norm: str = "group",
+    smooth: bool = False,
     micro_batches: int = 1,
     precision: Any = "fp32",
     stage: int | None = None,
@@ -98,7 +107,7 @@ def make_step(
         accelerator = launch.make_accelerator(sharding)
     if isinstance(algorithm, str):
         algorithm = make_algorithm(algorithm)
-    model = make_model(algorithm, norm)
+    model = make_model(algorithm, norm, smooth)
     if optimizer == "sgd":
         made: torch.optim.Optimizer = torch.optim.SGD(
             model.parameters(), lr=lr, momentum=0.9, nesterov=True

@@ -12,10 +12,19 @@ import psutil
 import pytest
 import yaml
 
+from hpdist.config import Labeled, Source
 from hpdist.distributed.meeting import Place, meet
 from hpdist.distributed.network import measure_apart
 from hpdist.errors import DistributedError
-from hpdist.preflight import _nccl, _nccl_finding, _own_gpu, _shared_gpus, _versions, table
+from hpdist.preflight import (
+    _first_row,
+    _nccl,
+    _nccl_finding,
+    _own_gpu,
+    _shared_gpus,
+    _versions,
+    table,
+)
 from tests.pictures import write_pictures
 from tests.ranks import free_port, run_ranks
 from tests.two_hosts import LINE, MISSING, two_hosts
@@ -182,11 +191,28 @@ def test_data_that_cannot_be_read_is_found(tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_first_row_is_looked_for_where_the_run_will_read(tmp_path):
+    """The files of the split, a slice of which a table may take; an empty file is passed over."""
+    empty, full = write_pictures(tmp_path, [[0], [20, 30]])
+    (tmp_path / "rows.csv").write_text("input,label\n1,0\n2,1\n")
+
+    def first(path: str, files: object, split: str, kind: type[Source] = Labeled) -> str | None:
+        return _first_row(kind(path=path, data_files=files, split=split), "data.labeled")
+
+    files = {"train": [str(empty), str(full)], "test": str(empty)}
+    assert first("parquet", files, "train[:10]+test") is None
+    assert first("parquet", files, "test") == "it has no rows"
+    assert "validation" in str(first("parquet", files, "validation"))
+    assert first("csv", str(tmp_path / "rows.csv"), "train[:1]") is None
+    full.write_bytes(full.read_bytes()[:-100])
+    assert "ArrowInvalid" in str(first("parquet", files, "train"))
+
+
 def test_a_precision_that_the_device_lacks_is_found(tmp_path):
     files = [str(path) for path in write_pictures(tmp_path)]
     config = write_config(tmp_path, files, str(tmp_path / "runs"))
-    status, out, _ = ended(start(config, "--precision", "fp16", CUDA_VISIBLE_DEVICES=""))
-    assert status == 3
+    status, out, err = ended(start(config, "--precision", "fp16", CUDA_VISIBLE_DEVICES=""))
+    assert status == 3, err
     assert verdicts(out)["precision"] == "FAILED"
 
 

@@ -1,4 +1,4 @@
-"""What trades time for memory changes no number: the same loss curve with it and without."""
+"""What trades time for memory changes no number: the same steps with it and without."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from hpdist.config import LossScale
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed import launch
-from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.evaluation import evaluate_both
-from hpdist.models import CNN
 from hpdist.models.memory import checkpoint_activations
 from hpdist.step import SemiSupervisedStep
+from tests import lockstep
+from tests.lockstep import Recorded
 from tests.ranks import run_ranks
-from tests.recipes import LABELED, UNLABELED, digits, make_step, train
+from tests.recipes import LABELED, UNLABELED, digits, make_model, make_step, train
 
-RANKS, STEPS = 2, 8
+RANKS = 2
+POINTS = (0, 1, 3, 7)
 STAGES = [None, 2, 3]
-Curve = tuple[list[float], dict[str, Tensor]]  # losses, and buffers at the end
 
 
 def build(
-    stage: int | None, *, norm: str = "batch", checkpointed: bool = False, compiled: bool = False
+    stage: int | None, *, checkpointed: bool = False, compiled: bool = False
 ) -> SemiSupervisedStep:
     """The step of the recipes around a model that is changed as the trainer changes it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     rows = (LABELED + UNLABELED) // RANKS
     accelerator = launch.make_accelerator(launch.Sharding(stage=stage, micro_batch=rows))
-    torch.manual_seed(0)
-    model = global_batch_norm(CNN(1, 8, 10, norm))  # type: ignore[arg-type]
+    algorithm = FixMatch(threshold=0.15)
+    model = make_model(algorithm, "batch", smooth=True)
     if checkpointed:
         checkpoint_activations(model)
     if compiled:
@@ -49,104 +49,97 @@ def build(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     views = ImageViewsConfig().build(0)
-    return SemiSupervisedStep(accelerator, model, optimizer, FixMatch(threshold=0.15), views)
+    return SemiSupervisedStep(accelerator, model, optimizer, algorithm, views)
 
 
-def curve(step: SemiSupervisedStep) -> Curve:
-    metrics = train(step, STEPS)
-    assert all(entry["applied"] for entry in metrics)
-    buffers = {name: b.detach().clone() for name, b in step.engine.module.named_buffers()}
-    return [entry["loss"] for entry in metrics], buffers
+def cut(micro_batches: int, stage: int | None, **options: Any) -> SemiSupervisedStep:
+    return make_step("fixmatch", stage=stage, smooth=True, micro_batches=micro_batches, **options)
 
 
-SETUPS: dict[str, Any] = {}
+HALF = {"precision": "fp16", "loss_scale": LossScale(initial=2.0**8)}
+# What is recorded, and those that must do the same.
+SETUPS: dict[str, dict[str, Any]] = {
+    "plain": {"plain, None": partial(build, None)},
+    "whole": {"1 micro-batches, None": partial(cut, 1, None)},
+    "half": {"1 micro-batches, fp16": partial(cut, 1, 2, **HALF)},
+}
 for _stage in STAGES:
-    SETUPS |= {
+    SETUPS["plain"] |= {
         f"plain, {_stage}": partial(build, _stage),
         f"checkpointed, {_stage}": partial(build, _stage, checkpointed=True),
         f"compiled, {_stage}": partial(build, _stage, compiled=True),
     }
     for _micro in (1, 2):
-        SETUPS[f"{_micro} micro-batches, {_stage}"] = partial(
-            make_step, "fixmatch", stage=_stage, micro_batches=_micro
-        )
-SETUPS["compiled and checkpointed, None"] = partial(build, None, checkpointed=True, compiled=True)
+        SETUPS["whole"][f"{_micro} micro-batches, {_stage}"] = partial(cut, _micro, _stage)
+SETUPS["plain"]["compiled and checkpointed, None"] = partial(
+    build, None, checkpointed=True, compiled=True
+)
 for _stage in (1, 2, 3):
-    SETUPS[f"offloaded, {_stage}"] = partial(
-        make_step, "fixmatch", norm="batch", stage=_stage, offload="cpu", lr=0.02
+    SETUPS["plain"][f"offloaded, {_stage}"] = partial(
+        make_step, "fixmatch", norm="batch", smooth=True, stage=_stage, offload="cpu", lr=0.02
     )
-for _micro in (1, 2):
-    SETUPS[f"{_micro} micro-batches, fp16"] = partial(
-        make_step,
-        "fixmatch",
-        stage=2,
-        precision="fp16",
-        micro_batches=_micro,
-        loss_scale=LossScale(initial=2.0**8),
-    )
+SETUPS["half"]["2 micro-batches, fp16"] = partial(cut, 2, 2, **HALF)
 
 
-def curves() -> dict[str, Curve]:
-    found = {}
-    for name, make in SETUPS.items():
-        counters.clear()
-        step = make()
-        if step.engine.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            offload = step.engine.deepspeed.zero_offload_optimizer()
-            assert (offload is not None and offload.device == "cpu") == ("offloaded" in name)
-        found[name] = curve(step)
-        assert (counters["stats"]["unique_graphs"] > 0) == ("compiled" in name)
+@dataclass
+class Compared:
+    """Runs held against one that was recorded, on one rank."""
+
+    recorded: dict[str, Recorded]
+    told: dict[str, dict[int, list[str]]]  # by run and step, what differs
+
+
+def compare() -> Compared:
+    found = Compared({}, {})
+    for kind, setups in SETUPS.items():
+        tolerance = 0.02 if kind == "half" else lockstep.TOLERANCE
+        for name, make in setups.items():
+            counters.clear()
+            step = make()
+            if step.engine.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                offload = step.engine.deepspeed.zero_offload_optimizer()
+                assert (offload is not None and offload.device == "cpu") == ("offloaded" in name)
+            if kind not in found.recorded:
+                found.recorded[kind] = lockstep.record(step, POINTS, tolerance=tolerance)
+                continue
+            found.told[name] = lockstep.follow(step, found.recorded[kind], tolerance=tolerance)
+            assert (counters["stats"]["unique_graphs"] > 0) == ("compiled" in name)
     return found
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[dict[str, Curve]]:
-    return run_ranks(RANKS, curves)
+def runs() -> list[Compared]:
+    return run_ranks(RANKS, compare)
 
 
-def check_same(runs: list[dict[str, Curve]], one: str, other: str, tolerance: float) -> None:
-    for found in runs:
-        (losses, buffers), (expected, expected_buffers) = found[one], found[other]
-        assert losses == pytest.approx(expected, rel=tolerance)
-        assert buffers.keys() == expected_buffers.keys()
-        for name, buffer in buffers.items():
-            torch.testing.assert_close(buffer, expected_buffers[name], rtol=1e-4, atol=1e-5)
-    assert runs[0][one][0] == pytest.approx(runs[1][one][0])
+def test_the_curve_goes_somewhere(runs: list[Compared]) -> None:
+    for run in runs[0].recorded.values():
+        assert len({record["loss"] for record in run.curve}) == len(run.curve)
+    state = runs[0].recorded["plain"].steps[POINTS[-1]].after
+    counts = [b for n, b in state.kinds["buffers"].items() if n.endswith("batches_tracked")]
+    assert [float(count) for count in counts] == 6 * [POINTS[-1] + 1]
+    assert runs[0].recorded["plain"].curve == runs[1].recorded["plain"].curve
 
 
-def test_the_curve_goes_somewhere(runs: list[dict[str, Curve]]) -> None:
-    for losses, buffers in runs[0].values():
-        assert len(set(losses)) == STEPS
-        assert all(float(b) == STEPS for n, b in buffers.items() if n.endswith("batches_tracked"))
-    assert len(runs[0]["plain, None"][1]) == 6 * 3
+def names(*ways: str) -> list[str]:
+    """Of those that follow, the ones that begin so."""
+    followers = [name for setups in SETUPS.values() for name in list(setups)[1:]]
+    return [name for name in followers if name.startswith(ways)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_activation_checkpointing(runs: list[dict[str, Curve]], stage: int | None) -> None:
-    check_same(runs, f"checkpointed, {stage}", f"plain, {stage}", 1e-4)
+@pytest.mark.parametrize("name", names("checkpointed", "compiled"))
+def test_activation_checkpointing_and_compile(runs: list[Compared], name: str) -> None:
+    assert [found.told[name] for found in runs] == [{}, {}]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_compile(runs: list[dict[str, Curve]], stage: int | None) -> None:
-    check_same(runs, f"compiled, {stage}", f"plain, {stage}", 1e-4)
+@pytest.mark.parametrize("name", names("plain", "1 micro", "2 micro"))
+def test_sharding_and_accumulation(runs: list[Compared], name: str) -> None:
+    assert [found.told[name] for found in runs] == [{}, {}]
 
 
-def test_compile_and_checkpointing_together(runs: list[dict[str, Curve]]) -> None:
-    check_same(runs, "compiled and checkpointed, None", "plain, None", 1e-4)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_accumulation(runs: list[dict[str, Curve]], stage: int | None) -> None:
-    check_same(runs, f"2 micro-batches, {stage}", f"1 micro-batches, {stage}", 1e-4)
-
-
-def test_accumulation_in_fp16(runs: list[dict[str, Curve]]) -> None:
-    check_same(runs, "2 micro-batches, fp16", "1 micro-batches, fp16", 0.02)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offload(runs: list[dict[str, Curve]], stage: int) -> None:
-    check_same(runs, f"offloaded, {stage}", "plain, None", 1e-4)
+@pytest.mark.parametrize("name", names("offloaded"))
+def test_offload(runs: list[Compared], name: str) -> None:
+    assert [found.told[name] for found in runs] == [{}, {}]
 
 
 def held_out(step: SemiSupervisedStep) -> list[tuple[LabeledBatch, Tensor]]:
@@ -162,7 +155,7 @@ def held_out(step: SemiSupervisedStep) -> list[tuple[LabeledBatch, Tensor]]:
 @torch.no_grad()
 def score_whole_teacher(step: SemiSupervisedStep) -> dict[str, float]:
     """The teacher's accuracy and loss by a model of its own, that nothing shards."""
-    model = global_batch_norm(CNN(1, 8, 10)).eval()
+    model = make_model(FixMatch(), "batch", smooth=True).eval()
     model.load_state_dict(step.teacher.whole())
     images, labels = digits()
     logits = model(step.views.plain(images[:400]))

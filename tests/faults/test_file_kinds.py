@@ -108,7 +108,7 @@ class FlakyStore(MemoryFileSystem):
         if isinstance(fault, Exception):
             raise fault
         if fault == "hang":
-            time.sleep(3)
+            time.sleep(10)
         data = super().cat_file(path, start, end)
         return data[: len(data) // 2] if fault == "short" else data
 
@@ -142,7 +142,7 @@ def test_an_object_store_that_hangs(store, monkeypatch):
     store.faults = ["hang"]
     began = time.monotonic()
     assert read_range("flaky://bucket/a.bin", 0, 10, QUICK) == CONTENT[:10]
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 8  # and not as long as it hangs
     store.faults = ["hang"]
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()

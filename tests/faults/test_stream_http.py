@@ -198,7 +198,7 @@ def test_a_silence_longer_than_the_patience_ends_with_it(server: FaultServer) ->
     began = time.monotonic()
     with pytest.raises(UnreachableError):
         list(islice(stream, EPOCH))
-    assert time.monotonic() - began < 8  # and not the 30 s that a patient read waits
+    assert time.monotonic() - began < 25  # and not the 30 s that a patient read waits
     stream.close()
 
 

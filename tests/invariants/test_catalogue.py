@@ -1,46 +1,71 @@
-"""Every algorithm and add-on: one curve on 1, 2 and 4 ranks, with and without accumulation."""
+"""Every algorithm and add-on: the same steps on 1, 2 and 4 ranks, with and without accumulation."""
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.catalogue import CASES, NORMALISED, PARTS, run
+from tests import lockstep
+from tests.catalogue import CASES, NORMALISED, PARTS, make
+from tests.lockstep import Recorded
 from tests.ranks import run_ranks
 
-STEPS = 6
-Curves = dict[tuple[str, int], list[dict[str, float]]]
+POINTS = (0, 1, 3, 5)
+Found = dict[tuple[str, int], dict[int, list[str]]]  # what differs, by step
 
 
-def curves(part: str) -> Curves:
+def follow(file: Path) -> Found:
+    recorded = torch.load(file, weights_only=False)
     return {
-        (name, micro_batches): run(name, STEPS, micro_batches=micro_batches)
+        (name, micro_batches): lockstep.follow(
+            make(name, smooth=True, micro_batches=micro_batches), run
+        )
         for micro_batches in (1, 2)
-        for name in PARTS[part]
+        for name, run in recorded.items()
+        if micro_batches == 1 or name not in NORMALISED
     }
 
 
+def record_and_follow(part: str, file: Path) -> tuple[dict[str, Recorded], Found]:
+    recorded = {name: lockstep.record(make(name, smooth=True), POINTS) for name in PARTS[part]}
+    torch.save(recorded, file)
+    return recorded, follow(file)
+
+
 @cache
-def on_ranks(ranks: int, part: str) -> Curves:
-    return run_ranks(ranks, curves, part, timeout=900)[0]
+def on_one(part: str) -> tuple[dict[str, Recorded], Found]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(1, record_and_follow, part, Path(folder, "runs.pt"), timeout=900)[0]
+
+
+@cache
+def on_ranks(ranks: int, part: str) -> list[Found]:
+    recorded, found = on_one(part)
+    if ranks == 1:
+        return [found]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "runs.pt")
+        torch.save(recorded, file)
+        return run_ranks(ranks, follow, file, timeout=900)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(("part", "name"), CASES)
 def test_ranks_and_accumulation_do_not_matter(part: str, name: str, ranks: int) -> None:
-    reference = on_ranks(1, part)[name, 1]
-    for micro_batches in (1,) if name in NORMALISED else (1, 2):
-        found = on_ranks(ranks, part)[name, micro_batches]
-        for step, (record, wanted) in enumerate(zip(found, reference, strict=True)):
-            assert record == pytest.approx(wanted, rel=2e-4, abs=2e-6), (step, micro_batches)
+    for found in on_ranks(ranks, part):
+        assert {key: told for key, told in found.items() if key[0] == name and told} == {}
 
 
 @pytest.mark.parametrize(("part", "name"), CASES)
 def test_every_part_of_it_does_something(part: str, name: str) -> None:
-    curve = on_ranks(1, part)[name, 1][:-1]
-    assert len({record["loss"] for record in curve}) == STEPS
+    run = on_one(part)[0][name]
+    assert len({record["loss"] for record in run.curve}) == len(run.curve)
+    held = [step.metrics for step in run.firm.values()]
     if not name.endswith("supervised"):
-        assert any(record["unsupervised_loss"] != 0 for record in curve)
-    rates = [record["mask_rate"] for record in curve if "mask_rate" in record]
+        assert any(record["unsupervised_loss"] != 0 for record in held)
+    rates = [record["mask_rate"] for record in held if "mask_rate" in record]
     assert not rates or 0 < sum(rates) < len(rates), "the threshold must cut, else it is not tested"

@@ -295,7 +295,7 @@ def test_closing_and_collection_leave_nothing():
             with pytest.raises(RuntimeError, match="closed"):
                 decoder.decode(values)
         del decoder
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         assert gone(*pids)()
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # not even a zombie
     with Decoder(spec, threads=3) as decoder:

@@ -145,11 +145,13 @@ def test_reading_ahead_goes_on_meanwhile_and_no_further_than_asked():
     log = []
     ahead = reader(generator([1000], log), 8)
     ahead.prepare(0, 16, 0, 16)
+    until = time.monotonic() + 60
+    while len(log) < 17:
+        assert time.monotonic() < until
+        time.sleep(0.01)
     time.sleep(0.3)
-    assert 17 <= len(log) <= 32
-    started = time.monotonic()
+    assert len(log) <= 32
     ahead.read(0, 16, 0, 16)
-    assert time.monotonic() - started < 0.1
     ahead.close()
 
 
@@ -166,7 +168,7 @@ def test_a_read_that_hangs_holds_nobody_up():
     time.sleep(0.1)
     started = time.monotonic()
     hanging.close()
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 15  # and not the 20 s that it hangs
     held.set()
     for thread in alive():
         thread.join(5)
