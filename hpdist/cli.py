@@ -137,8 +137,7 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
     from hpdist import config as configuration
-    from hpdist.distributed.meeting import Place
-    from hpdist.distributed.reduce import leave_group
+    from hpdist.distributed.rendezvous import TOKEN, Endpoint
     from hpdist.preflight import preflight, table
 
     config = None
@@ -153,14 +152,14 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
                 f"preflight: --rank {known.rank} is not one of {known.processes} processes, "
                 f"0 to {known.processes - 1}"
             )
-        place = Place(known.rank, known.processes, known.address, known.port)
+        token = os.environ.get(TOKEN, "")
+        endpoint = Endpoint(known.rank, known.processes, known.address, known.port, token)
     else:
-        place = Place.from_environment()
-    findings = preflight(config, place, known.timeout)
+        endpoint = Endpoint.from_environment()
+    findings = preflight(config, endpoint, known.timeout)
     failed = [finding.check for finding in findings if finding.verdict == "FAILED"]
-    if place.rank == 0:
+    if endpoint.rank == 0:
         _print(table(findings))
-    leave_group()
     if failed:
         error = DistributedError(f"preflight: not ready to train: {', '.join(failed)}; see above")
         error.everywhere = True

@@ -15,19 +15,17 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from hpdist.config import RunConfig, Source
-from hpdist.distributed.meeting import Place, meet
 from hpdist.distributed.network import Speed, measure, measure_apart
-from hpdist.distributed.reduce import gathered, world_size
-from hpdist.errors import DistributedError, HpdistError
+from hpdist.distributed.rendezvous import TOKEN, Endpoint, Rendezvous
+from hpdist.errors import HpdistError
 
 _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transformers", "wandb")
 _GIB = 2**30
@@ -51,43 +49,37 @@ class Finding:
     told: str
 
 
-def preflight(config: RunConfig | None, place: Place, timeout: float = 60.0) -> list[Finding]:
+def preflight(config: RunConfig | None, endpoint: Endpoint, timeout: float = 60.0) -> list[Finding]:
     """Meet the other processes and check everything; the same findings on each.
 
     Raises DistributedError where they do not meet in time, or one is lost on the way. Collective:
     every process must call.
     """
     started = time.monotonic()
-    meet(place, timeout)
-    own = _facts(config)
-    try:
-        return _findings(own, config, place, timeout, started)
-    except RuntimeError as error:  # what a collective raises
-        if world_size() == 1:
-            raise
-        why = " ".join(str(error).split())[:200]
-        lost = DistributedError(
-            f"preflight: {place.who}: lost another process during the checks ({why}); look at what "
-            "the others say, and whether their machines are up"
-        )
-        lost.rank = place.rank
-        raise lost from error
+    with Rendezvous.of(endpoint, timeout) as peers:
+        return _findings(_facts(config), config, peers, timeout, started)
 
 
 def _findings(
-    own: Mapping[str, Any], config: RunConfig | None, place: Place, timeout: float, started: float
+    own: Mapping[str, Any],
+    config: RunConfig | None,
+    peers: Rendezvous,
+    timeout: float,
+    started: float,
 ) -> list[Finding]:
-    facts = gathered(own)
+    facts = peers.gathered(own)
     findings = [_met(facts, time.monotonic() - started), _versions(facts), _devices(facts)]
     findings.append(_half(facts, config))
-    if world_size() > 1:
-        findings += [_network(), _clocks(facts)]
+    if peers.size > 1:
+        if not peers.endpoint.token:
+            findings.append(_no_token(peers.endpoint))
+        findings += [_network(peers, timeout), _clocks(facts, peers)]
         if all(fact["devices"] for fact in facts):
-            findings.append(_nccl(facts, place, timeout))
+            findings.append(_nccl(facts, peers, timeout))
     findings.append(_disk(facts))
     if config is not None:
-        findings.append(_run_folder(Path(config.run.dir), facts))
-        findings += _data(config, facts)
+        findings.append(_run_folder(Path(config.run.dir), facts, peers))
+        findings += _data(config, facts, peers)
     return findings
 
 
@@ -205,12 +197,22 @@ def _half(facts: Sequence[Mapping[str, Any]], config: RunConfig | None) -> Findi
     return Finding("precision", "ok", told)
 
 
-def _network() -> Finding:
+def _no_token(endpoint: Endpoint) -> Finding:
+    told = (
+        f"none: whoever reached {endpoint.where} could take part; set {TOKEN} to the same secret "
+        "on every machine"
+    )
+    return Finding("token", "note", told)
+
+
+def _network(peers: Rendezvous, timeout: float) -> Finding:
     """Latency and bandwidth between the processes' CPUs. Collective."""
-    return Finding("network", "ok", f"all-reduce over gloo: {measure(None, torch.device('cpu'))}")
+    with peers.process_group(timeout):
+        speed = measure(None, torch.device("cpu"))
+    return Finding("network", "ok", f"all-reduce over gloo: {speed}")
 
 
-def _nccl(facts: Sequence[Mapping[str, Any]], place: Place, timeout: float) -> Finding:
+def _nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: float) -> Finding:
     """The same between the processes' GPUs, as NCCL has it, in less time than others wait.
 
     NCCL does not take two processes on one GPU, which is found before. Collective.
@@ -219,8 +221,10 @@ def _nccl(facts: Sequence[Mapping[str, Any]], place: Place, timeout: float) -> F
     if shared:
         told = "\n".join([*shared, "NCCL needs a GPU for each process; it was not measured"])
         return Finding("NCCL", "note", told)
-    gpu = facts[place.rank]["gpu"]
-    outcomes = gathered(measure_apart("nccl", f"cuda:{gpu}", place, 0.8 * timeout))
+    gpu = facts[peers.rank]["gpu"]
+    own = measure_apart("nccl", f"cuda:{gpu}", peers.endpoint, 0.8 * timeout)
+    told = peers.gathered(asdict(own) if isinstance(own, Speed) else own)
+    outcomes = [Speed(**each) if isinstance(each, dict) else str(each) for each in told]
     return _nccl_finding(outcomes, [fact["host"] for fact in facts])
 
 
@@ -251,9 +255,9 @@ def _nccl_finding(outcomes: Sequence[Speed | str], hosts: Sequence[str]) -> Find
     return Finding("NCCL", "FAILED", "\n".join([*lines, _NCCL_ADVICE]))
 
 
-def _clocks(facts: Sequence[Mapping[str, Any]]) -> Finding:
-    dist.barrier()
-    times = gathered(time.time())
+def _clocks(facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> Finding:
+    peers.gathered(None)  # all look at about the same time
+    times = peers.gathered(time.time())
     apart = max(times) - min(times)
     by_host = {fact["host"]: now - times[0] for fact, now in zip(facts, times, strict=True)}
     if apart > _APART:
@@ -274,10 +278,10 @@ def _disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("disk", verdict, "\n".join(lines))  # type: ignore[arg-type]
 
 
-def _run_folder(folder: Path, facts: Sequence[Mapping[str, Any]]) -> Finding:
+def _run_folder(folder: Path, facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> Finding:
     """Every process must see what the others write there, and rename it. Collective."""
-    mark = folder / f".preflight-{gathered(uuid.uuid4().hex)[0]}"
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    mark = folder / f".preflight-{peers.gathered(uuid.uuid4().hex)[0]}"
+    rank, gathered = peers.rank, peers.gathered
     errors: list[str | None] = gathered(_try(mark.mkdir, parents=True) if rank == 0 else None)
     if errors[0]:
         return Finding("run folder", "FAILED", f"{folder}: {errors[0]} on {facts[0]['host']}")
@@ -287,8 +291,6 @@ def _run_folder(folder: Path, facts: Sequence[Mapping[str, Any]]) -> Finding:
         errors = gathered(_try(_write_and_rename, temporary, final) if seen[rank] else None)
         whole = gathered(seen[rank] and all((mark / str(r)).exists() for r in range(len(seen))))
     finally:
-        if world_size() > 1:
-            dist.barrier()
         if rank == 0:
             shutil.rmtree(mark, ignore_errors=True)
     hosts = [fact["host"] for fact in facts]
@@ -319,19 +321,20 @@ def _try(act: Callable[..., object], *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def _data(config: RunConfig, facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+def _data(
+    config: RunConfig, facts: Sequence[Mapping[str, Any]], peers: Rendezvous
+) -> list[Finding]:
     """Every host opens every dataset and takes its first row. Collective."""
     findings = []
     first = {fact["host"]: rank for rank, fact in reversed(list(enumerate(facts)))}
-    own = dist.get_rank() if dist.is_initialized() else 0
     for name in ("labeled", "unlabeled", "test", "validation"):
         source = getattr(config.data, name)
         if not isinstance(source, Source) or source.path is None:
             continue
         start = time.monotonic()
-        told = _first_row(source, f"data.{name}") if own in first.values() else None
-        errors = gathered(told)
-        seconds = max(gathered(time.monotonic() - start))
+        told = _first_row(source, f"data.{name}") if peers.rank in first.values() else None
+        errors = peers.gathered(told)
+        seconds = max(peers.gathered(time.monotonic() - start))
         failed = {fact["host"]: e for fact, e in zip(facts, errors, strict=True) if e}
         if failed:
             lines = [f"{host}: {error}" for host, error in failed.items()]

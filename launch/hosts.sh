@@ -6,7 +6,8 @@
 # Change: CONFIG_FILE (how to shard), PER_MACHINE (processes on each machine: its GPUs).
 # RESTARTS=3 starts all processes again, up to three times, when one of them dies: they then meet by
 # c10d. Only the run folder must be on a file system that all machines see. The machines need one
-# another's ports; INTERFACE names their network where there are several.
+# another's ports; INTERFACE names their network where there are several. With the same secret in
+# HPDIST_PREFLIGHT_TOKEN on each (openssl rand -hex 16 makes one), nobody else joins the preflight.
 set -eu
 
 ACCELERATE="${ACCELERATE:-accelerate}"

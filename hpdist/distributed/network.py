@@ -16,7 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hpdist.distributed.meeting import Place
+from hpdist.distributed.rendezvous import TOKEN, Endpoint
+from hpdist.distributed.shared_store import SharedStore
 
 _LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _LARGEST = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of an all-reduce
@@ -73,7 +74,7 @@ def _all_reduce(numbers: int, group: dist.ProcessGroup | None, device: torch.dev
     return time.perf_counter() - start
 
 
-def measure_apart(backend: str, device: str, place: Place, seconds: float) -> Speed | str:
+def measure_apart(backend: str, device: str, endpoint: Endpoint, seconds: float) -> Speed | str:
     """Measure in a process of its own beside each process that met, or say why it failed.
 
     NCCL waits without end for a process that it cannot reach, and ends its own process when
@@ -81,8 +82,9 @@ def measure_apart(backend: str, device: str, place: Place, seconds: float) -> Sp
     goes on. Collective: every process that met must call.
     """
     command = [sys.executable, "-m", "hpdist.distributed.network", backend, device]
-    command += [place.address, str(place.port), str(place.rank), str(place.size), str(seconds)]
-    environment = {"NCCL_DEBUG": "WARN"} | os.environ
+    command += [endpoint.address, str(endpoint.port), str(endpoint.rank), str(endpoint.size)]
+    command.append(str(seconds))
+    environment = {"NCCL_DEBUG": "WARN"} | os.environ | {TOKEN: endpoint.token}
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -112,7 +114,7 @@ def _main() -> None:
         torch.cuda.set_device(own)
     span = timedelta(seconds=float(seconds))
     try:
-        store = dist.TCPStore(address, int(port), None, False, span, wait_for_workers=False)  # type: ignore[attr-defined]
+        store = SharedStore(address, int(port), os.environ.get(TOKEN, ""), float(seconds))
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(f"measure/{backend}", store),  # type: ignore[attr-defined]
@@ -121,7 +123,7 @@ def _main() -> None:
             timeout=span,
         )
         told = asdict(measure(None, own))
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         told = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(told), flush=True)
     os._exit("error" in told)  # to leave a broken group can hang

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from hpdist.config import Labeled, Source
-from hpdist.distributed.meeting import Place, meet
 from hpdist.distributed.network import measure_apart
+from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import DistributedError
 from hpdist.preflight import (
     _first_row,
@@ -110,7 +110,7 @@ def meet_late(folder: Path, ports: list[int], delays: list[dict[int, float]]) ->
             continue
         time.sleep(late[rank])
         try:
-            meet(Place(rank, 3, "127.0.0.1", port), timeout=4)
+            Rendezvous.of(Endpoint(rank, 3, "127.0.0.1", port), timeout=4)
         except DistributedError as error:
             told.append(str(error))
     return told
@@ -231,11 +231,12 @@ def test_other_versions_on_one_host_are_named():
 
 def measured_apart(port: int, seconds: float, network_of_1: str) -> object:
     rank = int(os.environ["RANK"])
-    place = Place(rank, 2, "127.0.0.1", port)
-    meet(place, 60)
-    if rank == 1 and network_of_1:
-        os.environ["GLOO_SOCKET_IFNAME"] = network_of_1
-    return measure_apart("gloo", "cpu", place, seconds)
+    with Rendezvous.of(Endpoint(rank, 2, "127.0.0.1", port), 60) as peers:
+        if rank == 1 and network_of_1:
+            os.environ["GLOO_SOCKET_IFNAME"] = network_of_1
+        speed = measure_apart("gloo", "cpu", peers.endpoint, seconds)
+        peers.gathered(None)
+    return speed
 
 
 def test_what_is_measured_beside_the_processes_is_what_they_reach():
@@ -273,7 +274,7 @@ def test_processes_that_share_a_gpu_are_noted():
     assert _shared_gpus(facts) == []
     facts.append({"host": "n0", "devices": gpus, "gpu": 1})
     assert _shared_gpus(facts) == ["processes 1, 2 share GPU 1 of n0"]
-    assert _nccl(facts, Place(0, 3), 60).verdict == "note"
+    assert _nccl(facts, Rendezvous(Endpoint(0, 3), None, None), 60).verdict == "note"
 
 
 def test_a_process_has_the_gpu_of_its_number(monkeypatch):
@@ -290,10 +291,10 @@ def test_a_process_has_the_gpu_of_its_number(monkeypatch):
 
 def test_a_launcher_says_who_is_who():
     torchrun = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
-    assert Place.from_environment(torchrun) == Place(3, 4, "n0", 29501)
+    assert Endpoint.from_environment(torchrun) == Endpoint(3, 4, "n0", 29501)
     slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "MAIN_IP": "n0", "MAIN_PORT": "20007"}
-    assert Place.from_environment(slurm) == Place(1, 2, "n0", 20008)
-    assert Place.from_environment({}) == Place(0, 1)
+    assert Endpoint.from_environment(slurm) == Endpoint(1, 2, "n0", 20008)
+    assert Endpoint.from_environment({}) == Endpoint(0, 1)
 
 
 @pytest.mark.parametrize(

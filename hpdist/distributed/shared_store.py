@@ -1,0 +1,292 @@
+"""A key-value store that processes on several machines share, and strangers do not.
+
+with StoreServer("10.0.0.1", 29400, token) as server:            # on the first machine
+    store = SharedStore("10.0.0.1", server.port, token)          # on every one
+    store.set("host/0", b"n0")
+
+It listens on the one address that it is given and speaks JSON, so that nothing a stranger sends is
+ever run. Both sides prove that they know the token before anything else is said; the token itself
+is never sent. What is said after that is not encrypted. `torch.distributed` takes a `SharedStore`
+for its own store, which listens everywhere and knows no token.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+_LONGEST = 1 << 20  # bytes of a line
+_MOST_BYTES = 64 << 20  # that a server keeps
+_MOST_CLIENTS = 20_000
+_HANDSHAKE = 10.0  # seconds
+_PATIENCE = 300.0  # seconds that a read waits for a key by default
+
+
+class StoreServer:
+    """Serves a store on one address, from the construction to `close`.
+
+    Raises OSError where it cannot listen there.
+    """
+
+    def __init__(self, address: str, port: int, token: str) -> None:
+        self._token = token
+        self._values: dict[str, bytes] = {}
+        self._bytes = 0
+        self._changed = threading.Condition()
+        family, where = _where_to_listen(address, port)
+        self._socket = socket.socket(family)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind(where)
+            self._socket.listen(1024)
+        except OSError:
+            self._socket.close()
+            raise
+        self.port: int = self._socket.getsockname()[1]
+        self._clients = threading.Semaphore(_MOST_CLIENTS)
+        threading.Thread(target=self._accept, name="hpdist-store", daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no longer."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def __enter__(self) -> StoreServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            if not self._clients.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(
+                target=self._serve, args=(connection,), name="hpdist-store-client", daemon=True
+            ).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            # What a stranger sends is an error of the stranger's, and nobody else's.
+            with connection, suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                line = _Line(connection)
+                if self._is_known(line):
+                    while True:
+                        line.send(self._answer(line.receive()))
+        finally:
+            self._clients.release()
+
+    def _is_known(self, line: _Line) -> bool:
+        """Prove the token's knowledge to a client, and have it proven."""
+        line.timeout(_HANDSHAKE)
+        ours = secrets.token_hex(16)
+        line.send({"nonce": ours})
+        said = line.receive()
+        theirs = str(said["nonce"])
+        if not hmac.compare_digest(str(said["proof"]), _proof(self._token, "client", ours, theirs)):
+            line.send({"refused": "another token"})
+            return False
+        line.send({"proof": _proof(self._token, "server", theirs, ours)})
+        line.timeout(None)
+        return True
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        keys = [str(key) for key in request.get("keys", [])]
+        with self._changed:
+            match request["do"]:
+                case "set":
+                    self._set(keys[0], base64.b64decode(request["value"]))
+                case "add":
+                    total = int(self._values.get(keys[0], b"0")) + int(request["amount"])
+                    self._set(keys[0], str(total).encode())
+                    return {"total": total}
+                case "check":
+                    return {"there": all(key in self._values for key in keys)}
+                case "get":
+                    seconds = min(float(request["seconds"]), 1e6)
+                    found = self._changed.wait_for(
+                        lambda: all(key in self._values for key in keys), seconds
+                    )
+                    if not found:
+                        return {"missing": [key for key in keys if key not in self._values]}
+                    return {"values": [_text(self._values[key]) for key in keys]}
+                case "delete":
+                    return {"there": self._values.pop(keys[0], None) is not None}
+                case other:
+                    raise ValueError(f"no such request: {other}")
+        return {}
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._bytes += len(key) + len(value) - len(self._values.get(key, b""))
+        if self._bytes > _MOST_BYTES:
+            raise ValueError("the store is full")
+        self._values[key] = value
+        self._changed.notify_all()
+
+
+class SharedStore(dist.Store):  # type: ignore[misc]
+    """A client of a `StoreServer`; `torch.distributed` calls it from any of its threads.
+
+    Raises OSError where the server is not there, and PermissionError where it has another token.
+    """
+
+    def __init__(self, address: str, port: int, token: str, seconds: float = _PATIENCE) -> None:
+        super().__init__()
+        self._where = (address, port)
+        self._token = token
+        self._seconds = seconds
+        self._lines = threading.local()
+        self._line()
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Set a value."""
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        self._ask({"do": "set", "keys": [key], "value": _text(data)})
+
+    def get(self, key: str) -> bytes:
+        """Read a value, once it is there. Raises OSError where it does not come in time."""
+        return self.read([key], self._seconds)[0]
+
+    def read(self, keys: Sequence[str], seconds: float) -> list[bytes]:
+        """Read several values, once all are there. Raises OSError where one does not come."""
+        request = {"do": "get", "keys": list(keys), "seconds": seconds}
+        found = self._ask(request, seconds)
+        if "missing" in found:
+            raise TimeoutError(f"nobody has set {found['missing'][0]} within {seconds:g} s")
+        return [base64.b64decode(value) for value in found["values"]]
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, which begins at 0; gives the sum."""
+        return int(self._ask({"do": "add", "keys": [key], "amount": amount})["total"])
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of these keys are there."""
+        return bool(self._ask({"do": "check", "keys": list(keys)})["there"])
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Wait until all of these keys are there. Raises OSError where one does not come."""
+        self.read(keys, self._seconds if timeout is None else timeout.total_seconds())
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a key; whether it was there."""
+        return bool(self._ask({"do": "delete", "keys": [key]})["there"])
+
+    def _ask(self, request: dict[str, Any], seconds: float = 0.0) -> dict[str, Any]:
+        line = self._line()
+        line.timeout(seconds + _HANDSHAKE)
+        line.send(request)
+        return line.receive()
+
+    def _line(self) -> _Line:
+        """This thread's connection: one that waits for a key must not keep another from asking."""
+        found: _Line | None = getattr(self._lines, "line", None)
+        if found is None:
+            found = self._lines.line = self._connect()
+        return found
+
+    def _connect(self) -> _Line:
+        line = _Line(socket.create_connection(self._where, timeout=_HANDSHAKE))
+        try:
+            theirs, ours = str(line.receive()["nonce"]), secrets.token_hex(16)
+            line.send({"nonce": ours, "proof": _proof(self._token, "client", theirs, ours)})
+            said = line.receive()
+        except (KeyError, ValueError) as error:
+            raise OSError(f"what listens there does not speak as hpdist does ({error})") from error
+        proof = _proof(self._token, "server", ours, theirs)
+        if not hmac.compare_digest(str(said.get("proof")), proof):
+            raise PermissionError("it has another token")
+        return line
+
+
+def wait_for_listener(address: str, port: int, deadline: float) -> None:
+    """Wait until something listens there. Raises OSError at a deadline of the monotonic clock."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def _where_to_listen(address: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The address itself, or every one where this machine's name leads it to none of its own.
+
+    Many systems give their own name the loopback address, at which no other machine reaches them.
+    """
+    family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    named = not address.replace(".", "").isdigit() and ":" not in address
+    if named and address != "localhost" and ipaddress.ip_address(where[0]).is_loopback:
+        return socket.AF_INET, ("", port)
+    return family, where
+
+
+class _Line:
+    """Sends and receives JSON objects, a line each."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._received = b""
+
+    def timeout(self, seconds: float | None) -> None:
+        """How long to wait for what comes next."""
+        self._connection.settimeout(seconds)
+
+    def send(self, values: dict[str, Any]) -> None:
+        """Send an object. Raises OSError, and ValueError where it is too long."""
+        data = json.dumps(values).encode() + b"\n"
+        if len(data) > _LONGEST:
+            raise ValueError(f"{len(data):,} bytes are too many for one message")
+        self._connection.sendall(data)
+
+    def receive(self) -> dict[str, Any]:
+        """Receive an object. Raises OSError where the other side leaves, ValueError for no JSON."""
+        while b"\n" not in self._received:
+            if len(self._received) > _LONGEST:
+                raise ValueError("a line without an end")
+            data = self._connection.recv(1 << 16)
+            if not data:
+                raise ConnectionError("the connection was closed")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        return values
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _proof(token: str, side: str, first: str, second: str) -> str:
+    """That this side knows the token, for two numbers that are used once."""
+    message = f"hpdist/{side}/{first}/{second}"
+    return hmac.new(token.encode(), message.encode(), hashlib.sha256).hexdigest()
