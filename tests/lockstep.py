@@ -168,7 +168,9 @@ def _nudged(kinds: Kinds, seed: int) -> Iterable[Kinds]:
         ways = {n: torch.randn(w.shape, generator=generator) for n, w in kinds["weights"].items()}
         for size in (_NUDGE, -_NUDGE):
             yield kinds | {
-                kind: {name: values * (1 + size * ways[name]) for name, values in kinds[kind].items()}
+                kind: {
+                    name: values * (1 + size * ways[name]) for name, values in kinds[kind].items()
+                }
                 for kind in ("weights", "teacher")
             }
 
@@ -223,14 +225,14 @@ def differences(found: Step, wanted: Step, tolerance: float = TOLERANCE) -> list
                 lines.append(f"{kind} {', '.join(whole)}")
             floats = [name for name in part if values[name].is_floating_point()]
             told = _apart(found, wanted, kind, floats, tolerance) if floats else None
-            lines += [f"{kind} {', '.join(floats) if len(part) == 1 else ''}: {told}"] if told else []
+            lines += (
+                [f"{kind} {', '.join(floats) if len(part) == 1 else ''}: {told}"] if told else []
+            )
     counts = [(s.after.attempts, s.after.applied, s.after.updates) for s in (found, wanted)]
     return lines if counts[0] == counts[1] else [*lines, f"counters {counts[0]}, not {counts[1]}"]
 
 
-def _apart(
-    found: Step, wanted: Step, kind: str, names: list[str], tolerance: float
-) -> str | None:
+def _apart(found: Step, wanted: Step, kind: str, names: list[str], tolerance: float) -> str | None:
     """How far two updates are apart, where that is too far."""
     ends = [_flat(step.after.kinds[kind], names) for step in (found, wanted)]
     if len(ends[0]) != len(ends[1]):

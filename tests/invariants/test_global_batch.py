@@ -58,9 +58,7 @@ def follow(file: Path) -> Found:
                 accelerator=accelerator,
             )
             accelerator = step.engine.accelerator
-            found[algorithm, norm, micro_batches] = lockstep.follow(
-                step, recorded[algorithm, norm]
-            )
+            found[algorithm, norm, micro_batches] = lockstep.follow(step, recorded[algorithm, norm])
     return found
 
 
