@@ -49,7 +49,9 @@ def without(number: int) -> tuple[LabeledBatch, UnlabeledBatch]:
 def make(algorithm: str, norm: str, micro_batches: int, accelerator: Any) -> SemiSupervisedStep:
     step = make_step(
         # One whose thresholds follow its confidence at once, so that they cut.
-        FreeMatch(10, momentum=0.3, fairness_weight=0.05) if algorithm == "freematch" else algorithm,
+        FreeMatch(10, momentum=0.3, fairness_weight=0.05)
+        if algorithm == "freematch"
+        else algorithm,
         norm=norm,
         micro_batches=micro_batches,
         smooth=True,
