@@ -19,11 +19,11 @@ class _Leaving:
     status = 1  # of an exception that nobody expected; Python has printed it by then
 
     def __call__(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            try:
+        try:
+            for stream in (sys.stderr, sys.stdout):
                 stream.flush()
-            except (AttributeError, OSError, ValueError):  # there is none, or nobody reads it
-                self.status = self.status or 120  # what Python says of this
+        except (AttributeError, OSError, ValueError):  # there is none, or nobody reads it
+            self.status = self.status or 120  # what Python says of this
         if os.name == "posix":
             ctypes.CDLL(None).fflush(None)  # what C code has printed
         os._exit(self.status)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except HpdistError as error:
-        _report(error)
+        if not _report(error) and arguments is None:
+            _let_speak()
         return error.exit_status
     except KeyboardInterrupt:
         print("hpdist: interrupted", file=sys.stderr, flush=True)
@@ -229,13 +231,26 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report(error: HpdistError) -> None:
-    """Say once what is wrong; what only one rank knows, that rank says."""
+def _report(error: HpdistError) -> bool:
+    """Say once what is wrong; what only one rank knows, that rank says. Give whether this did."""
     where = ""
     if error.rank is not None and os.environ.get("WORLD_SIZE", "1") != "1":
         where = f"rank {error.rank}: "
     if where or _rank() == 0:
         print(f"hpdist: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return True
+    return False
+
+
+def _let_speak() -> None:
+    """Wait, as a rank that says nothing, for rank 0 to say it and end.
+
+    A launcher ends all processes once one has ended, and rank 0 may come to the error later: much
+    later where the ranks have not met.
+    """
+    from hpdist.distributed.reduce import world_size
+
+    time.sleep(1 if world_size() > 1 else 10)
 
 
 def _split(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,7 +1,12 @@
-"""Run a function on N real gloo ranks, each a process of its own."""
+"""Run a function on N real gloo ranks, each a process of its own.
+
+They are forked from a server that has done the imports, which take a rank longer than most tests;
+nothing else has happened there. HPDIST_TEST_START=spawn gives each an interpreter of its own.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import socket
@@ -36,10 +41,14 @@ def _main(
     ranks: int,
     port: int,
     folder: str,
+    here: tuple[str, dict[str, str]],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    os.chdir(here[0])  # the server is where it was started
+    os.environ.clear()
+    os.environ.update(here[1])
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -61,17 +70,53 @@ def _main(
         torch.distributed.destroy_process_group()
 
 
+# Read by what the server has imported, when it was imported.
+_READ_ONCE = (
+    "DS_",
+    "HF_",
+    "HUGGINGFACE_",
+    "LD_",
+    "MALLOC_",
+    "PYTHON",
+    "TORCH_CPP",
+    "TRANSFORMERS_",
+)
+
+
+def _read_once() -> dict[str, str]:
+    return {name: v for name, v in os.environ.items() if name.startswith(_READ_ONCE)}
+
+
+_SERVER = _read_once()
+
+
+def _start_method(fresh: bool) -> str:
+    """How ranks start: from the server, unless its imports have read another environment."""
+    if fresh or _read_once() != _SERVER:
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["hpdist.trainer", "sklearn.datasets"])
+    return os.environ.get("HPDIST_TEST_START", "forkserver")
+
+
 def run_ranks(
-    ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300
+    ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 300,
+    fresh: bool = False,
 ) -> list[Any]:
-    """Call a top-level function on every rank; results in rank order. A failing rank fails all."""
+    """Call a top-level function on every rank; results in rank order. A failing rank fails all.
+
+    `fresh` ranks have an interpreter of their own: where a test measures their memory, or captures
+    what they print, which the server's ranks print where it was started.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _main,
-            args=(ranks, free_port(), folder, function, args),
+            args=(ranks, free_port(), folder, (os.getcwd(), dict(os.environ)), function, args),
             nprocs=ranks,
             join=False,
-            start_method="spawn",
+            start_method=_start_method(fresh),
         )
         try:
             deadline = time.monotonic() + timeout

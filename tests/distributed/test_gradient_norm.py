@@ -96,7 +96,7 @@ def layer_norms(stages: list[int | None], precisions: list[str]) -> dict[Any, li
             )
             torch.manual_seed(0)
             model = nn.Sequential(
-                nn.Flatten(), nn.Linear(64, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 10)
+                nn.Flatten(), nn.Linear(64, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 10)
             )
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
             model, optimizer = accelerator.prepare(model, optimizer)

@@ -84,7 +84,7 @@ def test_runs_are_equal_on_any_ranks_and_resume_with_what_was_measured(
     (one,) = run_ranks(1, train, data, tmp_path, "one", 6)
     run_ranks(2, train, data, tmp_path, "two", 3)
     (two,) = run_ranks(1, train, data, tmp_path, "two", 6, True)
-    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-4)
     assert len(curve(tmp_path / "one")) == 6
     assert two["test/accuracy"] == one["test/accuracy"]
     kept = [

@@ -115,11 +115,11 @@ def test_runs_are_equal_on_any_ranks_and_resume(data: Path, tmp_path: Path, task
     two, _ = run_ranks(2, train, data, tmp_path, "two", task, 6, True)
     assert len(curve(tmp_path / "one")) == 6
     for found, expected in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert any(unsupervised > 0 for _, unsupervised in curve(tmp_path / "one"))
     assert not any("pseudo_label_top_share" in row for row in records(tmp_path / "one"))
     for name in SCORES[task]:
-        assert two[f"test/{name}"] == pytest.approx(one[f"test/{name}"], rel=1e-4, abs=1e-6)
+        assert two[f"test/{name}"] == pytest.approx(one[f"test/{name}"], rel=1e-3, abs=1e-5)
         assert f"eval/validation/{name}_student" in records(tmp_path / "one")[2]
     headline = SCORES[task][0]
     evaluated = [row[f"eval/validation/{headline}"] for row in records(tmp_path / "one")[2::3]]

@@ -23,7 +23,7 @@ from hpdist.evaluation import evaluate_both
 from hpdist.models import CNN
 from hpdist.step import SemiSupervisedStep
 from tests.ranks import run_ranks
-from tests.recipes import digits, make_step, train
+from tests.recipes import digits, make_model, make_step, train
 
 STAGES = [None, 0, 1, 2, 3]
 STEPS, DECAY = 200, 0.97
@@ -214,12 +214,13 @@ def consistency() -> dict[int | None, list[dict[str, float]]]:
     curves = {}
     for stage in (None, 2, 3):
         for precision in ("fp32", "fp16"):
-            replica = global_batch_norm(CNN(1, 8, 10, "batch")) if stage == 3 else None
+            replica = make_model(MeanTeacher(), "batch", smooth=True) if stage == 3 else None
             step = make_step(
                 "mean_teacher",
                 precision=precision,
                 stage=stage,
                 norm="batch",
+                smooth=True,
                 decay=0.9,
                 teacher_model=replica,
                 loss_scale=LossScale(initial=2.0**10),

@@ -43,7 +43,7 @@ def curve(folder):
     return [[row.get(name, 0.0) for name in names] for row in rows]
 
 
-def close(one, two, rel=1e-4):
+def close(one, two, rel=1e-3):
     return [[pytest.approx(value, rel=rel, abs=rel) for value in step] for step in two] == one
 
 

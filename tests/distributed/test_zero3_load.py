@@ -84,7 +84,7 @@ def loads(small, large, ranks):
 def test_a_rank_has_its_shard_in_memory_and_little_more(tmp_path, ranks):
     small, large = write(tmp_path / "small"), write(tmp_path / "large", LARGE)
     assert len(list((large / "bfloat16").glob("*.safetensors"))) > 2
-    for rank in run_ranks(ranks, loads, small, large, ranks):
+    for rank in run_ranks(ranks, loads, small, large, ranks, fresh=True):
         for (name, precision), (peak, weights) in zip(LOADS, rank, strict=True):
             assert weights > 95
             shard = weights / ranks * (1 if precision == "fp32" else 0.5)

@@ -286,7 +286,9 @@ def test_full_inodes_cost_checkpoints_and_no_training(
     if ranks == 1:
         told = train_through_full_inodes(few_inodes, folder)
     else:
-        found = run_ranks(ranks, train_through_full_inodes, few_inodes, folder, timeout=90)
+        found = run_ranks(
+            ranks, train_through_full_inodes, few_inodes, folder, timeout=90, fresh=True
+        )
         told = [line for lines in found for line in lines]
     wanted = f"rank {ranks - 1}: the checkpoint of step 4 could not be written: "
     (line,) = [line for line in told if line.startswith(wanted)]

@@ -463,4 +463,4 @@ def test_a_launch_that_disagrees(digits: Path) -> None:
         "configs/deepspeed/zero2_fp16.json; make them agree, or leave hpdist's out"
     )
     # No traceback of ours; torchrun's own, of another package's files, is not ours to stop.
-    assert str(ROOT / "hpdist") not in done.stderr
+    assert f"{ROOT / 'hpdist'}{os.sep}" not in done.stderr

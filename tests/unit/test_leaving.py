@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +70,29 @@ def test_a_command_ends_with_its_status(arguments: list[str], status: int) -> No
     assert ("fixmatch" in out) == (status == 0)
     assert bool(err) == (status != 0)
     assert "Traceback" not in err
+
+
+def test_rank_0_is_heard_though_it_comes_to_an_error_last(tmp_path: Path) -> None:
+    """A launcher ends it once another rank has ended, which says nothing of what all know."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, time\n"
+        "from hpdist.__main__ import program\n"
+        "time.sleep(3 if os.environ['RANK'] == '0' else 0)\n"
+        "program()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, script, "train", "lost.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hpdist: ")]
+    assert "ConfigError" in line
+    assert "lost.yaml" in line
 
 
 def test_an_unexpected_exception_is_shown_and_is_status_1() -> None:
