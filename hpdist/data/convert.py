@@ -31,6 +31,7 @@ from datasets.table import embed_table_storage, table_cast
 from hpdist.config import Source
 from hpdist.data.decode import Column
 from hpdist.data.loading import (
+    check_separator,
     input_column,
     is_audio,
     is_text,
@@ -101,6 +102,7 @@ def convert(
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
     features = _features(view, name)
+    check_separator(features, where)
     given = config.input or _same(input, features)
     text, audio = is_text(features, given), is_audio(features, given)
     column = input_column(features, given, where, text=text, audio=audio)

@@ -198,7 +198,9 @@ def open_test(
 
     Raises DataError when anything is not as the config says, or the first row does not fit `spec`.
     """
-    table, name = open_table(config, dataset, where)
+    needed = () if config.input else names_of(like.column)
+    needed = needed if config.label else (*needed, like.label_column)
+    table, name = open_table(config, dataset, where, needed)
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(

@@ -19,6 +19,7 @@ from hpdist.data.decode import Column, InputSpec, Unreadable
 from hpdist.data.files import Retry
 from hpdist.data.loading import (
     check_order,
+    check_separator,
     input_column,
     known_column,
     load,
@@ -32,6 +33,8 @@ from hpdist.data.loading import (
     text_beside,
 )
 from hpdist.data.long_tail import rows_used
+from hpdist.data.partitions import partitions
+from hpdist.data.saved import is_saved
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values, row_functions
 from hpdist.data.stream.index import Index, build_index, split_files
@@ -294,7 +297,7 @@ def open_unlabeled(
     for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
         if surveyed is not None:
             parts.append(_parquet_rows(part, config, surveyed, spec, retry, setting))
-        elif not part.streaming:
+        elif not part.streaming or is_saved(part):
             parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed))
         elif config.mix:
             raise DataError(
@@ -327,12 +330,18 @@ def _survey_parquet(
     if files is None:
         return None
     name = source_name(part, None, where)
-    chosen = split_files(files, part.split, where)
+    chosen = split_files(files.splits, part.split, where)
+    folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        return _columns(part, datasets.Features.from_arrow_schema(schema), like, spec, where)
+        features = datasets.Features.from_arrow_schema(schema)
+        kept = part.options.get("columns") or list(features)
+        features = {name: feature for name, feature in features.items() if name in kept}
+        return _columns(part, features, like, spec, where)
 
-    index = build_index(chosen, part.split, lambda schema: columns_of(schema)[1], name, retry)
+    index = build_index(
+        chosen, part.split, lambda schema: columns_of(schema)[1], name, retry, folders
+    )
     column, columns, functions = columns_of(index.arrow_schema)
     order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
     reader = ParquetReader(index, columns, name, 0, 1, order=order, retry=retry)
@@ -398,7 +407,8 @@ def _open_unlabeled_table(
     where: str,
     seed: int,
 ) -> UnlabeledTable:
-    table, name = open_table(config, dataset, where)
+    needed = () if config.input else names_of(like.column)
+    table, name = open_table(config, dataset, where, needed)
     column, columns, functions = _columns(config, table.features, like, spec, where)
     view = raw_view(table, columns)
     ids = rows_used(config, table, like, seed, where, name)
@@ -425,6 +435,7 @@ def _open_sequential(
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
     features = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    check_separator(features, where)
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
