@@ -20,11 +20,12 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from datasets.table import table_cast
 from pyarrow.fs import LocalFileSystem  # type: ignore[import-untyped]
 
-from hpdist.data.columns import common
+from hpdist.data.columns import Columns, common
 from hpdist.data.local_files import FOLDERS, LocalFiles
 from hpdist.data.options import dialect_hint
 from hpdist.data.partitions import Partitions, partitions
@@ -71,15 +72,29 @@ def open_files(
         return _open_parquet(splits, files.base, split, options, streaming, needed, name, where)
     if files.builder == "audiofolder":
         return _open_sounds(splits, split, options, streaming)
+    if streaming and files.builder == "json":
+        return _stream_json(splits, split, options)
+    differ = False
+    if files.builder == "csv":
+        columns = _csv_columns(splits, options, name)
+        columns.require(needed, where)
+        differ = columns.differ
+        if differ and streaming:
+            options["features"] = _settled(columns.features)
     try:
-        return datasets.load_dataset(
-            files.builder, data_files=_listed(splits), split=split, streaming=streaming, **options
-        )
+        if not differ or streaming:
+            return datasets.load_dataset(
+                files.builder,
+                data_files=_listed(splits),
+                split=split,
+                streaming=streaming,
+                **options,
+            )
     except Exception:
         alone = sum(map(len, splits.values())) == 1
         if streaming or alone or files.builder in FOLDERS:
             raise
-        return _open_one_by_one(files.builder, splits, split, options, needed, name, where)
+    return _open_one_by_one(files.builder, splits, split, options, needed, name, where)
 
 
 def config_of(builder: str) -> type:
@@ -213,6 +228,61 @@ def _key(number: int, place: int) -> Any:
     return f"{number}_{place}" if kind is None else kind(number, place)
 
 
+def _stream_json(
+    splits: Mapping[str, Sequence[str]], split: str, options: dict[str, Any]
+) -> Any:
+    """Stream JSON. Its keys are optional, so that a file may lack one, and rows of it have null."""
+    builder = _Json(dataset_name="json", data_files=_listed(splits), hash=_CACHED, **options)
+    return _opened(builder, split, streaming=True)
+
+
+def _csv_columns(
+    splits: Mapping[str, Sequence[str]], options: dict[str, Any], name: str
+) -> Columns:
+    """What the first rows of CSV files tell of their columns; of a single file nothing."""
+    paths = [path for part in splits.values() for path in part]
+    if len(paths) < 2:
+        return Columns(datasets.Features())
+    return common({path: _peeked(path, options, name) for path in paths}, name)
+
+
+def _peeked(path: str, options: Mapping[str, Any], name: str) -> Any:
+    """The features of a CSV file's first rows."""
+    stream = datasets.load_dataset(
+        "csv",
+        data_files=_listed({"train": [path]}),
+        split="train",
+        streaming=True,
+        **{**options, "chunksize": _ROWS},
+    )
+    try:
+        first = next(iter(stream.with_format("arrow").iter(batch_size=_ROWS)))
+    except Exception as error:  # pandas has many
+        raise _unreadable(path, name, error) from error
+    return datasets.Features.from_arrow_schema(first.schema)
+
+
+def _settled(features: Any) -> Any:
+    """Types that pandas can be told before it reads: text for a column of nulls so far."""
+    text = ("null", "large_string")
+    return datasets.Features(
+        {
+            name: datasets.Value("string") if getattr(one, "dtype", "") in text else one
+            for name, one in features.items()
+        }
+    )
+
+
+class _Json(Json):  # type: ignore[misc]
+    """JSON of which later files may have keys that the first has not."""
+
+    def _cast_table(self, pa_table: pa.Table, *more: Any, **options: Any) -> pa.Table:
+        if self.info.features is not None:
+            kept = [name for name in pa_table.column_names if name in self.info.features]
+            pa_table = pa_table.select(kept)
+        return super()._cast_table(pa_table, *more, **options)
+
+
 class _Sounds(ImageFolder):  # type: ignore[misc]
     """A folder of sound files, undecoded; `AudioFolder` names them with torchcodec alone."""
 
@@ -260,10 +330,7 @@ def _open_one_by_one(
                 builder, data_files=_listed({"train": [path]}), split="train", **options
             )
         except Exception as error:  # every builder has its own
-            raise DataError(
-                f"{name}: {path} cannot be read: {_innermost(error)}{dialect_hint(error)}; mend "
-                "the file, or leave it out of data_files"
-            ) from error
+            raise _unreadable(path, name, error) from error
     full = {path: table for path, table in tables.items() if len(table)}
     if not full:
         raise DataError(f"{name}: holds no rows; its {len(tables)} files are all empty")
@@ -279,6 +346,13 @@ def _open_one_by_one(
         for part, paths in splits.items()
     }
     return sliced(joined, split, where)
+
+
+def _unreadable(path: str, name: str, error: Exception) -> DataError:
+    return DataError(
+        f"{name}: {path} cannot be read: {_innermost(error)}{dialect_hint(error)}; mend the file, "
+        "or leave it out of data_files"
+    )
 
 
 def _innermost(error: BaseException) -> str:

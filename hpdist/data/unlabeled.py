@@ -431,7 +431,8 @@ def _open_sequential(
     dataset: Any,
     where: str,
 ) -> SequentialRows:
-    stream = dataset if dataset is not None else load(part, where, streaming=True)
+    needed = () if part.input else names_of(like.column)
+    stream = dataset if dataset is not None else load(part, where, True, needed)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
     features = stream.features or datasets.Features.from_arrow_schema(first.schema)
