@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.decode import Column, InputSpec, Unreadable
 from hpdist.data.files import Retry
 from hpdist.data.loading import (
@@ -330,7 +331,8 @@ def _survey_parquet(
     chosen = split_files(files, part.split, where)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        return _columns(part, datasets.Features.from_arrow_schema(schema), like, spec, where)
+        features = datasets.Features.from_arrow_schema(plain_schema(schema))
+        return _columns(part, features, like, spec, where)
 
     index = build_index(chosen, part.split, lambda schema: columns_of(schema)[1], name, retry)
     column, columns, functions = columns_of(index.arrow_schema)
@@ -401,8 +403,8 @@ def _open_unlabeled_table(
     table, name = open_table(config, dataset, where)
     column, columns, functions = _columns(config, table.features, like, spec, where)
     view = raw_view(table, columns)
-    ids = rows_used(config, table, like, seed, where, name)
-    rows = UnlabeledTable(view, column, name, ids, functions)
+    ids, notes = rows_used(config, table, like, seed, where, name)
+    rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes))
     first = ids[:_TRIED].tolist()
     try:
         _check_fit(
@@ -424,7 +426,7 @@ def _open_sequential(
     stream = dataset if dataset is not None else load(part, where, streaming=True)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
-    features = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
