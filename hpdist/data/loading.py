@@ -34,6 +34,10 @@ from hpdist.errors import ConfigError, DataError, HpdistError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
 
+_NUMBERS = ("int", "uint", "float", "double", "bool", "decimal")  # the dtypes of numbers
+_BYTES = ("binary", "large_binary", "binary_view")
+
+
 def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()) -> Any:
     """Open what a config names, with the many exceptions of `datasets` as one DataError.
 
@@ -324,9 +328,6 @@ def _check_numbers(
             )
 
 
-_NUMBERS = ("int", "uint", "float", "bool", "decimal")
-
-
 def _is_number(feature: Any) -> bool:
     kind = getattr(feature, "dtype", "")
     return isinstance(feature, datasets.Value) and kind.startswith(_NUMBERS)
@@ -336,7 +337,7 @@ def _is_image(feature: Any) -> bool:
     """Image, or what Parquet files hold of one without its type: {bytes, path} or plain bytes."""
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "").endswith("binary")
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in _BYTES
 
 
 def is_audio(features: Any, column: Column | list[str] | None) -> bool:
@@ -378,7 +379,8 @@ def text_beside(features: Any, column: str, where: str) -> str:
 
 def _is_input(feature: Any) -> bool:
     arrays = (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList)
-    return _is_image(feature) or isinstance(feature, arrays)
+    same_size = getattr(feature, "dtype", "").startswith("fixed_size_binary")
+    return _is_image(feature) or same_size or isinstance(feature, arrays)
 
 
 def open_table(

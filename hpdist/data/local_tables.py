@@ -25,6 +25,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from datasets.table import table_cast
 from pyarrow.fs import LocalFileSystem  # type: ignore[import-untyped]
 
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.columns import Columns, common
 from hpdist.data.local_files import FOLDERS, LocalFiles
 from hpdist.data.options import dialect_hint
@@ -175,7 +176,7 @@ def _open_parquet(
 
 
 def _schema(footer: pq.FileMetaData, folders: Partitions) -> pa.Schema:
-    return folders.added(footer.schema.to_arrow_schema())
+    return folders.added(plain_schema(footer.schema.to_arrow_schema()))
 
 
 @dataclass

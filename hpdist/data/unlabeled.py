@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.decode import Column, InputSpec, Unreadable
 from hpdist.data.files import Retry
 from hpdist.data.loading import (
@@ -334,7 +335,7 @@ def _survey_parquet(
     folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        features = datasets.Features.from_arrow_schema(schema)
+        features = datasets.Features.from_arrow_schema(plain_schema(schema))
         kept = part.options.get("columns") or list(features)
         features = {name: feature for name, feature in features.items() if name in kept}
         return _columns(part, features, like, spec, where)
@@ -411,8 +412,8 @@ def _open_unlabeled_table(
     table, name = open_table(config, dataset, where, needed)
     column, columns, functions = _columns(config, table.features, like, spec, where)
     view = raw_view(table, columns)
-    ids = rows_used(config, table, like, seed, where, name)
-    rows = UnlabeledTable(view, column, name, ids, functions)
+    ids, notes = rows_used(config, table, like, seed, where, name)
+    rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes))
     first = ids[:_TRIED].tolist()
     try:
         _check_fit(
@@ -435,7 +436,7 @@ def _open_sequential(
     stream = dataset if dataset is not None else load(part, where, True, needed)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
-    features = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
     check_separator(features, where)
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)

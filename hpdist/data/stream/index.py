@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.columns import wider
 from hpdist.data.files import (
     FileChangedError,
@@ -215,7 +216,7 @@ def _first_schema(
     for path, version in zip(paths, versions, strict=True):
         _, metadata = requests.metadata(path, version)
         if metadata.num_rows:
-            return metadata.schema.to_arrow_schema()
+            return plain_schema(metadata.schema.to_arrow_schema())
     files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
     raise DataError(f"{requests.name}: holds no rows; its {files} empty")
 
@@ -272,14 +273,14 @@ class _Requests:
 @dataclass(frozen=True)
 class _Footer:
     digest: str
-    types: dict[str, pa.DataType]  # of the columns that are read
+    types: dict[str, pa.DataType]  # of the columns that are read, as they are read
     rows: list[int]  # of each row group
     sizes: list[int]
 
     @staticmethod
     def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str]) -> _Footer:
         """What the index needs of a file: far less than all that its footer says."""
-        schema = metadata.schema.to_arrow_schema()
+        schema = plain_schema(metadata.schema.to_arrow_schema())
         leaves = [
             leaf
             for leaf in range(metadata.num_columns)

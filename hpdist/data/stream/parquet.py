@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.files import FileChangedError, FileLostError, Retry, is_remote
 from hpdist.data.stream.index import Index
 from hpdist.data.stream.permute import Int64Array
@@ -110,7 +111,7 @@ class ParquetReader:
         self._threads = DaemonThreads(
             _REMOTE_THREADS if remote else _LOCAL_THREADS, "hpdist-parquet"
         )
-        schema = index.arrow_schema
+        schema = plain_schema(index.arrow_schema)
         fields = [schema.field(column) for column in self._columns]
         self._schema = pa.schema([pa.field(f.name, f.type, nullable=True) for f in fields])
 
