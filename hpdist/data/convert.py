@@ -104,7 +104,8 @@ def convert(
     features = _features(view, name)
     check_separator(features, where)
     given = config.input or _same(input, features)
-    text, audio = is_text(features, given), is_audio(features, given)
+    text = is_text(features, given)
+    audio = is_audio(features, given) or (given is None and _is_sound(features))
     column = input_column(features, given, where, text=text, audio=audio)
     writer = _Writer(folder, features, layout or Layout())
     try:
@@ -118,6 +119,13 @@ def convert(
     finally:
         writer.discard()
     return Written(files, writer.rows, writer.groups, sum(f.stat().st_size for f in files), column)
+
+
+def _is_sound(features: Any) -> bool:
+    """Whether a set holds sound, and no images."""
+    held = list(features.values())
+    sounds = [feature for feature in held if isinstance(feature, datasets.Audio)]
+    return bool(sounds) and not any(isinstance(feature, datasets.Image) for feature in held)
 
 
 def _same(column: str | list[str] | None, features: Any) -> Column | None:

@@ -204,8 +204,9 @@ def _load_message(config: Source, where: str, streaming: bool, error: Exception)
         return f"{where}.split: {cause}{hint}"
     if "torchcodec" in cause:
         return (
-            f"{where}.path: `datasets` makes a table of sound files only with torchcodec, which is "
-            "not installed; install it, or write the files once as Parquet with `hpdist convert`"
+            f"{where}.path: `datasets` makes a table of sound files on a server only with "
+            "torchcodec, which is not installed; install it, write the files once as Parquet with "
+            "`hpdist convert`, or keep them on this machine"
         )
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError):
         return (
