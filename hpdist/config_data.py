@@ -53,7 +53,7 @@ class Source(Section):
     """The dataset's configuration, where it has several."""
     data_files: DataFiles = None
     """Files, with wildcards, local or remote; `**` stands for folders of any depth."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the `datasets` builder that reads the files: of CSV `sep`, `decimal`,
     `encoding`, `names`, of JSON `field`, of Parquet `columns`. Files that end in .tsv are read
     with tabs."""

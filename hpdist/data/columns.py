@@ -1,8 +1,8 @@
 """The columns that several files of one set have in common.
 
-    found = common({"a.parquet": features_of_a, "b.parquet": features_of_b}, "data.test (…)")
-    found.features  # what every file has, in types that hold what all of them hold
-    found.lacking["c"]  # 'b.parquet', which has no such column
+found = common({"a.parquet": features_of_a, "b.parquet": features_of_b}, "data.test (…)")
+found.features  # what every file has, in types that hold what all of them hold
+found.lacking["c"]  # 'b.parquet', which has no such column
 """
 
 from __future__ import annotations

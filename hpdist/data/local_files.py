@@ -41,7 +41,7 @@ _TABLES = {
 }
 _VIDEO = (".avi", ".asf", ".mp4", ".mov", ".m4v", ".mkv", ".mpg", ".webm", ".f4v", ".wmv", ".nut")
 _SOUND = {ext: "audiofolder" for ext in AudioFolder.EXTENSIONS if ext not in _VIDEO}
-_PICTURES = {ext: "imagefolder" for ext in ImageFolder.EXTENSIONS}
+_PICTURES = dict.fromkeys(ImageFolder.EXTENSIONS, "imagefolder")
 _BUILDERS = _SOUND | _PICTURES | _TABLES
 FOLDERS = ("imagefolder", "audiofolder")
 """Builders that take a class from a folder's name, and columns from a file of metadata."""
@@ -151,7 +151,7 @@ def _has_card(folder: str) -> bool:
         return False
     with open(card, encoding="utf-8", errors="replace") as file:
         head = re.match(r"---\s*\n(.*?)\n---", file.read(1 << 20), re.DOTALL)
-    return head is not None and re.search(r"^(configs|dataset_info):", head[1], re.M) is not None
+    return bool(head and re.search(r"^(configs|dataset_info):", head[1], re.MULTILINE))
 
 
 def _sorted_out(

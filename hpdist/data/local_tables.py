@@ -229,9 +229,7 @@ def _key(number: int, place: int) -> Any:
     return f"{number}_{place}" if kind is None else kind(number, place)
 
 
-def _stream_json(
-    splits: Mapping[str, Sequence[str]], split: str, options: dict[str, Any]
-) -> Any:
+def _stream_json(splits: Mapping[str, Sequence[str]], split: str, options: dict[str, Any]) -> Any:
     """Stream JSON. Its keys are optional, so that a file may lack one, and rows of it have null."""
     builder = _Json(dataset_name="json", data_files=_listed(splits), hash=_CACHED, **options)
     return _opened(builder, split, streaming=True)
@@ -324,14 +322,8 @@ def _open_one_by_one(
     where: str,
 ) -> Any:
     """Open each file by itself, and join what all of them have: they are not alike."""
-    tables = {}
-    for path in [path for part in splits.values() for path in part]:
-        try:
-            tables[path] = datasets.load_dataset(
-                builder, data_files=_listed({"train": [path]}), split="train", **options
-            )
-        except Exception as error:  # every builder has its own
-            raise _unreadable(path, name, error) from error
+    paths = [path for part in splits.values() for path in part]
+    tables = {path: _open_alone(builder, path, options, name) for path in paths}
     full = {path: table for path, table in tables.items() if len(table)}
     if not full:
         raise DataError(f"{name}: holds no rows; its {len(tables)} files are all empty")
@@ -347,6 +339,16 @@ def _open_one_by_one(
         for part, paths in splits.items()
     }
     return sliced(joined, split, where)
+
+
+def _open_alone(builder: str, path: str, options: Mapping[str, Any], name: str) -> Any:
+    """Open one file as a table. Raises DataError that names it."""
+    try:
+        return datasets.load_dataset(
+            builder, data_files=_listed({"train": [path]}), split="train", **options
+        )
+    except Exception as error:  # every builder has its own
+        raise _unreadable(path, name, error) from error
 
 
 def _unreadable(path: str, name: str, error: Exception) -> DataError:

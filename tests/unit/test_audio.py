@@ -1,6 +1,5 @@
 """Sound files become samples: what is decoded, what is refused, and how a run reads it."""
 
-
 import datasets
 import numpy as np
 import pytest

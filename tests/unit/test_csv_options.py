@@ -34,7 +34,9 @@ def check(file, options=None, **settings):
     assert [v.tolist() for v in rows.read(np.arange(2))] == [[1.5, 1000.0], [2.5, 2000.0]]
     spec = input_spec(rows)
     label = {"label": named.pop("label")} if "label" in named else {}
-    assert open_test(LabelColumn(**named, **label), rows, spec).labels.tolist() == rows.labels.tolist()
+    assert (
+        open_test(LabelColumn(**named, **label), rows, spec).labels.tolist() == rows.labels.tolist()
+    )
     for streaming in (False, True):
         unlabeled = open_unlabeled(Unlabeled(**named, streaming=streaming), rows, spec)
         reader = unlabeled.reader(0, 2)
@@ -49,7 +51,9 @@ def test_a_separator(tmp_path, sep):
     (tmp_path / "rows.csv").write_text(text(sep))
     assert check(tmp_path / "rows.csv", {"sep": sep}) == ("no", "été")
     like = open_labeled(
-        Labeled(path="csv", data_files=str(tmp_path / "rows.csv"), options={"sep": sep}, input=["a"]),
+        Labeled(
+            path="csv", data_files=str(tmp_path / "rows.csv"), options={"sep": sep}, input=["a"]
+        ),
         0,
     )
     named = {"path": "csv", "data_files": str(tmp_path / "rows.csv")}
@@ -132,7 +136,10 @@ def test_options_reach_a_conversion(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seperator": ";"}, r"data.labeled.options: csv has no option 'seperator'; .*there are sep"),
+        (
+            {"seperator": ";"},
+            r"data.labeled.options: csv has no option 'seperator'; .*there are sep",
+        ),
         ({"encodng": "latin-1"}, "did you mean 'encoding'"),
         ({"data_dir": "/"}, "csv has no option 'data_dir'"),
         ({"trust_remote_code": True}, "csv has no option 'trust_remote_code'"),

@@ -73,7 +73,11 @@ def part(rows, **more):
 @STREAMING
 def test_parts_without_rows_are_empty(tmp_path, ending, streaming):
     folder = tmp_path / "spark"
-    empty = {"a": pa.array([], pa.null()), "b": pa.array([], pa.null()), "label": pa.array([], pa.null())}
+    empty = {
+        "a": pa.array([], pa.null()),
+        "b": pa.array([], pa.null()),
+        "label": pa.array([], pa.null()),
+    }
     for number in (0, 2, 5):
         write(folder / f"part-{number}.{ending}", **empty)
     if ending == "parquet":
@@ -101,7 +105,9 @@ def test_a_set_of_empty_files_says_so(tmp_path, ending, streaming):
     like = like_of(tmp_path)
     for number in range(2):
         write(tmp_path / "none" / f"{number}.{ending}", a=pa.array([], pa.float64()))
-    with pytest.raises(DataError, match=r"data.unlabeled \(.*\): holds no rows; its 2 files are all"):
+    with pytest.raises(
+        DataError, match=r"data.unlabeled \(.*\): holds no rows; its 2 files are all"
+    ):
         rows_of(tmp_path / "none", like, streaming)
 
 

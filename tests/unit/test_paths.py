@@ -44,7 +44,19 @@ BOTH = (("ant", "bee"), [0, 0, 1, 1])
 
 @pytest.mark.parametrize(
     "name",
-    ["[D] set", "a*b?", "{x,y}", "with space", "quo'te\"", "naïve", "100%", "a#b", "=1", "[[", "!x"],
+    [
+        "[D] set",
+        "a*b?",
+        "{x,y}",
+        "with space",
+        "quo'te\"",
+        "naïve",
+        "100%",
+        "a#b",
+        "=1",
+        "[[",
+        "!x",
+    ],
 )
 def test_a_folder_may_have_any_name(tmp_path, name):
     folder = pictures(tmp_path / name)
@@ -123,7 +135,9 @@ def test_what_is_no_data_is_left_out(tmp_path):
 def test_one_class_is_a_class(tmp_path):
     assert classes_of(pictures(tmp_path / "one", ("ant",))) == (("ant",), [0, 0])
     like = open_labeled(Labeled(path=str(pictures(tmp_path / "both"))), 0)
-    test = open_test(LabelColumn(path=str(pictures(tmp_path / "bees", ("bee",)))), like, input_spec(like))
+    test = open_test(
+        LabelColumn(path=str(pictures(tmp_path / "bees", ("bee",)))), like, input_spec(like)
+    )
     assert test.labels.tolist() == [1, 1]
 
 

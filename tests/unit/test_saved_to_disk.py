@@ -12,7 +12,11 @@ from hpdist.errors import ConfigError, DataError
 
 
 def table(rows, split=None):
-    columns = {"a": [float(r) for r in rows], "b": [0.0 for _ in rows], "label": [r % 2 for r in rows]}
+    columns = {
+        "a": [float(r) for r in rows],
+        "b": [0.0 for _ in rows],
+        "label": [r % 2 for r in rows],
+    }
     return datasets.Dataset.from_dict(columns, split=split)
 
 
@@ -51,7 +55,9 @@ def test_a_dict_of_tables(tmp_path):
     assert first_column(labeled(tmp_path / "saved")) == [0, 1, 2, 3]
     assert first_column(labeled(tmp_path / "saved", split="extra+test[:1]")) == [4, 5, 6]
     assert first_column(labeled(tmp_path / "saved", split="all")) == list(range(8))
-    with pytest.raises(DataError, match=r'Unknown split "dev". Should be one of train, extra, test'):
+    with pytest.raises(
+        DataError, match=r'Unknown split "dev". Should be one of train, extra, test'
+    ):
         labeled(tmp_path / "saved", split="dev")
 
 

@@ -14,43 +14,30 @@ import dataclasses
 import hashlib
 import json
 import os
-import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from hpdist.data.arrow_types import plain_schema
 from hpdist.data.columns import wider
-from hpdist.data.files import (
-    FileChangedError,
-    FileLostError,
-    FileVersion,
-    Retry,
-    read_range,
-    redacted,
-    stat,
-)
+from hpdist.data.files import FileVersion, Retry, redacted
 from hpdist.data.partitions import Partitions
 from hpdist.data.splits import check_known, names_in, spelled_out
+from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
-T = TypeVar("T")
-
 _VERSION = 3  # of the cache's format
-_TAIL = 64 << 10  # bytes at a file's end that hold most footers whole
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
-MAGIC = b"PAR1"  # the last bytes of every Parquet file
 _ARRAYS = ("file", "number", "first", "rows", "start", "size")
 
 
@@ -172,7 +159,7 @@ def build_index(
     paths = [path for files in splits.values() for path in files]
     if not paths:
         raise DataError(f"{name}: holds no files")
-    requests = _Requests(name, retry)
+    requests = Requests(name, retry)
     with ThreadPoolExecutor(min(_REQUESTS, len(paths)), thread_name_prefix="hpdist-index") as pool:
         try:
             whole = _whole(paths, columns, requests, pool, folders or Partitions())
@@ -188,7 +175,7 @@ def build_index(
 def _whole(
     paths: Sequence[str],
     columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
-    requests: _Requests,
+    requests: Requests,
     pool: ThreadPoolExecutor,
     folders: Partitions,
 ) -> Index:
@@ -200,8 +187,8 @@ def _whole(
     schema = folders.added(_first_schema(paths, versions, requests))
     chosen = _chosen(columns, schema)
 
-    def footer(path: str, version: FileVersion) -> _Footer:
-        return _Footer.of(*requests.metadata(path, version), chosen)
+    def footer(path: str, version: FileVersion) -> Footer:
+        return Footer.of(*requests.metadata(path, version), chosen)
 
     footers = list(pool.map(footer, paths, versions))
     whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
@@ -210,7 +197,7 @@ def _whole(
 
 
 def _first_schema(
-    paths: Sequence[str], versions: Sequence[FileVersion], requests: _Requests
+    paths: Sequence[str], versions: Sequence[FileVersion], requests: Requests
 ) -> pa.Schema:
     """The schema of the first file with rows: who writes none may not know their types."""
     for path, version in zip(paths, versions, strict=True):
@@ -227,78 +214,10 @@ def _chosen(
     return tuple(columns(schema) if callable(columns) else columns)
 
 
-class _Requests:
-    """What is asked of the files, with one DataError for whatever they fail with."""
-
-    def __init__(self, name: str, retry: Retry) -> None:
-        self.name = name
-        self.stop = threading.Event()
-        self._retry = retry
-
-    def version(self, path: str) -> FileVersion:
-        """Ask for a file's size and tag."""
-        return self._named(lambda: stat(path, self._retry, self.stop))
-
-    def metadata(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
-        """Read a file's footer; also its SHA-256."""
-        return self._named(lambda: self._footer(path, version))
-
-    def _named(self, read: Callable[[], T]) -> T:
-        try:
-            return read()
-        except (FileLostError, FileChangedError) as error:
-            raise DataError(
-                f"{self.name}: {error}; restore the file, or leave it out of data_files"
-            ) from error
-
-    def _footer(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
-        size = version.size
-        tail = self._read(path, max(0, size - _TAIL), version)
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if len(tail) < length <= size and tail[-4:] == MAGIC:
-            tail = self._read(path, size - length, version)
-        try:
-            metadata = pq.read_metadata(pa.BufferReader(tail))
-            metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
-            raise FileLostError(
-                path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
-            ) from error
-        return hashlib.sha256(tail[-length:]).hexdigest()[:32], metadata
-
-    def _read(self, path: str, start: int, version: FileVersion) -> bytes:
-        return read_range(path, start, version.size, self._retry, version, self.stop)
-
-
-@dataclass(frozen=True)
-class _Footer:
-    digest: str
-    types: dict[str, pa.DataType]  # of the columns that are read, as they are read
-    rows: list[int]  # of each row group
-    sizes: list[int]
-
-    @staticmethod
-    def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str]) -> _Footer:
-        """What the index needs of a file: far less than all that its footer says."""
-        schema = plain_schema(metadata.schema.to_arrow_schema())
-        leaves = [
-            leaf
-            for leaf in range(metadata.num_columns)
-            if metadata.schema.column(leaf).path.partition(".")[0] in columns
-        ]
-        rows, sizes = [], []
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            rows.append(group.num_rows)
-            sizes.append(sum(group.column(leaf).total_uncompressed_size for leaf in leaves))
-        types = {c: schema.field(c).type for c in columns if c in schema.names}
-        return _Footer(digest, types, rows, sizes)
-
-
 def _join(
     paths: Sequence[str],
     versions: Sequence[FileVersion],
-    footers: Sequence[_Footer],
+    footers: Sequence[Footer],
     schema: pa.Schema,
     columns: tuple[str, ...],
     name: str,
@@ -331,7 +250,7 @@ def _join(
 
 def _common_types(
     paths: Sequence[str],
-    footers: Sequence[_Footer],
+    footers: Sequence[Footer],
     schema: pa.Schema,
     columns: Sequence[str],
     name: str,
@@ -361,11 +280,11 @@ def _common_types(
     return types
 
 
-def _differing(
-    found: Mapping[str, pa.DataType | None], expected: Mapping[str, pa.DataType]
-) -> str:
+def _differing(found: Mapping[str, pa.DataType | None], expected: Mapping[str, pa.DataType]) -> str:
     return ", ".join(
-        f"{column!r} is missing" if kind is None else f"{column!r} is {kind}, not {expected[column]}"
+        f"{column!r} is missing"
+        if kind is None
+        else f"{column!r} is {kind}, not {expected[column]}"
         for column, kind in found.items()
     )
 
