@@ -199,9 +199,9 @@ def _list_present(stored: StoredLabels, kind: Kind) -> Classes:
     present, note = distinct(stored.values), None
     if kind in ("integer", "number") and -1 in present:
         others = present - {-1}
-        if len(others) > 1 and min(others) >= 0:
+        if len(others) != 1 and min(others, default=0) >= 0:
             present = others
-        elif others and min(others) >= 0:
+        elif len(others) == 1 and min(others) >= 0:
             (other,) = others
             note = (
                 f"note: {stored.where}: -1 and {spelling(other)} are the only labels, so -1 is "

@@ -130,12 +130,14 @@ def look_at_others(sets: Mapping[str, LabeledRows | AnyUnlabeled]) -> dict[str, 
 
 
 def _some(rows: LabeledRows | AnyUnlabeled) -> Iterable[Any]:
-    """The first rows that a stream, or an epoch of a table, gives."""
+    """The first rows of an epoch, each once."""
     one: dict[str, Any] = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
     order = {"parts": [one] * len(rows.parts)} if isinstance(rows, MixedRows) else one
     reader = rows.reader(0, _MOST_OTHERS, order=order)
     try:
-        return rows.values(reader.read(0, _MOST_OTHERS, 0, _MOST_OTHERS)).values
+        read = reader.read(0, _MOST_OTHERS, 0, _MOST_OTHERS)
+        values = rows.values(read).values
+        return [values[line] for line in np.unique(read.ids, return_index=True)[1]]
     finally:
         reader.close()
 
