@@ -30,6 +30,7 @@ from hpdist.data.columns import Columns, common
 from hpdist.data.local_files import FOLDERS, LocalFiles
 from hpdist.data.options import dialect_hint
 from hpdist.data.partitions import Partitions, partitions
+from hpdist.data.rows import remember_files
 from hpdist.data.splits import check_known, names_in, sliced, spelled_out
 from hpdist.errors import DataError
 
@@ -143,13 +144,13 @@ def _open_parquet(
     name: str,
     where: str,
 ) -> Any:
-    paths = [path for part in splits.values() for path in part]
+    paths = _in_order(splits)
     found = dict(zip(paths, footers(paths, name), strict=True))
     full = {
         part: [path for path in of_split if found[path].num_rows]
         for part, of_split in splits.items()
     }
-    read = [path for of_split in full.values() for path in of_split]
+    read = _in_order(full)
     if not read:
         empty = f"its {len(paths)} files are all" if len(paths) > 1 else "its file is"
         raise DataError(f"{name}: holds no rows; {empty} empty")
@@ -161,18 +162,27 @@ def _open_parquet(
     )
     columns.require(needed, where)
     if not columns.differ and not folders:
-        return datasets.load_dataset(
+        opened = datasets.load_dataset(
             "parquet", data_files=_listed(full), split=split, streaming=streaming, **options
         )
-    builder = _Parquet(
-        dataset_name="parquet",
-        data_files=_listed(full),
-        hash=_CACHED,
-        features=columns.features,
-        folders=folders,
-        **options,
-    )
-    return _opened(builder, split, streaming)
+    else:
+        builder = _Parquet(
+            dataset_name="parquet",
+            data_files=_listed(full),
+            hash=_CACHED,
+            features=columns.features,
+            folders=folders,
+            **options,
+        )
+        opened = _opened(builder, split, streaming)
+    if not streaming and "[" not in split and not options.get("filters"):
+        remember_files(opened, [(path, found[path].num_rows) for path in _in_order(full)])
+    return opened
+
+
+def _in_order(splits: Mapping[str, Sequence[str]]) -> list[str]:
+    """All files, split by split."""
+    return [path for of_split in splits.values() for path in of_split]
 
 
 def _schema(footer: pq.FileMetaData, folders: Partitions) -> pa.Schema:
@@ -239,7 +249,7 @@ def _csv_columns(
     splits: Mapping[str, Sequence[str]], options: dict[str, Any], name: str
 ) -> Columns:
     """What the first rows of CSV files tell of their columns; of a single file nothing."""
-    paths = [path for part in splits.values() for path in part]
+    paths = _in_order(splits)
     if len(paths) < 2:
         return Columns(datasets.Features())
     return common({path: _peeked(path, options, name) for path in paths}, name)
@@ -322,7 +332,7 @@ def _open_one_by_one(
     where: str,
 ) -> Any:
     """Open each file by itself, and join what all of them have: they are not alike."""
-    paths = [path for part in splits.values() for path in part]
+    paths = _in_order(splits)
     tables = {path: _open_alone(builder, path, options, name) for path in paths}
     full = {path: table for path, table in tables.items() if len(table)}
     if not full:
@@ -338,7 +348,11 @@ def _open_one_by_one(
         part: datasets.concatenate_datasets([alike[p] for p in paths if p in alike] or [empty])
         for part, paths in splits.items()
     }
-    return sliced(joined, split, where)
+    opened = sliced(joined, split, where)
+    if "[" not in split:
+        rows = [(path, len(alike[path])) for path in _in_order(splits) if path in alike]
+        remember_files(opened, rows)
+    return opened
 
 
 def _open_alone(builder: str, path: str, options: Mapping[str, Any], name: str) -> Any:

@@ -184,6 +184,16 @@ def test_a_damaged_file_of_many_is_named(tmp_path, ending):
         labeled(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_wrong_row_is_named_by_its_file(tmp_path, ending):
+    like = like_of(tmp_path)
+    folder = tmp_path / "test"
+    write(folder / f"0.{ending}", **part(range(3), label=["x", "y", "x"], extra=[1, 2, 3]))
+    write(folder / f"1.{ending}", **part(range(3, 6), label=["x", "zebra", "x"]))
+    with pytest.raises(DataError, match=rf"row 4 \(.*/1\.{ending}, row 1\) has the label 'zebra'"):
+        open_test(LabelColumn(path=str(folder)), like, input_spec(like))
+
+
 def hive(folder):
     for year in (2020, 2021):
         for label in ("cat", "dog%2Fwolf"):

@@ -196,6 +196,17 @@ def test_a_typo_is_no_name_on_the_hub(tmp_path, monkeypatch, written, meant):
         classes_of("csv", data_files="data/train/y.csv")
 
 
+def test_a_name_that_the_hub_has_not_may_be_a_typo_too(tmp_path, monkeypatch):
+    def not_there(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("no such data set")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", not_there)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"the Hub did not give it: .*; did you mean 'photos'\?"):
+        classes_of("potos")
+
+
 def test_a_pattern_is_no_path(tmp_path):
     with pytest.raises(DataError, match=r"data.labeled.path: .*a pattern goes into data_files"):
         classes_of(f"{tmp_path}/*.csv")
