@@ -11,6 +11,7 @@ import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.config import Source
+from hpdist.data.builders import config_of
 from hpdist.data.decode import Column
 from hpdist.data.local_files import (
     ENDINGS,
@@ -21,7 +22,7 @@ from hpdist.data.local_files import (
     patterns_of,
     source_name,
 )
-from hpdist.data.local_tables import config_of, open_files
+from hpdist.data.local_tables import open_files
 from hpdist.data.options import (
     check_options,
     check_stream_options,

@@ -7,36 +7,77 @@ sound without torchcodec.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.dataset as pd  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.json.json import Json
-from datasets.packaged_modules.parquet.parquet import ParquetConfig
-from datasets.table import table_cast
-from pyarrow.fs import LocalFileSystem  # type: ignore[import-untyped]
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from hpdist.data.arrow_types import plain_schema
+from hpdist.data.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
 from hpdist.data.columns import Columns, common
 from hpdist.data.local_files import FOLDERS, LocalFiles
 from hpdist.data.options import dialect_hint
 from hpdist.data.partitions import Partitions, partitions
 from hpdist.data.rows import remember_files
 from hpdist.data.splits import check_known, names_in, sliced, spelled_out
-from hpdist.errors import DataError
+from hpdist.errors import ConfigError, DataError
 
-_CACHED = "hpdist-1"  # changes when what these builders make of a file does
 _FOOTERS_AT_ONCE = 8
-_ROWS = 1000  # of a batch, where the file does not say
+_PEEKED = 1000  # rows of a CSV file that tell the types of its columns
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is to be opened, and how messages call it."""
+
+    builder: str
+    base: str
+    splits: Mapping[str, Sequence[str]]
+    split: str
+    options: Mapping[str, Any]
+    streaming: bool
+    needed: Sequence[str]
+    """Columns that every file must have."""
+    name: str
+    where: str
+
+    @property
+    def paths(self) -> list[str]:
+        """All files, split by split."""
+        return [path for of_split in self.splits.values() for path in of_split]
+
+    def load(self, **options: Any) -> Any:
+        """Open the files with the builder of `datasets`."""
+        return datasets.load_dataset(
+            self.builder,
+            data_files=listed(self.splits),
+            split=self.split,
+            streaming=self.streaming,
+            **{**self.options, **options},
+        )
+
+    def build(self, builder: type, **options: Any) -> Any:
+        """Open the files with a builder of one's own."""
+        return build(
+            builder,
+            self.builder,
+            self.splits,
+            self.split,
+            self.streaming,
+            **{**self.options, **options},
+        )
+
+    def no_rows(self) -> DataError:
+        """Say that all files are empty."""
+        count = len(self.paths)
+        empty = f"its {count} files are all" if count > 1 else "its file is"
+        return DataError(f"{self.name}: holds no rows; {empty} empty")
 
 
 def open_files(
@@ -56,218 +97,149 @@ def open_files(
     """
     split = spelled_out(split, files.splits)
     check_known(split, files.splits, where)
-    splits = {part: files.splits[part] for part in names_in(split)}
-    options = {**files.options, **options}
-    if streaming and "+" in split:
-        parts = [
-            open_files(
-                *(files, part, options),
-                streaming=True,
-                needed=needed,
-                name=name,
-                where=where,
-            )
-            for part in split.split("+")
-        ]
-        return datasets.concatenate_datasets(parts)
-    if files.builder == "parquet":
-        return _open_parquet(splits, files.base, split, options, streaming, needed, name, where)
-    if files.builder == "audiofolder":
-        return _open_sounds(splits, split, options, streaming)
-    if streaming and files.builder == "json":
-        return _stream_json(splits, split, options)
-    differ = False
-    if files.builder == "csv":
-        columns = _csv_columns(splits, options, name)
-        columns.require(needed, where)
-        differ = columns.differ
-        if differ and streaming:
-            options["features"] = _settled(columns.features)
+    opening = Opening(
+        files.builder,
+        files.base,
+        {part: files.splits[part] for part in names_in(split)},
+        split,
+        {**files.options, **options},
+        streaming,
+        needed,
+        name,
+        where,
+    )
+    open_with = _OPENERS.get(files.builder, _open_plain)
+    if not streaming or "+" not in split:
+        return open_with(opening)
+    parts = [
+        open_with(replace(opening, split=part, splits={key: opening.splits[key]}))
+        for part in split.split("+")
+        for key in names_in(part)
+    ]
+    return datasets.concatenate_datasets(parts)
+
+
+def _open_plain(opening: Opening) -> Any:
+    """Open files of any other kind; where they go wrong together, one by one."""
     try:
-        if not differ or streaming:
-            return datasets.load_dataset(
-                files.builder,
-                data_files=_listed(splits),
-                split=split,
-                streaming=streaming,
-                **options,
-            )
+        return opening.load()
     except Exception:
-        alone = sum(map(len, splits.values())) == 1
-        if streaming or alone or files.builder in FOLDERS:
+        if opening.streaming or len(opening.paths) == 1 or opening.builder in FOLDERS:
             raise
-    return _open_one_by_one(files.builder, splits, split, options, needed, name, where)
+    return _open_one_by_one(opening)
 
 
-def config_of(builder: str) -> type:
-    """The class whose fields are the options of a builder of `datasets`."""
-    known: type = datasets.load.import_main_class(
-        f"datasets.packaged_modules.{builder}.{builder}"
-    ).BUILDER_CONFIG_CLASS
-    return known
+def _open_json(opening: Opening) -> Any:
+    """Open JSON. Its keys are optional, so that a file may lack one, and rows of it have null."""
+    return opening.build(OptionalKeys) if opening.streaming else _open_plain(opening)
 
 
-def footers(paths: Sequence[str], name: str) -> list[pq.FileMetaData]:
-    """Read the footers of local Parquet files. Raises DataError that names the file."""
+def _open_csv(opening: Opening) -> Any:
+    """Open CSV files; where their columns differ, each by itself or in types settled for all."""
+    paths = opening.paths
+    if len(paths) == 1 or opening.options.get("skipfooter"):  # which pandas counts from the end
+        return _open_plain(opening)
+    peek = _first_rows if opening.streaming else _header
+    columns = common({path: _peeked(opening, path, peek) for path in paths}, opening.name)
+    columns.require(opening.needed, opening.where)
+    if opening.streaming:
+        settled = {"features": _settled(columns.features)} if columns.differ else {}
+        return opening.load(**settled)
+    return _open_one_by_one(opening) if columns.differ else _open_plain(opening)
 
+
+def _open_sounds(opening: Opening) -> Any:
+    opened = opening.build(Sounds)
+    for column, feature in dict(opened.features).items():
+        if isinstance(feature, datasets.Image):
+            opened = opened.cast_column(column, datasets.Audio(decode=False))
+    return opened
+
+
+def _open_parquet(opening: Opening) -> Any:
+    found = dict(zip(opening.paths, _footers(opening), strict=True))
+    full = {
+        part: [path for path in paths if found[path].num_rows]
+        for part, paths in opening.splits.items()
+    }
+    read = [path for paths in full.values() for path in paths]
+    if not read:
+        raise opening.no_rows()
+    full = {part: paths or list(opening.splits[part])[:1] for part, paths in full.items()}
+    folders = partitions(read, opening.base)
+    columns = _parquet_columns({path: found[path] for path in read}, folders, opening)
+    opening = replace(opening, splits=full)
+    hollow = any(found[path].row_group(0).num_rows == 0 for path in read)  # `datasets` fails there
+    if columns.differ or folders or hollow:
+        opened = opening.build(UnlikeParquet, features=columns.features, folders=folders)
+    else:
+        opened = opening.load()
+    if not opening.streaming and "[" not in opening.split and not opening.options.get("filters"):
+        remember_files(opened, [(path, found[path].num_rows) for path in opening.paths])
+    return opened
+
+
+def _parquet_columns(
+    found: Mapping[str, pq.FileMetaData], folders: Partitions, opening: Opening
+) -> Columns:
+    """The columns that files have in common, with those that folders name."""
+    features = {
+        path: datasets.Features.from_arrow_schema(
+            folders.added(plain_schema(footer.schema.to_arrow_schema()))
+        )
+        for path, footer in found.items()
+    }
+    columns = common(features, opening.name)
+    columns.require(opening.needed, opening.where)
+    for name in opening.options.get("columns") or ():
+        if name not in columns.features:
+            raise ConfigError(
+                f"{opening.where}.options: columns: there is no column {name!r}; there are "
+                f"{', '.join(columns.features)}"
+            )
+    return columns
+
+
+def _footers(opening: Opening) -> list[pq.FileMetaData]:
     def footer(path: str) -> pq.FileMetaData:
         try:
             return pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:
             cause = " ".join(str(error).split())
             raise DataError(
-                f"{name}: {path} is no Parquet file, or its end is damaged ({cause}); restore the "
-                "file, or leave it out of data_files"
+                f"{opening.name}: {path} is no Parquet file, or its end is damaged ({cause}); "
+                "restore the file, or leave it out of data_files"
             ) from error
 
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE, thread_name_prefix="hpdist-footers") as pool:
-        return list(pool.map(footer, paths))
+        return list(pool.map(footer, opening.paths))
 
 
-def _listed(splits: Mapping[str, Sequence[str]]) -> DataFilesDict:
-    """The files as `datasets` takes them when it need not look for any, so as they are spelled."""
-    return DataFilesDict(
-        {
-            split: DataFilesList(list(paths), [(str(os.stat(p).st_mtime_ns),) for p in paths])
-            for split, paths in splits.items()
-        }
-    )
+def _peeked(opening: Opening, path: str, peek: Any) -> Any:
+    """The features that a look into a CSV file tells."""
+    try:
+        return peek(path, opening.options)
+    except Exception as error:  # pandas has many
+        raise _unreadable(path, opening.name, error) from error
 
 
-def _open_parquet(
-    splits: Mapping[str, Sequence[str]],
-    base: str,
-    split: str,
-    options: dict[str, Any],
-    streaming: bool,
-    needed: Sequence[str],
-    name: str,
-    where: str,
-) -> Any:
-    paths = _in_order(splits)
-    found = dict(zip(paths, footers(paths, name), strict=True))
-    full = {
-        part: [path for path in of_split if found[path].num_rows]
-        for part, of_split in splits.items()
-    }
-    read = _in_order(full)
-    if not read:
-        empty = f"its {len(paths)} files are all" if len(paths) > 1 else "its file is"
-        raise DataError(f"{name}: holds no rows; {empty} empty")
-    full = {part: of_split or list(splits[part])[:1] for part, of_split in full.items()}
-    folders = partitions(read, base)
-    columns = common(
-        {path: datasets.Features.from_arrow_schema(_schema(found[path], folders)) for path in read},
-        name,
-    )
-    columns.require(needed, where)
-    if not columns.differ and not folders:
-        opened = datasets.load_dataset(
-            "parquet", data_files=_listed(full), split=split, streaming=streaming, **options
-        )
-    else:
-        builder = _Parquet(
-            dataset_name="parquet",
-            data_files=_listed(full),
-            hash=_CACHED,
-            features=columns.features,
-            folders=folders,
-            **options,
-        )
-        opened = _opened(builder, split, streaming)
-    if not streaming and "[" not in split and not options.get("filters"):
-        remember_files(opened, [(path, found[path].num_rows) for path in _in_order(full)])
-    return opened
+def _header(path: str, options: Mapping[str, Any]) -> Any:
+    """The columns of a CSV file, of no type yet."""
+    given = {**CsvConfig(**options).pd_read_csv_kwargs, "nrows": 0, "chunksize": None}
+    names = [str(name) for name in pandas.read_csv(path, **given).columns]
+    return datasets.Features(dict.fromkeys(names, datasets.Value("null")))
 
 
-def _in_order(splits: Mapping[str, Sequence[str]]) -> list[str]:
-    """All files, split by split."""
-    return [path for of_split in splits.values() for path in of_split]
-
-
-def _schema(footer: pq.FileMetaData, folders: Partitions) -> pa.Schema:
-    return folders.added(plain_schema(footer.schema.to_arrow_schema()))
-
-
-@dataclass
-class _ParquetConfig(ParquetConfig):  # type: ignore[misc]
-    folders: Partitions = field(default_factory=Partitions)
-
-
-class _Parquet(datasets.ArrowBasedBuilder):  # type: ignore[misc]
-    """Parquet files of which each has the columns asked for, in types that can be cast."""
-
-    BUILDER_CONFIG_CLASS = _ParquetConfig
-
-    def _info(self) -> datasets.DatasetInfo:
-        features = self.config.features
-        if self.config.columns is not None:
-            features = datasets.Features({name: features[name] for name in self.config.columns})
-        return datasets.DatasetInfo(features=features)
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"files": list(files)})
-            for split, files in self.config.data_files.items()
-        ]
-
-    def _generate_shards(self, files: Sequence[str]) -> Any:
-        yield from files
-
-    def _generate_tables(self, files: Sequence[str]) -> Any:
-        config = self.config
-        schema = self.info.features.arrow_schema
-        for number, path in enumerate(files):
-            fragment = pd.ParquetFileFormat().make_fragment(path, LocalFileSystem())
-            own = [name for name in schema.names if name in fragment.physical_schema.names]
-            groups = fragment.row_groups
-            rows = config.batch_size or (groups[0].num_rows if groups else 0) or _ROWS
-            kept = pq.filters_to_expression(config.filters) if config.filters else None
-            batches = fragment.to_batches(columns=own, batch_size=rows, filter=kept)
-            for place, batch in enumerate(batches):
-                table = pa.Table.from_batches([batch])
-                for column in config.folders.schema:
-                    if column.name in schema.names and column.name not in own:
-                        values = config.folders.constant(path, column, len(table))
-                        table = table.append_column(column, values)
-                yield _key(number, place), table_cast(table, schema)
-
-
-def _key(number: int, place: int) -> Any:
-    """A table's key as this version of `datasets` has them."""
-    kind = getattr(datasets.builder, "Key", None)
-    return f"{number}_{place}" if kind is None else kind(number, place)
-
-
-def _stream_json(splits: Mapping[str, Sequence[str]], split: str, options: dict[str, Any]) -> Any:
-    """Stream JSON. Its keys are optional, so that a file may lack one, and rows of it have null."""
-    builder = _Json(dataset_name="json", data_files=_listed(splits), hash=_CACHED, **options)
-    return _opened(builder, split, streaming=True)
-
-
-def _csv_columns(
-    splits: Mapping[str, Sequence[str]], options: dict[str, Any], name: str
-) -> Columns:
-    """What the first rows of CSV files tell of their columns; of a single file nothing."""
-    paths = _in_order(splits)
-    if len(paths) < 2:
-        return Columns(datasets.Features())
-    return common({path: _peeked(path, options, name) for path in paths}, name)
-
-
-def _peeked(path: str, options: Mapping[str, Any], name: str) -> Any:
-    """The features of a CSV file's first rows."""
+def _first_rows(path: str, options: Mapping[str, Any]) -> Any:
+    """The columns of a CSV file, in the types of its first rows."""
     stream = datasets.load_dataset(
         "csv",
-        data_files=_listed({"train": [path]}),
+        data_files=listed({"train": [path]}),
         split="train",
         streaming=True,
-        **{**options, "chunksize": _ROWS},
+        **{**options, "chunksize": _PEEKED},
     )
-    try:
-        first = next(iter(stream.with_format("arrow").iter(batch_size=_ROWS)))
-    except Exception as error:  # pandas has many
-        raise _unreadable(path, name, error) from error
+    first = next(iter(stream.with_format("arrow").iter(batch_size=_PEEKED)))
     return datasets.Features.from_arrow_schema(first.schema)
 
 
@@ -282,63 +254,14 @@ def _settled(features: Any) -> Any:
     )
 
 
-class _Json(Json):  # type: ignore[misc]
-    """JSON of which later files may have keys that the first has not."""
-
-    def _cast_table(self, pa_table: pa.Table, *more: Any, **options: Any) -> pa.Table:
-        if self.info.features is not None:
-            kept = [name for name in pa_table.column_names if name in self.info.features]
-            pa_table = pa_table.select(kept)
-        return super()._cast_table(pa_table, *more, **options)
-
-
-class _Sounds(ImageFolder):  # type: ignore[misc]
-    """A folder of sound files, undecoded; `AudioFolder` names them with torchcodec alone."""
-
-    BASE_COLUMN_NAME = "audio"
-    EXTENSIONS = AudioFolder.EXTENSIONS
-
-    def _base_feature(self) -> Any:
-        return datasets.Image(decode=False)
-
-
-def _open_sounds(
-    splits: Mapping[str, Sequence[str]], split: str, options: dict[str, Any], streaming: bool
-) -> Any:
-    builder = _Sounds(
-        dataset_name="audiofolder", data_files=_listed(splits), hash=_CACHED, **options
-    )
-    opened = _opened(builder, split, streaming)
-    for column, feature in dict(opened.features).items():
-        if isinstance(feature, datasets.Image):
-            opened = opened.cast_column(column, datasets.Audio(decode=False))
-    return opened
-
-
-def _opened(builder: Any, split: str, streaming: bool) -> Any:
-    if streaming:
-        return builder.as_streaming_dataset(split=split)
-    builder.download_and_prepare()
-    return builder.as_dataset(split=split)
-
-
-def _open_one_by_one(
-    builder: str,
-    splits: Mapping[str, Sequence[str]],
-    split: str,
-    options: dict[str, Any],
-    needed: Sequence[str],
-    name: str,
-    where: str,
-) -> Any:
+def _open_one_by_one(opening: Opening) -> Any:
     """Open each file by itself, and join what all of them have: they are not alike."""
-    paths = _in_order(splits)
-    tables = {path: _open_alone(builder, path, options, name) for path in paths}
+    tables = {path: _open_alone(opening, path) for path in opening.paths}
     full = {path: table for path, table in tables.items() if len(table)}
     if not full:
-        raise DataError(f"{name}: holds no rows; its {len(tables)} files are all empty")
-    columns = common({path: table.features for path, table in full.items()}, name)
-    columns.require(needed, where)
+        raise opening.no_rows()
+    columns = common({path: table.features for path, table in full.items()}, opening.name)
+    columns.require(opening.needed, opening.where)
     names = list(columns.features)
     alike = {
         path: table.select_columns(names).cast(columns.features) for path, table in full.items()
@@ -346,23 +269,21 @@ def _open_one_by_one(
     empty = next(iter(alike.values())).select([])
     joined = {
         part: datasets.concatenate_datasets([alike[p] for p in paths if p in alike] or [empty])
-        for part, paths in splits.items()
+        for part, paths in opening.splits.items()
     }
-    opened = sliced(joined, split, where)
-    if "[" not in split:
-        rows = [(path, len(alike[path])) for path in _in_order(splits) if path in alike]
+    opened = sliced(joined, opening.split, opening.where)
+    if "[" not in opening.split:
+        rows = [(path, len(alike[path])) for path in opening.paths if path in alike]
         remember_files(opened, rows)
     return opened
 
 
-def _open_alone(builder: str, path: str, options: Mapping[str, Any], name: str) -> Any:
+def _open_alone(opening: Opening, path: str) -> Any:
     """Open one file as a table. Raises DataError that names it."""
     try:
-        return datasets.load_dataset(
-            builder, data_files=_listed({"train": [path]}), split="train", **options
-        )
+        return replace(opening, splits={"train": [path]}, split="train").load()
     except Exception as error:  # every builder has its own
-        raise _unreadable(path, name, error) from error
+        raise _unreadable(path, opening.name, error) from error
 
 
 def _unreadable(path: str, name: str, error: Exception) -> DataError:
@@ -376,3 +297,11 @@ def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_OPENERS = {
+    "audiofolder": _open_sounds,
+    "csv": _open_csv,
+    "json": _open_json,
+    "parquet": _open_parquet,
+}

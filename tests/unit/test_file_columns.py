@@ -99,6 +99,17 @@ def test_parts_without_rows_are_empty(tmp_path, ending, streaming):
     assert len(test) == 6
 
 
+@STREAMING
+def test_a_row_group_without_rows_is_empty(tmp_path, streaming):
+    like = like_of(tmp_path)
+    whole = pa.table(part(range(6)))
+    (tmp_path / "set").mkdir()
+    with pq.ParquetWriter(tmp_path / "set" / "0.parquet", whole.schema) as writer:
+        for group in (whole.slice(0, 0), whole):
+            writer.write_table(group)
+    assert rows_of(tmp_path / "set", like, streaming) == SIX
+
+
 @ENDINGS
 @STREAMING
 def test_a_set_of_empty_files_says_so(tmp_path, ending, streaming):
