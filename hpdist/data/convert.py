@@ -38,8 +38,8 @@ from hpdist.data.loading import (
     load,
     one_line,
     same_column,
-    source_name,
 )
+from hpdist.data.local_files import source_name
 from hpdist.data.retry import redacted_text
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError

@@ -22,7 +22,8 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from hpdist.config import Source
+from hpdist.config import LabelColumn, Source
+from hpdist.data.class_folders import class_folders, names_split
 from hpdist.data.paths import did_you_mean, local_path, matches
 from hpdist.errors import DataError
 
@@ -54,7 +55,6 @@ _MAY_BE_EMPTY = ("csv", "json", "text")
 _SMALL = 1 << 16  # bytes: a file that holds more is not looked into for whether it holds rows
 _HEADERS = {"header", "names", "column_names", "skiprows"}  # options that move a file's first row
 
-_SEPARATORS = r"[-._ 0-9]"
 _SHARDED = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 
 
@@ -168,7 +168,7 @@ def _sorted_out(
     if builder == "csv":
         options |= _separator(every, where)
     if builder in FOLDERS:
-        options |= _labels_of(splits, base)
+        options |= _class_options(splits, base, config, where)
     chained = next((file for file in every if "::" in file), None)
     if chained is not None:
         raise DataError(
@@ -209,22 +209,21 @@ def _separator(files: Sequence[str], where: str) -> dict[str, Any]:
     return {"sep": "\t"} if endings == {True} else {}
 
 
-def _labels_of(splits: Mapping[str, Sequence[str]], base: str) -> dict[str, Any]:
-    """Whether the folders of pictures are classes: where all lie equally deep in some.
-
-    `datasets` would take a single class for none, and folders named after splits for classes.
-    """
-    folders = []  # of each picture or sound: the folders it lies in, and those that name no split
-    for split, files in splits.items():
-        for file in files:
-            if os.path.basename(file) in _METADATA:
-                return {}
-            if _BUILDERS.get(extension(file)) in FOLDERS:
-                parts = os.path.relpath(file, base).split(os.sep)[:-1]
-                folders.append((parts, [part for part in parts if not _names(split, part)]))
-    by_split = all(len(rest) < len(parts) for parts, rest in folders)
-    depths = {len(rest if by_split else parts) for parts, rest in folders}
-    return {"drop_labels": len(depths) != 1 or depths == {0}}
+def _class_options(
+    splits: Mapping[str, Sequence[str]], base: str, config: Source, where: str
+) -> dict[str, Any]:
+    """Whether the folders that pictures or sounds lie in are their classes."""
+    every = [file for files in splits.values() for file in files]
+    if "drop_labels" in config.options or any(os.path.basename(f) in _METADATA for f in every):
+        return {}
+    held = {
+        split: [file for file in files if _BUILDERS.get(extension(file)) in FOLDERS]
+        for split, files in splits.items()
+    }
+    found = class_folders(held, base)
+    if isinstance(config, LabelColumn):
+        found.require(where)
+    return {"drop_labels": not found.are_classes}
 
 
 def _with_rows(files: Sequence[str], builder: str, headed: bool) -> list[str]:
@@ -289,16 +288,8 @@ def _tell_left_out(files: Sequence[str], splits: Mapping[str, list[str]], base: 
 def _in_split(split: str, name: str, of_folders: bool) -> bool:
     *folders, file = name.split("/")
     if of_folders:
-        return any(_names(split, folder) for folder in folders)
-    return _names(split, file, last=True)
-
-
-def _names(split: str, part: str, last: bool = False) -> bool:
-    """Whether a folder's name, or with `last` a file's, names a split."""
-    known = {str(name): words for name, words in SPLIT_KEYWORDS.items()}
-    keywords = "|".join(map(re.escape, known.get(split, [split])))
-    behind = f"{_SEPARATORS}.*" if last else f"(?:{_SEPARATORS}.*)?"
-    return re.fullmatch(f"(?:.*{_SEPARATORS})?(?:{keywords}){behind}", part) is not None
+        return any(names_split(split, folder) for folder in folders)
+    return names_split(split, file, of_file=True)
 
 
 def _split_order(name: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-import pandas
+import pandas  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.csv.csv import CsvConfig

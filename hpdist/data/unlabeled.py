@@ -31,9 +31,9 @@ from hpdist.data.loading import (
     parquet_files,
     raw_view,
     same_column,
-    source_name,
     text_beside,
 )
+from hpdist.data.local_files import source_name
 from hpdist.data.long_tail import rows_used
 from hpdist.data.partitions import partitions
 from hpdist.data.saved import is_saved

@@ -121,7 +121,7 @@ def test_links_are_followed_and_loops_left(tmp_path, caplog):
     assert classes_of(tmp_path / "again") == BOTH
 
 
-def test_what_is_no_data_is_left_out(tmp_path):
+def test_what_is_no_data_is_left_out(tmp_path, caplog):
     folder = pictures(tmp_path / "set", ("ant",))
     pictures(folder, ("bee",), ending=".PNG")
     for junk in (".DS_Store", "._0.png", "Thumbs.db", "notes.txt"):
@@ -129,7 +129,11 @@ def test_what_is_no_data_is_left_out(tmp_path):
     (folder / "empty class").mkdir()
     (folder / ".cache").mkdir()
     (folder / ".cache" / "2.png").write_bytes(b"junk")
-    assert classes_of(folder) == BOTH
+    with caplog.at_level(logging.WARNING, "hpdist.data"):
+        assert classes_of(folder) == BOTH
+    assert (
+        "data.labeled: no class is made of folders that hold no files: empty class" in caplog.text
+    )
 
 
 def test_one_class_is_a_class(tmp_path):
@@ -157,8 +161,19 @@ def test_flat_splits_are_no_classes(tmp_path):
         pictures(tmp_path / "flat", (split,))
     table = load(Unlabeled(path=str(tmp_path / "flat")), "data.unlabeled", streaming=False)
     assert table.column_names == ["image"]
-    with pytest.raises(DataError, match=r"data.labeled.label: name the column of labels"):
+    with pytest.raises(
+        DataError, match=r"data.labeled: the folders in .* tell no classes.*no folder"
+    ):
         classes_of(tmp_path / "flat")
+
+
+def test_a_picture_outside_of_the_classes_is_named(tmp_path):
+    folder = pictures(tmp_path / "set")
+    pictures(folder, ("",), 1)
+    with pytest.raises(DataError, match=r"since 0.png lies less deep in folders than \w+/\d.png"):
+        classes_of(folder)
+    table = load(Unlabeled(path=str(folder)), "data.unlabeled", streaming=False)
+    assert len(table) == 5
 
 
 def test_a_folder_in_no_split_is_told(tmp_path, caplog):
