@@ -4,11 +4,12 @@ import datasets
 import numpy as np
 import pytest
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
+from hpdist.config import LabelColumn, Labeled, Unlabeled, parse
 from hpdist.data.convert import convert
 from hpdist.data.sources import UnlabeledTable, input_spec, open_labeled, open_test
 from hpdist.data.unlabeled import MixedRows, open_unlabeled
 from hpdist.errors import ConfigError, DataError
+from hpdist.preflight import _data
 
 
 def table(rows, split=None):
@@ -94,3 +95,30 @@ def test_a_saved_set_without_its_rows_is_named(tmp_path):
     next((tmp_path / "saved").glob("*.arrow")).unlink()
     with pytest.raises(DataError, match=r"data.labeled \(.*saved.*cannot be loaded: .*arrow"):
         labeled(tmp_path / "saved")
+
+
+def test_preflight_opens_every_set_that_is_mixed(tmp_path):
+    table(range(4)).save_to_disk(tmp_path / "saved")
+    table(range(4)).to_csv(tmp_path / "rows.csv")
+    source = {"path": str(tmp_path / "saved"), "input": ["a", "b"]}
+    config = parse(
+        {
+            "model": {"name": "mlp", "hidden": [4]},
+            "data": {
+                "labeled": source,
+                "unlabeled": {"mix": [source, {"path": str(tmp_path / "gone")}]},
+                "test": {"path": str(tmp_path / "rows.csv"), "input": ["a", "b"]},
+            },
+            "batch": {"labeled": 2, "unlabeled": 2},
+            "algorithm": {"name": "fixmatch"},
+            "views": {"name": "table"},
+            "steps": 1,
+        }
+    )
+    found = {finding.check: finding.verdict for finding in _data(config, [{"host": "here"}])}
+    assert found == {
+        "data.labeled": "ok",
+        "data.unlabeled.mix.0": "ok",
+        "data.unlabeled.mix.1": "FAILED",
+        "data.test": "ok",
+    }
