@@ -46,6 +46,7 @@ from hpdist.run_inputs import (
     other_casts,
     reconsider,
     record_mode,
+    with_channels,
     with_mode,
 )
 from hpdist.tracking.audit import Audit
@@ -163,6 +164,7 @@ class RunData:
         sets = {f"data.{name}": rows for name, rows in self._other_sets.items()}
         settled = from_main(lambda: reconsider(choice, sets))
         self.spec = with_mode(self.spec, settled.mode)
+        self.config = with_channels(self.config, settled.mode)
         return [*filter(None, [settled.line]), *agreed(lambda: other_casts(settled.mode, sets))]
 
     @property

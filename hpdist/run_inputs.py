@@ -18,7 +18,7 @@ from hpdist.data.pictures import (
 from hpdist.data.sources import LabeledRows, input_spec
 from hpdist.data.text import Tokenizer
 from hpdist.data.unlabeled import AnyUnlabeled
-from hpdist.data.views import AudioViewsConfig, TextViewsConfig
+from hpdist.data.views import AudioViewsConfig, ImageViewsConfig, TextViewsConfig
 from hpdist.errors import CheckpointError, ConfigError
 from hpdist.models.hugging_face import HuggingFaceConfig
 
@@ -100,16 +100,17 @@ def choose_mode(
         mode = str(recorded.get("mode") or _mode_of_first(labeled, spec))
         if channels not in (None, CHANNELS[mode]):
             raise CheckpointError(
-                f"views.channels: {channels}, but the run that goes on began with "
+                f"views.channels: {channels}, but the run that goes on began with pictures of "
                 f"{shown_mode(mode)}; choose another run.name, or make the settings agree"
             )
         return ModeChoice(mode)
     if channels is not None:
         mode = _MODES[channels]
-        return ModeChoice(mode, f"{shown_mode(mode)}, by views.channels; {_converted(mode)}")
+        line = f"pictures: {shown_mode(mode)}, by views.channels"
+        return ModeChoice(mode, f"{line}; {_converted(mode)}")
     declared = declared_mode(labeled)
     if declared is not None:
-        line = f"{shown_mode(declared)}, as the column of data.labeled is cast"
+        line = f"pictures: {shown_mode(declared)}, as the column of data.labeled is cast"
         return ModeChoice(declared, f"{line}; {_converted(declared)}")
     seen = look_at_labeled(labeled)
     mode = seen.mode if seen.pictures else str(spec.mode)
@@ -146,6 +147,15 @@ def other_casts(mode: str, sets: Mapping[str, LabeledRows | AnyUnlabeled | None]
 def with_mode(spec: InputSpec, mode: str) -> InputSpec:
     """Give the spec of pictures that are decoded in a mode."""
     return replace(spec, mode=mode, shape=(CHANNELS[mode], *spec.shape[1:]))
+
+
+def with_channels(config: RunConfig, mode: str) -> RunConfig:
+    """Fill in `views.channels`, so that the run's own config says what it did."""
+    views = config.views
+    if not isinstance(views, ImageViewsConfig):
+        return config
+    filled = views.model_copy(update={"channels": CHANNELS[mode]})
+    return config.model_copy(update={"views": filled})
 
 
 def record_mode(spec: InputSpec) -> dict[str, Any]:

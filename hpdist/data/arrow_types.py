@@ -6,7 +6,6 @@ Arrow cannot take rows from all of those, nor does `datasets` know each of them.
 
 from __future__ import annotations
 
-import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
 
@@ -14,8 +13,8 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     """Give the type that values are read in: the type itself, unless it is only another layout."""
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
-        known = isinstance(kind, datasets.features.features._ArrayXDExtensionType)
-        return kind if known else plain_type(kind.storage_type)
+        canonical = kind.extension_name.startswith("arrow.")  # others are those of `datasets`
+        return plain_type(kind.storage_type) if canonical else kind
     if types.is_dictionary(kind):
         return plain_type(kind.value_type)
     if types.is_string_view(kind):

@@ -29,6 +29,7 @@ from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage, table_cast
 
 from hpdist.config import Source
+from hpdist.data.arrow_types import plain_schema, plain_table
 from hpdist.data.decode import Column
 from hpdist.data.loading import (
     check_separator,
@@ -156,11 +157,13 @@ def _check_folder(folder: Path) -> None:
 def _features(view: Any, name: str) -> Any:
     """The features of a stream; those of its first rows, where it declares none."""
     if view.features is not None:
-        return view.features
+        schema = view.features.arrow_schema
+        plain = plain_schema(schema)
+        return view.features if plain == schema else datasets.Features.from_arrow_schema(plain)
     _, first = next(read_blocks(view, name, _PROBE_ROWS), (None, None))
     if first is None:
         raise DataError(f"{name}: holds no rows")
-    return datasets.Features.from_arrow_schema(first.schema)
+    return datasets.Features.from_arrow_schema(plain_schema(first.schema))
 
 
 def _embedded(view: Any, features: Any, name: str) -> Iterator[pa.Table]:
@@ -168,7 +171,8 @@ def _embedded(view: Any, features: Any, name: str) -> Iterator[pa.Table]:
     schema = features.arrow_schema
     embeds = any(require_storage_embed(feature) for feature in features.values())
     row = 0
-    for _, table in read_blocks(view, name, _READ_ROWS):
+    for _, stored in read_blocks(view, name, _READ_ROWS):
+        table = plain_table(stored)  # Arrow cannot write a slice of every other type
         try:
             typed = table if table.schema == schema else table_cast(table, schema)
             if embeds:

@@ -50,7 +50,7 @@ def check_labels(
     used = np.asarray(rows, np.int64)
     wrong: list[int] = used[labels[used] < 0].tolist()
     if wrong:
-        more = f"; {len(wrong) - 1} more rows have such labels" if len(wrong) > 1 else ""
+        more = f"; it is the first of {len(wrong)} such rows" if len(wrong) > 1 else ""
         reason = f", which is none of the {len(classes)} classes ({classes.shown}){more}"
         raise DataError(stored.refusal(wrong[0], reason))
 

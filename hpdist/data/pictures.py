@@ -148,22 +148,22 @@ def told(mode: str, seen: Seen, whose: str = "labelled pictures") -> str:
     grey = seen.pictures - seen.colour
     if seen.transparent in (0, seen.pictures) and 0 in (grey, seen.colour):
         kind = {"L": "grey", "RGB": "in colour", "RGBA": "with transparency"}[mode]
-        return f"{shown_mode(mode)}: the {some} {whose} that were looked at are {kind}"
+        return f"pictures: {shown_mode(mode)}: the {some} {whose} that were looked at are {kind}"
     counts = [
         f"{count} {kind}" for count, kind in ((seen.colour, "in colour"), (grey, "grey")) if count
     ]
     if seen.transparent:
         counts.append(f"{seen.transparent} with transparency")
     return (
-        f"{shown_mode(mode)}: of the {some} {whose} that were looked at {', '.join(counts)}; every "
-        "picture becomes so (views.channels chooses otherwise)"
+        f"pictures: {shown_mode(mode)}: of the {some} {whose} that were looked at "
+        f"{', '.join(counts)}; every picture becomes so (views.channels chooses otherwise)"
     )
 
 
 def shown_mode(mode: str) -> str:
     """A mode as a person knows it, for messages."""
     channels = CHANNELS[mode]
-    return f"pictures: {channels} channel{'s' * (channels > 1)} ({mode})"
+    return f"{channels} channel{'s' * (channels > 1)} ({mode})"
 
 
 def _far(value: Any) -> bool:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
+from hpdist.config import LabelColumn, Labeled, Source, Unlabeled
 from hpdist.data.arrow_types import plain_schema, plain_table
+from hpdist.data.convert import Layout, convert
 from hpdist.data.decode import stored_values
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
@@ -102,6 +103,31 @@ def test_inputs_of_every_layout_are_streamed(kind: str, tmp_path: Path) -> None:
     )
     assert isinstance(stream, SequentialRows)
     assert read(stream, spec) == expected
+
+
+def test_views_are_written_anew_by_convert(tmp_path: Path) -> None:
+    table = pa.table({"x": INPUTS["struct of views"], "label": labels()})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    source = Source(path="parquet", data_files=str(tmp_path / "rows.parquet"), input="x")
+    layout = Layout(group_rows=5)
+    written = convert(source, tmp_path / "out", layout=layout)
+    found = pq.read_table(written.files[0])
+    assert (written.rows, written.groups) == (ROWS, 3)
+    assert [row["bytes"] for row in found["x"].to_pylist()] == PNGS
+    assert found["label"].to_pylist() == labels().to_pylist()
+
+
+def test_decimals_are_numbers_of_a_table(tmp_path: Path) -> None:
+    price = pa.array([Decimal("0.25"), None, Decimal("-3.50")], pa.decimal128(9, 2))
+    table = pa.table({"price": price, "n": [1, 2, 3], "label": ["a", "b", "a"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    source = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}
+    labeled = open_labeled(Labeled(**source, input=["price", "n"]), 0)
+    spec = input_spec(labeled, missing=True)
+    values = spec.decode_rows(labeled.read(np.arange(3)), [0, 1, 2], "x").numpy()
+    np.testing.assert_array_equal(values, [[0.25, 1], [np.nan, 2], [-3.5, 3]])
+    streamed = open_unlabeled(Unlabeled(**source, streaming=True), labeled, spec)
+    assert isinstance(streamed, ParquetRows)
 
 
 def test_columns_that_are_not_read_may_be_of_any_type(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +20,8 @@ from PIL import Image
 from hpdist.config import LabelColumn, Labeled, TaskChoice, Unlabeled
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.unlabeled import open_unlabeled
-from hpdist.errors import DataError
+from hpdist.errors import CheckpointError, DataError
+from hpdist.trainer import Trainer
 
 MULTILABEL = TaskChoice(name="multilabel")
 
@@ -190,7 +192,9 @@ def test_what_cannot_be_a_class_is_refused() -> None:
     rows = opened(table([1, 2]))
     with pytest.raises(DataError, match=r"data.test.*row 1 has the label 2.5 .* none of the 2"):
         held_out(table([1.0, 2.5]), rows)
-    with pytest.raises(DataError, match=r"row 1 has the label 7 .* \(1, 2\); 1 more rows"):
+    with pytest.raises(
+        DataError, match=r"row 1 has the label 7 .* \(1, 2\); it is the first of 2 such"
+    ):
         held_out(table([1, 7, 8]), rows)
 
 
@@ -299,3 +303,38 @@ def test_a_long_tail_is_drawn_by_labels_of_another_type() -> None:
     notes = rows.notes  # type: ignore[union-attr]
     assert "data.unlabeled: 24 of 30 rows have a label" in notes[0]
     assert "matched by how they are written" in notes[1]
+
+
+def test_a_run_names_its_classes_and_goes_on_with_them_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(labels: list[Any], steps: int) -> dict[str, object]:
+        return Trainer(
+            {"name": "mlp", "hidden": [4]},
+            "fixmatch",
+            labeled=(table(labels), {"input": "x"}),
+            unlabeled=(table(labels), {"input": "x"}),
+            test=(table(["900", "5", ""]), {"input": "x"}),
+            batch={"labeled": 2, "unlabeled": 4},
+            views={"name": "identity"},
+            steps=steps,
+            run={"dir": str(tmp_path), "name": "run"},
+            tracker={"name": "none"},
+        ).fit()
+
+    run([5, 900, 70, None], 1)
+    said = capfd.readouterr().err.splitlines()
+    for line in (
+        "data.labeled: 3 of 4 rows have a label in column 'label'; the others (null; the first is "
+        "row 3) are passed over as unlabelled",
+        "data.test: 2 of 3 rows have a label in column 'label'; the others (an empty text; the "
+        "first is row 2) are passed over as unlabelled",
+        "note: data.test has no row of 1 of the 3 classes: 70",
+    ):
+        assert said.count(line) == 1, line
+    measured = json.loads((tmp_path / "run" / "confusion_test.json").read_text())
+    assert measured["classes"] == ["5", "70", "900"]
+    assert [sum(row) for row in measured["teacher"]] == [1, 0, 1]
+    run([5, 900, 70, None], 2)
+    with pytest.raises(CheckpointError, match=r"classes: \['5', '70', '900'\] there, \['5', '71'"):
+        run([5, 900, 71, None], 3)

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from hpdist.data.decode import InputSpec
@@ -191,6 +192,8 @@ def test_a_run_that_goes_on_keeps_its_channels(tmp_path: Path) -> None:
     trainer(data, dir=str(tmp_path)).fit()
     record = tmp_path / "modes" / "inputs.json"
     assert '"RGB"' in record.read_text()
+    settings = yaml.safe_load((tmp_path / "modes" / "config.yaml").read_text())
+    assert settings["views"]["channels"] == 3
     again = trainer(data, dir=str(tmp_path), steps=2)
     assert again.data.spec.mode == "RGB"
     again.data.close()
