@@ -11,7 +11,6 @@ by their path alone are put into the files. No file looks whole before all of th
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 from collections.abc import Iterator
@@ -136,8 +135,6 @@ def _same(column: str | list[str] | None, features: Any) -> Column | None:
 
 def _check_folder(folder: Path) -> None:
     """Make the folder; raise ConfigError where it cannot be used."""
-    if glob.has_magic(str(folder)):
-        raise ConfigError(f"--out: {str(folder)!r} must hold none of * ? [ ], which are wildcards")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found = sorted(file.name for file in folder.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -176,25 +177,32 @@ def _check_path(config: Source, where: str) -> None:
         )
     if _looks_local(config.path, path):
         raise DataError(
-            f"{where}.path: {config.path!r} does not exist{did_you_mean(path)}"
-            f"{_pattern_hint(config.path)}"
+            f"{where}.path: {config.path!r} does not exist{did_you_mean(path)}{_hint(config.path)}"
         )
 
 
-def _pattern_hint(path: str) -> str:
-    """Say where patterns belong, of a path that has wildcards."""
-    return "; a pattern goes into data_files" if set("*?") & set(path) else ""
+def _hint(path: str) -> str:
+    """Say what else a path that does not exist may have been meant to be."""
+    if set("*?") & set(path):
+        return "; a pattern goes into data_files"
+    return f" That of the Hub is hf://datasets/{path}" if _may_be_of_the_hub(path) else ""
+
+
+def _may_be_of_the_hub(path: str) -> bool:
+    """Whether it is of the form user/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and path[0] not in ".~/"
 
 
 def _looks_local(given: str, path: str) -> bool:
     """Whether a path that is not there is one of this machine, and no name on the Hub."""
-    parts = given.rstrip("/").split("/")
+    if given.startswith("buckets/"):  # a storage bucket of the Hub
+        return False
     return (
         given.startswith(("/", "./", "../", "~", "file://", "local://"))
-        or len(parts) > 2  # the Hub's are name, or user/name
+        or len(given.rstrip("/").split("/")) > 2  # the Hub's are name, or user/name
         or extension(path) in ENDINGS
         or bool(set(" *?[]{}") & set(given))  # no name on the Hub has any of these
-        or (len(parts) == 2 and (os.path.isdir(parts[0]) or neighbour(path) is not None))
+        or (_may_be_of_the_hub(given) and neighbour(path) is not None)
     )
 
 

@@ -183,12 +183,14 @@ def _parquet_columns(
     found: Mapping[str, pq.FileMetaData], folders: Partitions, opening: Opening
 ) -> Columns:
     """The columns that files have in common, with those that folders name."""
-    features = {
-        path: datasets.Features.from_arrow_schema(
-            folders.added(plain_schema(footer.schema.to_arrow_schema()))
-        )
-        for path, footer in found.items()
-    }
+    features: dict[str, Any] = {}
+    last: tuple[pa.Schema, Any] | None = None  # most files are as the one before
+    for path, footer in found.items():
+        schema = footer.schema.to_arrow_schema()
+        if last is None or not schema.equals(last[0], check_metadata=True):
+            full = folders.added(plain_schema(schema))
+            last = schema, datasets.Features.from_arrow_schema(full)
+        features[path] = last[1]
     columns = common(features, opening.name)
     columns.require(opening.needed, opening.where)
     for name in opening.options.get("columns") or ():

@@ -211,6 +211,19 @@ def test_a_typo_is_no_name_on_the_hub(tmp_path, monkeypatch, written, meant):
         classes_of("csv", data_files="data/train/y.csv")
 
 
+@pytest.mark.parametrize("name", ["facebook/voxpopuli", "buckets/me/mine/set", "mnist"])
+def test_a_name_on_the_hub_is_asked_of_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facebook" / "wav2vec").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: asked.append(path))
+    load(Unlabeled(path=name), "data.unlabeled", streaming=False)
+    assert asked == [name]
+    (tmp_path / "facebook" / "voxpopuli2").mkdir()
+    with pytest.raises(DataError, match=r"did you mean .* hf://datasets/facebook/voxpopuli"):
+        load(Unlabeled(path="facebook/voxpopuli"), "data.unlabeled", streaming=False)
+
+
 def test_a_name_that_the_hub_has_not_may_be_a_typo_too(tmp_path, monkeypatch):
     def not_there(*_, **__):
         raise datasets.exceptions.DatasetNotFoundError("no such data set")
