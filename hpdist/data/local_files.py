@@ -104,6 +104,14 @@ def local_files(config: Source, where: str) -> LocalFiles | None:
     patterns = _patterns_by_split(config.data_files)
     if any(_is_elsewhere(pattern) for part in patterns.values() for pattern in part):
         return None
+    splits, base = _matched(patterns, base, where)
+    return _sorted_out(splits, base, builder, config, where)
+
+
+def _matched(
+    patterns: Mapping[str, Sequence[str]], base: str, where: str
+) -> tuple[dict[str, list[str]], str]:
+    """The files of every split, each once, and the folder that all patterns begin in."""
     splits: dict[str, list[str]] = {}
     below = []
     for split, part in patterns.items():
@@ -117,7 +125,7 @@ def local_files(config: Source, where: str) -> LocalFiles | None:
             splits.setdefault(split, []).extend(found)
             below.append(fixed)
     unique = {split: list(dict.fromkeys(files)) for split, files in splits.items()}
-    return _sorted_out(unique, os.path.commonpath(below), builder, config, where)
+    return unique, os.path.commonpath(below)
 
 
 def extension(file: str) -> str:
