@@ -150,7 +150,7 @@ class RunData:
             text=isinstance(views, TextViewsConfig),
             audio=isinstance(views, AudioViewsConfig),
             task=config.task,
-            classes=saved.facts["identity"]["classes"] if saved is not None else None,
+            classes=saved.facts["identity"].get("classes") if saved is not None else None,
             scale=_saved_scale(saved),
         )
 

@@ -171,7 +171,7 @@ def list_classes(
         found = Classes(tuple(feature.names), kind, "a ClassLabel")
     else:
         found = _list_present(stored, kind)
-    if recorded is not None and all(name in Classes(tuple(recorded)).index for name in found.names):
+    if recorded is not None and Classes(tuple(recorded)).index.keys() >= set(found.names):
         return replace(found, names=tuple(recorded))
     if num_classes is None or num_classes == len(found):
         return found
@@ -237,8 +237,8 @@ def number_labels(stored: StoredLabels, classes: Classes) -> Int64Array:
 
 def _match(stored: StoredLabels, classes: Classes) -> tuple[dict[Any, int], bool]:
     """The class of every label that there is, and whether a ClassLabel's integers told."""
-    index, feature = classes.index, stored.feature
-    present = {value for value in distinct(stored.values) if not is_mark(value, classes.minus_one)}
+    index, minus_one, feature = classes.index, classes.minus_one, stored.feature
+    present = {value for value in distinct(stored.values) if not is_mark(value, minus_one)}
     named = isinstance(feature, datasets.ClassLabel)
 
     def matched(spelled: Callable[[Any], str | None]) -> dict[Any, int]:

@@ -28,7 +28,7 @@ from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage, table_cast
 
 from hpdist.config import Source
-from hpdist.data.arrow_types import plain_schema, plain_table
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.decode import Column
 from hpdist.data.loading import (
     check_separator,
@@ -152,7 +152,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _features(view: Any, name: str) -> Any:
-    """The features of a stream; those of its first rows, where it declares none."""
+    """The features of a stream; those of its first rows, where it declares none.
+
+    In plain types, since Arrow cannot write slices of every other one.
+    """
     if view.features is not None:
         schema = view.features.arrow_schema
         plain = plain_schema(schema)
@@ -168,8 +171,7 @@ def _embedded(view: Any, features: Any, name: str) -> Iterator[pa.Table]:
     schema = features.arrow_schema
     embeds = any(require_storage_embed(feature) for feature in features.values())
     row = 0
-    for _, stored in read_blocks(view, name, _READ_ROWS):
-        table = plain_table(stored)  # Arrow cannot write a slice of every other type
+    for _, table in read_blocks(view, name, _READ_ROWS):
         try:
             typed = table if table.schema == schema else table_cast(table, schema)
             if embeds:

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hpdist.data.arrow_types import plain_table
 from hpdist.data.files import (
     FileChangedError,
     FileLostError,
@@ -56,7 +55,7 @@ class RowGroups:
         self._bytes = self._idle = 0  # of all that is known
 
     def read(self, file: DataFile, number: int) -> pa.Table:
-        """Read a row group, in plain types.
+        """Read a row group.
 
         Raises FileChangedError, FileLostError, what reading a remote file raises, and what Arrow
         does where the file is damaged.
@@ -76,8 +75,7 @@ class RowGroups:
             self._bytes = self._idle = 0
 
     def _read(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
-        table = parquet.read_row_group(number, columns=self._columns, use_threads=False)
-        return plain_table(table)  # whole: Arrow fails to cast a slice of a list view
+        return parquet.read_row_group(number, columns=self._columns, use_threads=False)
 
     def _take(self, file: DataFile) -> tuple[pq.ParquetFile, str] | None:
         """A local file that is open and idle, if it still is what the path names."""
