@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -28,19 +29,38 @@ Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
 PythonName = Annotated[str, Field(pattern=r"^python:[\w.]+:[\w.]+$")]
 
 
+def _parse_path(value: object) -> object:
+    """Turn the `pathlib.Path` objects of Python code into text, in lists and by split too."""
+    if isinstance(value, dict):
+        return {split: _parse_path(part) for split, part in value.items()}
+    if isinstance(value, list):
+        return [_parse_path(part) for part in value]
+    return str(value) if isinstance(value, PurePath) else value
+
+
+PathText = Annotated[str, BeforeValidator(_parse_path)]
+DataFiles = Annotated[
+    str | list[str] | dict[str, str | list[str]] | None, BeforeValidator(_parse_path)
+]
+
+
 class Source(Section):
     """A dataset, named as `datasets.load_dataset` names it."""
 
-    path: str
-    """Hub id, local folder, or a builder such as `parquet`."""
+    path: PathText
+    """Hub id, local folder or file, folder of `save_to_disk`, or a builder such as `parquet`."""
     name: str | None = None
     """The dataset's configuration, where it has several."""
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Files, with wildcards, local or remote."""
+    data_files: DataFiles = None
+    """Files, with wildcards, local or remote; `**` stands for folders of any depth."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the `datasets` builder that reads the files: of CSV `sep`, `decimal`,
+    `encoding`, `names`, of JSON `field`, of Parquet `columns`. Files that end in .tsv are read
+    with tabs."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     split: str = "train"
-    """Which split, slices allowed: `train[:90%]`."""
+    """Which split, or `all`; slices allowed: `train[:90%]`."""
     input: str | Annotated[list[str], Field(min_length=1)] | None = None
     """The column that the model sees; by default the only image column.
 
@@ -135,8 +155,8 @@ class UnlabeledPart(UnlabeledSource):
 class Unlabeled(UnlabeledSource):
     """The unlabelled training rows."""
 
-    path: str = ""
-    """Hub id, local folder, or a builder such as `parquet`; or else `mix`."""
+    path: PathText = ""
+    """As of any dataset; or else `mix`."""
     mix: list[UnlabeledPart] | None = Field(None, min_length=1)
     """Several datasets, each read in epochs of its own."""
     shuffle_window: Bytes | None = None

@@ -327,10 +327,7 @@ def _data(
     """Every host opens every dataset and takes its first row. Collective."""
     findings = []
     first = {fact["host"]: rank for rank, fact in reversed(list(enumerate(facts)))}
-    for name in ("labeled", "unlabeled", "test", "validation"):
-        source = getattr(config.data, name)
-        if not isinstance(source, Source) or source.path is None:
-            continue
+    for name, source in _sources(config):
         start = time.monotonic()
         told = _first_row(source, f"data.{name}") if peers.rank in first.values() else None
         errors = peers.gathered(told)
@@ -343,6 +340,18 @@ def _data(
             told = f"{source.path}: its first row in at most {seconds:.1f} s on each host"
             findings.append(Finding(f"data.{name}", "ok", told))
     return findings
+
+
+def _sources(config: RunConfig) -> list[tuple[str, Source]]:
+    """Every dataset that a config names, those that are mixed one by one."""
+    found: list[tuple[str, Source]] = []
+    for name in ("labeled", "unlabeled", "test", "validation"):
+        source = getattr(config.data, name)
+        mix = getattr(source, "mix", None) or ()
+        found += [(f"{name}.mix.{number}", part) for number, part in enumerate(mix)]
+        if isinstance(source, Source) and source.path:
+            found.append((name, source))
+    return found
 
 
 def _first_row(source: Source, where: str) -> str | None:

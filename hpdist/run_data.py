@@ -22,10 +22,9 @@ from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
-from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.sources import LabeledRows, open_labeled, open_test
 from hpdist.data.stream import BatchStream
 from hpdist.data.targets import Scale
-from hpdist.data.text import Tokenizer
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
     MixedRows,
@@ -38,9 +37,18 @@ from hpdist.data.unlabeled import (
 from hpdist.data.views import AudioViewsConfig, FittedViews, TextViewsConfig, Views
 from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered
-from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
-from hpdist.models.hugging_face import HuggingFaceConfig
+from hpdist.errors import CheckpointError, DataError, HpdistError
 from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.run_inputs import (
+    ModeChoice,
+    choose_mode,
+    find_spec,
+    other_casts,
+    reconsider,
+    record_mode,
+    with_channels,
+    with_mode,
+)
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
@@ -48,6 +56,7 @@ from hpdist.tracking.run_folder import RunFolder
 _NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
 _DUPLICATES = "duplicates.json"
+_INPUTS = "inputs.json"
 _VIEWS, _TARGETS = "views/", "targets/"  # what was measured, in a checkpoint
 
 _log = logging.getLogger("hpdist.data")
@@ -98,12 +107,11 @@ class RunData:
         self._recent: list[BadRow] = []  # of this rank, in this epoch
         self._audit: Audit | None = None
         resumed = saved is not None
-        agreed(lambda: self._open_labeled(objects, saved))
-        if self.spec.kind == "image":
-            self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
-            taken = "; ".join(filter(None, (taken, fitted))) or None
-        if taken is not None:
-            Console(0, 0, folder.main).say(taken)
+        self.labeled: LabeledRows = agreed(lambda: self._open_labeled(objects, saved))
+        self.spec: InputSpec = agreed(lambda: find_spec(self.config, self.labeled))
+        choice = from_main(lambda: self._choose_mode(resumed))
+        if choice is not None:
+            self.spec = with_mode(self.spec, choice.mode)
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
         self.test, self.validation = agreed(
@@ -111,8 +119,12 @@ class RunData:
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
+        said = self._settle_mode(choice) if choice is not None else []
+        if self.spec.kind == "image":
+            self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
+            taken = "; ".join(filter(None, (taken, fitted))) or None
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
-        for line in self.duplicates.lines:
+        for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
             Console(0, 0, folder.main).say(line)
         self.num_classes = len(self.labeled.classes)
         scale = self.labeled.encoding.scale
@@ -127,9 +139,9 @@ class RunData:
         made: Views = views.build(self.config.run.seed, *told)
         return made
 
-    def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> None:
+    def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> LabeledRows:
         config, views = self.config, self.config.views
-        self.labeled: LabeledRows = open_labeled(
+        return open_labeled(
             config.data.labeled,
             config.run.seed,
             num_classes=getattr(config.model, "num_classes", None),
@@ -138,40 +150,34 @@ class RunData:
             text=isinstance(views, TextViewsConfig),
             audio=isinstance(views, AudioViewsConfig),
             task=config.task,
+            classes=saved.facts["identity"].get("classes") if saved is not None else None,
             scale=_saved_scale(saved),
         )
-        self.spec = self._find_spec()
-        kind = self.spec.kind
-        if (views.name, kind) in (("image", "vector"), ("table", "image")):
-            raise ConfigError(
-                f"views.name: {views.name}, but column {self.labeled.column!r} holds {kind}s; "
-                f"set views.name: {'table, or identity' if kind == 'vector' else 'image'}"
-            )
 
-    def _find_spec(self) -> InputSpec:
-        views, model = self.config.views, self.config.model
-        if isinstance(views, AudioViewsConfig):
-            views.sampling.require()
-            spec, first = InputSpec.of_audio(views.sampling, views.seen), self.labeled.chosen[:1]
-            spec.decode_rows(self.labeled.read_split(first), first, self.labeled.name)
-            return spec
-        if not isinstance(views, TextViewsConfig):
-            size, missing = (getattr(views, key, None) for key in ("size", "missing"))
-            return input_spec(self.labeled, size, missing=missing == "mean")
-        tokenizer = None
-        if views.tokenizer is not None:
-            tokenizer = Tokenizer(views.tokenizer, views.max_length)
-        elif isinstance(model, HuggingFaceConfig):
-            tokenizer = Tokenizer(
-                model.path, views.max_length, model.revision, model.trust_remote_code, "model.name"
-            )
-        if tokenizer is None:
-            raise ConfigError(
-                "views.tokenizer: name the folder or the Hub's id of a tokenizer; only a model "
-                "hf:… has one of its own"
-            )
-        tokenizer.vocabulary  # noqa: B018  (loads it, for an error to come here)
-        return InputSpec.of_text(tokenizer)
+    def _choose_mode(self, resumed: bool) -> ModeChoice | None:
+        """Choose the mode of pictures; a run that goes on keeps the one that it had."""
+        recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
+        return choose_mode(self.config, self.labeled, self.spec, recorded)
+
+    def _settle_mode(self, choice: ModeChoice) -> list[str]:
+        """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
+        sets = {f"data.{name}": rows for name, rows in self._other_sets.items()}
+        settled = from_main(lambda: reconsider(choice, sets))
+        self.spec = with_mode(self.spec, settled.mode)
+        self.config = with_channels(self.config, settled.mode)
+        return [*filter(None, [settled.line]), *agreed(lambda: other_casts(settled.mode, sets))]
+
+    @property
+    def _other_sets(self) -> dict[str, LabeledRows | AnyUnlabeled | None]:
+        """The sets besides the labelled one, by name."""
+        return {"unlabeled": self.unlabeled, "test": self.test, "validation": self.validation}
+
+    def _notes(self) -> list[str]:
+        """What was decided about the rows of all sets that a person should know."""
+        unlabeled = self.unlabeled
+        parts = unlabeled.parts if isinstance(unlabeled, MixedRows) else [unlabeled]
+        sets = [self.labeled, *parts, self.test, self.validation]
+        return [note for rows in sets for note in getattr(rows, "notes", ())]
 
     @property
     def unlabeled_spec(self) -> InputSpec:
@@ -291,6 +297,8 @@ class RunData:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
         self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
+        if self.spec.mode is not None:
+            self.folder.write_json(_INPUTS, record_mode(self.spec))
         rows = self.unlabeled
         parts = rows.parts if isinstance(rows, MixedRows) else [rows]
         if any(isinstance(part, ParquetRows) for part in parts):

@@ -11,7 +11,6 @@ by their path alone are put into the files. No file looks whole before all of th
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 from collections.abc import Iterator
@@ -29,16 +28,18 @@ from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage, table_cast
 
 from hpdist.config import Source
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.decode import Column
 from hpdist.data.loading import (
+    check_separator,
     input_column,
     is_audio,
     is_text,
     load,
     one_line,
     same_column,
-    source_name,
 )
+from hpdist.data.local_files import source_name
 from hpdist.data.retry import redacted_text
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError
@@ -101,8 +102,10 @@ def convert(
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
     features = _features(view, name)
+    check_separator(features, where)
     given = config.input or _same(input, features)
-    text, audio = is_text(features, given), is_audio(features, given)
+    text = is_text(features, given)
+    audio = is_audio(features, given) or (given is None and _is_sound(features))
     column = input_column(features, given, where, text=text, audio=audio)
     writer = _Writer(folder, features, layout or Layout())
     try:
@@ -118,6 +121,13 @@ def convert(
     return Written(files, writer.rows, writer.groups, sum(f.stat().st_size for f in files), column)
 
 
+def _is_sound(features: Any) -> bool:
+    """Whether a set holds sound, and no images."""
+    held = list(features.values())
+    sounds = [feature for feature in held if isinstance(feature, datasets.Audio)]
+    return bool(sounds) and not any(isinstance(feature, datasets.Image) for feature in held)
+
+
 def _same(column: str | list[str] | None, features: Any) -> Column | None:
     given = tuple(column) if isinstance(column, list) else column
     return same_column(given, features) if given else None
@@ -125,8 +135,6 @@ def _same(column: str | list[str] | None, features: Any) -> Column | None:
 
 def _check_folder(folder: Path) -> None:
     """Make the folder; raise ConfigError where it cannot be used."""
-    if glob.has_magic(str(folder)):
-        raise ConfigError(f"--out: {str(folder)!r} must hold none of * ? [ ], which are wildcards")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found = sorted(file.name for file in folder.iterdir())
@@ -144,13 +152,18 @@ def _check_folder(folder: Path) -> None:
 
 
 def _features(view: Any, name: str) -> Any:
-    """The features of a stream; those of its first rows, where it declares none."""
+    """The features of a stream; those of its first rows, where it declares none.
+
+    In plain types, since Arrow cannot write slices of every other one.
+    """
     if view.features is not None:
-        return view.features
+        schema = view.features.arrow_schema
+        plain = plain_schema(schema)
+        return view.features if plain == schema else datasets.Features.from_arrow_schema(plain)
     _, first = next(read_blocks(view, name, _PROBE_ROWS), (None, None))
     if first is None:
         raise DataError(f"{name}: holds no rows")
-    return datasets.Features.from_arrow_schema(first.schema)
+    return datasets.Features.from_arrow_schema(plain_schema(first.schema))
 
 
 def _embedded(view: Any, features: Any, name: str) -> Iterator[pa.Table]:

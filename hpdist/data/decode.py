@@ -19,6 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from hpdist.data.arrow_types import plain_column
 from hpdist.errors import DataError
 
 if TYPE_CHECKING:  # imported where it is used: a decoding process does without it
@@ -33,7 +34,7 @@ Column: TypeAlias = str | tuple[str, ...]
 """Where a row's input is: in one column, or in several, of a number each."""
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _PACKED = {"L": "L", "RGB": "RGBX", "RGBA": "RGBA"}  # as Pillow keeps them: packing only copies
 _LARGE = 1 << 16  # packed bytes; for smaller images the plain copy is faster
 _REASON_LENGTH = 300
@@ -52,9 +53,8 @@ _MODES = {
 class InputSpec:
     """How every set's inputs are decoded, and the shape of one row.
 
-    `mode` follows from the first labelled row: L of 1-bit, 8-bit and 16-bit grey (of which the
-    upper eight bits are kept), RGBA of anything with transparency, RGB of palettes, CMYK and the
-    rest. Every row is converted to it, whatever its own mode. Images of 32-bit floats are refused.
+    Every image is converted to `mode`, whatever its own: L is 8-bit grey (of 16 bits the upper
+    eight are kept), RGB, or RGBA. Images of 32-bit floats are refused.
     """
 
     kind: Literal["image", "vector", "text", "audio"]
@@ -71,27 +71,29 @@ class InputSpec:
     beside: str | None = None  # a column with a second text of each row; stored values are pairs
 
     @classmethod
-    def of(cls, value: Any, size: int | None) -> InputSpec:
+    def of(cls, value: Any, size: int | None, mode: str | None = None) -> InputSpec:
         """Derive the spec from the first labelled row's value, as `stored_values` gives it.
 
+        Without a `mode`, that of encoded images is what this one is by itself; see `mode_of`.
         Raises ValueError when the value is neither an image nor an array of a known shape.
         """
         if value is None or isinstance(value, Unreadable):
             raise ValueError(value.reason if value else "the value is null")
         if not isinstance(value, np.ndarray):
-            image = _open_image(value)
-            mode = _mode_of(image)
+            image = open_image(value)
+            found = mode_of(image)  # refuses what no mode can be made of
+            mode = mode or found
             height, width = (size, size) if size else (image.height, image.width)
-            return cls("image", (_CHANNELS[mode], height, width), "encoded", mode, size=size)
+            return cls("image", (CHANNELS[mode], height, width), "encoded", mode, size=size)
         if value.ndim == 1:
             if size:
                 raise ValueError(
                     f"views.size is {size}, but the rows are vectors: remove views.size"
                 )
             return cls("vector", value.shape, "array")
-        channels_last = value.ndim == 3 and value.shape[2] in _CHANNELS.values()
+        channels_last = value.ndim == 3 and value.shape[2] in CHANNELS.values()
         channels, height, width = _to_channels_first(value, channels_last).shape
-        modes = {count: mode for mode, count in _CHANNELS.items()}
+        modes = {count: mode for mode, count in CHANNELS.items()}
         if channels not in modes:
             raise ValueError(
                 f"an array of shape {_by(value.shape)} is no image: it must be height x width, "
@@ -210,7 +212,7 @@ class InputSpec:
         if self.kind == "vector":
             array: Array = _finite(value, self.missing, self.names)  # [features]
         elif self.stored == "encoded":
-            pixels = _pixels(_open_image(value), str(self.mode))
+            pixels = _pixels(open_image(value), str(self.mode))
             if pixels.shape[:2] == self.shape[1:]:
                 _part(pixels, out)
                 return
@@ -241,7 +243,7 @@ def stored_values(column: pa.ChunkedArray) -> list[Any]:
     that is ragged or holds nulls is `Unreadable`, and so is text that is not UTF-8.
     """
     values: list[Any] = []
-    for chunk in column.chunks:
+    for chunk in plain_column(column).chunks:
         storage = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
         if _is_list(storage.type):
             values += [_nested(storage.slice(row, 1)) for row in range(len(storage))]
@@ -296,6 +298,8 @@ def _nested(array: pa.Array) -> Array | Unreadable | None:
         array = array.flatten()
     if array.null_count:
         return Unreadable("its lists hold nulls")
+    if pa.types.is_decimal(array.type):
+        array = array.cast(pa.float64())
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
@@ -320,7 +324,7 @@ def stored_bytes(value: Any, what: str) -> bytes:
     return data
 
 
-def _open_image(value: Any) -> Image.Image:
+def open_image(value: Any) -> Image.Image:
     """Open an encoded image, turned the way its EXIF orientation says."""
     data = stored_bytes(value, "an image, a vector or an array")
     image: Image.Image = Image.open(io.BytesIO(data))
@@ -331,7 +335,11 @@ def _open_image(value: Any) -> Image.Image:
     return image
 
 
-def _mode_of(image: Image.Image) -> str:
+def mode_of(image: Image.Image) -> str:
+    """Say what one image by itself is decoded as: L of grey, RGBA with transparency, else RGB.
+
+    Raises ValueError where its values have no range.
+    """
     if image.mode in _SIXTEEN_BIT:
         return "L"
     if image.mode == "F":

@@ -1,9 +1,9 @@
-"""Labels: which column holds them, which classes there are, and which labelled rows are used."""
+"""Labels: which column holds them, which rows have one, and which labelled rows are used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpdist.config import Labeled, LongTail
-from hpdist.data.loading import known_column
+from hpdist.data.classes import BoolArray, Classes, StoredLabels, is_mark, shortened
+from hpdist.data.loading import known_column, read_column
+from hpdist.data.rows import describe_row
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
@@ -19,17 +21,6 @@ _CHOICE = 0xC401CE  # keeps the draw of labels apart from everything else the se
 ROUNDING = 1e-6  # of a row: a power that should be whole may come out a little less
 
 Float64Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of the labelled split, which every other set is held to."""
-
-    names: tuple[str, ...]
-    named: bool  # labels are matched by name; otherwise by number
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def label_column(features: Any, column: str | None, where: str) -> str:
@@ -45,66 +36,57 @@ def label_column(features: Any, column: str | None, where: str) -> str:
     raise DataError(f"{where}.label: name the column of labels; there are {', '.join(features)}")
 
 
-def label_kind(feature: Any, where: str, column: str) -> str:
-    """'class', 'string' or 'integer'."""
-    if isinstance(feature, datasets.ClassLabel):
-        return "class"
-    dtype = getattr(feature, "dtype", "")
-    if dtype.endswith("string"):
-        return "string"
-    if dtype.startswith(("int", "uint", "bool")):
-        return "integer"
-    raise DataError(
-        f"{where}.label: column {column!r} is {feature}; labels are classes, integers or strings"
-    )
-
-
-def list_classes(
-    feature: Any, values: list[Any], num_classes: int | None, where: str, column: str
-) -> Classes:
-    """List the classes: ClassLabel's names, 0..largest, or the strings, sorted."""
-    kind = label_kind(feature, where, column)
-    present = {value for value in values if value is not None}
-    if kind == "integer":
-        count = num_classes or int(max(present, default=-1)) + 1
-        return Classes(tuple(str(number) for number in range(count)), named=False)
-    names = tuple(feature.names if kind == "class" else sorted(present))
-    if num_classes is not None and num_classes != len(names):
-        raise DataError(
-            f"{where}.label: column {column!r} has {len(names)} classes, but model.num_classes is "
-            f"{num_classes}; make them equal"
-        )
-    return Classes(names, named=True)
-
-
-def label_ids(feature: Any, values: list[Any], classes: Classes) -> Int64Array:
-    """Each row's class number; -1 where the label is null or none of the classes."""
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    if classes.named and (names or any(isinstance(value, str) for value in values)):
-        number: dict[Any, int] = {name: index for index, name in enumerate(classes.names)}
-        if names is not None:
-            number = {at: number[name] for at, name in enumerate(names) if name in number}
-    else:
-        number = {index: index for index in range(len(classes))}
-    return np.fromiter((number.get(value, -1) for value in values), np.int64, len(values))
+def read_labels(table: Any, column: str, where: str, name: str) -> StoredLabels:
+    """Read a set's column of labels; raises DataError where its files cannot be read."""
+    values = read_column(table, column, name)
+    describe = partial(describe_row, table)
+    return StoredLabels(table.features[column], values, where, name, column, describe)
 
 
 def check_labels(
-    labels: Int64Array,
-    values: list[Any],
-    classes: Classes,
-    rows: Sequence[int],
-    name: str,
-    column: str,
+    labels: Int64Array, stored: StoredLabels, classes: Classes, rows: Sequence[int]
 ) -> None:
     """Raise DataError for the first of `rows` that has no class."""
-    for row in rows:
-        if labels[row] < 0:
-            shown = ", ".join(classes.names[:12]) + (", …" if len(classes) > 12 else "")
-            raise DataError(
-                f"{name}: row {row} has the label {values[row]!r} in column {column!r}, which is "
-                f"none of the {len(classes)} classes ({shown}); mend the row or leave it out"
-            )
+    used = np.asarray(rows, np.int64)
+    wrong: list[int] = used[labels[used] < 0].tolist()
+    if wrong:
+        more = f"; it is the first of {len(wrong)} such rows" if len(wrong) > 1 else ""
+        reason = f", which is none of the {len(classes)} classes ({classes.shown}){more}"
+        raise DataError(stored.refusal(wrong[0], reason))
+
+
+def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], list[str]]:
+    """Give the rows that have a label, and say how many have none.
+
+    Raises DataError where no row has one.
+    """
+    rows: list[int] = np.flatnonzero(~unlabeled).tolist()
+    count = len(unlabeled)
+    if len(rows) == count:
+        return rows, []
+    first = int(unlabeled.argmax())
+    marks = dict.fromkeys(_mark(stored.values[row]) for row in np.flatnonzero(unlabeled).tolist())
+    if not rows:
+        raise DataError(
+            f"{stored.name}: no row has a label in column {stored.column!r}: all {count} are "
+            f"marked as unlabelled ({shortened(list(marks))}); name the column of labels in "
+            f"{stored.where}.label, or label some rows"
+        )
+    class_way = "; where -1 is a class, write the labels as text" if "-1" in marks else ""
+    return rows, [
+        f"{stored.where}: {len(rows)} of {count} rows have a label in column {stored.column!r}; "
+        f"the others ({shortened(list(marks))}; the first is {stored.describe(first)}) are passed "
+        f"over as unlabelled{class_way}"
+    ]
+
+
+def _mark(value: Any) -> str:
+    """What marks a row as unlabelled, for messages."""
+    if isinstance(value, list):
+        return "null"
+    if is_mark(value):
+        return "an empty text" if isinstance(value, (str, bytes)) else "null"
+    return "-1"
 
 
 def check_indices(indices: list[int] | None, rows: int, setting: str) -> None:
@@ -124,17 +106,40 @@ def check_indices(indices: list[int] | None, rows: int, setting: str) -> None:
         seen.add(index)
 
 
+def check_labeled(
+    indices: list[int] | None, stored: StoredLabels, unlabeled: BoolArray, setting: str
+) -> None:
+    """Raise DataError for a row number whose row has no label."""
+    for index in indices or ():
+        if unlabeled[index]:
+            raise DataError(
+                stored.refusal(
+                    index,
+                    f", which marks it as unlabelled, and {setting} names it",
+                    "leave it out there, or label it",
+                )
+            )
+
+
 def draw_rows(
-    config: Labeled, labels: Int64Array, classes: Classes, seed: int, where: str
+    config: Labeled,
+    labels: Int64Array,
+    usable: Sequence[int],
+    classes: Classes,
+    seed: int,
+    where: str,
 ) -> Int64Array:
-    """Draw the labelled rows from the seed alone, so that every rank draws the same."""
+    """Draw among the `usable` rows from the seed alone, so that every rank draws the same."""
     generator = np.random.default_rng([seed, _CHOICE])
     if config.rows is not None:
-        if config.rows > len(labels):
-            raise DataError(f"{where}.rows: {config.rows} asked for, the split has {len(labels)}")
-        return generator.choice(len(labels), config.rows, replace=False)
+        if config.rows > len(usable):
+            having = " with a label" if len(usable) < len(labels) else ""
+            raise DataError(
+                f"{where}.rows: {config.rows} asked for, the split has {len(usable)}{having}"
+            )
+        return generator.choice(np.asarray(usable), config.rows, replace=False)
     if config.labels_per_class is None:
-        return np.arange(len(labels))
+        return np.asarray(usable)
     shares = np.ones(len(classes)) if config.imbalance is None else tail(config, len(classes))
     sizes = sizes_of(config.labels_per_class, shares)
     return draw_sizes(sizes, labels, classes, generator, f"{where}.labels_per_class")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,49 +12,135 @@ import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.config import Source
+from hpdist.data.builders import config_of
 from hpdist.data.decode import Column
-from hpdist.errors import ConfigError, DataError
+from hpdist.data.local_files import (
+    ENDINGS,
+    FILE_BUILDERS,
+    LocalFiles,
+    extension,
+    local_files,
+    patterns_of,
+    source_name,
+)
+from hpdist.data.local_tables import open_files
+from hpdist.data.options import (
+    check_options,
+    check_stream_options,
+    dialect_hint,
+    separator_hint,
+)
+from hpdist.data.paths import did_you_mean, local_path, neighbour
+from hpdist.data.saved import is_saved, open_saved
+from hpdist.errors import ConfigError, DataError, HpdistError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
 
-_FILE_BUILDERS = ("arrow", "audiofolder", "csv", "imagefolder", "json", "parquet")
+_NUMBERS = ("int", "uint", "float", "double", "bool", "decimal")  # the dtypes of numbers
+_BYTES = ("binary", "large_binary", "binary_view")
 
 
-def source_name(config: Source, dataset: Any, where: str) -> str:
-    """What messages call a dataset: the setting, and what it names."""
-    if dataset is not None:
-        return f"{where} (the {type(dataset).__name__} given)"
-    files = f", data_files {config.data_files!r}" if config.data_files else ""
-    return f"{where} ({config.path}{files}, split {config.split!r})"
+def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()) -> Any:
+    """Open what a config names, with the many exceptions of `datasets` as one DataError.
+
+    `needed` are columns, beside those that the config names, that every file must have. Raises
+    ConfigError for options that there are not.
+    """
+    with _explained(config, where, streaming):
+        if is_saved(config):
+            table = open_saved(config, where)
+            return table.to_iterable_dataset() if streaming else table
+        files = local_files(config, where)
+        if files is None:
+            opened = _load_elsewhere(config, where, streaming)
+        else:
+            check_options(config.options, files.builder, config_of(files.builder), where)
+            opened = open_files(
+                files,
+                config.split,
+                config.options,
+                streaming=streaming,
+                needed=[*_named_columns(config), *needed],
+                name=source_name(config, None, where),
+                where=where,
+            )
+    if files is not None and files.builder == "csv":
+        check_separator(opened.features, where)
+    return opened
 
 
-def load(config: Source, where: str, streaming: bool) -> Any:
-    """`datasets.load_dataset`, with its many exceptions as one DataError that names the setting."""
-    with _explained(config, where, streaming) as path:
-        return datasets.load_dataset(
-            path,
-            config.name,
-            data_files=config.data_files,
-            revision=config.revision,
-            split=config.split,
-            streaming=streaming,
-        )
-
-
-def parquet_files(config: Source, where: str) -> dict[str, list[str]] | None:
-    """The files of a Parquet dataset by split, as `datasets` finds them; None of any other."""
-    given = _patterns(config.data_files)
+def parquet_files(config: Source, where: str) -> LocalFiles | None:
+    """The files of a Parquet dataset by split, wherever they lie; None of any other dataset."""
+    given = patterns_of(config.data_files)
     if config.path == "parquet" and given and all(_is_address(file) for file in given):
         files = config.data_files if isinstance(config.data_files, dict) else {"train": given}
-        return {split: _patterns(part) for split, part in files.items()}
-    with _explained(config, where, streaming=True) as path:
-        builder = datasets.load_dataset_builder(
-            path, config.name, data_files=config.data_files, revision=config.revision
-        )
-    if not isinstance(builder, Parquet):
+        return LocalFiles("parquet", {split: patterns_of(part) for split, part in files.items()})
+    with _explained(config, where, streaming=True):
+        if is_saved(config):
+            return None
+        found = local_files(config, where)
+        if found is None:
+            builder = datasets.load_dataset_builder(
+                _path(config),
+                config.name,
+                data_files=_data_files(config),
+                revision=config.revision,
+            )
+            if isinstance(builder, Parquet):
+                named = builder.config.data_files or {}
+                splits = {str(split): [str(f) for f in files] for split, files in named.items()}
+                found = LocalFiles("parquet", splits)
+    if found is None or found.builder != "parquet":
         return None
-    found = builder.config.data_files or {}
-    return {str(split): [str(file) for file in files] for split, files in found.items()}
+    check_stream_options(config.options, where)
+    return found
+
+
+def check_separator(features: Any, where: str) -> None:
+    """Raise DataError where a CSV file was taken to have one column, by the wrong separator."""
+    hint = separator_hint(list(features or ()))
+    if hint is not None:
+        raise DataError(f"{where}: {hint}")
+
+
+def _load_elsewhere(config: Source, where: str, streaming: bool) -> Any:
+    """Load what lies on the Hub or on another server, or says itself how it is read."""
+    split = config.split
+    named: dict[str, Any] = {
+        "name": config.name,
+        "data_files": _data_files(config),
+        "revision": config.revision,
+    }
+    if config.options:
+        builder = datasets.load_dataset_builder(_path(config), **named)
+        check_options(config.options, builder.name, type(builder.config), where)
+    return datasets.load_dataset(
+        _path(config), **named, split=split, streaming=streaming, **config.options
+    )
+
+
+def _named_columns(config: Source) -> list[str]:
+    """The columns that a config names, which all of its files must have."""
+    inputs = [config.input] if isinstance(config.input, str) else config.input or []
+    label = getattr(config, "label", None)
+    return [*inputs, *([label] if label else []), *getattr(config, "columns", ())]
+
+
+def _path(config: Source) -> str:
+    path = local_path(config.path)
+    return config.path if path is None or not os.path.exists(path) else path
+
+
+def _data_files(config: Source) -> Any:
+    """The files as `datasets` takes them: it knows no `~`."""
+
+    def known(part: Any) -> Any:
+        return os.path.expanduser(part) if isinstance(part, str) else [known(one) for one in part]
+
+    given = config.data_files
+    if isinstance(given, dict):
+        return {split: known(part) for split, part in given.items()}
+    return None if given is None else known(given)
 
 
 def _is_address(file: str) -> bool:
@@ -63,16 +149,61 @@ def _is_address(file: str) -> bool:
 
 
 @contextmanager
-def _explained(config: Source, where: str, streaming: bool) -> Iterator[str]:
-    """Check the path and give it; turn what `datasets` raises into a DataError."""
-    path = os.path.expanduser(config.path)
-    if config.path.startswith(("/", "./", "../", "~")) and not os.path.exists(path):
-        raise DataError(f"{where}.path: {config.path!r} does not exist")
-    _check_files(config, path, where)
+def _explained(config: Source, where: str, streaming: bool) -> Iterator[None]:
+    """Check that a local path is there; turn what `datasets` raises into a DataError."""
+    _check_path(config, where)
     try:
-        yield path
+        yield
+    except HpdistError:
+        raise
     except Exception as error:  # every builder and transport has its own
         raise DataError(_load_message(config, where, streaming, error)) from error
+
+
+def _check_path(config: Source, where: str) -> None:
+    """Raise DataError for a local path that is not there, before the Hub is asked for it."""
+    if config.path in FILE_BUILDERS:
+        if config.data_files is None and not os.path.exists(config.path):
+            raise DataError(
+                f"{where}.data_files: path: {config.path} reads files of that kind; name them"
+            )
+        return
+    path = local_path(config.path)
+    if path is None or os.path.exists(path):
+        return
+    if os.path.islink(path):
+        raise DataError(
+            f"{where}.path: {config.path!r} is a link that leads nowhere: to {os.readlink(path)!r}"
+        )
+    if _looks_local(config.path, path):
+        raise DataError(
+            f"{where}.path: {config.path!r} does not exist{did_you_mean(path)}{_hint(config.path)}"
+        )
+
+
+def _hint(path: str) -> str:
+    """Say what else a path that does not exist may have been meant to be."""
+    if set("*?") & set(path):
+        return "; a pattern goes into data_files"
+    return f" That of the Hub is hf://datasets/{path}" if _may_be_of_the_hub(path) else ""
+
+
+def _may_be_of_the_hub(path: str) -> bool:
+    """Whether it is of the form user/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and path[0] not in ".~/"
+
+
+def _looks_local(given: str, path: str) -> bool:
+    """Whether a path that is not there is one of this machine, and no name on the Hub."""
+    if given.startswith("buckets/"):  # a storage bucket of the Hub
+        return False
+    return (
+        given.startswith(("/", "./", "../", "~", "file://", "local://"))
+        or len(given.rstrip("/").split("/")) > 2  # the Hub's are name, or user/name
+        or extension(path) in ENDINGS
+        or bool(set(" *?[]{}") & set(given))  # no name on the Hub has any of these
+        or (_may_be_of_the_hub(given) and neighbour(path) is not None)
+    )
 
 
 def _load_message(config: Source, where: str, streaming: bool, error: Exception) -> str:
@@ -82,36 +213,18 @@ def _load_message(config: Source, where: str, streaming: bool, error: Exception)
         return f"{where}.split: {cause}{hint}"
     if "torchcodec" in cause:
         return (
-            f"{where}.path: `datasets` makes a table of sound files only with torchcodec, which is "
-            "not installed; install it, or write the files once as Parquet with `hpdist convert`"
+            f"{where}.path: `datasets` makes a table of sound files on a server only with "
+            "torchcodec, which is not installed; install it, write the files once as Parquet with "
+            "`hpdist convert`, or keep them on this machine"
         )
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError):
         return (
             f"{where}.path: {config.path!r} is no folder here, and the Hub did not give it: {cause}"
             "; check the spelling, the network and, for a gated dataset, `hf auth login`"
+            f"{did_you_mean(config.path)}"
         )
-    return f"{source_name(config, None, where)}: cannot be loaded: {cause}"
-
-
-def _check_files(config: Source, path: str, where: str) -> None:
-    """Raise DataError for a local pattern that matches nothing, which `datasets` may skip."""
-    if not os.path.isdir(path) and path not in _FILE_BUILDERS:
-        return  # relative names are then files on the Hub
-    base = path if os.path.isdir(path) else ""
-    for pattern in _patterns(config.data_files):
-        local = "://" not in pattern and "::" not in pattern
-        if local and not glob.glob(os.path.join(base, pattern), recursive=True):
-            folder = base or os.getcwd()
-            raise DataError(f"{where}.data_files: nothing matches {pattern!r} in {folder}")
-
-
-def _patterns(data_files: str | list[str] | dict[str, str | list[str]] | None) -> list[str]:
-    if data_files is None:
-        return []
-    if isinstance(data_files, str):
-        return [data_files]
-    parts: Iterable[Any] = data_files.values() if isinstance(data_files, dict) else data_files
-    return [pattern for part in parts for pattern in _patterns(part)]
+    named = source_name(config, None, where)
+    return f"{named}: cannot be loaded: {cause}{dialect_hint(error)}"
 
 
 def one_line(error: BaseException) -> str:
@@ -227,14 +340,14 @@ def _check_numbers(
 
 def _is_number(feature: Any) -> bool:
     kind = getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.Value) and kind.startswith(("int", "uint", "float", "bool"))
+    return isinstance(feature, datasets.Value) and kind.startswith(_NUMBERS)
 
 
 def _is_image(feature: Any) -> bool:
     """Image, or what Parquet files hold of one without its type: {bytes, path} or plain bytes."""
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "").endswith("binary")
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in _BYTES
 
 
 def is_audio(features: Any, column: Column | list[str] | None) -> bool:
@@ -276,13 +389,19 @@ def text_beside(features: Any, column: str, where: str) -> str:
 
 def _is_input(feature: Any) -> bool:
     arrays = (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList)
-    return _is_image(feature) or isinstance(feature, arrays)
+    same_size = getattr(feature, "dtype", "").startswith("fixed_size_binary")
+    return _is_image(feature) or same_size or isinstance(feature, arrays)
 
 
-def open_table(config: Source, dataset: Any, where: str) -> tuple[Any, str]:
-    """Open a map-style dataset; also its name for messages."""
+def open_table(
+    config: Source, dataset: Any, where: str, needed: Sequence[str] = ()
+) -> tuple[Any, str]:
+    """Open a map-style dataset; also its name for messages.
+
+    `needed` are columns that each of its files must have, beside those that the config names.
+    """
     name = source_name(config, dataset, where)
-    table = dataset if dataset is not None else load(config, where, streaming=False)
+    table = dataset if dataset is not None else load(config, where, False, needed)
     if not isinstance(table, datasets.Dataset):
         raise DataError(
             f"{where}: needs a datasets.Dataset, not {type(table).__name__}; pick one split of a "

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from hpdist.config import UnlabeledSource
+from hpdist.data.classes import Classes, check_match, marked, number_labels
 from hpdist.data.labels import (
     ROUNDING,
-    Classes,
     check_labels,
     draw_sizes,
     label_column,
-    label_ids,
-    label_kind,
+    read_labels,
     sizes_of,
     tail,
+    with_labels,
 )
-from hpdist.data.loading import read_column, same_column
+from hpdist.data.loading import same_column
 from hpdist.data.sources import LabeledRows
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
@@ -28,22 +28,24 @@ _CHOICE = 0x7A11  # keeps this draw apart from everything else the seed feeds
 
 def rows_used(
     config: UnlabeledSource, table: Any, like: LabeledRows, seed: int, where: str, name: str
-) -> Int64Array:
+) -> tuple[Int64Array, list[str]]:
     """The rows of a table that are used, ascending: all, or those of a long tail.
 
-    It follows from the seed and the table alone, so that every rank draws the same. Raises
-    DataError where a class has too few rows, or a row has no class.
+    It follows from the seed and the table alone, so that every rank draws the same. Also gives what
+    a person should know of it. Raises DataError where a class has too few rows, or a row's label is
+    none of the classes; a row without a label is never drawn.
     """
     if config.imbalance is None:
-        return np.arange(len(table))
+        return np.arange(len(table)), []
     features = table.features
     column = config.label or same_column(like.label_column, features)
     column = label_column(features, column, where)
-    label_kind(features[column], where, column)
-    values = read_column(table, column, name)
-    labels = label_ids(features[column], values, like.classes)
-    check_labels(labels, values, like.classes, range(len(labels)), name, column)
-    return np.sort(_draw(config, labels, like.classes, seed, where))
+    stored, classes = read_labels(table, column, where, name), like.classes
+    usable, notes = with_labels(stored, marked(stored.values, classes.minus_one))
+    notes += check_match(stored, classes)
+    labels = number_labels(stored, classes)
+    check_labels(labels, stored, classes, usable)
+    return np.sort(_draw(config, labels, classes, seed, where)), notes
 
 
 def _draw(
@@ -51,7 +53,7 @@ def _draw(
 ) -> Int64Array:
     assert config.imbalance is not None
     shares = tail(config, len(classes))
-    counts = np.bincount(labels, minlength=len(classes))
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     most, setting = config.rows_per_class, f"{where}.rows_per_class"
     if most is None:
         most, setting = int(np.floor(counts / shares + ROUNDING).min()), f"{where}.imbalance"

@@ -12,15 +12,23 @@ batch needs it and, of unlabelled rows, the label column is never read but to dr
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hpdist.config import LabelColumn, Labeled, TaskChoice
+from hpdist.data.classes import Classes
 from hpdist.data.decode import Array, Column, InputSpec, stored_inputs
-from hpdist.data.labels import Classes, check_indices, draw_rows, label_column
+from hpdist.data.labels import (
+    check_indices,
+    check_labeled,
+    draw_rows,
+    label_column,
+    read_labels,
+    with_labels,
+)
 from hpdist.data.loading import (
     check_order,
     input_column,
@@ -28,9 +36,9 @@ from hpdist.data.loading import (
     one_line,
     open_table,
     raw_view,
-    read_column,
     same_column,
 )
+from hpdist.data.rows import describe_row
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
@@ -81,6 +89,8 @@ class LabeledRows(TableRows):
     encoding: Encoding
     """How the labels were read."""
     label_column: str
+    notes: tuple[str, ...] = ()
+    """What was decided about the rows that a person should know."""
     text: bool = False
     """Whether the column holds text; every other set's must too."""
     audio: bool = False
@@ -123,6 +133,8 @@ class UnlabeledTable(TableRows):
     """Rows of a map-style dataset without their labels."""
 
     functions: RowFunctions
+    notes: tuple[str, ...] = ()
+    """What was decided about the rows that a person should know."""
 
     def values(self, rows: Rows) -> Values:
         """The stored values of rows, after filter and map."""
@@ -157,33 +169,41 @@ def open_labeled(
     text: bool = False,
     audio: bool = False,
     task: TaskChoice | None = None,
+    classes: Sequence[str] | None = None,
     scale: Scale | None = None,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
     `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
-    of an earlier run, used instead of drawing, and `scale` is what it standardised targets by;
-    `text` is whether the model sees text, `audio` whether it sees sound; `task` is classification
-    if not given. Raises DataError when anything is not as the config says.
+    of an earlier run, used instead of drawing, `classes` the names of its classes, and `scale` is
+    what it standardised targets by; `text` is whether the model sees text, `audio` whether it sees
+    sound; `task` is classification if not given. Raises DataError when anything is not as the
+    config says.
     """
     table, name = open_table(config, dataset, where)
     features = table.features
     label = label_column(features, config.label, where)
     column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
-    values = read_column(table, label, name)
-    feature = features[label]
-    encoding = find_encoding(task or TaskChoice(), feature, values, num_classes, where, label)
+    stored = read_labels(table, label, where, name)
+    encoding = find_encoding(task or TaskChoice(), stored, num_classes, classes)
     given = chosen if chosen is not None else config.indices
     setting = f"{where}.indices" if chosen is None else f"{where}: the recorded choice of rows"
-    check_indices(given, len(values), setting)
-    used = range(len(values)) if given is None else given
-    labels = encoding.encode(feature, values, used, name, label)
-    drawn = draw_rows(config, labels, encoding.classes, seed, where) if given is None else given
+    check_indices(given, len(table), setting)
+    unlabeled = encoding.unlabeled(stored)
+    check_labeled(given, stored, unlabeled, setting)
+    usable, notes = with_labels(stored, unlabeled)
+    labels = encoding.encode(stored, usable if given is None else given)
+    drawn = (
+        draw_rows(config, labels, usable, encoding.classes, seed, where) if given is None else given
+    )
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
     encoding = encoding.fitted(labels[ids], scale)
+    notes += encoding.describe(labels[ids], where, training=True)
     view = raw_view(table, names_of(column))
     finished = encoding.finish(labels[ids])
-    return LabeledRows(view, column, name, ids, finished, encoding, label, text, audio)
+    return LabeledRows(
+        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio
+    )
 
 
 def open_test(
@@ -194,11 +214,13 @@ def open_test(
     dataset: Any = None,
     where: str = "data.test",
 ) -> LabeledRows:
-    """Open all rows of a set that is measured on, whose labels are read as the labelled split's.
+    """Open all rows with a label of a set to measure on, read as the labelled split's are.
 
     Raises DataError when anything is not as the config says, or the first row does not fit `spec`.
     """
-    table, name = open_table(config, dataset, where)
+    needed = () if config.input else names_of(like.column)
+    needed = needed if config.label else (*needed, like.label_column)
+    table, name = open_table(config, dataset, where, needed)
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(
@@ -210,28 +232,47 @@ def open_test(
         audio=like.audio,
     )
     check_order(column, like.column, where)
-    values = read_column(table, label, name)
+    stored = read_labels(table, label, where, name)
     encoding = like.encoding
-    encoding.check(features[label], where, label)
-    ids = np.arange(len(table))
-    labels = encoding.finish(encoding.encode(features[label], values, range(len(ids)), name, label))
+    checked = encoding.check(stored)
+    usable, notes = with_labels(stored, encoding.unlabeled(stored))
+    notes += checked
+    ids = np.asarray(usable, np.int64)
+    labels = encoding.encode(stored, usable)[ids]
+    notes += encoding.describe(labels, where, training=False)
     view = raw_view(table, names_of(column))
-    rows = LabeledRows(view, column, name, ids, labels, encoding, label, like.text, like.audio)
-    spec.decode_rows(rows.read_split([0]), [0], name)
+    rows = LabeledRows(
+        view,
+        column,
+        name,
+        ids,
+        encoding.finish(labels),
+        encoding,
+        label,
+        tuple(notes),
+        like.text,
+        like.audio,
+    )
+    spec.decode_rows(rows.read(np.zeros(1, np.int64)), usable[:1], name)
     return rows
 
 
-def input_spec(rows: LabeledRows, size: int | None = None, *, missing: bool = False) -> InputSpec:
-    """Derive how inputs are decoded from the first row of the labelled split.
+def input_spec(
+    rows: LabeledRows, size: int | None = None, *, missing: bool = False, mode: str | None = None
+) -> InputSpec:
+    """Derive how inputs are decoded from the first labelled row in use.
 
-    `size` resizes every image to size x size; `missing` lets vectors hold NaN. Raises DataError
-    when that row is no image or array.
+    `size` resizes every image to size x size; `missing` lets vectors hold NaN; `mode` is what
+    images become (L, RGB or RGBA), by default what that row's is. Raises DataError when that row is
+    no image or array.
     """
     names = () if isinstance(rows.column, str) else rows.column
+    first = int(rows.ids[0])
     try:
-        spec = InputSpec.of(rows.read_split([0])[0], size)
+        spec = InputSpec.of(rows.read_split([first])[0], size, mode)
         return replace(spec, missing=missing, names=names)
     except Exception as error:  # image libraries raise nearly everything on a damaged file
         raise DataError(
-            f"{rows.name}: row 0, column {rows.column!r}, tells no input shape: {one_line(error)}"
+            f"{rows.name}: {describe_row(rows.dataset, first)}, column {rows.column!r}, tells no "
+            f"input shape: {one_line(error)}"
         ) from error

@@ -15,10 +15,13 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.decode import Column, InputSpec, Unreadable
+from hpdist.data.arrow_types import plain_schema
+from hpdist.data.decode import Column, InputSpec
 from hpdist.data.files import Retry
+from hpdist.data.first_rows import TRIED, check_fit, check_parquet_fit
 from hpdist.data.loading import (
     check_order,
+    check_separator,
     input_column,
     known_column,
     load,
@@ -28,10 +31,12 @@ from hpdist.data.loading import (
     parquet_files,
     raw_view,
     same_column,
-    source_name,
     text_beside,
 )
+from hpdist.data.local_files import source_name
 from hpdist.data.long_tail import rows_used
+from hpdist.data.partitions import partitions
+from hpdist.data.saved import is_saved
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values, row_functions
 from hpdist.data.stream.index import Index, build_index, split_files
@@ -41,8 +46,6 @@ from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.sequential import SequentialReader
 from hpdist.errors import DataError
 
-_TRIED = 64  # rows of which one must fit
-_PLACES = 8  # that they are taken from, where those of the first do not
 _BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
 
 
@@ -294,7 +297,7 @@ def open_unlabeled(
     for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
         if surveyed is not None:
             parts.append(_parquet_rows(part, config, surveyed, spec, retry, setting))
-        elif not part.streaming:
+        elif not part.streaming or is_saved(part):
             parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed))
         elif config.mix:
             raise DataError(
@@ -327,41 +330,26 @@ def _survey_parquet(
     if files is None:
         return None
     name = source_name(part, None, where)
-    chosen = split_files(files, part.split, where)
+    chosen = split_files(files.splits, part.split, where)
+    folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        return _columns(part, datasets.Features.from_arrow_schema(schema), like, spec, where)
+        features = datasets.Features.from_arrow_schema(plain_schema(schema))
+        kept = part.options.get("columns") or list(features)
+        features = {name: feature for name, feature in features.items() if name in kept}
+        return _columns(part, features, like, spec, where)
 
-    index = build_index(chosen, part.split, lambda schema: columns_of(schema)[1], name, retry)
+    index = build_index(
+        chosen, part.split, lambda schema: columns_of(schema)[1], name, retry, folders
+    )
     column, columns, functions = columns_of(index.arrow_schema)
     order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
     reader = ParquetReader(index, columns, name, 0, 1, order=order, retry=retry)
     try:
-        _check_parquet_fit(reader, functions, spec, name)
+        check_parquet_fit(reader, functions, spec, name)
     finally:
         reader.close()
     return Surveyed(index, column, columns, recorded)
-
-
-def _check_parquet_fit(
-    reader: ParquetReader, functions: RowFunctions, spec: InputSpec, name: str
-) -> None:
-    """Do as `_check_fit` does, in several places: the first row group read may be damaged."""
-    count = min(_TRIED, reader.rows)
-    places = min(_PLACES, reader.rows // count)
-    for place in range(places):
-        tried = reader.read(reader.rows * place // places, count, 0, count)
-        found = functions.values(tried.table).values
-        for line, reason in tried.unread.items():
-            found[line] = Unreadable(reason)
-        named = [reader.describe(row) for row in tried.ids.tolist()]
-        try:
-            _check_fit(found, spec, name, named)
-        except DataError:
-            if place == places - 1:
-                raise
-            continue
-        return
 
 
 def _retry(loading: Loading) -> Retry:
@@ -398,16 +386,15 @@ def _open_unlabeled_table(
     where: str,
     seed: int,
 ) -> UnlabeledTable:
-    table, name = open_table(config, dataset, where)
+    needed = () if config.input else names_of(like.column)
+    table, name = open_table(config, dataset, where, needed)
     column, columns, functions = _columns(config, table.features, like, spec, where)
     view = raw_view(table, columns)
-    ids = rows_used(config, table, like, seed, where, name)
-    rows = UnlabeledTable(view, column, name, ids, functions)
-    first = ids[:_TRIED].tolist()
+    ids, notes = rows_used(config, table, like, seed, where, name)
+    rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes))
+    first = ids[:TRIED].tolist()
     try:
-        _check_fit(
-            functions.values(view[first]).values, spec, name, [f"row {row}" for row in first]
-        )
+        check_fit(functions.values(view[first]).values, spec, name, [f"row {row}" for row in first])
     except OSError as error:
         raise DataError(f"{name}: cannot read rows {first[:3]}…: {one_line(error)}") from error
     return rows
@@ -421,14 +408,16 @@ def _open_sequential(
     dataset: Any,
     where: str,
 ) -> SequentialRows:
-    stream = dataset if dataset is not None else load(part, where, streaming=True)
+    needed = () if part.input else names_of(like.column)
+    stream = dataset if dataset is not None else load(part, where, True, needed)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
-    features = stream.features or datasets.Features.from_arrow_schema(first.schema)
+    features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
+    check_separator(features, where)
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
-    _check_fit(
+    check_fit(
         functions.values(first).values, spec, name, [f"row {row}" for row in range(first.num_rows)]
     )
     return SequentialRows(stream, column, name, functions, columns, block_rows)
@@ -437,7 +426,7 @@ def _open_sequential(
 def _first_table(stream: Any, name: str) -> Any:
     """Read the first rows of a stream as an Arrow table."""
     try:
-        first = next(iter(stream.with_format("arrow").iter(batch_size=_TRIED)), None)
+        first = next(iter(stream.with_format("arrow").iter(batch_size=TRIED)), None)
     except Exception as error:
         raise DataError(f"{name}: cannot read the first rows: {one_line(error)}") from error
     if first is None or not first.num_rows:
@@ -461,22 +450,6 @@ def _columns(
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
     columns = tuple(dict.fromkeys([*names_of(column), *beside, *others]))
     return column, columns, row_functions(config, column, where, spec.beside)
-
-
-def _check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str]) -> None:
-    """Raise DataError unless one of the first rows can be decoded."""
-    reasons = []
-    for line, value in enumerate(values):
-        try:
-            spec.decode(value)
-        except Exception as error:  # image libraries raise nearly everything on a damaged file
-            reasons.append((line, " ".join(str(error).split())))
-            continue
-        return
-    line, reason = reasons[0]
-    first = f"{places[line]} cannot be decoded: {reason}"
-    more = f", nor can any other of the first {len(places)}" if len(places) > 1 else ""
-    raise DataError(f"{name}: {first}{more}; mend or remove these rows")
 
 
 def row_count(rows: AnyUnlabeled) -> int | None:

@@ -1,7 +1,5 @@
 """Sound files become samples: what is decoded, what is refused, and how a run reads it."""
 
-import importlib.util
-
 import datasets
 import numpy as np
 import pytest
@@ -194,16 +192,6 @@ def test_a_folder_of_sounds_is_read_and_converted(tmp_path):
     assert batch.valid is None
     lengths = sorted((~batch.inputs.isnan()).sum(dim=1).tolist())
     assert lengths == [800, 1600, 2400, 3200, 4000, 4000]
-
-
-def test_a_folder_that_datasets_cannot_open_says_what_can(tmp_path):
-    """`datasets` makes a table of sound files only with torchcodec; a test that fails is mended."""
-    if importlib.util.find_spec("torchcodec"):
-        pytest.skip("torchcodec is here")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "0.wav").write_bytes(GOOD[0])
-    with pytest.raises(DataError, match=r"torchcodec.*hpdist convert"):
-        open_labeled(Labeled(path=str(tmp_path)), 0, audio=True)
 
 
 def test_without_soundfile_the_extra_is_named(monkeypatch):

@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 from hpdist import cli
-from hpdist.config import Source, load
+from hpdist.config import Source, Unlabeled, load
+from hpdist.data import loading
 from hpdist.data.convert import Layout, convert
 from hpdist.data.files import Retry
 from hpdist.data.stream.index import build_index
@@ -261,8 +262,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--out: .*out' holds Parquet files already \(train-0"):
         convert(source, tmp_path / "out")
     assert written.files[0].read_bytes() == before
-    with pytest.raises(ConfigError, match="wildcards"):
-        convert(source, tmp_path / "out[1]")
+    odd = yaml.safe_load(convert(source, tmp_path / "out[1] *").yaml())["data"]["unlabeled"]
+    assert len(loading.load(Unlabeled(**odd), "data.unlabeled", streaming=False)) == 5
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--out: .*file' cannot be used: File exists"):
         convert(source, tmp_path / "file")

@@ -172,7 +172,7 @@ def test_the_index_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     (kept,) = (tmp_path / "cache").rglob("*.npz")
     reads: list[str] = []
     monkeypatch.setattr(
-        "hpdist.data.stream.index.read_range", lambda path, *_: reads.append(path) or b""
+        "hpdist.data.stream.footers.read_range", lambda path, *_: reads.append(path) or b""
     )
     again = index_of(paths)
     assert not reads

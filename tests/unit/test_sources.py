@@ -136,22 +136,14 @@ def test_strings_are_sorted_and_the_mapping_holds_for_the_test_split():
     )
 
 
-def test_integers_are_classes_up_to_the_largest_or_as_the_model_says():
-    assert len(labeled(vectors([0, 3, 1]), input="x").classes) == 4
+def test_integers_are_the_classes_that_are_there_or_as_the_model_says():
+    assert len(labeled(vectors([0, 3, 1]), input="x").classes) == 3
     assert len(labeled(vectors([0, 3, 1]), input="x", num_classes=10).classes) == 10
     refused(
-        "row 1",
-        "3",
-        "3 classes",
-        call=lambda: labeled(vectors([0, 3, 1]), input="x", num_classes=3),
+        "data.labeled.label",
+        "has 3 classes, but model.num_classes is 2",
+        call=lambda: labeled(vectors([0, 3, 1]), input="x", num_classes=2),
     )
-
-
-@pytest.mark.parametrize(("bad", "shown"), [(None, "None"), (-1, "-1")])
-def test_null_and_negative_labels_are_named_unless_their_rows_are_left_out(bad, shown):
-    table = vectors([0, 1, bad, 1])
-    refused("data.labeled", "row 2", shown, "'label'", call=lambda: labeled(table, input="x"))
-    assert labeled(table, input="x", indices=[3, 0]).labels.tolist() == [0, 1]
 
 
 def test_number_of_classes_must_match_the_model():
@@ -168,7 +160,10 @@ def test_label_column_defaults():
     odd = vectors([0]).rename_column("label", "target")
     refused("data.labeled.label", "target", "x", call=lambda: labeled(odd, input="x"))
     refused(
-        "data.labeled.label", "integers or strings", call=lambda: labeled(vectors([0.5]), input="x")
+        "data.labeled",
+        "row 0",
+        "integers or strings",
+        call=lambda: labeled(vectors([0.5]), input="x"),
     )
 
 
@@ -296,7 +291,7 @@ def test_images_without_the_image_type(tmp_path, untyped):
     assert np.array_equal(pixels, np.asarray(picture(1)).transpose(2, 0, 1))
 
 
-def test_other_modes_follow_the_first_row():
+def test_other_modes_follow_the_first_row_in_use():
     table = datasets.Dataset.from_dict(
         {
             "image": [picture(0), picture(1, "L"), picture(2, "RGBA"), picture(3).quantize(8)],

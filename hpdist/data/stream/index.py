@@ -14,39 +14,30 @@ import dataclasses
 import hashlib
 import json
 import os
-import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hpdist.data.files import (
-    FileChangedError,
-    FileLostError,
-    FileVersion,
-    Retry,
-    read_range,
-    redacted,
-    stat,
-)
+from hpdist.data.arrow_types import plain_schema
+from hpdist.data.columns import wider
+from hpdist.data.files import FileVersion, Retry, redacted
+from hpdist.data.partitions import Partitions
+from hpdist.data.splits import check_known, names_in, spelled_out
+from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
-T = TypeVar("T")
-
-_VERSION = 2  # of the cache's format
-_TAIL = 64 << 10  # bytes at a file's end that hold most footers whole
+_VERSION = 3  # of the cache's format
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
-MAGIC = b"PAR1"  # the last bytes of every Parquet file
 _ARRAYS = ("file", "number", "first", "rows", "start", "size")
 
 
@@ -67,7 +58,8 @@ class Index:
 
     files: tuple[DataFile, ...]
     schema: bytes
-    """The first file's Arrow schema, serialised."""
+    """The Arrow schema of the first file with rows, serialised; what is read is of types that hold
+    what all files have."""
     columns: tuple[str, ...]
     """Those that are read."""
     file: Int64Array  # [groups], index into files
@@ -76,10 +68,12 @@ class Index:
     rows: Int64Array  # [groups], rows used
     start: Int64Array  # [groups], id of the first row used
     size: Int64Array  # [groups], bytes of the whole row group's columns that are read
+    folders: Partitions = dataclasses.field(default_factory=Partitions)
+    """The columns that folders name."""
 
     @property
     def arrow_schema(self) -> pa.Schema:
-        """The first file's columns and their types."""
+        """The columns and their types, those that folders name among them."""
         return pa.ipc.read_schema(pa.py_buffer(self.schema))
 
     @cached_property
@@ -88,6 +82,10 @@ class Index:
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.version.size} {file.digest}\n".encode())
+            named = self.folders.values.get(file.path, {})
+            for column in self.columns:
+                if column in named:
+                    digest.update(f"{column}={named[column]}\n".encode())
         digest.update(self.first.tobytes() + self.rows.tobytes())
         return digest.hexdigest()[:32]
 
@@ -131,12 +129,9 @@ def split_files(
 
     Raises DataError.
     """
-    wanted = [part.partition("[")[0].strip() for part in split.split("+")]
-    for part in wanted:
-        if part not in available:
-            known = ", ".join(available)
-            raise DataError(f'{where}.split: Unknown split "{part}". Should be one of {known}.')
-    return {part: available[part] for part in dict.fromkeys(wanted)}
+    split = spelled_out(split, available)
+    check_known(split, available, where)
+    return {part: available[part] for part in names_in(split)}
 
 
 def build_index(
@@ -145,29 +140,33 @@ def build_index(
     columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
     name: str,
     retry: Retry,
+    folders: Partitions | None = None,
 ) -> Index:
     """Read the footers of all files, or what an earlier start kept of them.
 
     Args:
         splits: The files of every split that `split` names.
         split: Which rows, slices allowed.
-        columns: The columns that will be read, or what chooses them by the first file's schema.
+        columns: The columns that will be read, or what chooses them by the schema of the first file
+            that has rows.
         name: Of the dataset, for messages.
         retry: How long a server may fail.
+        folders: The columns that the files' folders name.
 
-    Raises DataError where a file is missing, damaged, or has other columns than the first.
+    Raises DataError where a file is missing, damaged, lacks a column that is read, or holds it in a
+    type that does not go together with that of the others. Files without rows may be of any.
     """
     paths = [path for files in splits.values() for path in files]
     if not paths:
         raise DataError(f"{name}: holds no files")
-    requests = _Requests(name, retry)
+    requests = Requests(name, retry)
     with ThreadPoolExecutor(min(_REQUESTS, len(paths)), thread_name_prefix="hpdist-index") as pool:
         try:
-            whole = _whole(paths, columns, requests, pool)
+            whole = _whole(paths, columns, requests, pool, folders or Partitions())
         except BaseException:  # also Ctrl-C: a server that is silent must not hold it up
             requests.stop.set()
             raise
-    index = _slice(whole, splits, split, name)
+    index = _slice(whole, splits, spelled_out(split, splits), name)
     if not index.rows.sum():
         raise DataError(f"{name}: holds no rows")
     return index
@@ -176,26 +175,37 @@ def build_index(
 def _whole(
     paths: Sequence[str],
     columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
-    requests: _Requests,
+    requests: Requests,
     pool: ThreadPoolExecutor,
+    folders: Partitions,
 ) -> Index:
     versions = list(pool.map(requests.version, paths))
-    cache = _cache_file(paths, versions)
+    cache = _cache_file(paths, versions, folders)
     kept = _load(cache)
     if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
-        return kept
-    digest, metadata = requests.metadata(paths[0], versions[0])
-    schema = metadata.schema.to_arrow_schema()
+        return dataclasses.replace(kept, folders=folders)
+    schema = folders.added(_first_schema(paths, versions, requests))
     chosen = _chosen(columns, schema)
 
-    def footer(path: str, version: FileVersion) -> _Footer:
-        return _Footer.of(*requests.metadata(path, version), chosen)
+    def footer(path: str, version: FileVersion) -> Footer:
+        return Footer.of(*requests.metadata(path, version), chosen)
 
-    first = _Footer.of(digest, metadata, chosen)
-    footers = [first, *pool.map(footer, paths[1:], versions[1:])]
-    whole = _join(paths, versions, footers, schema, chosen, requests.name)
+    footers = list(pool.map(footer, paths, versions))
+    whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
     _keep(cache, whole)
     return whole
+
+
+def _first_schema(
+    paths: Sequence[str], versions: Sequence[FileVersion], requests: Requests
+) -> pa.Schema:
+    """The schema of the first file with rows: who writes none may not know their types."""
+    for path, version in zip(paths, versions, strict=True):
+        _, metadata = requests.metadata(path, version)
+        if metadata.num_rows:
+            return plain_schema(metadata.schema.to_arrow_schema())
+    files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
+    raise DataError(f"{requests.name}: holds no rows; its {files} empty")
 
 
 def _chosen(
@@ -204,89 +214,19 @@ def _chosen(
     return tuple(columns(schema) if callable(columns) else columns)
 
 
-class _Requests:
-    """What is asked of the files, with one DataError for whatever they fail with."""
-
-    def __init__(self, name: str, retry: Retry) -> None:
-        self.name = name
-        self.stop = threading.Event()
-        self._retry = retry
-
-    def version(self, path: str) -> FileVersion:
-        """Ask for a file's size and tag."""
-        return self._named(lambda: stat(path, self._retry, self.stop))
-
-    def metadata(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
-        """Read a file's footer; also its SHA-256."""
-        return self._named(lambda: self._footer(path, version))
-
-    def _named(self, read: Callable[[], T]) -> T:
-        try:
-            return read()
-        except (FileLostError, FileChangedError) as error:
-            raise DataError(
-                f"{self.name}: {error}; restore the file, or leave it out of data_files"
-            ) from error
-
-    def _footer(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
-        size = version.size
-        tail = self._read(path, max(0, size - _TAIL), version)
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        if len(tail) < length <= size and tail[-4:] == MAGIC:
-            tail = self._read(path, size - length, version)
-        try:
-            metadata = pq.read_metadata(pa.BufferReader(tail))
-            metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
-            raise FileLostError(
-                path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
-            ) from error
-        return hashlib.sha256(tail[-length:]).hexdigest()[:32], metadata
-
-    def _read(self, path: str, start: int, version: FileVersion) -> bytes:
-        return read_range(path, start, version.size, self._retry, version, self.stop)
-
-
-@dataclass(frozen=True)
-class _Footer:
-    digest: str
-    types: dict[str, pa.DataType]  # of the columns that are read
-    rows: list[int]  # of each row group
-    sizes: list[int]
-
-    @staticmethod
-    def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str]) -> _Footer:
-        """What the index needs of a file: far less than all that its footer says."""
-        schema = metadata.schema.to_arrow_schema()
-        leaves = [
-            leaf
-            for leaf in range(metadata.num_columns)
-            if metadata.schema.column(leaf).path.partition(".")[0] in columns
-        ]
-        rows, sizes = [], []
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            rows.append(group.num_rows)
-            sizes.append(sum(group.column(leaf).total_uncompressed_size for leaf in leaves))
-        types = {c: schema.field(c).type for c in columns if c in schema.names}
-        return _Footer(digest, types, rows, sizes)
-
-
 def _join(
     paths: Sequence[str],
     versions: Sequence[FileVersion],
-    footers: Sequence[_Footer],
+    footers: Sequence[Footer],
     schema: pa.Schema,
     columns: tuple[str, ...],
     name: str,
+    folders: Partitions,
 ) -> Index:
-    for path, footer in zip(paths, footers, strict=True):
-        if footer.types != footers[0].types:
-            differing = _differing(footer.types, footers[0].types)
-            raise DataError(
-                f"{name}: {redacted(path)} has other columns than {redacted(paths[0])}: "
-                f"{differing}; write all files with the same columns and types"
-            )
+    types = _common_types(paths, footers, schema, columns, name, folders)
+    for column, kind in types.items():
+        at = schema.get_field_index(column)
+        schema = schema.set(at, schema.field(at).with_type(kind))
     files = tuple(
         DataFile(path, version, sum(footer.rows), footer.digest)
         for path, version, footer in zip(paths, versions, footers, strict=True)
@@ -304,17 +244,49 @@ def _join(
         rows=rows,
         start=np.cumsum(rows) - rows,
         size=np.asarray([size for footer in footers for size in footer.sizes], np.int64),
+        folders=folders,
     )
 
 
-def _differing(found: Mapping[str, pa.DataType], expected: Mapping[str, pa.DataType]) -> str:
-    lines = []
-    for column, kind in expected.items():
-        if column not in found:
-            lines.append(f"{column!r} is missing")
-        elif found[column] != kind:
-            lines.append(f"{column!r} is {found[column]}, not {kind}")
-    return ", ".join(lines)
+def _common_types(
+    paths: Sequence[str],
+    footers: Sequence[Footer],
+    schema: pa.Schema,
+    columns: Sequence[str],
+    name: str,
+    folders: Partitions,
+) -> dict[str, pa.DataType]:
+    """The types of the columns that are read, which hold what every file has of them."""
+    types = {column: schema.field(column).type for column in columns}
+    first: str | None = None
+    for path, footer in zip(paths, footers, strict=True):
+        if not sum(footer.rows):
+            continue
+        first = first or path
+        named = folders.values.get(path, {})
+        found = {
+            column: kind if column in footer.types or column not in named else types[column]
+            for column, kind in ((column, footer.types.get(column)) for column in columns)
+        }
+        both = {c: wider(types[c], kind) if kind is not None else None for c, kind in found.items()}
+        wrong = {c: found[c] for c, kind in both.items() if kind is None}
+        if wrong:
+            raise DataError(
+                f"{name}: {redacted(path)} has other columns than {redacted(first)}: "
+                f"{_differing(wrong, types)}; write all files with the same columns and types, or "
+                "leave the file out of data_files"
+            )
+        types |= {column: kind for column, kind in both.items() if kind is not None}
+    return types
+
+
+def _differing(found: Mapping[str, pa.DataType | None], expected: Mapping[str, pa.DataType]) -> str:
+    return ", ".join(
+        f"{column!r} is missing"
+        if kind is None
+        else f"{column!r} is {kind}, not {expected[column]}"
+        for column, kind in found.items()
+    )
 
 
 def _by_name(*records: Sequence[Sequence[Any]]) -> list[dict[str, tuple[Any, ...]]]:
@@ -368,12 +340,15 @@ def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: 
     return dataclasses.replace(whole, **joined)
 
 
-def _cache_file(paths: Sequence[str], versions: Sequence[FileVersion]) -> Path | None:
+def _cache_file(
+    paths: Sequence[str], versions: Sequence[FileVersion], folders: Partitions
+) -> Path | None:
     """Where the footers of these versions are kept; nowhere if a version cannot be told."""
     if not all(version.tag or "@" in path for path, version in zip(paths, versions, strict=True)):
         return None
     facts: list[Any] = [_VERSION, pa.__version__]
     facts += [[p, v.size, v.tag] for p, v in zip(paths, versions, strict=True)]
+    facts += [[column.name, str(column.type)] for column in folders.schema]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return Path(datasets.config.HF_CACHE_HOME, "hpdist", "index", f"{key}.npz")
 

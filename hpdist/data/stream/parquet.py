@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.files import FileChangedError, FileLostError, Retry, is_remote
 from hpdist.data.stream.index import Index
 from hpdist.data.stream.permute import Int64Array
@@ -112,7 +113,7 @@ class ParquetReader:
         self._threads = DaemonThreads(
             _REMOTE_THREADS if remote else _LOCAL_THREADS, "hpdist-parquet"
         )
-        schema = index.arrow_schema
+        schema = plain_schema(index.arrow_schema)
         fields = [schema.field(column) for column in self._columns]
         self._schema = pa.schema([pa.field(f.name, f.type, nullable=True) for f in fields])
 
@@ -252,9 +253,7 @@ class ParquetReader:
             if len(group) < first + count:
                 raise pa.ArrowInvalid(f"the row group holds {len(group)} rows")
             found = group if len(group) == count else group.slice(first, count)
-            if found.schema != self._schema:
-                found = pa.table(found.select(self._columns).columns, schema=self._schema)
-            return found, None
+            return (found if found.schema == self._schema else self._typed(found, file.path)), None
         except FileChangedError as error:
             raise DataError(
                 f"{self._name}: {error}; a run needs the same data to its end: restore the file, "
@@ -268,6 +267,17 @@ class ParquetReader:
             reason = f"its row group cannot be read: {' '.join(str(error).split())[:200]}"
         nulls = [pa.nulls(count, field.type) for field in self._schema]
         return pa.table(nulls, schema=self._schema), reason
+
+    def _typed(self, found: pa.Table, path: str) -> pa.Table:
+        """A file's rows in the types of all files, with the columns that its folders name."""
+        own = found.schema.names
+        columns = [
+            found.column(field.name).cast(field.type)
+            if field.name in own
+            else self._index.folders.constant(path, field, len(found))
+            for field in self._schema
+        ]
+        return pa.table(columns, schema=self._schema)
 
 
 def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:

@@ -21,7 +21,8 @@ from hpdist.data.files import (
     open_file,
     stat,
 )
-from hpdist.data.stream.index import MAGIC, DataFile
+from hpdist.data.stream.footers import MAGIC
+from hpdist.data.stream.index import DataFile
 
 _FOOTERS = 32 << 20  # bytes of footers, as they are stored, that are kept parsed
 _OPEN = 64  # files: opening one takes as long as reading a small row group

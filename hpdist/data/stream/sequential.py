@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.data.arrow_types import plain_table
 from hpdist.data.retry import cause, redacted_text
 from hpdist.data.stream.permute import Int64Array, permutation
 from hpdist.data.stream.reader import Rows
@@ -212,7 +213,7 @@ class _Source:
                 if point.rows is not None and count > point.rows:
                     raise self._changed(f"at least {count}", point)
                 order = permutation(len(table), self.seed, _ORDER, point.epoch, point.block)
-                yield _Block(point, table.combine_chunks(), order)
+                yield _Block(point, plain_table(table).combine_chunks(), order)
                 point = replace(point, block=point.block + 1, start=point.start + len(table))
             count = point.start - point.first
             if not count:

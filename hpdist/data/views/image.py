@@ -64,6 +64,9 @@ class ImageViewsConfig(Component):
     size: int | None = Field(default=None, gt=0)
     """Resize rows to size x size when they are read; by default to what the model was trained with
     (`hf:`, `timm:`), else they keep their size."""
+    channels: Literal[1, 3, 4] | None = None
+    """Channels that every picture is converted to: 1 grey, 3 colour, 4 with transparency; by
+    default what `datasets` is told to decode, else what the labelled pictures are."""
     mean: list[float] | None = Field(default=None, min_length=1)
     """Subtracted from pixels in [0, 1]: one value per channel, or one for all; by default what the
     model was trained with (`hf:`, `timm:`), else 0.5."""

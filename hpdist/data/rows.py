@@ -1,0 +1,55 @@
+"""How messages name a row of a table: by its number, and by the file that it is in, where known."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from hpdist.data.retry import redacted
+
+_files: weakref.WeakKeyDictionary[Any, tuple[list[str], list[int]]] = weakref.WeakKeyDictionary()
+"""Of tables that were joined from files: the files, and the row behind the last of each."""
+
+
+def remember_files(table: Any, rows: Iterable[tuple[str, int]]) -> None:
+    """Note which files a table's rows come from, given how many each has, in order."""
+    files = list(rows)
+    ends = list(itertools.accumulate(count for _, count in files))
+    if files and ends[-1] == len(table):
+        _files[table] = [path for path, _ in files], ends
+
+
+def describe_row(table: Any, row: int) -> str:
+    """Say which row of a `datasets.Dataset` it is: `row 7 (photos/cat/3.jpg)`, or `row 7`.
+
+    Rows of images and sound that were read from files know their paths. Nothing is decoded, and
+    only the paths are read. Of other rows it is the file of the table, and which row of it, where
+    the table is as it was opened.
+    """
+    path = row_file(table, row)
+    if path is not None:
+        return f"row {row} ({redacted(path)})"
+    if table not in _files:
+        return f"row {row}"
+    paths, ends = _files[table]
+    number = bisect.bisect_right(ends, row)
+    return f"row {row} ({paths[number]}, row {row - (ends[number - 1] if number else 0)})"
+
+
+def row_file(table: Any, row: int) -> str | None:
+    """Give the file that a row's image or sound was read from; None where it has none."""
+    kinds = (datasets.Image, datasets.Audio)
+    for name, feature in table.features.items():
+        if not isinstance(feature, kinds):
+            continue
+        stored = table.select_columns([name]).with_format("arrow")[row : row + 1].column(name)
+        path: str | None = pc.struct_field(stored, "path")[0].as_py()
+        if path:
+            return path
+    return None
