@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hpdist.config import RunConfig
-from hpdist.distributed.launch import read_deepspeed
+from hpdist.distributed.deepspeed_config import check_file, read_deepspeed
 from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
 from hpdist.overrides import to_yaml
 from hpdist.rehearsal import STEPS, Rehearsal
@@ -107,6 +107,8 @@ def make_plan(
             "GPU at least, and more memory than what is set aside"
         )
     base = read_deepspeed(deepspeed)
+    if deepspeed is not None:
+        check_file(base, deepspeed)
     config = _made_explicit(config, base)
     stages = []
     for stage in (None, 1, 2, 3):
