@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -30,6 +31,10 @@ _FIRST_WORD = 5.0  # seconds of waiting before it is said
 _NEXT_WORD = 60.0
 _TWICE = 0.5  # seconds between two looks: PyTorch closes its file a moment before it removes it
 _SHARED = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "virtiofs", "fuse")
+_COMPILER = re.compile(
+    r"ninja|c\+\+|g\+\+|gcc|cc1|clang|icp?x|nvcc|cicc|ptxas|cudafe|fatbin|hipcc|collect2|s?ccache|"
+    r"(x86_64|aarch64)-|(cc|as|ld)$|ld\."
+)
 
 
 class Process(NamedTuple):
@@ -85,12 +90,12 @@ def in_use(lock: Path) -> str | None:
 
 
 def working_in(folder: Path) -> list[Process]:
-    """Find the processes whose working directory this is, as those of ninja and compilers are."""
+    """Find ninja and the compilers that work in a folder, which is their working directory."""
     target = os.path.realpath(folder)
     return [
         Process(int(entry.name), _name(entry))
         for entry in _processes()
-        if int(entry.name) != os.getpid() and _link(entry / "cwd") == target
+        if _link(entry / "cwd") == target and _COMPILER.match(_name(entry))
     ]
 
 
@@ -153,8 +158,7 @@ class _Wait:
 
 
 def _open(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    return descriptor
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def _told_by(descriptor: int) -> str:

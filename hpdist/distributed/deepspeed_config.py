@@ -257,7 +257,8 @@ def _check_described(
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    return is_off(value) or value in _HARMLESS.get(key, ())
+    harmless = _HARMLESS.get(key, ())
+    return value in harmless or (is_off(value) and not (value is False and True in harmless))
 
 
 def _with_new_names(values: dict[str, Any], path: str) -> dict[str, Any]:

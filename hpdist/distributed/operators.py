@@ -9,10 +9,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hpdist.distributed.build_lock import Say, build_lock, changes, left_lock, working_in
 from hpdist.distributed.watchdog import Watchdog
@@ -33,16 +34,13 @@ def prepare_operators(builders: Sequence[Any], say: Say, patience: float | None)
     Raises ConfigError where one cannot be compiled.
     """
     for builder in builders:
-        folder = extensions_folder() / builder.name
-        with (
-            _watched(folder, patience, f"compiling {builder.name}"),
-            build_lock(folder, builder.name, say),
-        ):
-            _load(builder, folder, say)
+        _Build(builder, say, patience).run()
 
 
 def needed_builders(config: Mapping[str, Any]) -> list[Any]:
     """Give the builders of the operators that DeepSpeed would compile in a run of this config."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
@@ -76,51 +74,69 @@ def left_locks() -> list[Path]:
     return [lock for lock in sorted(extensions_folder().glob("*/lock")) if left_lock(lock)]
 
 
-def _load(builder: Any, folder: Path, say: Say) -> None:
-    built = any(folder.glob("*.so"))
-    if not built:
-        say(
-            f"compiling DeepSpeed's operator {builder.name} into {folder}; this takes minutes, "
-            "once on this machine"
-        )
-    start = time.monotonic()
-    try:
-        builder.load(verbose=False)
-    except Exception as error:  # of ninja, the compiler or the loader
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        told = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
-        missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
-        advice = f"install {' and '.join(missing)}" if missing else f"remove {folder} and try again"
-        raise ConfigError(
-            f"DeepSpeed's operator {builder.name} cannot be compiled ({type(error).__name__}: "
-            f"{' '.join(told.split())[:300]}); {advice}, or launch without DeepSpeed"
-        ) from error
-    if not built:
-        say(f"compiled {builder.name} in {time.monotonic() - start:.0f} s")
+class _Build:
+    """One operator's way from sources, or from what is compiled already, into this process."""
 
+    def __init__(self, builder: Any, say: Say, patience: float | None) -> None:
+        self._builder = builder
+        self._folder = extensions_folder() / builder.name
+        self._say = say
+        self._watchdog = Watchdog(int(os.environ.get("RANK", "0")), patience)
+        self._done = threading.Event()
+        self._loads = self._told = False
 
-@contextmanager
-def _watched(folder: Path, patience: float | None, doing: str) -> Iterator[None]:
-    """End the process when nothing goes on in the folder for so long: no compiler, no new file."""
-    watchdog = Watchdog(int(os.environ.get("RANK", "0")), patience)
-    done = threading.Event()
-    limit = time.monotonic() + _LONGEST
+    def run(self) -> None:
+        """Wait for the lock, compile and load, all of it watched."""
+        watcher = threading.Thread(target=self._watch, name="hpdist-build", daemon=True)
+        self._watchdog.start()
+        watcher.start()
+        try:
+            with build_lock(self._folder, self._builder.name, self._say):
+                self._loads = True
+                self._load()
+        finally:
+            self._done.set()
+            watcher.join()
+            self._watchdog.stop()
 
-    def look() -> None:
-        before = changes(folder)
-        while not done.wait(_LOOK):
-            now = changes(folder)
-            if now != before or (working_in(folder) and time.monotonic() < limit):
-                watchdog.beat(0, doing)
+    def _load(self) -> None:
+        if not any(self._folder.glob("*.so")):
+            self._tell()
+        start = time.monotonic()
+        try:
+            self._builder.load(verbose=False)
+        except Exception as error:  # of ninja, the compiler or the loader
+            raise ConfigError(_why_not_compiled(self._builder.name, self._folder, error)) from error
+        if self._told:
+            self._say(f"compiled {self._builder.name} in {time.monotonic() - start:.0f} s")
+
+    def _watch(self) -> None:
+        """Tell the watchdog of a compiler at work and of new files: nothing else is progress."""
+        limit = time.monotonic() + _LONGEST
+        before = changes(self._folder)
+        while not self._done.wait(_LOOK):
+            now, compilers = changes(self._folder), working_in(self._folder)
+            if now != before or (compilers and time.monotonic() < limit):
+                self._watchdog.beat(0, f"compiling {self._builder.name}")
+            if self._loads and compilers:
+                self._tell()
             before = now
 
-    watchdog.start()
-    watchdog.beat(0, doing)
-    thread = threading.Thread(target=look, name="hpdist-build", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        watchdog.stop()
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            self._say(
+                f"compiling DeepSpeed's operator {self._builder.name} into {self._folder}; this "
+                "takes minutes, once on this machine"
+            )
+
+
+def _why_not_compiled(name: str, folder: Path, error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
+    missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    advice = f"install {' and '.join(missing)}" if missing else f"remove {folder} and try again"
+    return (
+        f"DeepSpeed's operator {name} cannot be compiled ({type(error).__name__}: "
+        f"{' '.join(told.split())[:300]}); {advice}, or launch without DeepSpeed"
+    )
