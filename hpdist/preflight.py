@@ -287,10 +287,12 @@ def _left_builds() -> list[str] | None:
 
 
 def _builds(facts: Sequence[Mapping[str, Any]]) -> Finding:
-    """What a start with DeepSpeed would wait for: a lock of a compilation that nobody goes on with."""
+    """Whether a compilation that was killed holds up starts with DeepSpeed."""
     left = {fact["host"]: fact["builds"] for fact in facts if fact["builds"]}
     if not left:
-        return Finding("compiling", "ok", "no compilation of DeepSpeed's operators was left halfway")
+        return Finding(
+            "compiling", "ok", "no compilation of DeepSpeed's operators was left halfway"
+        )
     lines = [
         f"{host}: {lock} was left by a start that was killed; hpdist removes it when it starts, "
         "others wait for it for ever"

@@ -30,7 +30,19 @@ _POLL = 0.1  # seconds
 _FIRST_WORD = 5.0  # seconds of waiting before it is said
 _NEXT_WORD = 60.0
 _TWICE = 0.5  # seconds between two looks: PyTorch closes its file a moment before it removes it
-_SHARED = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "virtiofs", "fuse")
+_SHARED = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "afs",
+    "9p",
+    "virtiofs",
+    "fuse",
+)
 _COMPILER = re.compile(
     r"ninja|c\+\+|g\+\+|gcc|cc1|clang|icp?x|nvcc|cicc|ptxas|cudafe|fatbin|hipcc|collect2|s?ccache|"
     r"(x86_64|aarch64)-|(cc|as|ld)$|ld\."
@@ -124,7 +136,7 @@ def _acquire(folder: Path, what: str, say: Say) -> int:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 os.close(descriptor)
                 raise
-        waiting.word(lambda: f"waiting for {_told_by(descriptor)}, which holds {path}")
+        waiting.word(f"waiting for {_told_by(descriptor)}, which holds {path}")
         time.sleep(_POLL)
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": time.time()}
     os.ftruncate(descriptor, 0)
@@ -140,7 +152,7 @@ def _await_pytorch(lock: Path, say: Say) -> None:
             lock.unlink(missing_ok=True)
             say(f"removed {lock}, which a start that was killed had left: {why}")
             return
-        waiting.word(lambda: f"waiting for {lock} to go: {in_use(lock)}")
+        waiting.word(f"waiting for {lock} to go: {in_use(lock)}")
         time.sleep(_POLL)
 
 
@@ -149,11 +161,13 @@ class _Wait:
 
     def __init__(self, say: Say) -> None:
         self._say = say
-        self._next = time.monotonic() + _FIRST_WORD
+        # Of the ranks of a machine one speaks for all that wait.
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._next = time.monotonic() + _FIRST_WORD if speaks else float("inf")
 
-    def word(self, text: Callable[[], str]) -> None:
+    def word(self, text: str) -> None:
         if time.monotonic() >= self._next:
-            self._say(text())
+            self._say(text)
             self._next = time.monotonic() + _NEXT_WORD
 
 
@@ -237,7 +251,7 @@ def _latest_change(folder: Path) -> float:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The files of a folder that are there when they are looked at; our own lock is none of them."""
+    """The files of a folder that are there when they are looked at, our own lock left out."""
     try:
         return [p for p in folder.iterdir() if p.name != "hpdist.lock" and p.exists()]
     except OSError:

@@ -184,7 +184,10 @@ def base_of_run(
     for key, forced in _FORCED.items():
         if values.get(key, forced) not in (forced, "auto", None):
             unused.append(f"{key} (always {json.dumps(forced)} here)")
-    if precision == "fp16" and section(values, "fp16", path).get("hysteresis", 1) not in (1, "auto"):
+    if precision == "fp16" and section(values, "fp16", path).get("hysteresis", 1) not in (
+        1,
+        "auto",
+    ):
         unused.append("fp16.hysteresis (the loss scale halves on every overflow)")
     kept = {key: value for key, value in values.items() if key in (*_AGREED, *_PASSED)}
     if values.get("communication_data_type"):
@@ -198,7 +201,7 @@ def base_of_run(
 
 
 def agreed_loss_scale(values: Mapping[str, Any], path: str, ours: LossScale) -> LossScale:
-    """Lay the file's loss scale under hpdist's. Raises ConfigError where both name one and differ."""
+    """Lay the file's loss scale under hpdist's. Raises ConfigError where they differ."""
     fp16 = section(values, "fp16", path)
     read: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "static": ("loss_scale", lambda value: float(value) or None),
@@ -225,8 +228,8 @@ def _check_types(values: Mapping[str, Any], path: str, precision: Precision) -> 
     communicated = values.get("communication_data_type")
     if communicated not in (None, "fp32", precision):
         raise ConfigError(
-            f"communication_data_type: {communicated} in {path}: gradients are summed in fp32 or in "
-            f"the run's precision, {precision}"
+            f"communication_data_type: {communicated} in {path}: gradients are summed in fp32 or "
+            f"in the run's precision, {precision}"
         )
     for key, value in section(values, "data_types", path).items():
         usual = {"param_dtype": precision, "grad_accum_dtype": precision}.get(key)
@@ -237,9 +240,7 @@ def _check_types(values: Mapping[str, Any], path: str, precision: Precision) -> 
             )
 
 
-def _check_described(
-    key: str, described: Mapping[str, Any], config: RunConfig, path: str
-) -> None:
+def _check_described(key: str, described: Mapping[str, Any], config: RunConfig, path: str) -> None:
     """Hold what a section means, as settings of hpdist's, against the config."""
     differing = []
     for setting, theirs in described.items():

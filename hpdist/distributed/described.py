@@ -44,8 +44,8 @@ def described_optimizer(section: Mapping[str, Any], path: str) -> dict[str, Any]
     kind, params = _parts(section, "optimizer", path)
     if kind.lower() not in _OPTIMIZERS:
         raise ConfigError(
-            f"optimizer.type: {kind} in {path}: hpdist has {', '.join(_OPTIMIZERS)}; set optim.name "
-            "to one of them, and take the section out"
+            f"optimizer.type: {kind} in {path}: hpdist has {', '.join(_OPTIMIZERS)}; set "
+            "optim.name to one of them, and take the section out"
         )
     name = kind.lower()
     if name == "adam" and params.get("adam_w_mode", True) is not False:

@@ -33,7 +33,6 @@ from hpdist.distributed.deepspeed_config import (
 )
 from hpdist.distributed.launcher import (
     Launcher,
-    hide_launcher_fields,
     neutralised,
     read_launcher,
     unused_settings,
@@ -124,7 +123,7 @@ def _with_file(sharding: Sharding, config: RunConfig, path: str) -> Sharding:
 
 
 def _compilation(launcher: Launcher, config: RunConfig) -> Mapping[str, Any] | None:
-    """How the model is compiled: as the launcher says, else by default where the config wants it."""
+    """How the model is compiled: as the launcher says, else as the config does."""
     if "compile" in launcher:
         arguments: Mapping[str, Any] = launcher["compile"][0]
         return arguments
@@ -205,8 +204,10 @@ def with_batch(sharding: Sharding, micro_batch: int, accumulation: int, ranks: i
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
     }
-    said = [(key, sharding.base.get(key), f"{key}: {sharding.base.get(key)} in {sharding.deepspeed}")
-            for key in ours]
+    said = [
+        (key, sharding.base.get(key), f"{key}: {sharding.base.get(key)} in {sharding.deepspeed}")
+        for key in ours
+    ]
     if sharding.asked_accumulation is not None:
         said.append(("gradient_accumulation_steps", *sharding.asked_accumulation))
     for key, theirs, place in said:

@@ -146,13 +146,13 @@ def _refuse() -> None:
             f"use_cpu: true in {_OURS}, but GPUs are visible, and hpdist trains on those that it "
             'sees; hide them with CUDA_VISIBLE_DEVICES="", or write use_cpu: false'
         )
-    device = os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")
-    if device.partition(":")[0] != ("cuda" if torch.cuda.is_available() else "cpu"):
-        if "ACCELERATE_TORCH_DEVICE" in os.environ:
-            raise ConfigError(
-                f"ACCELERATE_TORCH_DEVICE={device}: hpdist trains on the GPUs that it sees, and "
-                "where there are none on the CPU; unset it"
-            )
+    ours = "cuda" if torch.cuda.is_available() else "cpu"
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE", ours)
+    if device.partition(":")[0] != ours:
+        raise ConfigError(
+            f"ACCELERATE_TORCH_DEVICE={device}: hpdist trains on the GPUs that it sees, and where "
+            "there are none on the CPU; unset it"
+        )
 
 
 def _read_dynamo() -> tuple[dict[str, Any], str] | None:

@@ -19,6 +19,7 @@ from hpdist.distributed import build_lock as locks
 from hpdist.distributed.build_lock import build_lock, in_use, left_lock, working_in
 from hpdist.distributed.operators import prepare_operators
 from hpdist.errors import ConfigError
+from hpdist.preflight import _builds, _left_builds
 
 SOURCE = """
 #include <Python.h>
@@ -205,7 +206,9 @@ def test_an_operator_is_compiled_once_and_says_so(tmp_path: Path, builder: Any) 
 
 
 def test_an_operator_that_does_not_compile_is_one_clear_line(builder: Any) -> None:
-    with pytest.raises(ConfigError, match=r"operator hpdist_broken cannot be compiled .*error: ") as e:
+    with pytest.raises(
+        ConfigError, match=r"operator hpdist_broken cannot be compiled .*error: "
+    ) as e:
         prepare_operators([builder("hpdist_broken", "nonsense")], print, patience=None)
     assert "\n" not in str(e.value)
 
@@ -223,8 +226,24 @@ prepare_operators([Builder()], print, patience=1.0)
 
 
 @linux
-def test_a_start_that_waits_for_ever_is_ended(python: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_start_that_waits_for_ever_is_ended(
+    python: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     """A compilation that hangs, without a compiler at work: the watchdog's patience ends it."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     process = python(WAITS)
     assert process.wait(60) == 3
+
+
+@linux
+def test_preflight_reports_a_lock_that_was_left(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert _left_builds() == []
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    finding = _builds([{"host": "n0", "builds": _left_builds()}, {"host": "n1", "builds": []}])
+    assert finding.verdict == "note"
+    assert finding.told.startswith(f"n0: {lock} was left by a start that was killed")
+    assert lock.exists()
+    assert _builds([{"host": "n1", "builds": []}]).verdict == "ok"

@@ -16,6 +16,7 @@ from hpdist.config import RunConfig, parse
 from hpdist.distributed import launch
 from hpdist.distributed.zero import make_plugin
 from hpdist.errors import ConfigError
+from hpdist.memory_plan import make_plan
 
 ON = {"stage": 1}
 Resolve = Callable[..., launch.Sharding]
@@ -95,7 +96,9 @@ def test_what_is_misspelt_or_wrong_is_named(
     resolve: Resolve, tmp_path: Path, file: Any, named: str
 ) -> None:
     message = refusal(resolve, file)
-    assert re.search(named.replace("{file}", re.escape(str(tmp_path / "ds.json"))), message), message
+    assert re.search(named.replace("{file}", re.escape(str(tmp_path / "ds.json"))), message), (
+        message
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,3 +303,10 @@ def test_a_published_file_reaches_deepspeed_whole(resolve: Resolve) -> None:
     assert made.zero_config.max_reuse_distance == 1e7
     assert made.zero_config.param_persistence_threshold == 0
     assert (made.bfloat16_config.enabled, made.float16_config.enabled) == (True, False)
+
+
+def test_a_plan_reads_the_file_as_a_run_does(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimisation": ON}))
+    with pytest.raises(ConfigError, match=r"zero_optimisation in .*'zero_optimization'"):
+        make_plan(config(), 2, 80.0, deepspeed=str(file))
