@@ -153,7 +153,7 @@ def _await_pytorch(lock: Path, say: Say) -> None:
             say(f"removed {lock}, which a start that was killed had left: {why}")
             return
         waiting.word(f"waiting for {lock} to go: {in_use(lock)}")
-        time.sleep(_POLL)
+        time.sleep(_TWICE)
 
 
 class _Wait:

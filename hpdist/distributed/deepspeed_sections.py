@@ -39,6 +39,18 @@ _GONE = {  # what older DeepSpeeds knew; the newer ones raise on it, whatever th
     "zero_optimization.mics_hierarchical_params_gather": (False,),
     "zero_optimization.zeropp_loco_param": (),
 }
+_NAMES = {
+    "aio": (
+        "block_size",
+        "queue_depth",
+        "intra_op_parallelism",
+        "single_submit",
+        "overlap_events",
+        "use_gds",
+    ),
+    "timers": ("throughput",),
+    "timers.throughput": ("enabled", "synchronized"),
+}
 _DROPPED = (  # said by hpdist itself, or about checkpoints that it does not write
     "stage3_gather_fp16_weights_on_model_save",
     "cpu_offload",
@@ -77,7 +89,10 @@ def check_sections(values: Mapping[str, Any], path: str) -> None:
             checked = plain_section(value)
             checked.pop("stage", None)  # which the launcher's settings are agreed on
             _validate(model, checked, key, path)
-    _check_names(values.get("aio"), "aio", path)
+    for key in _NAMES:
+        _check_names(_at(values, key), key, path)
+    if _at(values, "aio.use_gds") is True and not torch.cuda.is_available():
+        raise ConfigError(f"aio.use_gds: true in {path} needs a GPU; take it out")
 
 
 def plain_section(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,16 +152,9 @@ def _inner(model: Any, name: str) -> Any:
 
 def _check_names(value: Any, key: str, path: str) -> None:
     """Refuse a misspelt key of a section whose unknown keys DeepSpeed passes over."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return
-    known = (
-        "block_size",
-        "queue_depth",
-        "intra_op_parallelism",
-        "single_submit",
-        "overlap_events",
-        "use_gds",
-    )
+    known = _NAMES[key]
     for name in value:
         if name == "thread_count":
             raise ConfigError(f"{key}.thread_count in {path}: it is now intra_op_parallelism")

@@ -82,6 +82,7 @@ def refusal(resolve: Resolve, file: dict[str, Any] | str, **settings: Any) -> st
         ({"bf16": {"enabled": "yes"}}, r"bf16\.enabled: 'yes' in {file} must be true, false"),
         ({"aio": {"blok_size": 1}}, r"aio\.blok_size in {file}.*'block_size'"),
         ({"aio": {"thread_count": 1}}, r"aio\.thread_count in {file}.*intra_op_parallelism"),
+        ({"timers": {"throughput": {"enable": True}}}, r"timers\.throughput\.enable in {file}"),
         ({"comms_logger": {"enable": True}}, r"comms_logger\.enable in {file}.*'enabled'"),
         ({"zero_optimization": {"stage": 2.5}}, "2.5 in {file} must be a whole number"),
         ({"zero_optimization": {"stage": True}}, "True in {file} must be a whole number"),
