@@ -73,7 +73,7 @@ class Sharding:
     asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
     """The micro-batches of a step that the launcher wants, and where it says so."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What the run does not do as a launcher's setting says, a line each."""
+    """What the run does otherwise than a launcher's setting says, a line each."""
     patience: float | None = field(default=None, compare=False)
     """Seconds without progress after which the compilation of an operator ends the run."""
 
@@ -87,6 +87,12 @@ def resolve(config: RunConfig) -> Sharding:
     adopt_mpi()
     launcher = read_launcher()
     path = launcher.get("file", (None, ""))[0]
+    notes = unused_settings()
+    if "compile" in launcher:
+        notes.append(
+            f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "
+            "their names"
+        )
     sharding = Sharding(
         precision=_agree(launcher, "precision", config.precision) or "fp32",
         stage=_agree(launcher, "zero.stage", config.zero.stage),
@@ -97,7 +103,7 @@ def resolve(config: RunConfig) -> Sharding:
         deepspeed=path,
         compile=_compilation(launcher, config),
         asked_accumulation=launcher.get("accumulation"),
-        notes=tuple(unused_settings()),
+        notes=tuple(notes),
         patience=config.watchdog.seconds,
     )
     _check_precision(sharding.precision)

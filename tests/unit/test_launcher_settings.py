@@ -108,6 +108,8 @@ def test_a_compiled_models_weights_keep_their_names(
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     sharding = launch.resolve(config())
     assert sharding.compile == {"backend": "eager"}
+    (note,) = sharding.notes
+    assert note.startswith("dynamo_backend: EAGER in accelerate's config: hpdist compiles")
     path = write_config(tmp_path, write_pictures(tmp_path))
     status, errors = train(path, "compiled", "--steps=2")
     assert status == 0, errors
