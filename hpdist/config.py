@@ -265,10 +265,14 @@ class Tracker(Section):
 
     name: Literal["wandb", "tensorboard", "mlflow", "none"] = "wandb"
     """Which tracker."""
-    project: str = "hpdist"
-    """The tracker's project."""
-    mode: Literal["offline", "online"] = "offline"
-    """offline writes to the run folder; `wandb sync` uploads later."""
+    project: str | None = None
+    """The tracker's project; by default what WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says, else
+    hpdist."""
+    mode: Literal["offline", "online"] | None = None
+    """offline writes to the run folder; `wandb sync` uploads later.
+
+    By default what WANDB_MODE says, else offline.
+    """
 
 
 class RunConfig(Section):

@@ -7,6 +7,7 @@ What a GPU holds besides tensors is set aside.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 
 from hpdist.config import RunConfig
-from hpdist.distributed.launch import read_deepspeed
+from hpdist.distributed.deepspeed_config import check_file, read_deepspeed
+from hpdist.distributed.operators import needed_builders, prepare_operators
 from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
 from hpdist.overrides import to_yaml
 from hpdist.rehearsal import STEPS, Rehearsal
@@ -107,9 +109,14 @@ def make_plan(
             "GPU at least, and more memory than what is set aside"
         )
     base = read_deepspeed(deepspeed)
+    if deepspeed is not None:
+        check_file(base, deepspeed)
     config = _made_explicit(config, base)
     stages = []
     for stage in (None, 1, 2, 3):
+        if stage == 1 and importlib.util.find_spec("deepspeed") is not None:
+            # Here, where it can be told: what a rehearsal prints is not seen.
+            prepare_operators(needed_builders(base), tell, config.watchdog.seconds)
         tell(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
         stages.append(rehearsed(config, gpus, stage, base))
         if stage is None and stages[0].kind is not None:

@@ -8,6 +8,7 @@ has, all of them measure the network between them, and the first one prints a ta
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -77,6 +78,8 @@ def _findings(
         if all(fact["devices"] for fact in facts):
             findings.append(_nccl(facts, peers, timeout))
     findings.append(_disk(facts))
+    if any(fact["builds"] is not None for fact in facts):
+        findings.append(_builds(facts))
     if config is not None:
         findings.append(_run_folder(Path(config.run.dir), facts, peers))
         findings += _data(config, facts, peers)
@@ -108,6 +111,7 @@ def _facts(config: RunConfig | None) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        "builds": _left_builds(),
         "free": {str(path): shutil.disk_usage(path).free for path in {folder, Path("/tmp")}},
     }
 
@@ -278,6 +282,31 @@ def _disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("disk", verdict, "\n".join(lines))  # type: ignore[arg-type]
 
 
+def _left_builds() -> list[str] | None:
+    """Locks that a killed compilation has left here; None where nothing compiles."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    from hpdist.distributed.operators import left_locks
+
+    return [str(lock) for lock in left_locks()]
+
+
+def _builds(facts: Sequence[Mapping[str, Any]]) -> Finding:
+    """Whether a compilation that was killed holds up starts with DeepSpeed."""
+    left = {fact["host"]: fact["builds"] for fact in facts if fact["builds"]}
+    if not left:
+        return Finding(
+            "compiling", "ok", "no compilation of DeepSpeed's operators was left halfway"
+        )
+    lines = [
+        f"{host}: {lock} was left by a start that was killed; hpdist removes it when it starts, "
+        "others wait for it for ever"
+        for host, locks in left.items()
+        for lock in locks
+    ]
+    return Finding("compiling", "note", "\n".join(lines))
+
+
 def _run_folder(folder: Path, facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> Finding:
     """Every process must see what the others write there, and rename it. Collective."""
     mark = folder / f".preflight-{peers.gathered(uuid.uuid4().hex)[0]}"
@@ -360,7 +389,7 @@ def _first_row(source: Source, where: str) -> str | None:
 
     try:
         files = parquet_files(source, where)
-        found = _in_parquet(files, source, where) if files else _in_stream(source, where)
+        found = _in_parquet(files.splits, source, where) if files else _in_stream(source, where)
     except HpdistError as error:
         return str(error)
     except Exception as error:  # datasets and Arrow raise anything

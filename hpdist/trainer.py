@@ -106,7 +106,6 @@ class Trainer:
 
     def _build(self, config: RunConfig, objects: Objects, files: bool = True) -> None:
         """Check and build everything, cheapest first."""
-        self.config = config
         self.files = files
         self._run_id: str | None = None  # the tracker's
         self._seconds = 0.0  # trained before this process
@@ -117,6 +116,7 @@ class Trainer:
         self.monitor = DivergenceMonitor(config.divergence)
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
         sharding = launch.resolve(config)
+        self.config = config = config.model_copy(update={"loss_scale": sharding.loss_scale})
         uses_unlabeled = compose(config).views.uses_unlabeled
         if uses_unlabeled and config.data.unlabeled is None:
             raise ConfigError(
@@ -127,7 +127,7 @@ class Trainer:
         micro_batches = divide_batch(config, ranks, uses_unlabeled)
         self._global_rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
         micro_batch = self._global_rows // ranks // micro_batches
-        self.sharding = launch.with_batch(sharding, micro_batch, micro_batches)
+        self.sharding = launch.with_batch(sharding, micro_batch, micro_batches, ranks)
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
         if not (self.main and sys.stderr.isatty()):
@@ -228,8 +228,8 @@ class Trainer:
 
         with weights_as_stored(self.sharding.stage == 3):
             model = agreed(build)
-        if config.compile:
-            model.compile()  # in place: the parameters keep their names
+        if self.sharding.compile is not None:
+            model.compile(**self.sharding.compile)  # in place: the parameters keep their names
         return model
 
     def fit(self) -> dict[str, object]:

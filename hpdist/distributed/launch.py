@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import importlib.metadata
 import importlib.util
-import json
 import os
 import socket
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +18,26 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    compare_versions,
+)
 
 from hpdist.config import LossScale, Precision, RunConfig
+from hpdist.distributed.deepspeed_config import (
+    agreed_loss_scale,
+    base_of_run,
+    read_deepspeed,
+    section,
+)
+from hpdist.distributed.launcher import (
+    Launcher,
+    neutralised,
+    read_launcher,
+    unused_settings,
+)
+from hpdist.distributed.mpi import adopt_mpi
 from hpdist.distributed.reduce import keep_group
 from hpdist.errors import ConfigError
 
@@ -27,7 +45,8 @@ _TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
 Offload = Literal["none", "cpu", "nvme"]
 T = TypeVar("T")
-N = TypeVar("N", int, float)
+_DEEPSPEED = "0.19.8"
+"""The oldest DeepSpeed in which every stage and accumulation has been found right."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,17 @@ class Sharding:
     accumulation: int = 1
     """Micro-batches of a step."""
     deepspeed: str | None = None
-    """The DeepSpeed JSON that the launcher named, the base of the run's own."""
+    """The DeepSpeed JSON that the launcher named."""
+    base: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What of it DeepSpeed is to see, the base of the run's own."""
+    compile: Mapping[str, Any] | None = None
+    """The arguments of `torch.compile`; None where the model is not compiled."""
+    asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
+    """The micro-batches of a step that the launcher wants, and where it says so."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the run does otherwise than a launcher's setting says, a line each."""
+    patience: float | None = field(default=None, compare=False)
+    """Seconds without progress after which the compilation of an operator ends the run."""
 
 
 def resolve(config: RunConfig) -> Sharding:
@@ -55,7 +84,15 @@ def resolve(config: RunConfig) -> Sharding:
     Raises ConfigError where both name a setting and differ, saying where each stands, or where the
     device or the installation cannot do it.
     """
-    launcher = _read_launcher()
+    adopt_mpi()
+    launcher = read_launcher()
+    path = launcher.get("file", (None, ""))[0]
+    notes = unused_settings()
+    if "compile" in launcher:
+        notes.append(
+            f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "
+            "their names"
+        )
     sharding = Sharding(
         precision=_agree(launcher, "precision", config.precision) or "fp32",
         stage=_agree(launcher, "zero.stage", config.zero.stage),
@@ -63,11 +100,40 @@ def resolve(config: RunConfig) -> Sharding:
         nvme_path=_agree(launcher, "zero.nvme_path", config.zero.nvme_path),
         grad_clip=_agree(launcher, "optim.grad_clip", config.optim.grad_clip),
         loss_scale=config.loss_scale,
-        deepspeed=launcher.get("file", (None, ""))[0],
+        deepspeed=path,
+        compile=_compilation(launcher, config),
+        asked_accumulation=launcher.get("accumulation"),
+        notes=tuple(notes),
+        patience=config.watchdog.seconds,
     )
     _check_precision(sharding.precision)
     _check_zero(sharding)
-    return sharding
+    return sharding if path is None else _with_file(sharding, config, path)
+
+
+def _with_file(sharding: Sharding, config: RunConfig, path: str) -> Sharding:
+    """The sharding with what the DeepSpeed JSON says beside it."""
+    values = read_deepspeed(path)
+    base, unused = base_of_run(values, path, config, sharding.precision)
+    parameters = section(section(base, "zero_optimization", path), "offload_param", path)
+    if parameters.get("device") == "nvme":
+        place = f"zero_optimization.offload_param.nvme_path in {path}"
+        _check_nvme(parameters.get("nvme_path"), place)
+    scale = sharding.loss_scale
+    if sharding.precision == "fp16":
+        scale = agreed_loss_scale(values, path, scale)
+    notes = sharding.notes
+    if unused:
+        notes = (*notes, f"{path}: hpdist does not use {', '.join(unused)}")
+    return replace(sharding, base=base, loss_scale=scale, notes=notes)
+
+
+def _compilation(launcher: Launcher, config: RunConfig) -> Mapping[str, Any] | None:
+    """How the model is compiled: as the launcher says, else as the config does."""
+    if "compile" in launcher:
+        arguments: Mapping[str, Any] = launcher["compile"][0]
+        return arguments
+    return {} if config.compile else None
 
 
 def _join_after_restart(backend: str) -> None:
@@ -98,6 +164,8 @@ def make_accelerator(sharding: Sharding) -> Accelerator:
     """Make the Accelerator. Collective: it joins the process group."""
     on_cpu = not torch.cuda.is_available()
     atexit.register(keep_group)
+    for note in sharding.notes:
+        _say_once(note)
     if sharding.stage is not None:
         _be_one_process()
     # Our buffers are the same on every rank already. The option's new name is not in every torch.
@@ -118,150 +186,43 @@ def make_accelerator(sharding: Sharding) -> Accelerator:
             mixed = "no"
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
         # Without cpu=True Accelerate joins CPU ranks to a group, but lets each train by itself.
-        return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+        with neutralised():
+            return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
 
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls collectives by names that torch has renamed since; nothing a user could mend.
     warnings.filterwarnings("ignore", message=r"`torch.distributed.*` is deprecated")
+    from hpdist.distributed.operators import needed_builders, prepare_operators
     from hpdist.distributed.zero import make_plugin
 
     os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
     plugin = make_plugin(sharding)
-    return Accelerator(mixed_precision=mixed, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    prepare_operators(needed_builders(plugin.deepspeed_config), _say, sharding.patience)
+    with neutralised():
+        return Accelerator(mixed_precision=mixed, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
 
-def with_batch(sharding: Sharding, micro_batch: int, accumulation: int) -> Sharding:
-    """The sharding of a batch that is cut so; checked against numbers in the DeepSpeed JSON."""
-    values = read_deepspeed(sharding.deepspeed)
+def with_batch(sharding: Sharding, micro_batch: int, accumulation: int, ranks: int) -> Sharding:
+    """The sharding of a batch that is cut so; checked against numbers that the launcher names."""
     ours = {
+        "train_batch_size": micro_batch * accumulation * ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
     }
-    for key, value in ours.items():
-        theirs = values.get(key, "auto")
-        if theirs not in ("auto", value):
+    said = [
+        (key, sharding.base.get(key), f"{key}: {sharding.base.get(key)} in {sharding.deepspeed}")
+        for key in ours
+    ]
+    if sharding.asked_accumulation is not None:
+        said.append(("gradient_accumulation_steps", *sharding.asked_accumulation))
+    for key, theirs, place in said:
+        if theirs is not None and (isinstance(theirs, bool) or theirs != ours[key]):
             raise ConfigError(
-                f"{key}: {theirs} in {sharding.deepspeed}, but hpdist's batch sizes make it "
-                f"{value}; write auto there"
+                f"{place}, but hpdist's batch sizes (labelled and unlabelled rows together, cut by "
+                f"batch.micro) make it {ours[key]}; write auto there"
             )
     return replace(sharding, micro_batch=micro_batch, accumulation=accumulation)
-
-
-def read_deepspeed(path: str | None) -> dict[str, Any]:
-    """Read a DeepSpeed JSON config; empty without one. Raises ConfigError."""
-    if path is None:
-        return {}
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the DeepSpeed config {path!r}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"the DeepSpeed config {path!r} must hold an object")
-    return values
-
-
-def hide_launcher_fields() -> None:
-    """Keep Accelerate from holding its own config against the one that hpdist made of it."""
-    for name in ("ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        os.environ.pop(name, None)
-
-
-Launcher = dict[str, tuple[Any, str]]  # setting -> (value, where it stands)
-
-
-def _read_launcher() -> Launcher:
-    """What `accelerate launch` has set, and where; nothing that it leaves open."""
-    found: Launcher = {}
-    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"accelerate's mixed_precision is {mixed!r}; use no, bf16 or fp16")
-    if mixed != "no":
-        found["precision"] = (mixed, f"mixed_precision: {mixed} in accelerate's config")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return found
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    more = _read_environment() if path == "none" else _read_file(path)
-    if (
-        "precision" in found
-        and "precision" in more
-        and found["precision"][0] != more["precision"][0]
-    ):
-        raise ConfigError(
-            f"{found['precision'][1]}, but {more['precision'][1]}; leave the first out"
-        )
-    return found | more
-
-
-def _read_environment() -> Launcher:
-    """DeepSpeed's settings from accelerate's own config."""
-    found: Launcher = {}
-    ours = "accelerate's config"
-    stage = _number(int, os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), "zero_stage", ours)
-    found["zero.stage"] = (stage, f"zero_stage: {stage} in {ours}")
-    names = {
-        "zero.offload": "OFFLOAD_OPTIMIZER_DEVICE",
-        "zero.nvme_path": "OFFLOAD_OPTIMIZER_NVME_PATH",
-    }
-    for setting, name in names.items():
-        value = os.environ.get(f"ACCELERATE_DEEPSPEED_{name}", "none")
-        if value.lower() != "none":
-            found[setting] = (value, f"{name.lower()}: {value} in {ours}")
-    params = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
-    if params not in ("none", found.get("zero.offload", ("none", ""))[0]):
-        raise ConfigError(
-            f"offload_param_device: {params} in {ours} without the same offload_optimizer_device; "
-            "hpdist offloads both alike, unless a DeepSpeed JSON (deepspeed_config_file) says more"
-        )
-    clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    if clip not in ("auto", "none"):
-        norm = _number(float, clip, "gradient_clipping", ours)
-        found["optim.grad_clip"] = (norm or None, f"gradient_clipping: {clip} in {ours}")
-    return found
-
-
-def _read_file(path: str) -> Launcher:
-    """DeepSpeed's settings from the JSON that the launcher named."""
-    values = read_deepspeed(path)
-    zero = _section(values, "zero_optimization", path)
-    found: Launcher = {"file": (path, path)}
-    stage = _number(int, zero.get("stage", 0), "zero_optimization.stage", path)
-    found["zero.stage"] = (stage, f"zero_optimization.stage: {stage} in {path}")
-    offload = _section(zero, "offload_optimizer", path)
-    if offload.get("device", "none") != "none":
-        device = offload["device"]
-        place = f"zero_optimization.offload_optimizer.device: {device} in {path}"
-        found["zero.offload"] = (device, place)
-    if offload.get("nvme_path"):
-        place = f"zero_optimization.offload_optimizer.nvme_path in {path}"
-        found["zero.nvme_path"] = (offload["nvme_path"], place)
-    parameters = _section(zero, "offload_param", path)
-    if parameters.get("device") == "nvme":
-        place = f"zero_optimization.offload_param.nvme_path in {path}"
-        _check_nvme(parameters.get("nvme_path"), place)
-    for half in ("fp16", "bf16"):
-        if _section(values, half, path).get("enabled") is True:
-            found["precision"] = (half, f"{half}.enabled: true in {path}")
-    clip = values.get("gradient_clipping", "auto")
-    if clip != "auto":
-        norm = _number(float, clip, "gradient_clipping", path)
-        found["optim.grad_clip"] = (norm or None, f"gradient_clipping: {clip} in {path}")
-    return found
-
-
-def _section(values: dict[str, Any], key: str, path: str) -> dict[str, Any]:
-    """An object in the JSON, empty where it is left out or null."""
-    found = values.get(key) or {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"{key}: {found!r} in {path} must be an object")
-    return found
-
-
-def _number(kind: Callable[[Any], N], value: object, setting: str, where: str) -> N:
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{setting}: {value!r} in {where} must be a number") from None
 
 
 def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
@@ -302,12 +263,21 @@ def _check_zero(sharding: Sharding) -> None:
         _check_nvme(sharding.nvme_path, "zero.nvme_path")
     if stage is None:
         return
+    if stage not in range(4):
+        raise ConfigError(f"zero.stage: {stage} is none of 0, 1, 2 and 3")
     for package in ("deepspeed", "transformers"):  # Accelerate's plug-in asks for the latter
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"zero.stage: {stage} needs {package}, which is not installed; "
                 'pip install "hpdist[deepspeed]", or launch without DeepSpeed'
             )
+    installed = importlib.metadata.version("deepspeed")
+    if compare_versions("deepspeed", "<", _DEEPSPEED):
+        raise ConfigError(
+            f"zero.stage: {stage} needs deepspeed {_DEEPSPEED} or newer, and {installed} is "
+            "installed: older ones lose a part of the gradients without a word (ZeRO-2 with "
+            f'accumulation, ZeRO-0 in bf16); pip install "deepspeed>={_DEEPSPEED}"'
+        )
 
 
 def _check_nvme(path: str | None, setting: str) -> None:
@@ -327,3 +297,14 @@ def _be_one_process() -> None:
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
+
+def _say_once(line: str) -> None:
+    """Print a line from the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        _say(line)
+
+
+def _say(line: str) -> None:
+    """Print a line of what this process does; nothing has joined the ranks yet."""
+    print(line, file=sys.stderr, flush=True)

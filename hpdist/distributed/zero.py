@@ -6,6 +6,7 @@ upstream has mended it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from hpdist.config import LossScale
 from hpdist.distributed.engine import Engine
 from hpdist.distributed.fragments import Fragment, Partition
-from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
+from hpdist.distributed.launch import Sharding
+from hpdist.distributed.launcher import hide_launcher_fields
 from hpdist.distributed.loss_scale import LossScaler
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
@@ -30,7 +32,7 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
 
     What hpdist must decide itself (batch sizes, clipping, precision, stage) overrides the file.
     """
-    values = read_deepspeed(sharding.deepspeed)
+    values = copy.deepcopy(dict(sharding.base))
     zero = values["zero_optimization"] = values.get("zero_optimization") or {}
     zero["stage"] = sharding.stage
     zero.setdefault("reduce_bucket_size", 50_000_000)  # a tenth of DeepSpeed's, which is 1 GB
@@ -67,16 +69,11 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
 
 
 def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
-    """Lay hpdist's settings over the file's: those given, and defaults where it is silent."""
-    ours = {
-        "static": ("loss_scale", config.static or 0),
-        "initial": ("initial_scale_power", int(math.log2(config.initial))),
-        "growth_interval": ("loss_scale_window", config.growth_interval),
-        "minimum": ("min_loss_scale", config.minimum),
-    }
-    for setting, (key, value) in ours.items():
-        if setting in config.model_fields_set or key not in fp16:
-            fp16[key] = value
+    """Set what file and config have agreed on."""
+    fp16["loss_scale"] = config.static or 0
+    fp16["initial_scale_power"] = int(math.log2(config.initial))
+    fp16["loss_scale_window"] = config.growth_interval
+    fp16["min_loss_scale"] = config.minimum
 
 
 def _allow_fp16_on_cpu() -> None:

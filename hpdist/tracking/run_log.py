@@ -43,8 +43,9 @@ class RunLog:
         self._folder = folder
         self._files = files
         told = environment(sharding)
-        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told)
         self._console = Console(config.steps, done, folder.main)
+        say = self._console.say
+        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told, say)
         self._started = self._clock = time.monotonic()
         self._before = seconds
         self._steps = 0

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import patch_environment
 
 from hpdist.config import RunConfig
 from hpdist.settings import flat
+from hpdist.tracking.variables import (
+    Chosen,
+    choose_mlflow,
+    choose_tensorboard,
+    choose_wandb,
+)
 
 _GROUPS = {
     "precision": ("loss_scale", "overflows", "overflow"),
@@ -40,6 +47,7 @@ class Tracker:
         main: Whether this is the main process; no other sends anything.
         run_id: The tracker's, of the run that goes on.
         environment: What else is told beside the config, such as the number of ranks.
+        say: Is given a line of what the tracker's environment variables have decided.
     """
 
     def __init__(
@@ -49,7 +57,9 @@ class Tracker:
         main: bool,
         run_id: str | None = None,
         environment: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        self._say = say
         self.run_id = run_id
         self._name = config.tracker.name
         self._tracker: GeneralTracker | None = None
@@ -103,26 +113,16 @@ class Tracker:
 
     def _start(
         self, config: RunConfig, folder: Path, environment: Mapping[str, Any]
-    ) -> GeneralTracker:
-        name, project = self._name, config.tracker.project
+    ) -> GeneralTracker | None:
+        name = self._name
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f'{name} is not installed; pip install "hpdist[{name}]"')
-        if name == "tensorboard":
-            tracker: GeneralTracker = TensorBoardTracker(project, folder)
-        elif name == "mlflow":
-            if "MLFLOW_TRACKING_URI" not in os.environ:
-                os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.absolute() / 'mlflow.db'}"
-            tracker = MLflowTracker(project, run_id=self.run_id, run_name=config.run.name)
-        else:
-            os.environ.setdefault("WANDB_SILENT", "true")
-            tracker = WandBTracker(
-                project,
-                dir=str(folder),
-                name=config.run.name,
-                mode=config.tracker.mode,
-                id=self.run_id,
-                resume="allow",
-            )
+        chosen, make = self._choose(config, folder)
+        if chosen.line is not None:
+            self._say(f"tracker {name}: {chosen.line}")
+        if chosen.disabled:
+            return None
+        tracker = make(chosen)
         tracker.start()
         if name == "wandb":
             self.run_id = tracker.tracker.id
@@ -133,6 +133,24 @@ class Tracker:
         if name != "mlflow" or not tracker.active_run.data.params:
             tracker.store_init_configuration(settings | dict(environment))
         return tracker
+
+    def _choose(
+        self, config: RunConfig, folder: Path
+    ) -> tuple[Chosen, Callable[[Chosen], GeneralTracker]]:
+        """What the tracker is told, and how one is made of it."""
+        settings, run = config.tracker, config.run.name
+        if self._name == "tensorboard":
+            return (
+                choose_tensorboard(settings, folder, run),
+                lambda c: TensorBoardTracker(c.project, **c.arguments),
+            )
+        if self._name == "mlflow":
+            return choose_mlflow(settings, folder, self.run_id), lambda c: _mlflow(c, run)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        return (
+            choose_wandb(settings, folder, run, self.run_id),
+            lambda c: WandBTracker(c.project, **c.arguments),
+        )
 
     def _try(self, act: Callable[[GeneralTracker], object]) -> None:
         if self._tracker is None:
@@ -149,6 +167,13 @@ class Tracker:
             f"{error}); training goes on, and metrics.jsonl has every number",
             stacklevel=3,
         )
+
+
+def _mlflow(chosen: Chosen, name: str | None) -> MLflowTracker:
+    """Accelerate's tracker, which would put the variables over what it is given."""
+    theirs = {"MLFLOW_EXPERIMENT_NAME": chosen.project, "MLFLOW_RUN_ID": chosen.arguments["run_id"]}
+    with patch_environment(**{key: value for key, value in theirs.items() if value is not None}):
+        return MLflowTracker(chosen.project, run_name=name, **chosen.arguments)
 
 
 def grouped(key: str) -> str:

@@ -259,12 +259,12 @@ def test_batch_sizes_in_the_json(launcher: Any, key: str, clash: int) -> None:
     path = launcher({"zero_optimization": {"stage": 2}, key: clash})
     sharding = launch.resolve(config())
     with pytest.raises(ConfigError) as caught:
-        launch.with_batch(sharding, 16, 4)
+        launch.with_batch(sharding, 16, 4, 1)
     ours = {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4}[key]
     assert str(caught.value).startswith(f"{key}: {clash} in {path}, but")
     assert str(ours) in str(caught.value)
     launcher({"zero_optimization": {"stage": 2}, key: "auto"})
-    found = launch.with_batch(launch.resolve(config()), 16, 4)
+    found = launch.with_batch(launch.resolve(config()), 16, 4, 1)
     assert (found.micro_batch, found.accumulation) == (16, 4)
 
 
@@ -389,7 +389,7 @@ def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch)
     file = f"configs/deepspeed/{path.stem}.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
     stage, _, precision = path.stem.removeprefix("zero").replace("_offload", "").partition("_")
-    sharding = launch.with_batch(launch.resolve(config()), 4, 2)
+    sharding = launch.with_batch(launch.resolve(config()), 4, 2, 1)
     assert (sharding.stage, sharding.precision) == (int(stage), precision)
     assert sharding.offload == ("cpu" if "offload" in path.stem else "none")
     values = dict(make_plugin(sharding).deepspeed_config)
