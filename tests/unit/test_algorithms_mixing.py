@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,12 +220,17 @@ def test_mixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
         check_flow(ran, 3, step)
 
 
+@pytest.mark.parametrize("average", [{}, {"window": 2}, {"momentum": 0.3}], ids=str)
 @pytest.mark.parametrize("unusable", [(), (0, 9, 12, 13, 14, 15)])
-def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
+def test_remixmatch_over_several_steps(
+    unusable: tuple[int, ...], average: dict[str, Any]
+) -> None:
     weights = {"unsupervised_weight": 2.0, "strong_weight": 0.7, "rotation_weight": 0.3}
-    options = {"temperature": 0.6, "alpha": 0.8, "momentum": 0.3}
+    options = {"temperature": 0.6, "alpha": 0.8, **average}
+    kept = average.get("momentum", 0.999)
     algorithm = ReMixMatch(CLASSES, **weights, **options, ramp_steps=3, strong_views=3, groups=4)
     labels_average = predictions_average = np.full(CLASSES, 1 / CLASSES)
+    means = [predictions_average] * average.get("window", 128)
     for step in range(5):
         batch = global_batch(algorithm, step, unusable=unusable)
         ran = run(algorithm, batch)
@@ -259,11 +265,17 @@ def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
         assert ran.losses["strong_loss"] == pytest.approx(ramp * 0.7 * errors.mean(), rel=1e-4)
         loss = losses.mean() + ramp * (2.0 * total + 0.7 * errors.mean()) + 0.3 * turn_errors.mean()
         assert ran.losses["loss"] == pytest.approx(loss, rel=1e-4)
-        labels_average = 0.3 * labels_average + 0.7 * one_hot.mean(axis=0)
-        predictions_average = 0.3 * predictions_average + 0.7 * said.mean(axis=0)
+        labels_average = kept * labels_average + (1 - kept) * one_hot.mean(axis=0)
+        means = [*means[1:], said.mean(axis=0)]
         state = algorithm.state_dict()
+        if "momentum" in average:
+            predictions_average = 0.3 * predictions_average + 0.7 * means[-1]
+            held = state["predictions"]
+        else:
+            predictions_average = sum(means) / len(means)
+            held = state["recent_predictions"].mean(dim=0)
         np.testing.assert_allclose(state["labels"].numpy(), labels_average, rtol=1e-5)
-        np.testing.assert_allclose(state["predictions"].numpy(), predictions_average, rtol=1e-5)
+        np.testing.assert_allclose(held.numpy(), predictions_average, rtol=1e-5)
 
 
 CHANGES: list[tuple[str, dict[str, float]]] = [
@@ -272,6 +284,7 @@ CHANGES: list[tuple[str, dict[str, float]]] = [
     *(("remixmatch", {key: value}) for key, value in [("temperature", 0.8), ("alpha", 3.0)]),
     *(("remixmatch", {key: 2}) for key in ("unsupervised_weight", "groups", "strong_weight")),
     ("remixmatch", {"momentum": 0.2}),
+    ("remixmatch", {"window": 1}),
     ("remixmatch", {"rotation_weight": 2.0}),
     ("remixmatch", {"strong_views": 3}),
 ]
