@@ -215,16 +215,16 @@ def check_group_sizes(
     else:
         remedy = f"raise {wanted}"
     if 1 in few.values():
-        raise ConfigError(f"{where}, in each of them {told}, which leaves none to mix with; {remedy}")
-    if few:
-        return f"{where}, in each of them {told}: hardly any to mix with; {remedy}"
-    if groups == "auto" and count != usual:
-        return (
-            f"{where}, one for each of {slices} ranks and micro-batches, in place of {usual}: "
-            f"mixtures are not those of other numbers of them; algorithm.groups: {count} keeps "
-            "them the same"
+        raise ConfigError(
+            f"{where}, in each of them {told}, which leaves none to mix with; {remedy}"
         )
-    return None
+    notes = [f"in each of them {told}: hardly any to mix with; {remedy}"] if few else []
+    if groups == "auto" and count != usual:
+        notes.append(
+            f"one for each of {slices} ranks and micro-batches, in place of {usual}: mixtures are "
+            f"not those of other numbers of them; algorithm.groups: {count} keeps them the same"
+        )
+    return f"{where}, {'. They are '.join(notes)}" if notes else None
 
 
 def _spelled(kind: str) -> str:

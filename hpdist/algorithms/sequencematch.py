@@ -17,8 +17,10 @@ _OPERATIONS = (1, 3)  # of RandAugment in the medium and in the strong view
 
 
 class SequenceMatchConfig(FlexMatchConfig):
-    """The values of the author's released configs; what the abstract says of rows below their
-    threshold is `rejected_weight: 1`, which those leave out."""
+    """The values of the author's released configs.
+
+    They leave out what the paper says of rows below their threshold: `rejected_weight: 1`.
+    """
 
     name: Literal["sequencematch"] = "sequencematch"  # type: ignore[assignment]
     temperature: float = Field(0.5, gt=0)

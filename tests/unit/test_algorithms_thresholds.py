@@ -97,9 +97,7 @@ def test_softmatch_variance_of_one_row_is_left_out() -> None:
 )
 @pytest.mark.parametrize("tau", [0.9, 0.6])
 def test_adamatch(averages: dict[str, float], tau: float) -> None:
-    algorithm = AdaMatch(
-        CLASSES, threshold=tau, unsupervised_weight=0.5, ramp_steps=4, **averages
-    )
+    algorithm = AdaMatch(CLASSES, threshold=tau, unsupervised_weight=0.5, ramp_steps=4, **averages)
     momentum, window = averages.get("momentum"), averages.get("window", 128)
     kept = 0.999 if momentum is None else momentum
     p_x = p_u = np.full(CLASSES, 1 / CLASSES)
