@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
+from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.mixing import check_group_sizes
 from hpdist.config import RunConfig
 from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
@@ -14,7 +18,8 @@ from hpdist.models.outputs import on_trial
 def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
     """The number of micro-batches per step and rank.
 
-    Raises ConfigError where a global batch does not divide over ranks and micro-batches.
+    Raises ConfigError where a global batch does not divide over ranks and micro-batches, or where
+    too few rows are left to be mixed with one another.
     """
     sizes = {"batch.labeled": config.batch.labeled}
     if uses_unlabeled:
@@ -25,8 +30,18 @@ def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
                 f"{setting}: {size} rows do not divide over {ranks} ranks; use "
                 f"{_multiples(size, ranks)}"
             )
+    count = _micro_batches(config.batch.micro, sizes, ranks)
+    algorithm = compose(config)
+    if uses_unlabeled and algorithm.groups is not None:
+        rows = {setting.removeprefix("batch."): size for setting, size in sizes.items()}
+        name = type(algorithm).__name__
+        check_group_sizes(name, algorithm.groups, rows, ranks * count, algorithm.mixed)
+    return count
+
+
+def _micro_batches(micro: int | None, sizes: Mapping[str, int], ranks: int) -> int:
+    """How many micro-batches a rank's rows make; raises ConfigError where they are not equal."""
     per_rank = sum(sizes.values()) // ranks
-    micro = config.batch.micro
     if micro is None or micro >= per_rank:
         return 1
     count = per_rank // micro
@@ -51,14 +66,13 @@ def _multiples(size: int, ranks: int) -> str:
 
 def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
     """Raise ConfigError where the algorithm cannot use inputs such as the unlabelled ones."""
-    if spec.kind == "text" and (algorithm.groups is not None or algorithm.views.probed):
+    if spec.kind == "text" and algorithm.changes_inputs:
         raise ConfigError(
-            f"algorithm.name: {type(algorithm).__name__} mixes inputs or adds to them, which text "
-            "does not allow; choose one that does not, such as fixmatch"
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
+            "back, which text does not allow; choose one that does not, such as fixmatch"
         )
     waveforms = spec.kind == "audio" and spec.seen == spec.shape
-    adds = algorithm.groups is not None or algorithm.views.probed
-    if waveforms and (adds or "reconstruction" in algorithm.head_names):
+    if waveforms and algorithm.changes_inputs:
         raise ConfigError(
             f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
             "back, which waveforms of different lengths do not allow; set views.spectrogram: true, "

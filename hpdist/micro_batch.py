@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm, HeadOutputs, Places, StudentInputs
+from hpdist.algorithms.mixing import check_group_sizes
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.views.base import Views
+from hpdist.data.views.base import GradedViews, Views, unmixable
 from hpdist.errors import ConfigError
+
+_log = logging.getLogger("hpdist.step")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,11 @@ class Cutter:
     def cut(
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, step: int
     ) -> Iterator[MicroBatch]:
-        """The micro-batches of a step; raises ConfigError where rows are missing or left over."""
+        """The micro-batches of a step.
+
+        Raises ConfigError where rows are missing or left over, where a group of rows that are mixed
+        has too few, or where the algorithm changes inputs that have no sum.
+        """
         unlabeled = self._check(labeled, unlabeled)
         part = len(labeled) // self.parts
         u_part = 0 if unlabeled is None else len(unlabeled) // self.parts
@@ -71,6 +79,7 @@ class Cutter:
     ) -> UnlabeledBatch | None:
         algorithm = self.algorithm
         name = type(algorithm).__name__
+        self._check_mixable(unmixable(self.views))
         if not algorithm.views.uses_unlabeled:
             unlabeled = None
         elif unlabeled is None:
@@ -82,14 +91,21 @@ class Cutter:
                 raise ConfigError(
                     f"{size} {what} rows per rank do not divide into {self.parts} micro-batches"
                 )
-            whole = size * self.ranks
-            if algorithm.groups is not None and whole % algorithm.groups:
-                raise ConfigError(
-                    f"{name} mixes rows within {algorithm.groups} groups of the global batch, and "
-                    f"{whole} {what} rows do not divide into as many; change batch.{setting} or "
-                    "algorithm.groups"
-                )
+        if algorithm.groups is not None and unlabeled is not None:
+            whole = {setting: size * self.ranks for setting, size in sizes.items()}
+            slices = self.ranks * self.parts
+            note = check_group_sizes(name, algorithm.groups, whole, slices, algorithm.mixed)
+            if note is not None and self.rank == 0:
+                _warn_once(note)
         return unlabeled
+
+    def _check_mixable(self, what: str | None) -> None:
+        """Raise ConfigError where there is something that the algorithm cannot change."""
+        if what is not None and self.algorithm.changes_inputs:
+            raise ConfigError(
+                f"{type(self.algorithm).__name__} mixes inputs, adds to them or gives them back, "
+                f"which {what} do not allow; choose an algorithm that does not, such as FixMatch"
+            )
 
     def _make(
         self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, at: int, u_at: int, step: int
@@ -102,11 +118,14 @@ class Cutter:
             partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
             for make in (self.views.weak, self.views.strong)
         )
+        weak_labeled = x_weak()
+        if not weak_labeled.is_floating_point():
+            self._check_mixable(f"{str(weak_labeled.dtype).removeprefix('torch.')} values")
         strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64)
             places = Places(positions, none, labeled_rows, 0, self.seed, step)
-            inputs = StudentInputs(x_weak(), labeled.labels, (), (), strong_labeled, (), places)
+            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), places)
             return MicroBatch(inputs, none.to(self.device), labeled.ids)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()
@@ -114,10 +133,10 @@ class Cutter:
         u_positions = u_at + lines
         weak, strong = (
             partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=u_positions)
-            for make in (self.views.weak, self.views.strong)
+            for make in (self.views.weak, self._strong)
         )
         inputs = StudentInputs(
-            labeled=x_weak(),
+            labeled=weak_labeled,
             labels=labeled.labels,
             student_weak=tuple(
                 weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
@@ -129,6 +148,21 @@ class Cutter:
             ids=unlabeled.ids,
         )
         return MicroBatch(inputs, unlabeled.ids, labeled.ids)
+
+    def _strong(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> Tensor:
+        """A strong view, as strong as the algorithm's authors have it where views can be graded."""
+        wanted, views = self.algorithm.views.operations, self.views
+        make = views.strong
+        if copy < len(wanted) and isinstance(views, GradedViews):
+            make = partial(views.graded, operations=wanted[copy])
+        return make(x, stream=stream, step=step, positions=positions, copy=copy)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
 
 
 def by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:

@@ -16,6 +16,7 @@ from tests.recipes import digits, make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "adamatch": {"window": 3},
     "comatch": {
         "threshold": 0.1304,
         "graph_threshold": 0.102736,
@@ -29,10 +30,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fixmatch": {"threshold": 0.16},
     "flexmatch": {"threshold": 0.15, "warmup": False, "unsupervised_weight": 0.1},
     "freematch": {"momentum": 0.5, "fairness_weight": 0.05},
-    "ict": {"unsupervised_weight": 50.0, "ramp": 0.1},
+    "ict": {"unsupervised_weight": 50.0, "ramp": 0.1, "groups": 8},
     "ladder": {"layer_weights": [10.0, 1.0, 0.1]},
     "mean_teacher": {"unsupervised_weight": 50.0, "ramp": 0.1},
-    "mixmatch": {"ramp": 0.1},
+    "mixmatch": {"ramp": 0.1, "groups": 8},
     "noisy_student": {"threshold": 0.2},
     "pi_model": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "pseudo_label": {"threshold": 0.14, "ramp": 0.1},
@@ -44,9 +45,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "unsupervised_weight": 0.1,
         "high_weight": 0.1,
         "low_weight": 100.0,
-        "labeled_partners": True,
+        "labeled_mixed": True,
+        "groups": 8,
     },
-    "remixmatch": {"ramp": 0.1, "strong_views": 2},
+    "remixmatch": {"ramp": 0.1, "strong_views": 2, "window": 3, "groups": 8},
     "sequencematch": {"threshold": 0.15, "warmup": False, "unsupervised_weight": 0.1},
     "simmatch": {"threshold": 0.1702, "bank": 50, "alignment_steps": 3, "smoothing": 0.6},
     "softmatch": {"momentum": 0.5},

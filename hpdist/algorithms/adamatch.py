@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.alignment import aligned, moved, uniform_prior
+from hpdist.algorithms.alignment import (
+    LABELED_MOMENTUM,
+    WINDOW,
+    MeanPrediction,
+    aligned,
+    moved,
+    uniform_prior,
+)
 from hpdist.algorithms.base import (
     AlgorithmConfig,
     LossTerms,
+    SavedShards,
     StudentOutputs,
     Sums,
     Views,
@@ -24,13 +33,17 @@ from hpdist.algorithms.targets import confident
 
 
 class AdaMatchConfig(AlgorithmConfig):
-    """The paper's values; the momentum is the one of common benchmarks."""
+    """The paper's values, and the averages of its authors' code."""
 
     name: Literal["adamatch"] = "adamatch"
     threshold: float = Field(0.9, ge=0, le=1)
     """Share of the labelled rows' mean confidence that a pseudo-label needs (tau)."""
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Of the averages that predictions are aligned by; 0 goes by this batch alone."""
+    window: int = Field(WINDOW, ge=1)
+    """Batches whose mean prediction on unlabelled rows is what predictions are aligned by; that on
+    labelled rows is a moving average of momentum 0.999."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Makes both of them moving averages of this momentum, as USB has them (0.999), in place of the
+    window; 0 goes by this batch alone."""
     unsupervised_weight: float = Field(1.0, ge=0)
     """Weight of the unsupervised term after the ramp."""
     ramp: float = Field(0.5, ge=0, le=1)
@@ -43,6 +56,7 @@ class AdaMatchConfig(AlgorithmConfig):
         return AdaMatch(
             num_classes,
             threshold=self.threshold,
+            window=self.window,
             momentum=self.momentum,
             unsupervised_weight=self.unsupervised_weight,
             ramp_steps=round(self.ramp * steps),
@@ -53,11 +67,12 @@ class AdaMatchConfig(AlgorithmConfig):
 class AdaMatch(Ramped):
     """L = L_x + mu(t) lambda_u mean_b 1[max q_b >= c] H(argmax q_b, p(strong(u_b))).
 
-    With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1, and p_x and p_u are EMA
-    of the mean prediction on weak labelled and unlabelled rows; c = tau mean_b max p(weak(x_b));
-    mu(t) = (1 - cos(pi t)) / 2. Averages are of the global batch and updated before use. Section
-    3.3 of the paper, without what it has for domain adaptation: logits that are interpolated
-    between two passes, and strong views of the labelled rows.
+    With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1; p_x is a moving average
+    of the mean prediction on weak labelled rows, and p_u the mean of that on weak unlabelled ones
+    over the last batches, all of them uniform at first; c = tau mean_b max p(weak(x_b)); mu(t) = (1
+    - cos(pi t)) / 2. Averages are of the global batch and updated before use. Section 3.3 of the
+    paper, without what it has for domain adaptation: logits that are interpolated between two
+    passes, and strong views of the labelled rows.
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2022, arXiv:2106.04732"
@@ -68,18 +83,19 @@ class AdaMatch(Ramped):
         num_classes: int,
         *,
         threshold: float = 0.9,
-        momentum: float = 0.999,
+        window: int = WINDOW,
+        momentum: float | None = None,
         unsupervised_weight: float = 1.0,
         ramp_steps: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(unsupervised_weight, ramp_steps, "cosine", device)
         self.threshold = threshold
-        self.momentum = momentum
-        prior = uniform_prior(num_classes, device)
+        self.labeled_momentum = LABELED_MOMENTUM if momentum is None else momentum
+        self._mean = MeanPrediction("probability", window, momentum)  # p_u
         self.state = {
-            "labeled_probability": prior.clone(),  # [classes], p_x
-            "probability": prior.clone(),  # [classes], p_u
+            "labeled_probability": uniform_prior(num_classes, device),  # [classes], p_x
+            **self._mean.start(num_classes, device),
             **self.state,
         }
         self._threshold = torch.ones((), device=device)  # [], c of this step
@@ -98,21 +114,17 @@ class AdaMatch(Ramped):
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Move both averages, count the step, and take this batch's threshold."""
-        rows = {
-            "labeled_probability": sums["labeled_rows"].clamp(min=1),
-            "probability": unlabeled_rows,
-        }
         super().observe(sums, unlabeled_rows)
-        for name, count in rows.items():
-            self.pending[name] = moved(self.state[name], sums[name] / count, self.momentum)
-        confidence = sums["labeled_confidence"] / rows["labeled_probability"]
-        self._threshold = self.threshold * confidence
+        name, rows = "labeled_probability", sums["labeled_rows"].clamp(min=1)
+        self.pending[name] = moved(self.state[name], sums[name] / rows, self.labeled_momentum)
+        self.pending |= self._mean.after(self.state, sums["probability"] / unlabeled_rows)
+        self._threshold = self.threshold * sums["labeled_confidence"] / rows
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, the unsupervised one without its weight, and the mask rate."""
         assert outputs.weak is not None
         probabilities = aligned(
-            outputs.weak.logits, self.pending["probability"], self.pending["labeled_probability"]
+            outputs.weak.logits, self._mean.value(self.pending), self.pending["labeled_probability"]
         )
         mask, pseudo_labels = confident(probabilities, self._threshold)  # [unlabeled] both
         return LossTerms(
@@ -121,3 +133,10 @@ class AdaMatch(Ramped):
             unsupervised_weight=self.unsupervised_weight * self.ramp,
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over a state; raises CheckpointError where its average is of another kind."""
+        self._mean.check(state, "algorithm")
+        super().load_state_dict(state, saved)

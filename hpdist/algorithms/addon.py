@@ -85,6 +85,7 @@ class AddOn(Algorithm):
         self.paper = base.paper  # type: ignore[misc]
         self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
         self.groups = base.groups
+        self.mixed = base.mixed
         self.head_names = base.head_names
         self.normalizes_apart = base.normalizes_apart
         self.heads_hint = base.heads_hint
@@ -108,6 +109,11 @@ class AddOn(Algorithm):
     @pending.setter
     def pending(self, value: Mapping[str, Tensor]) -> None:
         self.own_pending, self.base.pending = self._divide(value)
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether the inner algorithm does."""
+        return self.base.changes_inputs
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
         """The weak views' outputs as the inner algorithm is to see them."""

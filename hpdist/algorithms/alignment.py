@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from hpdist.errors import CheckpointError
+
+WINDOW = 128
+"""Batches whose mean ReMixMatch's, AdaMatch's and CReST's own code aligns predictions by."""
+LABELED_MOMENTUM = 0.999
+"""What the same code moves its average of the labelled rows with."""
 
 
 def uniform_prior(num_classes: int, device: torch.device | str = "cpu") -> Tensor:
@@ -26,3 +36,66 @@ def aligned(logits: Tensor, mean: Tensor, prior: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     shift = prior.clamp(min=tiny).log() - mean.clamp(min=tiny).log()
     return (logits + shift).softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class MeanPrediction:
+    """The mean prediction over steps: of the last batches, or a moving average.
+
+    Args:
+        name: Of the moving average in an algorithm's state; the last batches are "recent" and it.
+        window: Batches that the mean is of; before the first step each of them is uniform.
+        momentum: Makes it a moving average instead, which begins as uniform.
+    """
+
+    name: str
+    window: int = WINDOW
+    momentum: float | None = None
+
+    @property
+    def key(self) -> str:
+        """The name in an algorithm's state."""
+        return f"recent_{self.name}" if self.momentum is None else self.name
+
+    def start(self, num_classes: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The state before the first step: [window, classes], or [classes] of a moving average."""
+        uniform = uniform_prior(num_classes, device)
+        if self.momentum is None:
+            uniform = uniform.expand(self.window, -1)
+        return {self.key: uniform.clone()}
+
+    def after(self, state: Mapping[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """The state one step on, whose global batch has this mean prediction [classes]."""
+        old = state[self.key]
+        if self.momentum is None:
+            return {self.key: torch.cat([old[1:], mean[None]])}
+        return {self.key: moved(old, mean, self.momentum)}
+
+    def value(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The mean that a state holds, [classes]."""
+        held = state[self.key]
+        return held.mean(dim=0) if self.momentum is None else held
+
+    def check(self, state: Mapping[str, Tensor], setting: str) -> None:
+        """Raise CheckpointError where a state holds the other kind of mean, or another window.
+
+        `setting` is the part of a config that `momentum` and `window` stand in.
+        """
+        if self.key in state:
+            held = len(state[self.key])
+            if self.momentum is None and held != self.window:
+                raise CheckpointError(
+                    f"the checkpoint holds the mean predictions of {held} batches, and "
+                    f"{setting}.window is {self.window}; set it to {held} to go on from there"
+                )
+        elif self.name in state and self.momentum is None:
+            raise CheckpointError(
+                f"the checkpoint holds a moving average of the predictions, and {setting} now goes "
+                f"by the mean of the last {self.window} batches; set {setting}.momentum to what it "
+                "was (by default 0.999, of remixmatch 0.984) to go on from there"
+            )
+        elif f"recent_{self.name}" in state and self.momentum is not None:
+            raise CheckpointError(
+                f"the checkpoint holds the mean predictions of the last batches, and "
+                f"{setting}.momentum asks for a moving average; leave it out to go on from there"
+            )

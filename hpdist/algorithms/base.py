@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from hpdist.errors import ConfigError
 
 Sums = Mapping[str, Tensor]
 Probe = Callable[[Tensor], Tensor]
+Groups = int | Literal["auto"]
+"""Parts of a global batch within which rows are mixed; "auto" goes by the sizes of the batch."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Views:
     labeled_targets: bool = False
     """Whether the labelled rows' weak view is also seen without gradient, beside the unlabelled
     rows': for statistics of the labelled global batch."""
+    operations: tuple[int, ...] = ()
+    """Operations of RandAugment in each strong view of an unlabelled image, where the authors have
+    other numbers than the run's; what the run's views say themselves goes first."""
     teacher: bool = False
     """Whether the targets come from the teacher's weights instead of the student's."""
     inputs_need_targets: bool = False
@@ -258,9 +263,11 @@ class Algorithm:
     """The tasks that it has a meaning for, by their names."""
     task: Task = CLASSIFICATION
     """What the outputs mean; set by `take_task` before the first step."""
-    groups: int | None = None
+    groups: Groups | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
     divide them, so that no row needs another rank's. None: it combines none."""
+    mixed: tuple[str, ...] = ("labeled", "unlabeled")
+    """The kinds of rows that it combines, if any: each needs two or more in a group."""
     head_names: tuple[str, ...] = ()
     """Outputs that its loss uses beside the logits; `heads` makes what the model has not."""
     generations: int = 1
@@ -288,6 +295,11 @@ class Algorithm:
         """Of one row as the model sees it; set before `heads` is asked."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether it mixes inputs, adds to them or gives them back: they must be plain numbers."""
+        return self.groups is not None or self.views.probed
 
     def take_task(self, task: Task) -> None:
         """Have the outputs mean something else; before the first step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -10,10 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.addon import AddOn, AddOnConfig
-from hpdist.algorithms.alignment import moved, uniform_prior
+from hpdist.algorithms.alignment import WINDOW, MeanPrediction
 from hpdist.algorithms.base import (
     Algorithm,
     LossTerms,
+    SavedShards,
     StudentInputs,
     StudentOutputs,
     Sums,
@@ -27,7 +29,7 @@ _SMALL = 1e-6
 
 
 class CReSTConfig(AddOnConfig):
-    """The paper's values for CIFAR10-LT; momentum as in the alignment of other algorithms."""
+    """The paper's values for CIFAR10-LT, and the average of its authors' code."""
 
     name: Literal["crest"] = "crest"
     generations: int = Field(6, ge=2)
@@ -37,8 +39,10 @@ class CReSTConfig(AddOnConfig):
     smallest_power: float = Field(0.5, ge=0, le=1)
     """To which power the labels' shares are the alignment's target in the last generation, from 1
     in the first (t_min): the smaller, the more rows of rare classes."""
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Of the mean prediction that is aligned."""
+    window: int = Field(WINDOW, ge=1)
+    """Batches whose mean prediction is what predictions are aligned by."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Makes that a moving average of this momentum, in place of the window."""
 
     def build(
         self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
@@ -50,6 +54,7 @@ class CReSTConfig(AddOnConfig):
             generations=self.generations,
             alpha=self.alpha,
             smallest_power=self.smallest_power,
+            window=self.window,
             momentum=self.momentum,
             device=device,
         )
@@ -66,8 +71,8 @@ class CReST(AddOn):
     A row that has joined counts in the supervised term as a labelled one does: it becomes (sum over
     the labelled rows + sum over the chosen rows, on their weak view) / (labelled + chosen rows),
     of the global batch. Targets are aligned: q p^t / mean q, made to sum to 1, with p the labels'
-    shares, the moving mean of the predictions, and t = 1 - (1 - t_min) g / (G - 1) in generation g
-    of G.
+    shares, the mean of the predictions over the batches before, and t = 1 - (1 - t_min) g / (G - 1)
+    in generation g of G.
     """
 
     name: ClassVar[str] = "crest"
@@ -82,14 +87,16 @@ class CReST(AddOn):
         generations: int = 6,
         alpha: float = 3.0,
         smallest_power: float = 0.5,
-        momentum: float = 0.999,
+        window: int = WINDOW,
+        momentum: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if base.generations > 1:
             raise ConfigError(f"crest: {type(base).__name__} has generations of its own")
+        self._mean = MeanPrediction("probability", window, momentum)
         own = {
             "generation": torch.zeros((), device=device),
-            "probability": uniform_prior(num_classes, device),
+            **self._mean.start(num_classes, device),
         }
         super().__init__(base, own)
         if not base.views.weak:
@@ -101,7 +108,6 @@ class CReST(AddOn):
         self.generations = generations
         self.alpha = alpha
         self.smallest_power = smallest_power
-        self.momentum = momentum
         self._said = RowTable((2,), torch.float32, device)  # label + 1, confidence; being gathered
         self._chosen = RowTable((1,), torch.int16, device)  # label + 1 of the rows that have joined
         self.tables = {"chosen": self._chosen}
@@ -131,7 +137,7 @@ class CReST(AddOn):
         generation = self.own["generation"] + 1
         self.own = {
             "generation": generation,
-            "probability": uniform_prior(self.num_classes, generation.device),
+            **self._mean.start(self.num_classes, generation.device),
         }
         self.base.load_state_dict(self._first)
         self.discard()
@@ -141,7 +147,7 @@ class CReST(AddOn):
         counts = self.required_counts(weak.logits)
         power = 1 - (1 - self.smallest_power) * self.own["generation"] / (self.generations - 1)
         prior = (counts / counts.sum() + _SMALL).pow(power)
-        shift = (prior / prior.sum()).log() - (self.own["probability"] + _SMALL).log()
+        shift = (prior / prior.sum()).log() - (self._mean.value(self.own) + _SMALL).log()
         return replace(
             weak, logits=weak.logits + shift, others=tuple(view + shift for view in weak.others)
         )
@@ -155,7 +161,7 @@ class CReST(AddOn):
         """Move the mean prediction."""
         self._joined = sums["joined"]
         mean = sums["probability"] / unlabeled_rows
-        return {**self.own, "probability": moved(self.own["probability"], mean, self.momentum)}
+        return self.own | self._mean.after(self.own, mean)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """What the inner algorithm does, and the weak view as a further input."""
@@ -178,6 +184,13 @@ class CReST(AddOn):
         supervised = terms.supervised * (outputs.labeled_rows / rows) + added
         metrics = {**terms.metrics, "joined_rate": joined.sum() / outputs.unlabeled_rows}
         return replace(terms, supervised=supervised, metrics=metrics)
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over both states; raises CheckpointError where the average is of another kind."""
+        self._mean.check(self._divide(state)[0], "addons: crest")
+        super().load_state_dict(state, saved)
 
     def _shares(self, like: Tensor) -> Tensor:
         """How much of each class joins, mu, [classes]."""

@@ -31,7 +31,7 @@ _DISTANCE = "distance"
 
 
 class CRMatchConfig(AlgorithmConfig):
-    """The paper's weights and threshold."""
+    """The paper's weights and threshold; the width is USB's for WRN-28-2."""
 
     name: Literal["crmatch"] = "crmatch"
     threshold: float = Field(0.95, ge=0, le=1)

@@ -21,7 +21,7 @@ from hpdist.algorithms.targets import confident, hard_cross_entropy
 
 
 class DeFixMatchConfig(AlgorithmConfig):
-    """The paper's values."""
+    """The paper's threshold; the weight is that of the benchmark USB."""
 
     name: Literal["defixmatch"] = "defixmatch"
     threshold: float = Field(0.95, ge=0, le=1)

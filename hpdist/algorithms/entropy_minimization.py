@@ -20,7 +20,7 @@ from hpdist.algorithms.tasks import CLASSIFICATION, Multilabel
 
 
 class EntropyMinimizationConfig(AlgorithmConfig):
-    """A weight common in benchmarks; the paper chooses it by cross-validation."""
+    """The weight that the benchmark USB has beside VAT; the paper cross-validates its own."""
 
     name: Literal["entropy_minimization"] = "entropy_minimization"
     unsupervised_weight: float = Field(0.06, ge=0)

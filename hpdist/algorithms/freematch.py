@@ -25,7 +25,10 @@ from hpdist.algorithms.targets import confident
 
 
 class FreeMatchConfig(AlgorithmConfig):
-    """The paper's values; the fairness weight is the one of its released configs."""
+    """The paper's values, but for the fairness weight of the benchmark USB's configs.
+
+    The default of USB's code is 0.01.
+    """
 
     name: Literal["freematch"] = "freematch"
     momentum: float = Field(0.999, ge=0, lt=1)

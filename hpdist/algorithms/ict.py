@@ -10,6 +10,7 @@ from pydantic import Field
 
 from hpdist.algorithms.base import (
     AlgorithmConfig,
+    Groups,
     LossTerms,
     StudentInputs,
     StudentOutputs,
@@ -18,7 +19,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.mixing import Mixing, draw_mixing
+from hpdist.algorithms.mixing import GroupsOption, Mixing, draw_mixing
 from hpdist.algorithms.ramps import Ramped
 from hpdist.algorithms.tasks import ALL
 
@@ -36,9 +37,10 @@ class ICTConfig(AlgorithmConfig):
     """Weight of the consistency term after the ramp (w)."""
     ramp: float = Field(0.25, ge=0, le=1)
     """Share of the run over which that weight rises."""
-    groups: int = Field(8, ge=1)
+    groups: GroupsOption = "auto"
     """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch."""
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
 
     def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> ICT:
         """Make the algorithm for a run of `steps`."""
@@ -63,7 +65,8 @@ class ICT(Ramped):
     paper: ClassVar[str] = "Verma et al. 2019, arXiv:1903.03825"
     views: ClassVar[Views] = Views(weak=1, teacher=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
-    groups: int
+    groups: Groups
+    mixed = ("unlabeled",)
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class ICT(Ramped):
         alpha: float = 1.0,
         unsupervised_weight: float = 100.0,
         ramp_steps: int = 0,
-        groups: int = 8,
+        groups: Groups = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)

@@ -20,7 +20,7 @@ from hpdist.algorithms.tasks import ALL
 
 
 class MeanTeacherConfig(AlgorithmConfig):
-    """The values of common benchmarks; the teacher's decay is the run's `teacher.decay`."""
+    """The values of the benchmark USB; the teacher's decay is the run's `teacher.decay`."""
 
     name: Literal["mean_teacher"] = "mean_teacher"
     unsupervised_weight: float = Field(50.0, ge=0)

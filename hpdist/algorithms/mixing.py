@@ -3,18 +3,30 @@
 A row's partner is drawn within its group of the global batch, its share of the mixture by its place
 in that batch. Where every group lies whole in a micro-batch, mixed rows are therefore the same on
 any number of ranks and micro-batches, and none needs another rank's.
+
+How many groups there are is an option, or follows from the sizes of the global batch alone
+(`choose_groups`), as far as ranks and micro-batches do not cut it finer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.base import Places
+from hpdist.algorithms.base import Groups, Places
 from hpdist.errors import ConfigError
+
+GroupsOption = Annotated[int, Field(ge=1)] | Literal["auto"]
+"""The same as an option of a config."""
+ENOUGH_ROWS = 8
+"""Rows of each kind that a group has, where nothing forces it to be smaller."""
+_MOST_GROUPS = 8
 
 _TRIES = 6  # even; each is refused with a chance below 0.05, all of them below 2e-8
 _GAMMA_NUMBERS = 2 * _TRIES + 1
@@ -43,7 +55,7 @@ def draw_mixing(
     places: Places,
     name: str,
     alpha: float,
-    groups: int,
+    groups: Groups,
     *,
     labeled: int = 0,
     unlabeled: int = 0,
@@ -55,7 +67,7 @@ def draw_mixing(
         places: Of the micro-batch.
         name: Keeps what is drawn apart from other draws.
         alpha: Of the Beta distribution.
-        groups: Parts of the global batch within which rows are mixed.
+        groups: Parts of the global batch within which rows are mixed; see `count_groups`.
         labeled: How many views of the labelled rows come first.
         unlabeled: How many views of the unlabelled rows come behind them.
         device: Where the result is to be.
@@ -63,16 +75,15 @@ def draw_mixing(
     Raises ConfigError where a micro-batch does not hold whole groups.
 
     """
-    if len(places.labeled):
-        check_groups(groups, places.labeled_rows // len(places.labeled))
+    count = count_groups(groups, places)
     views = [("labeled", copy) for copy in range(labeled)]
     views += [("unlabeled", copy) for copy in range(unlabeled)]
     noise = [
         places.noise(f"{name} {kind} {copy}", 1 + BETA_NUMBERS, labeled=kind == "labeled")
         for kind, copy in views
     ]
-    of_labeled = group_of(places.labeled, places.labeled_rows, groups)
-    of_unlabeled = group_of(places.unlabeled, places.unlabeled_rows, groups)
+    of_labeled = group_of(places.labeled, places.labeled_rows, count)
+    of_unlabeled = group_of(places.unlabeled, places.unlabeled_rows, count)
     of_rows = torch.cat([of_labeled] * labeled + [of_unlabeled] * unlabeled)
     numbers = torch.cat(noise)  # [rows, 1 + BETA_NUMBERS]
     partners = draw_partners(of_rows, numbers[:, 0])
@@ -129,10 +140,92 @@ def group_of(positions: Tensor, rows: int, groups: int) -> Tensor:
     return positions * groups // max(rows, 1)
 
 
-def check_groups(groups: int, slices: int) -> None:
+def choose_groups(labeled_rows: int, unlabeled_rows: int, slices: int = 1) -> int:
+    """How many groups a global batch of these sizes is cut into where no option says so.
+
+    A power of two, at most 8, that leaves at least `ENOUGH_ROWS` rows of each kind in a group: it
+    depends on nothing but the global batch. Only where the slices (ranks times micro-batches) are
+    no divisor of it, each slice is a group of its own.
+    """
+    sizes, groups = (labeled_rows, unlabeled_rows), 1
+    while groups < _MOST_GROUPS and all(
+        size % (2 * groups) == 0 and size // (2 * groups) >= ENOUGH_ROWS for size in sizes
+    ):
+        groups *= 2
+    return groups if groups % slices == 0 else slices
+
+
+def count_groups(groups: Groups, places: Places) -> int:
+    """The number of groups of a micro-batch's global batch.
+
+    Raises ConfigError where a micro-batch does not hold whole groups.
+    """
+    slices = places.labeled_rows // len(places.labeled) if len(places.labeled) else 1
+    if groups == "auto":
+        return choose_groups(places.labeled_rows, places.unlabeled_rows, slices)
+    if len(places.labeled):
+        check_groups(groups, slices)
+    return groups
+
+
+def check_groups(groups: Groups, slices: int) -> None:
     """Raise ConfigError unless each slice of a global batch holds whole groups."""
-    if groups % slices:
+    if groups != "auto" and groups % slices:
         raise ConfigError(
             f"rows are mixed within {groups} groups of the global batch, which {slices} slices "
-            "(ranks times micro-batches) cut apart; change algorithm.groups"
+            "(ranks times micro-batches) cut apart; change algorithm.groups, or leave it out"
         )
+
+
+def check_group_sizes(
+    name: str, groups: Groups, sizes: Mapping[str, int], slices: int, mixed: tuple[str, ...]
+) -> str | None:
+    """What a user should know of the groups that rows are mixed in; None where all is well.
+
+    Args:
+        name: Of the algorithm.
+        groups: Its option.
+        sizes: Rows of the global batch, "labeled" and "unlabeled".
+        slices: Ranks times micro-batches.
+        mixed: The kinds of rows that are mixed.
+
+    Raises ConfigError where a batch does not divide into groups, where slices cut one apart, or
+    where a group has but one row of a kind, which then has no partner.
+
+    """
+    check_groups(groups, slices)
+    usual = choose_groups(sizes["labeled"], sizes["unlabeled"])
+    count = groups
+    if count == "auto":
+        count = choose_groups(sizes["labeled"], sizes["unlabeled"], slices)
+    where = f"{name} mixes rows within {count} {'group' if count == 1 else 'groups'} of the batch"
+    for kind, size in sizes.items():
+        if size % count:
+            raise ConfigError(
+                f"{where}, and {size} {_spelled(kind)} rows do not divide into as many; change "
+                f"batch.{kind} or algorithm.groups"
+            )
+    few = {kind: sizes[kind] // count for kind in mixed if sizes[kind] // count < ENOUGH_ROWS}
+    told = " and ".join(f"{rows} {_spelled(kind)}" for kind, rows in few.items())
+    wanted = " and ".join(f"batch.{kind} to {ENOUGH_ROWS * count} or more" for kind in few)
+    if count == slices > 1:
+        remedy = f"raise {wanted}, or use fewer ranks and micro-batches (here {slices} in all)"
+    elif count > usual:
+        remedy = f"raise {wanted}, or set algorithm.groups to {max(usual, slices)}"
+    else:
+        remedy = f"raise {wanted}"
+    if 1 in few.values():
+        raise ConfigError(
+            f"{where}, in each of them {told}, which leaves none to mix with; {remedy}"
+        )
+    notes = [f"in each of them {told}: hardly any to mix with; {remedy}"] if few else []
+    if groups == "auto" and count != usual:
+        notes.append(
+            f"one for each of {slices} ranks and micro-batches, in place of {usual}: mixtures are "
+            f"not those of other numbers of them; algorithm.groups: {count} keeps them the same"
+        )
+    return f"{where}, {'. They are '.join(notes)}" if notes else None
+
+
+def _spelled(kind: str) -> str:
+    return kind.replace("labeled", "labelled")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     AlgorithmConfig,
+    Groups,
     LossTerms,
     StudentInputs,
     StudentOutputs,
@@ -19,7 +20,7 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.mixing import draw_mixing
+from hpdist.algorithms.mixing import GroupsOption, draw_mixing
 from hpdist.algorithms.ramps import Ramped
 from hpdist.algorithms.targets import sharpened, soft_cross_entropy, squared_error
 
@@ -36,9 +37,10 @@ class MixMatchConfig(AlgorithmConfig):
     """Weight of the unsupervised term after the ramp (lambda_U)."""
     ramp: float = Field(1 / 64, ge=0, le=1)
     """Share of the run over which that weight rises from 0."""
-    groups: int = Field(8, ge=1)
+    groups: GroupsOption = "auto"
     """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch."""
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
 
     def build(
         self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
@@ -67,7 +69,7 @@ class MixMatch(Ramped):
 
     paper: ClassVar[str] = "Berthelot et al. 2019, arXiv:1905.02249"
     views: ClassVar[Views] = Views(weak=2, inputs_need_targets=True)
-    groups: int
+    groups: Groups
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class MixMatch(Ramped):
         alpha: float = 0.75,
         unsupervised_weight: float = 75.0,
         ramp_steps: int = 0,
-        groups: int = 8,
+        groups: Groups = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(unsupervised_weight, ramp_steps, "linear", device)
@@ -111,7 +113,7 @@ def mixed_with_labels(
     inputs: StudentInputs,
     name: str,
     alpha: float,
-    groups: int,
+    groups: Groups,
     labeled: Tensor,
     unlabeled: tuple[Tensor, ...],
     targets: Tensor,

@@ -20,7 +20,7 @@ from hpdist.algorithms.tasks import CLASSIFICATION, Multilabel, share
 
 
 class PseudoLabelConfig(AlgorithmConfig):
-    """The values of common benchmarks; the paper has no threshold and ramps up to a weight of 3."""
+    """The values of the benchmark USB; the paper has no threshold and ramps up to a weight of 3."""
 
     name: Literal["pseudo_label"] = "pseudo_label"
     threshold: float = Field(0.95, ge=0, le=1)

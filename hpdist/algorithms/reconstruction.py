@@ -90,6 +90,11 @@ class Reconstruction(AddOn):
         self.views = replace(base.views, weak=max(base.views.weak, 1))  # type: ignore[misc]
         self.head_names = (*base.head_names, self.name)
 
+    @property
+    def changes_inputs(self) -> bool:
+        """It sets numbers of them to 0, or adds noise."""
+        return True
+
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The decoder; raises ConfigError where a row has too many numbers."""
         shape = self.input_shape

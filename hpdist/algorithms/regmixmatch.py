@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     AlgorithmConfig,
+    Groups,
     LossTerms,
     Places,
     StudentInputs,
@@ -21,15 +22,22 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.freematch import FreeMatch
-from hpdist.algorithms.mixing import BETA_NUMBERS, beta, group_of
+from hpdist.algorithms.mixing import BETA_NUMBERS, GroupsOption, beta, count_groups, group_of
 from hpdist.algorithms.resizemix import resize_mix
 from hpdist.algorithms.targets import soft_cross_entropy, squared_error
 
+Weighting = Literal["mean", "row"]
+
+_MANY_LABELS = 100  # per class: from there on labelled rows are mixed like confident ones
 _SIDES = (0.1, 0.8)  # of a pasted box, as shares of the image's
 
 
 class RegMixMatchConfig(AlgorithmConfig):
-    """The values of the paper's released configs for CIFAR-10."""
+    """The values of the authors' released configs for CIFAR-10.
+
+    Those for CIFAR-100 have `confident: 0.99` and no CAM (`low_weight: 0`), those for STL-10
+    `confident: 0.99`.
+    """
 
     name: Literal["regmixmatch"] = "regmixmatch"
     momentum: float = Field(0.999, ge=0, lt=1)
@@ -47,16 +55,24 @@ class RegMixMatchConfig(AlgorithmConfig):
     low_alpha: float = Field(16.0, gt=0)
     """The same for the other rows."""
     same_class: float = Field(0.5, ge=0, le=1)
-    """Chance that the partner of a row that is not confident is one of its likeliest class."""
+    """Chance that the partner of a row that is not confident has to be of its likeliest class."""
     high_weight: float = Field(1.0, ge=0)
     """Weight of the term of mixed confident rows (SRM)."""
     low_weight: float = Field(1.0, ge=0)
     """Weight of the term of the other mixed rows (CAM)."""
-    labeled_partners: bool = False
-    """Whether labelled rows are partners too."""
-    groups: int = Field(8, ge=1)
+    weighting: Weighting = "mean"
+    """Whose confidence, cubed, weighs a row of that term: the mean over its rows, as in the
+    released code, or the row's own."""
+    labeled_partners: bool = True
+    """Whether labelled rows are partners in that term (CAM), as in the released code."""
+    labeled_mixed: bool | None = None
+    """Whether labelled rows are mixed, with confident ones and one another, in the term of the
+    confident rows (SRM). By default from 100 labelled rows per class on, as in the released code,
+    unless they are no partners in CAM either."""
+    groups: GroupsOption = "auto"
     """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch."""
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
 
     def build(
         self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
@@ -67,29 +83,33 @@ class RegMixMatchConfig(AlgorithmConfig):
 
 
 class RegMixMatch(FreeMatch):
-    """FreeMatch's loss, plus w_h L_SRM + w_l L_CAM of one mixture per unlabelled row.
+    """FreeMatch's loss, plus w_h L_SRM + w_l L_CAM of one mixture per row.
 
     With p_b of the weak view of u_b and y_b = argmax p_b, a row is confident if max p_b >= tau_m.
-    The strong view of every row is mixed with that of a confident one v, own share l:
+    The strong view of every row is mixed with a partner v, own share l:
 
     L_SRM = mean_b [u_b confident] H(l onehot(y_b) + (1 - l) onehot(y_v), p(mix_b)),
-    L_CAM = mean_b [not confident] (max p_b)^3 mean_c (l p_b + (1 - l) onehot(y_v) - p(mix_b))_c^2.
+    L_CAM = mean_r (max p_r)^3 mean_r mean_c (l p_r + (1 - l) onehot(y_v) - p(mix_r))_c^2,
 
-    v is another row of the same group of the global batch, drawn anew for each row. If u_b is not
-    confident, v is of class y_b with a chance of `same_class`, where there is such a row. A row
-    that has no partner counts 0. Labelled rows can be partners as they are seen, in their weak
-    view. Images [rows, C, H, W] are mixed by ResizeMix: v, cut to the middle 0.9, shrunk to the
-    share 0.1 + 0.7 sqrt(b) of its sides and pasted at a random place, with b ~ Beta(alpha, alpha)
-    and l the area left; anything else by Mixup, u l + v (1 - l) with l ~ Beta(alpha, alpha).
+    r being the rows that are not confident. v is drawn anew for each row from its group of the
+    global batch: from the confident rows, and where r is mixed also from the labelled ones, in
+    their weak view; with a chance of `same_class` it has to be of class y_r, and where none is, the
+    row stays unmixed. With many labels (`labeled_mixed`) labelled rows are partners of confident
+    ones too, and each is itself mixed: their cross-entropies count in L_SRM's sum, not in its
+    number of rows. All means are over the global batch.
 
-    Other than in the released code, both means are over the whole unlabelled batch (there, CAM's is
-    over the rows that are not confident), draws are each row's own, and labelled rows are partners
-    only if so asked (there always for CAM; for SRM with 100 or more labels per class).
+    Images [rows, C, H, W] are mixed by ResizeMix: v, cut to the middle 0.9, shrunk to the share 0.1
+    + 0.7 sqrt(b) of its sides and pasted at a random place, with b ~ Beta(alpha, alpha) and l the
+    area left; anything else by Mixup, u l + v (1 - l) with l ~ Beta(alpha, alpha).
+
+    That is the authors' released code, but for what is drawn: there one coin for `same_class`, one
+    share and one place for a whole batch, here one for each row. Where the number of labels is not
+    known (`class_counts` unset in a loop of one's own), there are not many.
     """
 
     paper: ClassVar[str] = "Han et al. 2025, arXiv:2412.10741"
     views: ClassVar[Views] = Views(weak=1, strong=1, inputs_need_targets=True)
-    groups: int
+    groups: Groups
 
     def __init__(
         self,
@@ -105,8 +125,10 @@ class RegMixMatch(FreeMatch):
         same_class: float = 0.5,
         high_weight: float = 1.0,
         low_weight: float = 1.0,
-        labeled_partners: bool = False,
-        groups: int = 8,
+        weighting: Weighting = "mean",
+        labeled_partners: bool = True,
+        labeled_mixed: bool | None = None,
+        groups: Groups = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(
@@ -123,103 +145,185 @@ class RegMixMatch(FreeMatch):
         self.same_class = same_class
         self.high_weight = high_weight
         self.low_weight = low_weight
+        self.weighting = weighting
         self.labeled_partners = labeled_partners
+        self.labeled_mixed = labeled_mixed
         self.groups = groups
+        self._low = (torch.ones((), device=device),) * 2  # [] each, of this step; see `observe`
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """FreeMatch's sums; how many rows are not confident, and their confidence cubed."""
+        confidence = weak.probabilities.amax(dim=-1)
+        low = (confidence < self.confident).float()
+        own = {"low_rows": low.sum(), "low_cubes": (low * confidence**3).sum()}
+        return super().statistics(weak) | own
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Move FreeMatch's averages; take this batch's rows of CAM and their mean weight."""
+        super().observe(sums, unlabeled_rows)
+        rows = sums["low_rows"].clamp(min=1)
+        self._low = rows, sums["low_cubes"] / rows
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """Add a mixture of each unlabelled row; its soft label and its weights as notes."""
+        """Add a mixture of each unlabelled row, and of each labelled one if there are many."""
         assert weak is not None
         own = weak.probabilities
         confidence, classes = own.max(dim=-1)
         high = confidence >= self.confident  # [unlabeled]
-        pool, pool_classes = inputs.strong[0], classes
-        if self.labeled_partners:
-            pool = torch.cat([pool, inputs.labeled])
-            pool_classes = torch.cat([classes, inputs.labels])
-        partner, coin, centres, shares = self._draws(inputs.places, high)
-        same_class = ~high & (coin < self.same_class)
-        candidates = self._candidates(inputs.places, high, classes, pool_classes, same_class)
-        partners, found = _drawn(candidates, partner)
-        mixed, shares = _mixed(inputs.strong[0], pool[partners], shares, centres)
-        hard = F.one_hot(classes, self.num_classes).float()
-        label = torch.where(high[:, None], hard, own)
-        other = F.one_hot(pool_classes[partners], self.num_classes).float()
+        rows, labeled, pool = self._pool(inputs, classes, high)
+        mixes_labeled = self._mixes_labeled()
+        draws = self._draws(inputs.places, high)
+        same_class = (draws.coin < self.same_class)[:, None]
+        alike = classes[:, None] == pool.classes
+        partners = torch.where(
+            high[:, None],
+            pool.open_to(rows, labeled=mixes_labeled),
+            pool.open_to(rows, labeled=self.labeled_partners) & (alike | ~same_class),
+        )
+        label = torch.where(high[:, None], self._one_hot(classes), own)
+        mixed, labels = self._mixed(rows, label, pool, partners, draws)
+        further = [*inputs.further, mixed]
         notes = {
-            "mixed labels": shares[:, None] * label + (1 - shares[:, None]) * other,
-            "high": (high & found).float(),
-            "low": (~high & found) * confidence**3,
-            "confident": high.float(),
+            "mixed labels": labels,
+            "high": high.float(),
+            "low": (~high).float() * (confidence**3 if self.weighting == "row" else 1.0),
         }
-        further = (*inputs.further, mixed)
-        return replace(inputs, further=further, notes={**inputs.notes, **notes})
+        if mixes_labeled:
+            everyone = torch.ones_like(labeled.classes, dtype=torch.bool)
+            label = self._one_hot(labeled.classes)
+            draws = self._draws(inputs.places, everyone, labeled=True)
+            partners = pool.open_to(labeled, labeled=True)
+            mixed, labels = self._mixed(labeled, label, pool, partners, draws)
+            further.append(mixed)
+            notes["mixed labels of labelled rows"] = labels
+        return replace(inputs, further=tuple(further), notes={**inputs.notes, **notes})
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """FreeMatch's terms and both of the mixed rows, and the share of confident rows."""
         terms = super().loss(outputs, student_sums)
-        logits, notes = outputs.further[0], outputs.notes
-        labels, rows = notes["mixed labels"], outputs.unlabeled_rows
-        high = notes["high"] * soft_cross_entropy(logits, labels)
-        low = notes["low"] * squared_error(logits, labels)
+        logits, notes, rows = outputs.further[0], outputs.notes, outputs.unlabeled_rows
+        labels = notes["mixed labels"]
+        high = (notes["high"] * soft_cross_entropy(logits, labels)).sum()
+        if "mixed labels of labelled rows" in notes:
+            targets = notes["mixed labels of labelled rows"]
+            high = high + soft_cross_entropy(outputs.further[1], targets).sum()
+        low_rows, weight = self._low
+        low = (notes["low"] * squared_error(logits, labels)).sum() / low_rows
+        if self.weighting == "mean":
+            low = weight * low
         return replace(
             terms,
-            extras={
-                "srm_loss": self.high_weight * high.sum() / rows,
-                "cam_loss": self.low_weight * low.sum() / rows,
-            },
-            metrics={**terms.metrics, "confident_rate": notes["confident"].sum() / rows},
+            extras={"srm_loss": self.high_weight * high / rows, "cam_loss": self.low_weight * low},
+            metrics={**terms.metrics, "confident_rate": notes["high"].sum() / rows},
         )
 
-    def _draws(self, places: Places, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For the partner, for its class, for the place of a box [rows, 2]; and the shares."""
-        noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS)
+    def _mixes_labeled(self) -> bool:
+        """Whether labelled rows are mixed too; the same in every step."""
+        if self.labeled_mixed is None:
+            counts = self.class_counts if self.labeled_partners else None
+            labels = 0.0 if counts is None else float(counts.sum())
+            self.labeled_mixed = labels >= _MANY_LABELS * self.num_classes
+        return self.labeled_mixed
+
+    def _pool(
+        self, inputs: StudentInputs, classes: Tensor, high: Tensor
+    ) -> tuple[_Rows, _Rows, _Pool]:
+        """The unlabelled rows, the labelled ones, and all that may be partners."""
+        places, device = inputs.places, high.device
+        groups = count_groups(self.groups, places)
+        of_unlabeled, of_labeled = (
+            group_of(positions, count, groups).to(device, non_blocking=True)
+            for positions, count in (
+                (places.unlabeled, places.unlabeled_rows),
+                (places.labeled, places.labeled_rows),
+            )
+        )
+        rows = _Rows(inputs.strong[0], classes, of_unlabeled)
+        labeled = _Rows(inputs.labeled, inputs.labels, of_labeled)
+        pool = _Pool(
+            torch.cat([rows.inputs, labeled.inputs]),
+            torch.cat([classes, inputs.labels]),
+            torch.cat([of_unlabeled, of_labeled]),
+            torch.cat([high, torch.zeros_like(inputs.labels, dtype=torch.bool)]),
+            torch.cat([torch.zeros_like(high), torch.ones_like(inputs.labels, dtype=torch.bool)]),
+        )
+        return rows, labeled, pool
+
+    def _draws(self, places: Places, high: Tensor, *, labeled: bool = False) -> _Draws:
+        """What is drawn for each row, on the device of `high`, which says by which alpha."""
+        noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
         plain, first, second = noise.split([4, BETA_NUMBERS, BETA_NUMBERS], dim=1)
         alphas = (self.high_alpha, self.low_alpha)
         shares = [beta(part, a, a) for part, a in zip((first, second), alphas, strict=True)]
         drawn = torch.cat([plain, torch.stack(shares, dim=1)], dim=1)
         drawn = drawn.to(high.device, non_blocking=True)
         shares_here = torch.where(high, drawn[:, 4], drawn[:, 5])
-        return drawn[:, 0], drawn[:, 1], drawn[:, 2:4], shares_here
+        return _Draws(drawn[:, 0], drawn[:, 1], drawn[:, 2:4], shares_here)
 
-    def _candidates(
-        self,
-        places: Places,
-        high: Tensor,
-        classes: Tensor,
-        pool_classes: Tensor,
-        same_class: Tensor,
-    ) -> Tensor:
-        """Which rows each may be mixed with: bool [unlabeled, unlabeled and maybe labeled]."""
-        groups = pool = group_of(places.unlabeled, places.unlabeled_rows, self.groups)
-        confident = high
-        if self.labeled_partners:
-            labeled = group_of(places.labeled, places.labeled_rows, self.groups)
-            pool = torch.cat([groups, labeled])
-            confident = torch.cat([high, high.new_ones(len(labeled))])
-        together = (groups[:, None] == pool).to(high.device, non_blocking=True)
-        possible = together & confident
-        possible.fill_diagonal_(False)
-        alike = possible & (classes[:, None] == pool_classes)
-        prefers = same_class & alike.any(dim=1)
-        return torch.where(prefers[:, None], alike, possible)
+    def _mixed(
+        self, rows: _Rows, labels: Tensor, pool: _Pool, partners: Tensor, draws: _Draws
+    ) -> tuple[Tensor, Tensor]:
+        """Rows mixed with one of their `partners` each, bool [rows, pool], and their soft labels.
+
+        A row without any stays as it is.
+        """
+        chosen, found = _drawn(partners, draws.partner)
+        mixed, shares = _mix(rows.inputs, pool.inputs[chosen], draws)
+        mixed = torch.where(found.view(-1, *[1] * (mixed.dim() - 1)), mixed, rows.inputs)
+        shares = torch.where(found, shares, 1.0)[:, None]
+        return mixed, shares * labels + (1 - shares) * self._one_hot(pool.classes[chosen])
+
+    def _one_hot(self, classes: Tensor) -> Tensor:
+        return F.one_hot(classes, self.num_classes).float()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that are to be mixed."""
+
+    inputs: Tensor  # [rows, *]
+    classes: Tensor  # [rows], int64
+    groups: Tensor  # [rows], int64
+
+
+@dataclass(frozen=True)
+class _Pool(_Rows):
+    """The rows that others may be mixed with."""
+
+    confident: Tensor  # [rows], bool: unlabelled and confident
+    labeled: Tensor  # [rows], bool
+
+    def open_to(self, rows: _Rows, *, labeled: bool) -> Tensor:
+        """Which of the pool each row may have, of its own group: bool [rows, pool]."""
+        allowed = self.confident | self.labeled if labeled else self.confident
+        return (rows.groups[:, None] == self.groups) & allowed
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What is drawn for each row."""
+
+    partner: Tensor  # [rows], uniform
+    coin: Tensor  # [rows], uniform
+    centres: Tensor  # [rows, 2], uniform: of a pasted box
+    shares: Tensor  # [rows], Beta
 
 
 def _drawn(candidates: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """One candidate of each row, int64 [rows], and whether it had any; without, the row itself."""
+    """One candidate of each row, int64 [rows], and whether it had any; without, the first."""
     before = candidates.cumsum(dim=1)  # [rows, pool]
     counts = candidates.sum(dim=1)
     number = (noise * counts).long()  # below the count: a product of fp32 could round up to it
     number = torch.minimum(number, (counts - 1).clamp(min=0))
     found = (before <= number[:, None]).sum(dim=1)
-    own = torch.arange(len(candidates), device=candidates.device)
-    return torch.where(counts > 0, found, own), counts > 0
+    return torch.where(counts > 0, found, 0), counts > 0
 
 
-def _mixed(
-    rows: Tensor, partners: Tensor, shares: Tensor, centres: Tensor
-) -> tuple[Tensor, Tensor]:
+def _mix(rows: Tensor, partners: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
     """Rows mixed with their partners, and their own shares."""
     if rows.dim() == 4:
         low, high = _SIDES
-        return resize_mix(rows, partners, low + (high - low) * shares.sqrt(), centres)
-    own = shares.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
-    return rows * own + partners * (1 - own), shares
+        sides = low + (high - low) * draws.shares.sqrt()
+        return resize_mix(rows, partners, sides, draws.centres)
+    own = draws.shares.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+    return rows * own + partners * (1 - own), draws.shares

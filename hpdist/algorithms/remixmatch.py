@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -10,16 +11,25 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.alignment import moved, uniform_prior
+from hpdist.algorithms.alignment import (
+    LABELED_MOMENTUM,
+    WINDOW,
+    MeanPrediction,
+    moved,
+    uniform_prior,
+)
 from hpdist.algorithms.base import (
     AlgorithmConfig,
+    Groups,
     LossTerms,
+    SavedShards,
     StudentInputs,
     StudentOutputs,
     Sums,
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.mixing import GroupsOption
 from hpdist.algorithms.mixmatch import (
     mixed_supervised_loss,
     mixed_with_labels,
@@ -51,11 +61,15 @@ class ReMixMatchConfig(AlgorithmConfig):
     """Share of the run over which the first two weights rise from 0."""
     strong_views: int = Field(8, ge=1)
     """Strong views of an unlabelled row (K). A row costs K + 4 forwards; 1 or 2 are common."""
-    momentum: float = Field(0.984, ge=0, lt=1)
-    """Of the averages of labels and predictions: about the paper's last 128 batches."""
-    groups: int = Field(8, ge=1)
+    window: int = Field(WINDOW, ge=1)
+    """Batches whose mean prediction is what predictions are aligned by; the average of the labels
+    is a moving one of momentum 0.999, as in the released code."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Makes both of them moving averages of this momentum, in place of the window."""
+    groups: GroupsOption = "auto"
     """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch."""
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
 
     def build(
         self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
@@ -70,6 +84,7 @@ class ReMixMatchConfig(AlgorithmConfig):
             rotation_weight=self.rotation_weight,
             ramp_steps=round(self.ramp * steps),
             strong_views=self.strong_views,
+            window=self.window,
             momentum=self.momentum,
             groups=self.groups,
             device=device,
@@ -89,12 +104,12 @@ class ReMixMatch(Ramped):
     row and that a linear head on the features has to say. r rises linearly from 0 to 1 over the
     first `ramp_steps` applied steps; lambda_r has no ramp.
 
-    The averages are moving ones of the global batch as it was in the applied steps before, uniform
-    at first. Strong views are the run's, not CTAugment.
+    p(y) is a moving average and p~(y) the mean of the last batches, each of the global batch as it
+    was in the applied steps before, uniform at first. Strong views are the run's, not CTAugment.
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
-    groups: int
+    groups: Groups
 
     def __init__(
         self,
@@ -107,8 +122,9 @@ class ReMixMatch(Ramped):
         rotation_weight: float = 0.5,
         ramp_steps: int = 0,
         strong_views: int = 8,
-        momentum: float = 0.984,
-        groups: int = 8,
+        window: int = WINDOW,
+        momentum: float | None = None,
+        groups: Groups = "auto",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(unsupervised_weight, ramp_steps, "linear", device)
@@ -122,13 +138,11 @@ class ReMixMatch(Ramped):
         self.rotation_weight = rotation_weight
         if rotation_weight > 0:
             self.head_names = (HEAD,)
-        self.momentum = momentum
+        self.labels_momentum = LABELED_MOMENTUM if momentum is None else momentum
         self.groups = groups
-        uniform = uniform_prior(num_classes, device)
-        self.state |= {
-            "labels": uniform.clone(),  # [classes], p(y)
-            "predictions": uniform.clone(),  # [classes], p~(y)
-        }
+        self._mean = MeanPrediction("predictions", window, momentum)  # p~(y)
+        self.state["labels"] = uniform_prior(num_classes, device)  # [classes], p(y)
+        self.state |= self._mean.start(num_classes, device)
         self.discard()
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
@@ -146,9 +160,11 @@ class ReMixMatch(Ramped):
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Count the step, and move both averages towards this batch's."""
         super().observe(sums, unlabeled_rows)
-        for name in ("labels", "predictions"):
-            share = sums[name] / sums[name].sum().clamp(min=1)
-            self.pending[name] = moved(self.state[name], share, self.momentum)
+        labels, predictions = (
+            sums[name] / sums[name].sum().clamp(min=1) for name in ("labels", "predictions")
+        )
+        self.pending["labels"] = moved(self.state["labels"], labels, self.labels_momentum)
+        self.pending |= self._mean.after(self.state, predictions)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """Strong views of labelled, all views of unlabelled rows mixed; the first strong one too.
@@ -156,7 +172,7 @@ class ReMixMatch(Ramped):
         It goes by the state, for this batch's sums are still under way.
         """
         assert weak is not None
-        ratio = (_SMALL + self.state["labels"]) / (_SMALL + self.state["predictions"])
+        ratio = (_SMALL + self.state["labels"]) / (_SMALL + self._mean.value(self.state))
         targets = sharpened(weak.logits.log_softmax(dim=-1) + ratio.log(), self.temperature)
         mixed = mixed_with_labels(
             inputs,
@@ -187,3 +203,10 @@ class ReMixMatch(Ramped):
             unsupervised_weight=self.unsupervised_weight * self.ramp,
             extras=extras,
         )
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over a state; raises CheckpointError where its average is of another kind."""
+        self._mean.check(state, "algorithm")
+        super().load_state_dict(state, saved)

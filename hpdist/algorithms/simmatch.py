@@ -30,7 +30,10 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class SimMatchConfig(AlgorithmConfig):
-    """The paper's values for CIFAR-10; how many steps are aligned is that of common benchmarks."""
+    """The paper's values for CIFAR-10, but for the steps that are aligned.
+
+    Their number is the default of the benchmark USB, whose configs for CIFAR have 32.
+    """
 
     name: Literal["simmatch"] = "simmatch"
     threshold: float = Field(0.95, ge=0, le=1)

@@ -26,7 +26,7 @@ from hpdist.errors import ConfigError
 
 
 class VATConfig(AlgorithmConfig):
-    """The paper's values, but for xi; the weight of the entropy is that of common benchmarks."""
+    """The values of the benchmark USB but for xi; the paper chooses epsilon for each data set."""
 
     name: Literal["vat"] = "vat"
     epsilon: float = Field(6.0, gt=0)

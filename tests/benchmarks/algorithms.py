@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from hpdist import config
 from hpdist.config import component_names, components
 from hpdist.data.digits import write_digits
+from tests.benchmarks.seeds import ENOUGH, caveat, gains, with_error
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES: dict[str, dict[str, Any]] = {
@@ -136,29 +136,25 @@ def train(task: tuple[argparse.Namespace, str, int]) -> tuple[str, int, str]:
 def table(options: argparse.Namespace, errors: dict[str, str]) -> str:
     """Test accuracy of the teacher, as Markdown."""
     recipe = RECIPES[options.set]
-    alone = _summaries(options, "supervised")
     lines = [
         f"# Every algorithm on {options.set}",
         "",
         f"{recipe['told']}, {options.steps} steps, {options.seeds} seeds, fp32, one thread a run. "
-        "Test accuracy in %: of the teacher, mean of the seeds.",
+        f"Test accuracy in %: of the teacher, and of the student. {caveat(options.seeds)}",
         "",
         "| | accuracy | against labels alone | seeds | student |",
         "|---|---|---|---|---|",
     ]
     found = {case: _summaries(options, case) for case in cases(options.set)}
-    ranked = sorted(
-        (case for case in found if found[case]),
-        key=lambda case: -_mean(found[case], "test/accuracy"),
-    )
-    for case in ranked:
-        base = found["ladder: labels alone"] if case.startswith("ladder") else alone
-        accuracy = _mean(found[case], "test/accuracy")
-        seeds = ", ".join(f"{100 * s['test/accuracy']:.1f}" for s in found[case])
-        lines.append(
-            f"| {case} | {accuracy:.1f} | {accuracy - _mean(base, 'test/accuracy'):+.1f} "
-            f"| {seeds} | {_mean(found[case], 'test/accuracy_student'):.1f} |"
-        )
+    for case in sorted(case for case in found if found[case]):
+        base = found["ladder: labels alone" if case.startswith("ladder") else "supervised"]
+        teacher, baseline = (_percent(runs, "test/accuracy") for runs in (found[case], base))
+        gained = "-"
+        if found[case] is not base and len(teacher) == len(baseline):
+            gained = with_error(gains(teacher, baseline), sign=True)
+        seeds = ", ".join(f"{accuracy:.1f}" for accuracy in teacher)
+        student = with_error(_percent(found[case], "test/accuracy_student"))
+        lines.append(f"| {case} | {with_error(teacher)} | {gained} | {seeds} | {student} |")
     changed = {**SHORT, **SHORT_ADDONS}
     told = "; ".join(f"{n} {o}" for n, o in sorted(changed.items()) if o)
     lines += ["", f"Settings that differ from the defaults: {told}."]
@@ -176,8 +172,8 @@ def _summaries(options: argparse.Namespace, case: str) -> list[dict[str, float]]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def _mean(summaries: list[dict[str, float]], key: str) -> float:
-    return 100 * statistics.mean(summary[key] for summary in summaries)
+def _percent(summaries: list[dict[str, float]], key: str) -> list[float]:
+    return [100 * summary[key] for summary in summaries]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -186,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of the Parquet shards; of cifar10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=ENOUGH)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cases", nargs="+", help="some of them only")
     options = parser.parse_args(arguments)

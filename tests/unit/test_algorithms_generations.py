@@ -10,7 +10,7 @@ import torch
 
 from hpdist.algorithms import AlgorithmConfig, CReST, FixMatch, NoisyStudent
 from hpdist.config import components
-from hpdist.errors import ConfigError
+from hpdist.errors import CheckpointError, ConfigError
 from tests.algorithm_runs import cross_entropy, global_batch, run, softmax
 from tests.catalogue import SETTINGS
 
@@ -90,7 +90,7 @@ def test_noisy_students_options_change_the_loss(change: dict[str, Any]) -> None:
 
 
 def crest(**options: Any) -> CReST:
-    settings = {"generations": 3, "alpha": 2.0, "momentum": 0.7} | options
+    settings = {"generations": 3, "alpha": 2.0} | options
     algorithm = CReST(FixMatch(threshold=0.5), CLASSES, **settings)
     algorithm.class_counts = COUNTS
     return algorithm
@@ -115,16 +115,17 @@ def chosen(seed: int = 0, alpha: float = 2.0) -> dict[int, int]:
     return found
 
 
-def test_crest() -> None:
-    algorithm = crest()
-    mean = np.full(CLASSES, 1 / CLASSES)
+@pytest.mark.parametrize("average", [{}, {"window": 2}, {"momentum": 0.7}], ids=str)
+def test_crest(average: dict[str, Any]) -> None:
+    algorithm = crest(**average)
     for generation in range(3):
         joined = chosen(generation) if generation else {}
         power = 1 - 0.5 * generation / 2
         prior = COUNTS.double().numpy() / COUNTS.sum().item()
         prior = prior**power / (prior**power).sum()
         mean = np.full(CLASSES, 1 / CLASSES)
-        for step in range(2):
+        batches = [mean] * average.get("window", 128)
+        for step in range(3):
             batch = global_batch(algorithm, 10 * generation + step)
             ran = run(algorithm, batch, 2)
             said = softmax((batch.weak[0] @ batch.student).double().numpy())
@@ -153,7 +154,11 @@ def test_crest() -> None:
             np.testing.assert_allclose(
                 ran.arrays("gradients")[2], u_slopes / count, rtol=1e-3, atol=1e-6
             )
-            mean = 0.7 * mean + 0.3 * said.mean(axis=0)
+            batches = [*batches[1:], said.mean(axis=0)]
+            if "momentum" in average:
+                mean = 0.7 * mean + 0.3 * said.mean(axis=0)
+            else:
+                mean = sum(batches) / len(batches)
         assert generation == 0 or ran.losses["joined_rate"] > 0
         begin(algorithm, generation + 1)
 
@@ -170,7 +175,17 @@ def test_all_of_the_rarest_class_joins_and_least_of_the_most_frequent() -> None:
     assert ((table == given + 1) | (table == 0)).all()
 
 
-@pytest.mark.parametrize("change", [{"alpha": 5.0}, {"smallest_power": 1.0}, {"momentum": 0.1}])
+def test_a_window_of_crests_is_not_a_moving_average() -> None:
+    saved = crest(momentum=0.999).state_dict()
+    assert saved["crest.probability"].shape == (CLASSES,)
+    with pytest.raises(CheckpointError, match=r"set addons: crest\.momentum to what it was"):
+        crest().load_state_dict(saved)
+    assert crest().state_dict()["crest.recent_probability"].shape == (128, CLASSES)
+
+
+@pytest.mark.parametrize(
+    "change", [{"alpha": 5.0}, {"smallest_power": 1.0}, {"momentum": 0.1}, {"window": 2}]
+)
 def test_crests_options_change_the_loss(change: dict[str, float]) -> None:
     losses = []
     for algorithm in (crest(), crest(**change)):

@@ -17,7 +17,7 @@ def test_the_table_is_read_off_the_algorithms():
             "Berthelot et al. 2022, arXiv:2106.04732",
             "c",
             "1 weak, 1 strong, targets of labelled rows too",
-            "labeled_probability [C], probability [C], step []",
+            "labeled_probability [C], recent_probability [128 x C], step []",
             "2C + 2",
         ],
         "defixmatch": [

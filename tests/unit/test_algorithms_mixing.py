@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hpdist.algorithms import MixMatch, ReMixMatch
+from hpdist import config as configuration
+from hpdist.algorithms import ICT, LogitAdjustment, MixMatch, ReMixMatch
 from hpdist.algorithms.base import Algorithm, Places
-from hpdist.algorithms.mixing import BETA_NUMBERS, Mixing, beta, draw_mixing, draw_partners
+from hpdist.algorithms.mixing import (
+    BETA_NUMBERS,
+    Mixing,
+    beta,
+    check_group_sizes,
+    choose_groups,
+    draw_mixing,
+    draw_partners,
+)
+from hpdist.checks import divide_batch
 from hpdist.config import components
 from hpdist.data.random import stream_id, uniform
 from hpdist.errors import ConfigError
@@ -146,6 +157,74 @@ def test_a_group_that_is_cut_apart_is_refused() -> None:
         draw_mixing(places(4, 1, [5]), "test", 1.0, 2, unlabeled=1)
 
 
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "slices", "groups"),
+    [
+        (64, 448, 1, 8),
+        (64, 448, 8, 8),
+        (512, 3584, 2, 8),
+        (8, 8, 1, 1),
+        (16, 48, 2, 2),
+        (32, 224, 4, 4),
+        (24, 48, 1, 2),
+        (7, 49, 1, 1),
+        (2, 448, 1, 1),
+        (64, 448, 16, 16),  # each rank a group of its own: one cannot be larger
+        (8, 8, 2, 2),
+        (30, 90, 3, 3),
+    ],
+)
+def test_groups_follow_the_global_batch(
+    labeled: int, unlabeled: int, slices: int, groups: int
+) -> None:
+    assert choose_groups(labeled, unlabeled, slices) == groups
+    sizes = {"labeled": labeled, "unlabeled": unlabeled}
+    told = check_group_sizes("MixMatch", "auto", sizes, slices, ("labeled", "unlabeled"))
+    few = min(labeled, unlabeled) // groups < 8
+    assert (told is not None) == (few or groups != choose_groups(labeled, unlabeled))
+    assert ("hardly any" in (told or "")) == few
+
+
+def test_all_rows_of_a_small_batch_are_mixed_with_one_another() -> None:
+    """8 + 8 rows are one group, where eight groups would pair a row with itself in half of all."""
+    alone = []
+    for groups in ("auto", 8):
+        same = 0
+        for step in range(40):
+            at = Places(torch.arange(8), torch.arange(8), 8, 8, seed=5, step=step)
+            mixing = draw_mixing(at, "test", 0.75, groups, labeled=1, unlabeled=1)
+            same += int((mixing.partners == torch.arange(16)).sum())
+        alone.append(same / (40 * 16))
+    assert alone[0] == pytest.approx(1 / 16, abs=0.03)
+    assert alone[1] == pytest.approx(1 / 2, abs=0.06)
+
+
+def test_too_few_rows_are_refused_before_the_training() -> None:
+    settings = {
+        "model": {"name": "cnn"},
+        "data": {"labeled": {"path": "x"}, "unlabeled": {"path": "x"}},
+        "batch": {"labeled": 4, "unlabeled": 8},
+        "algorithm": {"name": "mixmatch"},
+        "steps": 1,
+    }
+    config = configuration.parse(settings)
+    assert divide_batch(config, 2, uses_unlabeled=True) == 1
+    with pytest.raises(ConfigError, match=r"4 groups .* 1 labelled .* raise batch\.labeled to 32"):
+        divide_batch(config, 4, uses_unlabeled=True)
+    own = configuration.parse(settings | {"algorithm": {"name": "mixmatch", "groups": 3}})
+    with pytest.raises(ConfigError, match=r"within 3 groups .* 2 slices"):
+        divide_batch(own, 2, uses_unlabeled=True)
+    with pytest.raises(ConfigError, match=r"algorithm\.groups"):
+        configuration.parse(settings | {"algorithm": {"name": "ict", "groups": 0}})
+
+
+def test_an_add_on_mixes_what_the_algorithm_inside_mixes() -> None:
+    inner = ICT()
+    around = LogitAdjustment(inner)
+    assert (around.groups, around.mixed) == (inner.groups, inner.mixed) == ("auto", ("unlabeled",))
+    assert around.changes_inputs
+
+
 CLASSES = 5
 MAKERS: dict[str, Callable[[int], Algorithm]] = {
     "mixmatch": lambda classes: MixMatch(ramp_steps=3, groups=4),
@@ -219,12 +298,15 @@ def test_mixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
         check_flow(ran, 3, step)
 
 
+@pytest.mark.parametrize("average", [{}, {"window": 2}, {"momentum": 0.3}], ids=str)
 @pytest.mark.parametrize("unusable", [(), (0, 9, 12, 13, 14, 15)])
-def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
+def test_remixmatch_over_several_steps(unusable: tuple[int, ...], average: dict[str, Any]) -> None:
     weights = {"unsupervised_weight": 2.0, "strong_weight": 0.7, "rotation_weight": 0.3}
-    options = {"temperature": 0.6, "alpha": 0.8, "momentum": 0.3}
+    options = {"temperature": 0.6, "alpha": 0.8, **average}
+    kept = average.get("momentum", 0.999)
     algorithm = ReMixMatch(CLASSES, **weights, **options, ramp_steps=3, strong_views=3, groups=4)
     labels_average = predictions_average = np.full(CLASSES, 1 / CLASSES)
+    means = [predictions_average] * average.get("window", 128)
     for step in range(5):
         batch = global_batch(algorithm, step, unusable=unusable)
         ran = run(algorithm, batch)
@@ -259,11 +341,17 @@ def test_remixmatch_over_several_steps(unusable: tuple[int, ...]) -> None:
         assert ran.losses["strong_loss"] == pytest.approx(ramp * 0.7 * errors.mean(), rel=1e-4)
         loss = losses.mean() + ramp * (2.0 * total + 0.7 * errors.mean()) + 0.3 * turn_errors.mean()
         assert ran.losses["loss"] == pytest.approx(loss, rel=1e-4)
-        labels_average = 0.3 * labels_average + 0.7 * one_hot.mean(axis=0)
-        predictions_average = 0.3 * predictions_average + 0.7 * said.mean(axis=0)
+        labels_average = kept * labels_average + (1 - kept) * one_hot.mean(axis=0)
+        means = [*means[1:], said.mean(axis=0)]
         state = algorithm.state_dict()
+        if "momentum" in average:
+            predictions_average = 0.3 * predictions_average + 0.7 * means[-1]
+            held = state["predictions"]
+        else:
+            predictions_average = sum(means) / len(means)
+            held = state["recent_predictions"].mean(dim=0)
         np.testing.assert_allclose(state["labels"].numpy(), labels_average, rtol=1e-5)
-        np.testing.assert_allclose(state["predictions"].numpy(), predictions_average, rtol=1e-5)
+        np.testing.assert_allclose(held.numpy(), predictions_average, rtol=1e-5)
 
 
 CHANGES: list[tuple[str, dict[str, float]]] = [
@@ -272,6 +360,7 @@ CHANGES: list[tuple[str, dict[str, float]]] = [
     *(("remixmatch", {key: value}) for key, value in [("temperature", 0.8), ("alpha", 3.0)]),
     *(("remixmatch", {key: 2}) for key in ("unsupervised_weight", "groups", "strong_weight")),
     ("remixmatch", {"momentum": 0.2}),
+    ("remixmatch", {"window": 1}),
     ("remixmatch", {"rotation_weight": 2.0}),
     ("remixmatch", {"strong_views": 3}),
 ]

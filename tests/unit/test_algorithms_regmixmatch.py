@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,9 +77,11 @@ def test_a_pasted_image_is_the_whole_middle_made_smaller() -> None:
     assert mixed.count_nonzero() == 8 + int(small[0, 0, 0, 0] != 0)
 
 
-def draws(places: Places, high_alpha: float, low_alpha: float) -> list[np.ndarray]:
+def draws(
+    places: Places, high_alpha: float, low_alpha: float, labeled: bool = False
+) -> list[np.ndarray]:
     """Uniform numbers [rows, 4], and both kinds of shares."""
-    noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS)
+    noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
     plain, *numbers = noise.split([4, BETA_NUMBERS, BETA_NUMBERS], dim=1)
     shares = [beta(n, a, a) for n, a in zip(numbers, (high_alpha, low_alpha), strict=True)]
     return [part.double().numpy() for part in (plain, *shares)]
@@ -91,20 +95,19 @@ class Reference:
         self.threshold, self.mean = 1 / CLASSES, np.full(CLASSES, 1 / CLASSES)
         self.histogram = np.full(CLASSES, 1 / CLASSES)
 
-    def partner(self, row: int, p: np.ndarray, noise: np.ndarray, pool: list) -> int | None:
-        """Which of the pool's (group, confident, class) the row is mixed with."""
+    def partner(self, row: int, noise: np.ndarray, pool: list) -> int | None:
+        """Which of the pool's (group, confident, class, labelled) the row is mixed with."""
         o = self.options
-        classes = p.argmax(axis=1)
-        high = p[row].max() >= o["confident"]
+        own_group, high, own_class, _ = pool[row]
+        labeled = o["labeled_mixed"] if high else o["labeled_partners"]
         possible = [
             j
-            for j, (group, confident, _) in enumerate(pool)
-            if group == pool[row][0] and confident and j != row
+            for j, (group, confident, _, is_labeled) in enumerate(pool)
+            if group == own_group and (labeled if is_labeled else confident)
         ]
-        alike = [j for j in possible if pool[j][2] == classes[row]]
-        if not high and noise[row, 1] < o["same_class"] and alike:
-            possible = alike
-        return possible[int(noise[row, 0] * len(possible))] if possible else None
+        if not high and noise[1] < o["same_class"]:
+            possible = [j for j in possible if pool[j][2] == own_class]
+        return possible[int(noise[0] * len(possible))] if possible else None
 
     def step(self, batch: GlobalBatch) -> dict:
         o = self.options
@@ -122,35 +125,38 @@ class Reference:
         fairness, fair_slopes = self._fairness(softmax(strong @ model), mask)
         strong_slopes = (mask[:, None] * slopes) / n + o["fairness_weight"] * fair_slopes
         places = Places(torch.arange(LABELED), usable, LABELED, ROWS, seed=7, step=batch.step)
-        noise, high_shares, low_shares = draws(places, o["high_alpha"], o["low_alpha"])
         x, labels = batch.labeled.double().numpy(), batch.labels.numpy()
         pool = [
-            (int(u) * GROUPS // ROWS, c >= o["confident"], k)
+            (int(u) * GROUPS // ROWS, c >= o["confident"], k, False)
             for u, c, k in zip(usable, confidence, classes, strict=True)
         ]
-        inputs = list(strong)
-        if o["labeled_partners"]:
-            pool += [(i * GROUPS // LABELED, True, labels[i]) for i in range(LABELED)]
-            inputs += list(x)
-        mixed, mixed_slopes, totals, kinds = [], np.zeros((n, CLASSES)), [0.0, 0.0], [0, 0, 0]
-        for row in range(n):
-            high = confidence[row] >= o["confident"]
-            partner = self.partner(row, p, noise, pool)
-            share = (high_shares if high else low_shares)[row]
+        pool += [(i * GROUPS // LABELED, True, labels[i], True) for i in range(LABELED)]
+        drawn = [draws(places, o["high_alpha"], o["low_alpha"], labeled=x) for x in (False, True)]
+        noise, high_shares, low_shares = (np.concatenate(pair) for pair in zip(*drawn, strict=True))
+        inputs, low = [*strong, *x], confidence < o["confident"]
+        rejected = max(low.sum(), 1)
+        cubes = (low * confidence**3).sum() / rejected  # one weight for all rejected rows
+        count = n + (LABELED if o["labeled_mixed"] else 0)
+        mixed, mixed_slopes, totals = [], np.zeros((count, CLASSES)), [0.0, 0.0]
+        kinds = dict.fromkeys(("high", "low", "alone", "labelled partner"), 0)
+        for row in range(count):
+            high, partner = pool[row][1], self.partner(row, noise[row], pool)
+            share = 1.0 if partner is None else (high_shares if high else low_shares)[row]
             other = row if partner is None else partner
-            mixed.append(share * strong[row] + (1 - share) * inputs[other])
-            if partner is None:
-                kinds[2] += 1
-                continue
-            own = ONE_HOT[classes[row]] if high else p[row]
-            label = share * own + (1 - share) * ONE_HOT[pool[partner][2]]
+            mixed.append(share * inputs[row] + (1 - share) * inputs[other])
+            own = ONE_HOT[pool[row][2]] if high else p[row]
+            label = share * own + (1 - share) * ONE_HOT[pool[other][2]]
             loss = cross_entropy if high else squared_error
             values, slopes = loss(mixed[-1][None] @ model, label[None])
-            scale = 1.0 if high else confidence[row] ** 3
-            weight = o["high_weight"] if high else o["low_weight"]
-            totals[not high] += weight * scale * values[0] / n
-            mixed_slopes[row] = weight * scale * slopes[0] / n
-            kinds[not high] += 1
+            scale = o["high_weight"] / n
+            if not high:
+                weight = cubes if o["weighting"] == "mean" else confidence[row] ** 3
+                scale = o["low_weight"] * weight / rejected
+            totals[not high] += scale * values[0]
+            mixed_slopes[row] = scale * slopes[0]
+            kinds["high" if high else "low"] += 1
+            kinds["alone"] += partner is None
+            kinds["labelled partner"] += high and pool[other][3]
         supervised, x_slopes = cross_entropy(x @ model, ONE_HOT[labels])
         return {
             "supervised_loss": supervised.mean(),
@@ -159,8 +165,8 @@ class Reference:
             "srm_loss": totals[0],
             "cam_loss": totals[1],
             "confident_rate": (confidence >= o["confident"]).mean(),
-            "mixed": np.array(mixed),
-            "slopes": [x_slopes / LABELED, strong_slopes, mixed_slopes],
+            "mixed": np.split(np.array(mixed), [n]),
+            "slopes": [x_slopes / LABELED, strong_slopes, *np.split(mixed_slopes, [n])],
             "kinds": kinds,
         }
 
@@ -188,26 +194,38 @@ OPTIONS = {
     "same_class": 0.5,
     "high_weight": 0.7,
     "low_weight": 2.0,
-    "labeled_partners": False,
+    "weighting": "mean",
+    "labeled_partners": True,
+    "labeled_mixed": False,
 }
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"labeled_mixed": True},
+    {"weighting": "row"},
+    {"labeled_partners": False},
+    {"labeled_partners": False, "same_class": 0.0, "weighting": "row"},
+]
 
 
 def make_batch(algorithm: RegMixMatch, step: int, unusable: tuple[int, ...] = ()) -> GlobalBatch:
     return global_batch(algorithm, step, labeled=LABELED, unlabeled=ROWS, unusable=unusable)
 
 
-@pytest.mark.parametrize("labeled_partners", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("unusable", [(), (0, 3, 9, 10, 11, 12, 13, 14, 15)])
-def test_over_several_steps(labeled_partners: bool, unusable: tuple[int, ...]) -> None:
-    options = OPTIONS | {"labeled_partners": labeled_partners}
+def test_over_several_steps(variant: dict[str, Any], unusable: tuple[int, ...]) -> None:
+    options = OPTIONS | variant
     algorithm, reference = RegMixMatch(CLASSES, **options, groups=GROUPS), Reference(**options)
-    kinds = np.zeros(3)
+    kinds: Counter[str] = Counter()
     for step in range(5):
         batch = make_batch(algorithm, step, unusable)
-        ran, expected = run(algorithm, batch), reference.step(batch)
-        kinds += expected.pop("kinds")
-        np.testing.assert_allclose(ran.arrays("inputs")[2], expected.pop("mixed"), atol=1e-5)
-        assert len(ran.gradients) == 3
+        ran, expected = run(algorithm, batch, ranks=(1, 2, 4)[step % 3]), reference.step(batch)
+        kinds.update(expected.pop("kinds"))
+        parts = [part for part in expected["mixed"] if len(part)]
+        for found, mixed in zip(ran.arrays("inputs")[2:], parts, strict=True):
+            np.testing.assert_allclose(found, mixed, atol=1e-5)
+        del expected["mixed"]
+        expected["slopes"] = expected["slopes"][: 2 + len(parts)]
         for found, slopes in zip(ran.arrays("gradients"), expected.pop("slopes"), strict=True):
             assert np.abs(slopes).sum() > 0
             np.testing.assert_allclose(found, slopes, rtol=2e-3, atol=1e-6)
@@ -220,10 +238,10 @@ def test_over_several_steps(labeled_partners: bool, unusable: tuple[int, ...]) -
         assert float(state["threshold"]) == pytest.approx(reference.threshold, rel=1e-5)
         np.testing.assert_allclose(state["probability"], reference.mean, rtol=1e-5)
         np.testing.assert_allclose(state["histogram"], reference.histogram, rtol=1e-5)
-    high, low, alone = kinds
-    assert high > 15
-    assert low > 15
-    assert bool(alone) != labeled_partners
+    assert kinds["high"] > 15
+    assert kinds["low"] > 15
+    assert kinds["alone"] > 0  # of its class there is none, or no confident one at all
+    assert bool(kinds["labelled partner"]) == options["labeled_mixed"]
 
 
 PLAIN = {"confident": 0.9, "momentum": 0.5, "low_weight": 10.0, "same_class": 0.0, "groups": 2}
@@ -242,7 +260,9 @@ PLAIN = {"confident": 0.9, "momentum": 0.5, "low_weight": 10.0, "same_class": 0.
         {"same_class": 1.0},
         {"high_weight": 2.0},
         {"low_weight": 2.0},
-        {"labeled_partners": True},
+        {"labeled_partners": False},
+        {"labeled_mixed": True},
+        {"weighting": "row"},
         {"groups": 4},
     ],
     ids=str,
@@ -262,10 +282,35 @@ def test_all_or_no_row_is_confident(confident: float) -> None:
     algorithm = RegMixMatch(CLASSES, confident=confident, groups=GROUPS)
     ran = run(algorithm, make_batch(algorithm, 0))
     assert ran.losses["confident_rate"] == 1 - confident
-    assert ran.losses["cam_loss"] == 0
+    assert bool(ran.losses["cam_loss"] > 0) == (confident == 1)
     assert bool(ran.losses["srm_loss"] > 0) == (confident == 0)
-    assert bool(ran.gradients[2].abs().sum() > 0) == (confident == 0)
+    assert bool(ran.gradients[2].abs().sum() > 0)
     assert len(ran.inputs[2]) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "mixed"),
+    [
+        (None, {}, False),
+        (100 * CLASSES - 1, {}, False),
+        (100 * CLASSES, {}, True),
+        (100 * CLASSES, {"labeled_partners": False}, False),
+        (100 * CLASSES, {"labeled_mixed": False}, False),
+        (1, {"labeled_mixed": True}, True),
+    ],
+)
+def test_labelled_rows_are_mixed_from_a_hundred_per_class(
+    labels: int | None, options: dict[str, bool], mixed: bool
+) -> None:
+    algorithm = RegMixMatch(CLASSES, groups=GROUPS, **options)
+    if labels is not None:
+        counts = torch.zeros(CLASSES)
+        counts[0] = labels  # it is the mean that counts
+        algorithm.class_counts = counts
+    for step in range(2):
+        ran = run(algorithm, make_batch(algorithm, step))
+        assert [len(part) for part in ran.inputs] == [LABELED, ROWS, ROWS, *[LABELED] * mixed]
+        assert ("mixed labels of labelled rows" in ran.notes) == mixed
 
 
 def of_images(algorithm: RegMixMatch, logits: Tensor, ranks: int, step: int) -> StudentInputs:
@@ -290,29 +335,31 @@ def of_images(algorithm: RegMixMatch, logits: Tensor, ranks: int, step: int) -> 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_images_are_pasted(step: int) -> None:
-    algorithm = RegMixMatch(CLASSES, **OPTIONS, groups=GROUPS)
+    options = OPTIONS | {"labeled_partners": False}  # labelled images are another draw
+    algorithm = RegMixMatch(CLASSES, **options, groups=GROUPS)
     logits = 2.5 * torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(step))
     found = of_images(algorithm, logits, 1, step)
     places = Places(torch.arange(LABELED), torch.arange(ROWS), LABELED, ROWS, seed=7, step=step)
     noise, high_draws, low_draws = draws(places, OPTIONS["high_alpha"], OPTIONS["low_alpha"])
     p = softmax(logits.double().numpy())
     confidence, classes = p.max(axis=1), p.argmax(axis=1)
-    pool = [(i * GROUPS // ROWS, confidence[i] >= 0.9, classes[i]) for i in range(ROWS)]
+    pool = [(i * GROUPS // ROWS, confidence[i] >= 0.9, classes[i], False) for i in range(ROWS)]
     strong = found.strong[0].double().numpy()
     mixed = 0
     for row in range(ROWS):
         high = confidence[row] >= 0.9
-        partner = Reference(**OPTIONS).partner(row, p, noise, pool)
+        partner = Reference(**options).partner(row, noise[row], pool)
         side = 0.1 + 0.7 * (high_draws if high else low_draws)[row] ** 0.5
         other = row if partner is None else partner
         centre = torch.from_numpy(noise[row, 2:])
         image, share = paste(strong[row], strong[other], side, centre)
+        if partner is None:
+            image, share = strong[row], 1.0
         np.testing.assert_allclose(found.further[0][row].double().numpy(), image)
-        if partner is not None:
-            own = ONE_HOT[classes[row]] if high else p[row]
-            label = share * own + (1 - share) * ONE_HOT[classes[partner]]
-            np.testing.assert_allclose(found.notes["mixed labels"][row].numpy(), label, atol=1e-6)
-            mixed += 1
+        own = ONE_HOT[classes[row]] if high else p[row]
+        label = share * own + (1 - share) * ONE_HOT[classes[other]]
+        np.testing.assert_allclose(found.notes["mixed labels"][row].numpy(), label, atol=1e-6)
+        mixed += partner is not None
     assert mixed > 20
     for ranks in (2, 4):
         other_ranks = of_images(algorithm, logits, ranks, step)

@@ -264,34 +264,52 @@ def kl(target_logits: np.ndarray, logits: np.ndarray, temperature: float) -> np.
     return (q * np.log(q / p)).sum(axis=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, {"rejected_weight": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.5},
+        {"rejected_weight": 1.0},
+        {"masking": "flexible"},
+        {"masking": "flexible", "rejected_weight": 0.7},
+    ],
+    ids=str,
+)
 def test_sequencematch_over_several_steps(options) -> None:
     algorithm = SequenceMatch(CLASSES, threshold=0.7, unsupervised_weight=0.5, rows=60, **options)
     reference = Reference(rows=60)
     temperature = options.get("temperature", 0.5)
-    rho = options.get("rejected_weight", 1.0)
-    rates = []
+    rho = options.get("rejected_weight", 0.0)
+    rates, disagreements = [], 0
     for seed in range(6):
         batch = flex_batch(seed)
         terms = run(algorithm, batch)
         mask, pseudo = reference.mask(batch)
         weak, medium, strong = (numpy(v) for v in (batch.weak, *batch.strong))
+        by_weak, by_medium = mask, mask
+        if options.get("masking") != "flexible":  # each by the teaching view's own confidence
+            by_weak, by_medium = (
+                (softmax(view).max(axis=1) >= 0.7).astype(float) for view in (weak, medium)
+            )
+        disagreements += (by_weak != mask).sum() + (by_medium != by_weak).sum()
         pairs = {
-            "weak_medium_loss": mask * kl(weak, medium, temperature),
-            "medium_strong_loss": mask * kl(medium, strong, temperature),
-            "weak_strong_loss": mask * kl(weak, strong, temperature),
-            "rejected_loss": rho * (1 - mask) * kl(weak, strong, temperature),
+            "weak_medium_loss": by_weak * kl(weak, medium, temperature),
+            "medium_strong_loss": by_medium * kl(medium, strong, temperature),
+            "weak_strong_loss": by_weak * kl(weak, strong, temperature),
         }
+        if rho:
+            pairs["rejected_loss"] = rho * (1 - mask) * kl(weak, strong, temperature)
+        assert terms.extras.keys() == pairs.keys()
         unsupervised = (mask * cross_entropy(strong, pseudo)).mean()
         assert terms.unsupervised.item() == pytest.approx(unsupervised, rel=1e-5)
         for name, values in pairs.items():
             assert terms.extras[name].item() == pytest.approx(0.5 * values.mean(), rel=1e-5), name
         q_weak, q_medium = softmax(weak / temperature), softmax(medium / temperature)
-        m = mask[:, None]
-        to_medium = m * (softmax(medium) - q_weak)  # and nothing through the medium target
+        m, w, q = (kept[:, None] for kept in (mask, by_weak, by_medium))
+        to_medium = w * (softmax(medium) - q_weak)  # and nothing through the medium target
         p = softmax(strong)
-        to_strong = m * (p - onehot(pseudo)) + m * (p - q_medium)
-        to_strong += (m + rho * (1 - m)) * (p - q_weak)
+        to_strong = m * (p - onehot(pseudo)) + q * (p - q_medium)
+        to_strong += (w + rho * (1 - m)) * (p - q_weak)
         labeled = softmax(numpy(batch.labeled)) - onehot(batch.labels.numpy())
         assert_gradients(
             batch,
@@ -300,4 +318,5 @@ def test_sequencematch_over_several_steps(options) -> None:
         )
         algorithm.commit()
         rates.append(mask.mean())
+    assert bool(disagreements) == (options.get("masking") != "flexible")
     assert 0 < rates[-1] < 1

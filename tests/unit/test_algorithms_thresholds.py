@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hpdist.algorithms import AdaMatch, Dash, SoftMatch
+from hpdist.errors import CheckpointError
 from tests.algorithm_batches import (
     CLASSES,
     LABELED,
@@ -91,21 +92,25 @@ def test_softmatch_variance_of_one_row_is_left_out() -> None:
     assert algorithm.state["mean"].item() != pytest.approx(1 / CLASSES)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "averages", [{}, {"window": 3}, {"window": 1}, {"momentum": 0.0}, {"momentum": 0.4}], ids=str
+)
 @pytest.mark.parametrize("tau", [0.9, 0.6])
-def test_adamatch(momentum: float, tau: float) -> None:
-    algorithm = AdaMatch(
-        CLASSES, threshold=tau, momentum=momentum, unsupervised_weight=0.5, ramp_steps=4
-    )
+def test_adamatch(averages: dict[str, float], tau: float) -> None:
+    algorithm = AdaMatch(CLASSES, threshold=tau, unsupervised_weight=0.5, ramp_steps=4, **averages)
+    momentum, window = averages.get("momentum"), averages.get("window", 128)
+    kept = 0.999 if momentum is None else momentum
     p_x = p_u = np.full(CLASSES, 1 / CLASSES)
+    means = [p_u] * window
     rates = []
     for step in range(6):
         batch = make_batch(step, sharpness=1.5)
         batch.weak[:, 1] += 1.0
         terms = run(algorithm, batch)
         q, x = softmax(numpy(batch.weak)), softmax(numpy(batch.weak_labeled))
-        p_x = momentum * p_x + (1 - momentum) * x.mean(axis=0)
-        p_u = momentum * p_u + (1 - momentum) * q.mean(axis=0)
+        p_x = kept * p_x + (1 - kept) * x.mean(axis=0)
+        means = [*means, q.mean(axis=0)][-window:]
+        p_u = sum(means) / window if momentum is None else kept * p_u + (1 - kept) * means[-1]
         aligned = q * p_x / p_u
         aligned /= aligned.sum(axis=1, keepdims=True)
         mask = (aligned.max(axis=1) >= tau * x.max(axis=1).mean()).astype(float)
@@ -114,8 +119,35 @@ def test_adamatch(momentum: float, tau: float) -> None:
         check(batch, terms, mask, aligned.argmax(axis=1), weight)
         algorithm.commit()
         np.testing.assert_allclose(algorithm.state["labeled_probability"], p_x, rtol=1e-5)
-        np.testing.assert_allclose(algorithm.state["probability"], p_u, rtol=1e-5)
+        state = algorithm.state_dict()
+        held = state["recent_probability"].mean(dim=0) if momentum is None else state["probability"]
+        np.testing.assert_allclose(held, p_u, rtol=1e-5)
+        assert len(state) == 3
     assert 0 < np.mean(rates) < 1
+
+
+def test_an_average_of_another_kind_is_refused_by_its_setting() -> None:
+    made = {
+        "window": AdaMatch(CLASSES),
+        "short": AdaMatch(CLASSES, window=4),
+        "moving": AdaMatch(CLASSES, momentum=0.999),
+    }
+    for algorithm in made.values():
+        run(algorithm, make_batch(1))
+        algorithm.commit()
+    expected = {
+        ("window", "moving"): r"moving average .* set algorithm\.momentum",
+        ("moving", "window"): r"algorithm\.momentum asks for .* leave it out",
+        ("short", "window"): r"of 128 batches, and algorithm\.window is 4; set it to 128",
+    }
+    for (name, of), message in expected.items():
+        before = made[name].state_dict()
+        with pytest.raises(CheckpointError, match=message):
+            made[name].load_state_dict(made[of].state_dict())
+        assert all(torch.equal(before[key], v) for key, v in made[name].state_dict().items())
+    again = AdaMatch(CLASSES, window=4)
+    again.load_state_dict(made["short"].state_dict())
+    assert torch.equal(again.state["recent_probability"], made["short"].state["recent_probability"])
 
 
 def test_adamatch_aligns_the_label_too() -> None:
@@ -189,7 +221,12 @@ def test_hyperparameters_matter() -> None:
         ),
         (
             lambda **k: AdaMatch(CLASSES, **{"momentum": 0.5, **k}),
-            {"momentum": 0.0, "threshold": 0.3, "unsupervised_weight": 3, "ramp_steps": 100},
+            {
+                "momentum": None,
+                "threshold": 0.3,
+                "unsupervised_weight": 3,
+                "ramp_steps": 100,
+            },
         ),
         (
             lambda **k: Dash(**{**dash, **k}),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from hpdist.config import component_names
-from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig
+from hpdist.data.views import GradedViews, IdentityViewsConfig, ImageViewsConfig
 from hpdist.data.views import image as image_views
 from hpdist.data.views import rand_augment as ra
 from hpdist.errors import ConfigError, DataError
@@ -389,3 +389,39 @@ def test_identity_views_change_only_the_dtype():
 
 def test_views_are_known_components():
     assert {"identity", "image"} <= set(component_names("views"))
+
+
+def test_an_algorithm_can_ask_for_milder_and_for_stronger_views():
+    x = pixels(64)
+    kwargs = {"stream": "unlabeled", "step": 3, "positions": torch.arange(64)}
+    plain, three = views(), views(strong={"ops": 3})
+    usual = plain.strong(x, **kwargs)
+    assert torch.equal(usual, plain.graded(x, operations=2, **kwargs))
+    assert torch.equal(usual, views(strong={"ops": 2}).strong(x, **kwargs))
+    assert torch.equal(plain.graded(x, operations=3, **kwargs), three.strong(x, **kwargs))
+    assert torch.equal(three.graded(x, operations=1, **kwargs), three.strong(x, **kwargs))
+    assert isinstance(plain, GradedViews)
+
+
+def test_operations_are_applied_with_their_probability():
+    """Each by itself: as many images as expected have both, and those are as they always were."""
+    x = pixels(2000, 3, 8, 8)
+    kwargs = {"stream": "unlabeled", "step": 0, "positions": torch.arange(2000)}
+
+    def strong(**changes):
+        return views(strong={"exclude": ["identity"], "cutout": 0.0, **changes}).strong(x, **kwargs)
+
+    always, never, half = strong(), strong(ops=0), strong(probability=0.5)
+    assert torch.equal(strong(probability=0.0), never)
+
+    def share(one, other):
+        return (one == other).flatten(1).all(dim=1).float().mean().item()
+
+    alike, inert = share(half, always), share(always, never)
+    assert inert < 0.1
+    assert 0.2 < alike - inert < 0.3 + inert  # 1/4 of the images, or operations that change nothing
+    assert 0.2 < share(half, never) < 0.3 + 2 * inert
+    rows = torch.arange(1000, 2000)
+    second = views(strong={"exclude": ["identity"], "cutout": 0.0, "probability": 0.5})
+    part = second.strong(x[rows], **{**kwargs, "positions": rows})
+    assert torch.equal(part, half[1000:])

@@ -1,7 +1,13 @@
 """Views: how raw rows become what the model sees, one file per modality."""
 
 from hpdist.data.views.audio import AudioViews, AudioViewsConfig
-from hpdist.data.views.base import FittedViews, IdentityViews, IdentityViewsConfig, Views
+from hpdist.data.views.base import (
+    FittedViews,
+    GradedViews,
+    IdentityViews,
+    IdentityViewsConfig,
+    Views,
+)
 from hpdist.data.views.image import ImageViews, ImageViewsConfig
 from hpdist.data.views.table import TableViews, TableViewsConfig
 from hpdist.data.views.text import TextViews, TextViewsConfig
@@ -10,6 +16,7 @@ __all__ = [
     "AudioViews",
     "AudioViewsConfig",
     "FittedViews",
+    "GradedViews",
     "IdentityViews",
     "IdentityViewsConfig",
     "ImageViews",

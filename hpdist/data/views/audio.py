@@ -173,6 +173,11 @@ class AudioViews:
         self.window = round(config.window * config.sampling_rate)
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
 
+    @property
+    def unmixable(self) -> str | None:
+        """What the views make that has no sum: see `hpdist.data.views.base.unmixable`."""
+        return None if self.config.spectrogram else "waveforms of different lengths"
+
     def plain(self, x: Tensor) -> Tensor:
         """Make standardised spectrograms or waveforms. See `Views`."""
         sound, length = self._split(x)

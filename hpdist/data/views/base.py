@@ -41,6 +41,24 @@ class Views(Protocol):
 
 
 @runtime_checkable
+class GradedViews(Views, Protocol):
+    """Views whose strong ones can be made milder or stronger for an algorithm."""
+
+    def graded(
+        self,
+        x: Tensor,
+        *,
+        operations: int,
+        stream: str,
+        step: int,
+        positions: Tensor,
+        copy: int = 0,
+    ) -> Tensor:
+        """Return a strong view of so many operations, unless the views' config says how many."""
+        ...
+
+
+@runtime_checkable
 class FittedViews(Views, Protocol):
     """Views that measure the training rows, once, before the training.
 
@@ -61,6 +79,15 @@ class FittedViews(Views, Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what was measured."""
         ...
+
+
+def unmixable(views: Views) -> str | None:
+    """What the views make that has no sum, such as token ids; None where a sum has a meaning.
+
+    Views say so by an attribute of this name.
+    """
+    found: str | None = getattr(views, "unmixable", None)
+    return found
 
 
 def check_positions(x: Tensor, positions: Tensor) -> None:

@@ -31,8 +31,11 @@ class Weak(Section):
 class Strong(Section):
     """The strong view: the weak one's shift and flip, then RandAugment, then cutout."""
 
-    ops: int = Field(default=2, ge=0, le=16)
-    """How many of RandAugment's operations each row gets."""
+    ops: int | None = Field(default=None, ge=0, le=16)
+    """How many of RandAugment's operations each row gets; by default 2, or what the algorithm's
+    authors have for each of its strong views (sequencematch: 1 and 3)."""
+    probability: float = Field(default=1.0, ge=0, le=1)
+    """Chance of each of these operations to be applied; Google's FixMatch has 0.5 for ImageNet."""
     magnitude: float = Field(default=1.0, ge=0, le=1)
     """Factor on the range of every operation's strength."""
     cutout: float = Field(default=0.5, ge=0, le=1)
@@ -81,6 +84,9 @@ class ImageViewsConfig(Component):
         return ImageViews(self, seed)
 
 
+_OPERATIONS = 2  # of FixMatch's RandAugment
+
+
 class ImageViews:
     """The `Views` of images: uint8 [B, C, H, W] to normalised float32 [B, C, H, W]."""
 
@@ -111,15 +117,40 @@ class ImageViews:
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Shift, flip, RandAugment, cut out and normalise the images. See `Views`."""
+        return self.graded(
+            x, operations=_OPERATIONS, stream=stream, step=step, positions=positions, copy=copy
+        )
+
+    def graded(
+        self,
+        x: Tensor,
+        *,
+        operations: int,
+        stream: str,
+        step: int,
+        positions: Tensor,
+        copy: int = 0,
+    ) -> Tensor:
+        """Make a strong view of so many operations, unless `strong.ops` says how many."""
         _check_images(x)
         check_positions(x, positions)
-        config = self.config.strong
-        count = 5 + config.ops * rand_augment.DRAWS
-        noise = self._noise(("strong", stream, str(copy)), step, positions, count)
+        config, names = self.config.strong, (stream, str(copy))
+        ops = operations if config.ops is None else config.ops
+        count = 5 + ops * rand_augment.DRAWS
+        noise = self._noise(("strong", *names), step, positions, count)
         place, square, policy = torch.split(noise, [3, 2, count - 5], dim=1)
+        applied = None
+        if config.probability < 1:
+            coins = self._noise(("strong applied", *names), step, positions, ops)
+            applied = coins < config.probability
         images = _to_unit(shift_and_flip(x, place, self.strong_shift, self.strong_flip))
-        policy = policy.reshape(len(x), config.ops, rand_augment.DRAWS)
-        images = rand_augment.rand_augment(images, policy, self.operations, config.magnitude)
+        images = rand_augment.rand_augment(
+            images,
+            policy.reshape(len(x), ops, rand_augment.DRAWS),
+            self.operations,
+            config.magnitude,
+            applied,
+        )
         return self._normalize(cutout(images, square, config.cutout))
 
     def _noise(self, names: tuple[str, ...], step: int, positions: Tensor, count: int) -> Tensor:

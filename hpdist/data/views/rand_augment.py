@@ -48,7 +48,11 @@ WARPS = frozenset(("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def rand_augment(
-    images: Tensor, noise: Tensor, operations: Sequence[str], magnitude: float
+    images: Tensor,
+    noise: Tensor,
+    operations: Sequence[str],
+    magnitude: float,
+    applied: Tensor | None = None,
 ) -> Tensor:
     """Apply random operations to every image, one after another. Changes `images` in place.
 
@@ -57,22 +61,31 @@ def rand_augment(
         noise: float32 [B, ops, DRAWS] on the CPU, uniform in [0, 1).
         operations: names out of `STRENGTHS` to draw from, each as likely as the others.
         magnitude: factor on every strength, in [0, 1]; at 0 most operations change nothing.
+        applied: bool [B, ops] on the CPU, which of the operations an image gets; by default all.
 
     Returns:
         `images`.
 
     """
     operations = sorted(operations, key=lambda name: name in WARPS)  # warps last, side by side
-    for draws in noise.unbind(1):
-        _apply_one_each(images, draws, operations, magnitude)
+    for number, draws in enumerate(noise.unbind(1)):
+        skipped = None if applied is None else ~applied[:, number]
+        _apply_one_each(images, draws, operations, magnitude, skipped)
     return images
 
 
 def _apply_one_each(
-    images: Tensor, draws: Tensor, operations: Sequence[str], magnitude: float
+    images: Tensor,
+    draws: Tensor,
+    operations: Sequence[str],
+    magnitude: float,
+    skipped: Tensor | None,
 ) -> None:
-    """Apply one operation to every image; `draws` is [B, DRAWS] on the CPU."""
+    """Apply one operation to every image that is not skipped; `draws` is [B, DRAWS] on the CPU."""
     choice = (draws[:, 0] * len(operations)).long()  # [B]
+    if skipped is not None:
+        choice = (choice + 1).masked_fill(skipped, 0)
+        operations = ["identity", *operations]
     order = choice.argsort(stable=True)  # rows of the same operation side by side
     choice, draws = choice[order], draws[order]
     strength = _strengths(choice, draws, operations, magnitude)  # [B]

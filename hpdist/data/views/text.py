@@ -85,6 +85,8 @@ class TextViews:
     (beginning, end, padding) stay; at least one other token does too, unmasked.
     """
 
+    unmixable = "token ids"
+
     def __init__(self, config: TextViewsConfig, seed: int, vocabulary: Vocabulary) -> None:
         self.config = config
         self.seed = seed
