@@ -227,8 +227,10 @@ def _nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: float)
         return Finding("NCCL", "note", told)
     gpu = facts[peers.rank]["gpu"]
     own = measure_apart("nccl", f"cuda:{gpu}", peers.endpoint, 0.8 * timeout)
-    told = peers.gathered(asdict(own) if isinstance(own, Speed) else own)
-    outcomes = [Speed(**each) if isinstance(each, dict) else str(each) for each in told]
+    said: Any = asdict(own) if isinstance(own, Speed) else own
+    outcomes = [
+        Speed(**each) if isinstance(each, dict) else str(each) for each in peers.gathered(said)
+    ]
     return _nccl_finding(outcomes, [fact["host"] for fact in facts])
 
 

@@ -149,7 +149,7 @@ class StoreServer:
         self._changed.notify_all()
 
 
-class SharedStore(dist.Store):  # type: ignore[misc]
+class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
     """A client of a `StoreServer`; `torch.distributed` calls it from any of its threads.
 
     Raises OSError where the server is not there, and PermissionError where it has another token.
