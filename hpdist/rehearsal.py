@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpdist.errors import HpdistError, RehearsalError
+from hpdist.lifeline import end_with
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -226,6 +227,7 @@ def main(source: str, target: str) -> None:
     from hpdist import config as configuration
 
     wanted = json.loads(Path(source).read_text())
+    end_with(wanted["parent"])
     if wanted["deepspeed"] is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = wanted["deepspeed"]

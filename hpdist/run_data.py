@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
@@ -20,7 +21,7 @@ from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
-from hpdist.data.evaluation import evaluation_batches
+from hpdist.data.evaluation import evaluation_batches, look_through, summarize_looks
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
@@ -37,7 +38,7 @@ from hpdist.data.unlabeled import (
 )
 from hpdist.data.views import AudioViewsConfig, FittedViews, TextViewsConfig, Views
 from hpdist.distributed.checkpoint import SavedRun
-from hpdist.distributed.reduce import agreed, from_main, gathered
+from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
 from hpdist.errors import CheckpointError, ConfigError, DataError, HpdistError
 from hpdist.models.hugging_face import HuggingFaceConfig
 from hpdist.models.pixels import for_channels, with_model_pixels
@@ -96,6 +97,7 @@ class RunData:
         """Rows of the whole run that could not be used, of all ranks."""
         self._bad_in_epoch = (0, 0)  # epoch, rows
         self._recent: list[BadRow] = []  # of this rank, in this epoch
+        self._held_out_named: dict[str, set[int]] = {}
         self._audit: Audit | None = None
         resumed = saved is not None
         agreed(lambda: self._open_labeled(objects, saved))
@@ -111,6 +113,7 @@ class RunData:
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
+        self._look_at_held_out()
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
         for line in self.duplicates.lines:
             Console(0, 0, folder.main).say(line)
@@ -250,6 +253,16 @@ class RunData:
             return None
         return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
 
+    def _look_at_held_out(self) -> None:
+        """Say which rows that are measured on cannot be read, before the training. Collective."""
+        rank = dist.get_rank() if world_size() > 1 else 0
+        for rows in (self.test, self.validation):
+            if rows is not None:
+                look = look_through(rows, self.spec, rank, world_size())
+                said = summarize_looks(rows.name, len(rows), gathered(look))
+                if said is not None:
+                    Console(0, 0, self.folder.main).say(said)
+
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
         config = self.config.data.duplicates
@@ -384,6 +397,16 @@ class RunData:
                 self.rank,
             )
 
+    def _name_held_out(self, name: str, row: BadRow) -> None:
+        """Name a row that no score is over, once."""
+        named = self._held_out_named.setdefault(name, set())
+        if row.id in named or len(named) == _NAMED_ROWS:
+            return
+        named.add(row.id)
+        _log.warning("rank %d: %s: a row is left out of the scores: %s", self.rank, name, row)
+        if len(named) == _NAMED_ROWS:
+            _log.warning("rank %d: %s: further ones are counted only", self.rank, name)
+
     def take_audit(self) -> Callable[[], None]:
         """A call that writes the audit up to here, for the checkpoint that it belongs to."""
         return self._audit.take() if self._audit is not None else lambda: None
@@ -405,8 +428,8 @@ class RunData:
 
     def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
         """Every row of a measured set once, over all ranks."""
-        batch = self.config.eval.batch
-        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size)
+        batch, tell = self.config.eval.batch, partial(self._name_held_out, rows.name)
+        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, tell)
 
     def close(self) -> None:
         """Stop the reading threads."""

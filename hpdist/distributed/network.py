@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from hpdist.distributed.meeting import Place
+from hpdist.lifeline import end_with
 
 _LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _LARGEST = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of an all-reduce
@@ -82,6 +83,7 @@ def measure_apart(backend: str, device: str, place: Place, seconds: float) -> Sp
     """
     command = [sys.executable, "-m", "hpdist.distributed.network", backend, device]
     command += [place.address, str(place.port), str(place.rank), str(place.size), str(seconds)]
+    command.append(str(os.getpid()))
     environment = {"NCCL_DEBUG": "WARN"} | os.environ
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -106,7 +108,8 @@ def measure_apart(backend: str, device: str, place: Place, seconds: float) -> Sp
 
 
 def _main() -> None:
-    backend, device, address, port, rank, size, seconds = sys.argv[1:]
+    backend, device, address, port, rank, size, seconds, parent = sys.argv[1:]
+    end_with(int(parent))  # NCCL may wait without end
     own = torch.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
