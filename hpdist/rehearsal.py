@@ -222,12 +222,12 @@ def _whole_size(parameter: Any) -> int:
 
 def main(source: str, target: str) -> None:
     """Rehearse what a JSON file says, and write the result, or what is wrong, to another."""
+    wanted = json.loads(Path(source).read_text())
+    end_with(wanted["parent"])
     import yaml
 
     from hpdist import config as configuration
 
-    wanted = json.loads(Path(source).read_text())
-    end_with(wanted["parent"])
     if wanted["deepspeed"] is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = wanted["deepspeed"]

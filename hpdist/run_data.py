@@ -93,6 +93,7 @@ class RunData:
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
+        self.streams: dict[str, BatchStream[Any]] = {}
         self.bad_rows = 0
         """Rows of the whole run that could not be used, of all ranks."""
         self._bad_in_epoch = (0, 0)  # epoch, rows
@@ -292,7 +293,7 @@ class RunData:
         self.labeled_stream: BatchStream[LabeledBatch] = make(
             self.labeled, batch.labeled, processes=0
         )
-        self.streams: dict[str, BatchStream[Any]] = {"labeled": self.labeled_stream}
+        self.streams = {"labeled": self.labeled_stream}
         source = self.config.data.unlabeled
         if self.unlabeled is not None and source is not None:
             self.unlabeled_stream = make(self.unlabeled, batch.unlabeled, spec=self.unlabeled_spec)

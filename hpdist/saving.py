@@ -12,7 +12,7 @@ from hpdist.config import Checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.run_state import RunState
 
-_LAST_SECONDS = 120.0  # that a run which failed waits for its latest checkpoint
+_LAST_SECONDS = 20.0  # that a run which failed waits for its latest checkpoint
 
 
 class Saving:
@@ -66,6 +66,10 @@ class Saving:
         """Whether the run is saved as it stands."""
         return self.writer is None or self._saved_attempt == self._state.step.attempts
 
+    def take_for_saved(self) -> None:
+        """Take note that the run stands as a checkpoint has it."""
+        self._saved_attempt = self._state.step.attempts
+
     def asks(self) -> bool:
         """Whether it is time for a checkpoint: on the first rank, for all to be told of it."""
         minutes = self._config.minutes
@@ -82,7 +86,7 @@ class Saving:
         """Begin to write a checkpoint. Every rank must call."""
         if self.writer is None:
             return
-        self._saved_attempt = self._state.step.attempts
+        self.take_for_saved()
         self._saved_at = time.monotonic()
         self._state.save(self.writer, facts)
         for problem in self.writer.problems():

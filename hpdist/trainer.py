@@ -29,7 +29,7 @@ from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.distributed.engine import prepare
 from hpdist.distributed.launcher_watch import LauncherWatch
-from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
+from hpdist.distributed.reduce import agreed, from_main, gathered, raise_together, world_size
 from hpdist.errors import ConfigError, HpdistError
 from hpdist.evaluation import Evaluation
 from hpdist.generations import Generations, initial_values
@@ -301,8 +301,7 @@ class Trainer:
 
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
-        problem = self.data.look_ahead(self.guard.stopping)
-        agreed(lambda: _raise(problem))
+        raise_together(self.data.look_ahead(self.guard.stopping))
         if any(gathered(self.guard.stopping())):
             self._stop_early()
 
@@ -387,12 +386,11 @@ class Trainer:
 
     def _stop_early(self, pending: dict[str, Any] | None = None) -> NoReturn:
         """Save and raise what keeps a rank from going on, or asked it to stop. Collective."""
-        lost = [problem for problem in gathered(self.claim.lost()) if problem is not None]
-        agreed(lambda: _raise(lost[0] if lost else None))  # whoever has the folder now is let be
+        raise_together(self.claim.lost())  # whoever has the folder now is let be
         if not self.saving.saved:
             self.save(pending)
         self.saving.finish()
-        agreed(lambda: _raise(self._excess or self._problem))
+        raise_together(self._excess or self._problem)
         raise self.guard.stopped(self.step.applied_steps)
 
     def _evaluate(self, record: dict[str, Any]) -> None:
@@ -463,6 +461,7 @@ class Trainer:
                 self.data.drop_audit_after(0)
             return
         facts = self._resumed = self.state.load(saved)
+        self.saving.take_for_saved()
         self._seconds, self._run_id = facts["seconds"], facts["tracker_run_id"]
         self._summary = self.claim.summary(self.step.applied_steps)
         if self._summary is not None:
@@ -491,11 +490,6 @@ class Trainer:
         """Give the run folder back, and watch the launcher no longer."""
         self.launcher.stop()
         self.claim.release()
-
-
-def _raise(error: HpdistError | None) -> None:
-    if error is not None:
-        raise error
 
 
 def _due(every: int | None, step: int, last: int) -> bool:
