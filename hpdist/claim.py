@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hpdist.config import RunConfig
@@ -11,7 +14,9 @@ from hpdist.errors import CheckpointError
 from hpdist.tracking.config_history import begin_config, continue_config, differences, told
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
-from hpdist.tracking.run_lock import RunLock, own_folder
+from hpdist.tracking.run_lock import RunLock
+
+_TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has a timeout of its own
 
 
 class Claim:
@@ -93,3 +98,21 @@ class Claim:
         if self._lock is not None:
             self._lock.release()
             self._folder.remove_empty()
+
+
+def own_folder(folder: Path, seconds: float, say: Callable[[str], None]) -> RunLock:
+    """Become the owner of a run folder, or wait for it so many seconds. Collective.
+
+    Raises InUseError, on all ranks, where another run is at work in it all that time.
+    """
+    lock = RunLock(folder, say)
+    if from_main(lambda: lock.acquire(0)):
+        return lock
+    if seconds:
+        say(f"{from_main(lock.refusal)}; waiting {seconds:g} s for that")
+    deadline = time.monotonic() + seconds
+    while (left := from_main(lambda: deadline - time.monotonic())) > 0:
+        turn = min(left, _TURN_SECONDS)
+        if from_main(lambda: lock.acquire(turn)):  # noqa: B023
+            return lock
+    raise from_main(lock.refusal)

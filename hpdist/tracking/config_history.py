@@ -18,10 +18,9 @@ from hpdist import config as configuration
 from hpdist.config import RunConfig
 from hpdist.errors import ConfigError
 from hpdist.settings import flat
-from hpdist.tracking.run_folder import RunFolder, read_records
+from hpdist.tracking.run_folder import CHANGES, RunFolder, read_records
 
 CONFIG = "config.yaml"
-CHANGES = "config_changes.jsonl"
 _ELSEWHERE = ("run.dir", "run.name", "run.wait")  # where a run lies and who waits for it is no part
 _SHOWN = 5  # settings that a line for a person names
 

@@ -13,6 +13,9 @@ from typing import Any
 from hpdist.errors import CheckpointError, why_not_written
 from hpdist.tracking.run_lock import OWNER
 
+CHANGES = "config_changes.jsonl"
+"""Settings that a run went on with, and from which step on."""
+
 
 class RunFolder:
     """The files of one run. Only the main process writes; every write is whole or not at all."""

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hpdist.distributed.reduce import from_main
 from hpdist.errors import CheckpointError, why_not_written
 
 OWNER = ".owner.json"
@@ -29,7 +28,6 @@ BEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 """An owner on another machine that has not beaten for so long is dead."""
 _LOOK_SECONDS = 1.0
-_TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has a timeout of its own
 _LOCAL = {
     *("apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "ramfs"),
     *("tmpfs", "ufs", "xfs", "zfs"),
@@ -58,27 +56,6 @@ class Owner:
 
 class InUseError(CheckpointError):
     """Another run is at work in the run folder."""
-
-
-def own_folder(folder: Path, seconds: float, say: Callable[[str], None]) -> RunLock:
-    """Become the owner of a run folder, or wait for it so many seconds. Collective.
-
-    Raises InUseError, on all ranks, where another run is at work in it all that time.
-    """
-    lock = RunLock(folder, say)
-    deadline = time.monotonic() + seconds
-    told = False
-    while True:
-        left = deadline - time.monotonic()
-        turn = min(max(left, 0.0), _TURN_SECONDS)
-        ended = from_main(lambda: (lock.acquire(turn), left <= _TURN_SECONDS))  # noqa: B023
-        if ended[0]:
-            return lock
-        if ended[1]:
-            raise from_main(lock.refusal)
-        if not told:
-            say(f"{from_main(lock.refusal)}; waiting {seconds:g} s for it")
-            told = True
 
 
 class RunLock:

@@ -6,83 +6,17 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-import torch
-from torch import Tensor, nn
 
 from hpdist.errors import CheckpointError, ConfigError, DataError, StoppedError
-from hpdist.evaluation import EvaluationError
-from hpdist.trainer import Trainer
-from tests.parquet_files import write_numbers
+from hpdist.tracking.run_lock import InUseError, RunLock
 from tests.picture_runs import at_batch
-from tests.ranks import run_ranks
 from tests.run_records import read, records
-
-
-class Breaks(nn.Module):
-    """A linear model whose evaluation can be made to fail on a rank."""
-
-    broken: int | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(2, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training and str(Breaks.broken) == os.environ.get("RANK", "0"):
-            raise RuntimeError("out of luck")
-        logits: Tensor = self.layer(inputs / 50)
-        return logits
-
-
-def held_out(*values: Any) -> Any:
-    """A set to measure on; a row that is None cannot be decoded."""
-    rows = [[float(v), 1.0] if v is not None else None for v in values]
-    labels = [0, 1, 2, 1, 2, 0, 2, 1][: len(rows)]
-    numbers = datasets.List(datasets.Value("float32"))
-    features = datasets.Features({"x": numbers, "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"x": rows, "label": labels}, features=features)
-
-
-def trainer(folder: Path, steps: int, name: str = "run", **settings: Any) -> Trainer:
-    data = folder / "data"
-    if not data.exists():
-        write_numbers(data, [[30]])
-    files = {"path": "parquet", "data_files": str(data / "*.parquet"), "input": "x"}
-    held = {key: settings.pop(key) for key in ("test", "validation") if key in settings}
-    defaults: dict[str, Any] = {
-        "labeled": {**files, "rows": 12},
-        "optim": {"lr": 0.001},
-        "checkpoint": {"every": 2},
-        "schedule": {"name": "constant"},
-    }
-    return Trainer(
-        settings.pop("model", None) or Breaks(),
-        {"name": "fixmatch", "threshold": 0.2},
-        unlabeled=files,
-        views={"name": "identity"},
-        batch={"labeled": 4, "unlabeled": 8},
-        run={"dir": str(folder), "name": name},
-        log={"every": 1},
-        tracker={"name": "none"},
-        steps=steps,
-        **{key: (value, {"input": "x"}) for key, value in held.items()},
-        **(defaults | settings),
-    )
-
-
-@pytest.fixture(autouse=True)
-def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Breaks, "broken", None)
-
-
-def saved(run: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+from tests.small_runs import counted, held_out, saved, trainer
 
 
 def contents(run: Path) -> dict[str, tuple[str, int]]:
@@ -97,44 +31,6 @@ def contents(run: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-@pytest.mark.parametrize("every", [2, 100])
-def test_an_evaluation_that_fails_costs_nothing_and_is_made_up_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
-) -> None:
-    """Also where no checkpoint is due at its step."""
-    sets = {"validation": held_out(1, 2, 3, 4, 5), "test": held_out(6, 7, 8)}
-    settings = {"eval": {"every": 2}, "checkpoint": {"every": every}}
-    wanted = trainer(tmp_path, 6, "whole", **settings, **sets).fit()
-    failing = trainer(tmp_path, 6, **settings, **sets)
-    with (
-        at_batch(3, lambda: setattr(Breaks, "broken", 0)),
-        pytest.raises(EvaluationError, match=r"failed on rank 0: RuntimeError: out of luck"),
-    ):
-        failing.fit()
-    run = tmp_path / "run"
-    assert saved(run)[-1] == 4
-    assert [record["step"] for record in read(run)] == [1, 2, 3]
-    monkeypatch.setattr(Breaks, "broken", None)
-    again = trainer(tmp_path, 6, **settings, **sets)
-    monkeypatch.setattr(Breaks, "broken", 0)
-    with pytest.raises(EvaluationError):
-        again.fit()
-    monkeypatch.setattr(Breaks, "broken", None)
-    found = trainer(tmp_path, 6, **settings, **sets).fit()
-    assert records(run) == records(tmp_path / "whole")
-    timed = ("seconds", "peak_memory_bytes")
-    assert {k: v for k, v in found.items() if k not in timed} == {
-        k: v for k, v in wanted.items() if k not in timed
-    }
-    weights = "checkpoints/step-00000006/rank-00000.safetensors"
-    assert (run / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
-    facts = [
-        json.loads((tmp_path / name / "checkpoints/step-00000006/manifest.json").read_text())
-        for name in ("whole", "run")
-    ]
-    assert facts[0]["best"] == facts[1]["best"]
-
-
 def test_the_last_step_is_safe_before_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,51 +42,12 @@ def test_the_last_step_is_safe_before_it_is_measured(
     assert seen == [[3]]
 
 
-def test_rows_that_cannot_be_read_are_left_out_counted_and_named(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = (1, 2, 3, 4, 5)
-    good = trainer(tmp_path, 2, "good", test=held_out(*rows)).fit()
-    capfd.readouterr()
-    caplog.clear()
-    bad = trainer(tmp_path, 2, "bad", test=held_out(*rows, None), eval={"every": 1}).fit()
-    scores = [key for key in good if key.startswith("test/") and "duplicates" not in key]
-    assert (bad.pop("test/rows"), bad.pop("test/bad_rows")) == (5, 1)
-    assert (good["test/rows"], good["test/bad_rows"]) == (5, 0)
-    for key in scores[:-2]:
-        assert bad[key] == good[key]
-    assert read(tmp_path / "bad")[0]["eval/test/bad_rows"] == 1
-    told = capfd.readouterr().err
-    assert "data.test" in told
-    assert "1 of 6 rows cannot be decoded and are left out of every score" in told
-    assert "row 5: the value is null" in told
-    named = [
-        record.message for record in caplog.records if "left out of the scores" in record.message
-    ]
-    assert len(named) == 1, "once, not at every evaluation"
-
-
 def test_a_set_without_a_row_that_can_be_read_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"data\.validation .*row 0 cannot be decoded.*other 1 rows"
     ):
         trainer(tmp_path, 2, validation=held_out(None, None))
     assert not (tmp_path / "run").exists()
-
-
-def counted(training: Trainer) -> list[int]:
-    """The steps at which a trainer saves."""
-    steps: list[int] = []
-    assert training.writer is not None
-    save = training.writer.save
-    training.writer.save = lambda step, *rest, **more: (
-        steps.append(step)
-        or save(  # type: ignore[method-assign, func-returns-value]
-            step, *rest, **more
-        )
-    )
-    training.fit()
-    return steps
 
 
 @pytest.mark.parametrize(
@@ -211,41 +68,6 @@ def test_when_a_run_is_saved(tmp_path: Path, checkpoint: dict[str, Any], steps: 
         else None
     )
     assert counted(training) == steps
-
-
-def on_ranks(folder: Path) -> tuple[list[int], str, list[int], dict[str, Any], list[int]]:
-    """On rank 1 alone rows cannot be read, and an evaluation fails; rank 0's clock decides."""
-    rank = int(os.environ["RANK"])
-    clock = {} if rank else {"minutes": 1e-9}
-    training = trainer(folder, 3, "clock", checkpoint=clock)
-    training.saving._config = training.config.checkpoint
-    steps = counted(training)
-    sets = {"test": held_out(1, 2, 3, 4, 5, None, 7)}
-    failing = trainer(folder, 3, **sets)
-    Breaks.broken = 1
-    message = ""
-    try:
-        failing.fit()
-    except EvaluationError as error:
-        message = str(error)
-    left = saved(folder / "run")
-    Breaks.broken = None
-    summary = trainer(folder, 3, **sets).fit()
-    return steps, message, left, summary, [record["step"] for record in read(folder / "run")]
-
-
-def test_all_ranks_save_and_measure_together(tmp_path: Path) -> None:
-    write_numbers(tmp_path / "data", [[30]])
-    for steps, message, left, summary, recorded in run_ranks(2, on_ranks, tmp_path):
-        assert steps == [1, 2, 3]
-        assert (
-            message
-            == "the evaluation failed on rank 1: RuntimeError: out of luck"
-            + (message.partition("out of luck")[2])
-        )
-        assert left[-1] == 3
-        assert (summary["test/rows"], summary["test/bad_rows"]) == (6, 1)
-        assert recorded == [1, 2, 3]
 
 
 def test_a_run_that_is_done_is_left_as_it_is(
@@ -338,3 +160,30 @@ def test_a_stop_does_not_wait_for_an_evaluation(tmp_path: Path) -> None:
     assert measured == [1]
     trainer(tmp_path, 4, **settings).fit()
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_run_whose_folder_was_taken_ends_and_leaves_it_alone(tmp_path: Path) -> None:
+    training = trainer(tmp_path, 6)
+    lock = training.claim._lock
+    assert lock is not None
+    with (
+        at_batch(4, lambda: setattr(lock, "lost", "process 1 on another")),
+        pytest.raises(CheckpointError, match="was taken by process 1 on another"),
+    ):
+        training.fit()
+    assert saved(tmp_path / "run") == [2, 4]
+
+
+def test_a_run_waits_for_its_folder_if_it_is_told_to(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    other = RunLock(tmp_path / "run")
+    assert other.acquire(0)
+    other.busy = True
+    with pytest.raises(InUseError, match=f"in use by process {os.getpid()} on .* since "):
+        trainer(tmp_path, 2)
+    threading.Timer(0.5, other.release).start()
+    waiting = {"dir": str(tmp_path), "name": "run", "wait": 60}
+    assert trainer(tmp_path, 2, run=waiting).fit()["steps"] == 2
+    assert "waiting 60 s for that" in capfd.readouterr().err
