@@ -86,7 +86,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_and_others_stay(
 
 def test_a_rehearsal_ends_with_the_plan_that_is_killed(tmp_path: Path) -> None:
     found = tmp_path / "found"
-    code = REHEARSAL.replace("CONFIG", repr("{"))  # at which it would fail, and say so
+    code = REHEARSAL.replace("CONFIG", repr("{}"))  # of which it would soon say what is missing
     plan, (rehearsal,) = start(
         [sys.executable, "-c", code, str(tmp_path / "wanted"), str(found)], 1
     )
