@@ -16,7 +16,7 @@ _LAST_SECONDS = 20.0  # that a run which failed waits for its latest checkpoint
 
 
 class Saving:
-    """The checkpoints of a run; written one at a time.
+    """The checkpoints of a run, begun when they are due and written one at a time.
 
     Args:
         config: How often.

@@ -92,7 +92,6 @@ def on_ranks(folder: Path) -> tuple[list[int], str, list[int], dict[str, Any], l
     rank = int(os.environ["RANK"])
     clock = {} if rank else {"minutes": 1e-9}
     training = trainer(folder, 3, "clock", checkpoint=clock)
-    training.saving._config = training.config.checkpoint
     steps = counted(training)
     sets = {"test": held_out(1, 2, 3, 4, 5, None, 7)}
     failing = trainer(folder, 3, **sets)
