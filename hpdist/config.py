@@ -97,6 +97,8 @@ class Run(Section):
     """The run folder's name; by default the config file's."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the data order, the choice of labels and every view's noise."""
+    wait: float = Field(0.0, ge=0)
+    """Seconds to wait for the end of another run that is at work in the run folder."""
 
     @property
     def folder(self) -> Path:
@@ -226,13 +228,25 @@ class Checkpoint(Section):
     """Saving and resuming."""
 
     every: int | None = Field(None, gt=0)
-    """Optimizer steps between checkpoints; only at the end by default."""
+    """Optimizer steps between checkpoints; by default time decides. The last step has one, too."""
+    minutes: float | None = Field(15.0, gt=0)
+    """Minutes between checkpoints, on the first rank's clock; null where `every` is given alone.
+
+    With both, whichever comes first; without either, only the last step has a checkpoint.
+    """
     keep: int = Field(2, ge=2)
     """How many checkpoints stay."""
     background: bool = True
     """Train on while a checkpoint is written; costs a copy of the state in the host's memory."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest whole checkpoint; never refuses a folder that is not empty."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_alone(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("every") is not None:
+            return {"minutes": None, **values}
+        return values
 
 
 class Divergence(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -13,9 +13,17 @@ from hpdist.data.batch import LabeledBatch
 from hpdist.data.views.base import Views
 from hpdist.distributed.ema import ShardedTeacher
 from hpdist.distributed.engine import Engine
+from hpdist.distributed.reduce import gathered
+from hpdist.errors import DataError, HpdistError, describe
 from hpdist.scores import AnyScores, Meter, Scores, make_meter
 
-__all__ = ["Evaluation", "Scores", "evaluate", "evaluate_both"]
+__all__ = ["Evaluation", "EvaluationError", "Scores", "evaluate", "evaluate_both"]
+
+T = TypeVar("T")
+
+
+class EvaluationError(HpdistError):
+    """A set could not be measured; the weights are what they were."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,8 @@ class Evaluation:
 
     teacher: AnyScores
     student: AnyScores
+    rows: int | None = None
+    """Rows of all ranks that the scores are over."""
 
     @property
     def values(self) -> dict[str, float]:
@@ -59,10 +69,35 @@ def evaluate(
     """Scores of the weights that are in the model now; `Scores`, of classification.
 
     `batches` are this rank's, every one with a bool mask [batch] of the rows that count.
-    Collective: every rank must give equally many, and one at least.
+    Collective: every rank must give equally many, and one at least. Raises EvaluationError, on all
+    ranks, where anything fails on one of them, and DataError where not one row counts.
     """
+    return _measure(engine, views, batches, task)[0]
+
+
+def _measure(
+    engine: Engine,
+    views: Views,
+    batches: Iterable[tuple[LabeledBatch, Tensor]],
+    task: Task,
+) -> tuple[AnyScores, int]:
+    """The scores, and how many rows of all ranks they are over."""
+    meter, rows = _together(lambda: _go_through(engine, views, batches, task))
+    count = sum(gathered(rows))
+    if not count:
+        error = DataError("not one row of the set that is measured on can be decoded")
+        error.everywhere = True
+        raise error
+    return _together(meter.result), count
+
+
+def _go_through(
+    engine: Engine, views: Views, batches: Iterable[tuple[LabeledBatch, Tensor]], task: Task
+) -> tuple[Meter, int]:
+    """Collect what this rank's scores are made of, and count its rows."""
     device = engine.device
     meter: Meter | None = None
+    rows = 0
     engine.module.eval()
     for batch, valid in batches:
         batch = batch.to(device, non_blocking=True)
@@ -70,8 +105,38 @@ def evaluate(
         if meter is None:
             meter = make_meter(task, logits.shape[-1], device)
         meter.add(logits, batch.labels, valid.to(device))
+        rows += int(valid.sum())
     assert meter is not None
-    return meter.result()
+    return meter, rows
+
+
+def _together(function: Callable[[], T]) -> T:
+    """Call a function on every rank; what it raises on any, such as a lack of memory, all raise.
+
+    Collective. Where it communicates itself (a forward under ZeRO-3, a metric of torchmetrics) and
+    fails on some ranks alone, the others wait in it, until the launcher or the watchdog ends them.
+    """
+    result: T | None = None
+    failure: HpdistError | None = None
+    cause: Exception | None = None
+    try:
+        result = function()
+    except HpdistError as error:
+        failure = cause = error
+    except Exception as error:  # a model's, a metric's or the device's own
+        failure, cause = EvaluationError(describe(error)), error
+    failures = {rank: found for rank, found in enumerate(gathered(failure)) if found is not None}
+    if not failures:
+        return cast(T, result)
+    rank, first = next(iter(failures.items()))
+    if isinstance(first, EvaluationError):
+        first = EvaluationError(f"the evaluation failed on rank {rank}: {first}{_advice(first)}")
+    first.everywhere = True
+    raise first from cause
+
+
+def _advice(error: EvaluationError) -> str:
+    return "; try a smaller eval.batch" if "OutOfMemoryError" in str(error) else ""
 
 
 def evaluate_both(
@@ -83,10 +148,11 @@ def evaluate_both(
 ) -> Evaluation:
     """Measure teacher and student.
 
-    `batches` reads the set anew for each, so that no more than a batch is held. Collective.
+    `batches` reads the set anew for each, so that no more than a batch is held. Collective; raises
+    as `evaluate` does.
     """
-    student = evaluate(engine, views, batches(), task)
+    student, rows = _measure(engine, views, batches(), task)
     if teacher is None:
-        return Evaluation(student, student)
+        return Evaluation(student, student, rows)
     with teacher.in_student():
-        return Evaluation(evaluate(engine, views, batches(), task), student)
+        return Evaluation(_measure(engine, views, batches(), task)[0], student, rows)

@@ -214,6 +214,7 @@ def rehearsed(
     if stage is None:
         values["zero"] |= {"offload": None, "nvme_path": None}
     wanted: dict[str, Any] = {"config": to_yaml(values), "ranks": gpus, "deepspeed": None}
+    wanted["parent"] = os.getpid()
     with tempfile.TemporaryDirectory() as folder:
         if base and stage is not None:
             other = {key: value for key, value in base.items() if key not in ("fp16", "bf16")}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpdist.errors import HpdistError, RehearsalError
+from hpdist.lifeline import end_with
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,11 +222,12 @@ def _whole_size(parameter: Any) -> int:
 
 def main(source: str, target: str) -> None:
     """Rehearse what a JSON file says, and write the result, or what is wrong, to another."""
+    wanted = json.loads(Path(source).read_text())
+    end_with(wanted["parent"])
     import yaml
 
     from hpdist import config as configuration
 
-    wanted = json.loads(Path(source).read_text())
     if wanted["deepspeed"] is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = wanted["deepspeed"]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
@@ -20,7 +21,7 @@ from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
-from hpdist.data.evaluation import evaluation_batches
+from hpdist.data.evaluation import evaluation_batches, look_through, summarize_looks
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, open_labeled, open_test
 from hpdist.data.stream import BatchStream
@@ -36,7 +37,7 @@ from hpdist.data.unlabeled import (
 )
 from hpdist.data.views import AudioViewsConfig, FittedViews, TextViewsConfig, Views
 from hpdist.distributed.checkpoint import SavedRun
-from hpdist.distributed.reduce import agreed, from_main, gathered
+from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
 from hpdist.errors import CheckpointError, DataError, HpdistError
 from hpdist.models.pixels import for_channels, with_model_pixels
 from hpdist.run_inputs import (
@@ -101,10 +102,12 @@ class RunData:
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
+        self.streams: dict[str, BatchStream[Any]] = {}
         self.bad_rows = 0
         """Rows of the whole run that could not be used, of all ranks."""
         self._bad_in_epoch = (0, 0)  # epoch, rows
         self._recent: list[BadRow] = []  # of this rank, in this epoch
+        self._held_out_named: dict[str, set[int]] = {}
         self._audit: Audit | None = None
         resumed = saved is not None
         self.labeled: LabeledRows = agreed(lambda: self._open_labeled(objects, saved))
@@ -123,6 +126,7 @@ class RunData:
         if self.spec.kind == "image":
             self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
             taken = "; ".join(filter(None, (taken, fitted))) or None
+        self._look_at_held_out()
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
         for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
             Console(0, 0, folder.main).say(line)
@@ -256,6 +260,16 @@ class RunData:
             return None
         return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
 
+    def _look_at_held_out(self) -> None:
+        """Say which rows that are measured on cannot be read, before the training. Collective."""
+        rank = dist.get_rank() if world_size() > 1 else 0
+        for rows in (self.test, self.validation):
+            if rows is not None:
+                look = look_through(rows, self.spec, rank, world_size())
+                said = summarize_looks(rows.name, len(rows), gathered(look))
+                if said is not None:
+                    Console(0, 0, self.folder.main).say(said)
+
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
         config = self.config.data.duplicates
@@ -285,7 +299,7 @@ class RunData:
         self.labeled_stream: BatchStream[LabeledBatch] = make(
             self.labeled, batch.labeled, processes=0
         )
-        self.streams: dict[str, BatchStream[Any]] = {"labeled": self.labeled_stream}
+        self.streams = {"labeled": self.labeled_stream}
         source = self.config.data.unlabeled
         if self.unlabeled is not None and source is not None:
             self.unlabeled_stream = make(self.unlabeled, batch.unlabeled, spec=self.unlabeled_spec)
@@ -392,6 +406,16 @@ class RunData:
                 self.rank,
             )
 
+    def _name_held_out(self, name: str, row: BadRow) -> None:
+        """Name a row that no score is over, once."""
+        named = self._held_out_named.setdefault(name, set())
+        if row.id in named or len(named) == _NAMED_ROWS:
+            return
+        named.add(row.id)
+        _log.warning("rank %d: %s: a row is left out of the scores: %s", self.rank, name, row)
+        if len(named) == _NAMED_ROWS:
+            _log.warning("rank %d: %s: further ones are counted only", self.rank, name)
+
     def take_audit(self) -> Callable[[], None]:
         """A call that writes the audit up to here, for the checkpoint that it belongs to."""
         return self._audit.take() if self._audit is not None else lambda: None
@@ -413,8 +437,8 @@ class RunData:
 
     def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
         """Every row of a measured set once, over all ranks."""
-        batch = self.config.eval.batch
-        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size)
+        batch, tell = self.config.eval.batch, partial(self._name_held_out, rows.name)
+        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, tell)
 
     def close(self) -> None:
         """Stop the reading threads."""

@@ -47,3 +47,4 @@ class RunFacts(BaseModel):
     identity: dict[str, Any]
     seconds: _Seconds
     tracker_run_id: str | None
+    pending: dict[str, Any] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import Shards
-from hpdist.config import RunConfig
+from hpdist.config import CHOICES, RunConfig
 from hpdist.distributed import checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment
@@ -149,11 +151,14 @@ class RunState:
             "run.seed": config.run.seed,
             "batch.labeled": config.batch.labeled,
             "batch.unlabeled": config.batch.unlabeled,
+            **{f"data.labeled.{name}": value for name, value in _choice(config).items()},
             "parameters": {name: list(shape) for name, shape in shapes.items()},
         }
 
     def _check_identity(self, saved: checkpoint.SavedRun) -> None:
-        theirs = {"task.name": "classification", **saved.facts["identity"]}
+        chosen = {key: value for key, value in self.identity.items() if key.startswith("data.")}
+        # What earlier versions did not write down.
+        theirs = {"task.name": "classification", **chosen, **saved.facts["identity"]}
         different = [
             f"{key}: {_short(theirs.get(key))} there, {_short(value)} here"
             for key, value in self.identity.items()
@@ -164,6 +169,16 @@ class RunState:
                 f"{saved.path} is of another run ({'; '.join(different)}); "
                 "choose another run.name, or make the settings agree"
             )
+
+
+def _choice(config: RunConfig) -> dict[str, Any]:
+    """Which of the labelled rows are used: what a run drew once, it keeps."""
+    labeled = config.data.labeled
+    found = {name: getattr(labeled, name) for name in (*CHOICES, "imbalance")}
+    if found["indices"] is not None:
+        digest = hashlib.sha256(json.dumps(sorted(found["indices"])).encode()).hexdigest()
+        found["indices"] = f"{len(found['indices'])} rows, digest {digest[:12]}"
+    return found
 
 
 def _short(value: object) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,40 +39,9 @@ from hpdist.errors import ConfigError
 from hpdist.micro_batch import Cutter, MicroBatch, by_view, channels_last
 from hpdist.models.heads import columns_of, require_heads
 from hpdist.optim import l1_norm
+from hpdist.outcome import StepOutcome
 
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a step did, the same on every rank."""
-
-    applied: bool
-    overflowed: bool
-    old_scale: float
-    new_scale: float
-    grad_norm: float | None = None
-    """Global norm of the unscaled gradient before clipping."""
-    culprit: Culprit | None = None
-    """Of a step that was skipped: what was not finite first."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Means over the global batch; only when measured."""
-    per_class: Mapping[str, list[float]] = field(default_factory=dict)
-    """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
-    per_rank: Mapping[str, list[float]] = field(default_factory=dict)
-    """Numbers of each rank, [ranks]: `own_seconds`, which see `OwnTime`, and what was told."""
-    bad_rows: int = 0
-    """Rows of the unlabelled global batch that could not be used."""
-    stop: bool = False
-    """Whether any rank asked for the run to stop."""
-
-    @property
-    def overflow(self) -> str | None:
-        """Of a step that overflowed: where, and what that makes of the loss scale."""
-        if not self.overflowed:
-            return None
-        where = str(self.culprit or "nothing that shows again")
-        if self.new_scale == self.old_scale:
-            return where
-        return f"{where}; loss scale {self.old_scale:g}, now {self.new_scale:g}"
+__all__ = ["SemiSupervisedStep", "StepOutcome"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +128,7 @@ class SemiSupervisedStep:
             check_groups(algorithm.groups, self._parts)
         self._heads = columns_of(self.engine.module)
         require_heads(algorithm, self._heads)
-        self._noted = torch.zeros(2)
+        self._noted = torch.zeros(3)
         alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed
         one_pass = micro_batches == 1 and not alone
         self._fused = self.engine.fuses_weak_pass and one_pass
@@ -174,6 +143,7 @@ class SemiSupervisedStep:
         measure: bool = False,
         tell: Mapping[str, float] | None = None,
         stop: bool = False,
+        save: bool = False,
     ) -> StepOutcome:
         """Do one optimizer step.
 
@@ -186,6 +156,7 @@ class SemiSupervisedStep:
                 on all.
             stop: Whether this rank wants the run to stop after this step, as when it cannot read
                 its next rows. Every rank's outcome says so then, at no further communication.
+            save: Whether it wants a checkpoint after this step; likewise.
 
         Raises ConfigError where rows are missing or do not divide into micro-batches, and
         PrecisionError where overflow has no end.
@@ -193,7 +164,7 @@ class SemiSupervisedStep:
         if not self.engine.module.training:  # setting it walks over all modules
             self.engine.module.train()
         self.own_time.begin()
-        notes = self._notes(unlabeled, stop)
+        notes = self._notes(unlabeled, stop, save)
         engine = self.engine
         cutter = Cutter(
             self.algorithm,
@@ -236,7 +207,7 @@ class SemiSupervisedStep:
         self.attempts += 1
         culprit = self._close(done, passes)
         metrics, classes, ranks = self._measure(passes, tell or {}) if measure else ({}, {}, {})
-        bad_rows, stops = (round(note) for note in self._noted.tolist())
+        bad_rows, stops, saves = (round(note) for note in self._noted.tolist())
         return StepOutcome(
             done.applied,
             done.overflowed,
@@ -249,6 +220,7 @@ class SemiSupervisedStep:
             ranks,
             bad_rows,
             stops > 0,
+            saves > 0,
         )
 
     @property
@@ -329,10 +301,10 @@ class SemiSupervisedStep:
             micro.labeled_ids,
         )
 
-    def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool) -> Tensor:
-        """What a rank tells the others besides sums: its unusable rows, and its wish to stop."""
+    def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool, save: bool) -> Tensor:
+        """What a rank tells the others besides sums: its unusable rows, and what it asks for."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
-        return torch.tensor([float(bad), float(stop)], device=self.engine.device)
+        return torch.tensor([float(bad), float(stop), float(save)], device=self.engine.device)
 
     @torch.no_grad()
     def _reduce(

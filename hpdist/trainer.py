@@ -9,10 +9,9 @@ import copy
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn
 
 import datasets
@@ -22,27 +21,30 @@ from hpdist import config as configuration
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.checks import check_inputs, check_model, divide_batch
+from hpdist.claim import Claim
 from hpdist.config import RunConfig
 from hpdist.data.random import reseed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
-from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.engine import prepare
-from hpdist.distributed.reduce import agreed, from_main, largest, world_size
-from hpdist.divergence import DivergenceMonitor
-from hpdist.errors import ConfigError, DivergenceError, HpdistError
-from hpdist.evaluation import Evaluation, evaluate_both
+from hpdist.distributed.launcher_watch import LauncherWatch
+from hpdist.distributed.reduce import agreed, from_main, gathered, raise_together, world_size
+from hpdist.errors import ConfigError, HpdistError
+from hpdist.evaluation import Evaluation
 from hpdist.generations import Generations, initial_values
+from hpdist.measuring import Measuring
 from hpdist.models.build import build_model
 from hpdist.models.heads import with_heads
-from hpdist.models.memory import checkpoint_activations, peak_memory
+from hpdist.models.memory import checkpoint_activations
 from hpdist.models.stored import weights_as_stored
 from hpdist.optim import build_optimizer, learning_rate
+from hpdist.records import Records
+from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
-from hpdist.run_facts import RunFacts
 from hpdist.run_guard import RunGuard
 from hpdist.run_state import RunState
+from hpdist.saving import Saving
 from hpdist.step import SemiSupervisedStep, StepOutcome
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
@@ -107,13 +109,13 @@ class Trainer:
     def _build(self, config: RunConfig, objects: Objects, files: bool = True) -> None:
         """Check and build everything, cheapest first."""
         self.files = files
+        self._opened: RunLog | None = None
+        self._closed = False
         self._run_id: str | None = None  # the tracker's
         self._seconds = 0.0  # trained before this process
-        self._latest: tuple[str, int, Evaluation] | None = None  # set and step
-        self._saved_attempt = -1
+        self._resumed: dict[str, Any] | None = None  # what the checkpoint says of the run
+        self._summary: dict[str, Any] | None = None  # of a run that is done
         self._problem: HpdistError | None = None  # that this rank has with its next rows
-        self._rollbacks = 0
-        self.monitor = DivergenceMonitor(config.divergence)
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
         sharding = launch.resolve(config)
         self.config = config = config.model_copy(update={"loss_scale": sharding.loss_scale})
@@ -132,35 +134,30 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
+        self.launcher = LauncherWatch(self.accelerator.process_index)
         self.folder = RunFolder(config.run.folder, self.main)
-        saved = self._open_folder()
-        self.data = RunData(
-            config, objects, self.folder, saved=saved, uses_unlabeled=uses_unlabeled
-        )
-        self._build_step(objects, micro_batches)
-        if self.files:
-            agreed(self.folder.create)
-            engine, keep = self.step.engine, config.checkpoint.keep
-            self.writer = CheckpointWriter(
-                self.folder.checkpoints,
-                engine.rank,
-                engine.world_size,
-                keep=keep,
-                background=config.checkpoint.background,
+        self.claim = Claim(config, self.folder, files)
+        with ExitStack() as stack:
+            stack.callback(self._let_go)
+            saved = self.claim.open()
+            self.data = RunData(
+                config, objects, self.folder, saved=saved, uses_unlabeled=uses_unlabeled
             )
-        self._resume(saved)
-        if self.files:  # not before: a run that is refused must not forget what it had
-            agreed(self.data.record)
-
-    def _open_folder(self) -> checkpoint.SavedRun | None:
-        """Find what to continue from, if anything. Collective."""
-        if not self.files:
-            return None
-        if self.config.checkpoint.resume == "never":
-            from_main(self.folder.refuse_unless_empty)
-            return None
-        say = Console(0, 0, self.main).say
-        return checkpoint.open_newest(self.folder.checkpoints, say, facts=RunFacts)
+            stack.callback(self.data.close)
+            self._build_step(objects, micro_batches)
+            checkpoints = self.folder.checkpoints if files else None
+            self.saving = Saving(config.checkpoint, config.steps, self.state, checkpoints)
+            self.writer = self.saving.writer
+            self.rollback = Rollback(config.divergence, self.folder, self.state, self.saving)
+            self.measuring = Measuring(self.step, self.data, self.state)
+            self.records = Records(
+                self.step, self.data, self.state, self.saving, self.sharding, self._global_rows
+            )
+            self._resume(saved)
+            if self.files and self._summary is None:
+                # Not before: a run that is refused must not forget what it had.
+                agreed(self.data.record)
+            stack.pop_all()  # all is well, and what is open stays so
 
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
@@ -198,7 +195,7 @@ class Trainer:
         self.generations = Generations(self.step, self.data, initial, config.steps)
         engine = self.step.engine
         self.data.start(engine.rank, engine.world_size, files=self.files)
-        self.guard = RunGuard(engine.rank, config.watchdog.seconds)
+        self.guard = RunGuard(engine.rank, config.watchdog.seconds, self.launcher)
         self.state = RunState(self.step, self.data, config)
 
     def _make_algorithm(self) -> Algorithm:
@@ -235,27 +232,44 @@ class Trainer:
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
 
-        Collective: every rank must call.
+        Of a run that has done all of them it gives the summary and changes nothing. Collective:
+        every rank must call.
         """
+        if self._summary is not None:
+            self.claim.say_done(self.data.config, self._summary["steps"])
+            self.close()
+            return self._summary
+        if self._closed:
+            raise ConfigError(
+                "this trainer is closed; make it anew, and it goes on from its checkpoint"
+            )
         config, step = self.config, self.step
-        self.log = self._open_log(self.files)
+        self._opened = self._open_log(self.files)
         try:
-            if self.files:
-                agreed(lambda: self.folder.write_text("config.yaml", self.data.config.to_yaml()))
+            resumed = self._resumed is not None
+            self.claim.begin(self.data.config, step.applied_steps if resumed else None)
             with self.guard:
+                if self._resumed is not None:
+                    self._catch_up(self._resumed)
                 if step.applied_steps < config.steps:
                     self._first_rows()
                 while step.applied_steps < config.steps:
                     if self.generations.due:
                         self._begin_generation()
                     self._train_step()
-                summary = self._finish()
+                self._summary = self._finish()
         except HpdistError as error:
             self.log.alert(type(error).__name__, str(error))
             raise
         finally:
             self.close()
-        return summary
+        return self._summary
+
+    @property
+    def log(self) -> RunLog:
+        """Where the run's numbers go, while it trains."""
+        assert self._opened is not None
+        return self._opened
 
     def dry_run(self) -> StepOutcome:
         """Do one step and write nothing. Collective."""
@@ -266,7 +280,7 @@ class Trainer:
 
     def trial_steps(self, attempts: int) -> Iterator[StepOutcome]:
         """Attempt a step whenever one is asked for, and write nothing. Collective."""
-        self.log = self._open_log(files=False)
+        self._opened = self._open_log(files=False)
         try:
             self._first_rows()
             for _ in range(attempts):
@@ -287,8 +301,9 @@ class Trainer:
 
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
-        problem = self.data.look_ahead()
-        agreed(lambda: _raise(problem))
+        raise_together(self.data.look_ahead(self.guard.stopping))
+        if any(gathered(self.guard.stopping())):
+            self._stop_early()
 
     def _attempt(self, measure: bool) -> StepOutcome:
         """Read one global batch and do one step with it."""
@@ -297,11 +312,19 @@ class Trainer:
         self.guard.beat(step.applied_steps, "reading rows")
         step.own_time.begin()
         labeled, unlabeled = self.data.next()
-        self._problem = self.data.look_ahead(self.guard.stopping)
+        self._problem = self.data.look_ahead(self.guard.stopping) or self.claim.lost()
         stop = self._problem is not None or self.guard.stopping()
         self.guard.beat(step.applied_steps, "training")
-        waits = self._waits() if measure else None
-        outcome = step(labeled, unlabeled, lr=self._rate(), measure=measure, tell=waits, stop=stop)
+        waits = self.records.waits(self.log) if measure else None
+        outcome = step(
+            labeled,
+            unlabeled,
+            lr=self._rate(),
+            measure=measure,
+            tell=waits,
+            stop=stop,
+            save=self.saving.asks(),
+        )
         self._excess = self.data.account(
             unlabeled, step.attempts, outcome.applied, outcome.bad_rows
         )
@@ -329,147 +352,106 @@ class Trainer:
         outcome = self._attempt(measure)
         self.state.overflows += outcome.overflowed
         self.log.count_step(step.applied_steps, outcome.overflow)
+        stopping = self._excess is not None or (outcome.stop and step.applied_steps < config.steps)
+        pending = None
         if outcome.applied:
-            done = step.applied_steps
-            record = self._record(outcome, lr) if measure else {}
-            if _due(config.eval.every, done, config.steps):
-                record |= self._evaluate()
-            if record:
-                self.log.write(done, step.attempts, record)
-            wrong = self.monitor.look(done, record) if measure else None
-            if wrong is not None:
-                self._go_back(*wrong)
-            elif _due(config.checkpoint.every, done, config.steps):
-                self.save()
-        if self._excess is not None or (outcome.stop and step.applied_steps < config.steps):
-            self._stop_early()
+            pending = self._close_step(outcome, lr, measure, stopping)
+        if stopping:
+            self._stop_early(pending)
         return outcome
 
-    def _stop_early(self) -> NoReturn:
+    def _close_step(
+        self, outcome: StepOutcome, lr: float, measure: bool, stopping: bool
+    ) -> dict[str, Any] | None:
+        """Record, save and evaluate a step, in this order: no evaluation may cost what was trained.
+
+        An evaluation of a run that is stopping waits for the next start, and so does the record
+        that it is part of, which comes back. Collective.
+        """
+        config, done = self.config, self.step.applied_steps
+        record = self.records.of_step(outcome, lr, self.log) if measure else {}
+        wrong = self.rollback.look(record) if measure else None
+        measured = self.measuring.rows is not None and _due(config.eval.every, done, config.steps)
+        pending = record if measured and wrong is None else None
+        if record and pending is None:
+            self.log.write(done, self.step.attempts, record)
+        if wrong is not None:
+            self._catch_up(self.rollback.go_back(*wrong, self.log))
+        elif not stopping:
+            if self.saving.due(outcome.save):
+                self.save(pending)
+            if pending is not None:
+                self._evaluate(pending)
+        return pending
+
+    def _stop_early(self, pending: dict[str, Any] | None = None) -> NoReturn:
         """Save and raise what keeps a rank from going on, or asked it to stop. Collective."""
-        if self._saved_attempt != self.step.attempts:
-            self.save()
-        self._finish_saving()
-        agreed(lambda: _raise(self._excess or self._problem))
+        raise_together(self.claim.lost())  # whoever has the folder now is let be
+        if not self.saving.saved:
+            self.save(pending)
+        self.saving.finish()
+        raise_together(self._excess or self._problem)
         raise self.guard.stopped(self.step.applied_steps)
 
-    def _go_back(self, first: int, what: str) -> None:
-        """Go on from before a divergence that began at step `first`, or end. Collective."""
-        config = self.config.divergence
-        self.log.say(f"step {self.step.applied_steps}: {what}")
-        self.log.alert("divergence", what)
-        advice = "try a lower optim.lr, a higher threshold, or optim.grad_clip"
-        if config.on == "stop" or not self.files:
-            raise DivergenceError(
-                f"{what}; {advice}; divergence.on: rollback goes on from a checkpoint before"
-            )
-        self._finish_saving()
-        folder, say = self.folder.checkpoints, self.log.say
-        saved = checkpoint.open_newest(folder, say, before=first, facts=RunFacts)
-        if saved is None or self._rollbacks == config.most_rollbacks:
-            why = f"after {self._rollbacks} rollbacks" if saved else "no checkpoint is from before"
-            raise DivergenceError(f"{what}; {why}; {advice}")
-        self._rollbacks += 1
-        self.state.load(saved, data=False)
-        self.monitor.forget()
-        from_main(lambda: checkpoint.drop_after(self.folder.checkpoints, saved.facts["step"]))
-        agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
-        self.log.say(f"back to step {self.step.applied_steps}, and on with the rows that follow")
+    def _evaluate(self, record: dict[str, Any]) -> None:
+        """Measure, and write what was measured with the record of this step. Collective.
 
-    def _waits(self) -> dict[str, float]:
-        """Seconds since the last record that this rank has waited, by what for."""
-        checkpoints = {"checkpoint_wait": self.writer.waited} if self.files else {}
-        return self.log.since_record({"data_wait": self.data.waited, **checkpoints})
+        Where that fails, the run is saved before it ends.
+        """
+        done = self.step.applied_steps
+        self.guard.beat(done, "evaluating")
+        if done == self.config.steps:
+            self.saving.finish()
+        try:
+            found = self.measuring.measure(self.log)
+        except Exception as error:
+            known = isinstance(error, HpdistError) and error.everywhere
+            if known or world_size() == 1:  # else the other ranks do not know of it
+                if not self.saving.saved:
+                    self.save(record)
+                self.saving.finish()
+            raise
+        self.log.write(done, self.step.attempts, {**record, **found})
 
-    def _record(self, outcome: StepOutcome, lr: float) -> dict[str, Any]:
-        return {
-            **outcome.metrics,
-            **outcome.per_class,
-            "loss_scale": outcome.new_scale,
-            "overflows": self.state.overflows,
-            "lr": lr,
-            **({} if self.step.teacher is None else {"teacher_decay": self.step.teacher.decay_now}),
-            "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
-            "epoch": self.data.epoch,
-            "bad_rows": self.data.bad_rows,
-            **self.log.speed(self._global_rows, outcome.per_rank),
-        }
-
-    def _evaluate(self) -> dict[str, float]:
-        """Measure on the validation set, else report the test set; neither steers the training."""
-        data = self.data
-        self.guard.beat(self.step.applied_steps, "evaluating")
-        name = "validation" if data.validation else "test"
-        rows = data.validation or data.test
-        if rows is None:
-            return {}
-        start = time.monotonic()
-        measured = self.evaluate(rows)
-        values = measured.values
-        self.log.leave_out(time.monotonic() - start)
-        self._latest = (name, self.step.applied_steps, measured)
-        self.log.confusions(self.step.applied_steps, {name: measured.confusion(rows.classes.names)})
-        if name == "validation":
-            self.state.note_validation(values[data.task.headline])
-        return {f"eval/{name}/{key}": value for key, value in values.items()}
+    def _catch_up(self, facts: Mapping[str, Any]) -> None:
+        """Do an evaluation that a checkpoint came before, unless it is on record. Collective."""
+        pending, done = facts.get("pending"), self.step.applied_steps
+        if pending is None:
+            return
+        found = from_main(lambda: self.folder.record_of(done))
+        if found is not None:
+            self.measuring.recall(found)
+        elif self.measuring.rows is not None:
+            self._evaluate(pending)
+        elif pending:
+            self.log.write(done, self.step.attempts, pending)
 
     def evaluate(self, rows: LabeledRows) -> Evaluation:
         """Measure teacher and student on all rows of a set. Collective."""
-        step, data = self.step, self.data
-        batches = partial(data.evaluation_batches, rows)
-        return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
+        return self.measuring.evaluate(rows)
 
     def _finish(self) -> dict[str, object]:
         step = self.step
-        self._finish_saving()
-        summary: dict[str, object] = {}
-        confusions = {}
-        for name, rows in (("test", self.data.test), ("validation", self.data.validation)):
-            if rows is not None:
-                latest = self._latest
-                now = latest is not None and latest[:2] == (name, step.applied_steps)
-                measured = latest[2] if latest and now else self.evaluate(rows)
-                summary |= measured.summary(name)
-                confusions[name] = measured.confusion(rows.classes.names)
-        if self.state.best is not None:
-            best = f"validation/best_{self.data.task.headline}"
-            summary[best], summary["validation/best_step"] = self.state.best
-        summary |= {
-            "steps": step.applied_steps,
-            "skipped_steps": step.attempts - step.applied_steps,
-            "seconds": round(self.log.seconds, 3),
-            "examples": step.attempts * self._global_rows,
-            "world_size": world_size(),
-            "precision": self.sharding.precision,
-            "zero_stage": self.sharding.stage,
-            "bad_rows": self.data.bad_rows,
-            **self.data.duplicates.summary,
-            "peak_memory_bytes": largest(peak_memory(step.engine.device)),
-        }
+        self.saving.finish()
+        summary, confusions = self.measuring.summary()
+        summary |= self.records.of_run(self.log.seconds)
         agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 
-    def save(self) -> None:
-        """Begin to write a checkpoint. Every rank must call."""
-        if self.files:
-            facts = {"seconds": self.log.seconds, "tracker_run_id": self.log.run_id}
-            self._saved_attempt = self.step.attempts
-            self.state.save(self.writer, facts)
-            self._tell_problems()
+    def save(self, pending: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint. Every rank must call.
 
-    def _tell_problems(self) -> None:
-        for problem in self.writer.problems():
-            warnings.warn(
-                f"{problem}; the training goes on, the checkpoints before are whole, and the next "
-                "one is tried when it is due",
-                stacklevel=2,
-            )
-
-    def _finish_saving(self) -> None:
-        """Wait until the latest checkpoint is safe. Collective."""
-        if self.files:
-            self.writer.finish()
-            self._tell_problems()
+        Args:
+            pending: The record of this step, where an evaluation that belongs to it comes later.
+        """
+        log = self._opened
+        self.saving.save(
+            {
+                "seconds": self._seconds if log is None else log.seconds,
+                "tracker_run_id": self._run_id if log is None else log.run_id,
+                "pending": pending,
+            }
+        )
 
     def _resume(self, saved: checkpoint.SavedRun | None) -> None:
         """Continue from a checkpoint, or begin."""
@@ -478,22 +460,36 @@ class Trainer:
                 agreed(lambda: self.folder.drop_metrics_after(-1))
                 self.data.drop_audit_after(0)
             return
-        facts = self.state.load(saved)
+        facts = self._resumed = self.state.load(saved)
+        self.saving.take_for_saved()
         self._seconds, self._run_id = facts["seconds"], facts["tracker_run_id"]
+        self._summary = self.claim.summary(self.step.applied_steps)
+        if self._summary is not None:
+            return
         agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
         Console(0, 0, self.main).say(
             f"continuing from {saved.path} at step {self.step.applied_steps}"
         )
 
     def close(self) -> None:
-        """Stop the reading threads and close tracker and console."""
+        """Stop the reading threads, and close tracker and console; any number of times.
+
+        What is being written is finished, and the run folder is free for another run.
+        """
+        if self._closed:
+            return
+        self._closed = True
         self.data.close()
-        self.log.close()
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            self.saving.close()
+        if self._opened is not None:
+            self._opened.close()
+        self._let_go()
 
-
-def _raise(error: HpdistError | None) -> None:
-    if error is not None:
-        raise error
+    def _let_go(self) -> None:
+        """Give the run folder back, and watch the launcher no longer."""
+        self.launcher.stop()
+        self.claim.release()
 
 
 def _due(every: int | None, step: int, last: int) -> bool:

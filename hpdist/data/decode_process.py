@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,10 +25,10 @@ from PIL import Image, ImageFile
 
 from hpdist.data.decode import Array, InputSpec
 from hpdist.errors import DataError
+from hpdist.lifeline import end_with
 
 _PARTS = 4  # per thread or process, so that an uneven batch keeps all of them busy
 _TRIES = 3  # processes that may die on one part of a batch
-_LOOK_SECONDS = 0.2  # how often a process looks whether its parent lives
 _KEPT_BYTES = 16 << 20  # else every image's memory goes back to the system, a quarter of the time
 
 
@@ -198,7 +197,7 @@ def _pillow_state() -> tuple[Any, ...]:
 def work(connection: int, memory: int, parent: int) -> None:
     """Be a worker process: decode what comes until the parent closes the connection or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     np.empty(_KEPT_BYTES, np.uint8)  # freed at once, and glibc keeps as much for what follows
     line, mapped = Connection(connection), mmap.mmap(-1, 1)
     try:
@@ -218,10 +217,3 @@ def work(connection: int, memory: int, parent: int) -> None:
             line.send(spec.decode_array(values, out.reshape(len(values), *spec.shape)))
     except (EOFError, OSError):
         return  # the parent is gone
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, even in the middle of a row."""
-    while os.getppid() == parent:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)

@@ -2,38 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpdist.data.batch import LabeledBatch
-from hpdist.data.decode import InputSpec
+from hpdist.data.batch import BadRow, LabeledBatch
+from hpdist.data.decode import InputSpec, Unreadable
+from hpdist.data.retry import is_remote, redacted
 from hpdist.data.sources import LabeledRows
+from hpdist.data.stream.permute import Int64Array
+from hpdist.errors import DataError
+
+_LOOK_SECONDS = 5.0  # that the start of a run looks for unreadable rows, on each rank
+_LOOK_ROWS = 64  # read at once then
 
 
 def evaluation_batches(
-    rows: LabeledRows, spec: InputSpec, batch: int, rank: int, world_size: int
+    rows: LabeledRows,
+    spec: InputSpec,
+    batch: int,
+    rank: int,
+    world_size: int,
+    tell: Callable[[BadRow], None] = lambda row: None,
 ) -> Iterator[tuple[LabeledBatch, Tensor]]:
     """Iterate over this rank's rows, with `valid`, a bool tensor [batch], beside each batch.
 
     Every rank gets the same number of batches of the same size, at most `batch` rows, so that
     collectives in the model's forward match. The ragged end repeats row 0 with valid=False; over
-    all ranks, every row stands exactly once with valid=True. Raises DataError for an undecodable
-    row.
+    all ranks, every row that can be read stands exactly once with valid=True. One that cannot is
+    zeros with valid=False, and `tell` is given it.
     """
-    share = -(-len(rows) // world_size)  # rows per rank, rounded up
+    start, end, share = _share(len(rows), rank, world_size)
     size = min(batch, share)
-    start = rank * share
-    end = min(start + share, len(rows))
     for first in range(start, start + share, size):
         positions = np.arange(first, first + size)
         valid = positions < end
         positions[~valid] = 0
         ids, labels = rows.ids[positions], rows.labels[positions]
-        inputs = spec.decode_rows(rows.read(positions), ids.tolist(), rows.name)
+        inputs = torch.empty((size, *spec.shape), dtype=spec.dtype)
+        for line, row in _decode(rows, spec, positions, inputs).items():
+            if valid[line]:
+                tell(row)
+            valid[line] = False
         yield (
             LabeledBatch(inputs, torch.from_numpy(labels), torch.from_numpy(ids)),
             torch.from_numpy(valid),
         )
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one rank has found out about its share of a set before the training."""
+
+    seen: int
+    """Rows that it has looked at."""
+    bad: tuple[BadRow, ...]
+    """Those of them that cannot be read."""
+
+
+def look_through(
+    rows: LabeledRows,
+    spec: InputSpec,
+    rank: int = 0,
+    world_size: int = 1,
+    seconds: float = _LOOK_SECONDS,
+) -> Look:
+    """Decode this rank's rows of a set that will be measured on, as far as the time allows.
+
+    Rows that lie elsewhere are not fetched for it, but for the first one.
+    """
+    start, end, _ = _share(len(rows), rank, world_size)
+    began, seen, bad = time.monotonic(), 0, list[BadRow]()
+    size = 1  # the first row tells how a set differs from the training rows
+    while start < end and (not seen or time.monotonic() - began < seconds):
+        positions = np.arange(start, min(start + size, end))
+        if seen and any(_is_elsewhere(value) for value in _read(rows, positions)):
+            break
+        out = torch.empty((len(positions), *spec.shape), dtype=spec.dtype)
+        bad += _decode(rows, spec, positions, out).values()
+        seen, start, size = seen + len(positions), start + len(positions), _LOOK_ROWS
+    return Look(seen, tuple(bad))
+
+
+def summarize_looks(name: str, count: int, looks: Sequence[Look]) -> str | None:
+    """What to say of a set of so many rows; None where all is well."""
+    seen = sum(look.seen for look in looks)
+    bad = [row for look in looks for row in look.bad]
+    told = []
+    if bad:
+        told.append(
+            f"{len(bad)} of {seen} rows cannot be decoded and are left out of every score, such as "
+            f"{bad[0]}"
+        )
+    if seen < count:
+        told.append(f"{count - seen} of {count} rows were not looked at before the training")
+    return f"{name}: {'; '.join(told)}" if told else None
+
+
+def _share(count: int, rank: int, world_size: int) -> tuple[int, int, int]:
+    """Where a rank's rows begin and end, and how many a rank has, rounded up."""
+    share = -(-count // world_size)
+    start = rank * share
+    return start, min(start + share, count), share
+
+
+def _decode(
+    rows: LabeledRows, spec: InputSpec, positions: Int64Array, out: Tensor
+) -> dict[int, BadRow]:
+    """Decode rows into the lines of `out`; those that cannot be, by line."""
+    values = _read(rows, positions)
+    reasons = spec.decode_valid(values, out)
+    ids = rows.ids[positions].tolist()
+    return {
+        line: BadRow(ids[line], _place(values[line], ids[line]), reason)
+        for line, reason in reasons.items()
+    }
+
+
+def _read(rows: LabeledRows, positions: Int64Array) -> list[Any]:
+    try:
+        return rows.read(positions)
+    except DataError:  # one of them, or a file that holds several
+        return [_read_one(rows, position) for position in positions]
+
+
+def _read_one(rows: LabeledRows, position: int) -> Any:
+    try:
+        (value,) = rows.read(np.array([position]))
+    except DataError as error:
+        return Unreadable(str(error))
+    return value
+
+
+def _path_of(value: Any) -> str | None:
+    """The file that a stored value names, where it is one of files."""
+    path = value.get("path") if isinstance(value, dict) else None
+    return path if isinstance(path, str) and path else None
+
+
+def _is_elsewhere(value: Any) -> bool:
+    path = _path_of(value)
+    return path is not None and value.get("bytes") is None and is_remote(path)
+
+
+def _place(value: Any, row: int) -> str:
+    path = _path_of(value)
+    return f"row {row}" if path is None else f"row {row} ({redacted(path)})"

@@ -48,6 +48,7 @@ from hpdist.errors import DataError
 
 _LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order
 _UNLABELED_ORDER = 0xDA7A
+_LOOKED_AT = 64  # rows at once, in search of one that can be decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,8 @@ def open_test(
 ) -> LabeledRows:
     """Open all rows with a label of a set to measure on, read as the labelled split's are.
 
-    Raises DataError when anything is not as the config says, or the first row does not fit `spec`.
+    Raises DataError when anything is not as the config says, or not one row can be decoded; single
+    ones that cannot be are `hpdist.data.evaluation`'s to leave out.
     """
     needed = () if config.input else names_of(like.column)
     needed = needed if config.label else (*needed, like.label_column)
@@ -253,8 +255,28 @@ def open_test(
         like.text,
         like.audio,
     )
-    spec.decode_rows(rows.read(np.zeros(1, np.int64)), usable[:1], name)
+    _require_readable(rows, spec)
     return rows
+
+
+def _require_readable(rows: LabeledRows, spec: InputSpec) -> None:
+    """Look for a row that can be decoded, which the first one nearly always is."""
+    reason, at, size = None, 0, 1
+    while at < len(rows):
+        ids = rows.ids[at : at + size].tolist()
+        try:
+            out = np.empty((len(ids), *spec.shape), spec.array_dtype)
+            found = spec.decode_array(rows.read_split(ids), out)
+        except DataError as error:
+            found = dict.fromkeys(range(len(ids)), str(error))
+        if len(found) < len(ids):
+            return
+        reason = reason or found[0]
+        at, size = at + size, _LOOKED_AT
+    others = "" if len(rows) == 1 else f", and none of the other {len(rows) - 1} rows can be"
+    raise DataError(
+        f"{rows.name}: row {rows.ids[0]} cannot be decoded: {reason}{others}; mend or replace them"
+    )
 
 
 def input_spec(

@@ -137,6 +137,11 @@ class CheckpointWriter:
             error.everywhere = True
             raise error
 
+    def close(self, seconds: float) -> None:
+        """Give this rank's part of the latest checkpoint some time to be written, asking nobody."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _settle(self) -> None:
         """Wait for the latest write; where a rank's part will not come, the first need not wait."""
         if self._rank != 0:

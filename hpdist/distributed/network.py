@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from hpdist.distributed.rendezvous import TOKEN, Endpoint
 from hpdist.distributed.shared_store import SharedStore
+from hpdist.lifeline import end_with
 
 _LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _LARGEST = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of an all-reduce
@@ -83,7 +84,7 @@ def measure_apart(backend: str, device: str, endpoint: Endpoint, seconds: float)
     """
     command = [sys.executable, "-m", "hpdist.distributed.network", backend, device]
     command += [endpoint.address, str(endpoint.port), str(endpoint.rank), str(endpoint.size)]
-    command.append(str(seconds))
+    command += [str(seconds), str(os.getpid())]
     environment = {"NCCL_DEBUG": "WARN"} | os.environ | {TOKEN: endpoint.token}
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -108,7 +109,8 @@ def measure_apart(backend: str, device: str, endpoint: Endpoint, seconds: float)
 
 
 def _main() -> None:
-    backend, device, address, port, rank, size, seconds = sys.argv[1:]
+    backend, device, address, port, rank, size, seconds, parent = sys.argv[1:]
+    end_with(int(parent))  # NCCL may wait without end
     own = torch.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)

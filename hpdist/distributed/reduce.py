@@ -127,8 +127,13 @@ def agreed(function: Callable[[], T]) -> T:
         result = function()
     except HpdistError as raised:
         error = raised
+    raise_together(error)
+    return cast(T, result)
+
+
+def raise_together(error: HpdistError | None) -> None:
+    """Raise the first error that any rank has on all of them. Collective: every rank must call."""
     error = next((e for e in gathered(error) if e is not None), None)
     if error is not None:
         error.everywhere = True
         raise error
-    return cast(T, result)

@@ -16,7 +16,7 @@ import yaml
 
 from hpdist.errors import ConfigError
 from hpdist.settings import flat
-from hpdist.tracking.run_folder import read_records
+from hpdist.tracking.run_folder import CHANGES, read_records
 
 _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
     "Training": [
@@ -142,7 +142,7 @@ def read_run(folder: Path) -> RunRecord:
     summary = folder / "summary.json"
     return RunRecord(
         folder.resolve().name,
-        flat(settings),
+        _with_changes(flat(settings), folder / CHANGES),
         records,
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
         {
@@ -150,6 +150,14 @@ def read_run(folder: Path) -> RunRecord:
             for file in sorted(folder.glob("confusion_*.json"))
         },
     )
+
+
+def _with_changes(settings: dict[str, Any], changes: Path) -> dict[str, Any]:
+    """The settings that a run began with, and beside them those that it went on with."""
+    for _, record in read_records(changes) if changes.exists() else ():
+        for key, change in record["settings"].items():
+            settings[key] = f"{settings.get(key)}; from step {record['step']} on {change['now']}"
+    return settings
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:

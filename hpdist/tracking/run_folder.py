@@ -6,10 +6,15 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hpdist.errors import CheckpointError, why_not_written
+from hpdist.tracking.run_lock import OWNER
+
+CHANGES = "config_changes.jsonl"
+"""Settings that a run went on with, and from which step on."""
 
 
 class RunFolder:
@@ -37,8 +42,16 @@ class RunFolder:
             raise self._unwritable(error) from error
 
     def is_empty(self) -> bool:
-        """Whether nothing is there yet."""
-        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        """Whether nothing is there yet, but for the mark of who owns the folder."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and all(found.name == OWNER for found in self.path.iterdir())
+
+    def remove_empty(self) -> None:
+        """Remove the folder of a run that has left nothing in it."""
+        if self.main:
+            with suppress(OSError):  # it is not empty
+                self.path.rmdir()
 
     def refuse_unless_empty(self) -> None:
         """Raise CheckpointError where a run has left something."""
@@ -78,6 +91,20 @@ class RunFolder:
         """Read a JSON file back; None where there is none."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What came of a run that has ended; None of one that has not."""
+        try:
+            found = self.read_json("summary.json")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def record_of(self, step: int) -> dict[str, Any] | None:
+        """The record of a step in metrics.jsonl, if it is there."""
+        if not self.metrics.exists():
+            return None
+        return next((r for _, r in read_records(self.metrics) if r["step"] == step), None)
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl; on a full disk it is kept for the next time."""

@@ -48,6 +48,30 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     fault.survived(**cost)
 
 
+@pytest.mark.slow
+def test_ctrl_c_to_the_launcher_saves_and_stops_all(
+    tmp_path: Path, inject: Callable[..., Fault]
+) -> None:
+    run = SlowRun(tmp_path, GROUPS)
+    fault = inject("Ctrl-C to the launcher")
+    process = run.launch(2, STEPS, "--checkpoint.every", 100)
+    run.await_step(process, 3)
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGINT)  # which a terminal sends to the launcher's session alone
+    process.wait(timeout=120)
+    assert not any(rank.is_running() for rank in ranks)
+    told = re.findall(r"stopped by SIGINT on rank 0, SIGINT on rank 1 after step (\d+)", run.output)
+    assert len(told) == 1, run.output
+    assert [path.name for path in (run.run / "checkpoints").iterdir()] == [
+        f"step-{int(told[0]):08d}"
+    ]
+    assert run.launch(2, STEPS).wait(timeout=200) == 0, run.output
+    assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
+    cost = run.cost(STEPS)
+    assert cost == dict.fromkeys(cost, 0)
+    fault.survived(**cost)
+
+
 @pytest.mark.parametrize("stage", ["null", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_launcher_that_restarts_goes_on_from_the_checkpoint(
     tmp_path: Path, stage: str, inject: Callable[..., Fault]

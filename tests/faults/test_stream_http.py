@@ -348,7 +348,8 @@ def test_ctrl_c_ends_a_run_that_waits_for_a_silent_server(
             last = process.stdout.read().split()
         finally:
             process.kill()
-    assert last[0] == "130"
+    # While it is built there is nothing to save.
+    assert last[0] == {"start": "130", "middle": "4"}[moment]
     assert float(last[1]) - sent < 2
     assert set(last[2:]) <= {"hpdist-read"}  # sits in the silent socket, and holds up nothing
     assert not psutil.wait_procs(children, 5)[1]

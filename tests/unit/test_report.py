@@ -152,3 +152,16 @@ def test_a_browser_draws_the_page(runs, made, tmp_path):
         assert picture.size == (1200, 3000)
         colors = picture.convert("RGB").getcolors(1 << 24)
     assert len(colors) > 200  # text, curves and matrices, not a blank page
+
+
+def test_settings_that_a_run_went_on_with_stand_beside_the_first(made):
+    (made / "config.yaml").write_text("optim: {lr: 0.1, name: sgd}\n")
+    changes = [(3, 0.2), (4, 0.3)]
+    lines = [
+        json.dumps({"step": step, "settings": {"optim.lr": {"was": 0, "now": lr}}})
+        for step, lr in changes
+    ]
+    (made / "config_changes.jsonl").write_text("\n".join(lines) + "\n")
+    settings = read_run(made).settings
+    assert settings["optim.lr"] == "0.1; from step 3 on 0.2; from step 4 on 0.3"
+    assert settings["optim.name"] == "sgd"

@@ -1,0 +1,126 @@
+"""Notices that a rank's launcher is gone: one that is killed cannot end the ranks that it started.
+
+Each rank that torchrun or Accelerate starts has a session of its own, so nothing else would end it:
+it would hold its GPU and train on, beside the run that a scheduler has put into its place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hpdist.errors import DistributedError
+
+_LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 25.0  # for a step to end and the run to be saved
+_ELASTIC = "TORCHELASTIC_RUN_ID"  # torchrun's, and Accelerate's for several processes
+_PROGRAMS = {
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.accelerate_cli",
+    "accelerate.commands.launch",
+    "deepspeed.launcher.launch",
+}
+"""What starts ranks without that variable, as a file or as a module."""
+_PROGRAM_ARGUMENTS = 5  # of a command line, within which the program is named: python -u -m …
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A launcher, seen from one of its ranks."""
+
+    pid: int
+    child: psutil.Process
+    """What it has started: the rank, or a script that the rank stands in."""
+
+    def gone(self) -> bool:
+        """Whether it has ended, also where nobody has yet taken note of its end."""
+        try:
+            return bool(self.child.ppid() != self.pid)
+        except psutil.NoSuchProcess:
+            return True
+
+
+def find_launcher() -> Launcher | None:
+    """The launcher that this process is a rank of; None where a person or a script started it."""
+    run = os.environ.get(_ELASTIC)
+    child = psutil.Process()
+    try:
+        while (parent := child.parent()) is not None:
+            found = _launches(parent) if run is None else not _is_within(parent, run)
+            if found:
+                return Launcher(parent.pid, child)
+            child = parent
+    except psutil.Error:  # it ended as it was looked at, or is another user's
+        return None
+    return None
+
+
+def _is_within(process: psutil.Process, run: str) -> bool:
+    """Whether the launcher has started this process too: a script around the rank."""
+    try:
+        return bool(process.environ().get(_ELASTIC) == run)
+    except psutil.AccessDenied:
+        return False
+
+
+def _launches(process: psutil.Process) -> bool:
+    return any(
+        Path(argument).name in _PROGRAMS for argument in process.cmdline()[:_PROGRAM_ARGUMENTS]
+    )
+
+
+class LauncherWatch:
+    """Looks for the launcher from construction until `stop`, where there is one.
+
+    Once it is gone `gone` says so, for the run to be saved and stopped; a process that has not
+    ended by itself within 25 seconds is ended.
+
+    Args:
+        rank: This one.
+        grace: Those seconds.
+    """
+
+    def __init__(self, rank: int, grace: float = _GRACE_SECONDS) -> None:
+        self.gone = False
+        """Whether the launcher has ended before this rank."""
+        self._rank = rank
+        self._grace = grace
+        self._stop = threading.Event()
+        launcher = find_launcher()
+        if launcher is not None:
+            threading.Thread(
+                target=self._watch, args=(launcher,), name="hpdist-launcher", daemon=True
+            ).start()
+
+    def stop(self) -> None:
+        """Watch no longer; of a launcher that is gone already, the grace stays what it is."""
+        self._stop.set()
+
+    def _watch(self, launcher: Launcher) -> None:
+        while not launcher.gone():
+            if self._stop.wait(_LOOK_SECONDS):
+                return
+        self._tell(launcher)
+        self.gone = True
+        # By the system, since an interpreter that is stuck or shutting down runs no thread.
+        signal.alarm(int(self._grace) + 2)
+        threading.Event().wait(self._grace)
+        os._exit(DistributedError.exit_status)
+
+    def _tell(self, launcher: Launcher) -> None:
+        line = (
+            f"hpdist: rank {self._rank}: the launcher (process {launcher.pid}) is gone; the run is "
+            f"saved and stops, within {self._grace:g} s\n"
+        )
+        try:
+            os.write(2, line.encode())
+        except OSError:  # whoever read what the ranks print is gone as well
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
