@@ -36,7 +36,7 @@ def prepare_operators(builders: Sequence[Any], say: Say, patience: float | None)
     for builder in builders:
         try:
             _Build(builder, say, patience).run()
-        except OSError as error:
+        except OSError as error:  # noqa: PERF203
             raise ConfigError(
                 f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
                 "TORCH_EXTENSIONS_DIR to a folder of this machine's that can be written to"
