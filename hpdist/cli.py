@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hpdist import __version__
 from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError, HpdistError
+from hpdist.redaction import redact_output, redacted_text
 
 if TYPE_CHECKING:
     from hpdist.trainer import Trainer
@@ -37,6 +38,7 @@ setting there is."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    redact_output()
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except HpdistError as error:
@@ -222,7 +224,7 @@ def _print(text: str) -> None:
     if _rank() != 0:
         return
     try:
-        print(text, flush=True)
+        print(redacted_text(text), flush=True)
     except BrokenPipeError:  # `| head` has seen enough; keep Python from failing again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -281,6 +281,7 @@ class Trainer:
             run_id=self._run_id,
             files=files,
             sharding=self.sharding,
+            classes=self.data.labeled.classes.names,
         )
 
     def _first_rows(self) -> None:

@@ -27,6 +27,7 @@ class RunLog:
         run_id: The tracker's, of the run that goes on.
         files: Whether anything is written.
         sharding: How the run shards, which the tracker is told beside the config.
+        classes: Their names, for the tracker's curves of classes.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class RunLog:
         run_id: str | None,
         files: bool,
         sharding: Sharding | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self._folder = folder
         self._files = files
         told = environment(sharding)
-        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told)
+        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told, classes)
         self._console = Console(config.steps, done, folder.main)
         self._started = self._clock = time.monotonic()
         self._before = seconds

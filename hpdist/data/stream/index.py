@@ -42,7 +42,7 @@ from hpdist.errors import DataError
 
 T = TypeVar("T")
 
-_VERSION = 2  # of the cache's format
+_VERSION = 3  # of the cache's format
 _TAIL = 64 << 10  # bytes at a file's end that hold most footers whole
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
@@ -181,7 +181,7 @@ def _whole(
 ) -> Index:
     versions = list(pool.map(requests.version, paths))
     cache = _cache_file(paths, versions)
-    kept = _load(cache)
+    kept = _load(cache, paths)
     if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
         return kept
     digest, metadata = requests.metadata(paths[0], versions[0])
@@ -382,7 +382,8 @@ def _keep(cache: Path | None, index: Index) -> None:
     """Write the cache; a disk that is full or read-only costs the next start its time only."""
     if cache is None:
         return
-    files = [[f.path, f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
+    # Not their paths, which may hold a password: whoever asks has them.
+    files = [[f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
     facts = json.dumps([index.columns, files]).encode()
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -399,19 +400,23 @@ def _keep(cache: Path | None, index: Index) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load(cache: Path | None) -> Index | None:
-    """What an earlier start kept; None where there is nothing, or not all of it."""
+def _load(cache: Path | None, paths: Sequence[str]) -> Index | None:
+    """What an earlier start kept of these files; None where there is nothing, or not all of it."""
     if cache is None or not cache.exists():
         return None
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            columns, files = json.loads(kept["facts"].tobytes())
+            columns, facts = json.loads(kept["facts"].tobytes())
             arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
             schema = kept["schema"].tobytes()
+            files = [
+                DataFile(path, FileVersion(size, tag), rows, digest)
+                for path, (size, tag, rows, digest) in zip(paths, facts, strict=True)
+            ]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return Index(
-        tuple(DataFile(p, FileVersion(s, t), rows, digest) for p, s, t, rows, digest in files),
+        tuple(files),
         schema,
         tuple(columns),
         **arrays,
