@@ -19,6 +19,7 @@ from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedEr
 from hpdist.redaction import redact_output, redacted_text
 
 if TYPE_CHECKING:
+    from hpdist.config import RunConfig
     from hpdist.trainer import Trainer
 
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
@@ -68,6 +69,8 @@ def _run(arguments: Sequence[str]) -> int:
         return preflight(known, overrides)
     if known.command == "plan":
         return plan(known, overrides)
+    if known.command == "configs":
+        return configs(known)
     return report(known) if known.command == "report" else algorithms()
 
 
@@ -80,7 +83,7 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if known.config is None:
         raise ConfigError("train needs a config file: hpdist train CONFIG [--key.sub value ...]")
-    config = configuration.load(known.config, overrides)
+    config = _load(known.config, overrides)
     if known.print_config:
         _print(config.to_yaml().rstrip())
         return 0
@@ -115,12 +118,11 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write the unlabelled rows of a config as Parquet, and print how to read them."""
     from tqdm import tqdm
 
-    from hpdist import config as configuration
     from hpdist.data.convert import convert as write
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("convert runs on one process; start it without a launcher")
-    data = configuration.load(known.config, overrides).data
+    data = _load(known.config, overrides).data
     if data.unlabeled is None or not data.unlabeled.path:
         raise ConfigError("convert reads the dataset that data.unlabeled.path names; set it")
     with tqdm(unit=" rows", dynamic_ncols=True, disable=None) as bar:
@@ -137,12 +139,11 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
-    from hpdist import config as configuration
     from hpdist.distributed.meeting import Place
     from hpdist.distributed.reduce import leave_group
     from hpdist.preflight import preflight, table
 
-    config = configuration.load(known.config, overrides) if known.config else None
+    config = _load(known.config, overrides) if known.config else None
     given = (known.processes, known.rank, known.address)
     if any(value is not None for value in given):
         if None in given:
@@ -169,13 +170,12 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def plan(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Say what every ZeRO stage needs, and which fits; status 3 where none does."""
-    from hpdist import config as configuration
     from hpdist.memory_plan import make_plan, table
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("plan runs on one process; start it without a launcher")
     found = make_plan(
-        configuration.load(known.config, overrides),
+        _load(known.config, overrides),
         known.gpus,
         known.gpu_memory,
         reserve=known.reserve,
@@ -205,6 +205,30 @@ def algorithms() -> int:
     for line in catalogue():
         _print(line)
     return 0
+
+
+def configs(known: argparse.Namespace) -> int:
+    """List the configs that come with hpdist, or copy them."""
+    from hpdist.shipped import copy_shipped, list_configs
+
+    if known.copy is None:
+        _print("\n".join(list_configs()))
+        return 0
+    written = copy_shipped(Path(known.copy))
+    _print(f"{len(written)} files written into configs/ and launch/ of {known.copy}")
+    return 0
+
+
+def _load(given: str, overrides: Sequence[str]) -> RunConfig:
+    """Read a config by path or name; what a name stands for is said once."""
+    from hpdist import config as configuration
+    from hpdist.shipped import find_config
+
+    path = find_config(given)
+    if path != Path(given) and _rank() == 0:
+        line = f"config {given}: {path}; its first lines say where its data come from"
+        print(line, file=sys.stderr, flush=True)
+    return configuration.load(path, overrides)
 
 
 def _rank() -> int:
@@ -288,7 +312,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
+    run.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file, or a name that hpdist configs lists"
+    )
     run.add_argument("--dry-run", action="store_true", help="build everything, one step, no files")
     run.add_argument("--print-config", action="store_true", help="print the resolved YAML and stop")
     run.add_argument("--print-schema", action="store_true", help="print the JSON Schema and stop")
@@ -354,4 +380,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="default: report.html, of one run in its own folder"
     )
     commands.add_parser("algorithms", help="list every algorithm", allow_abbrev=False)
+    shipped = commands.add_parser(
+        "configs", help="list the configs that come with hpdist, or copy them", allow_abbrev=False
+    )
+    shipped.add_argument(
+        "--copy", metavar="FOLDER", help="write configs/ and launch/ there, to launch with them"
+    )
     return parser

@@ -219,6 +219,9 @@ class Log(Section):
 
     every: int = Field(10, gt=0)
     """Optimizer steps between records."""
+    examples: int = Field(8, ge=0)
+    """Rows of the first batch whose weak and strong views are written into the run folder's
+    `examples`; 0 for none."""
 
 
 class Checkpoint(Section):

@@ -290,6 +290,7 @@ class RunData:
     def record(self) -> None:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+        self.folder.write_json("classes.json", self.labeled.classes.names)
         self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
         rows = self.unlabeled
         parts = rows.parts if isinstance(rows, MixedRows) else [rows]

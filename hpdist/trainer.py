@@ -299,6 +299,7 @@ class Trainer:
         self._problem = self.data.look_ahead(self.guard.stopping)
         stop = self._problem is not None or self.guard.stopping()
         self.guard.beat(step.applied_steps, "training")
+        self.log.examples(self.data, labeled, unlabeled, step.attempts)
         waits = self._waits() if measure else None
         outcome = step(labeled, unlabeled, lr=self._rate(), measure=measure, tell=waits, stop=stop)
         self._excess = self.data.account(
