@@ -12,6 +12,7 @@ import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.config import Source
+from hpdist.data.cached_addresses import redact_cached_addresses
 from hpdist.data.decode import Column
 from hpdist.errors import ConfigError, DataError
 
@@ -73,6 +74,8 @@ def _explained(config: Source, where: str, streaming: bool) -> Iterator[str]:
         yield path
     except Exception as error:  # every builder and transport has its own
         raise DataError(_load_message(config, where, streaming, error)) from error
+    finally:
+        redact_cached_addresses([config.path, *_patterns(config.data_files)])
 
 
 def _load_message(config: Source, where: str, streaming: bool, error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from base64 import b64encode
@@ -58,6 +59,7 @@ def start(config: Path, cache: Path, *overrides: str) -> subprocess.CompletedPro
         [sys.executable, "-m", "hpdist", "train", str(config), *overrides],
         env=environment,
         cwd=cache.parent,
+        umask=0o022,
         capture_output=True,
         text=True,
     )
@@ -69,10 +71,13 @@ def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path, tracker):
     write_pictures(server.folder, [[60], [60]], values=bad)
     files = [address(server, f"train-0000{n}.parquet") for n in (0, 1)]
     config = write_config(tmp_path, [], rows=120, max_bad_rows=3)
+    shutil.copy(tmp_path / "labeled.parquet", server.folder)
+    labeled = address(server, "labeled.parquet")  # not streamed: `datasets` downloads it
     cache = tmp_path / "cache"
     cache.mkdir()
     given = [
         f"--data.unlabeled.data_files={json.dumps(files)}",
+        f"--data.labeled.data_files={json.dumps([labeled])}",
         f"--tracker.name={tracker}",
         "--steps=6",
         "--checkpoint.every=3",
@@ -94,7 +99,9 @@ def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path, tracker):
     assert leaks(run, cache, text=again.stdout + again.stderr) == []
     alone = start(run / "config.yaml", cache, "--run.name=copy")
     assert alone.returncode == 2
-    assert "data.unlabeled.data_files: a password or signature was left out" in alone.stderr
+    asked = "data.labeled.data_files, data.unlabeled.data_files: a password or signature was left"
+    assert asked in alone.stderr
+    assert {file.stat().st_mode & 0o077 for file in run.rglob("*")} == {0o044, 0o055}  # the umask's
 
 
 ERRORS = {

@@ -196,13 +196,14 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "line", [*LINES, "\n".join(LINES)], ids=[*map(str, range(len(LINES))), "all"]
-)
-def test_a_page_is_made_of_whatever_a_metrics_file_holds(tmp_path, line):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text(line)
-    page = report(tmp_path / "run", "--out", tmp_path / "page.html")
+def test_a_page_is_made_of_whatever_a_metrics_file_holds(tmp_path):
+    """Every line alone, and all of them together, side by side on one page."""
+    for number, lines in enumerate([*([line] for line in LINES), LINES]):
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}" / "metrics.jsonl").write_text("\n".join(lines))
+    runs = [tmp_path / f"run{number}" for number in range(len(LINES) + 1)]
+    page = report(*runs, "--out", tmp_path / "page.html")
+    assert page.count("metrics.jsonl has no record") == 14
     assert "</body></html>" in page
 
 
@@ -216,32 +217,27 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("content", [*GARBAGE, None])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("metrics.jsonl", "config.yaml", "summary.json", "confusion_test.json", "classes.json"),
-        *("examples/views.png", "examples/views.txt"),
-    ],
-)
-def test_a_file_that_is_damaged_or_missing_costs_what_it_says_and_no_more(made, name, content):
+NAMED = ["config.yaml", "summary.json", "confusion_test.json", "classes.json", "examples/views.png"]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+def test_files_that_are_damaged_cost_what_they_say_and_no_more(made, content):
     (made / "examples").mkdir()
-    (made / "config.yaml").write_text("steps: 5\n")
-    if content is not None:
+    for name in (*NAMED, "examples/views.txt"):
         (made / name).write_bytes(content)
-    elif name == "metrics.jsonl":
-        (made / name).write_text("")
     page = report(made, "--out", made / "page.html")
-    read = content == b"nothing" and name.endswith(".txt")
-    harmless = (content, name) in ((b"{", "examples/views.txt"), (b"[1]", "classes.json"))
-    if content and not read and not harmless and not name.endswith(".txt"):
-        where = name.rpartition("/")[2]
-        if name == "metrics.jsonl":
-            assert "metrics.jsonl has no record" in page
-        else:
-            assert f"{where} is left out: " in page
-    if name != "metrics.jsonl":
-        assert "Loss</figcaption>" in page
+    for name in NAMED:
+        if (name, content) != ("classes.json", b"[1]"):
+            assert f"{name.rpartition('/')[2]} is left out: " in page
+    assert "Loss</figcaption>" in page
+    (made / "metrics.jsonl").write_bytes(content)
+    assert "metrics.jsonl has no record" in report(made, "--out", made / "page.html")
+
+
+def test_files_that_are_missing_are_no_fault_but_the_settings_are_named(made):
+    page = report(made, "--out", made / "page.html")
+    assert "config.yaml is left out: No such file or directory" in page
+    assert page.count("is left out") == 1
 
 
 @pytest.mark.parametrize(
