@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def write_examples(
         return None
     x = batch.inputs[kept].cpu()
     stream = "unlabeled" if isinstance(batch, UnlabeledBatch) else "labeled"
-    where = {"stream": stream, "step": step, "positions": kept}
+    where: dict[str, Any] = {"stream": stream, "step": step, "positions": kept}
     with _own_random_state(), torch.no_grad():
         shown = [views.plain(x.clone())]
         shown += [view(x.clone(), **where) for view in (views.weak, views.strong)]

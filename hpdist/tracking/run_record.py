@@ -58,9 +58,12 @@ class RunRecord:
 
     def overflows(self) -> tuple[list[float], list[float]]:
         """Steps at which the count of overflows had grown, and the loss scale there."""
-        before, steps, scales = 0, [], []
+        before: float = 0
+        steps: list[float] = []
+        scales: list[float] = []
         for record in self.records:
-            count, scale = record.get("overflows", 0), record.get("loss_scale")
+            count: Any = record.get("overflows", 0)
+            scale: Any = record.get("loss_scale")
             if not is_number(count):
                 continue
             if count > before and is_number(scale):
@@ -86,7 +89,7 @@ def read_run(folder: Path) -> RunRecord:
         why = "it has no metrics.jsonl" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"report: {str(folder)!r} is not a run folder: {why}")
     notes: list[str] = []
-    records = _read(metrics, _records, [], notes)
+    records: list[dict[str, Any]] = _read(metrics, _records, [], notes)
     if not records:
         notes.append("metrics.jsonl has no record")
     confusions = {}

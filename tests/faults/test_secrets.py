@@ -3,17 +3,21 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from base64 import b64encode
 from pathlib import Path
 
+import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from hpdist import cli
+from hpdist.config import Source
+from hpdist.data.loading import load
 from tests.fault_server import FaultServer
 from tests.picture_runs import write_config
 from tests.pictures import write_pictures
@@ -71,13 +75,10 @@ def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path, tracker):
     write_pictures(server.folder, [[60], [60]], values=bad)
     files = [address(server, f"train-0000{n}.parquet") for n in (0, 1)]
     config = write_config(tmp_path, [], rows=120, max_bad_rows=3)
-    shutil.copy(tmp_path / "labeled.parquet", server.folder)
-    labeled = address(server, "labeled.parquet")  # not streamed: `datasets` downloads it
     cache = tmp_path / "cache"
     cache.mkdir()
     given = [
         f"--data.unlabeled.data_files={json.dumps(files)}",
-        f"--data.labeled.data_files={json.dumps([labeled])}",
         f"--tracker.name={tracker}",
         "--steps=6",
         "--checkpoint.every=3",
@@ -99,9 +100,35 @@ def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path, tracker):
     assert leaks(run, cache, text=again.stdout + again.stderr) == []
     alone = start(run / "config.yaml", cache, "--run.name=copy")
     assert alone.returncode == 2
-    asked = "data.labeled.data_files, data.unlabeled.data_files: a password or signature was left"
-    assert asked in alone.stderr
+    assert "data.unlabeled.data_files: a password or signature was left out" in alone.stderr
     assert {file.stat().st_mode & 0o077 for file in run.rglob("*")} == {0o044, 0o055}  # the umask's
+
+
+class LockedFiles(LocalFileSystem):
+    """Local files by addresses with a password, such as other file systems take."""
+
+    protocol = "locked"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(re.sub(r"^locked://([^@]*@)?", "", str(path)))
+
+
+def test_the_cache_of_datasets_keeps_no_secret(tmp_path, monkeypatch):
+    """What it downloads it notes with the address, and so does the table that it makes of it."""
+    fsspec.register_implementation("locked", LockedFiles, clobber=True)
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(cache / "downloads"))
+    pq.write_table(pa.table({"x": [1, 2]}), tmp_path / "a.parquet")
+    url = f"locked://{USER}:{PASSWORD}@{tmp_path}/a.parquet"
+    for _ in range(2):  # the second time from the cache
+        table = load(Source(path="parquet", data_files=[url]), "data.labeled", streaming=False)
+        assert table["x"] == [1, 2]
+        assert leaks(cache) == []
+    notes = [*cache.glob("downloads/*.json"), *cache.rglob("dataset_info.json")]
+    assert len(notes) == 2
+    assert all("locked://REDACTED@" in note.read_text() for note in notes)
 
 
 ERRORS = {
