@@ -1,7 +1,7 @@
 """Takes secrets out of the addresses that `datasets` notes down in its cache.
 
-`datasets` keeps the URL of every file that it has downloaded, the password or signature with it:
-beside the download, and in the `dataset_info.json` of the table made of it.
+`datasets` keeps the URL of every file that it has downloaded, the password or signature with it, in
+a note beside the download.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from hpdist.redaction import redacted, redacted_text
 def redact_cached_addresses(addresses: Iterable[str]) -> None:
     """Rewrite what `datasets` has noted, where one of the addresses has a secret.
 
-    Its notes are for people: it finds downloads and tables by hashes. A cache that cannot be
-    written stays as it is.
+    The notes are for people: it finds downloads by hashes. A cache that cannot be written stays as
+    it is.
     """
     if all(redacted(address) == address for address in addresses):
         return
-    downloads = Path(datasets.config.DOWNLOADED_DATASETS_PATH).glob("*.json")
-    tables = Path(datasets.config.HF_DATASETS_CACHE).rglob("dataset_info.json")
-    for note in (*downloads, *tables):
+    for note in Path(datasets.config.DOWNLOADED_DATASETS_PATH).glob("*.json"):
         with suppress(OSError, UnicodeDecodeError):  # another process's, or none of `datasets`
             _redact(note)
 
