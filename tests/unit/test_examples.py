@@ -11,9 +11,11 @@ from PIL import Image
 from hpdist.config import ComponentOf
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.data.decode import InputSpec
+from hpdist.data.text import Tokenizer
 from hpdist.tracking.examples import write_examples
 from tests.picture_runs import records_of, train, write_config
 from tests.pictures import write_pictures
+from tests.texts import write_model
 
 
 def batch_of(inputs: torch.Tensor, valid=None) -> UnlabeledBatch:
@@ -69,6 +71,26 @@ def test_a_table_is_text_by_feature(tmp_path):
     assert lines[0].split() == ["feature", "original", "weak", "strong"]
     assert lines[2].split() == ["feature", "1", "nan", "nan", "nan"]
     assert lines[-1] == "and 10 more features"
+
+
+@pytest.mark.parametrize("column", [None, "translated"])
+def test_text_is_put_into_words_again(tmp_path, column):
+    write_model(
+        tmp_path / "tokenizer", sentences=["the cat sat on the mat", "a dog ran in the park"]
+    )
+    tokenizer = Tokenizer(str(tmp_path / "tokenizer"), 12)
+    spec = InputSpec.of_text(tokenizer, column)
+    rows = tokenizer.encode(["the cat sat on the mat", "a dog ran in the park"])
+    x = torch.from_numpy(rows if column is None else np.stack([rows, rows[::-1]], axis=1))
+    text = ComponentOf("views").choose(
+        {"name": "text", "max_length": 12, "weak": {"drop": 0}, "strong": {"drop": 0.5}}
+        | ({} if column is None else {"strong_column": column})
+    )
+    file = write_examples(tmp_path, text.build(0, tokenizer.vocabulary), spec, batch_of(x), 8, 0)
+    lines = file.read_text().splitlines()
+    assert lines[0] == "original  the cat sat on the mat"
+    assert lines[4] == "original  a dog ran in the park"
+    assert [line.split()[0] for line in lines if line] == ["original", "weak", "strong"] * 2
 
 
 def test_no_usable_row_is_no_picture(tmp_path):
