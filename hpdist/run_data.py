@@ -310,6 +310,7 @@ class RunData:
     def record(self) -> None:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+        self.folder.write_json("classes.json", self.labeled.classes.names)
         self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
         if self.spec.mode is not None:
             self.folder.write_json(_INPUTS, record_mode(self.spec))

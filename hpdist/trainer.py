@@ -297,6 +297,7 @@ class Trainer:
             run_id=self._run_id,
             files=files,
             sharding=self.sharding,
+            classes=self.data.labeled.classes.names,
         )
 
     def _first_rows(self) -> None:
@@ -315,6 +316,7 @@ class Trainer:
         self._problem = self.data.look_ahead(self.guard.stopping) or self.claim.lost()
         stop = self._problem is not None or self.guard.stopping()
         self.guard.beat(step.applied_steps, "training")
+        self.log.examples(self.data, labeled, unlabeled, step.attempts)
         waits = self.records.waits(self.log) if measure else None
         outcome = step(
             labeled,

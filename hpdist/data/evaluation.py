@@ -13,10 +13,11 @@ from torch import Tensor
 
 from hpdist.data.batch import BadRow, LabeledBatch
 from hpdist.data.decode import InputSpec, Unreadable
-from hpdist.data.retry import is_remote, redacted
+from hpdist.data.retry import is_remote
 from hpdist.data.sources import LabeledRows
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
+from hpdist.redaction import redacted
 
 _LOOK_SECONDS = 5.0  # that the start of a run looks for unreadable rows, on each rank
 _LOOK_ROWS = 64  # read at once then
