@@ -7,7 +7,7 @@ upstream has mended it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -18,9 +18,16 @@ from torch import Tensor, nn
 
 from hpdist.config import LossScale
 from hpdist.distributed.engine import Engine
-from hpdist.distributed.fragments import Fragment, Partition
+from hpdist.distributed.fragments import Fragment, flat_view
 from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
 from hpdist.distributed.loss_scale import LossScaler
+from hpdist.distributed.names import without_wrappers
+from hpdist.distributed.optimizer_state import (
+    HasWholeState,
+    SavedOptimizer,
+    WholeState,
+    make_state,
+)
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
@@ -121,19 +128,20 @@ class Place(NamedTuple):
 class ZeroEngine(Engine):
     """ZeRO 1 and 2: half-precision weights whole on every rank, fp32 master and state sharded."""
 
+    unreached = "is moved by weight decay alone under DeepSpeed, which takes its gradient for zero"
+
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         self.deepspeed = cast(Any, model)
         super().__init__(accelerator, model, self.deepspeed.optimizer)
-        self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self._dtype = next(iter(self._parameters.values())).dtype
+        self._dtype = next(p.dtype for p in self._parameters.values() if p.is_floating_point())
         self._take_over_scale()
 
     @property
     def module(self) -> nn.Module:
         """The user's own module, in half precision."""
-        return cast(nn.Module, self.deepspeed.module)
+        return without_wrappers(cast(nn.Module, self.deepspeed.module))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""
@@ -146,10 +154,11 @@ class ZeroEngine(Engine):
 
     def examine(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, with gradient, past DeepSpeed's wrapper."""
-        return logits_of(self.module(self._cast(inputs)))
+        return logits_of(self.deepspeed.module(self._cast(inputs)))
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over ranks and micro-batches: a contribution counts so many times."""
+        self._require_gradient(loss)
         parts = self.world_size * self.deepspeed.gradient_accumulation_steps()
         self.deepspeed.backward(loss * parts)
         if not self.deepspeed.is_gradient_accumulation_boundary():
@@ -175,19 +184,14 @@ class ZeroEngine(Engine):
                     found.setdefault(key, []).extend(fragments)
         return found
 
-    def load_optimizer(
-        self,
-        keys: Sequence[str],
-        scalars: Mapping[str, float],
-        read: Callable[[str, Fragment], Tensor],
-    ) -> None:
+    def load_optimizer(self, saved: SavedOptimizer) -> None:
         """Take over the optimizer's state, one flat part after the other."""
         for part in range(len(self._flat_parts())):
             with self._in_memory(part, write=True):
-                self._make_state(*self.flat_states()[part], keys, scalars)
+                make_state(*self.flat_states()[part], saved.keys, saved.scalars)
                 for key, fragments in ZeroEngine._state_of(self, part).items():
                     for fragment in fragments:
-                        fragment.values.copy_(read(key, fragment))
+                        fragment.values.copy_(saved.read(key, fragment))
 
     def _state_of(self, part: int) -> dict[str, list[Fragment]]:
         """Live views of the state of a flat part that is in memory."""
@@ -260,6 +264,10 @@ class ZeroEngine(Engine):
     def _places(self) -> Iterator[Place]:
         """Where this rank's part of each parameter lies in the flat parts."""
         for name, parameter in self._parameters.items():
+            if not parameter.numel():  # the first rank's, as everywhere
+                if self.rank == 0:
+                    yield Place(name, 0, 0, 0, 0)
+                continue
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
@@ -282,42 +290,21 @@ def as_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
-class UnshardedEngine(ZeroEngine):
+class UnshardedEngine(HasWholeState, ZeroEngine):
     """Stage 0: everything whole on every rank; DeepSpeed keeps fp32 copies of half weights."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         super().__init__(accelerator, model, optimizer)
-        self._masters: dict[str, Tensor] = dict(self._parameters)
+        self._masters: dict[str, Tensor] = {**self._parameters}
         wrapped = self.deepspeed.optimizer
         if hasattr(wrapped, "fp32_groups"):
             names = {parameter: name for name, parameter in self._parameters.items()}
             for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 for half, master in zip(halves, masters, strict=True):
                     self._masters[names[half]] = master
-        self._partition = Partition(self._masters, self.rank, self.world_size)
-
-    def master_parts(self) -> list[Tensor]:
-        """Views of this rank's 1/N of the fp32 weights, one by one."""
-        return [fragment.values for fragment in self._partition.cut(self._masters)]
-
-    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
-        """The parts, named."""
-        return self._partition.named(parts)
-
-    def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """Views of this rank's 1/N of the optimizer state."""
-        return {key: self._partition.cut(tensors) for key, tensors in self._state().items()}
-
-    def optimizer_slots(self) -> dict[str, list[Fragment]]:
-        """The whole state: every rank holds all of it."""
-        return {key: self._partition.uncut(tensors) for key, tensors in self._state().items()}
-
-    def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Every fp32 weight with its state."""
-        state = self.deepspeed.optimizer.state
-        return [(master, state[master]) for master in self._masters.values()]
+        self._whole = WholeState(self._masters, wrapped, self.rank, self.world_size)
 
     @torch.no_grad()
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
@@ -367,6 +354,3 @@ class UnshardedEngine(ZeroEngine):
     def _tell_scale(self, scale: float) -> None:
         if self.scaler is not None:
             self.deepspeed.optimizer.loss_scale_config.cur_scale = scale
-
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        return self._partition.state_tensors(self._masters, self.deepspeed.optimizer.state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,9 +12,24 @@ from torch import Tensor, nn
 from hpdist.models.stored import SeenInFull
 
 
+def find_logits(output: Any) -> Any:
+    """What stands for the logits in a model's output, whatever that is.
+
+    The output itself; its `.logits` or, of a dict, its `"logits"`; of a tuple without names, as
+    `return_dict=False` gives it, the first.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
 def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a model returns: a tensor, or an output with `.logits`; fp32."""
-    return cast(Tensor, getattr(output, "logits", output)).float()
+    """The logits of whatever a model returns (`find_logits` says which), fp32."""
+    return cast(Tensor, find_logits(output)).float()
 
 
 @contextmanager
