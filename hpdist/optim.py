@@ -9,22 +9,14 @@ import torch
 from torch import nn
 
 from hpdist.config import Optim, Schedule
-from hpdist.errors import ConfigError
 
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """Make the optimizer; parameters of fewer than two dimensions do not decay.
 
-    A parameter's own `lr_scale`, if it has one, multiplies its learning rate. Raises ConfigError
-    where no parameter is trained.
+    A parameter's own `lr_scale`, if it has one, multiplies its learning rate.
     """
     chosen: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            f"model: none of the {sum(1 for _ in model.parameters())} parameters of "
-            f"{type(model).__name__} is trained (requires_grad is False), so there is nothing to "
-            "learn; leave at least the last layer trained"
-        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = config.decay_all or parameter.dim() >= 2

@@ -174,10 +174,12 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 def _parameters_differ(there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> list[str]:
     """Which parameters are trained only there or only here, and which have another shape."""
-    found = []
-    for only, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
-        if names:
-            found.append(f"parameters trained only {only}: {shortened(sorted(names))}")
+    only = {"there": there.keys() - here.keys(), "here": here.keys() - there.keys()}
+    found = [
+        f"parameters trained only {where}: {shortened(sorted(names))}"
+        for where, names in only.items()
+        if names
+    ]
     shapes = [
         f"{name} {there[name]} there, {here[name]} here"
         for name in here

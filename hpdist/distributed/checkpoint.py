@@ -128,10 +128,8 @@ class SavedRun:
 
     def _read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         places = self._places.get((kind, name), [])
-        parts: list[Tensor] = []
+        parts = [torch.empty(0)][: start == stop]  # a rank may own nothing of a parameter
         at = start
-        if start == stop:
-            return torch.empty(0)
         # Fragments do not overlap, so the first that is needed is the last that begins by `start`.
         for first, length, file, key in places[max(bisect_right(places, (start + 1,)) - 1, 0) :]:
             if first >= stop:

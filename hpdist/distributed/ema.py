@@ -99,7 +99,7 @@ class ShardedTeacher:
         return [*self._parts, *self.buffers.values(), *replica]
 
     def whole(self) -> dict[str, Tensor]:
-        """The teacher's parameters in their shapes, fp32, and its buffers.
+        """The teacher's parameters that have elements, in their shapes, fp32, and its buffers.
 
         Collective: every rank must call; one gather.
         """

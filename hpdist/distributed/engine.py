@@ -31,7 +31,7 @@ from hpdist.distributed.optimizer_state import (
 from hpdist.distributed.reach import DdpUsage, GradientWatch, reached_nowhere, unreached_note
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import ConfigError, DistributedError
-from hpdist.models.outputs import logits_of
+from hpdist.models.outputs import NO_GRADIENT, logits_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class Engine(ABC):
         self.world_size: int = accelerator.num_processes
         self.scaler: LossScaler | None = None
         self._norms = list(batch_norms(self.module))
-        self._parameters = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
+        self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
+        # What has no elements needs no place in state, teacher and checkpoint.
+        self._parameters = {name: p for name, p in self._trained.items() if _whole_size(p)}
         self._watch: GradientWatch | None = GradientWatch(self._parameters)  # of the first step
 
     @property
@@ -150,14 +152,17 @@ class Engine(ABC):
 
     def _say_unreached(self, watch: GradientWatch) -> None:
         """After the first step's backward, name what it has given no gradient. Collective."""
-        missing = [name for name in self._parameters if name not in watch.reached]
         watch.close()
         self._watch = None
-        nowhere, anywhere = reached_nowhere(missing)
+        nowhere, anywhere = reached_nowhere(self._missing(watch))
         if anywhere:
             self.share_usage()
         if nowhere and self.rank == 0:
             warnings.warn(unreached_note(self.module, nowhere, self.unreached), stacklevel=3)
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank."""
+        return [name for name in self._parameters if name not in watch.reached]
 
     @property
     def missed_gradients(self) -> bool:
@@ -303,7 +308,7 @@ class ReplicatedEngine(HasWholeState, Engine):
         self._usage: DdpUsage | None = None
         ddp = ddp_of(model)
         if ddp is not None:
-            self._usage = DdpUsage(ddp, self._parameters)
+            self._usage = DdpUsage(ddp, self._trained)
         # Accelerate's autocast is around its forward, which need not be that of the user's module.
         self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
 
@@ -347,6 +352,10 @@ class ReplicatedEngine(HasWholeState, Engine):
         torch.autograd.backward(loss * (self.world_size * self.loss_scale))
         if self._usage is not None:
             self._usage.complete()
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank; DDP has been given zeros since."""
+        return super()._missing(watch) if self._usage is None else self._usage.missing
 
     @property
     def missed_gradients(self) -> bool:
@@ -400,11 +409,9 @@ class ReplicatedEngine(HasWholeState, Engine):
         )
 
 
-NO_GRADIENT = (
-    "model: its outputs have no gradient, so nothing could be trained; forward() runs under "
-    "torch.no_grad() or inference_mode(), detaches what it returns, or computes it from frozen "
-    "weights alone"
-)
+def _whole_size(parameter: nn.Parameter) -> int:
+    """A parameter's elements; of one that is sharded there are fewer here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def ranks_are_apart(accelerator: Accelerator) -> bool:
@@ -425,10 +432,11 @@ def prepare(
     if plugin is None:
         return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
     from hpdist.distributed.zero3 import partition_weights
-    from hpdist.distributed.zero_shapes import check_shardable, with_dimensions
+    from hpdist.distributed.zero_shapes import check_shardable, leave_out_empty, with_dimensions
 
     check_shardable(model)
     if plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
+        leave_out_empty(optimizer)
         partition_weights(model, plugin.deepspeed_config, accelerator.device)
     with with_dimensions(model):
         return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))

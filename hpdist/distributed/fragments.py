@@ -48,8 +48,7 @@ def flat_view(tensor: Tensor) -> Tensor:
 def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, int, int]]:
     """Cut tensors of these sizes, laid end to end, into `ranks` even parts; give part `rank`.
 
-    Returns (index, start, stop) per tensor that the part overlaps. Tensors without elements are
-    the first part's.
+    Returns (index, start, stop) per tensor that the part overlaps.
     """
     total = sum(sizes)
     share = -(-total // ranks)
@@ -57,8 +56,8 @@ def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, in
     pieces, offset = [], 0
     for index, size in enumerate(sizes):
         start, stop = max(low - offset, 0), min(high - offset, size)
-        if start < stop or (size == 0 and rank == 0):
-            pieces.append((index, 0, 0) if size == 0 else (index, start, stop))
+        if start < stop:
+            pieces.append((index, start, stop))
         offset += size
     return pieces
 

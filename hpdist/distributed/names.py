@@ -76,9 +76,7 @@ def collapsed(model: nn.Module, names: Iterable[str]) -> list[str]:
     found: list[str] = []
 
     def walk(module: nn.Module, prefix: str) -> None:
-        trained = {
-            prefix + name for name, p in named_parameters(module) if p.requires_grad
-        }
+        trained = {prefix + name for name, p in named_parameters(module) if p.requires_grad}
         if prefix and trained and trained <= wanted:
             if len(trained) > 1:
                 found.append(f"{prefix[:-1]} ({len(trained)} parameters)")

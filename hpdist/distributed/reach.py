@@ -60,9 +60,9 @@ def unreached_note(model: nn.Module, names: list[str], then: str) -> str:
     """
     return (
         f"model: the loss of the first step does not reach {shortened(collapsed(model, names))}; "
-        f"what no step reaches {then}. If that is meant, freeze it (requires_grad = False); else look "
-        "for a layer that forward() leaves out, a detach(), no_grad(), or a torch.utils.checkpoint "
-        "that needs use_reentrant=False"
+        f"what no step reaches {then}. If that is meant, freeze it (requires_grad = False); else "
+        "look for a layer that forward() leaves out, a detach(), no_grad(), or a "
+        "torch.utils.checkpoint that needs use_reentrant=False"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hpdist.config import LossScale
 from hpdist.distributed.engine import Engine
-from hpdist.distributed.fragments import Fragment, flat_view
+from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.launch import Sharding, hide_launcher_fields, read_deepspeed
 from hpdist.distributed.loss_scale import LossScaler
 from hpdist.distributed.names import without_wrappers
@@ -264,10 +264,6 @@ class ZeroEngine(Engine):
     def _places(self) -> Iterator[Place]:
         """Where this rank's part of each parameter lies in the flat parts."""
         for name, parameter in self._parameters.items():
-            if not parameter.numel():  # the first rank's, as everywhere
-                if self.rank == 0:
-                    yield Place(name, 0, 0, 0, 0)
-                continue
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address

@@ -14,6 +14,7 @@ from hpdist.distributed.engine import Replica
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.names import named_parameters
 from hpdist.distributed.zero import Place, ZeroEngine, as_dtype
+from hpdist.distributed.zero_shapes import unregister_empty
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
@@ -32,6 +33,7 @@ def partition_weights(model: nn.Module, config: dict[str, Any], device: torch.de
     for half, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         if (values.get(half) or {}).get("enabled"):
             dtype = kind
+    unregister_empty(model, dtype, device)
     scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
     deepspeed.zero.Init(module=_OneByOne(model, dtype, device), config_dict_or_path=values)
     for parameter in scalars:
@@ -144,10 +146,6 @@ class PartitionedEngine(ZeroEngine):
         """The unpadded part of each parameter's partition; ranks hold equal runs in order."""
         wrapped = self.deepspeed.optimizer
         for name, parameter in self._sharded():
-            if not parameter.ds_numel:  # the first rank's, as everywhere
-                if self.rank == 0:
-                    yield Place(name, 0, 0, 0, 0)
-                continue
             part, at, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
             start = min(self.rank * parameter.ds_tensor.ds_numel, parameter.ds_numel)
             length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
