@@ -237,8 +237,18 @@ class ZeroEngine(Engine):
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
         """Let DeepSpeed check, unscale, clip (by its config) and apply."""
         self.deepspeed.step()
+        self._forget_gradients()
         norm = self.deepspeed.get_global_grad_norm()
         return bool(self.deepspeed.was_step_applied()), None if norm is None else float(norm)
+
+    def _forget_gradients(self) -> None:
+        """Clear the gradients that DeepSpeed keeps of what is offloaded.
+
+        It writes there what a backward has reached, and would apply the rest again.
+        """
+        for flat in self._flat_parts():
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     def _take_over_scale(self) -> None:
         """Own the loss scale, so that it changes only after the step that it was used for.

@@ -135,6 +135,15 @@ class PartitionedEngine(ZeroEngine):
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
 
+    def _forget_gradients(self) -> None:
+        """Clear the partitioned gradients too.
+
+        Of a parameter that a step's backward does not reach, stage 3 would apply the gradient of an
+        earlier step again, and after a restart none.
+        """
+        super()._forget_gradients()
+        self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
     def _release_gathered(self) -> None:
         """Let go of parameters that an earlier forward has left whole, with their old values."""
         self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
