@@ -27,6 +27,8 @@ MORE: dict[str, Any] = {
     "zero3-fp16": {"zero": {"stage": 3}, "precision": "fp16"},
     "zero0-fp16": {"zero": {"stage": 0}, "precision": "fp16"},
     "zero1-sgd": {"zero": {"stage": 1}},
+    "zero2-offload": {"zero": {"stage": 2, "offload": "cpu"}},
+    "zero3-offload": {"zero": {"stage": 3, "offload": "cpu"}},
     "bf16": {"precision": "bf16"},
 }
 
@@ -105,10 +107,10 @@ def test_ranks_and_micro_batches_train_what_one_process_trains(
 ) -> None:
     with pytest.warns(UserWarning, match="does not reach"):
         train(Odd, folder, "one", 4)
+        train(Odd, folder, "one-micro", 4, batch={"labeled": 4, "unlabeled": 8, "micro": 6})
     for kind in ("master", "teacher", "optimizer.momentum_buffer"):
-        one = _by_name(folder, "one", kind)
-        for name in ("ddp-whole", "ddp-micro"):
-            other = _by_name(folder, name, kind)
+        for alone, name in (("one", "ddp-whole"), ("one-micro", "ddp-micro")):
+            one, other = _by_name(folder, alone, kind), _by_name(folder, name, kind)
             assert one.keys() == other.keys()
             for parameter, values in one.items():
                 torch.testing.assert_close(other[parameter], values, rtol=1e-4, atol=1e-5)

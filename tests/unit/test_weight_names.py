@@ -62,7 +62,8 @@ def _wrap(folder: Path, prefix: str, ranks: int) -> None:
         tensors = {}
         for key, values in load_file(folder / name).items():
             kind, _, rest = key.partition("/")
-            tensors[key if kind == "algorithm" else f"{kind}/{prefix}{rest}"] = values
+            named = kind in ("master", "teacher", "buffer") or kind.startswith("optimizer.")
+            tensors[f"{kind}/{prefix}{rest}" if named else key] = values
         save_file(tensors, folder / name)
         content = (folder / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
