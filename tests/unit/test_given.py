@@ -193,7 +193,7 @@ def test_rows_may_be_a_data_frame_or_a_list(tmp_path: Path) -> None:
 def test_batch_normalisation_of_one_row_says_what_to_do(tmp_path: Path) -> None:
     for batch in ({"labeled": 1}, {"labeled": 2, "micro": 1}):
         settings = {"algorithm": "supervised", "unlabeled": None, "batch": batch}
-        with pytest.raises(ConfigError, match="given one row at a time, .*batch.labeled or batch"):
+        with pytest.raises(ConfigError, match=r"given one row at a time, .*batch.labeled or batch"):
             trainer(Normalised(), tmp_path, f"run{len(batch)}", 1, **settings).fit()
 
 
@@ -207,7 +207,7 @@ def test_a_process_may_train_in_several_precisions(tmp_path: Path) -> None:
 
 def test_another_optimizer_is_refused_and_another_momentum_begins_anew(tmp_path: Path) -> None:
     train(Small, tmp_path, "run", 1)
-    with pytest.raises(CheckpointError, match="optim.name: sgd there, adamw here"):
+    with pytest.raises(CheckpointError, match=r"optim.name: sgd there, adamw here"):
         train(Small, tmp_path, "run", 2, optim={"name": "adamw"})
     made = train(Small, tmp_path, "run", 2, optim={"momentum": 0.0})
     assert made.step.engine.optimizer_fragments() == {}
@@ -227,5 +227,5 @@ def test_other_trained_parameters_are_named(tmp_path: Path) -> None:
     frozen.first.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"trained only there: first.bias, first.weight\)"):
         trainer(frozen, tmp_path, "run", 2)
-    with pytest.raises(CheckpointError, match="trained only here: dead.bias, dead.weight, "):
+    with pytest.raises(CheckpointError, match=r"trained only here: dead.bias, dead.weight, "):
         trainer(Odd(), tmp_path, "run", 2)

@@ -78,7 +78,10 @@ def _wrap(folder: Path, prefix: str, ranks: int) -> None:
 
 def test_a_module_stands_for_all_that_it_trains() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
-    assert collapsed(model, ["0.0.weight", "0.0.bias", "1.bias"]) == ["0.0 (2 parameters)", "1.bias"]
+    assert collapsed(model, ["0.0.weight", "0.0.bias", "1.bias"]) == [
+        "0.0 (2 parameters)",
+        "1.bias",
+    ]
     assert collapsed(model, [n for n, _ in model[0].named_parameters(prefix="0")]) == [
         "0 (4 parameters)"
     ]
@@ -86,7 +89,7 @@ def test_a_module_stands_for_all_that_it_trains() -> None:
 
 
 def test_layers_without_a_gradient_are_named_once_by_module(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="does not reach") as told:
         train(Reentrant, tmp_path, "run", 3)
     (line,) = [str(each.message) for each in told if "does not reach" in str(each.message)]
     assert "does not reach front (18 parameters); what no step reaches stays as it is" in line
