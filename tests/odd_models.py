@@ -101,6 +101,33 @@ class Leaving(Small):
         return hidden + self.early(hidden) if self.passes <= 1 else hidden
 
 
+class Alternating(Small):
+    """A layer that every other pass reaches: of two micro-batches the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.Linear(8, 8)
+        self.passes = 0
+
+    def features(self, inputs: Tensor) -> Tensor:
+        hidden = super().features(inputs)
+        if self.training and torch.is_grad_enabled():
+            self.passes += 1
+        return hidden + self.odd(hidden) if self.passes % 2 else hidden
+
+
+class Unreached(Small):
+    """A layer that no loss reaches, and a scalar that all do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead = nn.Linear(8, 8)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return super().features(inputs) * self.temperature
+
+
 class Complex(Small):
     """Complex weights in the middle."""
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from hpdist.errors import ConfigError, HpdistError
-from tests.odd_models import ByRank, Complex, Leaving, Odd, differing, saved, train
+from tests.odd_models import (
+    Alternating,
+    ByRank,
+    Complex,
+    Leaving,
+    Odd,
+    Unreached,
+    differing,
+    saved,
+    train,
+)
 from tests.ranks import run_ranks
 
 ADAMW = {"name": "adamw", "lr": 0.01}
@@ -55,7 +65,7 @@ def _by_name(folder: Path, name: str, kind: str) -> dict[str, torch.Tensor]:
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for key, values in saved(folder, name, 4).items():
         found, _, place = key.partition("/")[2].partition("/")
-        if found == kind:
+        if found == kind and "@" in place:  # not a buffer
             parameter, _, start = place.rpartition("@")
             parts.setdefault(parameter, []).append((int(start), values))
     return {n: torch.cat([v for _, v in sorted(p, key=lambda x: x[0])]) for n, p in parts.items()}
@@ -64,15 +74,17 @@ def _by_name(folder: Path, name: str, kind: str) -> dict[str, torch.Tensor]:
 def _on_two_ranks(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"differing": _resumed(folder, DDP | ZERO)}
     micro = {"batch": {"labeled": 4, "unlabeled": 8, "micro": 3}}
-    train(Odd, folder, "ddp-micro", 4, **micro)
+    train(Unreached, folder, "ddp-micro", 4, **micro)
     # From DDP to ZeRO and back, and from ranks that differ in what they reach.
     train(Odd, folder, "moves", 2, optim=ADAMW)
     train(Odd, folder, "moves", 3, optim=ADAMW, zero={"stage": 3})
     train(Odd, folder, "moves", 4, optim=ADAMW)
     by_rank = train(ByRank, folder, "by-rank", 4, **micro)
+    alternating = train(Alternating, folder, "alternating", 4, **micro)
     leaving = train(Leaving, folder, "leaving", 4)
     found["shared"] = leaving.step.engine._usage.shared
-    for name, made in (("by rank", by_rank), ("leaving", leaving)):
+    all_made = {"by rank": by_rank, "alternating": alternating, "leaving": leaving}
+    for name, made in all_made.items():
         found[name] = [p.detach() for p in made.step.engine.module.parameters()]
     found["complex"] = train(Complex, folder, "complex", 4).step.teacher.whole()["phase"]
     try:
@@ -109,7 +121,7 @@ def test_ranks_and_micro_batches_train_what_one_process_trains(
     with pytest.warns(UserWarning, match="does not reach dead"):
         train(Odd, folder, "one", 4)
     with pytest.warns(UserWarning, match="does not reach dead"):
-        train(Odd, folder, "one-micro", 4, batch=micro)
+        train(Unreached, folder, "one-micro", 4, batch=micro)
     for kind in ("master", "teacher", "optimizer.momentum_buffer"):
         for alone, name in (("one", "ddp-whole"), ("one-micro", "ddp-micro")):
             one, other = _by_name(folder, alone, kind), _by_name(folder, name, kind)
@@ -140,7 +152,7 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks(
 def test_what_only_some_ranks_or_steps_reach_is_the_same_on_all_ranks(
     two_ranks: list[dict[str, Any]],
 ) -> None:
-    for name in ("by rank", "leaving"):
+    for name in ("by rank", "alternating", "leaving"):
         for one, other in zip(*(rank[name] for rank in two_ranks), strict=True):
             assert torch.equal(one, other)
     assert [rank["shared"] for rank in two_ranks] == [True, True]
