@@ -79,7 +79,7 @@ def algorithm_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
     if isinstance(value, AlgorithmConfig):
         return value
     if isinstance(value, type) and issubclass(value, AlgorithmConfig):
-        return cast(Any, value)()
+        return cast(Component, cast(Any, value)())
     if isinstance(value, type) and issubclass(value, Algorithm):
         candidates = _configs_of(value)
         if candidates:
