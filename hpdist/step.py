@@ -333,8 +333,8 @@ class SemiSupervisedStep:
 
     def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool) -> Tensor:
         """What a rank tells besides sums: unusable rows, wish to stop, gradients missed before."""
-        bad = 0 if unlabeled is None else len(unlabeled.bad)
-        notes = [float(note) for note in (bad, stop, self.engine.missed_gradients)]
+        bad = 0.0 if unlabeled is None else float(len(unlabeled.bad))
+        notes = [bad, float(stop), float(self.engine.missed_gradients)]
         return torch.tensor(notes, device=self.engine.device)
 
     @torch.no_grad()
