@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hpdist.config import LossScale, Precision
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Fragment, Layout, flat_view
+from hpdist.distributed.gradient_layout import keep_strides
 from hpdist.distributed.loss_scale import LossScaler
 from hpdist.distributed.names import ddp_of, named_parameters, without_wrappers
 from hpdist.distributed.optimizer_state import (
@@ -308,6 +309,7 @@ class ReplicatedEngine(HasWholeState, Engine):
         self._usage: DdpUsage | None = None
         ddp = ddp_of(model)
         if ddp is not None:
+            keep_strides(self._trained.values())
             self._usage = DdpUsage(ddp, self._trained)
         # Accelerate's autocast is around its forward, which need not be that of the user's module.
         self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
