@@ -244,8 +244,21 @@ def _begin_warnings() -> None:
     """Have a warning of one of several processes say whose it is, and not stand behind a bar."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
     whose = f"rank {_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **kwargs: f"{clear}{whose}{plain(*args, **kwargs)}"
+    plain, own = warnings.formatwarning, str(Path(__file__).parent)
+
+    def told(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        text = plain(message, category, filename, lineno, line)
+        if category is UserWarning and filename.startswith(own):
+            text = f"warning: {message}\n"  # hpdist's own sentences, without a line of its code
+        return f"{clear}{whose}{text}"
+
+    warnings.formatwarning = told
 
 
 def _print(text: str) -> None:

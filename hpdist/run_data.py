@@ -265,10 +265,12 @@ class RunData:
         rank = dist.get_rank() if world_size() > 1 else 0
         for rows in (self.test, self.validation):
             if rows is not None:
-                look = look_through(rows, self.spec, rank, world_size())
-                said = summarize_looks(rows.name, len(rows), gathered(look))
+                looks = gathered(look_through(rows, self.spec, rank, world_size()))
+                said = summarize_looks(rows.name, len(rows), looks)
                 if said is not None:
                     Console(0, 0, self.folder.main).say(said)
+                named = [row.id for look in looks for row in look.bad][:1]
+                self._held_out_named[rows.name] = set(named)
 
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""

@@ -357,7 +357,9 @@ class ReplicatedEngine(HasWholeState, Engine):
 
     def _missing(self, watch: GradientWatch) -> list[str]:
         """What the first step has not reached on this rank; DDP has been given zeros since."""
-        return super()._missing(watch) if self._usage is None else self._usage.missing
+        if self._usage is None:
+            return super()._missing(watch)
+        return [name for name in self._usage.missing if name in self._parameters]
 
     @property
     def missed_gradients(self) -> bool:
