@@ -18,6 +18,7 @@ import datasets
 from torch import nn
 
 from hpdist import config as configuration
+from hpdist import opening
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.checks import check_inputs, check_model, divide_batch
@@ -26,7 +27,7 @@ from hpdist.config import RunConfig
 from hpdist.data.random import reseed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
-from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
+from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.distributed.engine import prepare
 from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.reduce import agreed, from_main, gathered, raise_together, world_size
@@ -39,6 +40,7 @@ from hpdist.models.heads import with_heads
 from hpdist.models.memory import checkpoint_activations
 from hpdist.models.stored import weights_as_stored
 from hpdist.optim import build_optimizer, learning_rate
+from hpdist.progress import working
 from hpdist.records import Records
 from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
@@ -46,7 +48,6 @@ from hpdist.run_guard import RunGuard
 from hpdist.run_state import RunState
 from hpdist.saving import Saving
 from hpdist.step import SemiSupervisedStep, StepOutcome
-from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.run_log import RunLog
 
@@ -130,8 +131,10 @@ class Trainer:
         self._global_rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
         micro_batch = self._global_rows // ranks // micro_batches
         self.sharding = launch.with_batch(sharding, micro_batch, micro_batches, ranks)
+        opening.say_run(config, self.sharding, uses_unlabeled, files=files)
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
+        opening.say_devices(self.main)
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
         self.launcher = LauncherWatch(self.accelerator.process_index)
@@ -165,11 +168,7 @@ class Trainer:
         check_inputs(algorithm, self.data.unlabeled_spec)
         model = self._make_model(objects, algorithm)
         initial = initial_values(model, algorithm.generations)
-        if micro_batches > 1 and any(batch_norms(model)):
-            Console(0, 0, self.main).say(
-                f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
-                "statistics are not those of the global batch; norm: group avoids that"
-            )
+        opening.say_model(config, model, micro_batches, self.main)
         optimizer = build_optimizer(model, config.optim)
         replicated = algorithm.views.teacher and self.sharding.stage == 3
         own = replace(objects, model=copy.deepcopy(objects.model)) if replicated else objects
@@ -300,6 +299,7 @@ class Trainer:
             classes=self.data.labeled.classes.names,
         )
 
+    @working("reading the first rows")
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
         raise_together(self.data.look_ahead(self.guard.stopping))
@@ -469,9 +469,7 @@ class Trainer:
         if self._summary is not None:
             return
         agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
-        Console(0, 0, self.main).say(
-            f"continuing from {saved.path} at step {self.step.applied_steps}"
-        )
+        opening.say_resumed(saved.path, self.step.applied_steps, self.main)
 
     def close(self) -> None:
         """Stop the reading threads, and close tracker and console; any number of times.

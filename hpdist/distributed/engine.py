@@ -24,6 +24,7 @@ from hpdist.distributed.loss_scale import LossScaler
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import DistributedError
 from hpdist.models.outputs import logits_of
+from hpdist.progress import working
 
 
 @dataclass(frozen=True)
@@ -395,6 +396,7 @@ def ranks_are_apart(accelerator: Accelerator) -> bool:
     return launched > 1 and accelerator.distributed_type == DistributedType.NO
 
 
+@working("preparing the model and the optimizer for training")
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
-
+from hpdist.human import duration, percent
+from hpdist.progress import make_bar, say_line
 from hpdist.redaction import redacted_text
 
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
 """Scores that are shown, whichever of them a task has."""
-_WIDTH = 80  # columns
 _SHOWN = {
     "loss": "{:.3f}",
     "mask_rate": "{:.2f}",
@@ -33,20 +31,12 @@ class Console:
         self._shown: dict[str, str] = {}
         self._bar: Any = None
         if main and steps and sys.stderr.isatty():
-            # Of a terminal that does not say how wide it is tqdm would show nothing.
-            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if sized else {"ncols": _WIDTH}
-            self._bar = tqdm(total=steps, initial=done, unit="step", **width)
+            self._bar = make_bar(total=steps, initial=done, unit="step")
 
     def say(self, line: str) -> None:
-        """Print a line, without the secrets of a URL, above the bar where there is one."""
-        if not self.main:
-            return
-        line = redacted_text(line)
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        """Print a line, above the bar where there is one."""
+        if self.main:
+            say_line(redacted_text(line))
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a step."""
@@ -54,7 +44,9 @@ class Console:
             return
         for key, form in _SHOWN.items():
             if key in values and not (key == "loss_scale" and values[key] == 1):
-                self._shown[key.replace("_", " ")] = form.format(values[key])
+                value = values[key]
+                told = percent(value) if key == "accuracy" else form.format(value)
+                self._shown[key.replace("_", " ")] = told
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -69,5 +61,4 @@ class Console:
 
     def _left(self, step: int) -> str:
         per_step = (time.monotonic() - self._started) / max(step - self._first, 1)
-        minutes, seconds = divmod(round(per_step * (self._steps - step)), 60)
-        return f"{minutes}:{seconds:02d}"
+        return duration(round(per_step * (self._steps - step)))
