@@ -11,9 +11,6 @@ A terminal gets lines of its width. A log gets one line for an entry, however lo
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,7 +30,8 @@ from hpdist.data.unlabeled import (
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.launch import Sharding
 from hpdist.human import counted, duration
-from hpdist.tracking.console import Console
+from hpdist.progress import columns
+from hpdist.tracking.console import Console, wrapped
 from hpdist.tracking.environment import places
 
 if TYPE_CHECKING:
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 Entries: TypeAlias = list[tuple[str, str]]
 
 _LABEL = 12  # columns of an entry's label
-_NARROW = 40  # columns of a terminal, below which nothing is wrapped
 _CLASSES = 60  # characters that the names of classes may take
 
 
@@ -78,7 +75,7 @@ def say_entries(entries: Iterable[tuple[str, str]], main: bool) -> None:
     """Print entries, their texts below each other."""
     say = Console(0, 0, main).say
     for label, text in entries:
-        for line in laid_out(label, text, _width()):
+        for line in laid_out(label, text, columns()):
             say(line)
 
 
@@ -87,20 +84,7 @@ def laid_out(label: str, text: str, width: int | None) -> list[str]:
     head = f"{label}:".ljust(_LABEL)
     if width is None:
         return [head + text]
-    return textwrap.wrap(
-        head + text,
-        width,
-        subsequent_indent=" " * _LABEL,
-        break_long_words=False,  # a path stays whole
-        break_on_hyphens=False,
-    )
-
-
-def _width() -> int | None:
-    if not sys.stderr.isatty():
-        return None
-    columns = shutil.get_terminal_size().columns
-    return columns if columns >= _NARROW else None
+    return wrapped(head + text, width, indent=_LABEL)
 
 
 def run_entries(
@@ -134,7 +118,7 @@ def _batch(config: RunConfig, sharding: Sharding, uses_unlabeled: bool) -> str:
 def _precision(config: RunConfig, sharding: Sharding) -> str:
     parts: list[str] = [sharding.precision]
     if sharding.stage is None:
-        parts.append("no DeepSpeed")
+        parts.append("not sharded")
     else:
         parts.append(f"ZeRO stage {sharding.stage}")
     if sharding.offload != "none":

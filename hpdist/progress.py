@@ -113,6 +113,7 @@ class Work:
                 desc=self._what,
                 unit=f" {self._unit}",
                 leave=False,
+                delay=1e-6,  # not drawn before it is told how much is done
                 bar_format=None if self._unit else "{desc}: {elapsed} so far",
             )
             self._bar.start_t -= self._took  # it counts from the work's beginning
@@ -142,6 +143,13 @@ def make_bar(**settings: Any) -> Any:
     sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     width = {"dynamic_ncols": True} if sized else {"ncols": _UNSIZED}
     return tqdm(**settings, **width)
+
+
+def columns() -> int | None:
+    """How wide the terminal is; None where stderr is none."""
+    if not sys.stderr.isatty():
+        return None
+    return os.get_terminal_size(sys.stderr.fileno()).columns or _UNSIZED
 
 
 def say_line(line: str) -> None:

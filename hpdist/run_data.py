@@ -161,11 +161,13 @@ class RunData:
             scale=_saved_scale(saved),
         )
 
+    @working("looking at the labelled pictures")
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
         recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
+    @working("looking at the other sets' pictures")
     def _settle_mode(self, choice: ModeChoice) -> list[str]:
         """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
         sets = {f"data.{name}": rows for name, rows in self._other_sets.items()}

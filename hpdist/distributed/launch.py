@@ -161,7 +161,7 @@ def _join_after_restart(backend: str) -> None:
     )
 
 
-@working("waiting for the other ranks")
+@working("setting up the process group")
 def make_accelerator(sharding: Sharding) -> Accelerator:
     """Make the Accelerator. Collective: it joins the process group."""
     on_cpu = not torch.cuda.is_available()
