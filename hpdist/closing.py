@@ -26,7 +26,7 @@ def _told(key: str, value: object, summary: Mapping[str, object]) -> str:
     name = key.rpartition("/")[2]
     if value is None:
         return "none"
-    if isinstance(value, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
         return str(value)
     if "accuracy" in name:
         return percent(value)

@@ -29,7 +29,7 @@ from hpdist.data.unlabeled import (
 )
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.launch import Sharding
-from hpdist.human import counted, duration
+from hpdist.human import counted, duration, percent
 from hpdist.progress import columns
 from hpdist.tracking.console import Console, wrapped
 from hpdist.tracking.environment import places
@@ -179,8 +179,8 @@ def _parameters(model: nn.Module) -> str:
     trained = sum(size for size, trained in sizes if trained)
     if trained == total:
         return f"{counted(total, 'parameter')}, all trained"
-    share = f"{100 * trained / max(total, 1):.2g} %"
-    return f"{counted(total, 'parameter')}, {trained:,} trained ({share}), {total - trained:,} frozen"
+    shares = f"{trained:,} trained ({percent(trained / total)}), {total - trained:,} frozen"
+    return f"{counted(total, 'parameter')}, {shares}"
 
 
 def say_data(data: RunData, decisions: Iterable[str], main: bool) -> None:

@@ -42,7 +42,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def __setstate__(self, state: Any) -> None:
         """Take what was pickled, perhaps in another process."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _keep_from_compiler()
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 (torch's name)

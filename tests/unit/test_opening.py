@@ -86,7 +86,7 @@ def test_devices_and_parameters() -> None:
     model = nn.Sequential(nn.Linear(9, 100), nn.Linear(100, 10))
     assert _parameters(model) == "2,010 parameters, all trained"
     model[0].requires_grad_(False)
-    assert _parameters(model) == "2,010 parameters, 1,010 trained (50 %), 1,000 frozen"
+    assert _parameters(model) == "2,010 parameters, 1,010 trained (50.25 %), 1,000 frozen"
 
 
 def test_a_run_says_what_it_is_before_it_trains_and_from_where_it_goes_on(

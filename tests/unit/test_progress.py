@@ -79,10 +79,10 @@ def test_the_innermost_shows_itself_and_a_failure_is_not_done(
         with working("inner") as work:
             shown(work)
             assert len(progress._live) == 2
-            raise ValueError
+            raise ValueError("of the work")
 
     for _ in range(2):  # decorated once, shown at each call
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="of the work"):
             outer()
         told = capfd.readouterr().err
         assert "inner: " in told
