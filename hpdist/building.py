@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hpdist import opening
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.checks import check_gradient, check_inputs, check_model
 from hpdist.config import RunConfig
-from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
+from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.distributed.engine import prepare
 from hpdist.distributed.launch import Sharding
 from hpdist.distributed.reduce import agreed
@@ -27,7 +27,6 @@ from hpdist.models.stored import weights_as_stored
 from hpdist.optim import build_optimizer
 from hpdist.run_data import Objects, RunData
 from hpdist.step import SemiSupervisedStep
-from hpdist.tracking.console import Console
 
 
 def build_step(
@@ -42,22 +41,18 @@ def build_step(
 
     Raises ConfigError on all ranks. Collective.
     """
-    say = Console(0, 0, accelerator.is_main_process).say
+    main = accelerator.is_main_process
     algorithm = _make_algorithm(config, objects, data, accelerator)
     check_inputs(algorithm, data.unlabeled_spec)
-    model = _make_model(config, objects, data, sharding, algorithm, say)
+    model = _make_model(config, objects, data, sharding, algorithm, main)
     initial = initial_values(model, algorithm.generations)
-    if micro_batches > 1 and any(batch_norms(model)):
-        say(
-            f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
-            "statistics are not those of the global batch; norm: group avoids that"
-        )
+    opening.say_model(config, model, micro_batches, main)
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
     own = replace(objects, model=copy.deepcopy(objects.model)) if replicated else objects
     model, optimizer = prepare(accelerator, model, optimizer)
     # Not before: ZeRO-3 has by now let go of the first model's whole weights.
-    replica = _make_model(config, own, data, sharding, algorithm, say) if replicated else None
+    replica = _make_model(config, own, data, sharding, algorithm, main) if replicated else None
     step = SemiSupervisedStep(
         accelerator,
         model,
@@ -94,7 +89,7 @@ def _make_model(
     data: RunData,
     sharding: Sharding,
     algorithm: Algorithm,
-    say: Callable[[str], None],
+    main: bool,
 ) -> nn.Module:
     """Build the model, or take the one that was given; checked against the data. Collective."""
 
@@ -102,9 +97,7 @@ def _make_model(
         model = objects.model
         if model is None:
             model = build_model(config.model, data.spec, data.num_classes, config.run.seed)
-        said = to_full_precision(model)
-        if said is not None:
-            say(said)
+        opening.say_lines(filter(None, [to_full_precision(model)]), main)
         model = global_batch_norm(model)
         example = data.views.plain(data.spec.example(2))
         trains = check_model(model, example, data.num_classes)

@@ -90,17 +90,15 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         _print(config.to_yaml().rstrip())
         return 0
     config = _load(known.config, overrides)
+    from hpdist.closing import summary_lines
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
     _begin_warnings()
     trainer = Trainer.from_config(config, files=not known.dry_run)
     summary = _fit(trainer, known.dry_run)
-    for key, value in summary.items():
-        text = f"{value:.4f}" if isinstance(value, float) and "/" in key else str(value)
-        _print(f"{key:28} {text}")
-    if summary:
-        _print(f"{'run folder':28} {Path(config.run.folder)}")
+    for line in summary_lines(summary, config.run.folder):
+        _print(line)
     leave_group()
     return 0
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpdist import opening
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.tasks import Task, make_task
 from hpdist.config import RunConfig
@@ -40,6 +41,7 @@ from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
 from hpdist.errors import CheckpointError, DataError, HpdistError
 from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.progress import working
 from hpdist.run_inputs import (
     ModeChoice,
     choose_mode,
@@ -126,10 +128,10 @@ class RunData:
         if self.spec.kind == "image":
             self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
             taken = "; ".join(filter(None, (taken, fitted))) or None
+        opening.say_data(self, [*said, *filter(None, [taken]), *self._notes()], folder.main)
         self._look_at_held_out()
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
-        for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
-            Console(0, 0, folder.main).say(line)
+        opening.say_lines(self.duplicates.lines, folder.main)
         self.num_classes = len(self.labeled.classes)
         scale = self.labeled.encoding.scale
         spread = None if scale is None else tuple(scale.std.tolist())
@@ -143,6 +145,7 @@ class RunData:
         made: Views = views.build(self.config.run.seed, *told)
         return made
 
+    @working("opening data.labeled")
     def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> LabeledRows:
         config, views = self.config, self.config.views
         return open_labeled(
@@ -158,11 +161,13 @@ class RunData:
             scale=_saved_scale(saved),
         )
 
+    @working("looking at the labelled pictures")
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
         recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
+    @working("looking at the other sets' pictures")
     def _settle_mode(self, choice: ModeChoice) -> list[str]:
         """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
         sets = {f"data.{name}": rows for name, rows in self._other_sets.items()}
@@ -191,6 +196,7 @@ class RunData:
             return self.spec
         return InputSpec.of_text(self.spec.tokenizer, column)
 
+    @working("measuring the training rows for the views")
     def _fit_views(self, saved: SavedRun | None) -> None:
         """Have views measure the training rows, or take over what they measured. Collective."""
         views = self.views
@@ -232,6 +238,7 @@ class RunData:
         labels = torch.from_numpy(self.labeled.labels)
         return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
 
+    @working("opening data.unlabeled")
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
         spec = self.unlabeled_spec
@@ -258,8 +265,11 @@ class RunData:
         source = getattr(self.config.data, name)
         if source is None:
             return None
-        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+        where = f"data.{name}"
+        with working(f"opening {where}"):
+            return open_test(source, self.labeled, self.spec, dataset=dataset, where=where)
 
+    @working("looking for rows of the held-out sets that cannot be read")
     def _look_at_held_out(self) -> None:
         """Say which rows that are measured on cannot be read, before the training. Collective."""
         rank = dist.get_rank() if world_size() > 1 else 0
@@ -340,9 +350,11 @@ class RunData:
             self.unlabeled, batch, spec=self.unlabeled_spec
         )
         try:
-            for _ in range(-(-rows // batch)):
-                agreed(stream.look_ahead)
-                yield next(stream)
+            with working("going through the unlabelled rows", rows, "rows") as work:
+                for _ in range(-(-rows // batch)):
+                    agreed(stream.look_ahead)
+                    yield next(stream)
+                    work.add(batch)
         finally:
             stream.close()
 

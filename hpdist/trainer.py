@@ -16,6 +16,7 @@ import datasets
 from torch import nn
 
 from hpdist import config as configuration
+from hpdist import opening
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.building import build_step
@@ -34,6 +35,7 @@ from hpdist.generations import Generations
 from hpdist.given import algorithm_given, model_given, rows_given
 from hpdist.measuring import Measuring
 from hpdist.optim import learning_rate
+from hpdist.progress import working
 from hpdist.records import Records
 from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
@@ -41,7 +43,6 @@ from hpdist.run_guard import RunGuard
 from hpdist.run_state import RunState
 from hpdist.saving import Saving
 from hpdist.step import StepOutcome
-from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.run_log import RunLog
 
@@ -123,8 +124,10 @@ class Trainer:
     def _assemble(self, objects: Objects, uses_unlabeled: bool, micro_batches: int) -> None:
         """Open folder and data, build model and step, and go on where the folder has a run."""
         config, files = self.config, self.files
+        opening.say_run(config, self.sharding, uses_unlabeled, files=files)
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
+        opening.say_devices(self.main)
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
         self.launcher = LauncherWatch(self.accelerator.process_index)
@@ -234,6 +237,7 @@ class Trainer:
             classes=self.data.labeled.classes.names,
         )
 
+    @working("reading the first rows")
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
         raise_together(self.data.look_ahead(self.guard.stopping))
@@ -403,9 +407,7 @@ class Trainer:
         if self._summary is not None:
             return
         agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
-        Console(0, 0, self.main).say(
-            f"continuing from {saved.path} at step {self.step.applied_steps}"
-        )
+        opening.say_resumed(saved.path, self.step.applied_steps, self.main)
 
     def close(self) -> None:
         """Stop the reading threads, and close tracker and console; any number of times.

@@ -33,6 +33,7 @@ from hpdist.distributed.reach import DdpUsage, GradientWatch, reached_nowhere, u
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import ConfigError, DistributedError
 from hpdist.models.outputs import NO_GRADIENT, logits_of
+from hpdist.progress import working
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,7 @@ def ranks_are_apart(accelerator: Accelerator) -> bool:
     return launched > 1 and accelerator.distributed_type == DistributedType.NO
 
 
+@working("preparing the model and the optimizer for training")
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
