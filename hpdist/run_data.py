@@ -21,9 +21,15 @@ from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
-from hpdist.data.evaluation import evaluation_batches, look_through, summarize_looks
+from hpdist.data.evaluation import (
+    MOST_LABELED,
+    evaluation_batches,
+    look_through,
+    refuse_unreadable,
+    summarize_looks,
+)
 from hpdist.data.fitting import training_rows
-from hpdist.data.sources import LabeledRows, open_labeled, open_test
+from hpdist.data.sources import LabeledRows, open_labeled, open_test, with_categories
 from hpdist.data.stream import BatchStream
 from hpdist.data.targets import Scale
 from hpdist.data.unlabeled import (
@@ -35,10 +41,25 @@ from hpdist.data.unlabeled import (
     row_count,
     survey,
 )
-from hpdist.data.views import AudioViewsConfig, FittedViews, TextViewsConfig, Views
+from hpdist.data.views import (
+    AudioViewsConfig,
+    FittedViews,
+    TableViewsConfig,
+    TextViewsConfig,
+    Views,
+)
 from hpdist.distributed.checkpoint import SavedRun
 from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
 from hpdist.errors import CheckpointError, DataError, HpdistError
+from hpdist.input_choice import (
+    describe_categories,
+    find_row_categories,
+    find_seconds,
+    record_inputs,
+    settle_inputs,
+    widen_categories,
+    with_seconds,
+)
 from hpdist.models.pixels import for_channels, with_model_pixels
 from hpdist.run_inputs import (
     ModeChoice,
@@ -46,7 +67,6 @@ from hpdist.run_inputs import (
     find_spec,
     other_casts,
     reconsider,
-    record_mode,
     with_channels,
     with_mode,
 )
@@ -97,8 +117,13 @@ class RunData:
         saved: SavedRun | None,
         uses_unlabeled: bool,
     ) -> None:
+        resumed = saved is not None
+        recorded = (folder.read_json(_INPUTS) or {}) if resumed else {}
+        self._given = config
+        settled = agreed(lambda: settle_inputs(config, objects.labeled, recorded))
+        config = settled.config
         self.config, taken = agreed(lambda: with_model_pixels(config))
-        """The run's settings, with what the views took from the model."""
+        """The run's settings, with what the views took from the rows and the model."""
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
@@ -109,23 +134,26 @@ class RunData:
         self._recent: list[BadRow] = []  # of this rank, in this epoch
         self._held_out_named: dict[str, set[int]] = {}
         self._audit: Audit | None = None
-        resumed = saved is not None
-        self.labeled: LabeledRows = agreed(lambda: self._open_labeled(objects, saved))
-        self.spec: InputSpec = agreed(lambda: find_spec(self.config, self.labeled))
+        self.labeled: LabeledRows = agreed(lambda: self._open_labeled(settled.opened, saved))
+        chosen = [*settled.lines, *self._settle_seconds(recorded)]
+        self.spec: InputSpec = agreed(lambda: self._find_spec(recorded))
         choice = from_main(lambda: self._choose_mode(resumed))
         if choice is not None:
             self.spec = with_mode(self.spec, choice.mode)
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
+            self._widen_categories(recorded)
         self.test, self.validation = agreed(
             lambda: [
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
-        said = self._settle_mode(choice) if choice is not None else []
+        chosen += agreed(self._describe_categories)
+        said = [*chosen, *(self._settle_mode(choice) if choice is not None else [])]
         if self.spec.kind == "image":
             self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
             taken = "; ".join(filter(None, (taken, fitted))) or None
+        self._look_at_labeled()
         self._look_at_held_out()
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
         for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
@@ -139,18 +167,46 @@ class RunData:
 
     def _make_views(self) -> Views:
         tokenizer, views = self.spec.tokenizer, cast(Any, self.config.views)
-        told = [] if tokenizer is None else [tokenizer.vocabulary]
+        told: list[Any] = [] if tokenizer is None else [tokenizer.vocabulary]
+        if isinstance(views, TableViewsConfig) and self.spec.categories is not None:
+            told.append(self.spec.categories.groups)
         made: Views = views.build(self.config.run.seed, *told)
         return made
 
-    def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> LabeledRows:
+    def _find_spec(self, recorded: Mapping[str, Any]) -> InputSpec:
+        categories = find_row_categories(self.labeled, recorded)
+        return find_spec(self.config, self.labeled, categories)
+
+    def _settle_seconds(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Settle how long rows of sound are, where nothing says so; say what it is. Collective."""
+        found = from_main(lambda: find_seconds(self.config, self.labeled, recorded))
+        if found is None:
+            return []
+        seconds, line = found
+        self.config = with_seconds(self.config, seconds)
+        return [line]
+
+    def _widen_categories(self, recorded: Mapping[str, Any]) -> None:
+        """Take in the categories of the unlabelled rows, now that they are open. Collective."""
+        found = from_main(lambda: widen_categories(self.spec, self.unlabeled, recorded))
+        if found is not None:
+            self.spec = with_categories(self.spec, found)
+
+    def _describe_categories(self) -> list[str]:
+        sets = {
+            f"data.{n}": rows for n, rows in {"labeled": self.labeled, **self._other_sets}.items()
+        }
+        found = self.spec.categories
+        return [] if found is None else describe_categories(found, sets)
+
+    def _open_labeled(self, opened: tuple[Any, str], saved: SavedRun | None) -> LabeledRows:
         config, views = self.config, self.config.views
         return open_labeled(
             config.data.labeled,
             config.run.seed,
             num_classes=getattr(config.model, "num_classes", None),
             chosen=self.folder.read_labeled_rows() if saved is not None else None,
-            dataset=objects.labeled,
+            opened=opened,
             text=isinstance(views, TextViewsConfig),
             audio=isinstance(views, AudioViewsConfig),
             task=config.task,
@@ -260,6 +316,18 @@ class RunData:
             return None
         return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
 
+    def _look_at_labeled(self) -> None:
+        """Decode the labelled rows before the training, or many of them. Collective.
+
+        Raises DataError, on all ranks, where some cannot be decoded.
+        """
+        rank = dist.get_rank() if world_size() > 1 else 0
+        look = look_through(self.labeled, self.spec, rank, world_size(), most=MOST_LABELED)
+        looks = gathered(look)
+        said = agreed(lambda: refuse_unreadable(self.labeled, looks))
+        if said is not None:
+            Console(0, 0, self.folder.main).say(said)
+
     def _look_at_held_out(self) -> None:
         """Say which rows that are measured on cannot be read, before the training. Collective."""
         rank = dist.get_rank() if world_size() > 1 else 0
@@ -311,8 +379,9 @@ class RunData:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
         self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
-        if self.spec.mode is not None:
-            self.folder.write_json(_INPUTS, record_mode(self.spec))
+        inputs = record_inputs(self.config, self._given, self.spec)
+        if inputs:
+            self.folder.write_json(_INPUTS, inputs)
         rows = self.unlabeled
         parts = rows.parts if isinstance(rows, MixedRows) else [rows]
         if any(isinstance(part, ParquetRows) for part in parts):
