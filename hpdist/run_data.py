@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
@@ -21,13 +20,7 @@ from hpdist.config import RunConfig
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
-from hpdist.data.evaluation import (
-    MOST_LABELED,
-    evaluation_batches,
-    look_through,
-    refuse_unreadable,
-    summarize_looks,
-)
+from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, open_labeled, open_test, with_categories
 from hpdist.data.stream import BatchStream
@@ -49,7 +42,7 @@ from hpdist.data.views import (
     Views,
 )
 from hpdist.distributed.checkpoint import SavedRun
-from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
+from hpdist.distributed.reduce import agreed, from_main, gathered
 from hpdist.errors import CheckpointError, DataError, HpdistError
 from hpdist.input_choice import (
     describe_categories,
@@ -70,6 +63,7 @@ from hpdist.run_inputs import (
     with_channels,
     with_mode,
 )
+from hpdist.run_looks import look_at_held_out, look_at_labeled
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
@@ -142,19 +136,18 @@ class RunData:
             self.spec = with_mode(self.spec, choice.mode)
         if uses_unlabeled and config.data.unlabeled is not None:
             self._open_unlabeled(objects, resumed)
-            self._widen_categories(recorded)
         self.test, self.validation = agreed(
             lambda: [
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
-        chosen += agreed(self._describe_categories)
+        chosen += self._settle_categories(recorded)
         said = [*chosen, *(self._settle_mode(choice) if choice is not None else [])]
         if self.spec.kind == "image":
             self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
             taken = "; ".join(filter(None, (taken, fitted))) or None
-        self._look_at_labeled()
-        self._look_at_held_out()
+        for line in self._look_through():
+            Console(0, 0, folder.main).say(line)
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
         for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
             Console(0, 0, folder.main).say(line)
@@ -180,24 +173,17 @@ class RunData:
     def _settle_seconds(self, recorded: Mapping[str, Any]) -> list[str]:
         """Settle how long rows of sound are, where nothing says so; say what it is. Collective."""
         found = from_main(lambda: find_seconds(self.config, self.labeled, recorded))
+        if found is not None:
+            self.config = with_seconds(self.config, found[0])
+        return [] if found is None else [found[1]]
+
+    def _settle_categories(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Take in the unlabelled rows' categories; say what all sets have of them. Collective."""
+        found = from_main(lambda: widen_categories(self.spec, self.unlabeled, recorded))
         if found is None:
             return []
-        seconds, line = found
-        self.config = with_seconds(self.config, seconds)
-        return [line]
-
-    def _widen_categories(self, recorded: Mapping[str, Any]) -> None:
-        """Take in the categories of the unlabelled rows, now that they are open. Collective."""
-        found = from_main(lambda: widen_categories(self.spec, self.unlabeled, recorded))
-        if found is not None:
-            self.spec = with_categories(self.spec, found)
-
-    def _describe_categories(self) -> list[str]:
-        sets = {
-            f"data.{n}": rows for n, rows in {"labeled": self.labeled, **self._other_sets}.items()
-        }
-        found = self.spec.categories
-        return [] if found is None else describe_categories(found, sets)
+        self.spec = with_categories(self.spec, found)
+        return from_main(lambda: describe_categories(found, self._all_sets))
 
     def _open_labeled(self, opened: tuple[Any, str], saved: SavedRun | None) -> LabeledRows:
         config, views = self.config, self.config.views
@@ -221,16 +207,17 @@ class RunData:
 
     def _settle_mode(self, choice: ModeChoice) -> list[str]:
         """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
-        sets = {f"data.{name}": rows for name, rows in self._other_sets.items()}
+        sets = {name: rows for name, rows in self._all_sets.items() if name != "data.labeled"}
         settled = from_main(lambda: reconsider(choice, sets))
         self.spec = with_mode(self.spec, settled.mode)
         self.config = with_channels(self.config, settled.mode)
         return [*filter(None, [settled.line]), *agreed(lambda: other_casts(settled.mode, sets))]
 
     @property
-    def _other_sets(self) -> dict[str, LabeledRows | AnyUnlabeled | None]:
-        """The sets besides the labelled one, by name."""
-        return {"unlabeled": self.unlabeled, "test": self.test, "validation": self.validation}
+    def _all_sets(self) -> dict[str, LabeledRows | AnyUnlabeled | None]:
+        """The sets by the names of their settings."""
+        names = ("labeled", "unlabeled", "test", "validation")
+        return {f"data.{name}": getattr(self, name) for name in names}
 
     def _notes(self) -> list[str]:
         """What was decided about the rows of all sets that a person should know."""
@@ -316,27 +303,12 @@ class RunData:
             return None
         return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
 
-    def _look_at_labeled(self) -> None:
-        """Decode the labelled rows before the training, or many of them. Collective.
-
-        Raises DataError, on all ranks, where some cannot be decoded.
-        """
-        rank = dist.get_rank() if world_size() > 1 else 0
-        look = look_through(self.labeled, self.spec, rank, world_size(), most=MOST_LABELED)
-        looks = gathered(look)
-        said = agreed(lambda: refuse_unreadable(self.labeled, looks))
-        if said is not None:
-            Console(0, 0, self.folder.main).say(said)
-
-    def _look_at_held_out(self) -> None:
-        """Say which rows that are measured on cannot be read, before the training. Collective."""
-        rank = dist.get_rank() if world_size() > 1 else 0
-        for rows in (self.test, self.validation):
-            if rows is not None:
-                look = look_through(rows, self.spec, rank, world_size())
-                said = summarize_looks(rows.name, len(rows), gathered(look))
-                if said is not None:
-                    Console(0, 0, self.folder.main).say(said)
+    def _look_through(self) -> Iterator[str]:
+        """Decode labelled and held-out rows before the training; say what is to say. Collective."""
+        told = [look_at_labeled(self.labeled, self.spec)]
+        held = (rows for rows in (self.test, self.validation) if rows is not None)
+        told += [look_at_held_out(rows, self.spec) for rows in held]
+        return filter(None, told)
 
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""

@@ -216,7 +216,8 @@ class ComponentOf:
     def by_options(self, values: Mapping[str, Any]) -> str:
         """Name the one component that has these options; `auto` where several have them all.
 
-        Where none has, it is the one that they come closest to, whose refusal says what is wrong.
+        Where none has, it is the one that they come closest to, whose refusal says what is wrong:
+        images of several that are as close.
         """
         options = {key: value for key, value in values.items() if key != "name"}
         wrong = {
@@ -227,7 +228,14 @@ class ComponentOf:
         fitting = [name for name, count in wrong.items() if not count]
         if len(fitting) != 1 and fitting:
             return AUTO
-        return fitting[0] if fitting else min(wrong, key=lambda name: wrong[name])
+        known = components(self.kind)
+
+        def distance(name: str) -> tuple[float, ...]:
+            fields = known[name].model_fields
+            close = sum(bool(difflib.get_close_matches(key, fields, 1)) for key in options)
+            return wrong[name], -close, name != "image"
+
+        return fitting[0] if fitting else min(wrong, key=distance)
 
     @property
     def hint(self) -> str:

@@ -155,7 +155,8 @@ class AudioViewsConfig(Component):
         return (1, self.mels, frames_of(samples, round(self.hop * self.sampling_rate)))
 
     def build(self, seed: int) -> AudioViews:
-        """Build the views, with noise from this seed."""
+        """Build the views, with noise from this seed. Raises ConfigError without `seconds`."""
+        self.sampling  # noqa: B018  (for an error to come here)
         return AudioViews(self, seed)
 
 
