@@ -231,8 +231,23 @@ def held(feature: Any) -> str:
     if is_category(feature):
         return "text"
     if is_number(feature):
-        return f"numbers ({feature.dtype})"
-    return str(feature)
+        return "numbers"
+    for kind, name in _NAMES.items():
+        if isinstance(feature, kind):
+            return name
+    dtype = getattr(feature, "dtype", "")
+    is_bytes = "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature)
+    return "bytes" if is_bytes else dtype or str(feature)
+
+
+_NAMES: Mapping[Any, str] = {
+    datasets.Image: "images",
+    datasets.Audio: "sound",
+    datasets.List: "lists",
+    datasets.LargeList: "lists",
+    datasets.Array2D: "arrays",
+    datasets.Array3D: "arrays",
+}
 
 
 def _sorted(values: set[str], column: str, name: str) -> tuple[str, ...]:
