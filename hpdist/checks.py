@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.mixing import check_group_sizes
 from hpdist.config import RunConfig
 from hpdist.data.decode import InputSpec
+from hpdist.distributed.names import shortened
 from hpdist.errors import ConfigError, describe
-from hpdist.models.outputs import on_trial
+from hpdist.models.outputs import NO_GRADIENT, find_logits, has_gradient_in_training, on_trial
 
 
 def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
@@ -85,20 +89,84 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
         )
 
 
-def check_model(model: nn.Module, example: Tensor, num_classes: int) -> None:
-    """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes]."""
+def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
+    """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes].
+
+    Returns whether what it gives has a gradient.
+    """
     try:
-        with on_trial(model):
+        with on_trial(model, gradient=True):
             output = model(example)
     except Exception as error:
         raise ConfigError(
             f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
         ) from error
-    logits = getattr(output, "logits", output)
+    logits = find_logits(output)
     expected = (len(example), num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
-            f"model: it maps inputs {list(example.shape)} to {found}, "
+            f"model: it maps inputs {list(example.shape)} to {_shown(output)}, "
             f"expected logits {list(expected)}: [rows, classes]"
+        )
+    if not logits.is_floating_point():
+        raise ConfigError(f"model: its logits are {logits.dtype}, expected floating-point numbers")
+    return logits.requires_grad
+
+
+def check_gradient(model: nn.Module, example: Tensor) -> None:
+    """Raise ConfigError where training could move nothing of a model.
+
+    For one whose outputs have no gradient in evaluation. Every rank must call.
+    """
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ConfigError(
+            f"model: none of the {len(parameters)} parameters of {type(model).__name__} is trained "
+            "(requires_grad is False), so there is nothing to learn; leave at least the last layer "
+            "trained"
+        )
+    # Weights as they are stored are seen in fp32 only through copies, which have no gradient.
+    as_stored = any(getattr(parameter, "as_stored", False) for parameter in parameters)
+    if as_stored:
+        return
+    try:
+        trains = has_gradient_in_training(model, example)
+    except Exception as error:
+        raise ConfigError(
+            f"model: it fails in training on inputs of shape {list(example.shape)}: "
+            f"{describe(error)}"
+        ) from error
+    if not trains:
+        raise ConfigError(NO_GRADIENT)
+
+
+def _shown(output: Any) -> object:
+    """What a model gave, for a message: a tensor's shape, or what it is and has."""
+    found = find_logits(output)
+    if isinstance(found, Tensor):
+        return list(found.shape)
+    if isinstance(found, Mapping):
+        return f"a {type(found).__name__} of {', '.join(map(str, found)) or 'nothing'}, no logits"
+    return type(found).__name__
+
+
+def check_given_model(model: nn.Module) -> None:
+    """Raise ConfigError for a module that cannot be trained as it was given in Python."""
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise ConfigError(
+            f"model: it is wrapped in {type(model).__name__} already; give the module inside, "
+            "model.module: hpdist wraps it by itself"
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ConfigError(
+            f"model: {shortened(lazy)} has no shape yet (a lazy layer); call the model once on a "
+            "batch of your data before you give it, or use a layer that is given its sizes"
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unmade = [name for name, tensor in tensors if tensor.is_meta]
+    if unmade:
+        raise ConfigError(
+            f"model: {shortened(unmade)} is on the meta device, so it has no values; build the "
+            "model on the CPU, or call model.to_empty(device='cpu') and load its weights"
         )

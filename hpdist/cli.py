@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hpdist import __version__
 from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError, HpdistError
+from hpdist.redaction import redact_output, redacted_text
 
 if TYPE_CHECKING:
+    from hpdist.config import RunConfig
     from hpdist.trainer import Trainer
 
 _FLAGS = ("--help", "--dry-run", "--print-config", "--print-schema")
@@ -38,6 +40,7 @@ setting there is."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    redact_output()
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except HpdistError as error:
@@ -68,6 +71,8 @@ def _run(arguments: Sequence[str]) -> int:
         return preflight(known, overrides)
     if known.command == "plan":
         return plan(known, overrides)
+    if known.command == "configs":
+        return configs(known)
     return report(known) if known.command == "report" else algorithms()
 
 
@@ -81,10 +86,10 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if known.config is None:
         raise ConfigError("train needs a config file: hpdist train CONFIG [--key.sub value ...]")
     if known.print_config:
-        config = configuration.load(known.config, overrides, run_code=False)
+        config = _load(known.config, overrides, run_code=False)
         _print(config.to_yaml().rstrip())
         return 0
-    config = configuration.load(known.config, overrides)
+    config = _load(known.config, overrides)
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
@@ -116,12 +121,11 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write the unlabelled rows of a config as Parquet, and print how to read them."""
     from tqdm import tqdm
 
-    from hpdist import config as configuration
     from hpdist.data.convert import convert as write
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("convert runs on one process; start it without a launcher")
-    data = configuration.load(known.config, overrides, run_code=False).data
+    data = _load(known.config, overrides, run_code=False).data
     if data.unlabeled is None or not data.unlabeled.path:
         raise ConfigError("convert reads the dataset that data.unlabeled.path names; set it")
     with tqdm(unit=" rows", dynamic_ncols=True, disable=None) as bar:
@@ -138,13 +142,10 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
-    from hpdist import config as configuration
     from hpdist.distributed.rendezvous import TOKEN, Endpoint
     from hpdist.preflight import preflight, table
 
-    config = None
-    if known.config:
-        config = configuration.load(known.config, overrides, run_code=False)
+    config = _load(known.config, overrides, run_code=False) if known.config else None
     given = (known.processes, known.rank, known.address)
     if any(value is not None for value in given):
         if None in given:
@@ -171,13 +172,12 @@ def preflight(known: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def plan(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Say what every ZeRO stage needs, and which fits; status 3 where none does."""
-    from hpdist import config as configuration
     from hpdist.memory_plan import make_plan, table
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("plan runs on one process; start it without a launcher")
     found = make_plan(
-        configuration.load(known.config, overrides),
+        _load(known.config, overrides),
         known.gpus,
         known.gpu_memory,
         reserve=known.reserve,
@@ -209,6 +209,33 @@ def algorithms() -> int:
     return 0
 
 
+def configs(known: argparse.Namespace) -> int:
+    """List the configs that come with hpdist, or copy them."""
+    from hpdist.shipped import copy_shipped, list_configs
+
+    if known.copy is None:
+        _print("\n".join(list_configs()))
+        return 0
+    written = copy_shipped(Path(known.copy))
+    _print(f"{len(written)} files written into configs/ and launch/ of {known.copy}")
+    return 0
+
+
+def _load(given: str, overrides: Sequence[str], *, run_code: bool = True) -> RunConfig:
+    """Read a config by path or name; what a name stands for is said once.
+
+    Without `run_code` nothing that it names is imported, and nothing can be built from it.
+    """
+    from hpdist import config as configuration
+    from hpdist.shipped import find_config
+
+    path = find_config(given)
+    if path != Path(given) and _rank() == 0:
+        line = f"config {given}: {path}; its first lines say where its data come from"
+        print(line, file=sys.stderr, flush=True)
+    return configuration.load(path, overrides, run_code=run_code)
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -226,7 +253,7 @@ def _print(text: str) -> None:
     if _rank() != 0:
         return
     try:
-        print(text, flush=True)
+        print(redacted_text(text), flush=True)
     except BrokenPipeError:  # `| head` has seen enough; keep Python from failing again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -303,7 +330,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
+    run.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file, or a name that hpdist configs lists"
+    )
     run.add_argument("--dry-run", action="store_true", help="build everything, one step, no files")
     run.add_argument("--print-config", action="store_true", help="print the resolved YAML and stop")
     run.add_argument("--print-schema", action="store_true", help="print the JSON Schema and stop")
@@ -369,4 +398,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="default: report.html, of one run in its own folder"
     )
     commands.add_parser("algorithms", help="list every algorithm", allow_abbrev=False)
+    shipped = commands.add_parser(
+        "configs", help="list the configs that come with hpdist, or copy them", allow_abbrev=False
+    )
+    shipped.add_argument(
+        "--copy", metavar="FOLDER", help="write configs/ and launch/ there, to launch with them"
+    )
     return parser

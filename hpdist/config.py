@@ -41,6 +41,7 @@ from hpdist.config_data import (
 )
 from hpdist.errors import ConfigError
 from hpdist.overrides import lay_over, read_overrides, read_yaml, to_yaml
+from hpdist.redaction import MARK, redacted_parts, redacted_settings
 from hpdist.settings import (
     IN_PYTHON,
     PYTHON_PREFIX,
@@ -223,6 +224,9 @@ class Log(Section):
 
     every: int = Field(10, gt=0)
     """Optimizer steps between records."""
+    examples: int = Field(8, ge=0)
+    """Rows of the first batch whose weak and strong views are written into the run folder's
+    `examples`; 0 for none."""
 
 
 class Checkpoint(Section):
@@ -375,8 +379,14 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved configuration, as YAML that `load` takes."""
-        return to_yaml(self.model_dump(mode="json"))
+        """The resolved configuration, as YAML that `load` takes.
+
+        Passwords and signatures are left out; of such a file `load` asks for them.
+        """
+        values = redacted_settings(self.model_dump(mode="json"))
+        left_out = redacted_parts(values)
+        note = f"# Left out of {', '.join(left_out)}: what is marked {MARK}.\n" if left_out else ""
+        return note + to_yaml(values)
 
 
 def parse(values: Mapping[str, Any], where: str = "config", given: Sequence[str] = ()) -> RunConfig:
@@ -384,6 +394,12 @@ def parse(values: Mapping[str, Any], where: str = "config", given: Sequence[str]
 
     Raises ConfigError that names every wrong setting by its dotted path.
     """
+    left_out = redacted_parts(values)
+    if left_out:
+        raise ConfigError(
+            f"{where}: {', '.join(left_out)}: a password or signature was left out where it says "
+            f"{MARK}; write the whole value there, or give it again: --{left_out[0]} …"
+        )
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:

@@ -1,7 +1,8 @@
 """What hpdist raises: one root, a handful of children.
 
 A message says what is wrong, where (setting, file, rank, step) and what to do. The command line
-prints it as one line and exits with `exit_status`.
+prints it as one line and exits with `exit_status`. Whatever text it was made of, from a library's
+error or a setting, it holds no password and no signature of a URL.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import sysconfig
 import traceback
 from pathlib import Path
+
+from hpdist.redaction import redacted_text
 
 
 class HpdistError(Exception):
@@ -20,6 +23,9 @@ class HpdistError(Exception):
     """The rank that raised it, where the others may not have."""
     everywhere = False
     """Whether every rank raises it, so that one may speak for all."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(redacted_text(p) if isinstance(p, str) else p for p in parts))
 
 
 class ConfigError(HpdistError):

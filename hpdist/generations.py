@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from hpdist.algorithms.tables import id_words, ids_of
 from hpdist.data.batch import UnlabeledBatch
+from hpdist.distributed.fragments import flat_view
+from hpdist.distributed.names import named_buffers, named_parameters
 from hpdist.distributed.reduce import FusedSum
 from hpdist.errors import ConfigError
 from hpdist.run_data import RunData
@@ -99,8 +101,8 @@ class Generations:
     def _restart(self) -> None:
         engine = self.step.engine
         names = engine.parameter_shapes()
-        engine.restart({name: self._initial[name].flatten().float() for name in names})
-        for name, buffer in engine.module.named_buffers():
+        engine.restart({name: flat_view(self._initial[name]).float() for name in names})
+        for name, buffer in named_buffers(engine.module):
             buffer.copy_(self._initial[name])
         assert self.step.teacher is not None
         self.step.teacher.restart()
@@ -110,5 +112,5 @@ def initial_values(model: nn.Module, generations: int) -> dict[str, Tensor]:
     """A copy of a model's weights and buffers on the CPU, where it will be needed."""
     if generations == 1:
         return {}
-    named = [*model.named_parameters(), *model.named_buffers()]
+    named = [*named_parameters(model), *named_buffers(model)]
     return {name: value.detach().cpu().clone() for name, value in named}

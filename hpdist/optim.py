@@ -38,6 +38,13 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
+def state_keys(config: Optim) -> tuple[str, ...]:
+    """The names of the state that the optimizer keeps of each element, and goes by."""
+    if config.name == "sgd":
+        return ("momentum_buffer",) if config.momentum > 0 else ()
+    return ("exp_avg", "exp_avg_sq")
+
+
 def l1_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum of the absolute values, fp32, of parameters of two dimensions or more."""
     total = torch.zeros(())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.tasks import Task, make_task
+from hpdist.bad_rows import BadRows
 from hpdist.config import RunConfig
-from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
 from hpdist.data.evaluation import evaluation_batches
@@ -42,7 +43,7 @@ from hpdist.data.views import (
     Views,
 )
 from hpdist.distributed.checkpoint import SavedRun
-from hpdist.distributed.reduce import agreed, from_main, gathered
+from hpdist.distributed.reduce import agreed, from_main
 from hpdist.errors import CheckpointError, DataError, HpdistError
 from hpdist.input_choice import (
     describe_categories,
@@ -68,7 +69,6 @@ from hpdist.tracking.audit import Audit
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 
-_NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
 _DUPLICATES = "duplicates.json"
 _INPUTS = "inputs.json"
@@ -112,7 +112,7 @@ class RunData:
         uses_unlabeled: bool,
     ) -> None:
         resumed = saved is not None
-        recorded = (folder.read_json(_INPUTS) or {}) if resumed else {}
+        recorded = from_main(lambda: folder.read_json(_INPUTS) if resumed else None) or {}
         self._given = config
         settled = agreed(lambda: settle_inputs(config, objects.labeled, recorded))
         config = settled.config
@@ -122,11 +122,8 @@ class RunData:
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
         self.streams: dict[str, BatchStream[Any]] = {}
-        self.bad_rows = 0
-        """Rows of the whole run that could not be used, of all ranks."""
-        self._bad_in_epoch = (0, 0)  # epoch, rows
-        self._recent: list[BadRow] = []  # of this rank, in this epoch
-        self._held_out_named: dict[str, set[int]] = {}
+        source = config.data.unlabeled
+        self._bad = BadRows(None if source is None else source.max_bad_rows)
         self._audit: Audit | None = None
         self.labeled: LabeledRows = agreed(lambda: self._open_labeled(settled.opened, saved))
         chosen = [*settled.lines, *self._settle_seconds(recorded)]
@@ -334,7 +331,8 @@ class RunData:
             threads=loading.threads,
             processes=loading.processes,
         )
-        self.rank, self.world_size = rank, world_size
+        self.rank = self._bad.rank = rank
+        self.world_size = world_size
         self._make_stream = make
         self.labeled_stream: BatchStream[LabeledBatch] = make(
             self.labeled, batch.labeled, processes=0
@@ -350,6 +348,7 @@ class RunData:
     def record(self) -> None:
         """Write down what the run has chosen, for a resume to choose the same."""
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
+        self.folder.write_json("classes.json", self.labeled.classes.names)
         self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
         inputs = record_inputs(self.config, self._given, self.spec)
         if inputs:
@@ -419,43 +418,12 @@ class RunData:
             return None
         if self._audit is not None:
             self._audit.add(attempt, applied, batch)
-        epoch, count = self._bad_in_epoch
-        if self.epoch != epoch:
-            epoch, count, self._recent = self.epoch, 0, []
-        self._bad_in_epoch = (epoch, count + bad_rows)
-        self.bad_rows += bad_rows
-        for row in batch.bad:
-            self._name(row)
-        source = self.config.data.unlabeled
-        if not bad_rows or source is None or count + bad_rows <= source.max_bad_rows:
-            return None
-        rows = [row for rank in gathered(self._recent[-3:]) for row in rank]
-        return DataError(
-            f"data.unlabeled.max_bad_rows: {count + bad_rows} rows of epoch {epoch} could not be "
-            f"used, and {source.max_bad_rows} may; among them: {'; '.join(map(str, rows[:3]))}; "
-            "mend or remove them, or raise the limit, and start again: the run goes on from here"
-        )
+        return self._bad.add(batch.bad, bad_rows, self.epoch)
 
-    def _name(self, row: BadRow) -> None:
-        self._recent.append(row)
-        if len(self._recent) <= _NAMED_ROWS:
-            _log.warning("rank %d: an unlabelled row is left out: %s", self.rank, row)
-        if len(self._recent) == _NAMED_ROWS:
-            _log.warning(
-                "rank %d: further rows of this epoch are counted and not named here; "
-                "data.unlabeled.audit: true writes each of them down",
-                self.rank,
-            )
-
-    def _name_held_out(self, name: str, row: BadRow) -> None:
-        """Name a row that no score is over, once."""
-        named = self._held_out_named.setdefault(name, set())
-        if row.id in named or len(named) == _NAMED_ROWS:
-            return
-        named.add(row.id)
-        _log.warning("rank %d: %s: a row is left out of the scores: %s", self.rank, name, row)
-        if len(named) == _NAMED_ROWS:
-            _log.warning("rank %d: %s: further ones are counted only", self.rank, name)
+    @property
+    def bad_rows(self) -> int:
+        """Rows of the whole run that could not be used, of all ranks."""
+        return self._bad.count
 
     def take_audit(self) -> Callable[[], None]:
         """A call that writes the audit up to here, for the checkpoint that it belongs to."""
@@ -463,12 +431,11 @@ class RunData:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the streams' positions."""
-        return {"bad_rows": self.bad_rows, "bad_in_epoch": self._bad_in_epoch}
+        return self._bad.state()
 
     def load_state(self, state: Mapping[str, Any], attempts: int) -> None:
         """Go on from a checkpoint; what was written after it is dropped."""
-        self.bad_rows = state["bad_rows"]
-        self._bad_in_epoch = tuple(state["bad_in_epoch"])
+        self._bad.load_state(state)
         self.drop_audit_after(attempts)
 
     def drop_audit_after(self, attempts: int) -> None:
@@ -478,7 +445,7 @@ class RunData:
 
     def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
         """Every row of a measured set once, over all ranks."""
-        batch, tell = self.config.eval.batch, partial(self._name_held_out, rows.name)
+        batch, tell = self.config.eval.batch, partial(self._bad.name_held_out, rows.name)
         return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, tell)
 
     def close(self) -> None:

@@ -47,4 +47,5 @@ class RunFacts(BaseModel):
     identity: dict[str, Any]
     seconds: _Seconds
     tracker_run_id: str | None
+    optimizer_apart: dict[str, dict[str, float]] = {}
     pending: dict[str, Any] | None = None

@@ -16,7 +16,10 @@ from hpdist.config import CHOICES, RunConfig
 from hpdist.distributed import checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.names import named_buffers, shortened
+from hpdist.distributed.optimizer_state import optimizer_of, saved_optimizer
 from hpdist.errors import CheckpointError, describe
+from hpdist.optim import state_keys
 from hpdist.run_data import RunData
 from hpdist.step import SemiSupervisedStep
 
@@ -36,6 +39,7 @@ class RunState:
         self.step = step
         self.data = data
         self.identity = self._identity(config)
+        self._optimizer_keys = state_keys(config.optim)
         self.overflows = 0
         self.best: tuple[float, int] | None = None
         """The best score on the validation set, and its step."""
@@ -63,6 +67,7 @@ class RunState:
                 "teacher_updates": step.teacher.updates if step.teacher else 0,
                 "loss_scale": engine.scale_state(),
                 "optimizer": engine.optimizer_scalars(),
+                "optimizer_apart": engine.optimizer_scalars_apart(),
                 "streams": {name: s.state_dict() for name, s in self.data.streams.items()},
                 "data": self.data.state(),
                 "identity": self.identity,
@@ -82,11 +87,9 @@ class RunState:
         facts, step, engine = saved.facts, self.step, self.step.engine
         self._check_identity(saved)
         engine.load_master(saved.whole("master"))
-        prefix = "optimizer."
-        keys = sorted(k.removeprefix(prefix) for k in saved.kinds() if k.startswith(prefix))
-        engine.load_optimizer(keys, facts["optimizer"], lambda k, f: saved.read(prefix + k, f))
+        engine.load_optimizer(saved_optimizer(saved, self._optimizer_keys))
         engine.load_scale_state(facts["loss_scale"])
-        for name, buffer in engine.module.named_buffers():
+        for name, buffer in named_buffers(engine.module):
             buffer.copy_(saved.common[f"buffer/{name}"])
         shards = saved.whole("algorithm")
         step.algorithm.load_state_dict(_under(saved.common, "algorithm/"), shards)
@@ -128,7 +131,7 @@ class RunState:
 
     def _common(self, shards: Shards) -> dict[str, Tensor]:
         """What every rank holds alike."""
-        buffers = self.step.engine.module.named_buffers()
+        buffers = named_buffers(self.step.engine.module)
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
         for name, value in self.step.algorithm.state_dict().items():
             if name not in shards:
@@ -152,17 +155,23 @@ class RunState:
             "batch.labeled": config.batch.labeled,
             "batch.unlabeled": config.batch.unlabeled,
             **{f"data.labeled.{name}": value for name, value in _choice(config).items()},
+            "optim.name": config.optim.name,
             "parameters": {name: list(shape) for name, shape in shapes.items()},
         }
 
     def _check_identity(self, saved: checkpoint.SavedRun) -> None:
         chosen = {key: value for key, value in self.identity.items() if key.startswith("data.")}
         # What earlier versions did not write down.
-        theirs = {"task.name": "classification", **chosen, **saved.facts["identity"]}
+        theirs = {
+            "task.name": "classification",
+            "optim.name": optimizer_of(saved, self.identity["optim.name"]),
+            **chosen,
+            **saved.facts["identity"],
+        }
         different = [
-            f"{key}: {_short(theirs.get(key))} there, {_short(value)} here"
+            _difference(key, theirs.get(key), value)
             for key, value in self.identity.items()
-            if theirs.get(key) != value
+            if theirs.get(key) != value and not _same_state(key, theirs.get(key), value)
         ]
         if different:
             raise CheckpointError(
@@ -179,6 +188,36 @@ def _choice(config: RunConfig) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(sorted(found["indices"])).encode()).hexdigest()
         found["indices"] = f"{len(found['indices'])} rows, digest {digest[:12]}"
     return found
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    """What differs between a checkpoint and the run that would go on from it."""
+    if key == "parameters" and isinstance(there, Mapping):
+        return "; ".join(_parameters_differ(there, here))
+    return f"{key}: {_short(there)} there, {_short(here)} here"
+
+
+def _parameters_differ(there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> list[str]:
+    """Which parameters are trained only there or only here, and which have another shape."""
+    only = {"there": there.keys() - here.keys(), "here": here.keys() - there.keys()}
+    found = [
+        f"parameters trained only {where}: {shortened(sorted(names))}"
+        for where, names in only.items()
+        if names
+    ]
+    shapes = [
+        f"{name} {there[name]} there, {here[name]} here"
+        for name in here
+        if name in there and list(there[name]) != list(here[name])
+    ]
+    if shapes:
+        found.append(f"parameters of another shape: {shortened(shapes)}")
+    return found or ["parameters: in another order"]
+
+
+def _same_state(key: str, there: Any, here: Any) -> bool:
+    """Whether a setting that differs leaves all of the state with its meaning."""
+    return key == "optim.name" and {there, here} == {"adam", "adamw"}
 
 
 def _short(value: object) -> str:

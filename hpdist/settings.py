@@ -41,6 +41,7 @@ from pydantic_core import (
 )
 
 from hpdist.errors import ConfigError, describe
+from hpdist.redaction import redacted_settings
 
 PYTHON_PREFIX = "python:"
 IN_PYTHON = "python:(given)"
@@ -407,6 +408,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """A value as the YAML file has it, shortened."""
+    value = redacted_settings(value)  # not after: half a URL does not show where a password ends
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

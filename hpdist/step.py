@@ -128,7 +128,7 @@ class SemiSupervisedStep:
             check_groups(algorithm.groups, self._parts)
         self._heads = columns_of(self.engine.module)
         require_heads(algorithm, self._heads)
-        self._noted = torch.zeros(3)
+        self._noted = torch.zeros(4)
         alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed
         one_pass = micro_batches == 1 and not alone
         self._fused = self.engine.fuses_weak_pass and one_pass
@@ -207,7 +207,9 @@ class SemiSupervisedStep:
         self.attempts += 1
         culprit = self._close(done, passes)
         metrics, classes, ranks = self._measure(passes, tell or {}) if measure else ({}, {}, {})
-        bad_rows, stops, saves = (round(note) for note in self._noted.tolist())
+        bad_rows, stops, saves, missed = (round(note) for note in self._noted.tolist())
+        if missed:
+            self.engine.share_usage()
         return StepOutcome(
             done.applied,
             done.overflowed,
@@ -302,9 +304,10 @@ class SemiSupervisedStep:
         )
 
     def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool, save: bool) -> Tensor:
-        """What a rank tells the others besides sums: its unusable rows, and what it asks for."""
+        """What a rank tells besides sums: unusable rows, what it asks for, gradients missed."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
-        return torch.tensor([float(bad), float(stop), float(save)], device=self.engine.device)
+        notes = [bad, stop, save, self.engine.missed_gradients]
+        return torch.tensor([float(note) for note in notes], device=self.engine.device)
 
     @torch.no_grad()
     def _reduce(
@@ -446,16 +449,14 @@ class SemiSupervisedStep:
         self, passes: list[_Pass], tell: Mapping[str, float]
     ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, list[float]]]:
         """Global means of a step, numbers of each class and of each rank. Collective."""
-        names = passes[0].contributions
-        sums = {name: sum_(p.contributions[name] for p in passes) for name in names}
+        sums = {n: sum_(p.contributions[n] for p in passes) for n in passes[0].contributions}
         weak = [p.weak.logits for p in passes if p.weak is not None]
         rows = passes[0].micro.inputs.places.unlabeled_rows
         seen = pseudo_labels.observed(self.algorithm, weak, rows)
         told = {"own_seconds": self.own_time.take(), **tell}
-        own = torch.tensor(list(told.values()), device=self.engine.device)
-        reduced = FusedSum(
-            sums | {f"seen/{n}": value for n, value in seen.items()} | {"ranks": apart(own)}
-        ).wait()
+        own = apart(torch.tensor(list(told.values()), device=self.engine.device))
+        sums |= {f"seen/{name}": value for name, value in seen.items()}
+        reduced = FusedSum(sums | {"ranks": own}).wait()
         ranks = dict(zip(told, reduced.pop("ranks").T.tolist(), strict=True))
         numbers, shares = pseudo_labels.summarized({n: reduced.pop(f"seen/{n}") for n in seen})
         reduced |= numbers

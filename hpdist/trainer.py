@@ -20,7 +20,7 @@ from torch import nn
 from hpdist import config as configuration
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
-from hpdist.checks import check_inputs, check_model, divide_batch
+from hpdist.checks import check_gradient, check_inputs, check_model, divide_batch
 from hpdist.claim import Claim
 from hpdist.config import RunConfig
 from hpdist.data.random import reseed
@@ -29,12 +29,15 @@ from hpdist.distributed import checkpoint, launch
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.distributed.engine import prepare
 from hpdist.distributed.launcher_watch import LauncherWatch
+from hpdist.distributed.next_run import fresh_accelerate
 from hpdist.distributed.reduce import agreed, from_main, gathered, raise_together, world_size
 from hpdist.errors import ConfigError, HpdistError
 from hpdist.evaluation import Evaluation
 from hpdist.generations import Generations, initial_values
+from hpdist.given import algorithm_given, check_classes, model_given, rows_given
 from hpdist.measuring import Measuring
 from hpdist.models.build import build_model
+from hpdist.models.full_precision import to_full_precision
 from hpdist.models.heads import with_heads
 from hpdist.models.memory import checkpoint_activations
 from hpdist.models.stored import weights_as_stored
@@ -50,17 +53,16 @@ from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.run_log import RunLog
 
-IN_MEMORY = "(given in Python)"
-
 
 class Trainer:
     """Trains a model from labelled and unlabelled rows, on however many ranks were launched.
 
     Args:
         model: A `torch.nn.Module`, or a name or the settings of the config's `model` section.
-        algorithm: An algorithm's name or settings.
-        labeled: A `datasets` object, a pair (object, settings such as `{"input": "picture"}`), or
-            settings of the config's section.
+        algorithm: An algorithm's name or settings, or an object such as `FixMatch(threshold=0.9)`.
+        labeled: A `datasets` object, a `pandas.DataFrame` or a list of rows; a pair of such an
+            object and settings such as `{"input": "picture"}`; a path; or settings of the
+            config's section.
         unlabeled: Likewise.
         test: Likewise.
         validation: Likewise.
@@ -73,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module | str | Mapping[str, Any],
-        algorithm: str | Mapping[str, Any] = "fixmatch",
+        algorithm: str | Mapping[str, Any] | Algorithm = "fixmatch",
         *,
         labeled: Any,
         unlabeled: Any = None,
@@ -82,21 +84,14 @@ class Trainer:
         **settings: Any,
     ) -> None:
         objects = Objects()
-        data = {}
         sets = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "validation": validation}
-        for name, value in sets.items():
-            if isinstance(value, Mapping) and "path" in value:
-                data[name] = dict(value)
-            elif value is not None:
-                rows, columns = value if isinstance(value, tuple) else (value, {})
-                setattr(objects, name, rows)
-                data[name] = {"path": IN_MEMORY, **columns}
-        values = {"data": data, "algorithm": configuration.named(algorithm), **settings}
-        if isinstance(model, nn.Module):
-            objects.model = model
-            values["model"] = {"name": configuration.IN_PYTHON}
-        else:
-            values["model"] = configuration.named(model)
+        given = {name: rows for name, rows in sets.items() if rows is not None}
+        values = {
+            "data": {name: rows_given(name, rows, objects) for name, rows in given.items()},
+            "algorithm": algorithm_given(algorithm, objects),
+            "model": model_given(model, objects),
+            **settings,
+        }
         self._build(configuration.parse(values), objects)
 
     @classmethod
@@ -130,6 +125,12 @@ class Trainer:
         self._global_rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
         micro_batch = self._global_rows // ranks // micro_batches
         self.sharding = launch.with_batch(sharding, micro_batch, micro_batches, ranks)
+        with fresh_accelerate():
+            self._assemble(objects, uses_unlabeled, micro_batches)
+
+    def _assemble(self, objects: Objects, uses_unlabeled: bool, micro_batches: int) -> None:
+        """Open folder and data, build model and step, and go on where the folder has a run."""
+        config, files = self.config, self.files
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
         if not (self.main and sys.stderr.isatty()):
@@ -161,7 +162,7 @@ class Trainer:
 
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, accelerator = self.config, self.accelerator
-        algorithm = self._make_algorithm()
+        algorithm = self._make_algorithm(objects)
         check_inputs(algorithm, self.data.unlabeled_spec)
         model = self._make_model(objects, algorithm)
         initial = initial_values(model, algorithm.generations)
@@ -198,9 +199,10 @@ class Trainer:
         self.guard = RunGuard(engine.rank, config.watchdog.seconds, self.launcher)
         self.state = RunState(self.step, self.data, config)
 
-    def _make_algorithm(self) -> Algorithm:
+    def _make_algorithm(self, objects: Objects) -> Algorithm:
         """The algorithm with its add-ons, told how much data there is."""
         data = self.data
+        check_classes(objects.algorithm, data.num_classes)
         algorithm = compose(self.config, data.num_classes, self.accelerator.device, data.task)
         algorithm.rows = data.unlabeled_rows
         algorithm.class_counts = data.class_counts
@@ -215,10 +217,15 @@ class Trainer:
             if model is None:
                 seed = config.run.seed
                 model = build_model(config.model, self.data.spec, self.data.num_classes, seed)
+            said = to_full_precision(model)
+            if said is not None:
+                Console(0, 0, self.main).say(said)
             model = global_batch_norm(model)
             example = self.data.views.plain(self.data.spec.example(2))
-            check_model(model, example, self.data.num_classes)
+            trains = check_model(model, example, self.data.num_classes)
             model = with_heads(model, algorithm, example, getattr(config.model, "features", None))
+            if not trains:
+                check_gradient(model, example)
             if config.activation_checkpointing:
                 checkpoint_activations(model)
             return model
@@ -297,6 +304,7 @@ class Trainer:
             run_id=self._run_id,
             files=files,
             sharding=self.sharding,
+            classes=self.data.labeled.classes.names,
         )
 
     def _first_rows(self) -> None:
@@ -315,6 +323,7 @@ class Trainer:
         self._problem = self.data.look_ahead(self.guard.stopping) or self.claim.lost()
         stop = self._problem is not None or self.guard.stopping()
         self.guard.beat(step.applied_steps, "training")
+        self.log.examples(self.data, labeled, unlabeled, step.attempts)
         waits = self.records.waits(self.log) if measure else None
         outcome = step(
             labeled,

@@ -25,6 +25,7 @@ import socket
 import struct
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,11 +77,15 @@ class FaultServer:
         hub: str | None = None,
         token: str | None = None,
         signature: str | None = None,
+        login: str | None = None,
+        sig: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.hub = hub
         self.token = token  # the Hub answers 401 without it
         self.signature = signature  # the Hub sends the reader to another host, with it in the query
+        self.login = login  # user:password, without which plain files are answered by 401
+        self.sig = sig  # what their queries must have, or else 403
         self.requests: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
         self.seen: list[Seen] = []
@@ -260,9 +265,20 @@ class _Handler(BaseHTTPRequestHandler):
         )
         if fault := faults.take(name, "fail"):
             return self._say(fault.status, {"error": "fault"}, fault.headers)
+        if (status := self._forbidden()) is not None:
+            return self._say(status, {"error": "not for you"})
         if faults.hub is not None and not path.startswith("cdn/"):
             return self._hub(path, name, body)
         return self._file(name)
+
+    def _forbidden(self) -> int | None:
+        faults = self.server.faults
+        if faults.login is not None:
+            basic = b64encode(faults.login.encode()).decode()
+            if self.headers.get("Authorization") != f"Basic {basic}":
+                return 401
+        query = parse_qs(urlsplit(self.path).query)
+        return 403 if faults.sig is not None and query.get("sig") != [faults.sig] else None
 
     def _file(self, name: str, headers: dict[str, str] | None = None) -> None:
         faults = self.server.faults

@@ -40,9 +40,9 @@ from hpdist.data.loading import (
     same_column,
 )
 from hpdist.data.local_files import source_name
-from hpdist.data.retry import redacted_text
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError
+from hpdist.redaction import redacted_text
 
 _READ_ROWS = 32  # few enough for large images
 _PROBE_ROWS = 64  # show which columns are worth compressing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from hpdist.errors import DataError
+from hpdist.errors import DataError, HpdistError
 
 TEST_ROWS = 360
 TRAIN_SHARDS = 4
@@ -75,3 +76,20 @@ def _write(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], file: Pat
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the digits into a folder."""
+    if len(arguments) != 1:
+        print("usage: python -m hpdist.data.digits FOLDER", file=sys.stderr)
+        return 2
+    try:
+        print(write_digits(arguments[0]))
+    except HpdistError as error:
+        print(f"hpdist: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

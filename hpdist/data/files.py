@@ -25,9 +25,9 @@ from hpdist.data.retry import (
     UnreachableError,
     is_remote,
     persist,
-    redacted,
 )
 from hpdist.data.transport import Local, Source, source_of
+from hpdist.redaction import redacted
 
 __all__ = [
     "FileChangedError",

@@ -13,6 +13,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.config import Source
 from hpdist.data.builders import config_of
+from hpdist.data.cached_addresses import redact_cached_addresses
 from hpdist.data.categories import held, is_category, is_number
 from hpdist.data.decode import Column
 from hpdist.data.local_files import (
@@ -159,6 +160,8 @@ def _explained(config: Source, where: str, streaming: bool) -> Iterator[None]:
         raise
     except Exception as error:  # every builder and transport has its own
         raise DataError(_load_message(config, where, streaming, error)) from error
+    finally:
+        redact_cached_addresses([config.path, *patterns_of(config.data_files)])
 
 
 def _check_path(config: Source, where: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hpdist.errors import DataError
+from hpdist.redaction import RedactingFilter, redacted, redacted_text
 
 T = TypeVar("T")
 
@@ -21,9 +21,9 @@ SLOWEST = 4 << 10  # bytes a second; less is no progress
 
 _NOTICE = 30.0  # seconds between two lines of log about one host
 _POLL = 0.05  # seconds
-_SECRET = re.compile(r"\bhf_\w{8,}|(?<=Bearer )\S+")
 
 _log = logging.getLogger("hpdist.data")
+_log.addFilter(RedactingFilter())
 _jitter = random.SystemRandom()  # no seed of a run, and no other process, draws from it
 _noticed: dict[str, float] = {}  # when a host was last logged
 
@@ -102,13 +102,6 @@ class Failed(Exception):  # noqa: N818
 def is_remote(path: str) -> bool:
     """Whether a path is a URL of anything but a local file."""
     return "://" in path and path.partition("://")[0] not in ("file", "local")
-
-
-def redacted(path: str) -> str:
-    """Strip a path of query string, user, password and token."""
-    if not is_remote(path):
-        return path
-    return "::".join(_redacted_url(part) for part in path.split("::"))
 
 
 def persist(
@@ -193,20 +186,7 @@ def _notice(path: str, reason: str, left: float) -> bool:
     return True
 
 
-def _redacted_url(url: str) -> str:
-    scheme, mark, rest = url.partition("://")
-    host, slash, name = re.split(r"[?#]", rest)[0].partition("/")
-    if scheme != "hf":  # where @ marks a revision
-        host = host.rpartition("@")[2]
-    return _SECRET.sub("…", f"{scheme}{mark}{host}{slash}{name}")
-
-
 def cause(error: BaseException) -> str:
     """An error on one line, without secrets."""
     text = redacted_text(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
-
-
-def redacted_text(text: str) -> str:
-    """Strip every URL in a text of what a log is not told."""
-    return _SECRET.sub("…", re.sub(r"\w+://[^\s'\"]+", lambda url: redacted(url[0]), text))

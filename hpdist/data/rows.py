@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from hpdist.data.retry import redacted
+from hpdist.redaction import redacted
 
 _files: weakref.WeakKeyDictionary[Any, tuple[list[str], list[int]]] = weakref.WeakKeyDictionary()
 """Of tables that were joined from files: the files, and the row behind the last of each."""

@@ -51,6 +51,10 @@ class Tokenizer:
         """Token ids, int64 [texts, max_length]."""
         return self._loaded.encode(texts, self.max_length)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Put token ids into words again, without what only pads them."""
+        return self._loaded.decode(ids)
+
     def example(self, rows: int) -> Array:
         """Token ids of a few words, for a first look at a model."""
         return self.encode([_EXAMPLE[row % len(_EXAMPLE)] for row in range(rows)])
@@ -126,6 +130,10 @@ class _Loaded:
                 list(texts), padding="max_length", truncation=True, max_length=length
             )["input_ids"]
         return np.asarray(ids, dtype=np.int64).reshape(len(texts), length)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        hidden = set(self.vocabulary.special)
+        return str(self._tokenizer.decode([number for number in ids if number not in hidden]))
 
 
 @cache

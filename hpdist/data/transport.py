@@ -35,10 +35,9 @@ from hpdist.data.retry import (
     heed,
     host_of,
     is_remote,
-    redacted,
-    redacted_text,
 )
 from hpdist.errors import DataError
+from hpdist.redaction import RedactingFilter, redacted
 
 _CONNECT = 10.0  # seconds
 _WHOLE = 64 << 20  # bytes of a file that is read whole, where the server knows no ranges
@@ -394,13 +393,6 @@ def _file_system(path: str) -> tuple[Any, str]:
     return files, name if chain else files._strip_protocol(path)
 
 
-class _NoSecrets(logging.Filter):
-    """Keeps the query strings of signed URLs out of what httpx logs: each URL, and redirects."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redacted_text(record.getMessage()), ()
-        return True
-
-
+# httpx logs each URL with its query, and redirects to signed ones.
 for _name in ("httpx", "httpcore.http11", "httpcore.http2"):
-    logging.getLogger(_name).addFilter(_NoSecrets())
+    logging.getLogger(_name).addFilter(RedactingFilter())

@@ -25,6 +25,12 @@ _Seen: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Of one pass: elements per channel on all ranks, mean and unbiased variance."""
 
 
+_ONE_VALUE = (
+    "model: batch normalisation is given one row at a time, of which it makes zeros; give it more: "
+    "batch.labeled or batch.micro, or use another normalisation (LayerNorm, GroupNorm)"
+)
+
+
 class GlobalBatchNorm(_BatchNorm):
     """BatchNorm1d, 2d and 3d over the global batch. Input [rows, channels, *].
 
@@ -74,6 +80,8 @@ class GlobalBatchNorm(_BatchNorm):
         if world_size() == 1:
             if not len(rows):
                 return rows
+            if rows.numel() == self.num_features:
+                raise ConfigError(_ONE_VALUE)
             # With momentum 1 torch leaves the batch's mean and unbiased variance in the buffers.
             normalised = F.batch_norm(rows, mean, variance, weight, bias, True, 1.0, self.eps)
         else:

@@ -38,6 +38,7 @@ from hpdist.distributed.manifest import (
     regular_size,
     step_of,
 )
+from hpdist.distributed.names import with_plain_names
 from hpdist.distributed.reduce import from_main, gathered, world_size
 from hpdist.errors import CheckpointError
 
@@ -115,12 +116,17 @@ class SavedRun:
             for file in self.facts["files"]:
                 if file != COMMON:
                     self._index(file)
+            self._forget_wrappers()
         except (OSError, SafetensorError) as error:  # of a file that another rank verifies
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def kinds(self) -> set[str]:
         """Which kinds of fragments it holds."""
         return {kind for kind, _ in self._places}
+
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether it has fragments of a kind of a parameter."""
+        return (kind, name) in self._places
 
     def read(self, kind: str, like: Fragment) -> Tensor:
         """The saved elements at a fragment's place, from however many files hold them."""
@@ -132,7 +138,8 @@ class SavedRun:
 
     def _read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         places = self._places.get((kind, name), [])
-        parts, at = [], start
+        parts = [torch.empty(0)][: start == stop]  # a rank may own nothing of a parameter
+        at = start
         # Fragments do not overlap, so the first that is needed is the last that begins by `start`.
         for first, length, file, key in places[max(bisect_right(places, (start + 1,)) - 1, 0) :]:
             if first >= stop:
@@ -160,6 +167,24 @@ class SavedRun:
             self._places.setdefault((kind, name), []).append((int(start), length, file, key))
         for places in self._places.values():
             places.sort()
+
+    def _forget_wrappers(self) -> None:
+        """Take out of all names what wrappers put into those of earlier versions."""
+        under_ddp = self.facts["world_size"] > 1
+        for kind in self.kinds() - {"algorithm"}:
+            keys = [key for key in self._places if key[0] == kind]
+            named = {key[1]: self._places.pop(key) for key in keys}
+            plain = with_plain_names(named, under_ddp=under_ddp)
+            self._places |= {(kind, name): places for name, places in plain.items()}
+        for prefix in ("buffer/", "teacher/"):
+            own = [key for key in self.common if key.startswith(prefix)]
+            tensors = {key.removeprefix(prefix): self.common.pop(key) for key in own}
+            values = with_plain_names(tensors, under_ddp=under_ddp)
+            self.common |= {prefix + name: value for name, value in values.items()}
+        identity = self.facts.get("identity", {})
+        if "parameters" in identity:
+            shapes = with_plain_names(identity["parameters"], under_ddp=under_ddp)
+            identity["parameters"] = shapes
 
     def _verify(self, rank: int, ranks: int) -> None:
         """Sizes of all files, hashes of a share of them."""

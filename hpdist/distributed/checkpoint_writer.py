@@ -253,6 +253,8 @@ def _copy(values: Tensor) -> Tensor:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     save_file(tensors, path)
+    # safetensors makes its files for their owner alone, whatever the umask; a folder follows it.
+    path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path.name, {"bytes": path.stat().st_size, "sha256": hash_of(path)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpdist.distributed.engine import Engine, Replica
 from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.names import named_buffers, named_parameters, plain_name
 
 
 class ShardedTeacher:
@@ -30,8 +31,8 @@ class ShardedTeacher:
         self._replica: Replica | None = None
         self._parts = [part.detach().clone() for part in engine.master_parts()]
         self.fragments = engine.fragments_of(self._parts)
-        self.buffers = {name: b.detach().clone() for name, b in engine.module.named_buffers()}
-        self._owners = _owners(engine.module, self.buffers)
+        self.buffers = {name: b.detach().clone() for name, b in named_buffers(engine.module)}
+        self._owners = _owners(engine.module)
 
     @property
     def decay_now(self) -> float:
@@ -61,7 +62,7 @@ class ShardedTeacher:
 
         Collective: every rank must enter; one gather, none under ZeRO-3.
         """
-        buffers = {name: b.detach().clone() for name, b in self.engine.module.named_buffers()}
+        buffers = {name: b.detach().clone() for name, b in named_buffers(self.engine.module)}
         with self.engine.lend_weights(self.fragments):
             self._set_buffers(self.buffers)
             try:
@@ -98,13 +99,20 @@ class ShardedTeacher:
         return [*self._parts, *self.buffers.values(), *replica]
 
     def whole(self) -> dict[str, Tensor]:
-        """The teacher's parameters in their shapes, fp32, and its buffers.
+        """The teacher's parameters that have elements, in their shapes, fp32, and its buffers.
 
         Collective: every rank must call; one gather.
         """
         flat = self.engine.layout.gather(self.fragments)
         shapes = self.engine.parameter_shapes()
-        return {name: flat[name].view(shape) for name, shape in shapes.items()} | self.buffers
+        complex_ = {n for n, p in named_parameters(self.engine.module) if p.is_complex()}
+        whole = {
+            name: torch.view_as_complex(flat[name].view(*shape, 2))
+            if name in complex_
+            else flat[name].view(shape)
+            for name, shape in shapes.items()
+        }
+        return whole | self.buffers
 
     def load(self, fragments: list[Fragment], buffers: dict[str, Tensor], updates: int) -> None:
         """Take over a saved teacher, already cut to this rank's fragments."""
@@ -119,23 +127,23 @@ class ShardedTeacher:
         """Begin anew from the student's weights and buffers."""
         for own, student in zip(self._parts, self.engine.master_parts(), strict=True):
             own.copy_(student)
-        for name, buffer in self.engine.module.named_buffers():
+        for name, buffer in named_buffers(self.engine.module):
             self.buffers[name].copy_(buffer)
         self.updates = 0
 
     @torch.no_grad()
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
-        for name, buffer in self.engine.module.named_buffers():
+        for name, buffer in named_buffers(self.engine.module):
             buffer.copy_(values[name])
 
 
-def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Which module holds a buffer and as what: walking over all modules costs more than copying.
 
     Not the buffers themselves, which a module may replace.
     """
     found = {}
-    for name in names:
+    for name, _ in model.named_buffers():
         path, _, attribute = name.rpartition(".")
-        found[name] = (model.get_submodule(path), attribute)
+        found[plain_name(name)] = (model.get_submodule(path), attribute)
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,15 +16,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hpdist.config import LossScale, Precision
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.fragments import Fragment, Layout, Partition
+from hpdist.distributed.fragments import Fragment, Layout, flat_view
+from hpdist.distributed.gradient_layout import keep_strides
 from hpdist.distributed.loss_scale import LossScaler
+from hpdist.distributed.names import ddp_of, named_parameters, without_wrappers
+from hpdist.distributed.optimizer_state import (
+    HasWholeState,
+    SavedOptimizer,
+    WholeState,
+    scalars_of,
+)
+from hpdist.distributed.reach import DdpUsage, GradientWatch, reached_nowhere, unreached_note
 from hpdist.distributed.reduce import world_size
-from hpdist.errors import DistributedError
-from hpdist.models.outputs import logits_of
+from hpdist.errors import ConfigError, DistributedError
+from hpdist.models.outputs import NO_GRADIENT, logits_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class Engine(ABC):
     fuses_weak_pass = False
     """Whether a second forward in a step is better avoided."""
 
+    unreached = "stays as it is"
+    """What becomes of a parameter that no step reaches."""
+
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -76,6 +88,10 @@ class Engine(ABC):
         self.world_size: int = accelerator.num_processes
         self.scaler: LossScaler | None = None
         self._norms = list(batch_norms(self.module))
+        self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
+        # What has no elements needs no place in state, teacher and checkpoint.
+        self._parameters = {name: p for name, p in self._trained.items() if _whole_size(p)}
+        self._watch: GradientWatch | None = GradientWatch(self._parameters)  # of the first step
 
     @property
     @abstractmethod
@@ -105,13 +121,13 @@ class Engine(ABC):
     def infer(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, without gradient, in whatever mode the module is."""
 
+    @abstractmethod
     def examine(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, with gradient, outside of any step: nothing will be applied."""
-        return logits_of(self.module(inputs))
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """The parameters that can be differentiated by, by name; none where they are sharded."""
-        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        return dict(self._parameters)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -124,6 +140,8 @@ class Engine(ABC):
         """
         if lr is not None:
             self.set_learning_rate(lr)
+        if self._watch is not None:
+            self._say_unreached(self._watch)
         old_scale = self.loss_scale
         applied, norm = self._apply(clip)
         exhausted = False
@@ -132,6 +150,34 @@ class Engine(ABC):
             self.scaler.update(overflowed=not applied)
             self._publish_scale()
         return EngineStep(applied, not applied, old_scale, self.loss_scale, norm, exhausted)
+
+    def _say_unreached(self, watch: GradientWatch) -> None:
+        """After the first step's backward, name what it has given no gradient. Collective."""
+        watch.close()
+        self._watch = None
+        nowhere, anywhere = reached_nowhere(self._missing(watch))
+        if anywhere:
+            self.share_usage()
+        if nowhere and self.rank == 0:
+            warnings.warn(unreached_note(self.module, nowhere, self.unreached), stacklevel=3)
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank."""
+        return [name for name in self._parameters if name not in watch.reached]
+
+    @property
+    def missed_gradients(self) -> bool:
+        """Whether a step has missed gradients here and the ranks do not speak of them yet."""
+        return False
+
+    def share_usage(self) -> None:  # noqa: B027 (only DDP has to)
+        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+
+    @staticmethod
+    def _require_gradient(loss: Tensor) -> None:
+        """Raise ConfigError where nothing can be learnt from a loss."""
+        if not loss.requires_grad:
+            raise ConfigError(NO_GRADIENT)
 
     @abstractmethod
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
@@ -159,10 +205,6 @@ class Engine(ABC):
     @abstractmethod
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
         """This rank's part of the optimizer's per-element state, live, by the state's name."""
-
-    def optimizer_slots(self) -> dict[str, list[Fragment]]:
-        """Every element of the optimizer's state that this rank holds, its own part or more."""
-        return self.optimizer_fragments()
 
     @abstractmethod
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -196,51 +238,25 @@ class Engine(ABC):
 
     def optimizer_scalars(self) -> dict[str, float]:
         """The optimizer's state that is one number for all parameters, such as Adam's step."""
-        for _, state in self.flat_states():
-            return {
-                key: float(value)
-                for key, value in state.items()
-                if isinstance(value, (int, float))
-                or (isinstance(value, Tensor) and value.dim() == 0)
-            }
+        return scalars_of(self.flat_states())
+
+    def optimizer_scalars_apart(self) -> dict[str, dict[str, float]]:
+        """The same by parameter, where it is another number: of one that some steps left out."""
         return {}
 
-    def load_optimizer(
-        self,
-        keys: Sequence[str],
-        scalars: Mapping[str, float],
-        read: Callable[[str, Fragment], Tensor],
-    ) -> None:
-        """Take over the optimizer's state: the per-element one under `keys`, and the scalars.
-
-        `read` gives the elements of a key at a fragment's place.
-        """
-        for tensor, state in self.flat_states():
-            self._make_state(tensor, state, keys, scalars)
-        for key, fragments in self.optimizer_slots().items():
-            for fragment in fragments:
-                fragment.values.copy_(read(key, fragment))
+    @abstractmethod
+    def load_optimizer(self, saved: SavedOptimizer) -> None:
+        """Take over the optimizer's state."""
 
     def restart(self, whole: Mapping[str, Tensor]) -> None:
         """Set the weights, flat fp32 by name, and have the optimizer forget what it has seen."""
         self.load_master(whole)
         scalars = dict.fromkeys(self.optimizer_scalars(), 0.0)
-        keys = sorted(self.optimizer_fragments())
-        self.load_optimizer(keys, scalars, lambda _, fragment: torch.zeros_like(fragment.values))
-
-    @staticmethod
-    def _make_state(
-        tensor: Tensor, state: dict[str, Any], keys: Sequence[str], scalars: Mapping[str, float]
-    ) -> None:
-        """Give a tensor all the state that it has after the first step; what it has it keeps."""
-        for key in keys:
-            if state.get(key) is None:
-                state[key] = torch.zeros_like(tensor, requires_grad=False)
-        state.update({key: torch.tensor(value) for key, value in scalars.items()})
+        self.load_optimizer(SavedOptimizer(sorted(self.optimizer_fragments()), scalars))
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter that is trained, by name."""
-        return {n: p.shape for n, p in self.module.named_parameters() if p.requires_grad}
+        return {name: p.shape for name, p in self._parameters.items()}
 
     def finish_norms(self, applied: bool) -> None:
         """Move the running statistics of batch normalisation, or leave them as they were."""
@@ -269,7 +285,7 @@ class Engine(ABC):
             group["lr"] = lr * group.setdefault("lr_scale", 1.0)
 
 
-class ReplicatedEngine(Engine):
+class ReplicatedEngine(HasWholeState, Engine):
     """Weights whole and fp32 on every rank, one or under DDP; mixed precision by autocast."""
 
     def __init__(
@@ -287,16 +303,22 @@ class ReplicatedEngine(Engine):
         self._own_autocast = self.precision == "fp16" and accelerator.mixed_precision == "no"
         if self.precision == "fp16":
             self.scaler = LossScaler.of(loss_scale or LossScale())
-        self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self._partition = Partition(self._parameters, self.rank, self.world_size)
         for parameter in self._parameters.values():  # so that a flat view of it exists
             parameter.data = parameter.data.contiguous()
+        self._whole = WholeState(self._parameters, self.optimizer, self.rank, self.world_size)
+        self._usage: DdpUsage | None = None
+        ddp = ddp_of(model)
+        if ddp is not None:
+            keep_strides(self._trained.values())
+            self._usage = DdpUsage(ddp, self._trained)
+        # Accelerate's autocast is around its forward, which need not be that of the user's module.
+        self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
 
     @property
     def module(self) -> nn.Module:
-        """The user's own module, Accelerate's autocast still around its forward."""
+        """The user's own module, not to be called: autocast may be around a wrapper's forward."""
         # Not by Accelerate's unwrap_model, which imports DeepSpeed to ask whether it is one.
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return without_wrappers(self.model)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, through DDP's wrapper."""
@@ -311,7 +333,7 @@ class ReplicatedEngine(Engine):
     def examine(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, with gradient, past DDP's wrapper."""
         with self._autocast():
-            return logits_of(self.module(inputs))
+            return logits_of(self._prepared(inputs))
 
     def make_replica(self, model: nn.Module | None) -> Replica | None:
         """A second model for other weights, where lending them to the first would cost too much."""
@@ -319,16 +341,39 @@ class ReplicatedEngine(Engine):
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Keep DDP from reducing before the last micro-batch."""
-        if last or not hasattr(self.model, "no_sync"):
+        if self._usage is None:
             return nullcontext()
-        return cast(AbstractContextManager[None], cast(Any, self.model).no_sync())
+        if last:
+            self._usage.begin_last()
+            return nullcontext()
+        return self._usage.without_reduction()
 
     def backward(self, loss: Tensor) -> None:
         """DDP averages over ranks, so a contribution counts world-size times."""
+        self._require_gradient(loss)
         torch.autograd.backward(loss * (self.world_size * self.loss_scale))
+        if self._usage is not None:
+            self._usage.complete()
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank; DDP has been given zeros since."""
+        return super()._missing(watch) if self._usage is None else self._usage.missing
+
+    @property
+    def missed_gradients(self) -> bool:
+        """Whether DDP's latest step has, and its ranks do not speak of them yet."""
+        usage = self._usage
+        return usage is not None and bool(usage.missing) and not usage.shared
+
+    def share_usage(self) -> None:
+        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+        if self._usage is not None:
+            self._usage.shared = True
 
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
         """The gradients are reduced, so every rank finds the same norm."""
+        if self._usage is not None:
+            self._usage.drop_unused()
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if self.loss_scale != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scale)
@@ -342,31 +387,11 @@ class ReplicatedEngine(Engine):
         self.optimizer.zero_grad()
         return finite, norm
 
-    def master_parts(self) -> list[Tensor]:
-        """Views of this rank's 1/N of the parameters, one by one."""
-        return [fragment.values for fragment in self._partition.cut(self._parameters)]
-
-    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
-        """The parts, named."""
-        return self._partition.named(parts)
-
-    def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """Views of this rank's 1/N of every state tensor that has its parameter's shape."""
-        return {key: self._partition.cut(tensors) for key, tensors in self._state().items()}
-
-    def optimizer_slots(self) -> dict[str, list[Fragment]]:
-        """The whole state: every rank holds all of it."""
-        return {key: self._partition.uncut(tensors) for key, tensors in self._state().items()}
-
-    def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Every parameter with its state."""
-        return [(p, self.optimizer.state[p]) for p in self._parameters.values()]
-
     @torch.no_grad()
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
         """Copy into the parameters."""
         for name, parameter in self._parameters.items():
-            parameter.copy_(whole[name].view(parameter.shape))
+            flat_view(parameter).copy_(flat_view(whole[name]))
 
     @contextmanager
     def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
@@ -378,15 +403,17 @@ class ReplicatedEngine(Engine):
         finally:
             self.load_master(own)
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        return self._partition.state_tensors(self._parameters, self.optimizer.state)
-
     def _autocast(self) -> AbstractContextManager[None]:
         if not self._own_autocast:
             return nullcontext()
         return cast(
             AbstractContextManager[None], torch.autocast(self.device.type, dtype=torch.float16)
         )
+
+
+def _whole_size(parameter: nn.Parameter) -> int:
+    """A parameter's elements; of one that is sharded there are fewer here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def ranks_are_apart(accelerator: Accelerator) -> bool:
@@ -404,11 +431,17 @@ def prepare(
     Collective: every rank must call.
     """
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
-        from hpdist.distributed.zero3 import partition_weights
+    if plugin is None:
+        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+    from hpdist.distributed.zero3 import partition_weights
+    from hpdist.distributed.zero_shapes import check_shardable, leave_out_empty, with_dimensions
 
+    check_shardable(model)
+    if plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
+        leave_out_empty(optimizer)
         partition_weights(model, plugin.deepspeed_config, accelerator.device)
-    return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+    with with_dimensions(model):
+        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
 
 
 def make_engine(

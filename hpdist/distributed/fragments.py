@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +35,16 @@ class Fragment:
         return Fragment(self.name, self.start, values)
 
 
+def real(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a live real view of a complex one, [*, 2]."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """All numbers of a contiguous tensor in a row, live: of a complex one real parts and others."""
+    return real(tensor.detach()).view(-1)
+
+
 def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, int, int]]:
     """Cut tensors of these sizes, laid end to end, into `ranks` even parts; give part `rank`.
 
@@ -58,7 +67,7 @@ class Partition:
 
     def __init__(self, tensors: Mapping[str, Tensor], rank: int, ranks: int) -> None:
         self._names = list(tensors)
-        self._pieces = partition([t.numel() for t in tensors.values()], rank, ranks)
+        self._pieces = partition([real(t).numel() for t in tensors.values()], rank, ranks)
 
     def cut(self, tensors: Mapping[str, Tensor]) -> list[Fragment]:
         """Views of this rank's share of tensors of the same names and sizes."""
@@ -66,7 +75,7 @@ class Partition:
         for index, start, stop in self._pieces:
             name = self._names[index]
             if name in tensors:
-                pieces.append(Fragment(name, start, tensors[name].detach().view(-1)[start:stop]))
+                pieces.append(Fragment(name, start, flat_view(tensors[name])[start:stop]))
         return pieces
 
     def named(self, parts: Sequence[Tensor]) -> list[Fragment]:
@@ -79,19 +88,7 @@ class Partition:
     @staticmethod
     def uncut(tensors: Mapping[str, Tensor]) -> list[Fragment]:
         """Views of tensors as they are, whole."""
-        return [Fragment(name, 0, tensor.view(-1)) for name, tensor in tensors.items()]
-
-    @staticmethod
-    def state_tensors(
-        parameters: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
-    ) -> dict[str, dict[str, Tensor]]:
-        """An optimizer's per-element state: by the state's name, then the parameter's."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in parameters.items():
-            for key, value in state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    found.setdefault(key, {})[name] = value
-        return found
+        return [Fragment(name, 0, flat_view(tensor)) for name, tensor in tensors.items()]
 
 
 class Layout:
@@ -134,7 +131,7 @@ class Layout:
         call; an all-gather for every 4 million elements.
         """
         device = _device_of(own)
-        flats = {name: tensor.detach().view(-1) for name, tensor in whole.items()}
+        flats = {name: flat_view(tensor) for name, tensor in whole.items()}
         step = max(_PIECE // len(self._ranks), 1)
         for begin in range(0, self._longest, step):
             end = min(begin + step, self._longest)

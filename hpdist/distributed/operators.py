@@ -34,7 +34,13 @@ def prepare_operators(builders: Sequence[Any], say: Say, patience: float | None)
     Raises ConfigError where one cannot be compiled.
     """
     for builder in builders:
-        _Build(builder, say, patience).run()
+        try:
+            _Build(builder, say, patience).run()
+        except OSError as error:  # noqa: PERF203
+            raise ConfigError(
+                f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
+                "TORCH_EXTENSIONS_DIR to a folder of this machine's that can be written to"
+            ) from error
 
 
 def needed_builders(config: Mapping[str, Any]) -> list[Any]:

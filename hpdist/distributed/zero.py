@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from hpdist.config import LossScale
 from hpdist.distributed.engine import Engine
-from hpdist.distributed.fragments import Fragment, Partition
+from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.launch import Sharding
 from hpdist.distributed.launcher import hide_launcher_fields
 from hpdist.distributed.loss_scale import LossScaler
+from hpdist.distributed.names import without_wrappers
+from hpdist.distributed.optimizer_state import (
+    HasWholeState,
+    SavedOptimizer,
+    WholeState,
+    make_state,
+)
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
@@ -118,19 +125,20 @@ class Place(NamedTuple):
 class ZeroEngine(Engine):
     """ZeRO 1 and 2: half-precision weights whole on every rank, fp32 master and state sharded."""
 
+    unreached = "is moved by weight decay alone under DeepSpeed, which takes its gradient for zero"
+
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         self.deepspeed = cast(Any, model)
         super().__init__(accelerator, model, self.deepspeed.optimizer)
-        self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self._dtype = next(iter(self._parameters.values())).dtype
+        self._dtype = next(p.dtype for p in self._parameters.values() if p.is_floating_point())
         self._take_over_scale()
 
     @property
     def module(self) -> nn.Module:
         """The user's own module, in half precision."""
-        return cast(nn.Module, self.deepspeed.module)
+        return without_wrappers(cast(nn.Module, self.deepspeed.module))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""
@@ -143,10 +151,11 @@ class ZeroEngine(Engine):
 
     def examine(self, inputs: Tensor) -> Tensor:
         """Logits in fp32, with gradient, past DeepSpeed's wrapper."""
-        return logits_of(self.module(self._cast(inputs)))
+        return logits_of(self.deepspeed.module(self._cast(inputs)))
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over ranks and micro-batches: a contribution counts so many times."""
+        self._require_gradient(loss)
         parts = self.world_size * self.deepspeed.gradient_accumulation_steps()
         self.deepspeed.backward(loss * parts)
         if not self.deepspeed.is_gradient_accumulation_boundary():
@@ -172,19 +181,14 @@ class ZeroEngine(Engine):
                     found.setdefault(key, []).extend(fragments)
         return found
 
-    def load_optimizer(
-        self,
-        keys: Sequence[str],
-        scalars: Mapping[str, float],
-        read: Callable[[str, Fragment], Tensor],
-    ) -> None:
+    def load_optimizer(self, saved: SavedOptimizer) -> None:
         """Take over the optimizer's state, one flat part after the other."""
         for part in range(len(self._flat_parts())):
             with self._in_memory(part, write=True):
-                self._make_state(*self.flat_states()[part], keys, scalars)
+                make_state(*self.flat_states()[part], saved.keys, saved.scalars)
                 for key, fragments in ZeroEngine._state_of(self, part).items():
                     for fragment in fragments:
-                        fragment.values.copy_(read(key, fragment))
+                        fragment.values.copy_(saved.read(key, fragment))
 
     def _state_of(self, part: int) -> dict[str, list[Fragment]]:
         """Live views of the state of a flat part that is in memory."""
@@ -230,8 +234,18 @@ class ZeroEngine(Engine):
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
         """Let DeepSpeed check, unscale, clip (by its config) and apply."""
         self.deepspeed.step()
+        self._forget_gradients()
         norm = self.deepspeed.get_global_grad_norm()
         return bool(self.deepspeed.was_step_applied()), None if norm is None else float(norm)
+
+    def _forget_gradients(self) -> None:
+        """Clear the gradients that DeepSpeed keeps of what is offloaded.
+
+        It writes there what a backward has reached, and would apply the rest again.
+        """
+        for flat in self._flat_parts():
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     def _take_over_scale(self) -> None:
         """Own the loss scale, so that it changes only after the step that it was used for.
@@ -279,42 +293,21 @@ def as_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
-class UnshardedEngine(ZeroEngine):
+class UnshardedEngine(HasWholeState, ZeroEngine):
     """Stage 0: everything whole on every rank; DeepSpeed keeps fp32 copies of half weights."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         super().__init__(accelerator, model, optimizer)
-        self._masters: dict[str, Tensor] = dict(self._parameters)
+        self._masters: dict[str, Tensor] = {**self._parameters}
         wrapped = self.deepspeed.optimizer
         if hasattr(wrapped, "fp32_groups"):
             names = {parameter: name for name, parameter in self._parameters.items()}
             for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 for half, master in zip(halves, masters, strict=True):
                     self._masters[names[half]] = master
-        self._partition = Partition(self._masters, self.rank, self.world_size)
-
-    def master_parts(self) -> list[Tensor]:
-        """Views of this rank's 1/N of the fp32 weights, one by one."""
-        return [fragment.values for fragment in self._partition.cut(self._masters)]
-
-    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
-        """The parts, named."""
-        return self._partition.named(parts)
-
-    def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """Views of this rank's 1/N of the optimizer state."""
-        return {key: self._partition.cut(tensors) for key, tensors in self._state().items()}
-
-    def optimizer_slots(self) -> dict[str, list[Fragment]]:
-        """The whole state: every rank holds all of it."""
-        return {key: self._partition.uncut(tensors) for key, tensors in self._state().items()}
-
-    def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Every fp32 weight with its state."""
-        state = self.deepspeed.optimizer.state
-        return [(master, state[master]) for master in self._masters.values()]
+        self._whole = WholeState(self._masters, wrapped, self.rank, self.world_size)
 
     @torch.no_grad()
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
@@ -364,6 +357,3 @@ class UnshardedEngine(ZeroEngine):
     def _tell_scale(self, scale: float) -> None:
         if self.scaler is not None:
             self.deepspeed.optimizer.loss_scale_config.cur_scale = scale
-
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        return self._partition.state_tensors(self._masters, self.deepspeed.optimizer.state)

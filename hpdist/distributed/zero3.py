@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.engine import Replica
 from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.names import named_parameters
 from hpdist.distributed.zero import Place, ZeroEngine, as_dtype
+from hpdist.distributed.zero_shapes import unregister_empty
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
@@ -31,7 +33,11 @@ def partition_weights(model: nn.Module, config: dict[str, Any], device: torch.de
     for half, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         if (values.get(half) or {}).get("enabled"):
             dtype = kind
+    unregister_empty(model, dtype, device)
+    scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
     deepspeed.zero.Init(module=_OneByOne(model, dtype, device), config_dict_or_path=values)
+    for parameter in scalars:
+        parameter.ds_shape = torch.Size([])  # type: ignore[attr-defined]
     for buffer in model.buffers():  # which DeepSpeed takes to be on the device as well
         buffer.data = buffer.data.to(device)
 
@@ -54,9 +60,12 @@ class _OneByOne(nn.Module):
         for parameter in self.model.parameters(recurse):
             if last is not None and last.data_ptr() == shared.data_ptr():
                 shared = torch.empty_like(shared)  # DeepSpeed has asked for this one too early
+            shape = parameter.shape or (1,)  # DeepSpeed sends it as bytes, so it needs a dimension
             if parameter.is_floating_point():
-                whole = shared[: parameter.numel()].view(parameter.shape)
-                parameter.data = whole.copy_(parameter.data)
+                whole = shared[: parameter.numel()].view(shape)
+                parameter.data = whole.copy_(parameter.data.view(shape))
+            elif not parameter.dim():
+                parameter.data = parameter.data.view(shape)
             last = parameter
             yield parameter
 
@@ -126,6 +135,15 @@ class PartitionedEngine(ZeroEngine):
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
 
+    def _forget_gradients(self) -> None:
+        """Clear the partitioned gradients too.
+
+        Of a parameter that a step's backward does not reach, stage 3 would apply the gradient of an
+        earlier step again, and after a restart none.
+        """
+        super()._forget_gradients()
+        self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
     def _release_gathered(self) -> None:
         """Let go of parameters that an earlier forward has left whole, with their old values."""
         self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
@@ -193,7 +211,7 @@ class PartitionedReplica:
         partition_weights(model, values, device)
         self._engine = deepspeed.initialize(model=model.to(dtype), config=values)[0]
         self._engine.module.train()
-        self._parameters = dict(self._engine.module.named_parameters())
+        self._parameters = dict(named_parameters(self._engine.module))
 
     @contextmanager
     def filled(self, fragments: Sequence[Fragment]) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _wanted = ContextVar("weights_as_stored", default=False)
 
 
@@ -57,7 +57,7 @@ def loading_as_stored(transformers: Any, config: Any) -> Iterator[bool]:
 def mark_stored(model: nn.Module) -> None:
     """Mark the parameters that are in half precision, and bring all the rest to fp32."""
     for parameter in model.parameters():
-        if parameter.dtype in _HALF:
+        if parameter.dtype in HALF:
             parameter.as_stored = True  # type: ignore[attr-defined]
         elif parameter.is_floating_point():
             parameter.data = parameter.data.float()

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.errors import CheckpointError
+from hpdist.redaction import redacted_text
 
 _SCHEMA = pa.schema(
     {
@@ -52,7 +53,7 @@ class Audit:
         rows = len(batch)
         valid = np.ones(rows, bool) if batch.valid is None else batch.valid.numpy()
         epochs = np.zeros(rows, np.int64) if batch.epochs is None else batch.epochs.numpy()
-        reasons = {bad.id: bad.reason for bad in batch.bad}
+        reasons = {bad.id: redacted_text(bad.reason) for bad in batch.bad}
         ids = batch.ids.cpu().numpy()
         columns = [
             pa.array(np.full(rows, attempt)),

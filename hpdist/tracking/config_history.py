@@ -17,6 +17,7 @@ import yaml
 from hpdist import config as configuration
 from hpdist.config import RunConfig
 from hpdist.errors import ConfigError
+from hpdist.redaction import redacted_settings
 from hpdist.settings import flat
 from hpdist.tracking.run_folder import CHANGES, RunFolder, read_records
 
@@ -62,7 +63,7 @@ def differences(
     before = _began_with(folder)
     for record in changes:
         before |= {key: change["now"] for key, change in record["settings"].items()}
-    now = flat(config.model_dump(mode="json"))
+    now = flat(redacted_settings(config.model_dump(mode="json")))
     keys = [key for key in {**before, **now} if key not in _ELSEWHERE]
     return {
         key: {"was": before.get(key), "now": now.get(key)}

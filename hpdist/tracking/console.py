@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hpdist.redaction import redacted_text
+
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
 """Scores that are shown, whichever of them a task has."""
 _WIDTH = 80  # columns
@@ -37,9 +39,10 @@ class Console:
             self._bar = tqdm(total=steps, initial=done, unit="step", **width)
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, without the secrets of a URL, above the bar where there is one."""
         if not self.main:
             return
+        line = redacted_text(line)
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpdist.errors import ConfigError
-from hpdist.settings import flat
-from hpdist.tracking.run_folder import CHANGES, read_records
+from hpdist.tracking.run_record import RunRecord, read_run
+
+__all__ = ["RunRecord", "read_run", "render", "write_report"]
 
 _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
     "Training": [
@@ -73,6 +72,9 @@ _PER_CLASS = {
     "pseudo_labels": "Share of pseudo-labels of each class",
 }
 _MOST_NUMBERS = 20  # classes whose confusions are written into the picture
+_MOST_DRAWN = 500  # classes, and records, that a picture of numbers of each class has lines for
+_LONGEST_NAME = 24  # characters of a name in a picture
+_LONGEST_TEXT = 20_000  # characters of examples
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px;
@@ -81,83 +83,13 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(350px, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-size: .85rem; color: #444; }
 figure svg, figure img { width: 100%; height: auto; display: block; }
+img.views { max-width: 100%; } pre { overflow-x: auto; font-size: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
 .wide { overflow-x: auto; } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd;
        text-align: left; vertical-align: top; } td { overflow-wrap: anywhere; min-width: 3.5rem; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 .note { color: #666; }
 """
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run folder says of its run."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """By dotted name."""
-    records: Sequence[Mapping[str, Any]]
-    """Those of metrics.jsonl, in order."""
-    summary: Mapping[str, Any]
-    """Empty where the run has not ended."""
-    confusions: Mapping[str, Mapping[str, Any]]
-    """By the name of the set."""
-
-    def curve(self, keys: Iterable[str]) -> tuple[list[float], list[float]]:
-        """Steps and values of the first of these keys that there is, finite ones only."""
-        for key in keys:
-            found = [(r["step"], r[key]) for r in self.records if _is_number(r.get(key))]
-            if found:
-                return [step for step, _ in found], [value for _, value in found]
-        return [], []
-
-    def overflows(self) -> tuple[list[float], list[float]]:
-        """Steps at which the count of overflows had grown, and the loss scale there."""
-        before, steps, scales = 0, [], []
-        for record in self.records:
-            count = record.get("overflows", 0)
-            if count > before:
-                steps.append(record["step"])
-                scales.append(record["loss_scale"])
-            before = count
-        return steps, scales
-
-    def per_class(self, key: str) -> tuple[list[int], list[list[float]]]:
-        """Steps, and a list of a number for each class at each of them."""
-        found = [(r["step"], r[key]) for r in self.records if r.get(key)]
-        return [step for step, _ in found], [values for _, values in found]
-
-
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder; raises ConfigError where it holds no run."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists():
-        why = "it has no metrics.jsonl" if folder.is_dir() else "there is no such folder"
-        raise ConfigError(f"report: {str(folder)!r} is not a run folder: {why}")
-    records = [record for _, record in read_records(metrics)]
-    if not records:
-        raise ConfigError(f"report: {str(folder)!r} has no record yet; wait for the first step")
-    config = folder / "config.yaml"
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
-    summary = folder / "summary.json"
-    return RunRecord(
-        folder.resolve().name,
-        _with_changes(flat(settings), folder / CHANGES),
-        records,
-        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
-        {
-            file.stem.removeprefix("confusion_"): json.loads(file.read_text(encoding="utf-8"))
-            for file in sorted(folder.glob("confusion_*.json"))
-        },
-    )
-
-
-def _with_changes(settings: dict[str, Any], changes: Path) -> dict[str, Any]:
-    """The settings that a run began with, and beside them those that it went on with."""
-    for _, record in read_records(changes) if changes.exists() else ():
-        for key, change in record["settings"].items():
-            settings[key] = f"{settings.get(key)}; from step {record['step']} on {change['now']}"
-    return settings
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -168,7 +100,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     page = render([read_run(folder) for folder in folders])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8")
+        out.write_text(page, encoding="utf-8", errors="replace")  # a name may have half a character
     except OSError as error:
         raise ConfigError(f"report: {str(out)!r} cannot be written: {error.strerror}") from error
 
@@ -176,9 +108,18 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 def render(runs: Sequence[RunRecord]) -> str:
     """The page as HTML: tables, curves of all runs in common charts, and matrices of each."""
     plot = _pyplot()
+    # A name is not mathematics, whatever signs it has, and need not be in the font.
+    literal = {"text.parse_math": False, "text.usetex": False}
+    with plot.rc_context(literal), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        return _page(plot, runs)
+
+
+def _page(plot: Any, runs: Sequence[RunRecord]) -> str:
     colors = [_hex(plot, number) for number in range(len(runs))]
     names = ", ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(names)}</h1>", _summaries(runs, colors), _settings(runs)]
+    parts += [_examples(run) for run in runs]
     for title, charts in _CHARTS.items():
         figures = [_chart(plot, runs, colors, caption, keys) for caption, keys in charts]
         if title == "Pseudo-labels":
@@ -227,10 +168,23 @@ def _summaries(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
     for run, color in zip(runs, colors, strict=True):
         swatch = f'<span class="swatch" style="background:{color}"></span>'
         cells = "".join(f"<td>{html.escape(_told(run.summary.get(key)))}</td>" for key in keys)
-        last = run.records[-1]["step"]
-        note = "" if run.summary else f' <span class="note">not ended, at step {last}</span>'
+        last = f"at step {run.records[-1]['step']}" if run.records else "no record yet"
+        said = [] if run.summary else [f"not ended, {last}"]
+        told = html.escape("; ".join([*said, *run.notes]))
+        note = f' <span class="note">{told}</span>' if told else ""
         rows.append(f"<td>{swatch}{html.escape(run.name)}{note}</td>{cells}")
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _examples(run: RunRecord) -> str:
+    """What the views make of some rows."""
+    title = f"<h2>Views of the first rows: {html.escape(run.name)}</h2>"
+    if run.picture is not None:
+        data = base64.b64encode(run.picture).decode()
+        return f'{title}<img class="views" alt="" src="data:image/png;base64,{data}">'
+    if run.texts:
+        return f"{title}<pre>{html.escape(run.texts[:_LONGEST_TEXT])}</pre>"
+    return ""
 
 
 def _settings(runs: Sequence[RunRecord]) -> str:
@@ -260,14 +214,16 @@ def _chart(
 ) -> str:
     """One curve a run; nothing where no run has any."""
     curves = [run.curve(keys) for run in runs]
+    if _LOGARITHMIC.intersection(keys):
+        curves = [_positive(curve) for curve in curves]
     if all(value == _DULL.get(keys[0]) for _, values in curves for value in values):
         return ""
     figure, axes = plot.subplots(figsize=(4.4, 2.7), layout="constrained")
     for run, color, (steps, values) in zip(runs, colors, curves, strict=True):
         alone = {"marker": "o", "markersize": 4} if len(steps) == 1 else {}
-        axes.plot(steps, values, color=color, linewidth=1.3, label=run.name, **alone)
+        axes.plot(steps, values, color=color, linewidth=1.3, label=_short(run.name), **alone)
         if keys[0] == "loss_scale":
-            axes.plot(*run.overflows(), "x", color=color, markersize=6)
+            axes.plot(*_positive(run.overflows()), "x", color=color, markersize=6)
     if _LOGARITHMIC.intersection(keys):
         axes.set_yscale("log", base=2)
     axes.set_xlabel("step", fontsize=8)
@@ -284,17 +240,34 @@ def _classes(plot: Any, run: RunRecord, key: str) -> str:
     steps, values = run.per_class(key)
     if not steps:
         return ""
+    every, classes = -(-len(steps) // _MOST_DRAWN), len(values[0])
     figure, axes = plot.subplots(figsize=(4.4, 2.7), layout="constrained")
-    columns = list(zip(*values, strict=True))  # [classes][records]
-    limits = {"vmin": 0, "vmax": max(max(column) for column in columns)}
-    end = len(columns) - 0.5
-    extent = (steps[0], max(steps[-1], steps[0] + 1), end, -0.5)
-    drawn = axes.imshow(columns, aspect="auto", extent=extent, interpolation="nearest", **limits)
-    figure.colorbar(drawn).ax.tick_params(labelsize=8)
+    columns = _lines(values[::every])
+    drawn = [value for column in columns for value in column if math.isfinite(value)]
+    limits = {"vmin": min(0, *drawn), "vmax": max(drawn)} if drawn else {"vmin": 0, "vmax": 1}
+    extent = (steps[0], max(steps[-1], steps[0] + 1), classes - 0.5, -0.5)
+    image = axes.imshow(columns, aspect="auto", extent=extent, interpolation="nearest", **limits)
+    figure.colorbar(image).ax.tick_params(labelsize=8)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("class", fontsize=8)
     axes.tick_params(labelsize=8)
+    if len(run.classes) == classes <= _MOST_NUMBERS:
+        axes.set_yticks(range(classes), [_short(name) for name in run.classes], fontsize=7)
     return _svg(plot, figure, f"{_PER_CLASS[key]}: {run.name}")
+
+
+def _lines(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Numbers by class and record; of many classes each line is the mean of some."""
+    classes = len(values[0])
+    size = -(-classes // _MOST_DRAWN)
+    spans = [slice(*ends) for ends in pairwise([*range(0, classes, size), classes])]
+    return [[sum(row[span]) / len(row[span]) for row in values] for span in spans]
+
+
+def _positive(curve: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
+    """What a logarithmic axis has a place for."""
+    kept = [(step, value) for step, value in zip(*curve, strict=True) if value > 0]
+    return [step for step, _ in kept], [value for _, value in kept]
 
 
 def _matrix(plot: Any, run: RunRecord, name: str, who: str) -> str:
@@ -307,8 +280,9 @@ def _matrix(plot: Any, run: RunRecord, name: str, who: str) -> str:
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     if few:
         places = range(len(classes))
-        axes.set_xticks(places, classes, rotation=90, fontsize=7)
-        axes.set_yticks(places, classes, fontsize=7)
+        names = [_short(name) for name in classes]
+        axes.set_xticks(places, names, rotation=90, fontsize=7)
+        axes.set_yticks(places, names, fontsize=7)
         for y, row in enumerate(counts):
             for x, count in enumerate(row):
                 if count:
@@ -342,6 +316,13 @@ def _figure(picture: str, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
+def _short(name: str) -> str:
+    """A name on one line of a picture; one that began with _ would be left out of a legend."""
+    line = "".join(sign if sign.isprintable() else " " for sign in name)
+    line = line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 1]}…"
+    return f" {line}" if line.startswith("_") else line
+
+
 def _told(value: Any) -> str:
     """A value as a reader wants it."""
     if value is None:
@@ -351,7 +332,3 @@ def _told(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpdist.config import RunConfig
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.distributed.launch import Sharding
 from hpdist.distributed.own_time import stragglers
 from hpdist.divergence import OverflowStorm
 from hpdist.tracking.console import HEADLINES, Console
 from hpdist.tracking.environment import environment
+from hpdist.tracking.examples import write_examples
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
+
+if TYPE_CHECKING:  # a run's data is told of, not made here
+    from hpdist.run_data import RunData
 
 
 class RunLog:
@@ -27,6 +32,7 @@ class RunLog:
         run_id: The tracker's, of the run that goes on.
         files: Whether anything is written.
         sharding: How the run shards, which the tracker is told beside the config.
+        classes: Their names, for the tracker's curves of classes.
     """
 
     def __init__(
@@ -39,15 +45,18 @@ class RunLog:
         run_id: str | None,
         files: bool,
         sharding: Sharding | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self._folder = folder
         self._files = files
         told = environment(sharding)
         self._console = Console(config.steps, done, folder.main)
         say = self._console.say
-        self._tracker = Tracker(config, folder.path, folder.main and files, run_id, told, say)
+        sends = folder.main and files
+        self._tracker = Tracker(config, folder.path, sends, run_id, told, classes, say)
         self._started = self._clock = time.monotonic()
         self._before = seconds
+        self._rows_shown = config.log.examples
         self._steps = 0
         self._waited: dict[str, float] = {}
         self._waited_now: dict[str, float] = {}
@@ -128,6 +137,29 @@ class RunLog:
     def confusions(self, step: int, confusions: Mapping[str, Any]) -> None:
         """Send the confusion matrices of an evaluation, by the name of the set."""
         self._tracker.log_confusions(confusions, step)
+
+    def examples(
+        self,
+        data: RunData,
+        labeled: LabeledBatch,
+        unlabeled: UnlabeledBatch | None,
+        attempt: int,
+    ) -> None:
+        """Write what the views make of a run's first rows; a failure costs nothing but them."""
+        if not (self._files and self._folder.main and self._rows_shown and attempt == 0):
+            return
+        start = time.monotonic()
+        try:
+            batch = labeled if unlabeled is None else unlabeled
+            spec = data.spec if unlabeled is None else data.unlabeled_spec
+            rows = self._rows_shown
+            file = write_examples(self._folder.path, data.views, spec, batch, rows, attempt)
+            if file is not None and file.suffix == ".png":
+                self._tracker.log_picture("examples/views", file, 0)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            self.say(f"note: no examples of the views: {why}; log.examples: 0 leaves them out")
+        self.leave_out(time.monotonic() - start)
 
     def say(self, line: str) -> None:
         """Print a line."""

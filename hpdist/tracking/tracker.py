@@ -1,19 +1,28 @@
-"""W&B, TensorBoard or MLflow by Accelerate's trackers; one that fails never stops the training."""
+"""W&B, TensorBoard or MLflow by Accelerate's trackers; one that fails never stops the training.
+
+A metric that a tracker refuses costs that metric, one that cannot be reached the tracker.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import patch_environment
+from PIL import Image
 
 from hpdist.config import RunConfig
+from hpdist.redaction import redacted_settings, redacted_text
 from hpdist.settings import flat
+from hpdist.tracking.metrics import confusion_rows, grouped, histograms_of, values_of
 from hpdist.tracking.variables import (
     Chosen,
     choose_mlflow,
@@ -21,21 +30,9 @@ from hpdist.tracking.variables import (
     choose_wandb,
 )
 
-_GROUPS = {
-    "precision": ("loss_scale", "overflows", "overflow"),
-    "pseudo-labels": ("mask_rate", "confidence", "pseudo_label_top_share"),
-    "stream": ("epoch", "bad_rows", "data_wait"),
-    "system": (
-        "examples_per_second",
-        "examples_per_second_per_rank",
-        "slowest_rank",
-        "slowest_rank_lag",
-        "checkpoint_wait",
-    ),
-}
-_GROUP = {name: group for group, names in _GROUPS.items() for name in names}
-_MOST_IN_TABLE = 100  # classes; a table has a line for each pair of them
-_FEW = 20  # classes; of more, W&B has a histogram and the others nothing
+_NAMED = 3  # metrics that a warning names
+_LONGEST = 300  # characters of a library's error
+_LARGE = 1e30  # what every tracker has numbers for
 
 
 class Tracker:
@@ -47,6 +44,7 @@ class Tracker:
         main: Whether this is the main process; no other sends anything.
         run_id: The tracker's, of the run that goes on.
         environment: What else is told beside the config, such as the number of ranks.
+        classes: Their names, which the curves of classes get.
         say: Is given a line of what the tracker's environment variables have decided.
     """
 
@@ -57,10 +55,13 @@ class Tracker:
         main: bool,
         run_id: str | None = None,
         environment: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._say = say
         self.run_id = run_id
+        self._classes = classes
+        self._refused: set[str] = set()  # metrics
         self._name = config.tracker.name
         self._tracker: GeneralTracker | None = None
         if main and self._name != "none":
@@ -71,45 +72,51 @@ class Tracker:
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Send the record of a step, numbers in groups; a list is of all classes or ranks."""
-        self._try(lambda tracker: tracker.log(self._values(record), step=step))
+
+        def values() -> dict[str, Any]:
+            bars = histograms_of(record).items() if self._name == "wandb" else ()
+            return values_of(record, self._classes) | {name: _histogram(b) for name, b in bars}
+
+        self._send(values, step)
 
     def note(self, key: str, text: str, step: int) -> None:
         """Send a line of text; MLflow takes numbers only."""
         if self._name != "mlflow":
-            self._try(lambda tracker: tracker.log({grouped(key): text}, step=step))
+            self._send(lambda: {grouped(key): redacted_text(text)}, step)
 
     def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
         """Send confusion matrices, by the name of the set; to W&B only, as tables."""
-        # A task may have none.
-        there = {
-            name: confusion
-            for name, confusion in confusions.items()
-            if confusion and len(confusion["classes"]) <= _MOST_IN_TABLE
-        }
-        if there and self._name == "wandb":
-            self._try(lambda tracker: tracker.log(_tables(there), step=step))
+        if self._name != "wandb":
+            return
+        there = {name: matrix for name, matrix in confusions.items() if matrix}  # a task has none
+        self._send(
+            lambda: {f"eval/{name}/confusion": _table(own) for name, own in there.items()}, step
+        )
+
+    def log_picture(self, key: str, file: Path, step: int) -> None:
+        """Send a PNG; MLflow takes it as a file of the run."""
+
+        def send(tracker: GeneralTracker) -> None:
+            if self._name == "mlflow":
+                tracker.log_artifact(str(file))
+                return
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))[None]
+            layout = {"dataformats": "NHWC"} if self._name == "tensorboard" else {}
+            tracker.log_images({key: pixels}, step=step, **layout)
+
+        self._try(send, [key])
 
     def alert(self, title: str, text: str) -> None:
         """Tell whoever watches the run; of the trackers only W&B can."""
         if self._name == "wandb":
-            self._try(lambda tracker: tracker.tracker.alert(title=title, text=text, level="WARN"))
+            said = {"title": title, "text": redacted_text(text), "level": "WARN"}
+            self._try(lambda tracker: tracker.tracker.alert(**said))
 
     def finish(self) -> None:
         """Flush and close."""
         self._try(lambda tracker: tracker.finish())
         self._tracker = None
-
-    def _values(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in record.items():
-            if not isinstance(value, Sequence):
-                values[grouped(key)] = value
-                continue
-            if len(value) <= _FEW:
-                values |= {f"{grouped(key)}/{number}": part for number, part in enumerate(value)}
-            if self._name == "wandb":
-                values[f"{grouped(key)}/histogram"] = _histogram(value)
-        return values
 
     def _start(
         self, config: RunConfig, folder: Path, environment: Mapping[str, Any]
@@ -123,15 +130,16 @@ class Tracker:
         if chosen.disabled:
             return None
         tracker = make(chosen)
-        tracker.start()
+        with _redacted_arguments():
+            tracker.start()
         if name == "wandb":
             self.run_id = tracker.tracker.id
         elif name == "mlflow":
             self.run_id = tracker.active_run.info.run_id
-        settings = flat(config.model_dump(mode="json"))
+        settings = flat(redacted_settings(config.model_dump(mode="json")))
         # MLflow refuses to change the settings of a run that goes on.
         if name != "mlflow" or not tracker.active_run.data.params:
-            tracker.store_init_configuration(settings | dict(environment))
+            self._store(tracker, settings | dict(environment))
         return tracker
 
     def _choose(
@@ -152,19 +160,73 @@ class Tracker:
             lambda c: WandBTracker(c.project, **c.arguments),
         )
 
-    def _try(self, act: Callable[[GeneralTracker], object]) -> None:
+    def _store(self, tracker: GeneralTracker, settings: Mapping[str, Any]) -> None:
+        """Send the settings; a tracker that does not take them can still have the numbers."""
+        try:
+            tracker.store_init_configuration(settings)
+        except Exception as error:
+            warnings.warn(
+                f"tracker {self._name} does not take the run's settings ({_cause(error)}); "
+                "config.yaml has them",
+                stacklevel=4,
+            )
+
+    def _send(self, make: Callable[[], Mapping[str, Any]], step: int) -> None:
+        """Log values together; where that fails, each by itself, to find what is refused."""
+        if self._tracker is None:
+            return
+        values: dict[str, Any] = {}
+        try:
+            values |= {name: v for name, v in make().items() if name not in self._refused}
+            if values:
+                self._tracker.log(values, step=step)
+            return
+        except Exception as error:
+            first = error
+        errors = {name: self._refusal(name, value, step) for name, value in values.items()}
+        refused = {name: error for name, error in errors.items() if error is not None}
+        # A number that any tracker takes is refused by one that is not there any more.
+        if not values or (len(refused) == len(values) and any(map(_is_plain, values.values()))):
+            self._give_up(self._name, first)
+        elif refused:
+            self._leave_out(refused, next(iter(refused.values())))
+
+    def _refusal(self, name: str, value: Any, step: int) -> Exception | None:
+        try:
+            if self._tracker is not None:
+                self._tracker.log({name: value}, step=step)
+        except Exception as error:
+            return error
+        return None
+
+    def _try(self, act: Callable[[GeneralTracker], object], metrics: Iterable[str] = ()) -> None:
+        """Do something with the tracker; what fails costs these metrics, or else the tracker."""
+        metrics = [name for name in metrics if name not in self._refused]
         if self._tracker is None:
             return
         try:
             act(self._tracker)
         except Exception as error:
-            self._give_up(self._name, error)
+            if metrics:
+                self._leave_out(metrics, error)
+            else:
+                self._give_up(self._name, error)
+
+    def _leave_out(self, names: Iterable[str], error: Exception) -> None:
+        names = list(names)
+        self._refused.update(names)
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"tracker {self._name} does not take {', '.join(names[:_NAMED])}{more}, which it gets "
+            f"no more ({_cause(error)}); metrics.jsonl has every number",
+            stacklevel=4,
+        )
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._tracker = None
         warnings.warn(
-            f"tracker {name} failed and is off for the rest of the run ({type(error).__name__}: "
-            f"{error}); training goes on, and metrics.jsonl has every number",
+            f"tracker {name} failed and is off for the rest of the run ({_cause(error)}); training "
+            "goes on, and metrics.jsonl has every number",
             stacklevel=3,
         )
 
@@ -176,33 +238,32 @@ def _mlflow(chosen: Chosen, name: str | None) -> MLflowTracker:
         return MLflowTracker(chosen.project, run_name=name, **chosen.arguments)
 
 
-def grouped(key: str) -> str:
-    """The name under which a tracker has a number of metrics.jsonl: `group/number`."""
-    if "/" in key:
-        return key
-    if key.startswith(("threshold", "pseudo_label")):
-        return f"pseudo-labels/{key}"
-    return f"{_GROUP.get(key, 'train')}/{key}"
+@contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """Show a tracker that notes down the command line one without secrets."""
+    given = sys.argv
+    sys.argv = [redacted_text(argument) for argument in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
-def _histogram(values: Sequence[float]) -> Any:
-    """A bar for each class."""
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {redacted_text(' '.join(str(error).split()))}"[:_LONGEST]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (int, float)) and -_LARGE < value < _LARGE
+
+
+def _histogram(bars: tuple[Sequence[float], Sequence[int]]) -> Any:
     import wandb
 
-    return wandb.Histogram(np_histogram=(list(values), list(range(len(values) + 1))))
+    return wandb.Histogram(np_histogram=(list(bars[0]), list(bars[1])))
 
 
-def _tables(confusions: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher's confusion matrices, a line for each pair of classes."""
+def _table(confusion: Mapping[str, Any]) -> Any:
     import wandb
 
-    tables = {}
-    for name, confusion in confusions.items():
-        classes = confusion["classes"]
-        rows = [
-            [classes[true], classes[said], count]
-            for true, counts in enumerate(confusion["teacher"])
-            for said, count in enumerate(counts)
-        ]
-        tables[f"eval/{name}/confusion"] = wandb.Table(["class", "predicted", "rows"], rows)
-    return tables
+    return wandb.Table(["class", "predicted", "rows"], confusion_rows(confusion))

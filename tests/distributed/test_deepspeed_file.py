@@ -48,9 +48,8 @@ def run(path: str, name: str, file: str | None, stage: int) -> int:
     return cli.main(["train", path, *settings])
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_is_passed_on_does_no_harm(tmp_path: Path, stage: int) -> None:
     path = write_config(tmp_path, write_pictures(tmp_path))
     file = tmp_path / "ds.json"

@@ -322,18 +322,22 @@ def test_no_secret_of_a_url_is_told(server, caplog):
     with pytest.raises(FileChangedError) as changed:
         raise FileChangedError(url, FileVersion(1, ""), FileVersion(2, ""))
     told = caplog.text + str(caught.value) + repr(caught.value) + repr(changed.value)
-    assert f"http://127.0.0.1:{port}/{NAME}" in told
+    assert f"http://REDACTED@127.0.0.1:{port}/{NAME}?REDACTED" in told
     assert "HTTP Request" in told  # httpx's own lines are among them
     assert "SECRET" not in told
     assert "PASSWORD" not in told
 
 
 def test_redacted_paths():
-    assert redacted("https://u:p@h.org/a/b.parquet?t=1#x") == "https://h.org/a/b.parquet"
+    assert redacted("https://u:p@h.org/a.parquet?t#x") == (
+        "https://REDACTED@h.org/a.parquet?REDACTED#REDACTED"
+    )
     assert redacted("hf://datasets/u/n@main/x.parquet") == "hf://datasets/u/n@main/x.parquet"
-    assert redacted("zip://a.parquet::https://u:p@h/x.zip?t") == "zip://a.parquet::https://h/x.zip"
+    assert redacted("zip://a.parquet::https://u:p@h/x.zip?t") == (
+        "zip://a.parquet::https://REDACTED@h/x.zip?REDACTED"
+    )
     assert redacted("/data/what?.parquet") == "/data/what?.parquet"
-    assert redacted("s3://bucket/hf_abcdefghijk/x") == "s3://bucket/…/x"
+    assert redacted("s3://bucket/hf_abcdefghijk/x") == "s3://bucket/REDACTED/x"
     assert [is_remote(p) for p in ("/a", "file:///a", "s3://a", "https://a")] == [0, 0, 1, 1]
 
 

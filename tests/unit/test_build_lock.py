@@ -213,6 +213,16 @@ def test_an_operator_that_does_not_compile_is_one_clear_line(builder: Any) -> No
     assert "\n" not in str(e.value)
 
 
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, builder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = builder("hpdist_nowhere")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"hpdist_nowhere cannot .* set TORCH_EXTENSIONS_DIR to"):
+        prepare_operators([operator], print, patience=None)
+
+
 WAITS = """
 import time
 from hpdist.distributed.operators import prepare_operators

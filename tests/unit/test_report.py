@@ -2,9 +2,11 @@ import json
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from hpdist import cli
@@ -104,6 +106,185 @@ def test_a_run_that_was_killed_is_shown_as_far_as_it_came(made, tmp_path):
     assert "<made>" not in page
     assert "Threshold of each class" in page
     assert "Gradient norm" not in page
+
+
+HOSTILE = '<script>alert("x")</script>'
+NAMES = [
+    "$x_1^$",
+    "a$b",
+    HOSTILE,
+    "line\nbreak",
+    "",
+    "_",
+    "\u732b\ud800",
+    "--><b>&amp;",
+    "x" * 300,
+    "$",
+]
+
+
+def matrix(names: list[str]) -> dict:
+    counts = [[3 * (true == said) for said in names] for true in names]
+    return {"classes": names, "teacher": counts, "student": counts}
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A run folder whose texts are all markup, mathematics and broken characters."""
+    folder = tmp_path / "_$run$"
+    (folder / "examples").mkdir(parents=True)
+    records = [
+        {"step": step, "loss": 1 / step, "thresholds": [0.1] * len(NAMES), "bad_rows": HOSTILE}
+        for step in (1, 2, 3)
+    ]
+    lines = [json.dumps(record) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({HOSTILE: {"a": HOSTILE, 1: NAMES}, "run": {"name": HOSTILE}})
+    )
+    (folder / "summary.json").write_text(json.dumps({"test/accuracy": HOSTILE, "steps": 10**300}))
+    (folder / "confusion_test.json").write_text(json.dumps(matrix(NAMES)))
+    (folder / f"confusion_{HOSTILE.replace('/', '')}.json").write_text(json.dumps(matrix(["a"])))
+    (folder / "examples" / "views.txt").write_text(HOSTILE)
+    return folder
+
+
+def test_no_text_of_a_run_becomes_markup_or_mathematics(hostile, tmp_path):
+    page = report(hostile, hostile, "--out", tmp_path / "page.html")
+    assert "<script" not in page.lower()
+    assert "&lt;script&gt;" in page
+    found: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append(tag)
+            assert not any(name.startswith("on") for name, _ in attributes)
+
+    Tags().feed(page)
+    assert {"script", "b", "iframe", "a", "object"}.isdisjoint(found)
+    assert found.count("html") == 1
+    assert page.count("Threshold of each class") == 2
+    assert page.count("<figcaption>_$run$, test set, teacher</figcaption>") == 2
+
+
+LINES = [
+    "",
+    "5",
+    "null",
+    "[1, 2]",
+    '"text"',
+    "{}",
+    '{"loss": 1}',
+    '{"step": null, "loss": 1}',
+    '{"step": "1", "loss": 1}',
+    '{"step": true, "loss": 1}',
+    '{"step": 1e999, "loss": 1}',
+    f'{{"step": {10**30}, "loss": 1}}',
+    '{"step": 2, "loss": NaN, "lr": Infinity, "grad_norm": -Infinity}',
+    f'{{"step": 3, "loss": {10**400}, "lr": 1e308, "grad_norm": -1e308}}',
+    '{"step": 4, "loss": "x", "lr": null, "grad_norm": [1], "mask_rate": {"a": 1}, "epoch": true}',
+    '{"step": 5, "loss_scale": 0, "overflows": 1}',
+    '{"step": 6, "loss_scale": -4, "overflows": "2"}',
+    '{"step": 7, "overflows": 3}',
+    '{"step": 8, "loss_scale": 1e300, "overflows": 5}',
+    '{"step": 9, "thresholds": [0.1, 0.2], "pseudo_labels": "abc"}',
+    '{"step": 10, "thresholds": [0.1, "x", null], "pseudo_labels": [NaN, NaN]}',
+    '{"step": 11, "thresholds": [[1], 2, 1e308], "pseudo_labels": {"a": 1}}',
+    '{"step": 12, "thresholds": [], "pseudo_labels": [-1, -2]}',
+    "[" * 100_000,
+    '{"step": 12, "lo',
+]
+
+
+def test_a_page_is_made_of_whatever_a_metrics_file_holds(tmp_path):
+    """Every line alone, and all of them together, side by side on one page."""
+    for number, lines in enumerate([*([line] for line in LINES), LINES]):
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}" / "metrics.jsonl").write_text("\n".join(lines))
+    runs = [tmp_path / f"run{number}" for number in range(len(LINES) + 1)]
+    page = report(*runs, "--out", tmp_path / "page.html")
+    assert page.count("metrics.jsonl has no record") == 14
+    assert "</body></html>" in page
+
+
+GARBAGE = [
+    b"",
+    b"\x00\xff\xfe\x80" * 500,
+    b"{",
+    b"[1]",
+    b"nothing",
+    b"!!python/object:os.system {}",
+]
+
+
+NAMED = ["config.yaml", "summary.json", "confusion_test.json", "classes.json", "examples/views.png"]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+def test_files_that_are_damaged_cost_what_they_say_and_no_more(made, content):
+    (made / "examples").mkdir()
+    for name in (*NAMED, "examples/views.txt"):
+        (made / name).write_bytes(content)
+    page = report(made, "--out", made / "page.html")
+    for name in NAMED:
+        if (name, content) != ("classes.json", b"[1]"):
+            assert f"{name.rpartition('/')[2]} is left out: " in page
+    assert "Loss</figcaption>" in page
+    (made / "metrics.jsonl").write_bytes(content)
+    assert "metrics.jsonl has no record" in report(made, "--out", made / "page.html")
+
+
+def test_files_that_are_missing_are_no_fault_but_the_settings_are_named(made):
+    page = report(made, "--out", made / "page.html")
+    assert "config.yaml is left out: No such file or directory" in page
+    assert page.count("is left out") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"classes": ["a", "b"], "teacher": [[1, 2]], "student": [[1, 2], [3, 4]]},
+        {"classes": ["a", "b"], "teacher": [[1, 2], [3]], "student": [[1, 2], [3, 4]]},
+        {"classes": ["a", "b"], "teacher": [[1, "x"], [3, 4]], "student": [[1, 2], [3, 4]]},
+        {"classes": ["a", "b"], "teacher": [[1, 2], [3, 4]]},
+        {"classes": 3, "teacher": 3, "student": 3},
+    ],
+)
+def test_a_matrix_that_is_none_is_left_out(made, wrong):
+    (made / "confusion_test.json").write_text(json.dumps(wrong))
+    page = report(made, "--out", made / "page.html")
+    assert "confusion_test.json is left out: " in page
+    assert "Confusion matrices" not in page
+
+
+def test_many_classes_and_records_make_no_huge_page(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    thresholds = [number / 21_841 for number in range(21_841)]
+    lines = [json.dumps({"step": step, "thresholds": thresholds}) for step in range(1, 12)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    names = [f"class {number}" for number in range(300)]
+    (folder / "confusion_test.json").write_text(json.dumps(matrix(names)))
+    page = report(folder, "--out", folder / "page.html")
+    assert len(page) < 2_000_000
+
+
+def test_classes_are_called_by_their_names(made):
+    (made / "classes.json").write_text(json.dumps(["ant", "bee"]))
+    assert read_run(made).classes == ["ant", "bee"]
+    page = report(made, "--out", made / "page.html")
+    assert "<!-- ant -->" in page  # how a figure notes the text that it draws
+
+
+def test_a_page_shows_the_views_and_no_password_of_an_older_run(made):
+    (made / "examples").mkdir()
+    Image.new("RGB", (4, 4)).save(made / "examples" / "views.png")
+    url = "https://me:S3cretS3cret@host.org/a.parquet?sig=S3cretS3cret"
+    (made / "config.yaml").write_text(yaml.safe_dump({"data": {"data_files": [url]}}))
+    page = report(made, "--out", made / "page.html")
+    assert "S3cret" not in page
+    assert "https://REDACTED@host.org/a.parquet?REDACTED" in page
+    assert '<img class="views" alt="" src="data:image/png;base64,' in page
 
 
 @pytest.mark.parametrize(

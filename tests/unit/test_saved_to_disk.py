@@ -8,8 +8,11 @@ from hpdist.config import LabelColumn, Labeled, Unlabeled, parse
 from hpdist.data.convert import convert
 from hpdist.data.sources import UnlabeledTable, input_spec, open_labeled, open_test
 from hpdist.data.unlabeled import MixedRows, open_unlabeled
+from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
 from hpdist.preflight import _data
+
+ALONE = Rendezvous(Endpoint(0, 1), None, None)
 
 
 def table(rows, split=None):
@@ -115,7 +118,7 @@ def test_preflight_opens_every_set_that_is_mixed(tmp_path):
             "steps": 1,
         }
     )
-    found = {finding.check: finding.verdict for finding in _data(config, [{"host": "here"}])}
+    found = {finding.check: finding.verdict for finding in _data(config, [{"host": "here"}], ALONE)}
     assert found == {
         "data.labeled": "ok",
         "data.unlabeled.mix.0": "ok",

@@ -262,7 +262,9 @@ def test_unknown_and_unusable_columns_name_those_that_exist():
 
 
 def test_default_input_needs_exactly_one_image_column():
-    message = refused("data.labeled.input", "no column holds images", call=lambda: labeled(vectors([0])))
+    message = refused(
+        "data.labeled.input", "no column holds images", call=lambda: labeled(vectors([0]))
+    )
     assert "the columns are x (lists)" in message
     table = pictures([0])
     both = table.map(

@@ -76,7 +76,7 @@ def test_pairs_of_0_and_1_must_be_told_apart(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[list[Any], Any, TaskChoice, str]] = [
-    ([[0], [1, None]], List(TAGS), SEVERAL, r"row 1 has .*None is none of the 3 classes"),
+    ([[0], [1, None]], List(TAGS), SEVERAL, r"row 1 .*has .*None is none of the 3 classes"),
     ([[1, 0, 1], [1, 0]], List(Value("float32")), SEVERAL, r"row 1 .* 2 values for 3 classes"),
     ([[1, 0], [0.5, 0]], List(Value("float32")), SEVERAL, r"row 1 .* not all 0 or 1"),
     ([[1, 0], [float("nan"), 0]], List(Value("float32")), SEVERAL, r"row 1 .* not all 0 or 1"),
@@ -107,7 +107,7 @@ def test_a_bad_row_that_is_not_used_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_test_row_is_held_to_the_same(tmp_path: Path) -> None:
     like = opened(tmp_path, [[0], [1, 2]], List(TAGS), SEVERAL)
-    with pytest.raises(DataError, match=r"data.test .*row 1 has the label \[None\]"):
+    with pytest.raises(DataError, match=r"data.test .*row 1 .*has the label \[None\]"):
         held_out(tmp_path, like, [[0], [None]], List(TAGS))
     with pytest.raises(DataError, match=r"data.test.label: .* needs lists"):
         held_out(tmp_path, like, [0, 1], TAGS)

@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 import hpdist
 from hpdist import config as configuration
 from hpdist.divergence import OverflowStorm
 from hpdist.tracking.environment import _hosts
-from hpdist.tracking.tracker import Tracker, grouped
+from hpdist.tracking.metrics import curve_names, grouped
+from hpdist.tracking.tracker import Tracker
 from tests.picture_runs import train, write_config
 from tests.pictures import write_pictures
 
@@ -190,26 +193,132 @@ def test_a_run_that_goes_on_is_one_run_in_mlflow(run, monkeypatch):
     assert one.data.params["algorithm.name"] == "fixmatch"
 
 
-def test_lists_are_a_number_and_a_bar_for_each_class(tmp_path):
-    config = configuration.parse(
+def a_config(tracker: str = "wandb", **labeled):
+    PartialState()  # Accelerate's trackers ask it whose rank this is
+    return configuration.parse(
         {
             "model": {"name": "mlp"},
             "algorithm": {"name": "supervised"},
-            "data": {"labeled": {"path": "nowhere"}},
+            "data": {"labeled": {"path": "nowhere", **labeled}},
+            "tracker": {"name": tracker},
             "steps": 1,
         }
     )
-    tracker = Tracker(config, tmp_path, main=True)
-    tracker.log({"thresholds": [0.5, 0.25]}, 1)
+
+
+def test_lists_are_a_number_and_a_bar_for_each_class(tmp_path):
+    tracker = Tracker(a_config(), tmp_path, main=True, classes=["cat", "dog/wolf"])
+    tracker.log({"thresholds": [0.5, 0.25], "examples_per_second_per_rank": [3.0, 4.0]}, 1)
     tracker.log({"pseudo_labels": [1 / 30] * 30}, 2)
     tracker.alert("divergence", "the loss has been NaN since step 2")
     tracker.finish()
     (first, second), _, alerts = written_by_wandb(tmp_path)
-    assert first["pseudo-labels/thresholds/0"] == 0.5
+    assert first["pseudo-labels/thresholds/cat"] == 0.5
+    assert first["pseudo-labels/thresholds/dog_wolf"] == 0.25
+    assert first["system/examples_per_second_per_rank/1"] == 4
     assert first["pseudo-labels/thresholds/histogram/values"] == [0.5, 0.25]
     assert len(second["pseudo-labels/pseudo_labels/histogram/values"]) == 30
     assert "pseudo-labels/pseudo_labels/0" not in second
+    assert second["pseudo-labels/pseudo_labels/max"] == 1 / 30
     assert alerts == ["divergence"]
+
+
+ODD = [
+    {
+        "loss": 0.5,
+        "thresholds": [0.25] * 1000,
+        "pseudo_labels": [number / 21_841 for number in range(21_841)],
+        "examples_per_second_per_rank": [float(number) for number in range(1000)],
+    },
+    {"loss": 0.25, "thresholds": [0.5] * 512, "pseudo_labels": [1.0] * 513, "other": []},
+    {"loss": 0.125, "thresholds": [float("nan"), float("inf")] * 600, "grad_norm": float("nan")},
+    {"loss": 1e300, "lr": float("inf"), "thresholds": [-1e308, 1e308, float("-inf")] * 100},
+    {"loss": 1.0, "bad_rows": 10**400, "pseudo_labels": [float("nan"), 0.5], "epoch": 10**30},
+    {"loss": 2.0, "none": None, "mask_rate": 1, "text": "x" * 200_000, "of a/b c\n\0\u00fc": 3.0},
+]
+NAMES = ["a/b", "a b", "", "same", "same", "\u732b", "x" * 500, "histogram", ".", "A_B", "$x<y>\n"]
+
+
+def send_odd(name: str, folder: Path) -> None:
+    """What no run should lose its tracker by; then a record like any other."""
+    tracker = Tracker(a_config(name), folder, main=True, classes=NAMES)
+    for step, record in enumerate(ODD, 1):
+        tracker.log(record, step)
+    tracker.log({"thresholds": [number / 16 for number in range(len(NAMES))]}, len(ODD) + 1)
+    counts = [[int(true == said) for said in range(1100)] for true in range(1100)]
+    counts[7][9] = 3
+    classes = [f"class {number}" for number in range(1100)]
+    tracker.log_confusions({"test": {"classes": classes, "teacher": counts}}, len(ODD) + 2)
+    tracker.note("overflow", "rank 3, " + "x" * 100_000, len(ODD) + 2)
+    tracker.alert("t" * 500, "x" * 100_000)
+    tracker.log({"loss": 3.0}, len(ODD) + 3)
+    tracker.finish()
+
+
+def test_no_metric_turns_wandb_off(tmp_path, recwarn):
+    send_odd("wandb", tmp_path)
+    assert [str(warning.message) for warning in recwarn if "tracker" in str(warning.message)] == []
+    history, _, _ = written_by_wandb(tmp_path)
+    rows = {row["_step"]: row for row in history}
+    assert rows[len(ODD) + 3]["train/loss"] == 3.0
+    first = rows[1]
+    bars = first["pseudo-labels/pseudo_labels/histogram/values"]
+    assert len(bars) == 508  # of 43 classes each
+    assert bars[0] == pytest.approx(21 / 21_841)
+    assert first["pseudo-labels/pseudo_labels/histogram/bins"][-1] == 21_841
+    assert first["pseudo-labels/thresholds/histogram/values"] == [0.25] * 500
+    assert first["system/examples_per_second_per_rank/mean"] == 499.5
+    assert rows[2]["pseudo-labels/thresholds/histogram/bins"] == list(range(513))
+    assert len(rows[2]["pseudo-labels/pseudo_labels/histogram/values"]) == 257
+    assert rows[3]["pseudo-labels/thresholds/histogram/values"] == [0.0] * 400
+    named = {key: value for key, value in rows[len(ODD) + 1].items() if "thresholds/" in key}
+    curves = sorted(value for key, value in named.items() if "/histogram/" not in key)
+    assert curves == [number / 16 for number in range(len(NAMES))]
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/eval/test/*.json")
+    pairs = json.loads(table.read_text())["data"]
+    assert pairs[0] == ["class 7", "class 9", 3]
+    assert len(pairs) == 1101
+
+
+def test_no_metric_turns_tensorboard_off(tmp_path, recwarn):
+    send_odd("tensorboard", tmp_path)
+    said = [str(warning.message) for warning in recwarn if "tracker" in str(warning.message)]
+    assert len(said) == 1  # an integer that no float is as large as
+    assert said[0].startswith("tracker tensorboard does not take stream/bad_rows, which it gets no")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = (file for file in tmp_path.glob("hpdist/events*"))
+    events = EventAccumulator(str(file)).Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses[len(ODD) + 3] == 3.0
+    assert len(losses) == len(ODD) + 1
+    curves = [tag for tag in events.Tags()["scalars"] if tag.startswith("pseudo-labels/thresholds")]
+    of_classes = [tag for tag in curves if not tag.endswith(("mean", "min", "max"))]
+    assert sorted(of_classes) == sorted(f"pseudo-labels/thresholds/{n}" for n in curve_names(NAMES))
+
+
+def test_curves_of_classes_have_names_that_differ_and_that_trackers_take():
+    assert curve_names(["cat", "dog"]) == ["cat", "dog"]
+    assert curve_names(["0", "1"]) == ["0", "1"]
+    assert curve_names(["a b", "c"]) == ["a_b", "c"]
+    odd = curve_names(NAMES)
+    assert len({name.casefold() for name in odd}) == len(NAMES)
+    assert all(re.fullmatch(r"[\w.-]{1,70}", name) for name in odd)
+    assert curve_names(["mean", "max"]) == ["0_mean", "1_max"]
+    assert curve_names(["Cat", "cat"]) == ["0_Cat", "1_cat"]
+
+
+def test_a_tracker_that_is_gone_is_given_up_and_says_so_once(tmp_path, recwarn):
+    tracker = Tracker(a_config("tensorboard"), tmp_path, main=True)
+    tracker.log({"loss": 1.0}, 1)
+    tracker._tracker.writer.close()
+    tracker._tracker.writer.file_writer = None
+    tracker._tracker.writer._get_file_writer = None  # as it is when its folder cannot be written
+    for step in (2, 3):
+        tracker.log({"loss": 1.0, "lr": 2.0}, step)
+    tracker.finish()
+    (said,) = [str(warning.message) for warning in recwarn if "tracker" in str(warning.message)]
+    assert said.startswith("tracker tensorboard failed and is off for the rest of the run")
 
 
 @pytest.mark.parametrize(

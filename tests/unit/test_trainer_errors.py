@@ -72,11 +72,11 @@ def refusal(capfd, *overrides: str) -> str:
         ("data.labeled.path=./nowhere", "DataError: data.labeled.path: './nowhere' does not exist"),
         (
             "data.labeled.split=valid",
-            "DataError: data.labeled.split: Unknown split \"valid\". Should be one of ['train']",
+            'DataError: data.labeled.split: Unknown split "valid". Should be one of train.',
         ),
         (
             "data.unlabeled.split=valid",
-            "DataError: data.unlabeled.split: Unknown split \"valid\". Should be one of ['train']",
+            'DataError: data.unlabeled.split: Unknown split "valid". Should be one of train.',
         ),
         ("data.labeled.split=train[:0]", "DataError: data.labeled (parquet"),
         (

@@ -35,7 +35,7 @@ from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
-_VERSION = 3  # of the cache's format
+_VERSION = 4  # of the cache's format
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
 _ARRAYS = ("file", "number", "first", "rows", "start", "size")
@@ -181,7 +181,7 @@ def _whole(
 ) -> Index:
     versions = list(pool.map(requests.version, paths))
     cache = _cache_file(paths, versions, folders)
-    kept = _load(cache)
+    kept = _load(cache, paths)
     if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
         return dataclasses.replace(kept, folders=folders)
     schema = folders.added(_first_schema(paths, versions, requests))
@@ -357,7 +357,8 @@ def _keep(cache: Path | None, index: Index) -> None:
     """Write the cache; a disk that is full or read-only costs the next start its time only."""
     if cache is None:
         return
-    files = [[f.path, f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
+    # Not their paths, which may hold a password: whoever asks has them.
+    files = [[f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
     facts = json.dumps([index.columns, files]).encode()
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -374,19 +375,23 @@ def _keep(cache: Path | None, index: Index) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load(cache: Path | None) -> Index | None:
-    """What an earlier start kept; None where there is nothing, or not all of it."""
+def _load(cache: Path | None, paths: Sequence[str]) -> Index | None:
+    """What an earlier start kept of these files; None where there is nothing, or not all of it."""
     if cache is None or not cache.exists():
         return None
     try:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            columns, files = json.loads(kept["facts"].tobytes())
+            columns, facts = json.loads(kept["facts"].tobytes())
             arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
             schema = kept["schema"].tobytes()
+            files = [
+                DataFile(path, FileVersion(size, tag), rows, digest)
+                for path, (size, tag, rows, digest) in zip(paths, facts, strict=True)
+            ]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return Index(
-        tuple(DataFile(p, FileVersion(s, t), rows, digest) for p, s, t, rows, digest in files),
+        tuple(files),
         schema,
         tuple(columns),
         **arrays,

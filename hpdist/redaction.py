@@ -1,0 +1,167 @@
+"""Leaves passwords, tokens and signatures out of what is written, logged or shown.
+
+    redacted_text("cannot read https://me:secret@host/a.parquet?sig=abc")
+    # cannot read https://REDACTED@host/a.parquet?REDACTED
+
+One set of rules for everything: errors (`HpdistError` applies it to its message), settings that a
+run folder or a tracker gets, log lines and warnings (`redact_output`). A URL loses its user,
+password and whole query, for nobody knows every name that a service gives a signature.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MARK = "REDACTED"
+
+# One URL, or a chain of them (zip://a::https://host/b.zip), within a text. A user and password may
+# hold quotes, and in practice slashes too, so they reach up to the last @.
+_SCHEME = r"[A-Za-z0-9+.-]+"
+_URL = re.compile(
+    rf"(?<![A-Za-z0-9+.-]){_SCHEME}://"
+    r"(?:[^\s/?#@:]*:(?!\d*[/?#'\"])[^\s@]*@|[^\s/?#]*@)?[^\s'\"<>]*"
+)
+_LINK = re.compile(rf"::(?={_SCHEME}(?:://|::|$)|/)")
+_PARTS = re.compile(rf"({_SCHEME}://)([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.DOTALL)
+_PORT = re.compile(r"(?:[^:@\[\]]*|\[[^\]]*\])(?::\d*)?")
+_HUB = "hf://"  # where @ marks a revision
+_HERE = ("file://", "local://")  # a name there may have any character
+_ENDS = ":;,.)]}"  # what a sentence puts behind a URL
+
+_NAMES = (  # of settings, headers and parameters whose value is a secret
+    r"(?:aws|azure|gcp|google|gs|s3|x|amz|goog|hf|hub|api|auth|access|client|account|session|security|"
+    r"shared|secret|private|bearer|refresh|id|use|sas|storage|user|db|my|our)"
+)
+_SECRET_NAME = re.compile(
+    rf"(?:{_NAMES}[_-]?){{0,4}}(?:token|secret|password|passwd|passphrase|pwd|signature|credentials?|"
+    r"authorization|connection[_-]?string|(?:api|access|account|private|secret|storage|shared)"
+    r"[_-]?(?:access[_-]?)?key(?:[_-]?id)?)",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(
+    rf"\b({_SECRET_NAME.pattern})(['\"]?\s*(?:=|:\s|:(?=['\"]))\s*['\"]?)"
+    r"((?:Basic|Bearer|Token|Digest)\s+)?([^\s'\",;&<>()]+)",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(
+    r"\bhf_[A-Za-z0-9]{10,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_\w{20,}|\beyJ[\w-]{10,}\.[\w-]+\.[\w-]*|(?<=Bearer )[^\s'\"]+"
+)
+
+
+def redacted(path: str) -> str:
+    """Strip a path or URL, or a chain of URLs, of user, password, query and token."""
+    if "://" not in path:
+        return path
+    return _TOKEN.sub(MARK, "::".join(map(_redacted_url, _LINK.split(path))))
+
+
+def redacted_text(text: str) -> str:
+    """Strip a text of the secrets in its URLs, of tokens, and of values with a secret's name."""
+    if "://" in text:
+        text = _URL.sub(_within, text)
+    return _TOKEN.sub(MARK, _NAMED.sub(_without_value, text))
+
+
+def redacted_settings(value: Any, name: str = "") -> Any:
+    """Copy nested settings, without secrets in their texts or under a secret's name."""
+    if isinstance(value, Mapping):
+        return {key: redacted_settings(part, str(key)) for key, part in value.items()}
+    if isinstance(value, str):
+        return MARK if value and _SECRET_NAME.fullmatch(name) else redacted_text(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [redacted_settings(part, name) for part in value]
+    return value
+
+
+def redacted_parts(value: Any, path: str = "") -> list[str]:
+    """Dotted names of the settings that hold what `redacted_settings` has left there."""
+    if isinstance(value, Mapping):
+        items = [(f"{path}.{key}" if path else str(key), part) for key, part in value.items()]
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        items = [(path, part) for part in value]
+    else:
+        return [path] if isinstance(value, str) and _REDACTED.search(value) else []
+    found = [name for key, part in items for name in redacted_parts(part, key)]
+    return list(dict.fromkeys(found))
+
+
+_REDACTED = re.compile(rf"(?:^|[/:?#=\s]){MARK}(?:$|[@/\s:;&])")
+
+
+def _within(found: re.Match[str]) -> str:
+    """A URL of a text; what closes a sentence or a bracket behind it stays."""
+    url = found[0].rstrip(_ENDS)
+    return redacted(url) + found[0][len(url) :]
+
+
+def _redacted_url(url: str) -> str:
+    found = _PARTS.fullmatch(url)
+    if found is None:
+        return url
+    scheme, host, path, query, fragment = (part or "" for part in found.groups())
+    if scheme.lower() in _HERE:
+        return url
+    if scheme.lower() != _HUB:
+        at = host.rfind("@")
+        if at >= 0:
+            host = f"{MARK}@{host[at + 1 :]}"
+        elif not _PORT.fullmatch(host):  # a password with a slash in it, or one that was cut off
+            slash_at = path.rfind("@")
+            host, path = (f"{MARK}@", path[slash_at + 1 :]) if slash_at >= 0 else (MARK, path)
+    return f"{scheme}{host}{path}{f'?{MARK}' * bool(query)}{f'#{MARK}' * bool(fragment)}"
+
+
+def _without_value(found: re.Match[str]) -> str:
+    name, between, kind, value = found.groups()
+    return found[0] if value == MARK else f"{name}{between}{kind or ''}{MARK}"
+
+
+class RedactingFilter(logging.Filter):
+    """Keeps secrets out of the lines of a logger."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every line pass, without its secrets."""
+        record.msg, record.args = redacted_text(record.getMessage()), ()
+        return True
+
+
+_OUTPUT = False
+
+
+def redact_output() -> None:
+    """Have this process's log lines, warnings and tracebacks come without secrets from now on.
+
+    Libraries word their own, so this is done where they are made. The command line calls it.
+    """
+    global _OUTPUT
+    if _OUTPUT:
+        return
+    _OUTPUT = True
+    make, word = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        RedactingFilter().filter(made)
+        return made
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *args, **kwargs: redacted_text(word(*args, **kwargs))
+    if sys.excepthook is sys.__excepthook__:  # else somebody else prints them
+        sys.excepthook = _print_error
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = lambda args: _print_error(
+            args.exc_type, args.exc_value, args.exc_traceback
+        )
+
+
+def _print_error(kind: Any, error: BaseException | None, trace: Any) -> None:
+    lines = traceback.format_exception(kind, error, trace)
+    print(redacted_text("".join(lines)), end="", file=sys.stderr, flush=True)

@@ -1,0 +1,235 @@
+"""Reads a run folder as it is found: of a run that goes on, was killed, or whose files are damaged.
+
+What cannot be read is left out and noted; only a folder that is none of a run is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from hpdist.errors import ConfigError
+from hpdist.redaction import redacted_settings
+from hpdist.settings import flat
+from hpdist.tracking.run_folder import CHANGES
+
+T = TypeVar("T")
+
+_LARGEST = 1e30  # of numbers that are drawn: beyond, axes overflow
+_LARGEST_STEP = 2**53
+_LARGEST_FILE = 256 << 20  # bytes of a confusion matrix, of some 6,000 classes
+_FOLDER = "examples"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says of its run."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """By dotted name, without passwords and signatures."""
+    records: Sequence[Mapping[str, Any]]
+    """Those of metrics.jsonl, in order; each has a step."""
+    summary: Mapping[str, Any]
+    """Empty where the run has not ended."""
+    confusions: Mapping[str, Mapping[str, Any]]
+    """By the name of the set; each square, with whole numbers."""
+    classes: Sequence[str] = ()
+    """Names of the classes, where they are known."""
+    picture: bytes | None = None
+    """PNG of the views of some rows."""
+    texts: str | None = None
+    """The same of rows that are no pictures."""
+    notes: Sequence[str] = ()
+    """What could not be read."""
+
+    def curve(self, keys: Iterable[str]) -> tuple[list[float], list[float]]:
+        """Steps and values of the first of these keys that there is, finite ones only."""
+        for key in keys:
+            found = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
+            if found:
+                return [step for step, _ in found], [value for _, value in found]
+        return [], []
+
+    def overflows(self) -> tuple[list[float], list[float]]:
+        """Steps at which the count of overflows had grown, and the loss scale there."""
+        before: float = 0
+        steps: list[float] = []
+        scales: list[float] = []
+        for record in self.records:
+            count: Any = record.get("overflows", 0)
+            scale: Any = record.get("loss_scale")
+            if not is_number(count):
+                continue
+            if count > before and is_number(scale):
+                steps.append(record["step"])
+                scales.append(scale)
+            before = count
+        return steps, scales
+
+    def per_class(self, key: str) -> tuple[list[int], list[list[float]]]:
+        """Steps, and a list of a number for each class at each of them; NaN is where none is."""
+        found = [(r["step"], r[key]) for r in self.records if r.get(key)]
+        lists = [(step, values) for step, values in found if isinstance(values, list)]
+        length = len(lists[-1][1]) if lists else 0
+        lists = [(step, values) for step, values in lists if len(values) == length]
+        numbers = [[v if is_number(v) else math.nan for v in values] for _, values in lists]
+        return [step for step, _ in lists], numbers
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder; raises ConfigError where it holds no run."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        why = "it has no metrics.jsonl" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"report: {str(folder)!r} is not a run folder: {why}")
+    notes: list[str] = []
+    records: list[dict[str, Any]] = _read(metrics, _records, [], notes)
+    if not records:
+        notes.append("metrics.jsonl has no record")
+    confusions = {}
+    for file in sorted(folder.glob("confusion_*.json")):
+        found = _read(file, _confusion, None, notes)
+        if found is not None:
+            confusions[file.stem.removeprefix("confusion_")] = found
+    names = [matrix["classes"] for matrix in confusions.values()]
+    classes = _read(folder / "classes.json", _names, names[0] if names else [], notes, missing=True)
+    return RunRecord(
+        folder.resolve().name,
+        _with_changes(
+            _read(folder / "config.yaml", _settings, {}, notes),
+            _read(folder / CHANGES, _changes, [], notes, missing=True),
+        ),
+        records,
+        _read(folder / "summary.json", _mapping, {}, notes, missing=True),
+        confusions,
+        classes,
+        _read(folder / _FOLDER / "views.png", _png, None, notes, missing=True),
+        _read(folder / _FOLDER / "views.txt", _text, None, notes, missing=True),
+        notes,
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -_LARGEST < value < _LARGEST
+    )
+
+
+def _read(
+    file: Path, parse: Callable[[bytes], T], default: T, notes: list[str], missing: bool = False
+) -> T:
+    """What a file holds, or the default with a note; `missing` ones are nothing to note."""
+    if missing and not file.exists():
+        return default
+    try:
+        if file.stat().st_size > _LARGEST_FILE and file.suffix == ".json":
+            raise ValueError(f"it has more than {_LARGEST_FILE >> 20} MiB")
+        return parse(file.read_bytes())
+    except OSError as error:
+        why = error.strerror or "it cannot be read"
+    except (ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())[:200]
+    notes.append(f"{file.name} is left out: {why}")
+    return default
+
+
+def _changes(content: bytes) -> list[tuple[int, Mapping[str, Any]]]:
+    """The settings that a run went on with, and the step from which on."""
+    found = []
+    for record in _records(content):
+        changed = record.get("settings")
+        if isinstance(changed, dict):
+            now = {str(k): v.get("now") for k, v in changed.items() if isinstance(v, dict)}
+            found.append((record["step"], redacted_settings(now)))
+    return found
+
+
+def _with_changes(
+    settings: Mapping[str, Any], changes: Iterable[tuple[int, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """The settings that a run began with, and beside them those that it went on with."""
+    found = dict(settings)
+    for step, changed in changes:
+        for key, now in changed.items():
+            found[key] = f"{found.get(key)}; from step {step} on {now}"
+    return found
+
+
+def _records(content: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in content.splitlines():
+        record = _json_line(line)
+        if isinstance(record, dict) and _is_step(record.get("step")):
+            found.append(record)
+    return found
+
+
+def _json_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):  # half a line, of a process that was killed or still runs
+        return None
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_STEP
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "replace")
+
+
+def _mapping(content: bytes) -> dict[str, Any]:
+    values = json.loads(_text(content))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no names and values")
+    return values
+
+
+def _settings(content: bytes) -> dict[str, Any]:
+    values = yaml.safe_load(_text(content))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no settings")
+    return flat(redacted_settings(_text_keys(values)))
+
+
+def _text_keys(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {str(key): _text_keys(value) for key, value in values.items()}
+
+
+def _names(content: bytes) -> list[str]:
+    values = json.loads(_text(content))
+    if not isinstance(values, list):
+        raise ValueError("it is no list")
+    return [str(value) for value in values]
+
+
+def _confusion(content: bytes) -> dict[str, Any] | None:
+    found = _mapping(content)
+    classes = [str(name) for name in found["classes"]]
+    for who in ("teacher", "student"):
+        counts = found[who]
+        shape = {len(row) for row in counts} | {len(counts)}
+        if shape != {len(classes)} or not all(is_number(count) for row in counts for count in row):
+            raise ValueError(
+                f"the {who}'s matrix is not one of numbers, as wide and high as classes"
+            )
+    return {**found, "classes": classes}
+
+
+def _png(content: bytes) -> bytes:
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError("it is no PNG")
+    return content
