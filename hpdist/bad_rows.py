@@ -1,4 +1,4 @@
-"""Rows of a run that cannot be used: counted over all ranks, and named by the one that read them."""
+"""Rows that a run cannot use: counted over all ranks, and named by the one that read them."""
 
 from __future__ import annotations
 

@@ -20,13 +20,17 @@ from hpdist.data.audio import length_of
 from hpdist.data.categories import Categories, find_categories
 from hpdist.data.decode import InputSpec
 from hpdist.data.evaluation import is_elsewhere
-from hpdist.data.kinds import KINDS, Kind, find_input, kind_of_input
+from hpdist.data.kinds import KINDS, FoundInput, Kind, find_input, kind_of_input
 from hpdist.data.labels import label_column
 from hpdist.data.loading import names_of, open_table
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.unlabeled import AnyUnlabeled, MixedRows
-from hpdist.data.views import AudioViewsConfig, AutoViewsConfig, IdentityViewsConfig
-from hpdist.data.views import TableViewsConfig as TableViews
+from hpdist.data.views import (
+    AudioViewsConfig,
+    AutoViewsConfig,
+    IdentityViewsConfig,
+    TableViewsConfig,
+)
 from hpdist.errors import ConfigError, DataError
 from hpdist.models.build import ModelConfig
 from hpdist.settings import ComponentOf
@@ -57,36 +61,38 @@ def settle_inputs(config: RunConfig, dataset: Any, recorded: Mapping[str, Any]) 
     Raises ConfigError or DataError, also where several columns would do.
     """
     opened = open_table(config.data.labeled, dataset, _WHERE)
-    table, _ = opened
-    views, column = config.views, config.data.labeled.input
-    lines: tuple[str, ...] = ()
-    label = label_column(table.features, config.data.labeled.label, _WHERE)
-    if column is None and recorded.get("columns"):
-        column, kind = recorded["columns"], "table"
-    elif column is None and isinstance(views, AutoViewsConfig):
-        found = find_input(table, label, _WHERE, _takes(config.model))
-        column, kind, lines = found.column, found.kind, found.lines
-    elif column is None and isinstance(views, (TableViews, IdentityViewsConfig)):
-        found = find_input(table, label, _WHERE, frozenset({"table"}))
-        column, kind, lines = found.column, found.kind, found.lines
-    else:
-        kind = _kind_of(table, column) if isinstance(views, AutoViewsConfig) else None
+    found = _find(config, opened[0], recorded)
+    if found is None:
+        return Settled(config, opened)
+    if isinstance(config.views, AutoViewsConfig):
+        config = config.model_copy(update={"views": _views(found.kind, config.views)})
+    if config.data.labeled.input is None and not isinstance(found.column, str):
+        config = _with_columns(config, list(found.column))
+    return Settled(config, opened, found.lines)
+
+
+def _find(config: RunConfig, table: Any, recorded: Mapping[str, Any]) -> FoundInput | None:
+    """Find kind and columns, where the config leaves one of them open; else None."""
+    views, labeled = config.views, config.data.labeled
+    label = label_column(table.features, labeled.label, _WHERE)
+    if labeled.input is not None:
+        if not isinstance(views, AutoViewsConfig):
+            return None
+        # Of a column that is no input: the views of images say what is wrong with it.
+        column = labeled.input if isinstance(labeled.input, str) else tuple(labeled.input)
+        return FoundInput(kind_of_input(table, column) or "image", column)
+    if recorded.get("columns"):
+        return FoundInput("table", tuple(recorded["columns"]))
     if isinstance(views, AutoViewsConfig):
-        assert kind is not None
-        config = config.model_copy(update={"views": _views(kind, views)})
-    if isinstance(column, (list, tuple)) and config.data.labeled.input is None:
-        config = _with_columns(config, list(column))
-    return Settled(config, opened, lines)
+        return find_input(table, label, _WHERE, _takes(config.model))
+    if isinstance(views, (TableViewsConfig, IdentityViewsConfig)):
+        return find_input(table, label, _WHERE, frozenset({"table"}))
+    return None
 
 
 def _takes(model: Component) -> frozenset[str]:
     """The kinds of input that a model can be built for; one of the user's own may take any."""
     return model.takes if isinstance(model, ModelConfig) else frozenset(KINDS)
-
-
-def _kind_of(table: Any, column: Any) -> Kind:
-    """The kind of a named column; of one that is none, images, whose views say what is wrong."""
-    return kind_of_input(table, column) or "image"
 
 
 def _views(kind: Kind, views: AutoViewsConfig) -> Component:

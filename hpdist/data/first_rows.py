@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpdist.data.decode import InputSpec, Unreadable
@@ -27,12 +28,16 @@ def check_parquet_fit(
             found[line] = Unreadable(reason)
         ids = tried.ids.tolist()
         try:
-            check_fit(found, spec, name, lambda line, ids=ids: reader.describe(ids[line]))
+            check_fit(found, spec, name, partial(_describe, reader, ids))
         except DataError:
             if place == places - 1:
                 raise
             continue
         return
+
+
+def _describe(reader: ParquetReader, ids: list[int], line: int) -> str:
+    return reader.describe(ids[line])
 
 
 def check_fit(

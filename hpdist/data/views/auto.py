@@ -8,7 +8,6 @@ from pydantic import ConfigDict
 
 from hpdist.config import Component
 from hpdist.errors import ConfigError
-from hpdist.settings import AUTO
 
 
 class AutoViewsConfig(Component):
@@ -16,7 +15,7 @@ class AutoViewsConfig(Component):
 
     model_config = ConfigDict(extra="allow")
     kind: ClassVar[str] = "views"
-    name: Literal["auto"] = AUTO
+    name: Literal["auto"] = "auto"
 
     @property
     def options(self) -> dict[str, Any]:
