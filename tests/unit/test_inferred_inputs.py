@@ -19,6 +19,7 @@ from hpdist.data.views import TableViewsConfig
 from hpdist.errors import ConfigError, DataError
 from hpdist.input_choice import settle_inputs
 from hpdist.trainer import Trainer
+from tests.ranks import run_ranks
 
 ROWS = 40
 TABLE = frozenset({"image", "audio", "table"})
@@ -319,3 +320,29 @@ def test_a_run_that_named_its_views_goes_on_without_the_name(tmp_path):
     picture_run(tmp_path, path, steps=2).fit()
     assert list(changes(tmp_path / "run")) == ["steps"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def refused_on_a_rank(folder, path):
+    with pytest.raises(DataError) as caught:
+        picture_run(Path(folder), path)
+    return str(caught.value)
+
+
+def test_both_ranks_refuse_the_rows_that_either_of_them_finds(tmp_path):
+    path = pictures(tmp_path / "pictures", broken=("cat/1", "dog/2"))  # of rank 0 and of rank 1
+    said = run_ranks(2, refused_on_a_rank, str(tmp_path), path)
+    assert said[0] == said[1]
+    assert "2 labelled rows" in said[0]
+    assert "cat/1.png) of class 'cat'" in said[0]
+    assert "dog/2.png) of class 'dog'" in said[0]
+
+
+def test_unlooked_labelled_rows_are_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("hpdist.run_looks.MOST_LABELED", 2)
+    path = pictures(tmp_path / "pictures", broken=("dog/2",))
+    run = picture_run(tmp_path, path)
+    assert "4 of 6 rows were not looked at before the training" in "".join(capfd.readouterr())
+    with pytest.raises(DataError, match=r"row 5 \(.*dog/2\.png\) cannot be decoded"):
+        for _ in range(3):
+            run.data.next()
+    run.close()
