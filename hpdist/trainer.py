@@ -227,7 +227,7 @@ class Trainer:
 
     def _open_log(self, files: bool) -> RunLog:
         return RunLog(
-            self.config,
+            self.data.config,
             self.folder,
             done=self.step.applied_steps,
             seconds=self._seconds,

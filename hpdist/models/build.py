@@ -33,6 +33,8 @@ class ModelConfig(Component):
     """The options of a model; `build` makes it."""
 
     kind: ClassVar[str] = "model"
+    takes: ClassVar[frozenset[str]] = frozenset({"image", "audio"})
+    """Kinds of input that it can be built for: `hpdist.data.kinds.KINDS`."""
     num_classes: int | None = Field(None, ge=2)
     """By default what the labelled data say."""
     features: str | None = None
