@@ -187,11 +187,13 @@ def _whole(
     kept = _load(cache, paths)
     if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
         return dataclasses.replace(kept, folders=folders)
-    schema = folders.added(_first_schema(paths, versions, requests))
+    found, read = _first_schema(paths, versions, requests)
+    schema = folders.added(found)
     chosen = _chosen(columns, schema)
 
     def footer(path: str, version: FileVersion) -> Footer:
-        return Footer.of(*requests.metadata(path, version), chosen)
+        known = read.pop(path, None) or requests.metadata(path, version)
+        return Footer.of(*known, chosen)
 
     footers = _asked(pool, f"reading the footers of {requests.name}", footer, paths, versions)
     whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
@@ -213,12 +215,16 @@ def _asked(
 
 def _first_schema(
     paths: Sequence[str], versions: Sequence[FileVersion], requests: Requests
-) -> pa.Schema:
-    """The schema of the first file with rows: who writes none may not know their types."""
+) -> tuple[pa.Schema, dict[str, tuple[str, Any]]]:
+    """The schema of the first file with rows: who writes none may not know their types.
+
+    Also gives the footers that were read for it.
+    """
+    read = {}
     for path, version in zip(paths, versions, strict=True):
-        _, metadata = requests.metadata(path, version)
+        _, metadata = read[path] = requests.metadata(path, version)
         if metadata.num_rows:
-            return plain_schema(metadata.schema.to_arrow_schema())
+            return plain_schema(metadata.schema.to_arrow_schema()), read
     files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
     raise DataError(f"{requests.name}: holds no rows; its {files} empty")
 
