@@ -5,13 +5,11 @@ Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, ste
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import datasets
@@ -20,13 +18,13 @@ from torch import nn
 from hpdist import config as configuration
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
-from hpdist.checks import check_gradient, check_inputs, check_model, divide_batch
+from hpdist.checks import check_inputs, divide_batch
 from hpdist.claim import Claim
 from hpdist.config import RunConfig
 from hpdist.data.random import reseed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
-from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
+from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.engine import prepare
 from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.next_run import fresh_accelerate
@@ -36,16 +34,13 @@ from hpdist.evaluation import Evaluation
 from hpdist.generations import Generations, initial_values
 from hpdist.given import algorithm_given, check_classes, model_given, rows_given
 from hpdist.measuring import Measuring
-from hpdist.models.build import build_model
-from hpdist.models.full_precision import to_full_precision
-from hpdist.models.heads import with_heads
-from hpdist.models.memory import checkpoint_activations
-from hpdist.models.stored import weights_as_stored
 from hpdist.optim import build_optimizer, learning_rate
 from hpdist.records import Records
 from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
 from hpdist.run_guard import RunGuard
+from hpdist.run_model import RunModel
+from hpdist.run_name import with_fresh_name
 from hpdist.run_state import RunState
 from hpdist.saving import Saving
 from hpdist.step import SemiSupervisedStep, StepOutcome
@@ -58,7 +53,8 @@ class Trainer:
     """Trains a model from labelled and unlabelled rows, on however many ranks were launched.
 
     Args:
-        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section.
+        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section. A
+            copy of a module trains; after `fit` the module has the student's trained weights.
         algorithm: An algorithm's name or settings, or an object such as `FixMatch(threshold=0.9)`.
         labeled: A `datasets` object, a `pandas.DataFrame` or a list of rows; a pair of such an
             object and settings such as `{"input": "picture"}`; a path; or settings of the
@@ -67,7 +63,8 @@ class Trainer:
         test: Likewise.
         validation: Likewise.
         settings: Any other section of the config by its name: `batch={"labeled": 64}`,
-            `steps=1000`.
+            `steps=1000`. With `run={"name": …}` the run goes on where its folder has one; without,
+            it is a new one, `run-0001` or the next that is free.
 
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
@@ -133,6 +130,8 @@ class Trainer:
         config, files = self.config, self.files
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
+        if config.run.name is None and files:
+            self.config = config = with_fresh_name(config, self.main)
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
         self.launcher = LauncherWatch(self.accelerator.process_index)
@@ -164,7 +163,8 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         algorithm = self._make_algorithm(objects)
         check_inputs(algorithm, self.data.unlabeled_spec)
-        model = self._make_model(objects, algorithm)
+        self._model = RunModel(config, self.data, self.sharding, objects.model, self.main)
+        model = self._model.make(algorithm)
         initial = initial_values(model, algorithm.generations)
         if micro_batches > 1 and any(batch_norms(model)):
             Console(0, 0, self.main).say(
@@ -173,10 +173,9 @@ class Trainer:
             )
         optimizer = build_optimizer(model, config.optim)
         replicated = algorithm.views.teacher and self.sharding.stage == 3
-        own = replace(objects, model=copy.deepcopy(objects.model)) if replicated else objects
         model, optimizer = prepare(accelerator, model, optimizer)
         # Not before: ZeRO-3 has by now let go of the first model's whole weights.
-        replica = self._make_model(own, algorithm) if replicated else None
+        replica = self._model.make(algorithm) if replicated else None
         self.step = SemiSupervisedStep(
             accelerator,
             model,
@@ -208,34 +207,6 @@ class Trainer:
         algorithm.class_counts = data.class_counts
         return algorithm
 
-    def _make_model(self, objects: Objects, algorithm: Algorithm) -> nn.Module:
-        """Build the model, or take the one that was given; checked against the data."""
-        config = self.config
-
-        def build() -> nn.Module:
-            model = objects.model
-            if model is None:
-                seed = config.run.seed
-                model = build_model(config.model, self.data.spec, self.data.num_classes, seed)
-            said = to_full_precision(model)
-            if said is not None:
-                Console(0, 0, self.main).say(said)
-            model = global_batch_norm(model)
-            example = self.data.views.plain(self.data.spec.example(2))
-            trains = check_model(model, example, self.data.num_classes)
-            model = with_heads(model, algorithm, example, getattr(config.model, "features", None))
-            if not trains:
-                check_gradient(model, example)
-            if config.activation_checkpointing:
-                checkpoint_activations(model)
-            return model
-
-        with weights_as_stored(self.sharding.stage == 3):
-            model = agreed(build)
-        if self.sharding.compile is not None:
-            model.compile(**self.sharding.compile)  # in place: the parameters keep their names
-        return model
-
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
 
@@ -245,6 +216,7 @@ class Trainer:
         if self._summary is not None:
             self.claim.say_done(self.data.config, self._summary["steps"])
             self.close()
+            self._model.give_back(self.step)
             return self._summary
         if self._closed:
             raise ConfigError(
@@ -270,7 +242,19 @@ class Trainer:
             raise
         finally:
             self.close()
+        self._model.give_back(step)
         return self._summary
+
+    def student_model(self) -> nn.Module:
+        """Give a plain model with the student's weights, on the CPU, in fp32 and evaluation mode.
+
+        It needs neither hpdist nor other ranks. Collective: every rank must call.
+        """
+        return self._model.student(self.step)
+
+    def teacher_model(self) -> nn.Module:
+        """Give such a model with the teacher's weights: what a run's scores are of. Collective."""
+        return self._model.teacher(self.step)
 
     @property
     def log(self) -> RunLog:
