@@ -63,6 +63,13 @@ def join_save_state(step: SemiSupervisedStep) -> None:
     longer is not saved.
     """
     accelerator = step.engine.accelerator
+    if step.engine.has_stepped:
+        warnings.warn(
+            "the optimizer has done steps before this SemiSupervisedStep was made, which begins "
+            "with step 0 and a teacher like the student; to go on with a saved one, make it before "
+            "accelerator.load_state",
+            stacklevel=3,
+        )
     if accelerator not in _followed:
         steps = _followed[accelerator] = []
 

@@ -140,6 +140,11 @@ class ZeroEngine(Engine):
         """The user's own module, in half precision."""
         return without_wrappers(cast(nn.Module, self.deepspeed.module))
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether DeepSpeed has; it gives its optimizer a state before the first step."""
+        return int(self.deepspeed.global_steps) > 0
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""
         return logits_of(self.deepspeed(self._cast(inputs)))

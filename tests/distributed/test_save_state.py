@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +143,25 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="with a teacher, and this is one without"):
         without.engine.accelerator.load_state(str(tmp_path))
     [part] = (tmp_path / "hpdist").rglob("rank-00000.safetensors")
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    *first, last = part.read_bytes()
+    part.write_bytes(bytes([*first, last ^ 1]))
+    step = make({})
+    accelerator = step.engine.accelerator
     with pytest.raises(CheckpointError, match="load_state: checkpoint step-00000001 .* damaged"):
-        make({}).engine.accelerator.load_state(str(tmp_path))
-    part.unlink()
-    for left in (tmp_path / "hpdist").rglob("*"):
-        if left.is_file():
-            left.unlink()
+        accelerator.load_state(str(tmp_path))
+    shutil.rmtree(tmp_path / "hpdist")
     with pytest.raises(CheckpointError, match="hpdist' .*teacher and algorithm cannot go on"):
-        make({}).engine.accelerator.load_state(str(tmp_path))
+        accelerator.load_state(str(tmp_path))
+
+
+def test_a_step_that_is_made_after_the_load_says_that_it_has_missed_it(tmp_path: Path) -> None:
+    step = make({})
+    train(step, 1)
+    engine = step.engine
+    with pytest.warns(UserWarning, match="make it before accelerator.load_state"):
+        SemiSupervisedStep(
+            engine.accelerator, engine.model, engine.optimizer, FlexMatch(10), step.views
+        )
 
 
 def test_evaluation_lends_the_teacher_and_gives_it_back() -> None:
