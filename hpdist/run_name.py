@@ -25,8 +25,8 @@ _RESTARTED = "TORCHELASTIC_RESTART_COUNT"
 def with_fresh_name(config: RunConfig, main: bool) -> RunConfig:
     """The config with the name of a run folder that is made here and now.
 
-    A launcher that starts its processes again when one dies finds the folder that it had. Collective:
-    every rank must call; raises CheckpointError, on all, where no folder can be made.
+    A launcher that starts its processes again when one dies finds the folder that it had.
+    Collective: every rank must call; raises CheckpointError, on all, where none can be made.
     """
     name = from_main(lambda: _restarted(Path(config.run.dir)) or _fresh(Path(config.run.dir)))
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
@@ -51,7 +51,9 @@ def _fresh(folder: Path) -> str:
             (folder / name / LAUNCH).write_text(json.dumps(launch), encoding="utf-8")
     except OSError as error:
         why = why_not_written(error, folder)
-        raise CheckpointError(f"run.dir: cannot make a run folder in {str(folder)!r}: {why}") from error
+        raise CheckpointError(
+            f"run.dir: cannot make a run folder in {str(folder)!r}: {why}"
+        ) from error
     return name
 
 

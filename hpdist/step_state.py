@@ -161,9 +161,7 @@ def _save(step: SemiSupervisedStep, folder: Path) -> None:
         folder, engine.rank, engine.world_size, keep=1 << 30, background=False
     )
     facts = {**facts_of(step), **_identity(step)}
-    writer.save(
-        step.applied_steps, fragments_of(step, shards), common_of(step, shards), facts
-    )
+    writer.save(step.applied_steps, fragments_of(step, shards), common_of(step, shards), facts)
     writer.finish()
     # What another training has left there may be of a later step, so it is not told by its age.
     from_main(lambda: _remove_others(folder, folder_name(step.applied_steps)))

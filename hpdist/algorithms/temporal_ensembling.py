@@ -105,7 +105,9 @@ class TemporalEnsembling(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of unlabelled rows that have a target."""
         assert outputs.weak is not None
-        averages, counts = (table.read(outputs.weak.known_ids) for table in (self.averages, self.counts))
+        averages, counts = (
+            table.read(outputs.weak.known_ids) for table in (self.averages, self.counts)
+        )
         known = (counts > 0).float()  # [unlabeled]
         correction = 1 - self.momentum ** counts.clamp(min=1)
         targets = averages / correction[:, None]

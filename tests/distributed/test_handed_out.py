@@ -72,12 +72,16 @@ def handed_out(folder: str, name: str, settings: dict[str, Any]) -> dict[str, Te
     for key, value in step.teacher.whole().items():
         if key not in kept:
             assert torch.equal(teacher.state_dict()[key], value)
-    assert torch.equal(state_of(made.student_model())["norm.running_var"], after["norm.running_var"])
+    assert torch.equal(
+        state_of(made.student_model())["norm.running_var"], after["norm.running_var"]
+    )
     for teachers, model in ((True, teacher), (False, given)):
         with step.evaluating(teacher=teachers) as predict:
             measured = predict(inputs())
         with torch.no_grad():
-            torch.testing.assert_close(model(step.views.plain(inputs())), measured, atol=0.03, rtol=0.03)
+            torch.testing.assert_close(
+                model(step.views.plain(inputs())), measured, atol=0.03, rtol=0.03
+            )
     return after | {f"teacher.{key}": value for key, value in teacher.state_dict().items()}
 
 
@@ -129,5 +133,5 @@ def test_a_module_that_cannot_be_copied_trains_itself_and_it_is_said(
     made.fit()
     assert not torch.equal(given.state_dict()["last.weight"], before["last.weight"])
     assert "NoCopy cannot be copied (RuntimeError: it holds a socket" in capfd.readouterr().err
-    with pytest.raises(ConfigError, match="NoCopy cannot be copied, .* name a function"):
+    with pytest.raises(ConfigError, match=r"NoCopy cannot be copied, .* name a function"):
         made.teacher_model()

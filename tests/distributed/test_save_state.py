@@ -137,7 +137,7 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     accelerator.save_state(str(tmp_path))
 
     other = make_step("fixmatch", norm="batch", decay=0.9)
-    with pytest.raises(CheckpointError, match="another algorithm: .*FlexMatch there, .*FixMatch"):
+    with pytest.raises(CheckpointError, match=r"another algorithm: .*FlexMatch there, .*FixMatch"):
         other.engine.accelerator.load_state(str(tmp_path))
     without = make_step(FlexMatch(10), norm="batch", decay=None)
     with pytest.raises(CheckpointError, match="with a teacher, and this is one without"):
@@ -147,10 +147,10 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
     part.write_bytes(bytes([*first, last ^ 1]))
     step = make({})
     accelerator = step.engine.accelerator
-    with pytest.raises(CheckpointError, match="load_state: checkpoint step-00000001 .* damaged"):
+    with pytest.raises(CheckpointError, match=r"load_state: checkpoint step-00000001 .* damaged"):
         accelerator.load_state(str(tmp_path))
     shutil.rmtree(tmp_path / "hpdist")
-    with pytest.raises(CheckpointError, match="hpdist' .*teacher and algorithm cannot go on"):
+    with pytest.raises(CheckpointError, match=r"hpdist' .*teacher and algorithm cannot go on"):
         accelerator.load_state(str(tmp_path))
 
 

@@ -49,7 +49,7 @@ def test_every_run_without_a_name_gets_a_new_folder(
 
 def test_where_no_folder_can_be_made_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="run.dir: cannot make a run folder in '.*file'"):
+    with pytest.raises(CheckpointError, match=r"run.dir: cannot make a run folder in '.*file'"):
         trainer(Small(), tmp_path / "file", None, 1)
 
 

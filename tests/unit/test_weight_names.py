@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hpdist.distributed.checkpoint import digest_of
+from hpdist.distributed.manifest import digest_of
 from hpdist.distributed.names import collapsed, plain_name, shortened, with_plain_names
 from tests.odd_models import Odd, Reentrant, Small, differing, train, trainer
 
