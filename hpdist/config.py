@@ -45,6 +45,7 @@ from hpdist.redaction import MARK, redacted_parts, redacted_settings
 from hpdist.settings import (
     IN_PYTHON,
     PYTHON_PREFIX,
+    ByName,
     Component,
     ComponentOf,
     PythonComponent,
@@ -299,10 +300,11 @@ class RunConfig(Section):
     run: Run = Run()
     model: Annotated[SerializeAsAny[Component], ComponentOf("model")]
     data: Data
-    task: TaskChoice = TaskChoice()
+    task: Annotated[TaskChoice, ByName()] = TaskChoice()
     views: Annotated[SerializeAsAny[Component], ComponentOf("views")] = Field(
         default_factory=lambda: ComponentOf("views").choose({})
     )
+    """By default what the columns of the labelled rows ask for."""
     batch: Batch = Batch()
     algorithm: Annotated[SerializeAsAny[Component], ComponentOf("algorithm")]
     addons: list[Annotated[SerializeAsAny[Component], ComponentOf("addon")]] = Field([])
@@ -315,15 +317,15 @@ class RunConfig(Section):
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    optim: Optim = Optim()
-    schedule: Schedule = Schedule()
+    optim: Annotated[Optim, ByName()] = Optim()
+    schedule: Annotated[Schedule, ByName()] = Schedule()
     steps: int = Field(gt=0)
     """Optimizer steps to apply."""
     teacher: Teacher = Teacher()
     eval: Eval = Eval()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
-    tracker: Tracker = Tracker()
+    tracker: Annotated[Tracker, ByName()] = Tracker()
     watchdog: Watchdog = Watchdog()
     divergence: Divergence = Divergence()
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hpdist.errors import ConfigError
-from hpdist.settings import DEFAULT_NAMES, shown
+from hpdist.settings import by_name, components, shown
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -21,10 +21,16 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 def lay_over(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
     """Set dotted keys in a nested dict: whatever their order, a group before what is in it.
 
-    A component's name comes before its other options, and drops those of another component.
+    A component's name comes before its other options, and drops those of another component. A
+    group whose name may stand for it is taken by that: `--algorithm fixmatch`.
     """
+    values.update({group: by_name(values[group]) for group in BY_NAME if group in values})
+    named = [
+        (f"{key}.name", value) if key in BY_NAME and isinstance(value, str) else (key, value)
+        for key, value in overrides
+    ]
     for key, value in sorted(
-        overrides, key=lambda pair: (pair[0].count("."), pair[0] not in _COMPONENT_NAMES)
+        named, key=lambda pair: (pair[0].count("."), pair[0] not in _COMPONENT_NAMES)
     ):
         _set(values, key, value)
 
@@ -85,12 +91,22 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"--{dotted}: {parent!r} holds {shown(child)}, no group of settings")
         copy = dict(child)  # an anchor of the file may be used in two places
         node[parent], node = copy, copy
-    if dotted in _COMPONENT_NAMES and node.get("name", DEFAULT_NAMES.get(parents[0])) != value:
+    if dotted in _COMPONENT_NAMES and not _is_of(parents[0], node, value):
         node.clear()
     node[last] = value
 
 
+def _is_of(kind: str, options: Mapping[str, Any], name: object) -> bool:
+    """Whether options are those of the component of this name; unnamed ones, if it has such."""
+    if options.get("name") is not None:
+        return bool(options["name"] == name)
+    component = components(kind).get(str(name))
+    return component is not None and not component.misfits({**options, "name": name})
+
+
 _COMPONENT_NAMES = ("model.name", "algorithm.name", "views.name")
+BY_NAME = ("model", "algorithm", "views", "task", "optim", "schedule", "tracker")
+"""Groups of settings that a text, their name, may stand for."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,18 +12,19 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpdist import opening
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.tasks import Task, make_task
+from hpdist.bad_rows import BadRows
 from hpdist.config import RunConfig
-from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
-from hpdist.data.evaluation import evaluation_batches, look_through, summarize_looks
+from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
-from hpdist.data.sources import LabeledRows, open_labeled, open_test
+from hpdist.data.sources import LabeledRows, open_labeled, open_test, with_categories
 from hpdist.data.stream import BatchStream
 from hpdist.data.targets import Scale
 from hpdist.data.unlabeled import (
@@ -35,26 +36,40 @@ from hpdist.data.unlabeled import (
     row_count,
     survey,
 )
-from hpdist.data.views import AudioViewsConfig, FittedViews, TextViewsConfig, Views
+from hpdist.data.views import (
+    AudioViewsConfig,
+    FittedViews,
+    TableViewsConfig,
+    TextViewsConfig,
+    Views,
+)
 from hpdist.distributed.checkpoint import SavedRun
-from hpdist.distributed.reduce import agreed, from_main, gathered, world_size
+from hpdist.distributed.reduce import agreed, from_main
 from hpdist.errors import CheckpointError, DataError, HpdistError
+from hpdist.input_choice import (
+    describe_categories,
+    find_row_categories,
+    find_seconds,
+    record_inputs,
+    settle_inputs,
+    widen_categories,
+    with_seconds,
+)
 from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.progress import working
 from hpdist.run_inputs import (
     ModeChoice,
     choose_mode,
     find_spec,
     other_casts,
     reconsider,
-    record_mode,
     with_channels,
     with_mode,
 )
+from hpdist.run_looks import look_at_held_out, look_at_labeled
 from hpdist.tracking.audit import Audit
-from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 
-_NAMED_ROWS = 20  # bad rows of an epoch that each rank writes to the log
 _FILES = "unlabeled_files.json"
 _DUPLICATES = "duplicates.json"
 _INPUTS = "inputs.json"
@@ -97,21 +112,23 @@ class RunData:
         saved: SavedRun | None,
         uses_unlabeled: bool,
     ) -> None:
+        resumed = saved is not None
+        recorded = from_main(lambda: folder.read_json(_INPUTS) if resumed else None) or {}
+        self._given = config
+        settled = agreed(lambda: settle_inputs(config, objects.labeled, recorded))
+        config = settled.config
         self.config, taken = agreed(lambda: with_model_pixels(config))
-        """The run's settings, with what the views took from the model."""
+        """The run's settings, with what the views took from the rows and the model."""
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
         self.unlabeled_stream: BatchStream[UnlabeledBatch] | None = None
         self.streams: dict[str, BatchStream[Any]] = {}
-        self.bad_rows = 0
-        """Rows of the whole run that could not be used, of all ranks."""
-        self._bad_in_epoch = (0, 0)  # epoch, rows
-        self._recent: list[BadRow] = []  # of this rank, in this epoch
-        self._held_out_named: dict[str, set[int]] = {}
+        source = config.data.unlabeled
+        self._bad = BadRows(None if source is None else source.max_bad_rows)
         self._audit: Audit | None = None
-        resumed = saved is not None
-        self.labeled: LabeledRows = agreed(lambda: self._open_labeled(objects, saved))
-        self.spec: InputSpec = agreed(lambda: find_spec(self.config, self.labeled))
+        self.labeled: LabeledRows = agreed(lambda: self._open_labeled(settled.opened, saved))
+        chosen = [*settled.lines, *self._settle_seconds(recorded)]
+        self.spec: InputSpec = agreed(lambda: self._find_spec(recorded))
         choice = from_main(lambda: self._choose_mode(resumed))
         if choice is not None:
             self.spec = with_mode(self.spec, choice.mode)
@@ -122,14 +139,15 @@ class RunData:
                 self._open_test(name, getattr(objects, name)) for name in ("test", "validation")
             ]
         )
-        said = self._settle_mode(choice) if choice is not None else []
+        chosen += self._settle_categories(recorded)
+        said = [*chosen, *(self._settle_mode(choice) if choice is not None else [])]
         if self.spec.kind == "image":
             self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
             taken = "; ".join(filter(None, (taken, fitted))) or None
-        self._look_at_held_out()
+        opening.say_data(self, [*said, *filter(None, [taken]), *self._notes()], folder.main)
+        opening.say_lines(self._look_through(), folder.main)
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
-        for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
-            Console(0, 0, folder.main).say(line)
+        opening.say_lines(self.duplicates.lines, folder.main)
         self.num_classes = len(self.labeled.classes)
         scale = self.labeled.encoding.scale
         spread = None if scale is None else tuple(scale.std.tolist())
@@ -139,18 +157,40 @@ class RunData:
 
     def _make_views(self) -> Views:
         tokenizer, views = self.spec.tokenizer, cast(Any, self.config.views)
-        told = [] if tokenizer is None else [tokenizer.vocabulary]
+        told: list[Any] = [] if tokenizer is None else [tokenizer.vocabulary]
+        if isinstance(views, TableViewsConfig) and self.spec.categories is not None:
+            told.append(self.spec.categories.groups)
         made: Views = views.build(self.config.run.seed, *told)
         return made
 
-    def _open_labeled(self, objects: Objects, saved: SavedRun | None) -> LabeledRows:
+    def _find_spec(self, recorded: Mapping[str, Any]) -> InputSpec:
+        categories = find_row_categories(self.labeled, recorded)
+        return find_spec(self.config, self.labeled, categories)
+
+    def _settle_seconds(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Settle how long rows of sound are, where nothing says so; say what it is. Collective."""
+        found = from_main(lambda: find_seconds(self.config, self.labeled, recorded))
+        if found is not None:
+            self.config = with_seconds(self.config, found[0])
+        return [] if found is None else [found[1]]
+
+    def _settle_categories(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Take in the unlabelled rows' categories; say what all sets have of them. Collective."""
+        found = from_main(lambda: widen_categories(self.spec, self.unlabeled, recorded))
+        if found is None:
+            return []
+        self.spec = with_categories(self.spec, found)
+        return from_main(lambda: describe_categories(found, self._all_sets))
+
+    @working("opening data.labeled")
+    def _open_labeled(self, opened: tuple[Any, str], saved: SavedRun | None) -> LabeledRows:
         config, views = self.config, self.config.views
         return open_labeled(
             config.data.labeled,
             config.run.seed,
             num_classes=getattr(config.model, "num_classes", None),
             chosen=self.folder.read_labeled_rows() if saved is not None else None,
-            dataset=objects.labeled,
+            opened=opened,
             text=isinstance(views, TextViewsConfig),
             audio=isinstance(views, AudioViewsConfig),
             task=config.task,
@@ -158,23 +198,26 @@ class RunData:
             scale=_saved_scale(saved),
         )
 
+    @working("looking at the labelled pictures")
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
         recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
+    @working("looking at the other sets' pictures")
     def _settle_mode(self, choice: ModeChoice) -> list[str]:
         """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
-        sets = {f"data.{name}": rows for name, rows in self._other_sets.items()}
+        sets = {name: rows for name, rows in self._all_sets.items() if name != "data.labeled"}
         settled = from_main(lambda: reconsider(choice, sets))
         self.spec = with_mode(self.spec, settled.mode)
         self.config = with_channels(self.config, settled.mode)
         return [*filter(None, [settled.line]), *agreed(lambda: other_casts(settled.mode, sets))]
 
     @property
-    def _other_sets(self) -> dict[str, LabeledRows | AnyUnlabeled | None]:
-        """The sets besides the labelled one, by name."""
-        return {"unlabeled": self.unlabeled, "test": self.test, "validation": self.validation}
+    def _all_sets(self) -> dict[str, LabeledRows | AnyUnlabeled | None]:
+        """The sets by the names of their settings."""
+        names = ("labeled", "unlabeled", "test", "validation")
+        return {f"data.{name}": getattr(self, name) for name in names}
 
     def _notes(self) -> list[str]:
         """What was decided about the rows of all sets that a person should know."""
@@ -191,6 +234,7 @@ class RunData:
             return self.spec
         return InputSpec.of_text(self.spec.tokenizer, column)
 
+    @working("measuring the training rows for the views")
     def _fit_views(self, saved: SavedRun | None) -> None:
         """Have views measure the training rows, or take over what they measured. Collective."""
         views = self.views
@@ -232,6 +276,7 @@ class RunData:
         labels = torch.from_numpy(self.labeled.labels)
         return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
 
+    @working("opening data.unlabeled")
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
         spec = self.unlabeled_spec
@@ -258,17 +303,20 @@ class RunData:
         source = getattr(self.config.data, name)
         if source is None:
             return None
-        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+        where = f"data.{name}"
+        with working(f"opening {where}"):
+            return open_test(source, self.labeled, self.spec, dataset=dataset, where=where)
 
-    def _look_at_held_out(self) -> None:
-        """Say which rows that are measured on cannot be read, before the training. Collective."""
-        rank = dist.get_rank() if world_size() > 1 else 0
+    @working("looking for rows that cannot be read")
+    def _look_through(self) -> list[str]:
+        """Decode labelled and held-out rows before the training; say what is to say. Collective."""
+        told = [look_at_labeled(self.labeled, self.spec)]
         for rows in (self.test, self.validation):
             if rows is not None:
-                look = look_through(rows, self.spec, rank, world_size())
-                said = summarize_looks(rows.name, len(rows), gathered(look))
-                if said is not None:
-                    Console(0, 0, self.folder.main).say(said)
+                line, named = look_at_held_out(rows, self.spec)
+                told.append(line)
+                self._bad.note_named(rows.name, named)
+        return [line for line in told if line is not None]
 
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
@@ -294,7 +342,8 @@ class RunData:
             threads=loading.threads,
             processes=loading.processes,
         )
-        self.rank, self.world_size = rank, world_size
+        self.rank = self._bad.rank = rank
+        self.world_size = world_size
         self._make_stream = make
         self.labeled_stream: BatchStream[LabeledBatch] = make(
             self.labeled, batch.labeled, processes=0
@@ -312,8 +361,9 @@ class RunData:
         self.folder.write_json("labeled_rows.json", self.labeled.chosen)
         self.folder.write_json("classes.json", self.labeled.classes.names)
         self.folder.write_json(_DUPLICATES, self.duplicates.to_json())
-        if self.spec.mode is not None:
-            self.folder.write_json(_INPUTS, record_mode(self.spec))
+        inputs = record_inputs(self.config, self._given, self.spec)
+        if inputs:
+            self.folder.write_json(_INPUTS, inputs)
         rows = self.unlabeled
         parts = rows.parts if isinstance(rows, MixedRows) else [rows]
         if any(isinstance(part, ParquetRows) for part in parts):
@@ -338,9 +388,11 @@ class RunData:
             self.unlabeled, batch, spec=self.unlabeled_spec
         )
         try:
-            for _ in range(-(-rows // batch)):
-                agreed(stream.look_ahead)
-                yield next(stream)
+            with working("going through the unlabelled rows", rows, "rows") as work:
+                for _ in range(-(-rows // batch)):
+                    agreed(stream.look_ahead)
+                    yield next(stream)
+                    work.add(batch)
         finally:
             stream.close()
 
@@ -379,43 +431,12 @@ class RunData:
             return None
         if self._audit is not None:
             self._audit.add(attempt, applied, batch)
-        epoch, count = self._bad_in_epoch
-        if self.epoch != epoch:
-            epoch, count, self._recent = self.epoch, 0, []
-        self._bad_in_epoch = (epoch, count + bad_rows)
-        self.bad_rows += bad_rows
-        for row in batch.bad:
-            self._name(row)
-        source = self.config.data.unlabeled
-        if not bad_rows or source is None or count + bad_rows <= source.max_bad_rows:
-            return None
-        rows = [row for rank in gathered(self._recent[-3:]) for row in rank]
-        return DataError(
-            f"data.unlabeled.max_bad_rows: {count + bad_rows} rows of epoch {epoch} could not be "
-            f"used, and {source.max_bad_rows} may; among them: {'; '.join(map(str, rows[:3]))}; "
-            "mend or remove them, or raise the limit, and start again: the run goes on from here"
-        )
+        return self._bad.add(batch.bad, bad_rows, self.epoch)
 
-    def _name(self, row: BadRow) -> None:
-        self._recent.append(row)
-        if len(self._recent) <= _NAMED_ROWS:
-            _log.warning("rank %d: an unlabelled row is left out: %s", self.rank, row)
-        if len(self._recent) == _NAMED_ROWS:
-            _log.warning(
-                "rank %d: further rows of this epoch are counted and not named here; "
-                "data.unlabeled.audit: true writes each of them down",
-                self.rank,
-            )
-
-    def _name_held_out(self, name: str, row: BadRow) -> None:
-        """Name a row that no score is over, once."""
-        named = self._held_out_named.setdefault(name, set())
-        if row.id in named or len(named) == _NAMED_ROWS:
-            return
-        named.add(row.id)
-        _log.warning("rank %d: %s: a row is left out of the scores: %s", self.rank, name, row)
-        if len(named) == _NAMED_ROWS:
-            _log.warning("rank %d: %s: further ones are counted only", self.rank, name)
+    @property
+    def bad_rows(self) -> int:
+        """Rows of the whole run that could not be used, of all ranks."""
+        return self._bad.count
 
     def take_audit(self) -> Callable[[], None]:
         """A call that writes the audit up to here, for the checkpoint that it belongs to."""
@@ -423,12 +444,11 @@ class RunData:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the streams' positions."""
-        return {"bad_rows": self.bad_rows, "bad_in_epoch": self._bad_in_epoch}
+        return self._bad.state()
 
     def load_state(self, state: Mapping[str, Any], attempts: int) -> None:
         """Go on from a checkpoint; what was written after it is dropped."""
-        self.bad_rows = state["bad_rows"]
-        self._bad_in_epoch = tuple(state["bad_in_epoch"])
+        self._bad.load_state(state)
         self.drop_audit_after(attempts)
 
     def drop_audit_after(self, attempts: int) -> None:
@@ -438,7 +458,7 @@ class RunData:
 
     def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
         """Every row of a measured set once, over all ranks."""
-        batch, tell = self.config.eval.batch, partial(self._name_held_out, rows.name)
+        batch, tell = self.config.eval.batch, partial(self._bad.name_held_out, rows.name)
         return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, tell)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpdist.config import RunConfig
+from hpdist.data.categories import Categories
 from hpdist.data.decode import CHANNELS, InputSpec
 from hpdist.data.pictures import (
     declared_mode,
@@ -21,6 +22,7 @@ from hpdist.data.unlabeled import AnyUnlabeled
 from hpdist.data.views import AudioViewsConfig, ImageViewsConfig, TextViewsConfig
 from hpdist.errors import CheckpointError, ConfigError
 from hpdist.models.hugging_face import HuggingFaceConfig
+from hpdist.progress import working
 
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 
@@ -36,12 +38,16 @@ class ModeChoice:
     """Whether pictures of other sets may still change it."""
 
 
-def find_spec(config: RunConfig, labeled: LabeledRows) -> InputSpec:
+@working("looking at the first rows")
+def find_spec(
+    config: RunConfig, labeled: LabeledRows, categories: Categories | None = None
+) -> InputSpec:
     """Derive how inputs are decoded from the views and the first labelled row.
 
-    Raises ConfigError or DataError where they do not fit each other.
+    `categories` are those of its columns that hold no numbers. Raises ConfigError or DataError
+    where they do not fit each other.
     """
-    spec = _spec(config, labeled)
+    spec = _spec(config, labeled, categories)
     views, kind = config.views, spec.kind
     if (views.name, kind) in (("image", "vector"), ("table", "image")):
         raise ConfigError(
@@ -58,16 +64,16 @@ def find_spec(config: RunConfig, labeled: LabeledRows) -> InputSpec:
     return spec
 
 
-def _spec(config: RunConfig, labeled: LabeledRows) -> InputSpec:
+def _spec(config: RunConfig, labeled: LabeledRows, categories: Categories | None) -> InputSpec:
     views, model = config.views, config.model
     if isinstance(views, AudioViewsConfig):
         views.sampling.require()
         spec, first = InputSpec.of_audio(views.sampling, views.seen), labeled.chosen[:1]
-        spec.decode_rows(labeled.read_split(first), first, labeled.name)
+        spec.decode_rows(labeled.read_split(first), first, labeled.name, labeled.describe)
         return spec
     if not isinstance(views, TextViewsConfig):
         size, missing = (getattr(views, key, None) for key in ("size", "missing"))
-        return input_spec(labeled, size, missing=missing == "mean")
+        return input_spec(labeled, size, missing=missing == "mean", categories=categories)
     tokenizer = None
     if views.tokenizer is not None:
         tokenizer = Tokenizer(views.tokenizer, views.max_length)
@@ -89,7 +95,7 @@ def choose_mode(
 ) -> ModeChoice | None:
     """Choose the mode of pictures by what the labelled set and the settings say.
 
-    None where the inputs are no encoded pictures. `recorded` is what `record_mode` gave when the
+    None where the inputs are no encoded pictures. `recorded` is what `record_inputs` gave when the
     run began; {} of a run that kept no record. Raises DataError, or CheckpointError where a setting
     wants another mode than the run began with.
     """
@@ -156,11 +162,6 @@ def with_channels(config: RunConfig, mode: str) -> RunConfig:
         return config
     filled = views.model_copy(update={"channels": CHANNELS[mode]})
     return config.model_copy(update={"views": filled})
-
-
-def record_mode(spec: InputSpec) -> dict[str, Any]:
-    """What a run that goes on must keep of how its inputs are decoded, as JSON."""
-    return {"mode": spec.mode}
 
 
 def _converted(mode: str) -> str:

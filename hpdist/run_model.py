@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hpdist import opening
 from hpdist.algorithms.base import Algorithm
 from hpdist.checks import check_gradient, check_model
 from hpdist.config import RunConfig
@@ -57,6 +58,7 @@ class RunModel:
         self._sharding = sharding
         self._given = given
         self._in_place = False  # of a module that cannot be copied
+        self._main = main
         self._say = Console(0, 0, main).say
 
     def make(self, algorithm: Algorithm) -> nn.Module:
@@ -99,9 +101,7 @@ class RunModel:
     def _made(self, algorithm: Algorithm) -> nn.Module:
         config, data = self._config, self._data
         model = self._copied() if self._given is not None else self._built()
-        said = to_full_precision(model)
-        if said is not None:
-            self._say(said)
+        opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
         model = global_batch_norm(model)
         example = data.views.plain(data.spec.example(2))
         trains = check_model(model, example, data.num_classes)

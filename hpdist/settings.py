@@ -42,12 +42,14 @@ from pydantic_core import (
 
 from hpdist.errors import ConfigError, describe
 from hpdist.redaction import redacted_settings
+from hpdist.setting_docs import add_descriptions
 
 PYTHON_PREFIX = "python:"
 IN_PYTHON = "python:(given)"
 """The name of a model that Python code gave as an object."""
-DEFAULT_NAMES = {"views": "image"}
-"""What a component is where the config does not name one."""
+AUTO = "auto"
+DEFAULT_NAMES = {"views": AUTO}
+"""What a component is where the config does not name one, and its options fit several."""
 
 Location: TypeAlias = tuple[int | str, ...]
 
@@ -57,11 +59,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        use_attribute_docstrings=True,
         protected_namespaces=(),
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /
+    ) -> dict[str, Any]:
+        """Describe the settings by the docstrings under them."""
+        found = handler(schema)
+        add_descriptions(cls, handler.resolve_ref_schema(found))
+        return found
 
     @field_validator("*", mode="before")
     @classmethod
@@ -82,6 +92,29 @@ class Section(BaseModel):
             raise _refusal(*_findings(cls, error)) from None
 
 
+def by_name(values: Any) -> Any:
+    """Take a text for the `name` of a group of settings: `tracker: none`."""
+    return {"name": values} if isinstance(values, str) else values
+
+
+class ByName:
+    """Annotates a field whose group of settings may be given by its `name` alone."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Validate what `by_name` gives."""
+        return core_schema.no_info_before_validator_function(by_name, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Offer the group, or one of the names."""
+        group = handler(schema)
+        names = handler.resolve_ref_schema(dict(group))["properties"]["name"]["enum"]
+        return {"anyOf": [group, {"type": "string", "enum": names}]}
+
+
 class Component(Section):
     """The options of something chosen by name: a model, an algorithm, the views."""
 
@@ -91,6 +124,15 @@ class Component(Section):
     prefix_hint: ClassVar[str] = ""
     """Such a name, for messages."""
     name: str
+
+    @classmethod
+    def misfits(cls, values: Mapping[str, Any]) -> int:
+        """Count what is wrong with settings of such a component."""
+        try:
+            cls.model_validate(dict(values))
+        except ValidationError as error:
+            return error.error_count()
+        return 0
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -162,19 +204,48 @@ class ComponentOf:
         self.kind = kind
 
     def choose(self, values: object) -> Component:
-        """Make the component that `name` asks for. Raises ValidationError."""
+        """Make the component that `name` asks for, or a name alone. Raises ValidationError."""
         if isinstance(values, Component):
             return values
+        values = {} if values is None and self.kind in DEFAULT_NAMES else by_name(values)
         if not isinstance(values, dict):
-            raise _refusal(((), f"must be a group of settings, not {shown(values)}; {self.hint}"))
+            raise _refusal(
+                ((), f"must be a name or a group of settings, not {shown(values)}; {self.hint}")
+            )
         values = {"name": DEFAULT_NAMES.get(self.kind)} | values
         name = values["name"]
+        if name == AUTO and DEFAULT_NAMES.get(self.kind) == AUTO:
+            name = values["name"] = self.by_options(values)
         if name is None:
             raise _refusal((("name",), f"missing; {self.hint}"))
         try:
             return self._class(str(name)).model_validate(values)
         except ConfigError as error:  # of the import of a `python:` name
             raise _refusal((("name",), str(error))) from error
+
+    def by_options(self, values: Mapping[str, Any]) -> str:
+        """Name the one component that has these options; `auto` where several have them all.
+
+        Where none has, it is the one that they come closest to, whose refusal says what is wrong:
+        images of several that are as close.
+        """
+        options = {key: value for key, value in values.items() if key != "name"}
+        wrong = {
+            name: component.misfits(options | {"name": name})
+            for name, component in components(self.kind).items()
+            if name != AUTO
+        }
+        fitting = [name for name, count in wrong.items() if not count]
+        if len(fitting) != 1 and fitting:
+            return AUTO
+        known = components(self.kind)
+
+        def distance(name: str) -> tuple[float, ...]:
+            fields = known[name].model_fields
+            close = sum(bool(difflib.get_close_matches(key, fields, 1)) for key in options)
+            return wrong[name], -close, name != "image"
+
+        return fitting[0] if fitting else min(wrong, key=distance)
 
     @property
     def hint(self) -> str:
@@ -228,11 +299,13 @@ class ComponentOf:
         options = []
         for name, component in (components(self.kind) | self._prefixed | python).items():
             option = handler(component.__pydantic_core_schema__)
+            definition = handler.resolve_ref_schema(option)
+            add_descriptions(component, definition)
             if name != default:  # so that settings without a name fit one option only
-                definition = handler.resolve_ref_schema(option)
                 definition["required"] = sorted({"name", *definition.get("required", [])})
             options.append(option)
-        return {"oneOf": options}
+        names = f"The name alone: {', '.join(components(self.kind))}, or another that is allowed."
+        return {"oneOf": [*options, {"type": "string", "description": names}]}
 
 
 def import_object(name: str) -> Any:

@@ -84,6 +84,17 @@ class Sampling:
         return resampled.astype(np.float32)
 
 
+def length_of(value: Any) -> float | None:
+    """How many seconds a stored sound lasts, by its header; None where that cannot be read."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(stored_bytes(value, "sound"))) as file:
+            return float(file.frames / file.samplerate)
+    except (ValueError, OSError, soundfile.LibsndfileError):  # named when it is decoded
+        return None
+
+
 @cache
 def _low_pass(factor: int) -> Array:
     """The filter of a resampler between rates of which the larger is `factor` times their step."""

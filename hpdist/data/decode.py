@@ -9,7 +9,7 @@ decoded as a labelled one is.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:  # imported where it is used: a decoding process does without 
     from torch import Tensor
 
     from hpdist.data.audio import Sampling
+    from hpdist.data.categories import Categories
     from hpdist.data.text import Tokenizer
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Column: TypeAlias = str | tuple[str, ...]
-"""Where a row's input is: in one column, or in several, of a number each."""
+"""Where a row's input is: in one column, or in several, of a number or a category each."""
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
@@ -64,7 +65,8 @@ class InputSpec:
     channels_last: bool = False  # how 3-D arrays are stored
     size: int | None = None  # every image is resized to size x size
     missing: bool = False  # whether a vector may hold NaN, for the views to fill in
-    names: tuple[str, ...] = ()  # of the features, where each is a column
+    names: tuple[str, ...] = ()  # of the features, where they are columns or their categories
+    categories: Categories | None = None  # of the columns that hold no numbers
     tokenizer: Tokenizer | None = None  # of text
     sampling: Sampling | None = None  # of sound
     seen: tuple[int, ...] | None = None  # a row as the views give it to the model, if not `shape`
@@ -146,18 +148,23 @@ class InputSpec:
         return out
 
     def decode_rows(
-        self, values: Sequence[Any], ids: Sequence[int], name: str, pin: bool = False
+        self,
+        values: Sequence[Any],
+        ids: Sequence[int],
+        name: str,
+        describe: Callable[[int], str] = "row {}".format,
     ) -> Tensor:
-        """Decode stored values into [rows, *shape], in page-locked memory on request.
+        """Decode stored values into [rows, *shape].
 
-        Raises DataError that names the dataset, the row and the cause.
+        Raises DataError that names the dataset, the row, as `describe` does, and the cause.
         """
         import torch
 
-        out = torch.empty((len(values), *self.shape), dtype=self.dtype, pin_memory=pin)
+        out = torch.empty((len(values), *self.shape), dtype=self.dtype)
         for line, reason in self.decode_valid(values, out).items():
             raise DataError(
-                f"{name}: row {ids[line]} cannot be decoded: {reason}; mend or remove that row"
+                f"{name}: {describe(ids[line])} cannot be decoded: {reason}; mend or remove that "
+                "row"
             )
         return out
 
@@ -210,7 +217,8 @@ class InputSpec:
             found = "an array" if isinstance(value, np.ndarray) else "an encoded image"
             raise ValueError(f"it is {found}, but the labelled rows are not")
         if self.kind == "vector":
-            array: Array = _finite(value, self.missing, self.names)  # [features]
+            row = value if self.categories is None else self.categories.encode(value)
+            array: Array = _finite(row, self.missing, self.names)  # [features]
         elif self.stored == "encoded":
             pixels = _pixels(open_image(value), str(self.mode))
             if pixels.shape[:2] == self.shape[1:]:
@@ -253,10 +261,26 @@ def stored_values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def stored_inputs(table: pa.Table, column: Column) -> list[Any]:
-    """Take the inputs as they are stored, one per row; of several columns a vector, null as NaN."""
+    """Take the inputs as they are stored, one per row; of several columns a vector, null as NaN.
+
+    Where a column holds other than numbers the vector is one of objects.
+    """
     if isinstance(column, str):
         return stored_values(table.column(column))
-    return list(np.stack([_numbers(table.column(name)) for name in column], axis=1))
+    columns = [plain_column(table.column(name)) for name in column]
+    of_numbers = [_is_number(one.type) for one in columns]
+    if all(of_numbers):
+        return list(np.stack([_numbers(one) for one in columns], axis=1))
+    rows = np.empty((len(table), len(columns)), object)
+    for number, (one, is_number) in enumerate(zip(columns, of_numbers, strict=True)):
+        rows[:, number] = _numbers(one) if is_number else stored_values(one)
+    return list(rows)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    types = pa.types
+    checks = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
+    return any(check(kind) for check in checks)
 
 
 def _numbers(column: pa.ChunkedArray) -> Array:

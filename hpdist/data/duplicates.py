@@ -22,10 +22,12 @@ from hpdist.config import Duplicates
 from hpdist.data.decode import Column, Unreadable, stored_inputs
 from hpdist.data.files import is_remote
 from hpdist.data.loading import one_line
+from hpdist.data.rows import describe_row
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.reader import Rows
-from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
+from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, row_count
 from hpdist.errors import DataError
+from hpdist.progress import working
 
 _AT_ONCE = 1024  # rows
 _NAMED = 3  # pairs of rows that a line names
@@ -53,7 +55,7 @@ class _Found:
     """Rows of a held-out set that are in one of the sets to train on."""
 
     rows: set[int] = field(default_factory=set)
-    pairs: list[tuple[int, str]] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _UncomparedError(Exception):
@@ -78,7 +80,7 @@ def find_duplicates(
     report = Report(check=config.check)
     hashed = {name: _digests(config, rows) for name, rows in held.items()}
     known = {name: own for name, own in hashed.items() if not isinstance(own, _UncomparedError)}
-    found = {name: _search(config, rows, known) for name, rows in pools.items() if known}
+    found = {name: _search(config, rows, known, held) for name, rows in pools.items() if known}
     for name, own in hashed.items():
         if isinstance(own, _UncomparedError):
             report.lines.append(f"duplicates: {_left_out(name, own, report)}")
@@ -108,15 +110,18 @@ def _told(
     report.summary[f"{name}/duplicates_in_{pool}"] = len(found.rows)
     if not found.rows:
         return f"none are in data.{pool}"
-    pairs = "; ".join(f"row {row} is {place}" for row, place in found.pairs)
+    pairs = "; ".join(f"{row} is {place}" for row, place in found.pairs)
     more = "; …" if len(found.rows) > len(found.pairs) else ""
     return f"{len(found.rows)} are in data.{pool} ({pairs}{more})"
 
 
 def _search(
-    config: Duplicates, pool: LabeledRows | AnyUnlabeled, known: Mapping[str, Mapping[bytes, Any]]
+    config: Duplicates,
+    pool: LabeledRows | AnyUnlabeled,
+    known: Mapping[str, Mapping[bytes, Any]],
+    held: Mapping[str, LabeledRows],
 ) -> dict[str, _Found] | _UncomparedError:
-    """Go through the rows of a set to train on."""
+    """Go through the rows of a set to train on, given what those of the held-out sets hold."""
     found = {name: _Found() for name in known}
     parts = pool.parts if isinstance(pool, MixedRows) else (pool,)
     try:
@@ -129,7 +134,8 @@ def _search(
                     if rows is None:
                         continue
                     if len(found[name].pairs) < _NAMED and not found[name].rows.issuperset(rows):
-                        found[name].pairs.append((rows[0], several + _place(part, place)))
+                        pair = (_place(held[name], rows[0]), several + _place(part, place))
+                        found[name].pairs.append(pair)
                     found[name].rows.update(rows)
     except _UncomparedError as reason:
         return reason
@@ -173,7 +179,7 @@ def _too_large(limit: int) -> _UncomparedError:
 def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
     """The hash and the id of every row that can be read, once."""
     read = 0
-    for values, ids in _stored(rows):
+    for values, ids in _counted(rows):
         for value, row in zip(values, ids, strict=True):
             named = isinstance(value, dict) and value.get("bytes") is None
             data = _file(value.get("path")) if named else _bytes(value)
@@ -183,6 +189,15 @@ def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
             if limit is not None and read > limit:
                 raise _too_large(limit)
             yield xxhash.xxh3_128_digest(data), row
+
+
+def _counted(rows: Any) -> Iterator[tuple[list[Any], list[int]]]:
+    """The stored values of all rows, shown to be at work."""
+    total = len(rows) if isinstance(rows, (LabeledRows, UnlabeledTable)) else row_count(rows)
+    with working(f"looking for duplicates in {rows.name}", total, "rows") as work:
+        for values, ids in _stored(rows):
+            yield values, ids
+            work.add(len(ids))
 
 
 def _stored(rows: Any) -> Iterator[tuple[list[Any], list[int]]]:
@@ -235,6 +250,8 @@ def _bytes(value: Any) -> bytes | None:
         value = value.get("bytes")
     if value is None or isinstance(value, Unreadable):
         return None
+    if isinstance(value, np.ndarray) and value.dtype == object:  # of several columns, texts too
+        return repr(value.tolist()).encode()
     if isinstance(value, np.ndarray):  # numbers are equal whatever type they are stored in
         return repr(value.shape).encode() + np.ascontiguousarray(value, np.float64).tobytes()
     return value.encode() if isinstance(value, str) else bytes(value)
@@ -252,4 +269,7 @@ def _file(path: str | None) -> bytes | None:
 
 
 def _place(rows: Any, row: int) -> str:
-    return str(rows.index.describe(row)) if isinstance(rows, ParquetRows) else f"row {row}"
+    if isinstance(rows, ParquetRows):
+        return str(rows.index.describe(row))
+    table = isinstance(rows, (LabeledRows, UnlabeledTable))
+    return describe_row(rows.dataset, row) if table else f"row {row}"

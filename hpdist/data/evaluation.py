@@ -17,10 +17,12 @@ from hpdist.data.retry import is_remote
 from hpdist.data.sources import LabeledRows
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
-from hpdist.redaction import redacted
 
 _LOOK_SECONDS = 5.0  # that the start of a run looks for unreadable rows, on each rank
 _LOOK_ROWS = 64  # read at once then
+_NAMED = 10  # rows that an error names
+MOST_LABELED = 10_000
+"""Labelled rows that each rank looks at before the training."""
 
 
 def evaluation_batches(
@@ -72,17 +74,20 @@ def look_through(
     rank: int = 0,
     world_size: int = 1,
     seconds: float = _LOOK_SECONDS,
+    most: int | None = None,
 ) -> Look:
-    """Decode this rank's rows of a set that will be measured on, as far as the time allows.
+    """Decode this rank's rows of a labelled set, as far as the time allows.
 
-    Rows that lie elsewhere are not fetched for it, but for the first one.
+    Rows that lie elsewhere are not fetched for it, but for the first one; no more than `most` are
+    decoded.
     """
     start, end, _ = _share(len(rows), rank, world_size)
+    end = end if most is None else min(end, start + most)
     began, seen, bad = time.monotonic(), 0, list[BadRow]()
     size = 1  # the first row tells how a set differs from the training rows
     while start < end and (not seen or time.monotonic() - began < seconds):
         positions = np.arange(start, min(start + size, end))
-        if seen and any(_is_elsewhere(value) for value in _read(rows, positions)):
+        if seen and any(is_elsewhere(value) for value in _read(rows, positions)):
             break
         out = torch.empty((len(positions), *spec.shape), dtype=spec.dtype)
         bad += _decode(rows, spec, positions, out).values()
@@ -105,6 +110,35 @@ def summarize_looks(name: str, count: int, looks: Sequence[Look]) -> str | None:
     return f"{name}: {'; '.join(told)}" if told else None
 
 
+def refuse_unreadable(rows: LabeledRows, looks: Sequence[Look]) -> str | None:
+    """What to say of labelled training rows that were looked at; None where all were, and are well.
+
+    Raises DataError that names those that cannot be decoded, with the class of each.
+    """
+    bad = [row for look in looks for row in look.bad]
+    if bad:
+        count = f"{len(bad)} labelled rows" if len(bad) > 1 else "a labelled row"
+        lines = [f"{row.where}{_class_of(rows, row.id)}: {row.reason}" for row in bad[:_NAMED]]
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise DataError(
+            f"{rows.name}: {count} cannot be decoded: {'; '.join(lines)}{more}; mend them, or "
+            "leave them out of the set"
+        )
+    seen = sum(look.seen for look in looks)
+    if seen == len(rows):
+        return None
+    return (
+        f"{rows.name}: {len(rows) - seen} of {len(rows)} rows were not looked at before the "
+        "training"
+    )
+
+
+def _class_of(rows: LabeledRows, row: int) -> str:
+    """The class of a row of the split, for messages; of other labels nothing."""
+    label = rows.labels[int(np.searchsorted(rows.ids, row))]
+    return f" of class {rows.classes.names[int(label)]!r}" if rows.labels.ndim == 1 else ""
+
+
 def _share(count: int, rank: int, world_size: int) -> tuple[int, int, int]:
     """Where a rank's rows begin and end, and how many a rank has, rounded up."""
     share = -(-count // world_size)
@@ -120,7 +154,7 @@ def _decode(
     reasons = spec.decode_valid(values, out)
     ids = rows.ids[positions].tolist()
     return {
-        line: BadRow(ids[line], _place(values[line], ids[line]), reason)
+        line: BadRow(ids[line], rows.describe(ids[line]), reason)
         for line, reason in reasons.items()
     }
 
@@ -146,11 +180,7 @@ def _path_of(value: Any) -> str | None:
     return path if isinstance(path, str) and path else None
 
 
-def _is_elsewhere(value: Any) -> bool:
+def is_elsewhere(value: Any) -> bool:
+    """Whether a stored value names a file that lies on another machine."""
     path = _path_of(value)
     return path is not None and value.get("bytes") is None and is_remote(path)
-
-
-def _place(value: Any, row: int) -> str:
-    path = _path_of(value)
-    return f"row {row}" if path is None else f"row {row} ({redacted(path)})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpdist.data.decode import InputSpec, Unreadable
@@ -24,9 +26,9 @@ def check_parquet_fit(
         found = functions.values(tried.table).values
         for line, reason in tried.unread.items():
             found[line] = Unreadable(reason)
-        named = [reader.describe(row) for row in tried.ids.tolist()]
+        ids = tried.ids.tolist()
         try:
-            check_fit(found, spec, name, named)
+            check_fit(found, spec, name, partial(_describe, reader, ids))
         except DataError:
             if place == places - 1:
                 raise
@@ -34,8 +36,14 @@ def check_parquet_fit(
         return
 
 
-def check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str]) -> None:
-    """Raise DataError unless one of the first rows can be decoded."""
+def _describe(reader: ParquetReader, ids: list[int], line: int) -> str:
+    return reader.describe(ids[line])
+
+
+def check_fit(
+    values: list[Any], spec: InputSpec, name: str, describe: Callable[[int], str]
+) -> None:
+    """Raise DataError unless one of the first rows can be decoded; `describe` names a line's."""
     reasons = []
     for line, value in enumerate(values):
         try:
@@ -45,6 +53,6 @@ def check_fit(values: list[Any], spec: InputSpec, name: str, places: list[str]) 
             continue
         return
     line, reason = reasons[0]
-    first = f"{places[line]} cannot be decoded: {reason}"
-    more = f", nor can any other of the first {len(places)}" if len(places) > 1 else ""
+    first = f"{describe(line)} cannot be decoded: {reason}"
+    more = f", nor can any other of the first {len(values)}" if len(values) > 1 else ""
     raise DataError(f"{name}: {first}{more}; mend or remove these rows")

@@ -27,7 +27,7 @@ def training_rows(
     for at in range(0, len(labeled), _AT_ONCE):
         places = np.arange(at, min(at + _AT_ONCE, len(labeled)))
         ids = labeled.ids[places].tolist()
-        yield spec.decode_rows(labeled.read(places), ids, labeled.name).numpy()
+        yield spec.decode_rows(labeled.read(places), ids, labeled.name, labeled.describe).numpy()
     parts: Any = unlabeled.parts if isinstance(unlabeled, MixedRows) else [unlabeled]
     for part in parts:
         if isinstance(part, UnlabeledTable):

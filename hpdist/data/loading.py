@@ -14,6 +14,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from hpdist.config import Source
 from hpdist.data.builders import config_of
 from hpdist.data.cached_addresses import redact_cached_addresses
+from hpdist.data.categories import held, is_category, is_number
 from hpdist.data.decode import Column
 from hpdist.data.local_files import (
     ENDINGS,
@@ -32,12 +33,12 @@ from hpdist.data.options import (
     separator_hint,
 )
 from hpdist.data.paths import did_you_mean, local_path, neighbour
+from hpdist.data.rows import same_files
 from hpdist.data.saved import is_saved, open_saved
 from hpdist.errors import ConfigError, DataError, HpdistError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
 
-_NUMBERS = ("int", "uint", "float", "double", "bool", "decimal")  # the dtypes of numbers
 _BYTES = ("binary", "large_binary", "binary_view")
 
 
@@ -239,7 +240,9 @@ def one_line(error: BaseException) -> str:
 
 def raw_view(dataset: Any, columns: Sequence[str]) -> Any:
     """Take some columns of a dataset, in Arrow format, so undecoded."""
-    return dataset.select_columns(list(columns)).with_format("arrow")
+    view = dataset.select_columns(list(columns)).with_format("arrow")
+    same_files(dataset, view)
+    return view
 
 
 def same_column(column: AnyColumn, features: Any) -> AnyColumn | None:
@@ -281,8 +284,8 @@ def input_column(
 ) -> Column:
     """Find the column that the model sees: as named, else the only one of images, text or sound.
 
-    Of a list of columns each must hold a number or a boolean, and none the label `exclude`; a list
-    is never text or sound.
+    Of a list of columns each must hold numbers, booleans or what may be categories, and none the
+    label `exclude`; a list is never text or sound.
     """
     setting = f"{where}.input"
     what = "text" if text else "audio" if audio else "images"
@@ -292,7 +295,7 @@ def input_column(
                 f"{setting}: a list of columns is no {what}, which views.name: {what} takes; name "
                 f"one column of {what}, or set views.name: table, or identity"
             )
-        _check_numbers(features, column, setting, exclude)
+        _check_columns(features, column, setting, exclude)
         return tuple(column)
     usual, fits = {
         "text": (_is_text, _is_text),
@@ -304,8 +307,13 @@ def input_column(
     candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
     if column is None:
         if len(found) != 1:
+            holds = ", ".join(
+                f"{key} ({held(feature)})" for key, feature in features.items() if key != exclude
+            )
+            count = f"{len(found)} columns hold" if found else "no column holds"
             raise DataError(
-                f"{setting}: name the input column, there are {len(found)} of {what}; {candidates}"
+                f"{setting}: name the input column, {count} {what}, which views.name: "
+                f"{what.removesuffix('s')} takes; the columns are {holds}"
             )
         return found[0]
     feature = features[known_column(features, column, setting)]
@@ -317,12 +325,12 @@ def input_column(
         hint = "; for audio set views.name: audio"
     elif what == "images" and _is_text(feature):
         hint = "; for text set views.name: text"
-    elif what == "images" and _is_number(feature):
+    elif what == "images" and is_number(feature):
         hint = f"; a list makes a vector: [{column}]"
     raise DataError(f"{setting}: column {column!r} holds {feature}, {wanted}{hint}; {candidates}")
 
 
-def _check_numbers(
+def _check_columns(
     features: Any, columns: Sequence[str], setting: str, exclude: str | None
 ) -> None:
     for name in columns:
@@ -331,19 +339,12 @@ def _check_numbers(
             raise DataError(f"{setting}: column {name!r} is the label; leave it out")
         if columns.count(name) > 1:
             raise DataError(f"{setting}: column {name!r} is there twice; name each once")
-        if not _is_number(feature):
-            kind = getattr(feature, "dtype", "")
-            held = "text" if kind.endswith("string") else str(feature)
+        if not is_number(feature) and not is_category(feature):
             raise DataError(
-                f"{setting}: column {name!r} holds {held}, and a list of columns must hold numbers "
-                "or booleans; write it as numbers, such as one column of 0 and 1 for each value, "
-                "or leave it out"
+                f"{setting}: column {name!r} holds {feature}, and a list of columns must hold "
+                "numbers, booleans or categories, which are texts or a ClassLabel; write it as one "
+                "of these, or leave it out"
             )
-
-
-def _is_number(feature: Any) -> bool:
-    kind = getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.Value) and kind.startswith(_NUMBERS)
 
 
 def _is_image(feature: Any) -> bool:

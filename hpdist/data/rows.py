@@ -25,6 +25,12 @@ def remember_files(table: Any, rows: Iterable[tuple[str, int]]) -> None:
         _files[table] = [path for path, _ in files], ends
 
 
+def same_files(table: Any, view: Any) -> None:
+    """Note that a view has the rows of a table, in its order."""
+    if table in _files:
+        _files[view] = _files[table]
+
+
 def describe_row(table: Any, row: int) -> str:
     """Say which row of a `datasets.Dataset` it is: `row 7 (photos/cat/3.jpg)`, or `row 7`.
 

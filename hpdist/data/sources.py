@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hpdist.config import LabelColumn, Labeled, TaskChoice
+from hpdist.data.categories import Categories
 from hpdist.data.classes import Classes
 from hpdist.data.decode import Array, Column, InputSpec, stored_inputs
 from hpdist.data.labels import (
@@ -69,6 +70,10 @@ class TableRows:
         Raises DataError when the dataset's files cannot be read.
         """
         return self.read_split(self.ids[positions].tolist())
+
+    def describe(self, row: int) -> str:
+        """Name a row of the split, and its file where that is known, for messages."""
+        return describe_row(self.dataset, row)
 
     def read_split(self, indices: list[int]) -> list[Any]:
         """Read the stored values at indices of the whole split."""
@@ -172,16 +177,17 @@ def open_labeled(
     task: TaskChoice | None = None,
     classes: Sequence[str] | None = None,
     scale: Scale | None = None,
+    opened: tuple[Any, str] | None = None,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
     `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
     of an earlier run, used instead of drawing, `classes` the names of its classes, and `scale` is
     what it standardised targets by; `text` is whether the model sees text, `audio` whether it sees
-    sound; `task` is classification if not given. Raises DataError when anything is not as the
-    config says.
+    sound; `task` is classification if not given; `opened` is what `open_table` gave, if that was
+    called before. Raises DataError when anything is not as the config says.
     """
-    table, name = open_table(config, dataset, where)
+    table, name = opened or open_table(config, dataset, where)
     features = table.features
     label = label_column(features, config.label, where)
     column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
@@ -234,6 +240,8 @@ def open_test(
         audio=like.audio,
     )
     check_order(column, like.column, where)
+    if spec.categories is not None:
+        spec.categories.check(features, names_of(column), where)
     stored = read_labels(table, label, where, name)
     encoding = like.encoding
     checked = encoding.check(stored)
@@ -275,26 +283,41 @@ def _require_readable(rows: LabeledRows, spec: InputSpec) -> None:
         at, size = at + size, _LOOKED_AT
     others = "" if len(rows) == 1 else f", and none of the other {len(rows) - 1} rows can be"
     raise DataError(
-        f"{rows.name}: row {rows.ids[0]} cannot be decoded: {reason}{others}; mend or replace them"
+        f"{rows.name}: {rows.describe(int(rows.ids[0]))} cannot be decoded: {reason}{others}; mend "
+        "or replace them"
     )
 
 
 def input_spec(
-    rows: LabeledRows, size: int | None = None, *, missing: bool = False, mode: str | None = None
+    rows: LabeledRows,
+    size: int | None = None,
+    *,
+    missing: bool = False,
+    mode: str | None = None,
+    categories: Categories | None = None,
 ) -> InputSpec:
     """Derive how inputs are decoded from the first labelled row in use.
 
     `size` resizes every image to size x size; `missing` lets vectors hold NaN; `mode` is what
-    images become (L, RGB or RGBA), by default what that row's is. Raises DataError when that row is
-    no image or array.
+    images become (L, RGB or RGBA), by default what that row's is; `categories` are those of columns
+    that hold no numbers. Raises DataError when that row is no image or array.
     """
     names = () if isinstance(rows.column, str) else rows.column
     first = int(rows.ids[0])
     try:
         spec = InputSpec.of(rows.read_split([first])[0], size, mode)
+        if categories is not None:
+            spec = with_categories(spec, categories)
+            names = categories.features
         return replace(spec, missing=missing, names=names)
     except Exception as error:  # image libraries raise nearly everything on a damaged file
         raise DataError(
-            f"{rows.name}: {describe_row(rows.dataset, first)}, column {rows.column!r}, tells no "
-            f"input shape: {one_line(error)}"
+            f"{rows.name}: {rows.describe(first)}, column {rows.column!r}, tells no input shape: "
+            f"{one_line(error)}"
         ) from error
+
+
+def with_categories(spec: InputSpec, categories: Categories) -> InputSpec:
+    """Give the spec of vectors in which columns become the features of their categories."""
+    features = categories.features
+    return replace(spec, shape=(len(features),), names=features, categories=categories)

@@ -36,6 +36,7 @@ from hpdist.data.loading import (
 from hpdist.data.local_files import source_name
 from hpdist.data.long_tail import rows_used
 from hpdist.data.partitions import partitions
+from hpdist.data.rows import describe_row
 from hpdist.data.saved import is_saved
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values, row_functions
@@ -394,7 +395,8 @@ def _open_unlabeled_table(
     rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes))
     first = ids[:TRIED].tolist()
     try:
-        check_fit(functions.values(view[first]).values, spec, name, [f"row {row}" for row in first])
+        found = functions.values(view[first]).values
+        check_fit(found, spec, name, lambda line: describe_row(view, first[line]))
     except OSError as error:
         raise DataError(f"{name}: cannot read rows {first[:3]}…: {one_line(error)}") from error
     return rows
@@ -417,9 +419,7 @@ def _open_sequential(
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
-    check_fit(
-        functions.values(first).values, spec, name, [f"row {row}" for row in range(first.num_rows)]
-    )
+    check_fit(functions.values(first).values, spec, name, "row {}".format)
     return SequentialRows(stream, column, name, functions, columns, block_rows)
 
 
@@ -447,6 +447,8 @@ def _columns(
         audio=like.audio,
     )
     check_order(column, like.column, where)
+    if spec.categories is not None:
+        spec.categories.check(features, names_of(column), where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
     columns = tuple(dict.fromkeys([*names_of(column), *beside, *others]))
     return column, columns, row_functions(config, column, where, spec.beside)

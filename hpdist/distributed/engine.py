@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hpdist.config import LossScale, Precision
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Fragment, Layout, flat_view
+from hpdist.distributed.gradient_layout import keep_strides
 from hpdist.distributed.loss_scale import LossScaler
 from hpdist.distributed.names import ddp_of, named_parameters, without_wrappers
 from hpdist.distributed.optimizer_state import (
@@ -32,6 +33,7 @@ from hpdist.distributed.reach import DdpUsage, GradientWatch, reached_nowhere, u
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import ConfigError, DistributedError
 from hpdist.models.outputs import NO_GRADIENT, logits_of
+from hpdist.progress import working
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,7 @@ class ReplicatedEngine(HasWholeState, Engine):
         self._usage: DdpUsage | None = None
         ddp = ddp_of(model)
         if ddp is not None:
+            keep_strides(self._trained.values())
             self._usage = DdpUsage(ddp, self._trained)
         # Accelerate's autocast is around its forward, which need not be that of the user's module.
         self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
@@ -360,7 +363,9 @@ class ReplicatedEngine(HasWholeState, Engine):
 
     def _missing(self, watch: GradientWatch) -> list[str]:
         """What the first step has not reached on this rank; DDP has been given zeros since."""
-        return super()._missing(watch) if self._usage is None else self._usage.missing
+        if self._usage is None:
+            return super()._missing(watch)
+        return [name for name in self._usage.missing if name in self._parameters]
 
     @property
     def missed_gradients(self) -> bool:
@@ -425,6 +430,7 @@ def ranks_are_apart(accelerator: Accelerator) -> bool:
     return launched > 1 and accelerator.distributed_type == DistributedType.NO
 
 
+@working("preparing the model and the optimizer for training")
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:

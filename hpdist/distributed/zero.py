@@ -7,6 +7,7 @@ upstream has mended it.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,7 @@ from hpdist.distributed.optimizer_state import (
     WholeState,
     make_state,
 )
+from hpdist.distributed.zero_reach import reduce_alike
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
@@ -72,7 +74,13 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
         # (https://github.com/deepspeedai/DeepSpeed/pull/8428).
         _allow_fp16_on_cpu()
     hide_launcher_fields()
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning of DeepSpeed's is of use: it doubts optimizers that are not its own."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
@@ -134,6 +142,8 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, model, self.deepspeed.optimizer)
         self._dtype = next(p.dtype for p in self._parameters.values() if p.is_floating_point())
         self._take_over_scale()
+        if self.world_size > 1 and int(self.deepspeed.zero_optimization_stage()) in (1, 2):
+            reduce_alike(self.deepspeed.optimizer, self._parameters)
 
     @property
     def module(self) -> nn.Module:

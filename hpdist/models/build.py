@@ -12,6 +12,7 @@ from torch import nn
 from hpdist.config import IN_PYTHON, Component, PythonComponent, import_object
 from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
+from hpdist.progress import working
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ModelConfig(Component):
     """The options of a model; `build` makes it."""
 
     kind: ClassVar[str] = "model"
+    takes: ClassVar[frozenset[str]] = frozenset({"image", "audio"})
+    """Kinds of input that it can be built for: `hpdist.data.kinds.KINDS`."""
     num_classes: int | None = Field(None, ge=2)
     """By default what the labelled data say."""
     features: str | None = None
@@ -68,6 +71,7 @@ class ModelConfig(Component):
             )
 
 
+@working("building the model")
 def build_model(
     config: Component, inputs: InputSpec | tuple[int, ...], num_classes: int, seed: int
 ) -> nn.Module:

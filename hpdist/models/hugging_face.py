@@ -32,6 +32,7 @@ class HuggingFaceConfig(ModelConfig):
     Weights are read from safetensors only.
     """
 
+    takes: ClassVar = frozenset({"image", "text", "audio"})
     prefix: ClassVar[str] = PREFIX
     prefix_hint: ClassVar[str] = f"{PREFIX}folder-or-id"
     name: str = Field(pattern=f"^{PREFIX}.")

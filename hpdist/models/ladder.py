@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from hpdist.models.build import ModelConfig
 class LadderConfig(ModelConfig):
     """The paper's network for MNIST; it is trained with the algorithm of the same name."""
 
+    takes: ClassVar = frozenset({"image", "audio", "table"})
     name: Literal["ladder"] = "ladder"
     hidden: list[Annotated[int, Field(gt=0)]] = Field([1000, 500, 250, 250, 250])
     """Width of each hidden layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from hpdist.models.build import ModelConfig
 class MLPConfig(ModelConfig):
     """Hidden layers of an MLP."""
 
+    takes: ClassVar = frozenset({"image", "audio", "table"})
     name: Literal["mlp"] = "mlp"
     hidden: list[Annotated[int, Field(gt=0)]] = Field([500])
     """Width of each hidden layer; none makes a linear model."""

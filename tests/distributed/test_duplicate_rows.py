@@ -60,7 +60,7 @@ def test_one_of_two_ranks_compares_and_a_resumed_run_does_not(tmp_path: Path) ->
             assert summary["test/duplicates_in_unlabeled"] == 1
     kept = json.loads((tmp_path / "run" / "duplicates.json").read_text())
     (line,) = kept["lines"]
-    assert "row 6 is row 3" in line
-    assert f"row 7 is {tmp_path / 'unlabeled.parquet'}, row group 0, row 12" in line
+    assert "test.parquet, row 6) is row 3 (" in line
+    assert f", row 7) is {tmp_path / 'unlabeled.parquet'}, row group 0, row 12" in line
     written = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert written["test/duplicates_in_unlabeled"] == 1

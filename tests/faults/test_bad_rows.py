@@ -128,9 +128,9 @@ def test_bad_rows_are_counted_skipped_and_named(
     lines = [line for line in caplog.messages if "an unlabelled row is left out" in line]
     assert len(lines) == len(PLACES)
     for place, reason in zip(PLACES, KINDS[kind][2], strict=True):
-        where = f"row {place}"
+        path = tmp_path / "unlabeled.parquet"
+        where = f"row {place} ({path}, row {place})"
         if streaming:
-            path = tmp_path / "unlabeled.parquet"
             where = f"{path}, row group {place // GROUP}, row {place % GROUP}"
         (line,) = [line for line in lines if f": {where}: " in line]
         assert reason in line

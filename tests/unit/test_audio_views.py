@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from hpdist import config as configuration
 from hpdist.data.views.audio import AudioViewsConfig, StrongAudio, WeakAudio, moved, split
 from hpdist.data.views.spectrum import bands_of, frames_of, log_mel, mel_bands, runs, without_bands
-from hpdist.errors import DataError
+from hpdist.errors import ConfigError, DataError
 from tests.sounds import rows_of, tone
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -246,9 +246,9 @@ def test_options_that_make_no_sense_are_refused(options, said):
         AudioViewsConfig(**{"sampling_rate": 16000, "seconds": 1.0} | options)
 
 
-def test_seconds_must_be_given():
-    with pytest.raises(ValidationError, match="missing"):
-        AudioViewsConfig()
+def test_without_rows_seconds_must_be_given():
+    with pytest.raises(ConfigError, match=r"views\.seconds: missing"):
+        AudioViewsConfig().build(0)
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml")))

@@ -110,18 +110,15 @@ def test_a_gap_is_a_bad_row_or_is_let_through():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["age", "city"], "data.labeled.input: column 'city' holds text, and a list of columns"),
         (["age", "label"], "data.labeled.input: column 'label' is the label; leave it out"),
         (["age", "age"], "data.labeled.input: column 'age' is there twice"),
         (["age", "aeg"], "data.labeled.input: there is no column 'aeg'; there are city, age"),
         (["age", "many"], "data.labeled.input: column 'many' holds List("),
-        (["age", "kind"], "data.labeled.input: column 'kind' holds ClassLabel("),
         ("age", "numbers; a list makes a vector: [age]; candidates"),
     ],
 )
 def test_what_is_no_list_of_numbers_is_named(given, message):
-    table = people(many=[[1.0]] * 12, kind=[0] * 12)
-    table = table.cast_column("kind", datasets.ClassLabel(names=["a"]))
+    table = people(many=[[1.0]] * 12)
     with pytest.raises(DataError) as caught:
         labeled(table, input=given, label="label")
     assert message in str(caught.value)

@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hpdist.algorithms import AlgorithmConfig
 from hpdist.config import Bytes, RunConfig, component_names, json_schema, load, parse
 from hpdist.errors import ConfigError
+from hpdist.overrides import BY_NAME
+from hpdist.settings import ByName, ComponentOf
 
 CONFIG = """
 model: {name: cnn, width: 16}
@@ -83,6 +86,68 @@ def test_the_same_component_keeps_the_options_of_the_file(config):
     assert load(config, ["--views.name", "identity"]).views.name == "identity"
 
 
+@pytest.mark.parametrize("group", BY_NAME)
+def test_a_group_may_be_given_by_its_name_alone(config, group):
+    name = {"model": "mlp", "algorithm": "freematch", "views": "table", "task": "regression"}
+    name |= {"optim": "adamw", "schedule": "linear", "tracker": "none"}
+    by_word = load(config, [f"--{group}", name[group]])
+    assert getattr(by_word, group).name == name[group]
+    assert by_word == load(config, [f"--{group}.name", name[group]])
+    text = [line for line in CONFIG.splitlines() if not line.startswith(f"{group}:")]
+    config.write_text("\n".join([*text, f"{group}: {name[group]}"]))
+    assert load(config) == by_word
+    assert yaml.safe_load(by_word.to_yaml())[group]["name"] == name[group]  # the full form
+    values = yaml.safe_load(config.read_text())
+    assert getattr(parse(values), group) == getattr(by_word, group)
+
+
+def test_every_group_with_a_name_may_be_given_by_it():
+    named = {
+        name
+        for name, field in RunConfig.model_fields.items()
+        if {ByName, ComponentOf} & {type(part) for part in field.metadata}
+    }
+    assert set(BY_NAME) == named
+
+
+def test_options_go_with_a_name_alone(config):
+    arguments = ["--algorithm.threshold", "0.9", "--algorithm", "fixmatch"]
+    assert load(config, arguments).algorithm.threshold == 0.9
+    assert load(config, ["--algorithm", "fixmatch"]).algorithm.threshold == 0.8
+    config.write_text(CONFIG.replace("{name: fixmatch, threshold: 0.8}", "flexmatch"))
+    assert load(config, ["--algorithm.threshold", "0.7"]).algorithm.threshold == 0.7
+    assert load(config, ["--addons", "[debiaspl]"]).addons[0].name == "debiaspl"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("{size: 32}", "image"),
+        ("{weak: {flip: false}}", "image"),
+        ("{missing: mean}", "table"),
+        ("{max_length: 32}", "text"),
+        ("{seconds: 1}", "audio"),
+        ("{weak: {shift: 0.25}}", "auto"),  # of images and of sound
+        ("{}", "auto"),
+        ("null", "auto"),
+        ("auto", "auto"),
+    ],
+)
+def test_views_without_a_name_are_those_that_have_the_options(config, options, name):
+    config.write_text(f"{CONFIG}views: {options}\n")
+    views = load(config).views
+    assert views.name == name
+    again = config.with_name("again.yaml")
+    again.write_text(load(config).to_yaml())
+    assert load(again).views == views
+
+
+def test_options_without_a_name_stay_with_views_that_have_them(config):
+    config.write_text(f"{CONFIG}views: {{missing: mean}}\n")
+    assert load(config, ["--views.name", "table"]).views.missing == "mean"
+    assert load(config, ["--views", "image"]).views.name == "image"
+
+
 def test_a_group_comes_before_what_is_in_it(config):
     arguments = ["--batch.labeled=8", "--batch={unlabeled: 16, labeled: 4}"]
     batch = load(config, arguments).batch
@@ -118,10 +183,12 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
             "--model.name=cnnn",
             "--model.name: no model is called 'cnnn', did you mean 'cnn'?; known: ",
         ),
-        (
-            "--model=cnn",
-            "--model: must be a group of settings, not 'cnn'; known: cnn, ladder, mlp, ",
-        ),
+        ("--model=cn", "--model.name: no model is called 'cn', did you mean 'cnn'?; known: cnn, "),
+        ("--model=5", "--model: must be a name or a group of settings, not 5; known: cnn, ladder"),
+        ("--tracker=wandbb", "--tracker.name: must be 'wandb', 'tensorboard', 'mlflow' or 'none'"),
+        ("--views=imag", "--views.name: no views is called 'imag', did you mean 'image'?"),
+        ("--views={sise: 32}", "--views.sise: unknown setting, did you mean 'size'?"),
+        ("--views={max_lenght: 3}", "--views.max_lenght: unknown setting, did you mean 'max_l"),
         (
             "--algorithm={}",
             "--algorithm.name: missing; known: " + ", ".join(component_names("algorithm")),
@@ -290,7 +357,9 @@ def test_the_schema_has_every_component_with_its_options():
     assert schema["additionalProperties"] is False
     assert {"model", "data", "algorithm", "steps"} == set(schema["required"])
     for kind in ("model", "algorithm", "views"):
-        options = [_resolve(schema, option) for option in schema["properties"][kind]["oneOf"]]
+        *options, alone = schema["properties"][kind]["oneOf"]
+        assert alone["type"] == "string"
+        options = [_resolve(schema, option) for option in options]
         names = [option["properties"]["name"] for option in options]
         assert [n["const"] for n in names if "const" in n] == component_names(kind)
         patterns = ["^hf:.", "^timm:.", "^python:"] if kind == "model" else []
@@ -298,7 +367,7 @@ def test_the_schema_has_every_component_with_its_options():
         # Without a name an object may fit one option only.
         unnamed = [o for o in options if "name" not in o.get("required", [])]
         assert len(unnamed) == (kind == "views")
-        assert all(option["additionalProperties"] is False for option in options)
+        assert all(option["additionalProperties"] is (option in unnamed) for option in options)
         assert all(option["description"] for option in options)
     place = component_names("algorithm").index("fixmatch")
     fixmatch = _resolve(schema, schema["properties"]["algorithm"]["oneOf"][place])
@@ -323,7 +392,7 @@ def _resolve(schema, option):
 def test_a_config_can_be_made_in_python():
     values = {"model": {"name": "mlp"}, "data": {"labeled": {"path": "x"}}, "steps": 1}
     config = RunConfig.model_validate(values | {"algorithm": {"name": "supervised"}})
-    assert config.views.name == "image"
+    assert config.views.name == "auto"
     assert config.model.hidden == [500]
     with pytest.raises(ConfigError, match=r"^config: eval\.every: must be greater than 0, not 0$"):
         parse(values | {"algorithm": {"name": "supervised"}, "eval": {"every": 0}})

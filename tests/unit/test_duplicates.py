@@ -89,14 +89,13 @@ def test_duplicates_are_counted_and_named(tmp_path: Path, kind: str, streaming: 
     report = find_duplicates(AUTO, *sets)
     assert report.summary == {"test/duplicates_in_labeled": 1, "test/duplicates_in_unlabeled": 3}
     (line,) = report.lines
+    test, labeled, second = (tmp_path / f"{n}.parquet" for n in ("test", "labeled", "second"))
     assert line.startswith(
-        "duplicates: of 5 rows of data.test 1 are in data.labeled (row 3 is row 2)"
+        "duplicates: of 5 rows of data.test 1 are in data.labeled "
+        f"(row 3 ({test}, row 3) is row 2 ({labeled}, row 2))"
     )
-    if streaming:
-        place = f"row 1 is {tmp_path / 'second.parquet'}, row group 1, row 0"
-    else:
-        place = "row 1 is row 14"
-    assert place in line
+    place = f"{second}, row group 1, row 0" if streaming else f"row 14 ({second}, row 4)"
+    assert f"row 1 ({test}, row 1) is {place}" in line
     assert Report(**report.to_json()) == report
 
 
@@ -126,7 +125,7 @@ def test_texts_and_what_differs_by_a_space(tmp_path: Path) -> None:
     )
     found = find_duplicates(AUTO, {"test": held}, {"labeled": like})
     assert found.summary == {"test/duplicates_in_labeled": 1}
-    assert "of 3 rows of data.test 1 are in data.labeled (row 1 is row 0)" in found.lines[0]
+    assert "of 3 rows of data.test 1 are in data.labeled (row 1 (" in found.lines[0]
 
 
 def test_images_that_a_table_only_names(tmp_path: Path) -> None:
@@ -186,7 +185,7 @@ def test_sets_that_are_mixed_name_the_part(tmp_path: Path) -> None:
     mixed: AnyUnlabeled = open_unlabeled(Unlabeled(mix=parts), like, input_spec(like))  # type: ignore[arg-type]
     report = find_duplicates(AUTO, held, {"unlabeled": mixed})
     assert report.summary == {"test/duplicates_in_unlabeled": 1}
-    assert "row 0 is data.unlabeled.mix.1 (parquet" in report.lines[0]
+    assert ", row 0) is data.unlabeled.mix.1 (parquet" in report.lines[0]
     assert "two.parquet, row group 0, row 0" in report.lines[0]
 
 

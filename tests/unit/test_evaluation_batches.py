@@ -91,5 +91,7 @@ def test_a_picture_is_named_by_its_file_and_what_was_not_looked_at_is_said(tmp_p
     assert [row.id for row in told] == [0, 5, 8]
     for number in range(8):
         (tmp_path / f"{number}.png").unlink()
-    with pytest.raises(DataError, match=r"row 0 cannot be decoded: .*none of the other 8 rows"):
+    with pytest.raises(
+        DataError, match=r"row 0 \(.*0.png\) cannot be decoded: .*none of the other 8 rows"
+    ):
         open_test(LabelColumn(path="memory"), like, spec, dataset=table, where="data.test")

@@ -45,7 +45,7 @@ def write(folder, processor=None, name="preprocessor_config.json"):
 def resolved(folder, views=None, model=None):
     values = {
         "model": {"name": f"hf:{folder}", "pretrained": False, **(model or {})},
-        "views": views or {},
+        "views": {"name": "image", **(views or {})},
         "data": {"labeled": {"path": "m"}, "unlabeled": {"path": "m"}},
         "algorithm": {"name": "fixmatch"},
         "steps": 1,

@@ -262,14 +262,16 @@ def test_unknown_and_unusable_columns_name_those_that_exist():
 
 
 def test_default_input_needs_exactly_one_image_column():
-    message = refused("data.labeled.input", "0 of images", call=lambda: labeled(vectors([0])))
-    assert "candidates: x" in message
+    message = refused(
+        "data.labeled.input", "no column holds images", call=lambda: labeled(vectors([0]))
+    )
+    assert "the columns are x (lists)" in message
     table = pictures([0])
     both = table.map(
         lambda row: {"other": row["image"]},
         features=datasets.Features({**table.features, "other": datasets.Image()}),
     )
-    refused("2 of images", "image, other", call=lambda: labeled(both))
+    refused("2 columns hold images", "other (images)", call=lambda: labeled(both))
 
 
 def test_iterable_labeled_rows_and_transforms_are_refused():

@@ -320,9 +320,10 @@ class _Loader:
         ids = self._tensor(rows.ids)
         if rows.labels is not None:
             for line, reason in reasons.items():
+                place = self.reader.describe(int(rows.ids[line]))
                 raise DataError(
-                    f"{self.source.name}: row {rows.ids[line]} cannot be decoded: {reason}; mend "
-                    "or remove that row"
+                    f"{self.source.name}: {place} cannot be decoded: {reason}; mend or remove "
+                    "that row"
                 )
             return LabeledBatch(inputs, self._tensor(rows.labels), ids)
         epochs = torch.from_numpy(rows.epochs)

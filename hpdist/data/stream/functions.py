@@ -91,6 +91,8 @@ def _function(name: str | None, where: str) -> Any:
 def _stored(row: Row, column: Column) -> Any:
     """A row's input, as stored ones come: lists of numbers and several columns as arrays."""
     if not isinstance(column, str):
-        return np.asarray([row[name] for name in column], np.float64)  # None as NaN
+        values = [row[name] for name in column]
+        texts = any(isinstance(value, str) for value in values)
+        return np.asarray(values, object if texts else np.float64)  # None as NaN
     value = row[column]
     return np.asarray(value) if isinstance(value, (list, tuple)) else value

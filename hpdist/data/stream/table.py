@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.data.decode import Array
+from hpdist.data.rows import describe_row
 from hpdist.data.stream.permute import Int64Array, permuted
 from hpdist.data.stream.reader import Rows
 from hpdist.errors import DataError
@@ -85,8 +86,8 @@ class TableReader:
         return
 
     def describe(self, row: int) -> str:
-        """Name the row of the split."""
-        return f"row {row}"
+        """Name the row of the split, and its file where that is known."""
+        return describe_row(self._dataset, row)
 
     def close(self) -> None:
         """Nothing to let go of."""

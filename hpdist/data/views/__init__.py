@@ -1,6 +1,7 @@
 """Views: how raw rows become what the model sees, one file per modality."""
 
 from hpdist.data.views.audio import AudioViews, AudioViewsConfig
+from hpdist.data.views.auto import AutoViewsConfig
 from hpdist.data.views.base import (
     FittedViews,
     GradedViews,
@@ -15,6 +16,7 @@ from hpdist.data.views.text import TextViews, TextViewsConfig
 __all__ = [
     "AudioViews",
     "AudioViewsConfig",
+    "AutoViewsConfig",
     "FittedViews",
     "GradedViews",
     "IdentityViews",

@@ -26,7 +26,7 @@ from hpdist.data.views.spectrum import (
     transform_size,
     without_bands,
 )
-from hpdist.errors import DataError
+from hpdist.errors import ConfigError, DataError
 
 _PER_ROW = 5  # numbers: shift, gain, how loud the noise is, where it begins, speed
 _SOFTER = 20.0  # dB: how much softer than at its loudest the noise may be
@@ -79,8 +79,9 @@ class AudioViewsConfig(Component):
     name: Literal["audio"] = "audio"
     sampling_rate: int = Field(default=16000, ge=1000)
     """Samples per second, Hz; rows of another rate are resampled as they are read."""
-    seconds: float = Field(gt=0)
-    """Of a row: longer sound is cut off, shorter sound padded."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Of a row: longer sound is cut off, shorter sound padded; by default the longest labelled
+    sound's, and no more than 10."""
     spectrogram: bool = True
     """Give the model log-mel spectrograms [rows, 1, mels, frames], as images of one channel; false
     gives it waveforms [rows, samples], NaN behind a sound's end, as some models `hf:` want."""
@@ -112,9 +113,10 @@ class AudioViewsConfig(Component):
                 f"sampling rate, {nyquist:g}"
             )
         for setting in ("seconds", "window", "hop"):
-            if round(getattr(self, setting) * rate) < 1:
-                raise ValueError(f"{setting}: {getattr(self, setting):g} is less than one sample")
-        if self.window > self.seconds:
+            value = getattr(self, setting)
+            if value is not None and round(value * rate) < 1:
+                raise ValueError(f"{setting}: {value:g} is less than one sample")
+        if self.seconds is not None and self.window > self.seconds:
             raise ValueError(f"window: {self.window:g} seconds is more than the row's")
         if self.spectrogram:
             try:
@@ -139,7 +141,9 @@ class AudioViewsConfig(Component):
 
     @property
     def sampling(self) -> Sampling:
-        """How rows are decoded."""
+        """How rows are decoded. Raises ConfigError where it is not known yet how long rows are."""
+        if self.seconds is None:
+            raise ConfigError("views.seconds: missing; without a run's rows it must be set")
         return Sampling(self.sampling_rate, round(self.seconds * self.sampling_rate))
 
     @property
@@ -151,7 +155,8 @@ class AudioViewsConfig(Component):
         return (1, self.mels, frames_of(samples, round(self.hop * self.sampling_rate)))
 
     def build(self, seed: int) -> AudioViews:
-        """Build the views, with noise from this seed."""
+        """Build the views, with noise from this seed. Raises ConfigError without `seconds`."""
+        self.sampling  # noqa: B018  (for an error to come here)
         return AudioViews(self, seed)
 
 

@@ -53,23 +53,29 @@ class TableViewsConfig(Component):
     weak: WeakTable = WeakTable()
     strong: StrongTable = StrongTable()
 
-    def build(self, seed: int) -> TableViews:
-        """Build the views, with noise from this seed; `fit` or `load_state` comes next."""
-        return TableViews(self, seed)
+    def build(self, seed: int, groups: Sequence[int] = ()) -> TableViews:
+        """Build the views, with noise from this seed; `fit` or `load_state` comes next.
+
+        `groups` says of every feature which column it comes from, where several come from one.
+        """
+        return TableViews(self, seed, groups)
 
 
 class TableViews:
     """The `FittedViews` of vectors: float32 [B, features] to the same.
 
     SCARF: Bahri et al. 2021, arXiv:2106.15147. It replaces a fixed number of features; here each
-    is replaced independently, by its value in a row of the sample, drawn anew for each feature.
+    is replaced independently, by its value in a row of the sample, drawn anew for each feature. The
+    features of one column, such as those of its categories, are replaced together, by one row's.
     """
 
-    def __init__(self, config: TableViewsConfig, seed: int) -> None:
+    def __init__(self, config: TableViewsConfig, seed: int, groups: Sequence[int] = ()) -> None:
         weak, strong = config.weak, config.strong
         self.config = config
         self.seed = seed
         self.strong_noise = weak.noise if strong.noise is None else strong.noise
+        self._columns = max(groups, default=-1) + 1
+        self._groups = {torch.device("cpu"): torch.tensor(groups, dtype=torch.int64)}
         self._state: dict[str, Tensor] = {}
         self._numbers: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -124,11 +130,15 @@ class TableViews:
     ) -> Tensor:
         """Replace features, fill in and standardise the rows, and add noise. See `Views`."""
         mean, std, rows = self._fitted(x)
-        names, at, features = ("strong", stream, str(copy)), _at(x, positions), x.shape[1]
+        names, at = ("strong", stream, str(copy)), _at(x, positions)
+        columns = self._columns or x.shape[1]
         which = random.stream_id(*names, "which")
-        replaced = random.uniform(self.seed, which, step, at, features)
+        replaced = random.uniform(self.seed, which, step, at, columns)
         from_row = random.stream_id(*names, "row")
-        source = random.integers(self.seed, from_row, step, at, features, len(rows))
+        source = random.integers(self.seed, from_row, step, at, columns, len(rows))
+        if self._columns:  # [B, columns] to [B, features]
+            groups = self._groups_on(x.device)
+            replaced, source = replaced[:, groups], source[:, groups]
         x = torch.where(replaced < self.config.strong.corruption, rows.gather(0, source), x)
         noise = self._noise(names, self.strong_noise, std, step, at)
         return self._standardized(x, mean, std) + noise
@@ -147,6 +157,12 @@ class TableViews:
             mean, std, rows = (value.to(x.device).float() for value in self._state.values())
             self._numbers[x.device] = (mean, std, rows)
         return self._numbers[x.device]
+
+    def _groups_on(self, device: torch.device) -> Tensor:
+        """Which column every feature comes from, int64 [features]."""
+        if device not in self._groups:
+            self._groups[device] = self._groups[torch.device("cpu")].to(device)
+        return self._groups[device]
 
     def _standardized(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         if self.config.missing == "mean":
