@@ -47,7 +47,7 @@ def say_run(config: RunConfig, sharding: Sharding, uses_unlabeled: bool, *, file
     """Say what the settings are, before anything is opened, built or waited for."""
     main = os.environ.get("RANK", "0") == "0"  # ranks have not met
     say = Console(0, 0, main).say
-    say(f"hpdist {hpdist.__version__}: {config.run.name or 'run'}")
+    say(f"hpdist {hpdist.__version__}: {config.run.name or 'a new run'}")
     say_entries(run_entries(config, sharding, uses_unlabeled, files=files), main)
 
 
@@ -99,8 +99,14 @@ def run_entries(
         ("evaluation", _evaluation(config)),
         ("checkpoint", _checkpoints(config.checkpoint) if files else "none"),
         ("tracker", _tracker(config) if files else "none"),
-        ("run folder", str(config.run.folder) if files else "none: nothing is written"),
+        ("run folder", _folder(config) if files else "none: nothing is written"),
     ]
+
+
+def _folder(config: RunConfig) -> str:
+    if config.run.name is None:
+        return f"a new one in {config.run.dir}, as there is no run.name"
+    return str(config.run.folder)
 
 
 def _batch(config: RunConfig, sharding: Sharding, uses_unlabeled: bool) -> str:

@@ -40,6 +40,8 @@ from hpdist.records import Records
 from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
 from hpdist.run_guard import RunGuard
+from hpdist.run_model import RunModel
+from hpdist.run_name import with_fresh_name
 from hpdist.run_state import RunState
 from hpdist.saving import Saving
 from hpdist.step import StepOutcome
@@ -51,7 +53,8 @@ class Trainer:
     """Trains a model from labelled and unlabelled rows, on however many ranks were launched.
 
     Args:
-        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section.
+        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section. A
+            copy of a module trains; after `fit` the module has the student's trained weights.
         algorithm: An algorithm's name or settings, or an object such as `FixMatch(threshold=0.9)`.
         labeled: A `datasets` object, a `pandas.DataFrame` or a list of rows; a pair of such an
             object and settings such as `{"input": "picture"}`; a path; or settings of the
@@ -60,7 +63,8 @@ class Trainer:
         test: Likewise.
         validation: Likewise.
         settings: Any other section of the config by its name: `batch={"labeled": 64}`,
-            `steps=1000`.
+            `steps=1000`. With `run={"name": …}` the run goes on where its folder has one; without,
+            it is a new one, `run-0001` or the next that is free.
 
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
@@ -128,6 +132,8 @@ class Trainer:
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
         opening.say_devices(self.main)
+        if config.run.name is None and files:
+            self.config = config = with_fresh_name(config, self.main)
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
         self.launcher = LauncherWatch(self.accelerator.process_index)
@@ -157,8 +163,9 @@ class Trainer:
 
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
         config, data = self.config, self.data
+        self._model = RunModel(config, data, self.sharding, objects.model, self.main)
         self.step, initial = build_step(
-            config, objects, data, self.accelerator, self.sharding, micro_batches
+            config, objects, data, self.accelerator, self.sharding, micro_batches, self._model
         )
         self.generations = Generations(self.step, data, initial, config.steps)
         engine = self.step.engine
@@ -175,6 +182,7 @@ class Trainer:
         if self._summary is not None:
             self.claim.say_done(self.data.config, self._summary["steps"])
             self.close()
+            self._model.give_back(self.step)
             return self._summary
         if self._closed:
             raise ConfigError(
@@ -200,7 +208,19 @@ class Trainer:
             raise
         finally:
             self.close()
+        self._model.give_back(step)
         return self._summary
+
+    def student_model(self) -> nn.Module:
+        """Give a plain model with the student's weights, on the CPU, in fp32 and evaluation mode.
+
+        It needs neither hpdist nor other ranks. Collective: every rank must call.
+        """
+        return self._model.student(self.step)
+
+    def teacher_model(self) -> nn.Module:
+        """Give such a model with the teacher's weights: what a run's scores are of. Collective."""
+        return self._model.teacher(self.step)
 
     @property
     def log(self) -> RunLog:

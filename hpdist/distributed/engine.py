@@ -99,6 +99,11 @@ class Engine(ABC):
     def module(self) -> nn.Module:
         """The user's own module, without wrappers."""
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has done a step already, here or in what was loaded."""
+        return any(self.optimizer.state.values())
+
     @cached_property
     def layout(self) -> Layout:
         """Where every rank's fragments lie. Collective on first use: every rank must ask."""

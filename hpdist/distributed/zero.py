@@ -150,6 +150,11 @@ class ZeroEngine(Engine):
         """The user's own module, in half precision."""
         return without_wrappers(cast(nn.Module, self.deepspeed.module))
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether DeepSpeed has; it gives its optimizer a state before the first step."""
+        return int(self.deepspeed.global_steps) > 0
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""
         return logits_of(self.deepspeed(self._cast(inputs)))
@@ -272,11 +277,13 @@ class ZeroEngine(Engine):
             minimum=getattr(theirs, "min_scale", 1),
             dynamic=bool(theirs.dynamic),
         )
-        theirs.update_scale = lambda overflow: None
+        self._publish_scale()
 
     def _publish_scale(self) -> None:
         if self.scaler is not None:
-            self.deepspeed.optimizer.loss_scaler.cur_scale = self.scaler.scale
+            theirs = self.deepspeed.optimizer.loss_scaler  # another one after `load_checkpoint`
+            theirs.cur_scale = self.scaler.scale
+            theirs.update_scale = _keep_scale
 
     def _places(self) -> Iterator[Place]:
         """Where this rank's part of each parameter lies in the flat parts."""
@@ -296,6 +303,10 @@ class ZeroEngine(Engine):
 
     def _cast(self, inputs: Tensor) -> Tensor:
         return as_dtype(inputs, self._dtype)
+
+
+def _keep_scale(overflow: bool) -> None:
+    """Do nothing, in the place of DeepSpeed's scaler; its checkpoints pickle it, by this name."""
 
 
 def as_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
