@@ -152,6 +152,7 @@ class RunData:
             task=config.task,
             classes=saved.facts["identity"].get("classes") if saved is not None else None,
             scale=_saved_scale(saved),
+            loading=config.data.loading,
         )
 
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
@@ -254,7 +255,10 @@ class RunData:
         source = getattr(self.config.data, name)
         if source is None:
             return None
-        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+        loading, where = self.config.data.loading, f"data.{name}"
+        return open_test(
+            source, self.labeled, self.spec, dataset=dataset, where=where, loading=loading
+        )
 
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from hpdist.config import RunConfig
 from hpdist.data.decode import CHANNELS, InputSpec
+from hpdist.data.own_files import limits_of
 from hpdist.data.pictures import (
     declared_mode,
     look_at_labeled,
@@ -60,14 +61,16 @@ def find_spec(config: RunConfig, labeled: LabeledRows) -> InputSpec:
 
 def _spec(config: RunConfig, labeled: LabeledRows) -> InputSpec:
     views, model = config.views, config.model
+    limits = limits_of(config.data.loading)
     if isinstance(views, AudioViewsConfig):
         views.sampling.require()
         spec, first = InputSpec.of_audio(views.sampling, views.seen), labeled.chosen[:1]
+        spec = replace(spec, limits=limits)
         spec.decode_rows(labeled.read_split(first), first, labeled.name)
         return spec
     if not isinstance(views, TextViewsConfig):
         size, missing = (getattr(views, key, None) for key in ("size", "missing"))
-        return input_spec(labeled, size, missing=missing == "mean")
+        return input_spec(labeled, size, missing=missing == "mean", limits=limits)
     tokenizer = None
     if views.tokenizer is not None:
         tokenizer = Tokenizer(views.tokenizer, views.max_length)
@@ -170,6 +173,7 @@ def _converted(mode: str) -> str:
 def _mode_of_first(labeled: LabeledRows, spec: InputSpec) -> str:
     """The mode of the split's first picture, which runs without a record went by."""
     try:
-        return str(InputSpec.of(labeled.read_split([0])[0], None).mode)
+        first = labeled.read_split([0])[0]
+        return str(InputSpec.of(first, None, limits=spec.limits).mode)
     except Exception:  # image libraries raise nearly everything on a damaged file
         return str(spec.mode)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import xxhash
 
@@ -22,6 +21,7 @@ from hpdist.config import Duplicates
 from hpdist.data.decode import Column, Unreadable, stored_inputs
 from hpdist.data.files import is_remote
 from hpdist.data.loading import one_line
+from hpdist.data.named_files import NamedFile, named
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.reader import Rows
 from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
@@ -175,11 +175,11 @@ def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
     read = 0
     for values, ids in _stored(rows):
         for value, row in zip(values, ids, strict=True):
-            named = isinstance(value, dict) and value.get("bytes") is None
-            data = _file(value.get("path")) if named else _bytes(value)
+            in_file = isinstance(value, NamedFile)
+            data = _file(value) if in_file else _bytes(value)
             if data is None:
                 continue
-            read += len(data) if named else 0  # which the set's own size does not hold
+            read += len(data) if in_file else 0  # which the set's own size does not hold
             if limit is not None and read > limit:
                 raise _too_large(limit)
             yield xxhash.xxh3_128_digest(data), row
@@ -224,7 +224,8 @@ def _picked(rows: Any, read: Rows, wanted: Any) -> tuple[list[Any], list[int]]:
     functions = getattr(rows, "functions", None)
     if functions is not None and functions.keep is not None:
         wanted = wanted & ~np.isin(np.arange(len(read)), list(rows.values(read).left_out))
-    values = stored_inputs(read.table, column)
+    rule = rows.rule if functions is None else functions.rule
+    values = named(stored_inputs(read.table, column), rule)
     lines = np.flatnonzero(wanted).tolist()
     return [values[line] for line in lines], read.ids[lines].tolist()
 
@@ -240,15 +241,12 @@ def _bytes(value: Any) -> bytes | None:
     return value.encode() if isinstance(value, str) else bytes(value)
 
 
-def _file(path: str | None) -> bytes | None:
-    if not path:
-        return None
+def _file(file: NamedFile) -> bytes | None:
+    """What the file of a row holds; None where it cannot or may not be read."""
     try:
-        with fsspec.open(path, "rb") as file:
-            data: bytes = file.read()
-    except OSError:
+        return file.read()
+    except Exception:  # every transport has its own; who decodes the row says what is wrong
         return None
-    return data
 
 
 def _place(rows: Any, row: int) -> str:

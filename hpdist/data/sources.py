@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from hpdist.config import LabelColumn, Labeled, TaskChoice
+from hpdist.config import LabelColumn, Labeled, Loading, TaskChoice
 from hpdist.data.classes import Classes
 from hpdist.data.decode import Array, Column, InputSpec, stored_inputs
 from hpdist.data.labels import (
@@ -38,6 +38,7 @@ from hpdist.data.loading import (
     raw_view,
     same_column,
 )
+from hpdist.data.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
 from hpdist.data.rows import describe_row
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
@@ -58,6 +59,8 @@ class TableRows:
     column: Column  # what the model sees
     name: str  # for messages: the setting and what it names
     ids: Int64Array  # [rows], each row's index in its split, ascending
+    rule: PathRule = field(default=NOTHING, kw_only=True)
+    """Which files the rows may name."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,7 +77,7 @@ class TableRows:
         if not indices:
             return []
         try:
-            return stored_inputs(self.dataset[indices], self.column)
+            return named(stored_inputs(self.dataset[indices], self.column), self.rule)
         except Exception as error:
             raise DataError(
                 f"{self.name}: cannot read rows {indices[:3]}…: {one_line(error)}"
@@ -108,7 +111,7 @@ class LabeledRows(TableRows):
 
     def values(self, rows: Rows) -> Values:
         """The stored values of rows."""
-        return RowFunctions(self.column).values(rows.table)
+        return RowFunctions(self.column, rule=self.rule).values(rows.table)
 
     def reader(
         self,
@@ -171,6 +174,7 @@ def open_labeled(
     task: TaskChoice | None = None,
     classes: Sequence[str] | None = None,
     scale: Scale | None = None,
+    loading: Loading | None = None,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
@@ -180,7 +184,7 @@ def open_labeled(
     sound; `task` is classification if not given. Raises DataError when anything is not as the
     config says.
     """
-    table, name = open_table(config, dataset, where)
+    table, name, rule = open_table(config, dataset, where, (), loading)
     features = table.features
     label = label_column(features, config.label, where)
     column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
@@ -202,7 +206,7 @@ def open_labeled(
     view = raw_view(table, names_of(column))
     finished = encoding.finish(labels[ids])
     return LabeledRows(
-        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio
+        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio, rule=rule
     )
 
 
@@ -213,6 +217,7 @@ def open_test(
     *,
     dataset: Any = None,
     where: str = "data.test",
+    loading: Loading | None = None,
 ) -> LabeledRows:
     """Open all rows with a label of a set to measure on, read as the labelled split's are.
 
@@ -220,7 +225,7 @@ def open_test(
     """
     needed = () if config.input else names_of(like.column)
     needed = needed if config.label else (*needed, like.label_column)
-    table, name = open_table(config, dataset, where, needed)
+    table, name, rule = open_table(config, dataset, where, needed, loading)
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(
@@ -252,13 +257,19 @@ def open_test(
         tuple(notes),
         like.text,
         like.audio,
+        rule=rule,
     )
     spec.decode_rows(rows.read(np.zeros(1, np.int64)), usable[:1], name)
     return rows
 
 
 def input_spec(
-    rows: LabeledRows, size: int | None = None, *, missing: bool = False, mode: str | None = None
+    rows: LabeledRows,
+    size: int | None = None,
+    *,
+    missing: bool = False,
+    mode: str | None = None,
+    limits: Limits = USUAL_LIMITS,
 ) -> InputSpec:
     """Derive how inputs are decoded from the first labelled row in use.
 
@@ -269,8 +280,8 @@ def input_spec(
     names = () if isinstance(rows.column, str) else rows.column
     first = int(rows.ids[0])
     try:
-        spec = InputSpec.of(rows.read_split([first])[0], size, mode)
-        return replace(spec, missing=missing, names=names)
+        spec = InputSpec.of(rows.read_split([first])[0], size, mode, limits)
+        return replace(spec, missing=missing, names=names, limits=limits)
     except Exception as error:  # image libraries raise nearly everything on a damaged file
         raise DataError(
             f"{rows.name}: {describe_row(rows.dataset, first)}, column {rows.column!r}, tells no "
