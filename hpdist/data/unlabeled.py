@@ -264,7 +264,8 @@ def survey(
         known = recorded[number] if recorded is not None and number < len(recorded) else None
         surveyed = None
         if part.streaming:
-            surveyed = _survey_parquet(part, like, spec, loading, setting, known)
+            budget = config.shuffle_window
+            surveyed = _survey_parquet(part, like, spec, loading, budget, setting, known)
         found.append(surveyed)
     return found
 
@@ -327,6 +328,7 @@ def _survey_parquet(
     like: LabeledRows,
     spec: InputSpec,
     loading: Loading,
+    budget: int | None,
     where: str,
     recorded: list[list[Any]] | None,
 ) -> Surveyed | None:
@@ -350,7 +352,7 @@ def _survey_parquet(
     )
     column, columns, functions = columns_of(index.arrow_schema)
     order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
-    reader = ParquetReader(index, columns, name, 0, 1, order=order, retry=retry)
+    reader = ParquetReader(index, columns, name, 0, 1, budget=budget, order=order, retry=retry)
     try:
         check_parquet_fit(reader, functions, spec, name)
     finally:

@@ -31,14 +31,15 @@ from hpdist.data.columns import wider
 from hpdist.data.files import FileVersion, Retry, redacted
 from hpdist.data.partitions import Partitions
 from hpdist.data.splits import check_known, names_in, spelled_out
+from hpdist.data.stream import claims
 from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
-_VERSION = 3  # of the cache's format
+_VERSION = 4  # of the cache's format
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
-_ARRAYS = ("file", "number", "first", "rows", "start", "size")
+_ARRAYS = ("file", "number", "first", "rows", "start", "size", "stored")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Index:
     first: Int64Array  # [groups], the first row used
     rows: Int64Array  # [groups], rows used
     start: Int64Array  # [groups], id of the first row used
-    size: Int64Array  # [groups], bytes of the whole row group's columns that are read
+    size: Int64Array  # [groups], bytes of the whole row group's columns that are read, in memory
+    stored: Int64Array  # [groups], and in the file
     folders: Partitions = dataclasses.field(default_factory=Partitions)
     """The columns that folders name."""
 
@@ -88,6 +90,20 @@ class Index:
                     digest.update(f"{column}={named[column]}\n".encode())
         digest.update(self.first.tobytes() + self.rows.tobytes())
         return digest.hexdigest()[:32]
+
+    def check_sizes(self, budget: int, name: str) -> None:
+        """Raise DataError where rows take far more memory than a budget and than their bytes."""
+        most = np.maximum(max(budget, claims.LEAST), claims.FACTOR * self.stored)
+        wrong = np.flatnonzero(self.size > most)
+        if len(wrong):
+            group = int(wrong[0])
+            path = redacted(self.files[int(self.file[group])].path)
+            raise DataError(
+                f"{name}: {path}, row group {int(self.number[group])}: its footer says that its "
+                f"rows take {int(self.size[group])} bytes of memory, of {int(self.stored[group])} "
+                f"in the file; the most is {int(most[group])}; if that is right, raise "
+                "shuffle_window, else leave the file out of data_files"
+            )
 
     def ids(self, group: int, start: int, stop: int) -> Int64Array:
         """The ids of rows [start, stop) of a group's used rows."""
@@ -188,7 +204,7 @@ def _whole(
     chosen = _chosen(columns, schema)
 
     def footer(path: str, version: FileVersion) -> Footer:
-        return Footer.of(*requests.metadata(path, version), chosen)
+        return requests.footer(path, version, chosen)
 
     footers = list(pool.map(footer, paths, versions))
     whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
@@ -244,6 +260,7 @@ def _join(
         rows=rows,
         start=np.cumsum(rows) - rows,
         size=np.asarray([size for footer in footers for size in footer.sizes], np.int64),
+        stored=np.asarray([size for footer in footers for size in footer.stored], np.int64),
         folders=folders,
     )
 
@@ -330,6 +347,7 @@ def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: 
                 rows=(end - begin)[kept],
                 start=(whole.start + begin)[kept],
                 size=whole.size[kept],
+                stored=whole.stored[kept],
             )
         )
     joined: dict[str, Any] = {
@@ -383,10 +401,14 @@ def _load(cache: Path | None) -> Index | None:
             columns, files = json.loads(kept["facts"].tobytes())
             arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
             schema = kept["schema"].tobytes()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pa.ipc.read_schema(pa.py_buffer(schema))
+        found = tuple(DataFile(p, FileVersion(s, t), rows, d) for p, s, t, rows, d in files)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if any(array.dtype != np.int64 or array.ndim != 1 for array in arrays.values()):
         return None
     return Index(
-        tuple(DataFile(p, FileVersion(s, t), rows, digest) for p, s, t, rows, digest in files),
+        found,
         schema,
         tuple(columns),
         **arrays,
