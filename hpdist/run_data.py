@@ -24,12 +24,14 @@ from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
 from hpdist.data.sources import LabeledRows, open_labeled, open_test
 from hpdist.data.stream import BatchStream
+from hpdist.data.stream.index import are_records
 from hpdist.data.targets import Scale
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
     MixedRows,
     ParquetRows,
     SequentialRows,
+    Survey,
     open_unlabeled,
     row_count,
     survey,
@@ -43,6 +45,7 @@ from hpdist.run_inputs import (
     ModeChoice,
     choose_mode,
     find_spec,
+    is_mode_record,
     other_casts,
     reconsider,
     record_mode,
@@ -157,7 +160,7 @@ class RunData:
 
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
-        recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
+        recorded = (self.folder.read_json(_INPUTS, is_mode_record) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
     def _settle_mode(self, choice: ModeChoice) -> list[str]:
@@ -235,8 +238,12 @@ class RunData:
         assert source is not None
         found = None
         if objects.unlabeled is None:
-            recorded = self.folder.read_json(_FILES) if resumed else None
-            found = from_main(lambda: survey(source, self.labeled, spec, loading, recorded))
+
+            def surveyed() -> Survey:
+                recorded = self.folder.read_json(_FILES, are_records) if resumed else None
+                return survey(source, self.labeled, spec, loading, recorded)
+
+            found = from_main(surveyed)
         self.unlabeled = agreed(
             lambda: open_unlabeled(
                 source,
@@ -263,7 +270,7 @@ class RunData:
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
         config = self.config.data.duplicates
-        kept = self.folder.read_json(_DUPLICATES) if resumed else None
+        kept = self.folder.read_json(_DUPLICATES, Report.fits) if resumed else None
         if kept is not None and kept["check"] == config.check:
             return Report(**kept)
         sets = {"test": self.test, "validation": self.validation}

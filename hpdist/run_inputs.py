@@ -166,6 +166,11 @@ def record_mode(spec: InputSpec) -> dict[str, Any]:
     return {"mode": spec.mode}
 
 
+def is_mode_record(found: Any) -> bool:
+    """Whether JSON is what `record_mode` gives."""
+    return isinstance(found, dict) and found.get("mode") in (None, *CHANNELS)
+
+
 def _converted(mode: str) -> str:
     return "colour becomes grey" if mode == "L" else "every picture becomes so"
 

@@ -28,7 +28,7 @@ from hpdist.data.encoded import (
     pixels_of,
 )
 from hpdist.data.named_files import USUAL_LIMITS, Limits
-from hpdist.errors import DataError
+from hpdist.errors import DataError, printable
 
 __all__ = [
     "CHANNELS",
@@ -373,7 +373,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow knows"  # its own message holds an address in memory
     said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= _REASON_LENGTH else said[: _REASON_LENGTH - 1] + "…"
+    return printable(said, _REASON_LENGTH)
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -20,7 +20,8 @@ def embedded(table: pa.Table, features: Any, rule: PathRule) -> pa.Table:
     """
 
     def swapped(feature: Any) -> Any:
-        return _Embedding(rule) if hasattr(feature, "embed_storage") else None
+        # Not None, for which `datasets` would take the feature as it was, with all within it.
+        return _Embedding(rule) if hasattr(feature, "embed_storage") else feature
 
     columns = [
         embed_array_storage(table[name], _visit(feature, swapped))

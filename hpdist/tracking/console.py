@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hpdist.errors import printable
+
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
 """Scores that are shown, whichever of them a task has."""
 _WIDTH = 80  # columns
@@ -40,6 +42,7 @@ class Console:
         """Print a line, above the bar where there is one."""
         if not self.main:
             return
+        line = printable(line)
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:

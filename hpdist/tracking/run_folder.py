@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpdist.errors import CheckpointError, why_not_written
+
+
+def _are_rows(found: Any) -> bool:
+    """Whether it is a list of row numbers."""
+    return isinstance(found, list) and all(type(row) is int and row >= 0 for row in found)
 
 
 class RunFolder:
@@ -69,15 +74,29 @@ class RunFolder:
 
     def read_labeled_rows(self) -> list[int] | None:
         """The labelled rows that this run chose, if it has."""
-        if not self.labeled_rows.exists():
-            return None
-        rows: list[int] = json.loads(self.labeled_rows.read_text(encoding="utf-8"))
+        rows: list[int] | None = self.read_json(self.labeled_rows.name, _are_rows)
         return rows
 
-    def read_json(self, name: str) -> Any:
-        """Read a JSON file back; None where there is none."""
+    def read_json(self, name: str, fits: Callable[[Any], bool]) -> Any:
+        """Read a JSON file back; None where there is none.
+
+        Raises CheckpointError where it is damaged, or does not hold what `fits` takes.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            if not path.is_file():
+                raise OSError("it is no regular file")
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not fits(found):
+                raise ValueError("it does not hold what a run writes there")
+        except (OSError, ValueError, RecursionError) as error:  # also text that is not UTF-8
+            raise CheckpointError(
+                f"{path}: what the run recorded cannot be read: {error}; restore the file from a "
+                "copy, or choose another run.name"
+            ) from error
+        return found
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl; on a full disk it is kept for the next time."""

@@ -36,14 +36,20 @@ class Requests:
         self.name = name
         self.stop = threading.Event()
         self._retry = retry
+        self._kept: dict[str, tuple[str, pq.FileMetaData]] = {}
 
     def version(self, path: str) -> FileVersion:
         """Ask for a file's size and tag."""
         return self._named(lambda: stat(path, self._retry, self.stop))
 
-    def metadata(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
-        """Read a file's footer; also its SHA-256."""
-        return self._named(lambda: self._footer(path, version))
+    def metadata(
+        self, path: str, version: FileVersion, *, keep: bool = False
+    ) -> tuple[str, pq.FileMetaData]:
+        """Read a file's footer; also its SHA-256. With `keep` the next call need not read it."""
+        found = self._kept.pop(path, None) or self._named(lambda: self._footer(path, version))
+        if keep:
+            self._kept[path] = found
+        return found
 
     def footer(self, path: str, version: FileVersion, columns: Sequence[str]) -> Footer:
         """Read what the index needs of a file, and check what its footer claims."""

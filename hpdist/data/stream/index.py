@@ -138,6 +138,15 @@ class Index:
         return ", ".join(found[:_NAMED_CHANGES]) + more
 
 
+def are_records(found: Any) -> bool:
+    """Whether JSON is a list of what `Index.record` gives, None for what is no Parquet dataset."""
+    return isinstance(found, list) and all(
+        record is None
+        or (isinstance(record, list) and all(isinstance(f, list) and len(f) == 4 for f in record))
+        for record in found
+    )
+
+
 def split_files(
     available: Mapping[str, Sequence[str]], split: str, where: str
 ) -> dict[str, Sequence[str]]:
@@ -217,7 +226,7 @@ def _first_schema(
 ) -> pa.Schema:
     """The schema of the first file with rows: who writes none may not know their types."""
     for path, version in zip(paths, versions, strict=True):
-        _, metadata = requests.metadata(path, version)
+        _, metadata = requests.metadata(path, version, keep=True)
         if metadata.num_rows:
             return plain_schema(metadata.schema.to_arrow_schema())
     files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
