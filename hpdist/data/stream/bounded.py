@@ -41,12 +41,13 @@ def read_within(
     chunks = [group.column(leaf) for leaf in leaves]
     most = most_bytes(budget, sum(chunk.total_compressed_size for chunk in chunks))
     total, repeated, unsure = 0, 0, []
-    for chunk in chunks:
-        size, dictionary = _sizes(chunk, source)
+    for leaf, chunk in zip(leaves, chunks, strict=True):
+        path = metadata.schema.column(leaf).path
+        size, dictionary = _sizes(path, chunk, source)
         total += size
         if chunk.physical_type == "BYTE_ARRAY" and dictionary:
             repeated += chunk.num_values * dictionary  # at most: if each row has the longest value
-            unsure.append(chunk.path_in_schema)
+            unsure.append(path)
     _check(total, most)
     if total + repeated <= most:
         return parquet.read_row_group(number, columns=list(columns), use_threads=False)
@@ -62,7 +63,7 @@ def read_within(
     return plain_table(table)
 
 
-def _sizes(chunk: pq.ColumnChunkMetaData, source: Any) -> tuple[int, int]:
+def _sizes(path: str, chunk: pq.ColumnChunkMetaData, source: Any) -> tuple[int, int]:
     """Add up a chunk's pages: their bytes uncompressed, and those of dictionaries among them."""
     start, end = chunk_span(chunk)
     if isinstance(source, RemoteFile):
@@ -76,10 +77,10 @@ def _sizes(chunk: pq.ColumnChunkMetaData, source: Any) -> tuple[int, int]:
             else:
                 values += page.values
     except BadPageError as error:
-        raise pa.ArrowInvalid(f"column {chunk.path_in_schema!r}: {error}") from error
+        raise pa.ArrowInvalid(f"column {path!r}: {error}") from error
     if values > chunk.num_values:
         raise pa.ArrowInvalid(
-            f"column {chunk.path_in_schema!r}: its pages hold {values} values, and its footer says "
+            f"column {path!r}: its pages hold {values} values, and its footer says "
             f"{chunk.num_values}"
         )
     return total, dictionary

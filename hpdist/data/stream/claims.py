@@ -51,13 +51,13 @@ def group_claim(
         fits = values >= rows if kind.max_repetition_level else values == rows
         if not fits or held < 0:
             raise ValueError(
-                f"row group {number}, column {chunk.path_in_schema!r}: it has {rows} rows, "
+                f"row group {number}, column {kind.path!r}: it has {rows} rows, "
                 f"{values} values and {held} bytes"
             )
         start, end = chunk_span(chunk)
         if not _START <= start <= end <= file_size - _END:
             raise ValueError(
-                f"row group {number}, column {chunk.path_in_schema!r}: it lies at bytes {start} to "
+                f"row group {number}, column {kind.path!r}: it lies at bytes {start} to "
                 f"{end} of a file of {file_size}"
             )
         spans.append((start, end))

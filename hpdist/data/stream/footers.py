@@ -58,7 +58,7 @@ class Requests:
         def checked() -> Footer:
             try:
                 return Footer.of(digest, metadata, columns, version.size)
-            except ValueError as error:
+            except (ValueError, LookupError, OverflowError) as error:
                 reason = f"is damaged, or no writer made it: {error}"
                 raise FileLostError(path, reason) from error
 
@@ -81,7 +81,7 @@ class Requests:
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail))
             metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
             raise FileLostError(
                 path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
             ) from error

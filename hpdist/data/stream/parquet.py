@@ -280,7 +280,7 @@ class ParquetReader:
             reason = error.reason
         except TooLargeError as error:
             reason = f"its row group is not read: {error}"
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
             reason = f"its row group cannot be read: {' '.join(str(error).split())[:200]}"
         nulls = [pa.nulls(count, field.type) for field in self._schema]
         return pa.table(nulls, schema=self._schema), reason
