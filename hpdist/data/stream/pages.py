@@ -43,15 +43,15 @@ def pages(read: Callable[[int, int], bytes], start: int, end: int) -> Iterator[P
         if start >= end:
             return
         header, length = _header(read, start, end)
-        sizes = (header.get(2), header.get(3))
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        size, stored = header.get(2), header.get(3)
+        if not (isinstance(size, int) and isinstance(stored, int) and min(size, stored) >= 0):
             raise BadPageError("a page of it has no size")
         counts = [header[kind] for kind in _KINDS if isinstance(header.get(kind), dict)]
         count = sum(found.get(1) or 0 for found in counts)
         if count < 0:
             raise BadPageError("a page of it has a negative number of values")
-        yield Page(header.get(1) == _DICTIONARY, sizes[0], count)
-        start += length + sizes[1]
+        yield Page(header.get(1) == _DICTIONARY, size, count)
+        start += length + stored
     raise BadPageError(f"it has more than {_MOST} pages")
 
 
