@@ -127,7 +127,13 @@ def convert(known: argparse.Namespace, overrides: Sequence[str]) -> int:
     if data.unlabeled is None or not data.unlabeled.path:
         raise ConfigError("convert reads the dataset that data.unlabeled.path names; set it")
     with tqdm(unit=" rows", dynamic_ncols=True, disable=None) as bar:
-        written = write(data.unlabeled, Path(known.out), input=data.labeled.input, bar=bar)
+        written = write(
+            data.unlabeled,
+            Path(known.out),
+            input=data.labeled.input,
+            loading=data.loading,
+            bar=bar,
+        )
     _print(
         f"# rows: {written.rows:,}, row groups: {written.groups:,}, files: {len(written.files)}, "
         f"together {written.bytes / 1e6:,.1f} MB\n"

@@ -187,6 +187,16 @@ class Loading(Section):
     """Processes that decode, per rank; worth it where decoding keeps the training waiting."""
     patience: float = Field(300.0, gt=0)
     """Seconds that a server may fail to answer before the run is saved and stops."""
+    paths: Literal["own", "any"] | list[str] = "own"
+    """Which files rows may name in place of holding their bytes: own, those in the data's own
+    folder or on its own server; any, every regular file and server; or further folders and what
+    addresses begin with. Rows of objects that Python gives may name any, unless this is a list."""
+    most_bytes: Bytes = 256 * 2**20
+    """Of an encoded image or sound, in a row or in the file that it names: a larger one is bad."""
+    most_pixels: int = Field(50_000_000, ge=1)
+    """Of an encoded image, as its header says: a larger one is a bad row, and is not decoded."""
+    most_samples: int = Field(100_000_000, ge=1)
+    """Of a sound's part that a row holds, at the file's own rate, over all of its channels."""
 
 
 class TaskChoice(Section):

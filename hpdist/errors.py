@@ -18,6 +18,9 @@ from hpdist.redaction import redacted_text
 class HpdistError(Exception):
     """The root of every error that hpdist raises on purpose."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
     exit_status = 3
     rank: int | None = None
     """The rank that raised it, where the others may not have."""
@@ -66,6 +69,16 @@ class StoppedError(HpdistError):
     """A signal asked the run to stop; it is saved and can go on."""
 
     exit_status = 4
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Give a text without control characters, which a terminal would obey; cut where too long.
+
+    Names of classes, columns and files may be a stranger's.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
 def why_not_written(error: Exception, folder: Path) -> str:

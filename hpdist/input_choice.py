@@ -23,6 +23,7 @@ from hpdist.data.evaluation import is_elsewhere
 from hpdist.data.kinds import KINDS, FoundInput, Kind, find_input, kind_of_input
 from hpdist.data.labels import label_column
 from hpdist.data.loading import names_of, open_table
+from hpdist.data.named_files import PathRule
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.unlabeled import AnyUnlabeled, MixedRows
 from hpdist.data.views import (
@@ -48,8 +49,8 @@ class Settled:
     """The labelled set as it was opened, and the settings with the views that it asks for."""
 
     config: RunConfig
-    opened: tuple[Any, str]
-    """The table of labelled rows, and its name for messages."""
+    opened: tuple[Any, str, PathRule]
+    """The table of labelled rows, its name for messages, and the files its rows may name."""
     lines: tuple[str, ...] = ()
     """What was decided, for a person."""
 
@@ -60,7 +61,7 @@ def settle_inputs(config: RunConfig, dataset: Any, recorded: Mapping[str, Any]) 
     `dataset` is one given in Python, `recorded` what `record_inputs` gave when the run began.
     Raises ConfigError or DataError, also where several columns would do.
     """
-    opened = open_table(config.data.labeled, dataset, _WHERE)
+    opened = open_table(config.data.labeled, dataset, _WHERE, (), config.data.loading)
     found = _find(config, opened[0], recorded)
     if found is None:
         return Settled(config, opened)

@@ -24,14 +24,17 @@ from hpdist.data.decode import InputSpec
 from hpdist.data.duplicates import Report, find_duplicates
 from hpdist.data.evaluation import evaluation_batches
 from hpdist.data.fitting import training_rows
+from hpdist.data.named_files import PathRule
 from hpdist.data.sources import LabeledRows, open_labeled, open_test, with_categories
 from hpdist.data.stream import BatchStream
+from hpdist.data.stream.index import are_records
 from hpdist.data.targets import Scale
 from hpdist.data.unlabeled import (
     AnyUnlabeled,
     MixedRows,
     ParquetRows,
     SequentialRows,
+    Survey,
     open_unlabeled,
     row_count,
     survey,
@@ -61,6 +64,7 @@ from hpdist.run_inputs import (
     ModeChoice,
     choose_mode,
     find_spec,
+    is_inputs_record,
     other_casts,
     reconsider,
     with_channels,
@@ -113,7 +117,10 @@ class RunData:
         uses_unlabeled: bool,
     ) -> None:
         resumed = saved is not None
-        recorded = from_main(lambda: folder.read_json(_INPUTS) if resumed else None) or {}
+        recorded = (
+            from_main(lambda: folder.read_json(_INPUTS, is_inputs_record) if resumed else None)
+            or {}
+        )
         self._given = config
         settled = agreed(lambda: settle_inputs(config, objects.labeled, recorded))
         config = settled.config
@@ -183,7 +190,9 @@ class RunData:
         return from_main(lambda: describe_categories(found, self._all_sets))
 
     @working("opening data.labeled")
-    def _open_labeled(self, opened: tuple[Any, str], saved: SavedRun | None) -> LabeledRows:
+    def _open_labeled(
+        self, opened: tuple[Any, str, PathRule], saved: SavedRun | None
+    ) -> LabeledRows:
         config, views = self.config, self.config.views
         return open_labeled(
             config.data.labeled,
@@ -196,12 +205,13 @@ class RunData:
             task=config.task,
             classes=saved.facts["identity"].get("classes") if saved is not None else None,
             scale=_saved_scale(saved),
+            loading=config.data.loading,
         )
 
     @working("looking at the labelled pictures")
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
-        recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
+        recorded = (self.folder.read_json(_INPUTS, is_inputs_record) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
     @working("looking at the other sets' pictures")
@@ -283,8 +293,12 @@ class RunData:
         assert source is not None
         found = None
         if objects.unlabeled is None:
-            recorded = self.folder.read_json(_FILES) if resumed else None
-            found = from_main(lambda: survey(source, self.labeled, spec, loading, recorded))
+
+            def surveyed() -> Survey:
+                recorded = self.folder.read_json(_FILES, are_records) if resumed else None
+                return survey(source, self.labeled, spec, loading, recorded)
+
+            found = from_main(surveyed)
         self.unlabeled = agreed(
             lambda: open_unlabeled(
                 source,
@@ -303,9 +317,11 @@ class RunData:
         source = getattr(self.config.data, name)
         if source is None:
             return None
-        where = f"data.{name}"
+        loading, where = self.config.data.loading, f"data.{name}"
         with working(f"opening {where}"):
-            return open_test(source, self.labeled, self.spec, dataset=dataset, where=where)
+            return open_test(
+                source, self.labeled, self.spec, dataset=dataset, where=where, loading=loading
+            )
 
     @working("looking for rows that cannot be read")
     def _look_through(self) -> list[str]:
@@ -321,7 +337,7 @@ class RunData:
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
         config = self.config.data.duplicates
-        kept = self.folder.read_json(_DUPLICATES) if resumed else None
+        kept = self.folder.read_json(_DUPLICATES, Report.fits) if resumed else None
         if kept is not None and kept["check"] == config.check:
             return Report(**kept)
         sets = {"test": self.test, "validation": self.validation}

@@ -9,6 +9,7 @@ from typing import Any
 from hpdist.config import RunConfig
 from hpdist.data.categories import Categories
 from hpdist.data.decode import CHANNELS, InputSpec
+from hpdist.data.own_files import limits_of
 from hpdist.data.pictures import (
     declared_mode,
     look_at_labeled,
@@ -66,14 +67,18 @@ def find_spec(
 
 def _spec(config: RunConfig, labeled: LabeledRows, categories: Categories | None) -> InputSpec:
     views, model = config.views, config.model
+    limits = limits_of(config.data.loading)
     if isinstance(views, AudioViewsConfig):
         views.sampling.require()
         spec, first = InputSpec.of_audio(views.sampling, views.seen), labeled.chosen[:1]
+        spec = replace(spec, limits=limits)
         spec.decode_rows(labeled.read_split(first), first, labeled.name, labeled.describe)
         return spec
     if not isinstance(views, TextViewsConfig):
         size, missing = (getattr(views, key, None) for key in ("size", "missing"))
-        return input_spec(labeled, size, missing=missing == "mean", categories=categories)
+        return input_spec(
+            labeled, size, missing=missing == "mean", categories=categories, limits=limits
+        )
     tokenizer = None
     if views.tokenizer is not None:
         tokenizer = Tokenizer(views.tokenizer, views.max_length)
@@ -164,6 +169,21 @@ def with_channels(config: RunConfig, mode: str) -> RunConfig:
     return config.model_copy(update={"views": filled})
 
 
+def is_inputs_record(found: Any) -> bool:
+    """Whether JSON is what a run keeps of its inputs."""
+    if not isinstance(found, dict) or found.get("mode") not in (None, *CHANNELS):
+        return False
+    categories, columns = found.get("categories", {}), found.get("columns", [])
+    lists = ("columns", "names", "declared") if categories else ()
+    return (
+        isinstance(categories, dict)
+        and all(isinstance(categories.get(key), list) for key in lists)
+        and isinstance(columns, list)
+        and all(isinstance(column, str) for column in columns)
+        and isinstance(found.get("seconds", 0.0), (int, float, type(None)))
+    )
+
+
 def _converted(mode: str) -> str:
     return "colour becomes grey" if mode == "L" else "every picture becomes so"
 
@@ -171,6 +191,7 @@ def _converted(mode: str) -> str:
 def _mode_of_first(labeled: LabeledRows, spec: InputSpec) -> str:
     """The mode of the split's first picture, which runs without a record went by."""
     try:
-        return str(InputSpec.of(labeled.read_split([0])[0], None).mode)
+        first = labeled.read_split([0])[0]
+        return str(InputSpec.of(first, None, limits=spec.limits).mode)
     except Exception:  # image libraries raise nearly everything on a damaged file
         return str(spec.mode)

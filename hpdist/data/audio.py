@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.data.decode import Array, stored_bytes
+from hpdist.data.encoded import Array, stored_bytes
+from hpdist.data.named_files import USUAL_LIMITS, Limits
 from hpdist.errors import ConfigError
 
 _MARGIN = 0.05  # seconds read beyond the row, so that the resampler's end lies outside of it
@@ -40,27 +41,35 @@ class Sampling:
                 "pip install 'hpdist[audio]'"
             ) from error
 
-    def decode_into(self, value: Any, out: Array) -> None:
-        """Decode one stored value, bytes or {bytes, path}, into `out`: float32 [samples].
+    def decode_into(self, value: Any, out: Array, limits: Limits) -> None:
+        """Decode one stored value, bytes, {bytes, path} or a NamedFile, into `out`: fp32 [samples].
 
-        Raises ValueError where it is no sound, or one without samples or with NaN or infinity.
+        Raises ValueError where it is no sound, one without samples or with NaN or infinity, or
+        beyond the limits.
         """
-        data = stored_bytes(value, "sound")
+        data = stored_bytes(value, "sound", limits)
         if not data:
             raise ValueError("it holds no bytes")
-        wave = self._resampled(*self._read(data))  # [any]
+        wave = self._resampled(*self._read(data, limits))  # [any]
         wave = wave[: self.samples]
         out[: len(wave)] = wave
         out[len(wave) :] = np.nan
 
-    def _read(self, data: bytes) -> tuple[Array, int]:
+    def _read(self, data: bytes, limits: Limits) -> tuple[Array, int]:
         """The beginning of a file, as much as a row holds: float32 [samples], and its rate."""
         import soundfile
 
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as file:
                 rate = int(file.samplerate)
-                frames = int((self.samples / self.rate + _MARGIN) * rate) + 1
+                wanted = int((self.samples / self.rate + _MARGIN) * rate) + 1
+                frames = min(wanted, max(0, file.frames))
+                if frames * file.channels > limits.samples:  # by what the header says alone
+                    raise ValueError(
+                        f"its header says {rate} Hz and {file.channels} channels, so that a row is "
+                        f"{frames * file.channels} samples, more than {limits.samples}; if that is "
+                        "right, raise data.loading.most_samples"
+                    )
                 channels = file.read(frames, dtype="float32", always_2d=True)  # [frames, channels]
         except soundfile.LibsndfileError as error:  # its message holds an address in memory
             raise ValueError(f"it is no sound file: {error.error_string}") from error
@@ -89,7 +98,7 @@ def length_of(value: Any) -> float | None:
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(stored_bytes(value, "sound"))) as file:
+        with soundfile.SoundFile(io.BytesIO(stored_bytes(value, "sound", USUAL_LIMITS))) as file:
             return float(file.frames / file.samplerate)
     except (ValueError, OSError, soundfile.LibsndfileError):  # named when it is decoded
         return None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpdist.errors import printable
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -18,7 +20,7 @@ class BadRow:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return printable(f"{self.where}: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hpdist.data.stream.permute import Int64Array
-from hpdist.errors import DataError
+from hpdist.errors import DataError, printable
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Kind: TypeAlias = Literal["class", "boolean", "integer", "number", "text", "bytes", "time", "null"]
 
 _WAY_OUT = "mend the row or leave it out"
 _SHOWN = 12  # classes that a message names
+_LONGEST = 80  # characters of each
 _KINDS: Mapping[str, Kind] = {
     "bool": "boolean",
     "int": "integer",
@@ -285,7 +286,8 @@ def check_match(stored: StoredLabels, classes: Classes) -> list[str]:
 
 def shortened(names: Sequence[str]) -> str:
     """The first of many names, for messages."""
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    shown = [printable(name, _LONGEST) for name in names[:_SHOWN]]
+    return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
 def _name_of(feature: Any, value: Any) -> str | None:

@@ -25,21 +25,24 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import yaml
 from datasets.features.features import require_storage_embed
-from datasets.table import embed_table_storage, table_cast
+from datasets.table import table_cast
 
-from hpdist.config import Source
+from hpdist.config import Loading, Source
 from hpdist.data.arrow_types import plain_schema
 from hpdist.data.decode import Column
+from hpdist.data.embedding import embedded
 from hpdist.data.loading import (
     check_separator,
     input_column,
     is_audio,
     is_text,
-    load,
+    load_files,
     one_line,
     same_column,
 )
 from hpdist.data.local_files import source_name
+from hpdist.data.named_files import PathRule
+from hpdist.data.own_files import path_rule
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError
 from hpdist.redaction import redacted_text
@@ -89,16 +92,19 @@ def convert(
     *,
     input: str | list[str] | None = None,  # noqa: A002  # what the config calls it
     where: str = "data.unlabeled",
+    loading: Loading | None = None,
     layout: Layout | None = None,
     bar: Any = None,
 ) -> Written:
     """Read a dataset once and write it into `folder` as train-00000-of-00012.parquet and so on.
 
-    `input` is the labelled rows' column, where the config names none; `bar` is a tqdm to update.
-    Raises ConfigError for a folder that cannot be used and DataError for rows that cannot be read.
+    `input` is the labelled rows' column, where the config names none; `loading` says which files
+    rows may name; `bar` is a tqdm to update. Raises ConfigError for a folder that cannot be used
+    and DataError for rows that cannot be read.
     """
     _check_folder(folder)
-    stream = load(config, where, streaming=True)
+    stream, files = load_files(config, where, streaming=True)
+    rule = path_rule(config, loading, given=False, files=files)
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
     features = _features(view, name)
@@ -109,16 +115,17 @@ def convert(
     column = input_column(features, given, where, text=text, audio=audio)
     writer = _Writer(folder, features, layout or Layout())
     try:
-        for table in _embedded(view, features, name):
+        for table in _embedded(view, features, name, rule):
             writer.write(table)
             if bar is not None:
                 bar.update(len(table))
-        files = writer.finish()
+        written = writer.finish()
     except OSError as error:
         raise DataError(f"{folder}: cannot be written: {one_line(error)}") from error
     finally:
         writer.discard()
-    return Written(files, writer.rows, writer.groups, sum(f.stat().st_size for f in files), column)
+    size = sum(file.stat().st_size for file in written)
+    return Written(written, writer.rows, writer.groups, size, column)
 
 
 def _is_sound(features: Any) -> bool:
@@ -166,8 +173,11 @@ def _features(view: Any, name: str) -> Any:
     return datasets.Features.from_arrow_schema(plain_schema(first.schema))
 
 
-def _embedded(view: Any, features: Any, name: str) -> Iterator[pa.Table]:
-    """All rows, with the files that they name put into them, in one schema."""
+def _embedded(view: Any, features: Any, name: str, rule: PathRule) -> Iterator[pa.Table]:
+    """All rows, with the files that they name put into them, in one schema.
+
+    A row that names a file which the rule forbids is an error: what is written may be passed on.
+    """
     schema = features.arrow_schema
     embeds = any(require_storage_embed(feature) for feature in features.values())
     row = 0
@@ -175,7 +185,7 @@ def _embedded(view: Any, features: Any, name: str) -> Iterator[pa.Table]:
         try:
             typed = table if table.schema == schema else table_cast(table, schema)
             if embeds:
-                typed = embed_table_storage(typed, token_per_repo_id=view._token_per_repo_id)
+                typed = embedded(typed, features, rule)
         except Exception as error:  # every image and every transport has its own
             raise DataError(
                 f"{name}: rows {row} to {row + len(table) - 1} cannot be converted: "

@@ -8,19 +8,37 @@ decoded as a labelled one is.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from hpdist.data.arrow_types import plain_column
-from hpdist.errors import DataError
+from hpdist.data.encoded import (
+    CHANNELS,
+    Array,
+    Unreadable,
+    mode_of,
+    open_image,
+    part_pixels,
+    pixels_of,
+)
+from hpdist.data.named_files import USUAL_LIMITS, Limits
+from hpdist.errors import DataError, printable
+
+__all__ = [
+    "CHANNELS",
+    "Array",
+    "Column",
+    "InputSpec",
+    "Unreadable",
+    "stored_inputs",
+    "stored_values",
+]
 
 if TYPE_CHECKING:  # imported where it is used: a decoding process does without it
     import torch
@@ -30,24 +48,10 @@ if TYPE_CHECKING:  # imported where it is used: a decoding process does without 
     from hpdist.data.categories import Categories
     from hpdist.data.text import Tokenizer
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
 Column: TypeAlias = str | tuple[str, ...]
 """Where a row's input is: in one column, or in several, of a number or a category each."""
 
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
-_PACKED = {"L": "L", "RGB": "RGBX", "RGBA": "RGBA"}  # as Pillow keeps them: packing only copies
-_LARGE = 1 << 16  # packed bytes; for smaller images the plain copy is faster
 _REASON_LENGTH = 300
-_MODES = {
-    "1": "L",
-    "L": "L",
-    "RGB": "RGB",
-    "RGBA": "RGBA",
-    "LA": "RGBA",
-    "La": "RGBA",
-    "PA": "RGBA",
-}
 
 
 @dataclass(frozen=True)
@@ -71,22 +75,31 @@ class InputSpec:
     sampling: Sampling | None = None  # of sound
     seen: tuple[int, ...] | None = None  # a row as the views give it to the model, if not `shape`
     beside: str | None = None  # a column with a second text of each row; stored values are pairs
+    limits: Limits = USUAL_LIMITS  # what a row may take to decode
 
     @classmethod
-    def of(cls, value: Any, size: int | None, mode: str | None = None) -> InputSpec:
+    def of(
+        cls,
+        value: Any,
+        size: int | None,
+        mode: str | None = None,
+        limits: Limits = USUAL_LIMITS,
+    ) -> InputSpec:
         """Derive the spec from the first labelled row's value, as `stored_values` gives it.
 
         Without a `mode`, that of encoded images is what this one is by itself; see `mode_of`.
-        Raises ValueError when the value is neither an image nor an array of a known shape.
+        Raises ValueError when the value is neither an image nor an array of a known shape, or is
+        beyond the limits.
         """
         if value is None or isinstance(value, Unreadable):
             raise ValueError(value.reason if value else "the value is null")
         if not isinstance(value, np.ndarray):
-            image = open_image(value)
+            image = open_image(value, limits)
             found = mode_of(image)  # refuses what no mode can be made of
             mode = mode or found
             height, width = (size, size) if size else (image.height, image.width)
-            return cls("image", (CHANNELS[mode], height, width), "encoded", mode, size=size)
+            shape = (CHANNELS[mode], height, width)
+            return cls("image", shape, "encoded", mode, size=size, limits=limits)
         if value.ndim == 1:
             if size:
                 raise ValueError(
@@ -207,7 +220,7 @@ class InputSpec:
                 raise ValueError(reason)
             return
         if self.sampling is not None:
-            self.sampling.decode_into(value, out)
+            self.sampling.decode_into(value, out, self.limits)
             return
         if value is None:
             raise ValueError("the value is null")
@@ -220,9 +233,9 @@ class InputSpec:
             row = value if self.categories is None else self.categories.encode(value)
             array: Array = _finite(row, self.missing, self.names)  # [features]
         elif self.stored == "encoded":
-            pixels = _pixels(open_image(value), str(self.mode))
+            pixels = pixels_of(open_image(value, self.limits), str(self.mode))
             if pixels.shape[:2] == self.shape[1:]:
-                _part(pixels, out)
+                part_pixels(pixels, out)
                 return
             array = pixels.transpose(2, 0, 1)[: self.shape[0]]  # [channels, height, width]
         else:
@@ -235,13 +248,6 @@ class InputSpec:
             hint = " (set views.size to resize every image)" if resizable else ""
             raise ValueError(f"its shape is {ours}, the first labelled row's is {first}{hint}")
         out[...] = array
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a stored value that no spec accepts, and says why."""
-
-    reason: str
 
 
 def stored_values(column: pa.ChunkedArray) -> list[Any]:
@@ -327,83 +333,6 @@ def _nested(array: pa.Array) -> Array | Unreadable | None:
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
-def stored_bytes(value: Any, what: str) -> bytes:
-    """The bytes of a stored value, bytes or {bytes, path}, read from the path where need be.
-
-    Raises ValueError where there are none; `what` it should have been is for the message.
-    """
-    if value is None:
-        raise ValueError("the value is null")
-    if isinstance(value, Unreadable):
-        raise ValueError(value.reason)
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None:
-        path = value.get("path")
-        if not path:
-            raise ValueError("it has neither bytes nor a path")
-        with fsspec.open(path, "rb") as file:  # local, hf:// or inside an archive
-            data = file.read()
-    if not isinstance(data, bytes):
-        raise ValueError(f"it is {type(data).__name__}, not {what}")
-    return data
-
-
-def open_image(value: Any) -> Image.Image:
-    """Open an encoded image, turned the way its EXIF orientation says."""
-    data = stored_bytes(value, "an image, a vector or an array")
-    image: Image.Image = Image.open(io.BytesIO(data))
-    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
-        return image  # Pillow would find no orientation, and make an empty Exif for every image
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return image
-
-
-def mode_of(image: Image.Image) -> str:
-    """Say what one image by itself is decoded as: L of grey, RGBA with transparency, else RGB.
-
-    Raises ValueError where its values have no range.
-    """
-    if image.mode in _SIXTEEN_BIT:
-        return "L"
-    if image.mode == "F":
-        raise ValueError("32-bit float images have no fixed range: store them as 8-bit images")
-    if "transparency" in image.info:
-        return "RGBA"
-    return _MODES.get(image.mode, "RGB")
-
-
-def _pixels(image: Image.Image, mode: str) -> Array:
-    """Take the pixels in `mode`, uint8 [height, width, 1 or 4]; the fourth of RGB is padding."""
-    if image.mode in _SIXTEEN_BIT:
-        deep = np.asarray(image)
-        if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
-            raise ValueError("its grey values leave 0..65535: store it as an 8-bit image")
-        image = Image.fromarray((deep >> 8).astype(np.uint8))  # convert("L") would clip at 255
-    if image.mode == "F":
-        raise ValueError("32-bit float images have no fixed range: store them as 8-bit images")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns and guesses
-    if image.mode != mode:
-        image = image.convert(mode)
-    packed = np.frombuffer(image.tobytes("raw", _PACKED[mode]), np.uint8)  # read-only
-    return packed.reshape(image.height, image.width, -1)
-
-
-def _part(pixels: Array, out: Array) -> None:
-    """Part packed pixels, [height, width, 1 or 4], into `out`: [channels, height, width]."""
-    if pixels.shape[2] == 1 or pixels.size < _LARGE or not out.flags.c_contiguous:
-        for band in range(len(out)):
-            out[band] = pixels[..., band]
-        return
-    # numpy copies every fourth byte one by one, but narrows words to their lowest byte many at a
-    # time: twice as fast. The words of a band start at its byte, so the last pixel has none.
-    channels, words_per_band = len(out), out[0].size - 1
-    words: Array = np.ndarray((channels, words_per_band), "<u4", pixels, strides=(1, 4))
-    np.copyto(out.reshape(channels, -1)[:, :-1], words, casting="unsafe")
-    out[:, -1, -1] = pixels[-1, -1, :channels]
-
-
 def _to_channels_first(array: Array, channels_last: bool) -> Array:
     """[height, width] or 3-D to [channels, height, width]."""
     if array.ndim == 2:
@@ -468,7 +397,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow knows"  # its own message holds an address in memory
     said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= _REASON_LENGTH else said[: _REASON_LENGTH - 1] + "…"
+    return printable(said, _REASON_LENGTH)
 
 
 def _by(shape: Sequence[int]) -> str:

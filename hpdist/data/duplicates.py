@@ -4,24 +4,27 @@
     for line in report.lines: print(line)
 
 What is compared is what is stored: an image's encoded bytes, a text's UTF-8, the numbers of a
-vector or of several columns. A picture that was saved anew is another one. Of the held-out rows 16
-bytes each are kept in memory; the training rows only pass by.
+vector or of several columns. A picture that was saved anew is another one. Of the held-out rows 25
+bytes each are kept in memory, and twice as many while they are sorted; the training rows only pass
+by, and no file is read whole that is larger than a row may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import xxhash
 
 from hpdist.config import Duplicates
-from hpdist.data.decode import Column, Unreadable, stored_inputs
+from hpdist.data.decode import Array, Column, Unreadable, stored_inputs
 from hpdist.data.files import is_remote
 from hpdist.data.loading import one_line
+from hpdist.data.named_files import NamedFile, named
 from hpdist.data.rows import describe_row
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.reader import Rows
@@ -30,6 +33,7 @@ from hpdist.errors import DataError
 from hpdist.progress import working
 
 _AT_ONCE = 1024  # rows
+_DIGEST = np.dtype("S16")
 _NAMED = 3  # pairs of rows that a line names
 _WAY_OUT = "data.duplicates.check: always compares it"
 
@@ -45,17 +49,68 @@ class Report:
     check: str = "auto"
     """What was asked for."""
 
+    @staticmethod
+    def fits(found: Any) -> bool:
+        """Whether JSON is what `to_json` gives."""
+        kinds = {"lines": list, "summary": dict, "check": str}
+        return (
+            isinstance(found, dict)
+            and found.keys() == kinds.keys()
+            and all(isinstance(found[key], kind) for key, kind in kinds.items())
+            and all(isinstance(line, str) for line in found["lines"])
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON, which `Report(**…)` takes back."""
         return asdict(self)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Digests:
+    """The rows of a held-out set by what they hold."""
+
+    digest: Array  # bytes of 16 [rows], sorted
+    row: Array  # int64 [rows]
+
+    @staticmethod
+    def of(hashed: Iterable[tuple[bytes, int]]) -> _Digests:
+        """Take them from pairs of hash and row."""
+        digests, rows = bytearray(), array("q")
+        for digest, row in hashed:
+            digests += digest
+            rows.append(row)
+        unsorted = np.frombuffer(digests, _DIGEST)
+        order = np.argsort(unsorted, kind="stable")  # of equal ones the first row comes first
+        return _Digests(unsorted[order], np.frombuffer(rows, np.int64)[order])
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
 class _Found:
     """Rows of a held-out set that are in one of the sets to train on."""
 
-    rows: set[int] = field(default_factory=set)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(self, known: _Digests) -> None:
+        self._known = known
+        self._found = np.zeros(len(known), bool)
+        self.pairs: list[tuple[str, str]] = []
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self._found.sum())
+
+    def look(self, digests: Array) -> list[tuple[int, int]]:
+        """Look for rows; return some to be named, each a line of these and its held-out row."""
+        chosen: list[tuple[int, int]] = []
+        first = np.searchsorted(self._known.digest, digests, "left")
+        last = np.searchsorted(self._known.digest, digests, "right")
+        for line in np.flatnonzero(first < last).tolist():
+            same = slice(first[line], last[line])
+            if len(self.pairs) + len(chosen) < _NAMED and not self._found[same].all():
+                chosen.append((line, int(self._known.row[same][0])))
+            self._found[same] = True
+        return chosen
 
 
 class _UncomparedError(Exception):
@@ -85,9 +140,8 @@ def find_duplicates(
         if isinstance(own, _UncomparedError):
             report.lines.append(f"duplicates: {_left_out(name, own, report)}")
             continue
-        count = sum(map(len, own.values()))
         told = [_told(name, pool, result, report) for pool, result in found.items()]
-        report.lines.append(f"duplicates: of {count} rows of data.{name} {', '.join(told)}")
+        report.lines.append(f"duplicates: of {len(own)} rows of data.{name} {', '.join(told)}")
     return report
 
 
@@ -107,50 +161,45 @@ def _told(
     if isinstance(result, _UncomparedError):
         return _left_out(pool, result, report)
     found = result[name]
-    report.summary[f"{name}/duplicates_in_{pool}"] = len(found.rows)
-    if not found.rows:
+    report.summary[f"{name}/duplicates_in_{pool}"] = found.count
+    if not found.count:
         return f"none are in data.{pool}"
     pairs = "; ".join(f"{row} is {place}" for row, place in found.pairs)
-    more = "; …" if len(found.rows) > len(found.pairs) else ""
-    return f"{len(found.rows)} are in data.{pool} ({pairs}{more})"
+    more = "; …" if found.count > len(found.pairs) else ""
+    return f"{found.count} are in data.{pool} ({pairs}{more})"
 
 
 def _search(
     config: Duplicates,
     pool: LabeledRows | AnyUnlabeled,
-    known: Mapping[str, Mapping[bytes, Any]],
+    known: Mapping[str, _Digests],
     held: Mapping[str, LabeledRows],
 ) -> dict[str, _Found] | _UncomparedError:
     """Go through the rows of a set to train on, given what those of the held-out sets hold."""
-    found = {name: _Found() for name in known}
+    found = {name: _Found(digests) for name, digests in known.items()}
     parts = pool.parts if isinstance(pool, MixedRows) else (pool,)
     try:
         limits = [_limit(config, part) for part in parts]
         for part, limit in zip(parts, limits, strict=True):
             several = f"{part.name}, " if len(parts) > 1 else ""
-            for digest, place in _hashed(part, limit):
-                for name, digests in known.items():
-                    rows = digests.get(digest)
-                    if rows is None:
-                        continue
-                    if len(found[name].pairs) < _NAMED and not found[name].rows.issuperset(rows):
-                        pair = (_place(held[name], rows[0]), several + _place(part, place))
-                        found[name].pairs.append(pair)
-                    found[name].rows.update(rows)
+            hashed = _hashed(part, limit)
+            while some := list(islice(hashed, _AT_ONCE)):
+                digests = np.frombuffer(b"".join(digest for digest, _ in some), _DIGEST)
+                for name, result in found.items():
+                    for line, row in result.look(digests):
+                        place = several + _place(part, some[line][1])
+                        result.pairs.append((_place(held[name], row), place))
     except _UncomparedError as reason:
         return reason
     return found
 
 
-def _digests(config: Duplicates, rows: LabeledRows) -> dict[bytes, list[int]] | _UncomparedError:
+def _digests(config: Duplicates, rows: LabeledRows) -> _Digests | _UncomparedError:
     """The rows of a held-out set by what they hold."""
-    found: dict[bytes, list[int]] = {}
     try:
-        for digest, row in _hashed(rows, _limit(config, rows)):
-            found.setdefault(digest, []).append(row)
+        return _Digests.of(_hashed(rows, _limit(config, rows)))
     except _UncomparedError as reason:
         return reason
-    return found
 
 
 def _limit(config: Duplicates, rows: Any) -> int | None:
@@ -181,11 +230,11 @@ def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
     read = 0
     for values, ids in _counted(rows):
         for value, row in zip(values, ids, strict=True):
-            named = isinstance(value, dict) and value.get("bytes") is None
-            data = _file(value.get("path")) if named else _bytes(value)
+            in_file = isinstance(value, NamedFile)
+            data = _file(value) if in_file else _bytes(value)
             if data is None:
                 continue
-            read += len(data) if named else 0  # which the set's own size does not hold
+            read += len(data) if in_file else 0  # which the set's own size does not hold
             if limit is not None and read > limit:
                 raise _too_large(limit)
             yield xxhash.xxh3_128_digest(data), row
@@ -239,7 +288,8 @@ def _picked(rows: Any, read: Rows, wanted: Any) -> tuple[list[Any], list[int]]:
     functions = getattr(rows, "functions", None)
     if functions is not None and functions.keep is not None:
         wanted = wanted & ~np.isin(np.arange(len(read)), list(rows.values(read).left_out))
-    values = stored_inputs(read.table, column)
+    rule = rows.rule if functions is None else functions.rule
+    values = named(stored_inputs(read.table, column), rule)
     lines = np.flatnonzero(wanted).tolist()
     return [values[line] for line in lines], read.ids[lines].tolist()
 
@@ -257,15 +307,12 @@ def _bytes(value: Any) -> bytes | None:
     return value.encode() if isinstance(value, str) else bytes(value)
 
 
-def _file(path: str | None) -> bytes | None:
-    if not path:
-        return None
+def _file(file: NamedFile) -> bytes | None:
+    """What the file of a row holds; None where it cannot or may not be read."""
     try:
-        with fsspec.open(path, "rb") as file:
-            data: bytes = file.read()
-    except OSError:
+        return file.read()
+    except Exception:  # every transport has its own; who decodes the row says what is wrong
         return None
-    return data
 
 
 def _place(rows: Any, row: int) -> str:

@@ -111,6 +111,11 @@ class RemoteFile(io.RawIOBase):
         self._at = 0
         self._tail = (max(0, self.size - _TAIL), b"")
         self._ahead = (0, b"")
+        self._held: list[tuple[int, bytes]] = []
+
+    def hold(self, start: int, end: int) -> None:
+        """Fetch a range, which every later read has part in; further ones are held beside it."""
+        self._held.append((start, self._bytes(start, min(end, self.size))))
 
     def readable(self) -> bool:
         """Whether it can be read: yes."""
@@ -153,10 +158,11 @@ class RemoteFile(io.RawIOBase):
     def close(self) -> None:
         """Forget what was read."""
         self._tail = self._ahead = (0, b"")
+        self._held = []
         super().close()
 
     def _bytes(self, start: int, end: int) -> bytes:
-        for at, held in (self._tail, self._ahead):
+        for at, held in (self._tail, self._ahead, *self._held):
             if at <= start and end <= at + len(held):
                 return held[start - at : end - at]
         at, held = self._tail

@@ -21,7 +21,9 @@ from PIL import Image
 
 from hpdist.data.arrow_types import plain_column
 from hpdist.data.categories import MOST, is_category, is_number
-from hpdist.data.decode import Column, stored_bytes, stored_values
+from hpdist.data.decode import Column, stored_values
+from hpdist.data.encoded import stored_bytes
+from hpdist.data.named_files import USUAL_LIMITS
 from hpdist.errors import DataError
 
 Kind: TypeAlias = Literal["image", "text", "audio", "table"]
@@ -197,7 +199,7 @@ def _kind_of_bytes(table: Any, name: str) -> str:
     """Tell bytes of sound from those of images by the first row; what is neither may be images."""
     first = table.select_columns([name]).with_format("arrow")[:1].column(name)
     try:
-        data = stored_bytes(stored_values(first)[0], "bytes")
+        data = stored_bytes(stored_values(first)[0], "bytes", USUAL_LIMITS)
     except (ValueError, OSError):  # whoever decodes the row says better what is wrong with it
         return "image"
     return "audio" if not _is_picture(data) and _is_sound(data) else "image"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hpdist.config import Source
+from hpdist.config import Loading, Source
 from hpdist.data.builders import config_of
 from hpdist.data.cached_addresses import redact_cached_addresses
 from hpdist.data.categories import held, is_category, is_number
@@ -26,12 +26,14 @@ from hpdist.data.local_files import (
     source_name,
 )
 from hpdist.data.local_tables import open_files
+from hpdist.data.named_files import PathRule
 from hpdist.data.options import (
     check_options,
     check_stream_options,
     dialect_hint,
     separator_hint,
 )
+from hpdist.data.own_files import path_rule
 from hpdist.data.paths import did_you_mean, local_path, neighbour
 from hpdist.data.rows import same_files
 from hpdist.data.saved import is_saved, open_saved
@@ -48,10 +50,17 @@ def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
     `needed` are columns, beside those that the config names, that every file must have. Raises
     ConfigError for options that there are not.
     """
+    return load_files(config, where, streaming, needed)[0]
+
+
+def load_files(
+    config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
+) -> tuple[Any, LocalFiles | None]:
+    """Do as `load` does; also say which files of this machine are read, where it found them."""
     with _explained(config, where, streaming):
         if is_saved(config):
             table = open_saved(config, where)
-            return table.to_iterable_dataset() if streaming else table
+            return table.to_iterable_dataset() if streaming else table, None
         files = local_files(config, where)
         if files is None:
             opened = _load_elsewhere(config, where, streaming)
@@ -68,7 +77,7 @@ def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
             )
     if files is not None and files.builder == "csv":
         check_separator(opened.features, where)
-    return opened
+    return opened, files
 
 
 def parquet_files(config: Source, where: str) -> LocalFiles | None:
@@ -398,14 +407,21 @@ def _is_input(feature: Any) -> bool:
 
 
 def open_table(
-    config: Source, dataset: Any, where: str, needed: Sequence[str] = ()
-) -> tuple[Any, str]:
-    """Open a map-style dataset; also its name for messages.
+    config: Source,
+    dataset: Any,
+    where: str,
+    needed: Sequence[str] = (),
+    loading: Loading | None = None,
+) -> tuple[Any, str, PathRule]:
+    """Open a map-style dataset; also its name for messages, and which files its rows may name.
 
     `needed` are columns that each of its files must have, beside those that the config names.
     """
     name = source_name(config, dataset, where)
-    table = dataset if dataset is not None else load(config, where, False, needed)
+    files = None
+    table = dataset
+    if dataset is None:
+        table, files = load_files(config, where, False, needed)
     if not isinstance(table, datasets.Dataset):
         raise DataError(
             f"{where}: needs a datasets.Dataset, not {type(table).__name__}; pick one split of a "
@@ -415,7 +431,7 @@ def open_table(
         raise DataError(f"{name}: its transform would be bypassed; apply it with Dataset.map")
     if not len(table):
         raise DataError(f"{name}: holds no rows")
-    return table, name
+    return table, name, path_rule(config, loading, given=dataset is not None, files=files)
 
 
 def read_column(table: Any, column: str, name: str) -> list[Any]:

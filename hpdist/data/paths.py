@@ -73,6 +73,17 @@ def matches(pattern: str, base: str) -> tuple[list[str], str]:
     return sorted(found), fixed
 
 
+def fixed_folder(pattern: str, base: str) -> str | None:
+    """Give the folder that `matches` finds all files of a pattern below; None of an address."""
+    local = local_path(pattern)
+    if local is None:
+        return None
+    path = _spelled(os.path.join(base, local))
+    if os.path.isfile(path):
+        return os.path.dirname(absolute(path))
+    return absolute(path if os.path.isdir(path) else _split_pattern(path)[0] or os.curdir)
+
+
 def walk(folder: str) -> Iterator[str]:
     """Yield every file below a folder that is no hidden one, sorted by their paths."""
     files: list[str] = []

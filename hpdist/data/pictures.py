@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import datasets
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 from PIL import Image
 
-from hpdist.data.decode import CHANNELS, mode_of
-from hpdist.data.files import is_remote
+from hpdist.data.encoded import CHANNELS, mode_of
+from hpdist.data.named_files import NamedFile
 from hpdist.data.sources import LabeledRows
 from hpdist.data.unlabeled import AnyUnlabeled, MixedRows
 from hpdist.errors import DataError
@@ -168,14 +167,11 @@ def shown_mode(mode: str) -> str:
 
 def _far(value: Any) -> bool:
     """Whether a picture lies in a file of its own on another machine."""
-    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
-    return path is not None and is_remote(path)
+    return isinstance(value, NamedFile) and value.is_remote
 
 
 def _source(value: Any) -> IO[bytes]:
     """The bytes of a stored picture, or its file, of which opening reads the header alone."""
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is not None:
-        return io.BytesIO(data)
-    opened: IO[bytes] = fsspec.open(value["path"], "rb").open()
-    return opened
+    if isinstance(value, NamedFile):
+        return io.BytesIO(value.read()) if value.is_remote else value.open()
+    return io.BytesIO(value["bytes"] if isinstance(value, dict) else value)

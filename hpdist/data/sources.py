@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from hpdist.config import LabelColumn, Labeled, TaskChoice
+from hpdist.config import LabelColumn, Labeled, Loading, TaskChoice
 from hpdist.data.categories import Categories
 from hpdist.data.classes import Classes
 from hpdist.data.decode import Array, Column, InputSpec, stored_inputs
@@ -39,6 +39,7 @@ from hpdist.data.loading import (
     raw_view,
     same_column,
 )
+from hpdist.data.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
 from hpdist.data.rows import describe_row
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
@@ -60,6 +61,8 @@ class TableRows:
     column: Column  # what the model sees
     name: str  # for messages: the setting and what it names
     ids: Int64Array  # [rows], each row's index in its split, ascending
+    rule: PathRule = field(default=NOTHING, kw_only=True)
+    """Which files the rows may name."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,7 +83,7 @@ class TableRows:
         if not indices:
             return []
         try:
-            return stored_inputs(self.dataset[indices], self.column)
+            return named(stored_inputs(self.dataset[indices], self.column), self.rule)
         except Exception as error:
             raise DataError(
                 f"{self.name}: cannot read rows {indices[:3]}…: {one_line(error)}"
@@ -114,7 +117,7 @@ class LabeledRows(TableRows):
 
     def values(self, rows: Rows) -> Values:
         """The stored values of rows."""
-        return RowFunctions(self.column).values(rows.table)
+        return RowFunctions(self.column, rule=self.rule).values(rows.table)
 
     def reader(
         self,
@@ -177,7 +180,8 @@ def open_labeled(
     task: TaskChoice | None = None,
     classes: Sequence[str] | None = None,
     scale: Scale | None = None,
-    opened: tuple[Any, str] | None = None,
+    opened: tuple[Any, str, PathRule] | None = None,
+    loading: Loading | None = None,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
@@ -187,7 +191,7 @@ def open_labeled(
     sound; `task` is classification if not given; `opened` is what `open_table` gave, if that was
     called before. Raises DataError when anything is not as the config says.
     """
-    table, name = opened or open_table(config, dataset, where)
+    table, name, rule = opened or open_table(config, dataset, where, (), loading)
     features = table.features
     label = label_column(features, config.label, where)
     column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
@@ -209,7 +213,7 @@ def open_labeled(
     view = raw_view(table, names_of(column))
     finished = encoding.finish(labels[ids])
     return LabeledRows(
-        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio
+        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio, rule=rule
     )
 
 
@@ -220,6 +224,7 @@ def open_test(
     *,
     dataset: Any = None,
     where: str = "data.test",
+    loading: Loading | None = None,
 ) -> LabeledRows:
     """Open all rows with a label of a set to measure on, read as the labelled split's are.
 
@@ -228,7 +233,7 @@ def open_test(
     """
     needed = () if config.input else names_of(like.column)
     needed = needed if config.label else (*needed, like.label_column)
-    table, name = open_table(config, dataset, where, needed)
+    table, name, rule = open_table(config, dataset, where, needed, loading)
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(
@@ -262,6 +267,7 @@ def open_test(
         tuple(notes),
         like.text,
         like.audio,
+        rule=rule,
     )
     _require_readable(rows, spec)
     return rows
@@ -295,6 +301,7 @@ def input_spec(
     missing: bool = False,
     mode: str | None = None,
     categories: Categories | None = None,
+    limits: Limits = USUAL_LIMITS,
 ) -> InputSpec:
     """Derive how inputs are decoded from the first labelled row in use.
 
@@ -305,11 +312,11 @@ def input_spec(
     names = () if isinstance(rows.column, str) else rows.column
     first = int(rows.ids[0])
     try:
-        spec = InputSpec.of(rows.read_split([first])[0], size, mode)
+        spec = InputSpec.of(rows.read_split([first])[0], size, mode, limits)
         if categories is not None:
             spec = with_categories(spec, categories)
             names = categories.features
-        return replace(spec, missing=missing, names=names)
+        return replace(spec, missing=missing, names=names, limits=limits)
     except Exception as error:  # image libraries raise nearly everything on a damaged file
         raise DataError(
             f"{rows.name}: {rows.describe(first)}, column {rows.column!r}, tells no input shape: "

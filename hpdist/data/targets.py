@@ -372,7 +372,7 @@ def _missing(classes: Classes, counts: Array, where: str, training: bool) -> lis
     absent = [name for name, rows in zip(classes.names, counts, strict=True) if not rows]
     if training and len(absent) == len(classes) - 1:
         (only,) = set(classes.names) - set(absent)
-        return [*found, f"note: {where} has rows of one class alone, {only!r}"]
+        return [*found, f"note: {where} has rows of one class alone, {shortened([only])!r}"]
     if absent:
         of = f"{len(absent)} of the {len(classes)} classes"
         found.append(f"note: {where} has no row of {of}: {shortened(absent)}")

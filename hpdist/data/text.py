@@ -19,6 +19,8 @@ from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
 
 _EXAMPLE = ("one", "and another")
+_CHARACTERS = 256  # of a token, at most, on average: what lies behind is cut off before tokenizing
+_LEAST = 1 << 16  # characters that are always tokenized
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ class Tokenizer:
         return self._loaded.vocabulary
 
     def encode(self, texts: Sequence[str]) -> Array:
-        """Token ids, int64 [texts, max_length]."""
-        return self._loaded.encode(texts, self.max_length)
+        """Token ids, int64 [texts, max_length].
+
+        Of a text so long that the row's tokens would have over 256 characters each, the end is not
+        tokenized: a tokenizer takes a hundred times a text's size in memory.
+        """
+        most = max(_LEAST, _CHARACTERS * self.max_length)
+        return self._loaded.encode([text[:most] for text in texts], self.max_length)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Put token ids into words again, without what only pads them."""

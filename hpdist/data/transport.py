@@ -52,6 +52,10 @@ _TAGS = (
 )
 
 
+class _Astray(Exception):  # noqa: N818
+    """A redirect that leads to no web address."""
+
+
 class Source:
     """One file of some kind, and the version that is read."""
 
@@ -195,6 +199,8 @@ class _Web(Source):
                 if status == 416 and self._found(answer).size < 0:
                     raise FileLostError(self.path, f"HTTP {status} for {wanted}")
                 yield answer
+        except _Astray as error:
+            raise FileLostError(self.path, str(error)) from None
         except (httpx.TransportError, OSError) as error:
             if isinstance(error, InterruptedError):
                 raise
@@ -376,10 +382,29 @@ def _client() -> httpx.Client:
     if client is None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         new = httpx.Client(
-            follow_redirects=True, limits=limits, headers={"Accept-Encoding": "identity"}
+            follow_redirects=True,
+            limits=limits,
+            headers={"Accept-Encoding": "identity"},
+            event_hooks={"response": [_check_redirect]},
         )
         client = _clients.setdefault(os.getpid(), new)  # one step, so no lock for a fork to inherit
     return client
+
+
+def _check_redirect(answer: httpx.Response) -> None:
+    """Raise _Astray for a redirect to anything but a web address, which asking again cannot mend.
+
+    httpx takes one that it cannot follow for a failure of the network.
+    """
+    if not answer.is_redirect:
+        return
+    target = answer.headers.get("location", "")
+    try:
+        found = answer.url.join(target)
+    except httpx.InvalidURL:
+        raise _Astray("the server redirects to what is no address") from None
+    if found.scheme not in ("http", "https") or not found.host:
+        raise _Astray(f"the server redirects to {found.scheme}://, which is not followed")
 
 
 def _file_system(path: str) -> tuple[Any, str]:

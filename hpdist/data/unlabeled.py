@@ -24,7 +24,7 @@ from hpdist.data.loading import (
     check_separator,
     input_column,
     known_column,
-    load,
+    load_files,
     names_of,
     one_line,
     open_table,
@@ -35,6 +35,8 @@ from hpdist.data.loading import (
 )
 from hpdist.data.local_files import source_name
 from hpdist.data.long_tail import rows_used
+from hpdist.data.named_files import NOTHING, PathRule
+from hpdist.data.own_files import path_rule
 from hpdist.data.partitions import partitions
 from hpdist.data.rows import describe_row
 from hpdist.data.saved import is_saved
@@ -239,6 +241,8 @@ class Surveyed:
     column: Column
     columns: tuple[str, ...]
     recorded: list[list[Any]] | None
+    rule: PathRule = NOTHING
+    """Which files the rows may name."""
 
 
 Survey: TypeAlias = list[Surveyed | None]
@@ -261,7 +265,8 @@ def survey(
         known = recorded[number] if recorded is not None and number < len(recorded) else None
         surveyed = None
         if part.streaming:
-            surveyed = _survey_parquet(part, like, spec, _retry(loading), setting, known)
+            budget = config.shuffle_window
+            surveyed = _survey_parquet(part, like, spec, loading, budget, setting, known)
         found.append(surveyed)
     return found
 
@@ -289,8 +294,8 @@ def open_unlabeled(
                     f"{where}.imbalance: the labels of all rows are needed before the first is "
                     "read, and an IterableDataset is read row by row; give a datasets.Dataset"
                 )
-            return _open_sequential(config, config, like, spec, dataset, where)
-        return _open_unlabeled_table(config, like, spec, dataset, where, seed)
+            return _open_sequential(config, config, like, spec, dataset, where, loading)
+        return _open_unlabeled_table(config, like, spec, dataset, where, seed, loading)
     if found is None:
         found = survey(config, like, spec, loading or Loading(), None, where)
     parts: list[ParquetRows | UnlabeledTable] = []
@@ -299,14 +304,14 @@ def open_unlabeled(
         if surveyed is not None:
             parts.append(_parquet_rows(part, config, surveyed, spec, retry, setting))
         elif not part.streaming or is_saved(part):
-            parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed))
+            parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed, loading))
         elif config.mix:
             raise DataError(
                 f"{setting}: only Parquet and tables can be mixed, since other streams do not say "
                 "how many rows they have; convert it with `hpdist convert`, or set streaming: false"
             )
         else:
-            return _open_sequential(part, config, like, spec, None, setting)
+            return _open_sequential(part, config, like, spec, None, setting, loading)
     if not config.mix:
         return parts[0]
     weights = tuple(part.weight for part in config.mix)
@@ -323,13 +328,16 @@ def _survey_parquet(
     part: UnlabeledSource,
     like: LabeledRows,
     spec: InputSpec,
-    retry: Retry,
+    loading: Loading,
+    budget: int | None,
     where: str,
     recorded: list[list[Any]] | None,
 ) -> Surveyed | None:
     files = parquet_files(part, where)
     if files is None:
         return None
+    retry = _retry(loading)
+    rule = path_rule(part, loading, given=False, files=files)
     name = source_name(part, None, where)
     chosen = split_files(files.splits, part.split, where)
     folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
@@ -338,19 +346,19 @@ def _survey_parquet(
         features = datasets.Features.from_arrow_schema(plain_schema(schema))
         kept = part.options.get("columns") or list(features)
         features = {name: feature for name, feature in features.items() if name in kept}
-        return _columns(part, features, like, spec, where)
+        return _columns(part, features, like, spec, where, rule)
 
     index = build_index(
         chosen, part.split, lambda schema: columns_of(schema)[1], name, retry, folders
     )
     column, columns, functions = columns_of(index.arrow_schema)
     order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
-    reader = ParquetReader(index, columns, name, 0, 1, order=order, retry=retry)
+    reader = ParquetReader(index, columns, name, 0, 1, budget=budget, order=order, retry=retry)
     try:
         check_parquet_fit(reader, functions, spec, name)
     finally:
         reader.close()
-    return Surveyed(index, column, columns, recorded)
+    return Surveyed(index, column, columns, recorded, rule)
 
 
 def _retry(loading: Loading) -> Retry:
@@ -365,7 +373,7 @@ def _parquet_rows(
     retry: Retry,
     where: str,
 ) -> ParquetRows:
-    functions = row_functions(part, surveyed.column, where, spec.beside)
+    functions = row_functions(part, surveyed.column, where, spec.beside, surveyed.rule)
     name = source_name(part, None, where)
     return ParquetRows(
         surveyed.index,
@@ -386,13 +394,14 @@ def _open_unlabeled_table(
     dataset: Any,
     where: str,
     seed: int,
+    loading: Loading | None,
 ) -> UnlabeledTable:
     needed = () if config.input else names_of(like.column)
-    table, name = open_table(config, dataset, where, needed)
-    column, columns, functions = _columns(config, table.features, like, spec, where)
+    table, name, rule = open_table(config, dataset, where, needed, loading)
+    column, columns, functions = _columns(config, table.features, like, spec, where, rule)
     view = raw_view(table, columns)
     ids, notes = rows_used(config, table, like, seed, where, name)
-    rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes))
+    rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes), rule=rule)
     first = ids[:TRIED].tolist()
     try:
         found = functions.values(view[first]).values
@@ -409,14 +418,18 @@ def _open_sequential(
     spec: InputSpec,
     dataset: Any,
     where: str,
+    loading: Loading | None,
 ) -> SequentialRows:
     needed = () if part.input else names_of(like.column)
-    stream = dataset if dataset is not None else load(part, where, True, needed)
+    stream, files = dataset, None
+    if dataset is None:
+        stream, files = load_files(part, where, True, needed)
+    rule = path_rule(part, loading, given=dataset is not None, files=files)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
     features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
     check_separator(features, where)
-    column, columns, functions = _columns(part, features, like, spec, where)
+    column, columns, functions = _columns(part, features, like, spec, where, rule)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
     check_fit(functions.values(first).values, spec, name, "row {}".format)
@@ -435,7 +448,12 @@ def _first_table(stream: Any, name: str) -> Any:
 
 
 def _columns(
-    config: UnlabeledSource, features: Any, like: LabeledRows, spec: InputSpec, where: str
+    config: UnlabeledSource,
+    features: Any,
+    like: LabeledRows,
+    spec: InputSpec,
+    where: str,
+    rule: PathRule,
 ) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
     beside = [] if spec.beside is None else [text_beside(features, spec.beside, where)]
@@ -451,7 +469,7 @@ def _columns(
         spec.categories.check(features, names_of(column), where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
     columns = tuple(dict.fromkeys([*names_of(column), *beside, *others]))
-    return column, columns, row_functions(config, column, where, spec.beside)
+    return column, columns, row_functions(config, column, where, spec.beside, rule)
 
 
 def row_count(rows: AnyUnlabeled) -> int | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from hpdist.errors import printable
 from hpdist.human import duration, percent
 from hpdist.progress import columns, make_bar, say_line
 from hpdist.redaction import redacted_text
@@ -40,7 +41,7 @@ class Console:
         """Print a line, above the bar where there is one; a terminal has it in several."""
         if not self.main:
             return
-        line, width = redacted_text(line), columns()
+        line, width = printable(redacted_text(line)), columns()
         if width is not None:
             line = "\n".join(part for own in line.split("\n") for part in wrapped(own, width))
         say_line(line)

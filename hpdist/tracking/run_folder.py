@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ CHANGES = "config_changes.jsonl"
 
 LAUNCH = ".launch.json"
 """Of a run that was given no name: the launcher, whose restarts go on with it."""
+
+
+def _are_rows(found: Any) -> bool:
+    """Whether it is a list of row numbers."""
+    return isinstance(found, list) and all(type(row) is int and row >= 0 for row in found)
 
 
 class RunFolder:
@@ -87,23 +92,39 @@ class RunFolder:
 
     def read_labeled_rows(self) -> list[int] | None:
         """The labelled rows that this run chose, if it has."""
-        if not self.labeled_rows.exists():
-            return None
-        rows: list[int] = json.loads(self.labeled_rows.read_text(encoding="utf-8"))
+        rows: list[int] | None = self.read_json(self.labeled_rows.name, _are_rows)
         return rows
 
-    def read_json(self, name: str) -> Any:
-        """Read a JSON file back; None where there is none."""
+    def read_json(self, name: str, fits: Callable[[Any], bool]) -> Any:
+        """Read a JSON file back; None where there is none.
+
+        Raises CheckpointError where it is damaged, or does not hold what `fits` takes.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            if not path.is_file():
+                raise OSError("it is no regular file")
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not fits(found):
+                raise ValueError("it does not hold what a run writes there")
+        except (OSError, ValueError, RecursionError) as error:  # also text that is not UTF-8
+            raise CheckpointError(
+                f"{path}: what the run recorded cannot be read: {error}; restore the file from a "
+                "copy, or choose another run.name"
+            ) from error
+        return found
 
     def read_summary(self) -> dict[str, Any] | None:
         """What came of a run that has ended; None of one that has not."""
         try:
-            found = self.read_json("summary.json")
-        except ValueError:
+            found: dict[str, Any] | None = self.read_json(
+                "summary.json", lambda found: isinstance(found, dict)
+            )
+        except CheckpointError:
             return None
-        return found if isinstance(found, dict) else None
+        return found
 
     def record_of(self, step: int) -> dict[str, Any] | None:
         """The record of a step in metrics.jsonl, if it is there."""

@@ -224,6 +224,29 @@ def test_a_refusal_is_final(server, status):
     assert server.requests[NAME] == 2
 
 
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://127.0.0.1/a", "hf://a/b", "gopher:x", "http://[1"]
+)
+def test_a_redirect_off_the_web_is_final(server, target):
+    server.fail(302, path=NAME, headers={"Location": target})
+    before = time.monotonic()
+    for ask in (lambda: stat(server.url(NAME), Retry(60)), lambda: read(server, retry=Retry(60))):
+        with pytest.raises(FileLostError, match="redirects to"):
+            ask()
+    assert time.monotonic() - before < 30  # and not the patience
+    assert server.requests[NAME] == 2
+
+
+def test_a_redirect_in_circles_is_final(server):
+    server.fail(302, path=NAME, headers={"Location": server.url(NAME)})
+    with pytest.raises(FileLostError, match="redirects"):
+        stat(server.url(NAME), Retry(60))
+    server.heal()
+    server.fail(302, path=NAME, headers={"Location": server.url("other.bin")}, count=1)
+    (server.folder / "other.bin").write_bytes(b"there")
+    assert stat(server.url(NAME), QUICK).size == 5
+
+
 def test_a_lost_file_does_not_take_others_with_it(server, tmp_path):
     (tmp_path / "b.bin").write_bytes(b"other")
     server.lose(NAME)

@@ -12,6 +12,7 @@ from hpdist.data.audio import Sampling
 from hpdist.data.convert import convert
 from hpdist.data.decode import InputSpec, Unreadable
 from hpdist.data.decoders import Decoder
+from hpdist.data.named_files import NamedFile, PathRule
 from hpdist.data.sources import open_labeled, open_test
 from hpdist.data.stream import BatchStream
 from hpdist.data.unlabeled import open_unlabeled
@@ -105,10 +106,11 @@ def test_what_is_no_sound_is_named_and_leaves_zeros():
 
 def test_a_path_is_read(tmp_path):
     (tmp_path / "a.flac").write_bytes(file_of(tone(0.5), kind="FLAC"))
-    value = {"bytes": None, "path": str(tmp_path / "a.flac")}
+    rule = PathRule((str(tmp_path.resolve()),))
+    value = NamedFile(str(tmp_path / "a.flac"), rule)
     np.testing.assert_allclose(SPEC.decode(value), tone(0.5), atol=1e-4)
     (reason,) = SPEC.decode_valid(
-        [{"bytes": None, "path": "gone.wav"}], torch.ones(1, 4000)
+        [NamedFile(str(tmp_path / "gone.wav"), rule)], torch.ones(1, 4000)
     ).values()
     assert "gone.wav" in reason
 

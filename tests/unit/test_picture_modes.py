@@ -15,6 +15,7 @@ from PIL import Image
 
 from hpdist.data.decode import InputSpec
 from hpdist.data.decoders import Decoder
+from hpdist.data.named_files import NamedFile, PathRule
 from hpdist.data.pictures import Seen, has_colour, has_transparency
 from hpdist.errors import CheckpointError, ConfigError, DataError
 from hpdist.trainer import Trainer
@@ -93,8 +94,8 @@ def test_what_a_header_tells(mode: str, tmp_path: Path) -> None:
     assert (has_colour(image), has_transparency(image)) == HEADERS[mode]
     (tmp_path / "a.png").write_bytes(data)
     seen = Seen()
-    file = str(tmp_path / "a.png")
-    for value in (data, {"bytes": data, "path": None}, {"bytes": None, "path": file}):
+    file, rule = str(tmp_path / "a.png"), PathRule((str(tmp_path.resolve()),))
+    for value in (data, {"bytes": data, "path": None}, NamedFile(file, rule)):
         seen.add(value)
     seen.add(b"no picture")
     colour, transparent = HEADERS[mode]

@@ -20,6 +20,7 @@ from hpdist.data.files import (
     read_range,
     stat,
 )
+from hpdist.data.stream.claims import check_apart, group_claim
 from hpdist.errors import DataError
 
 T = TypeVar("T")
@@ -35,14 +36,33 @@ class Requests:
         self.name = name
         self.stop = threading.Event()
         self._retry = retry
+        self._kept: dict[str, tuple[str, pq.FileMetaData]] = {}
 
     def version(self, path: str) -> FileVersion:
         """Ask for a file's size and tag."""
         return self._named(lambda: stat(path, self._retry, self.stop))
 
-    def metadata(self, path: str, version: FileVersion) -> tuple[str, pq.FileMetaData]:
-        """Read a file's footer; also its SHA-256."""
-        return self._named(lambda: self._footer(path, version))
+    def metadata(
+        self, path: str, version: FileVersion, *, keep: bool = False
+    ) -> tuple[str, pq.FileMetaData]:
+        """Read a file's footer; also its SHA-256. With `keep` the next call need not read it."""
+        found = self._kept.pop(path, None) or self._named(lambda: self._footer(path, version))
+        if keep:
+            self._kept[path] = found
+        return found
+
+    def footer(self, path: str, version: FileVersion, columns: Sequence[str]) -> Footer:
+        """Read what the index needs of a file, and check what its footer claims."""
+        digest, metadata = self.metadata(path, version)
+
+        def checked() -> Footer:
+            try:
+                return Footer.of(digest, metadata, columns, version.size)
+            except (ValueError, LookupError, OverflowError) as error:
+                reason = f"is damaged, or no writer made it: {error}"
+                raise FileLostError(path, reason) from error
+
+        return self._named(checked)
 
     def _named(self, read: Callable[[], T]) -> T:
         try:
@@ -61,7 +81,7 @@ class Requests:
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail))
             metadata.schema.to_arrow_schema()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
             raise FileLostError(
                 path, f"is no Parquet file, or its end is damaged ({' '.join(str(error).split())})"
             ) from error
@@ -78,21 +98,30 @@ class Footer:
     digest: str
     types: dict[str, pa.DataType]  # of the columns that are read, as they are read
     rows: list[int]  # of each row group
-    sizes: list[int]
+    sizes: list[int]  # in memory, by what the footer says
+    stored: list[int]  # in the file
 
     @staticmethod
-    def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str]) -> Footer:
-        """Take it from the whole footer."""
+    def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str], size: int) -> Footer:
+        """Take it from the whole footer of a file of `size` bytes.
+
+        Raises ValueError where it claims what cannot be.
+        """
         schema = plain_schema(metadata.schema.to_arrow_schema())
         leaves = [
             leaf
             for leaf in range(metadata.num_columns)
             if metadata.schema.column(leaf).path.partition(".")[0] in columns
         ]
-        rows, sizes = [], []
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            rows.append(group.num_rows)
-            sizes.append(sum(group.column(leaf).total_uncompressed_size for leaf in leaves))
+        claims = [
+            group_claim(metadata, number, leaves, size) for number in range(metadata.num_row_groups)
+        ]
+        check_apart([span for claim in claims for span in claim.spans])
         types = {c: schema.field(c).type for c in columns if c in schema.names}
-        return Footer(digest, types, rows, sizes)
+        return Footer(
+            digest,
+            types,
+            [claim.rows for claim in claims],
+            [claim.size for claim in claims],
+            [claim.stored for claim in claims],
+        )

@@ -11,6 +11,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.config import UnlabeledSource
 from hpdist.data.decode import Column, Unreadable, stored_inputs, stored_values
+from hpdist.data.named_files import NOTHING, PathRule, named
 from hpdist.errors import ConfigError, describe
 from hpdist.settings import import_object
 
@@ -28,13 +29,15 @@ class RowFunctions:
     column: Column
     keep: Callable[[Row], bool] | None = None
     map: Callable[[Row], Row] | None = None
+    rule: PathRule = NOTHING
+    """Which files the rows, and what `map` makes of them, may name."""
     beside: str | None = None
     """A column whose value comes with the input's, as the second of a pair."""
 
     def values(self, table: pa.Table) -> Values:
         """The input column's stored values, mapped, and which rows the filter leaves out."""
         if self.keep is None and self.map is None:
-            inputs = stored_inputs(table, self.column)
+            inputs = named(stored_inputs(table, self.column), self.rule)
             if self.beside is not None:
                 inputs = list(zip(inputs, stored_values(table.column(self.beside)), strict=True))
             return Values(inputs)
@@ -49,7 +52,7 @@ class RowFunctions:
             try:
                 kept = self.keep is None or bool(self.keep(row))
                 mapped = self.map(row) if kept and self.map is not None else row
-                value = _stored(mapped, self.column)
+                (value,) = named([_stored(mapped, self.column)], self.rule)
                 pair = value if self.beside is None else (value, mapped[self.beside])
                 found.values.append(pair)
             except Exception as error:  # whatever the user's function raises
@@ -69,11 +72,15 @@ class Values:
 
 
 def row_functions(
-    config: UnlabeledSource, column: Column, where: str, beside: str | None = None
+    config: UnlabeledSource,
+    column: Column,
+    where: str,
+    beside: str | None = None,
+    rule: PathRule = NOTHING,
 ) -> RowFunctions:
     """The functions that a config names. Raises ConfigError where one cannot be imported."""
     keep, change = (_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map"))
-    return RowFunctions(column, keep, change, beside)
+    return RowFunctions(column, keep, change, rule, beside)
 
 
 def _function(name: str | None, where: str) -> Any:

@@ -31,17 +31,18 @@ from hpdist.data.columns import wider
 from hpdist.data.files import FileVersion, Retry, redacted
 from hpdist.data.partitions import Partitions
 from hpdist.data.splits import check_known, names_in, spelled_out
+from hpdist.data.stream import claims
 from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 from hpdist.progress import working
 
-_VERSION = 4  # of the cache's format
+_VERSION = 5  # of the cache's format
 T = TypeVar("T")
 
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
-_ARRAYS = ("file", "number", "first", "rows", "start", "size")
+_ARRAYS = ("file", "number", "first", "rows", "start", "size", "stored")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Index:
     first: Int64Array  # [groups], the first row used
     rows: Int64Array  # [groups], rows used
     start: Int64Array  # [groups], id of the first row used
-    size: Int64Array  # [groups], bytes of the whole row group's columns that are read
+    size: Int64Array  # [groups], bytes of the whole row group's columns that are read, in memory
+    stored: Int64Array  # [groups], and in the file
     folders: Partitions = dataclasses.field(default_factory=Partitions)
     """The columns that folders name."""
 
@@ -91,6 +93,20 @@ class Index:
                     digest.update(f"{column}={named[column]}\n".encode())
         digest.update(self.first.tobytes() + self.rows.tobytes())
         return digest.hexdigest()[:32]
+
+    def check_sizes(self, budget: int, name: str) -> None:
+        """Raise DataError where rows take far more memory than a budget and than their bytes."""
+        most = np.maximum(max(budget, claims.LEAST), claims.FACTOR * self.stored)
+        wrong = np.flatnonzero(self.size > most)
+        if len(wrong):
+            group = int(wrong[0])
+            path = redacted(self.files[int(self.file[group])].path)
+            raise DataError(
+                f"{name}: {path}, row group {int(self.number[group])}: its footer says that its "
+                f"rows take {int(self.size[group])} bytes of memory, of {int(self.stored[group])} "
+                f"in the file; the most is {int(most[group])}; if that is right, raise "
+                "shuffle_window, else leave the file out of data_files"
+            )
 
     def ids(self, group: int, start: int, stop: int) -> Int64Array:
         """The ids of rows [start, stop) of a group's used rows."""
@@ -123,6 +139,15 @@ class Index:
             return "its files come in another order, or the split's slice differs"
         more = f" and {len(found) - _NAMED_CHANGES} more" if len(found) > _NAMED_CHANGES else ""
         return ", ".join(found[:_NAMED_CHANGES]) + more
+
+
+def are_records(found: Any) -> bool:
+    """Whether JSON is a list of what `Index.record` gives, None for what is no Parquet dataset."""
+    return isinstance(found, list) and all(
+        record is None
+        or (isinstance(record, list) and all(isinstance(f, list) and len(f) == 4 for f in record))
+        for record in found
+    )
 
 
 def split_files(
@@ -187,13 +212,11 @@ def _whole(
     kept = _load(cache, paths)
     if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
         return dataclasses.replace(kept, folders=folders)
-    found, read = _first_schema(paths, versions, requests)
-    schema = folders.added(found)
+    schema = folders.added(_first_schema(paths, versions, requests))
     chosen = _chosen(columns, schema)
 
     def footer(path: str, version: FileVersion) -> Footer:
-        known = read.pop(path, None) or requests.metadata(path, version)
-        return Footer.of(*known, chosen)
+        return requests.footer(path, version, chosen)
 
     footers = _asked(pool, f"reading the footers of {requests.name}", footer, paths, versions)
     whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
@@ -215,16 +238,12 @@ def _asked(
 
 def _first_schema(
     paths: Sequence[str], versions: Sequence[FileVersion], requests: Requests
-) -> tuple[pa.Schema, dict[str, tuple[str, Any]]]:
-    """The schema of the first file with rows: who writes none may not know their types.
-
-    Also gives the footers that were read for it.
-    """
-    read = {}
+) -> pa.Schema:
+    """The schema of the first file with rows: who writes none may not know their types."""
     for path, version in zip(paths, versions, strict=True):
-        _, metadata = read[path] = requests.metadata(path, version)
+        _, metadata = requests.metadata(path, version, keep=True)
         if metadata.num_rows:
-            return plain_schema(metadata.schema.to_arrow_schema()), read
+            return plain_schema(metadata.schema.to_arrow_schema())
     files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
     raise DataError(f"{requests.name}: holds no rows; its {files} empty")
 
@@ -265,6 +284,7 @@ def _join(
         rows=rows,
         start=np.cumsum(rows) - rows,
         size=np.asarray([size for footer in footers for size in footer.sizes], np.int64),
+        stored=np.asarray([size for footer in footers for size in footer.stored], np.int64),
         folders=folders,
     )
 
@@ -351,6 +371,7 @@ def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: 
                 rows=(end - begin)[kept],
                 start=(whole.start + begin)[kept],
                 size=whole.size[kept],
+                stored=whole.stored[kept],
             )
         )
     joined: dict[str, Any] = {
@@ -409,7 +430,10 @@ def _load(cache: Path | None, paths: Sequence[str]) -> Index | None:
                 DataFile(path, FileVersion(size, tag), rows, digest)
                 for path, (size, tag, rows, digest) in zip(paths, facts, strict=True)
             ]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pa.ipc.read_schema(pa.py_buffer(schema))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if any(array.dtype != np.int64 or array.ndim != 1 for array in arrays.values()):
         return None
     return Index(
         tuple(files),

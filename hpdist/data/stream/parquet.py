@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.data.arrow_types import plain_schema
+from hpdist.data.encoded import Array
 from hpdist.data.files import FileChangedError, FileLostError, Retry, is_remote
+from hpdist.data.stream.bounded import TooLargeError
 from hpdist.data.stream.index import Index
 from hpdist.data.stream.permute import Int64Array
-from hpdist.data.stream.plan import Piece, Plan, Segment, Window, choose_lanes
+from hpdist.data.stream.plan import USUAL_BUDGET, Piece, Plan, Segment, Window, choose_lanes
 from hpdist.data.stream.reader import Rows
 from hpdist.data.stream.row_groups import RowGroups
 from hpdist.data.stream.threads import DaemonThreads
@@ -36,9 +38,18 @@ class _Read:
     epoch: int
     table: pa.Table  # [rows]
     ids: Int64Array  # [rows]
-    unread: Mapping[int, str]
     large: bool
     """Whether it is large enough to have 64-bit offsets."""
+    reasons: tuple[str, ...]
+    """Why rows could not be read, one for each segment of them."""
+    reason: Array | None  # int32 [rows], which of them is each row's; -1: it was read
+
+    def unread(self, first: int, last: int) -> dict[int, str]:
+        """Why, by line from `first` on, rows up to `last` could not be read."""
+        if self.reason is None:
+            return {}
+        found = self.reason[first:last]
+        return {line: self.reasons[found[line]] for line in np.flatnonzero(found >= 0).tolist()}
 
 
 class _Opened:
@@ -97,14 +108,17 @@ class ParquetReader:
         lanes = choose_lanes(batch, len(index.rows), _average(index), budget)
         if order is not None and order.get("kind") == "parquet":
             lanes = order["lanes"], order["groups_per_window"]
-            if not all(isinstance(n, int) and 0 < n < 1 << 31 for n in lanes):
+            known = all(isinstance(n, int) and 0 < n < 1 << 31 for n in lanes)
+            if not known or lanes[0] > max(index.rows.sum(), 1):  # memory goes by the lanes
                 raise ValueError(f"lanes and groups_per_window cannot be {lanes}")
         self._index = index
         self._columns = list(columns)
         self._name = name
         self._plan = Plan(index.rows, seed, *lanes)
         self._stop = stop or threading.Event()
-        self._groups = RowGroups(columns, retry or Retry(), self._stop)
+        limit = USUAL_BUDGET if budget is None else budget
+        index.check_sizes(limit, name)
+        self._groups = RowGroups(columns, retry or Retry(), self._stop, limit)
         self._lanes: dict[int, list[_Opened]] = {}  # of each lane, its windows in order
         self._used: dict[int, int] = {}  # of each lane, the batch that last took a row from it
         self._batches = 0
@@ -223,24 +237,26 @@ class ParquetReader:
                     opened.cancel()
 
     def _read_window(self, window: Window) -> _Read:
-        tables, ids, at = [], [], 0
-        unread: dict[int, str] = {}
+        tables, ids, numbers = [], [], []
+        reasons: list[str] = []
         for segment in window.segments:
             table, reason = self._read_segment(segment)
             tables.append(table)
             ids.append(self._index.ids(segment.group, segment.start, segment.stop))
+            numbers.append(-1 if reason is None else len(reasons))
             if reason is not None:
-                unread |= dict.fromkeys(range(at, at + len(table)), reason)
-            at += len(table)
+                reasons.append(reason)
         order = self._plan.row_order(window)
         whole = pa.concat_tables(tables)
         large = whole.get_total_buffer_size() > _MOST_IN_32_BITS
         if large:
             whole = whole.cast(_large(whole.schema))
         mixed = whole.combine_chunks().take(pa.array(order))  # of one chunk, since that is faster
-        lines = {int(order[line]): line for line in range(len(order))} if unread else {}
-        reasons = {lines[place]: reason for place, reason in unread.items()}
-        return _Read(window.epoch, mixed, np.concatenate(ids)[order], reasons, large)
+        of_rows = None  # no dictionary: a damaged row group may claim millions of rows
+        if reasons:
+            of_rows = np.repeat(np.asarray(numbers, np.int32), [len(part) for part in ids])[order]
+        ids_in_order = np.concatenate(ids)[order]
+        return _Read(window.epoch, mixed, ids_in_order, large, tuple(reasons), of_rows)
 
     def _read_segment(self, segment: Segment) -> tuple[pa.Table, str | None]:
         """A segment's rows; or nulls and why, where the file is damaged."""
@@ -263,7 +279,9 @@ class ParquetReader:
             raise
         except FileLostError as error:
             reason = error.reason
-        except (pa.ArrowException, OSError) as error:
+        except TooLargeError as error:
+            reason = f"its row group is not read: {error}"
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
             reason = f"its row group cannot be read: {' '.join(str(error).split())[:200]}"
         nulls = [pa.nulls(count, field.type) for field in self._schema]
         return pa.table(nulls, schema=self._schema), reason
@@ -292,9 +310,7 @@ def _joined(parts: Sequence[tuple[_Read, int, int]]) -> Rows:
     unread: dict[int, str] = {}
     at = 0
     for read, first, last in parts:
-        if read.unread:
-            lines = read.unread.items()
-            unread |= {at + line - first: why for line, why in lines if first <= line < last}
+        unread |= {at + line: why for line, why in read.unread(first, last).items()}
         at += last - first
     return Rows(pa.concat_tables(tables), ids, epochs, unread)
 

@@ -21,6 +21,7 @@ from hpdist.data.files import (
     open_file,
     stat,
 )
+from hpdist.data.stream.bounded import read_within
 from hpdist.data.stream.footers import MAGIC
 from hpdist.data.stream.index import DataFile
 
@@ -33,7 +34,16 @@ class _Known:
     """A file's parsed footer, and those who read it that are idle."""
 
     metadata: pq.FileMetaData
-    idle: list[tuple[pq.ParquetFile, str]] = field(default_factory=list)  # with its local name
+    idle: list[_Open] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A file that can be read."""
+
+    parquet: pq.ParquetFile
+    source: Any  # what it reads from
+    name: str = ""  # of this machine's files
 
 
 class RowGroups:
@@ -43,10 +53,14 @@ class RowGroups:
         columns: Which of them are read.
         retry: How long a server may fail.
         stop: Ends every wait.
+        budget: Bytes that a row group may take in memory, whatever it takes in the file.
     """
 
-    def __init__(self, columns: Sequence[str], retry: Retry, stop: threading.Event) -> None:
+    def __init__(
+        self, columns: Sequence[str], retry: Retry, stop: threading.Event, budget: int
+    ) -> None:
         self._columns = list(columns)
+        self._budget = budget
         self._retry = retry
         self._stop = stop
         self._lock = threading.Lock()
@@ -57,15 +71,16 @@ class RowGroups:
     def read(self, file: DataFile, number: int) -> pa.Table:
         """Read a row group.
 
-        Raises FileChangedError, FileLostError, what reading a remote file raises, and what Arrow
-        does where the file is damaged.
+        Raises FileChangedError, FileLostError, what reading a remote file raises, TooLargeError
+        where it would take more memory than the budget and its size in the file allow, and what
+        Arrow does where the file is damaged.
         """
         if is_remote(file.path):
             with open_file(file.path, file.version, self._retry, self._stop) as source:
-                return self._read(self._parquet(file, source), number)
-        parquet, name = self._take(file) or self._open(file)
-        table = self._read(parquet, number)
-        self._give(file, parquet, name)
+                return self._read(_Open(self._parquet(file, source), source), number)
+        opened = self._take(file) or self._open(file)
+        table = self._read(opened, number)
+        self._give(file, opened)
         return table
 
     def close(self) -> None:
@@ -74,32 +89,32 @@ class RowGroups:
             self._known.clear()
             self._bytes = self._idle = 0
 
-    def _read(self, parquet: pq.ParquetFile, number: int) -> pa.Table:
-        return parquet.read_row_group(number, columns=self._columns, use_threads=False)
+    def _read(self, opened: _Open, number: int) -> pa.Table:
+        return read_within(opened.parquet, opened.source, number, self._columns, self._budget)
 
-    def _take(self, file: DataFile) -> tuple[pq.ParquetFile, str] | None:
+    def _take(self, file: DataFile) -> _Open | None:
         """A local file that is open and idle, if it still is what the path names."""
         with self._lock:
             known = self._known.get(file.path)
             if known is None or not known.idle:
                 return None
             self._idle -= 1
-            parquet, name = known.idle.pop()
-        return (parquet, name) if _unchanged(name, file.version) else None
+            opened = known.idle.pop()
+        return opened if _unchanged(opened.name, file.version) else None
 
-    def _give(self, file: DataFile, parquet: pq.ParquetFile, name: str) -> None:
+    def _give(self, file: DataFile, opened: _Open) -> None:
         with self._lock:
             known = self._known.get(file.path)
             if known is not None and self._idle < _OPEN:
-                known.idle.append((parquet, name))
+                known.idle.append(opened)
                 self._idle += 1
 
-    def _open(self, file: DataFile) -> tuple[pq.ParquetFile, str]:
+    def _open(self, file: DataFile) -> _Open:
         opened: Any = open_file(file.path, file.version, self._retry, self._stop)
         with opened:
             source = pa.OSFile(opened.name)  # reads natively, without Python's lock
         self._check_length(file, source)
-        return self._parquet(file, source), opened.name
+        return _Open(self._parquet(file, source), source, opened.name)
 
     def _check_length(self, file: DataFile, source: Any) -> None:
         """Tell a file that was cut off, which is lost as a whole, from one that was rewritten."""

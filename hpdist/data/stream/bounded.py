@@ -1,0 +1,119 @@
+"""Reads a row group within a bound of memory, whatever its file claims.
+
+The headers of its pages are added up first, since Arrow makes room for what they say. Values that a
+dictionary holds once and rows repeat are read as they are stored, counted, and only then repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from hpdist.data.arrow_types import plain_table
+from hpdist.data.files import RemoteFile
+from hpdist.data.stream.claims import chunk_span, most_bytes
+from hpdist.data.stream.pages import BadPageError, pages
+
+
+class TooLargeError(Exception):
+    """A row group that takes more memory than it may."""
+
+
+def read_within(
+    parquet: pq.ParquetFile, source: Any, number: int, columns: Sequence[str], budget: int
+) -> pa.Table:
+    """Read columns of a row group from `source`, which `parquet` reads too.
+
+    Raises TooLargeError where they take more than the budget and 16 times their bytes in the file,
+    and what Arrow does.
+    """
+    metadata = parquet.metadata
+    group = metadata.row_group(number)
+    leaves = [
+        leaf
+        for leaf in range(metadata.num_columns)
+        if metadata.schema.column(leaf).path.partition(".")[0] in columns
+    ]
+    chunks = [group.column(leaf) for leaf in leaves]
+    most = most_bytes(budget, sum(chunk.total_compressed_size for chunk in chunks))
+    total, repeated, unsure = 0, 0, []
+    for leaf, chunk in zip(leaves, chunks, strict=True):
+        path = metadata.schema.column(leaf).path
+        size, dictionary = _sizes(path, chunk, source)
+        total += size
+        if chunk.physical_type == "BYTE_ARRAY" and dictionary:
+            repeated += chunk.num_values * dictionary  # at most: if each row has the longest value
+            unsure.append(path)
+    _check(total, most)
+    if total + repeated <= most:
+        return parquet.read_row_group(number, columns=list(columns), use_threads=False)
+    as_stored = pq.ParquetFile(
+        source,
+        metadata=metadata,
+        read_dictionary=unsure,
+        page_checksum_verification=True,
+        pre_buffer=False,
+    )
+    table = as_stored.read_row_group(number, columns=list(columns), use_threads=False)
+    _check(sum(_plain_bytes(chunk) for column in table.columns for chunk in column.chunks), most)
+    return plain_table(table)
+
+
+def _sizes(path: str, chunk: pq.ColumnChunkMetaData, source: Any) -> tuple[int, int]:
+    """Add up a chunk's pages: their bytes uncompressed, and those of dictionaries among them."""
+    start, end = chunk_span(chunk)
+    if isinstance(source, RemoteFile):
+        source.hold(start, end)  # Arrow reads the same bytes then
+    total = dictionary = values = 0
+    try:
+        for page in pages(_reader(source), start, end):
+            total += page.size
+            if page.dictionary:
+                dictionary += page.size
+            else:
+                values += page.values
+    except BadPageError as error:
+        raise pa.ArrowInvalid(f"column {path!r}: {error}") from error
+    if values > chunk.num_values:
+        raise pa.ArrowInvalid(
+            f"column {path!r}: its pages hold {values} values, and its footer says "
+            f"{chunk.num_values}"
+        )
+    return total, dictionary
+
+
+def _reader(source: Any) -> Callable[[int, int], bytes]:
+    def read(start: int, end: int) -> bytes:
+        if isinstance(source, RemoteFile):
+            source.seek(start)
+            return source.read(end - start)
+        data: bytes = source.read_at(end - start, start)
+        return data
+
+    return read
+
+
+def _check(size: int, most: int) -> None:
+    if size > most:
+        raise TooLargeError(
+            f"it takes {size} bytes of memory or more, and may take {most}; if that is right, "
+            "raise shuffle_window"
+        )
+
+
+def _plain_bytes(array: Any) -> int:
+    """Bytes of an array's values, with what a dictionary holds counted as often as it is there."""
+    if isinstance(array, pa.DictionaryArray):
+        counts = pc.value_counts(array.indices)
+        places, times = counts.field("values"), counts.field("counts")
+        lengths = pc.binary_length(array.dictionary).cast(pa.int64()).take(places)
+        return int(pc.sum(pc.multiply(lengths, times)).as_py() or 0)
+    if pa.types.is_struct(array.type):
+        return sum(_plain_bytes(array.field(number)) for number in range(array.type.num_fields))
+    if pa.types.is_nested(array.type) and hasattr(array, "values"):
+        return _plain_bytes(array.values) + 8 * len(array)
+    return int(array.nbytes)
