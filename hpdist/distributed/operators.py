@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,25 @@ def prepare_operators(builders: Sequence[Any], say: Say, patience: float | None)
         say: Is given a line of what is compiled, what is waited for and how long it took.
         patience: Seconds without any progress, after which the process ends; None waits for ever.
 
-    Raises ConfigError where one cannot be compiled.
+    Raises ConfigError where one cannot be compiled, on the ranks of a machine that cannot.
     """
-    for builder in builders:
-        try:
-            _Build(builder, say, patience).run()
-        except OSError as error:  # noqa: PERF203
-            raise ConfigError(
-                f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
-                "TORCH_EXTENSIONS_DIR to a folder of this machine's that can be written to"
-            ) from error
+    try:
+        for builder in builders:
+            _prepare(builder, say, patience)
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one says it
+            error.rank = int(os.environ.get("RANK", "0"))
+        raise
+
+
+def _prepare(builder: Any, say: Say, patience: float | None) -> None:
+    try:
+        _Build(builder, say, patience).run()
+    except OSError as error:
+        raise ConfigError(
+            f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
+            "TORCH_EXTENSIONS_DIR to a folder of this machine's that can be written to"
+        ) from error
 
 
 def needed_builders(config: Mapping[str, Any]) -> list[Any]:
@@ -110,7 +121,8 @@ class _Build:
             self._tell()
         start = time.monotonic()
         try:
-            self._builder.load(verbose=False)
+            with _own_ninja():
+                self._builder.load(verbose=False)
         except Exception as error:  # of ninja, the compiler or the loader
             raise ConfigError(_why_not_compiled(self._builder.name, self._folder, error)) from error
         if self._told:
@@ -137,10 +149,25 @@ class _Build:
             )
 
 
+@contextmanager
+def _own_ninja() -> Iterator[None]:
+    """Have the ninja of this environment found first, also where nobody has activated it.
+
+    One of another version takes everything for changed, and compiles it anew.
+    """
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
 def _why_not_compiled(name: str, folder: Path, error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
-    missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    with _own_ninja():
+        missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
     advice = f"install {' and '.join(missing)}" if missing else f"remove {folder} and try again"
     return (
         f"DeepSpeed's operator {name} cannot be compiled ({type(error).__name__}: "

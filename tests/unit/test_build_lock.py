@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from hpdist import cli
 from hpdist.distributed import build_lock as locks
 from hpdist.distributed.build_lock import build_lock, in_use, left_lock, working_in
 from hpdist.distributed.operators import prepare_operators
@@ -211,6 +214,43 @@ def test_an_operator_that_does_not_compile_is_one_clear_line(builder: Any) -> No
     ) as e:
         prepare_operators([builder("hpdist_broken", "nonsense")], print, patience=None)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("local", "told"), [("0", "hpdist: rank 8: ConfigError: "), ("1", "")])
+def test_of_a_machine_that_cannot_compile_one_rank_says_so(
+    local: str, told: str, builder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    ranks = {"WORLD_SIZE": "16", "RANK": str(8 + int(local)), "LOCAL_RANK": local}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        prepare_operators([builder("hpdist_broken", "nonsense")], print, patience=None)
+    capsys.readouterr()
+    assert cli._report(caught.value) is bool(told)
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_the_ninja_of_the_environment_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another version that comes first in PATH would compile everything anew."""
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    found: list[str | None] = []
+
+    class Looks:
+        name = "hpdist_looks"
+
+        def load(self, verbose: bool) -> None:
+            found.append(shutil.which("ninja"))
+
+    prepare_operators([Looks()], lambda line: None, patience=None)
+    assert found[0] is not None
+    assert Path(found[0]).parent == Path(sysconfig.get_path("scripts"))
+    assert shutil.which("ninja") == str(other)
 
 
 def test_a_folder_that_cannot_be_written_to(
