@@ -18,13 +18,17 @@ _log = logging.getLogger("hpdist.data")
 _SEPARATORS = r"[-._ 0-9]"
 
 
-@cache
 def names_split(split: str, part: str, of_file: bool = False) -> bool:
     """Whether a folder's name, or that of a file, names a split, as `datasets` takes them."""
+    return _naming(split, of_file).fullmatch(part) is not None
+
+
+@cache
+def _naming(split: str, of_file: bool) -> re.Pattern[str]:
     known = {str(name): words for name, words in SPLIT_KEYWORDS.items()}
     keywords = "|".join(map(re.escape, known.get(split, [split])))
     behind = f"{_SEPARATORS}.*" if of_file else f"(?:{_SEPARATORS}.*)?"
-    return re.fullmatch(f"(?:.*{_SEPARATORS})?(?:{keywords}){behind}", part) is not None
+    return re.compile(f"(?:.*{_SEPARATORS})?(?:{keywords}){behind}")
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from hpdist.data.decode import Column, InputSpec
 from hpdist.data.files import Retry
 from hpdist.data.first_rows import TRIED, check_fit, check_parquet_fit
 from hpdist.data.loading import (
+    check_dialect,
     check_order,
-    check_separator,
     input_column,
     known_column,
     load,
@@ -413,7 +413,7 @@ def _open_sequential(
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
     features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
-    check_separator(features, where)
+    check_dialect(features, where)
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)

@@ -2,6 +2,7 @@
 
 import decimal
 import json
+import uuid
 
 import datasets
 import numpy as np
@@ -211,6 +212,23 @@ def hive(folder):
             path = folder / f"year={year}" / f"label={label}" / "part-0.parquet"
             write(path, a=[float(year - 2020)] * 2)
     return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_types_that_datasets_lacks(tmp_path, streaming):
+    ids = [uuid.UUID(int=number).bytes for number in (1, 2)]
+    extended = pa.ExtensionArray.from_storage(pa.uuid(), pa.array(ids, pa.binary(16)))
+    columns = {"a": [1.0, 2.0], "b": [1.0, 2.0], "label": extended, "id": extended}
+    write(tmp_path / "rows.parquet", **columns)
+    rows = labeled(tmp_path)
+    assert rows.classes.names == tuple(f"0x{one.hex()}" for one in ids)
+    unlabeled = open_unlabeled(
+        Unlabeled(path=str(tmp_path), streaming=streaming), rows, input_spec(rows)
+    )
+    reader = unlabeled.reader(0, 2)
+    values = unlabeled.values(reader.read(0, 2, 0, 2)).values
+    reader.close()
+    assert sorted(value.tolist() for value in values) == [[1.0, 1.0], [2.0, 2.0]]
 
 
 def test_folders_name_columns(tmp_path):
