@@ -18,7 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from hpdist.data.arrow_types import plain_schema
+from hpdist.data.arrow_types import known_features, plain_schema, unknown_columns
 from hpdist.data.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
 from hpdist.data.columns import Columns, common
 from hpdist.data.local_files import FOLDERS, LocalFiles
@@ -195,8 +195,14 @@ def _parquet_columns(
         schema = footer.schema.to_arrow_schema()
         if last is None or not schema.equals(last[0], check_metadata=True):
             full = folders.added(plain_schema(schema))
-            foreign = foreign or not _is_known(schema)
-            last = schema, datasets.Features.from_arrow_schema(full)
+            foreign = foreign or bool(unknown_columns(schema))
+            for name, kind in unknown_columns(full).items():
+                if name in opening.needed:
+                    raise DataError(
+                        f"{opening.where}: the column {name!r} is {kind} in {path}, which cannot "
+                        "be read; write what it holds as lists or columns of their own"
+                    )
+            last = schema, known_features(full)
         features[path] = last[1]
     columns = common(features, opening.name)
     columns.require(opening.needed, opening.where)
@@ -207,15 +213,6 @@ def _parquet_columns(
                 f"{', '.join(columns.features)}"
             )
     return replace(columns, differ=columns.differ or foreign)
-
-
-def _is_known(schema: pa.Schema) -> bool:
-    """Whether `datasets` has all types of a file: it lacks UUIDs, for one."""
-    try:
-        datasets.Features.from_arrow_schema(schema)
-    except (ValueError, TypeError, pa.ArrowException):
-        return False
-    return True
 
 
 def _footers(opening: Opening) -> list[pq.FileMetaData]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.arrow_types import plain_schema
+from hpdist.data.arrow_types import known_features
 from hpdist.data.decode import Column, InputSpec
 from hpdist.data.files import Retry
 from hpdist.data.first_rows import TRIED, check_fit, check_parquet_fit
@@ -35,6 +35,7 @@ from hpdist.data.loading import (
 )
 from hpdist.data.local_files import source_name
 from hpdist.data.long_tail import rows_used
+from hpdist.data.options import dialect_hint
 from hpdist.data.partitions import partitions
 from hpdist.data.saved import is_saved
 from hpdist.data.sources import LabeledRows, UnlabeledTable
@@ -334,7 +335,7 @@ def _survey_parquet(
     folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        features = datasets.Features.from_arrow_schema(plain_schema(schema))
+        features = known_features(schema)
         kept = part.options.get("columns") or list(features)
         features = {name: feature for name, feature in features.items() if name in kept}
         return _columns(part, features, like, spec, where)
@@ -412,7 +413,7 @@ def _open_sequential(
     stream = dataset if dataset is not None else load(part, where, True, needed)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
-    features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
+    features = stream.features or known_features(first.schema)
     check_dialect(features, where)
     column, columns, functions = _columns(part, features, like, spec, where)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
@@ -428,7 +429,8 @@ def _first_table(stream: Any, name: str) -> Any:
     try:
         first = next(iter(stream.with_format("arrow").iter(batch_size=TRIED)), None)
     except Exception as error:
-        raise DataError(f"{name}: cannot read the first rows: {one_line(error)}") from error
+        cause = f"{one_line(error)}{dialect_hint(error)}"
+        raise DataError(f"{name}: cannot read the first rows: {cause}") from error
     if first is None or not first.num_rows:
         raise DataError(f"{name}: holds no rows")
     return first

@@ -86,8 +86,13 @@ def test_decimal_commas_and_thousands(tmp_path):
 def test_an_encoding(tmp_path, encoding, told):
     (tmp_path / "rows.csv").write_bytes(text().encode(encoding))
     assert check(tmp_path / "rows.csv", {"encoding": encoding}) == ("no", "été")
-    with pytest.raises(DataError, match=rf"rows.csv .*UTF-8: set options: {{encoding: .*{told}"):
+    message = rf"UTF-8: set options: {{encoding: .*{told}"
+    with pytest.raises(DataError, match=f"rows.csv .*{message}"):
         check(tmp_path / "rows.csv")
+    named = {"path": "csv", "data_files": str(tmp_path / "rows.csv"), "input": ["a", "b"]}
+    like = open_labeled(Labeled(**named, options={"encoding": encoding}), 0)
+    with pytest.raises(DataError, match=f"data.unlabeled .*{message}"):
+        open_unlabeled(Unlabeled(**named, streaming=True), like, input_spec(like))
 
 
 @pytest.mark.parametrize(
