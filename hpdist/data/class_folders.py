@@ -11,6 +11,7 @@ from functools import cache
 
 from datasets.data_files import SPLIT_KEYWORDS
 
+from hpdist.data.paths import below
 from hpdist.errors import DataError
 
 _log = logging.getLogger("hpdist.data")
@@ -77,7 +78,7 @@ def class_folders(splits: Mapping[str, Sequence[str]], base: str) -> ClassFolder
     folders = []  # of each file: itself, the folders it lies in, and those that name no split
     for split, files in splits.items():
         for file in files:
-            parts = os.path.relpath(file, base).split(os.sep)[:-1]
+            parts = below(file, base).split(os.sep)[:-1]
             folders.append((file, parts, [p for p in parts if not names_split(split, p)]))
     by_split = all(len(rest) < len(parts) for _, parts, rest in folders)
     depths: dict[int, str] = {}

@@ -236,13 +236,13 @@ def _list_present(stored: StoredLabels, kind: Kind) -> Classes:
             )
     names = dict.fromkeys(str(spelling(value)) for value in sorted(present))
     if kind in ("text", "bytes") and "-1" in names:
-        others = [name for name in names if name != "-1"]
-        if others and not any(map(_is_whole, others)):
+        rest = [name for name in names if name != "-1"]
+        if rest and not any(map(_is_whole, rest)):
             del names["-1"]
-        elif others:
+        elif rest:
             note = (
                 f"note: {stored.where}: the labels are texts, and '-1' is taken for a class as "
-                f"{others[0]!r} is; a row without a label has null or an empty text there"
+                f"{rest[0]!r} is; a row without a label has null or an empty text there"
             )
     return Classes(tuple(names), kind, str(stored.feature), note)
 

@@ -175,9 +175,11 @@ def draw_sizes(
 ) -> Int64Array:
     """Draw so many rows of every class."""
     parts = []
+    order = np.argsort(labels, kind="stable")  # once: there may be as many classes as rows
+    ends = np.searchsorted(labels[order], np.arange(len(classes) + 1))
     pairs = zip(classes.names, sizes.tolist(), strict=True)
     for number, (class_name, wanted) in enumerate(pairs):
-        of_class = np.flatnonzero(labels == number)
+        of_class = order[ends[number] : ends[number + 1]]
         if len(of_class) < wanted:
             raise DataError(
                 f"{setting}: {wanted} asked for, class {class_name!r} has {len(of_class)}"

@@ -24,7 +24,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from hpdist.config import LabelColumn, Source
 from hpdist.data.class_folders import class_folders, names_split
-from hpdist.data.paths import did_you_mean, local_path, matches
+from hpdist.data.paths import below, did_you_mean, local_path, matches
 from hpdist.errors import DataError
 
 _log = logging.getLogger("hpdist.data")
@@ -271,7 +271,7 @@ def _is_empty(file: str, builder: str, headed: bool) -> bool:
 
 def _by_split(files: Sequence[str], base: str) -> dict[str, list[str]]:
     """Sort a folder's files into splits."""
-    relative = [os.path.relpath(file, base).replace(os.sep, "/") for file in files]
+    relative = [below(file, base).replace(os.sep, "/") for file in files]
     sharded = [_SHARDED.fullmatch(name) for name in relative]
     if any(sharded):
         names = sorted({found[1] for found in sharded if found}, key=_split_order)
