@@ -19,6 +19,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from datasets.table import table_cast
 from pyarrow.fs import LocalFileSystem  # type: ignore[import-untyped]
 
+from hpdist.data.arrow_types import plain_table
 from hpdist.data.partitions import Partitions
 
 _CACHED = "hpdist-1"  # changes when what these builders make of a file does
@@ -98,7 +99,7 @@ class UnlikeParquet(datasets.ArrowBasedBuilder):  # type: ignore[misc]
             rows = config.batch_size or max((g.num_rows for g in fragment.row_groups), default=0)
             batches = fragment.to_batches(columns=own, batch_size=rows or _ROWS, filter=kept)
             for place, batch in enumerate(batches):
-                table = pa.Table.from_batches([batch])
+                table = plain_table(pa.Table.from_batches([batch]))
                 for column in config.folders.schema:
                     if column.name in schema.names and column.name not in own:
                         values = config.folders.constant(path, column, len(table))

@@ -11,6 +11,7 @@ from functools import cache
 
 from datasets.data_files import SPLIT_KEYWORDS
 
+from hpdist.data.paths import below
 from hpdist.errors import DataError
 
 _log = logging.getLogger("hpdist.data")
@@ -18,13 +19,17 @@ _log = logging.getLogger("hpdist.data")
 _SEPARATORS = r"[-._ 0-9]"
 
 
-@cache
 def names_split(split: str, part: str, of_file: bool = False) -> bool:
     """Whether a folder's name, or that of a file, names a split, as `datasets` takes them."""
+    return _naming(split, of_file).fullmatch(part) is not None
+
+
+@cache
+def _naming(split: str, of_file: bool) -> re.Pattern[str]:
     known = {str(name): words for name, words in SPLIT_KEYWORDS.items()}
     keywords = "|".join(map(re.escape, known.get(split, [split])))
     behind = f"{_SEPARATORS}.*" if of_file else f"(?:{_SEPARATORS}.*)?"
-    return re.fullmatch(f"(?:.*{_SEPARATORS})?(?:{keywords}){behind}", part) is not None
+    return re.compile(f"(?:.*{_SEPARATORS})?(?:{keywords}){behind}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def class_folders(splits: Mapping[str, Sequence[str]], base: str) -> ClassFolder
     folders = []  # of each file: itself, the folders it lies in, and those that name no split
     for split, files in splits.items():
         for file in files:
-            parts = os.path.relpath(file, base).split(os.sep)[:-1]
+            parts = below(file, base).split(os.sep)[:-1]
             folders.append((file, parts, [p for p in parts if not names_split(split, p)]))
     by_split = all(len(rest) < len(parts) for _, parts, rest in folders)
     depths: dict[int, str] = {}

@@ -9,11 +9,12 @@ come in the order of their numbers or dates, strings alphabetically, False befor
 a ClassLabel as it has them, with the names that no row bears.
 
 A row may be marked as one without a label: by null, NaN, an empty text, or -1 where the other
-labels are a ClassLabel's or numbers that are not negative.
+labels are a ClassLabel's, numbers that are not negative, or texts that are no numbers.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -139,6 +140,31 @@ def label_kind(feature: Any, where: str, column: str) -> Kind:
     )
 
 
+def plain_labels(feature: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+    """Give labels of a JSON column in which types are mixed as those of one type.
+
+    That is the type of all that are no marks, else text. Other columns stay as they are, and so do
+    objects and lists.
+    """
+    mixed = getattr(datasets, "Json", None)
+    if mixed is None or not isinstance(feature, mixed):
+        return feature, values
+    read = [value if value is None else json.loads(value) for value in values]
+    labels = [value for value in read if not is_mark(value)]
+    if any(isinstance(value, (dict, list)) for value in labels):
+        return feature, values
+    kinds = {type(value) for value in labels if not is_minus_one(value)} or {int}
+    if kinds <= {int, float}:
+        dtype = "float64" if float in kinds else "int64"
+        plain = [
+            None if is_mark(value) else int(value) if value == "-1" else value for value in read
+        ]
+        return datasets.Value(dtype), plain
+    if kinds == {bool}:
+        return datasets.Value("bool"), [v if isinstance(v, bool) else None for v in read]
+    return datasets.Value("string"), [None if v is None else spelling(v) or str(v) for v in read]
+
+
 def spelling(value: Any) -> str | None:
     """Write a label as the name of a class; None of a number that is not whole."""
     if isinstance(value, (float, Decimal, np.floating)):
@@ -151,9 +177,10 @@ def spelling(value: Any) -> str | None:
         return value.isoformat()
     if isinstance(value, bytes):
         try:
-            return value.decode()
+            text = value.decode()
         except UnicodeDecodeError:
-            return f"0x{value.hex()}"
+            text = "\0"
+        return f"0x{value.hex()}" if "\0" in text else text  # no text, such as a UUID's bytes
     return str(value)
 
 
@@ -209,6 +236,15 @@ def _list_present(stored: StoredLabels, kind: Kind) -> Classes:
                 "taken for a class; a row without a label has null there"
             )
     names = dict.fromkeys(str(spelling(value)) for value in sorted(present))
+    if kind in ("text", "bytes") and "-1" in names:
+        rest = [name for name in names if name != "-1"]
+        if rest and not any(map(_is_whole, rest)):
+            del names["-1"]
+        elif rest:
+            note = (
+                f"note: {stored.where}: the labels are texts, and '-1' is taken for a class as "
+                f"{rest[0]!r} is; a row without a label has null or an empty text there"
+            )
     return Classes(tuple(names), kind, str(stored.feature), note)
 
 
@@ -219,9 +255,14 @@ def distinct(values: Iterable[Any]) -> set[Any]:
 
 def is_mark(value: Any, minus_one: bool = False) -> bool:
     """Whether a value says that its row has no label; with `minus_one`, -1 does too."""
-    if value is None or value != value or (minus_one and value == -1):
+    if value is None or value != value or (minus_one and is_minus_one(value)):
         return True
     return isinstance(value, (str, bytes)) and not value.strip()
+
+
+def is_minus_one(value: Any) -> bool:
+    """Whether it is the mark of scikit-learn for a row without a label, also as text."""
+    return value in (-1, "-1", b"-1")
 
 
 def marked(values: Sequence[Any], minus_one: bool) -> BoolArray:
@@ -238,8 +279,7 @@ def number_labels(stored: StoredLabels, classes: Classes) -> Int64Array:
 
 def _match(stored: StoredLabels, classes: Classes) -> tuple[dict[Any, int], bool]:
     """The class of every label that there is, and whether a ClassLabel's integers told."""
-    index, minus_one, feature = classes.index, classes.minus_one, stored.feature
-    present = {value for value in distinct(stored.values) if not is_mark(value, minus_one)}
+    index, feature, present = classes.index, stored.feature, _labels_in(stored, classes)
     named = isinstance(feature, datasets.ClassLabel)
 
     def matched(spelled: Callable[[Any], str | None]) -> dict[Any, int]:
@@ -256,6 +296,12 @@ def _match(stored: StoredLabels, classes: Classes) -> tuple[dict[Any, int], bool
     return {value: int(value) for value in present if 0 <= value < len(classes)}, True
 
 
+def _labels_in(stored: StoredLabels, classes: Classes) -> set[Any]:
+    """The labels that there are, without marks of rows that have none."""
+    minus_one = classes.minus_one
+    return {value for value in distinct(stored.values) if not is_mark(value, minus_one)}
+
+
 def check_match(stored: StoredLabels, classes: Classes) -> list[str]:
     """Hold another set's labels to the classes of the labelled split, whatever their type.
 
@@ -263,11 +309,11 @@ def check_match(stored: StoredLabels, classes: Classes) -> list[str]:
     the classes.
     """
     kind = label_kind(stored.feature, stored.where, stored.column)
-    if kind == classes.kind:
+    if kind == classes.kind and (kind == "class" or str(stored.feature) == classes.stored):
         return []
     found, by_integer = _match(stored, classes)
     here = "a ClassLabel" if kind == "class" else str(stored.feature)
-    present = sorted(distinct(stored.values))
+    present = sorted(_labels_in(stored, classes))
     if not found and present:
         shown = shortened([str(_label(stored.feature, value)) for value in present])
         raise DataError(
@@ -276,6 +322,8 @@ def check_match(stored: StoredLabels, classes: Classes) -> list[str]:
             "them alike"
         )
     said = f"note: {stored.where}: the labels are {here}, those of data.labeled {classes.stored}: "
+    if kind == classes.kind:
+        return []
     if by_integer:
         pairs = [f"{int(value)} is {classes.names[at]!r}" for value, at in sorted(found.items())]
         return [f"{said}matched by the integers that a ClassLabel stores ({shortened(pairs)})"]

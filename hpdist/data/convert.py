@@ -32,7 +32,7 @@ from hpdist.data.arrow_types import plain_schema
 from hpdist.data.decode import Column
 from hpdist.data.embedding import embedded
 from hpdist.data.loading import (
-    check_separator,
+    check_dialect,
     input_column,
     is_audio,
     is_text,
@@ -108,7 +108,7 @@ def convert(
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
     features = _features(view, name)
-    check_separator(features, where)
+    check_dialect(features, where)
     given = config.input or _same(input, features)
     text = is_text(features, given)
     audio = is_audio(features, given) or (given is None and _is_sound(features))

@@ -11,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hpdist.config import Labeled, LongTail
-from hpdist.data.classes import BoolArray, Classes, StoredLabels, is_mark, shortened
+from hpdist.data.classes import (
+    BoolArray,
+    Classes,
+    StoredLabels,
+    is_minus_one,
+    plain_labels,
+    shortened,
+)
 from hpdist.data.loading import known_column, read_column
 from hpdist.data.rows import describe_row
 from hpdist.data.stream.permute import Int64Array
@@ -38,9 +45,8 @@ def label_column(features: Any, column: str | None, where: str) -> str:
 
 def read_labels(table: Any, column: str, where: str, name: str) -> StoredLabels:
     """Read a set's column of labels; raises DataError where its files cannot be read."""
-    values = read_column(table, column, name)
-    describe = partial(describe_row, table)
-    return StoredLabels(table.features[column], values, where, name, column, describe)
+    feature, values = plain_labels(table.features[column], read_column(table, column, name))
+    return StoredLabels(feature, values, where, name, column, partial(describe_row, table))
 
 
 def check_labels(
@@ -72,7 +78,9 @@ def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], 
             f"marked as unlabelled ({shortened(list(marks))}); name the column of labels in "
             f"{stored.where}.label, or label some rows"
         )
-    class_way = "; where -1 is a class, write the labels as text" if "-1" in marks else ""
+    written = any(isinstance(stored.values[row], (str, bytes)) for row in rows[:1])
+    way = "give it a name" if written else "write the labels as text"
+    class_way = f"; where -1 is a class, {way}" if "-1" in marks else ""
     return rows, [
         f"{stored.where}: {len(rows)} of {count} rows have a label in column {stored.column!r}; "
         f"the others ({shortened(list(marks))}; the first is {stored.describe(first)}) are passed "
@@ -83,10 +91,10 @@ def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], 
 def _mark(value: Any) -> str:
     """What marks a row as unlabelled, for messages."""
     if isinstance(value, list):
-        return "null"
-    if is_mark(value):
-        return "an empty text" if isinstance(value, (str, bytes)) else "null"
-    return "-1"
+        return "-1" if any(map(is_minus_one, value)) else "null"
+    if is_minus_one(value):
+        return "-1"
+    return "an empty text" if isinstance(value, (str, bytes)) else "null"
 
 
 def check_indices(indices: list[int] | None, rows: int, setting: str) -> None:
@@ -167,9 +175,11 @@ def draw_sizes(
 ) -> Int64Array:
     """Draw so many rows of every class."""
     parts = []
+    order = np.argsort(labels, kind="stable")  # once: there may be as many classes as rows
+    ends = np.searchsorted(labels[order], np.arange(len(classes) + 1))
     pairs = zip(classes.names, sizes.tolist(), strict=True)
     for number, (class_name, wanted) in enumerate(pairs):
-        of_class = np.flatnonzero(labels == number)
+        of_class = order[ends[number] : ends[number + 1]]
         if len(of_class) < wanted:
             raise DataError(
                 f"{setting}: {wanted} asked for, class {class_name!r} has {len(of_class)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hpdist.config import Loading, Source
+from hpdist.config import LabelColumn, Loading, Source
 from hpdist.data.builders import config_of
 from hpdist.data.cached_addresses import redact_cached_addresses
 from hpdist.data.categories import held, is_category, is_number
@@ -31,6 +32,7 @@ from hpdist.data.options import (
     check_options,
     check_stream_options,
     dialect_hint,
+    header_hint,
     separator_hint,
 )
 from hpdist.data.own_files import path_rule
@@ -76,7 +78,7 @@ def load_files(
                 where=where,
             )
     if files is not None and files.builder == "csv":
-        check_separator(opened.features, where)
+        check_dialect(opened.features, where, config)
     return opened, files
 
 
@@ -107,9 +109,18 @@ def parquet_files(config: Source, where: str) -> LocalFiles | None:
     return found
 
 
-def check_separator(features: Any, where: str) -> None:
-    """Raise DataError where a CSV file was taken to have one column, by the wrong separator."""
-    hint = separator_hint(list(features or ()))
+def check_dialect(features: Any, where: str, config: Source | None = None) -> None:
+    """Raise DataError where the columns of a CSV file show that it was read by other rules.
+
+    That is where it seems to have one column alone, or lacks one that the config needs, and the
+    names of those that it has look like something else.
+    """
+    columns = list(features or ())
+    named = [] if config is None else _named_columns(config)
+    lacking = [name for name in named if name not in columns]
+    if isinstance(config, LabelColumn) and config.label is None:
+        lacking += [] if {"label", "labels"} & set(columns) else ["label"]
+    hint = separator_hint(columns) or (header_hint(columns) if lacking else None)
     if hint is not None:
         raise DataError(f"{where}: {hint}")
 
@@ -164,13 +175,31 @@ def _explained(config: Source, where: str, streaming: bool) -> Iterator[None]:
     """Check that a local path is there; turn what `datasets` raises into a DataError."""
     _check_path(config, where)
     try:
-        yield
+        with _quiet_readers():
+            yield
     except HpdistError:
         raise
     except Exception as error:  # every builder and transport has its own
         raise DataError(_load_message(config, where, streaming, error)) from error
     finally:
         redact_cached_addresses([config.path, *patterns_of(config.data_files)])
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Keep the readers of `datasets` from logging the file and the error that DataError names."""
+    readers = [logging.getLogger(f"datasets.packaged_modules.{b}.{b}") for b in FILE_BUILDERS]
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("Failed to read file", "Failed to load JSON"))
+
+    for reader in readers:
+        reader.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.removeFilter(is_news)
 
 
 def _check_path(config: Source, where: str) -> None:

@@ -24,7 +24,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from hpdist.config import LabelColumn, Source
 from hpdist.data.class_folders import class_folders, names_split
-from hpdist.data.paths import did_you_mean, local_path, matches
+from hpdist.data.paths import below, did_you_mean, local_path, matches
 from hpdist.errors import DataError
 
 _log = logging.getLogger("hpdist.data")
@@ -37,6 +37,7 @@ _TABLES = {
     ".ndjson": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
     ".txt": "text",
     ".tar": "webdataset",
 }
@@ -51,6 +52,7 @@ ENDINGS = tuple(_BUILDERS)
 """How the names of files with data end."""
 _METADATA = tuple(ImageFolder.METADATA_FILENAMES)
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+_ARCHIVES = (".zip", ".7z", ".rar", *_COMPRESSED)
 _MAY_BE_EMPTY = ("csv", "json", "text")
 _SMALL = 1 << 16  # bytes: a file that holds more is not looked into for whether it holds rows
 _HEADERS = {"header", "names", "column_names", "skiprows"}  # options that move a file's first row
@@ -93,6 +95,7 @@ def local_files(config: Source, where: str) -> LocalFiles | None:
     elif path is None or config.name is not None or not os.path.exists(path):
         return None
     elif os.path.isfile(path):
+        _check_ending(path, config, where)
         return _sorted_out({"train": [path]}, os.path.dirname(path), None, config, where)
     elif _has_card(path):
         return None
@@ -148,6 +151,17 @@ def _patterns_by_split(data_files: Any) -> dict[str, list[str]]:
 
 def _is_elsewhere(pattern: str) -> bool:
     return local_path(pattern) is None
+
+
+def _check_ending(path: str, config: Source, where: str) -> None:
+    """Raise DataError for a file of no known kind, for which the Hub would be asked."""
+    if extension(path) in _BUILDERS or path.lower().endswith(_ARCHIVES):
+        return
+    raise DataError(
+        f"{where}.path: the kind of {config.path!r} is not known by how its name ends; name it in "
+        f"path, as one of {', '.join(FILE_BUILDERS)}, and the file in data_files, or rename the "
+        f"file ({', '.join(_TABLES)})"
+    )
 
 
 def _has_card(folder: str) -> bool:
@@ -257,7 +271,7 @@ def _is_empty(file: str, builder: str, headed: bool) -> bool:
 
 def _by_split(files: Sequence[str], base: str) -> dict[str, list[str]]:
     """Sort a folder's files into splits."""
-    relative = [os.path.relpath(file, base).replace(os.sep, "/") for file in files]
+    relative = [below(file, base).replace(os.sep, "/") for file in files]
     sharded = [_SHARDED.fullmatch(name) for name in relative]
     if any(sharded):
         names = sorted({found[1] for found in sharded if found}, key=_split_order)

@@ -18,7 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from hpdist.data.arrow_types import plain_schema
+from hpdist.data.arrow_types import known_features, plain_schema, unknown_columns
 from hpdist.data.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
 from hpdist.data.columns import Columns, common
 from hpdist.data.local_files import FOLDERS, LocalFiles
@@ -123,6 +123,11 @@ def _open_plain(opening: Opening) -> Any:
     """Open files of any other kind; where they go wrong together, one by one."""
     try:
         return opening.load()
+    except datasets.exceptions.DatasetGenerationError as error:
+        if opening.streaming or opening.builder in FOLDERS:
+            raise
+        if len(opening.paths) == 1:
+            raise _unreadable(opening, opening.paths[0], error) from error
     except Exception:
         if opening.streaming or len(opening.paths) == 1 or opening.builder in FOLDERS:
             raise
@@ -184,12 +189,20 @@ def _parquet_columns(
 ) -> Columns:
     """The columns that files have in common, with those that folders name."""
     features: dict[str, Any] = {}
+    foreign = False
     last: tuple[pa.Schema, Any] | None = None  # most files are as the one before
     for path, footer in found.items():
         schema = footer.schema.to_arrow_schema()
         if last is None or not schema.equals(last[0], check_metadata=True):
             full = folders.added(plain_schema(schema))
-            last = schema, datasets.Features.from_arrow_schema(full)
+            foreign = foreign or bool(unknown_columns(schema))
+            for name, kind in unknown_columns(full).items():
+                if name in opening.needed:
+                    raise DataError(
+                        f"{opening.where}: the column {name!r} is {kind} in {path}, which cannot "
+                        "be read; write what it holds as lists or columns of their own"
+                    )
+            last = schema, known_features(full)
         features[path] = last[1]
     columns = common(features, opening.name)
     columns.require(opening.needed, opening.where)
@@ -199,7 +212,7 @@ def _parquet_columns(
                 f"{opening.where}.options: columns: there is no column {name!r}; there are "
                 f"{', '.join(columns.features)}"
             )
-    return columns
+    return replace(columns, differ=columns.differ or foreign)
 
 
 def _footers(opening: Opening) -> list[pq.FileMetaData]:
@@ -222,7 +235,7 @@ def _peeked(opening: Opening, path: str, peek: Any) -> Any:
     try:
         return peek(path, opening.options)
     except Exception as error:  # pandas has many
-        raise _unreadable(path, opening.name, error) from error
+        raise _unreadable(opening, path, error) from error
 
 
 def _header(path: str, options: Mapping[str, Any]) -> Any:
@@ -285,13 +298,15 @@ def _open_alone(opening: Opening, path: str) -> Any:
     try:
         return replace(opening, splits={"train": [path]}, split="train").load()
     except Exception as error:  # every builder has its own
-        raise _unreadable(path, opening.name, error) from error
+        raise _unreadable(opening, path, error) from error
 
 
-def _unreadable(path: str, name: str, error: Exception) -> DataError:
+def _unreadable(opening: Opening, path: str, error: Exception) -> DataError:
+    given = ", ".join(f"{name}: {value!r}" for name, value in opening.options.items())
+    read = f" with options {{{given}}}" if given else ""
     return DataError(
-        f"{name}: {path} cannot be read: {_innermost(error)}{dialect_hint(error)}; mend the file, "
-        "or leave it out of data_files"
+        f"{opening.name}: {path} cannot be read{read}: {_innermost(error)}{dialect_hint(error)}; "
+        "mend the file, or leave it out of data_files"
     )
 
 

@@ -19,6 +19,8 @@ from urllib.parse import unquote
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.data.paths import below
+
 _FOLDER = re.compile(r"([^=/]+)=(.*)")
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -54,7 +56,7 @@ def partitions(paths: Sequence[str], base: str) -> Partitions:
         return Partitions()
     text: dict[str, dict[str, str | None]] = {}
     for path in paths:
-        folders = os.path.relpath(path, base).split(os.sep)[:-1]
+        folders = below(path, base).split(os.sep)[:-1]
         found = [match for folder in folders if (match := _FOLDER.fullmatch(folder))]
         text[path] = {m[1]: None if m[2] == _NULL else unquote(m[2]) for m in found}
     names = dict.fromkeys(name for one in text.values() for name in one)

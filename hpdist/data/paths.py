@@ -50,6 +50,12 @@ def absolute(path: str) -> str:
     return os.path.realpath(path) if ".." in path.split(os.sep) else os.path.abspath(path)
 
 
+def below(file: str, folder: str) -> str:
+    """Give a file's path from a folder on; `relpath` of a million files takes long."""
+    start = os.path.join(folder, "")
+    return file[len(start) :] if file.startswith(start) else os.path.relpath(file, folder)
+
+
 def matches(pattern: str, base: str) -> tuple[list[str], str]:
     """Find the files that a path, a folder or a pattern names, and the folder that all lie below.
 

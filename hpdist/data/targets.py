@@ -151,8 +151,10 @@ class ManyClasses:
         )
 
     def unlabeled(self, stored: StoredLabels) -> BoolArray:
-        """Tell which rows have null in place of a list; an empty list is a row of no class."""
-        return marked(stored.values, minus_one=False)
+        """Tell which rows have null or a list of marks; an empty list is a row of no class."""
+        minus_one = self.classes.minus_one
+        blank = (_is_blank(value, minus_one) for value in stored.values)
+        return np.fromiter(blank, bool, len(stored.values))
 
     def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
         """A column for every class."""
@@ -212,7 +214,7 @@ class Numbers:
 
     def unlabeled(self, stored: StoredLabels) -> BoolArray:
         """Tell which rows have null or NaN, or a list of nothing else."""
-        return np.fromiter((_no_number(value) for value in stored.values), bool, len(stored.values))
+        return np.fromiter((_is_blank(value) for value in stored.values), bool, len(stored.values))
 
     def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
         """The targets in their own units, float64; NaN where a row that is not used has none."""
@@ -279,7 +281,7 @@ def _many_classes(
     task: TaskChoice, stored: StoredLabels, count: int | None, recorded: Sequence[str] | None
 ) -> Encoding:
     inner = _inner(stored)
-    lists = [value for value in stored.values if value is not None]
+    lists = [value for value in stored.values if not _is_blank(value, minus_one=True)]
     vector = _is_vector(task, stored, inner, lists)
     if vector:
         width = getattr(stored.feature, "length", -1)
@@ -325,7 +327,7 @@ def _is_vector(task: TaskChoice, stored: StoredLabels, inner: Any, lists: list[A
 def _numbers(stored: StoredLabels, count: int | None) -> Encoding:
     _check_numbers(stored)
     column = stored.column
-    first = next((value for value in stored.values if not _no_number(value)), None)
+    first = next((value for value in stored.values if not _is_blank(value)), None)
     width = len(first) if isinstance(first, list) else 1
     if count not in (None, width):
         raise DataError(
@@ -359,10 +361,10 @@ def _check_numbers(stored: StoredLabels) -> None:
         )
 
 
-def _no_number(value: Any) -> bool:
-    """Whether a row is marked as one without a target."""
+def _is_blank(value: Any, minus_one: bool = False) -> bool:
+    """Whether a row is marked as one without labels: by a mark, or a list of nothing else."""
     if isinstance(value, list):
-        return bool(value) and all(map(is_mark, value))
+        return bool(value) and all(is_mark(one, minus_one) for one in value)
     return is_mark(value)
 
 

@@ -15,13 +15,13 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.arrow_types import plain_schema
+from hpdist.data.arrow_types import known_features
 from hpdist.data.decode import Column, InputSpec
 from hpdist.data.files import Retry
 from hpdist.data.first_rows import TRIED, check_fit, check_parquet_fit
 from hpdist.data.loading import (
+    check_dialect,
     check_order,
-    check_separator,
     input_column,
     known_column,
     load_files,
@@ -36,6 +36,7 @@ from hpdist.data.loading import (
 from hpdist.data.local_files import source_name
 from hpdist.data.long_tail import rows_used
 from hpdist.data.named_files import NOTHING, PathRule
+from hpdist.data.options import dialect_hint
 from hpdist.data.own_files import path_rule
 from hpdist.data.partitions import partitions
 from hpdist.data.rows import describe_row
@@ -343,7 +344,7 @@ def _survey_parquet(
     folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
 
     def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
-        features = datasets.Features.from_arrow_schema(plain_schema(schema))
+        features = known_features(schema)
         kept = part.options.get("columns") or list(features)
         features = {name: feature for name, feature in features.items() if name in kept}
         return _columns(part, features, like, spec, where, rule)
@@ -427,8 +428,8 @@ def _open_sequential(
     rule = path_rule(part, loading, given=dataset is not None, files=files)
     name = source_name(part, dataset, where)
     first = _first_table(stream, name)
-    features = stream.features or datasets.Features.from_arrow_schema(plain_schema(first.schema))
-    check_separator(features, where)
+    features = stream.features or known_features(first.schema)
+    check_dialect(features, where)
     column, columns, functions = _columns(part, features, like, spec, where, rule)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
@@ -441,7 +442,8 @@ def _first_table(stream: Any, name: str) -> Any:
     try:
         first = next(iter(stream.with_format("arrow").iter(batch_size=TRIED)), None)
     except Exception as error:
-        raise DataError(f"{name}: cannot read the first rows: {one_line(error)}") from error
+        cause = f"{one_line(error)}{dialect_hint(error)}"
+        raise DataError(f"{name}: cannot read the first rows: {cause}") from error
     if first is None or not first.num_rows:
         raise DataError(f"{name}: holds no rows")
     return first

@@ -82,12 +82,47 @@ def test_decimal_commas_and_thousands(tmp_path):
     check(tmp_path / "rows.csv", {"sep": ";", "decimal": ",", "thousands": "."})
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_an_encoding(tmp_path, encoding):
+@pytest.mark.parametrize(("encoding", "told"), [("latin-1", ".*latin-1"), ("utf-16", "utf-16")])
+def test_an_encoding(tmp_path, encoding, told):
     (tmp_path / "rows.csv").write_bytes(text().encode(encoding))
     assert check(tmp_path / "rows.csv", {"encoding": encoding}) == ("no", "été")
-    with pytest.raises(DataError, match=rf"not in UTF-8: set options: {{encoding: {encoding}}}"):
+    message = rf"UTF-8: set options: {{encoding: .*{told}"
+    with pytest.raises(DataError, match=f"rows.csv .*{message}"):
         check(tmp_path / "rows.csv")
+    named = {"path": "csv", "data_files": str(tmp_path / "rows.csv"), "input": ["a", "b"]}
+    like = open_labeled(Labeled(**named, options={"encoding": encoding}), 0)
+    with pytest.raises(DataError, match=f"data.unlabeled .*{message}"):
+        open_unlabeled(Unlabeled(**named, streaming=True), like, input_spec(like))
+
+
+@pytest.mark.parametrize(
+    ("written", "message", "options"),
+    [
+        ("a;b;label\n1,5;1000,0;été\n2,5;2000,0;no\n", 'sep: ";"', {"sep": ";", "decimal": ","}),
+        ("a, b, label\n1.5, 1000, été\n2.5, 2000, no\n", "' b'.*skipini", {"skipinitialspace": 1}),
+        ("# of today\na,b,label\n1.5,1000,été\n2.5,2000,no\n", "comment: ", {"comment": "#"}),
+        ("1.5,1000,été\n2.5,2000,no\n", "1.5, 1000, été, .*names: ", {"names": list(ROWS[0])}),
+    ],
+)
+def test_names_that_are_none_tell_the_dialect(tmp_path, written, message, options):
+    (tmp_path / "rows.csv").write_text(written)
+    with pytest.raises(DataError, match=f"^data.labeled: .*{message}"):
+        check(tmp_path / "rows.csv")
+    assert check(tmp_path / "rows.csv", options) == ("no", "été")
+
+
+def test_numbers_may_be_names_of_columns(tmp_path):
+    (tmp_path / "rows.csv").write_text("0,1,label\n1.5,1000,été\n2.5,2000,no\n")
+    assert check(tmp_path / "rows.csv", input=["0", "1"]) == ("no", "été")
+
+
+def test_a_broken_line_names_its_file_once(tmp_path, capfd):
+    (tmp_path / "rows.csv").write_text(text() + "1,2,no,3,4\n")
+    message = r"rows.csv cannot be read with options {thousands: ' '}: .*line 4.*on_bad_lines: skip"
+    with pytest.raises(DataError, match=message):
+        check(tmp_path / "rows.csv", {"thousands": " "})
+    assert "Failed to read" not in capfd.readouterr().err
+    check(tmp_path / "rows.csv", {"on_bad_lines": "skip"})
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):

@@ -2,12 +2,14 @@
 
 import decimal
 import json
+import uuid
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from hpdist.config import LabelColumn, Labeled, Loading, Unlabeled
 from hpdist.data.convert import convert
@@ -211,6 +213,55 @@ def hive(folder):
             path = folder / f"year={year}" / f"label={label}" / "part-0.parquet"
             write(path, a=[float(year - 2020)] * 2)
     return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_types_that_datasets_lacks(tmp_path, streaming):
+    ids = [uuid.UUID(int=number).bytes for number in (1, 2)]
+    extended = pa.ExtensionArray.from_storage(pa.uuid(), pa.array(ids, pa.binary(16)))
+    columns = {"a": [1.0, 2.0], "b": [1.0, 2.0], "label": extended, "id": extended}
+    write(tmp_path / "rows.parquet", **columns)
+    rows = labeled(tmp_path)
+    assert rows.classes.names == tuple(f"0x{one.hex()}" for one in ids)
+    unlabeled = open_unlabeled(
+        Unlabeled(path=str(tmp_path), streaming=streaming), rows, input_spec(rows)
+    )
+    reader = unlabeled.reader(0, 2)
+    values = unlabeled.values(reader.read(0, 2, 0, 2)).values
+    reader.close()
+    assert sorted(value.tolist() for value in values) == [[1.0, 1.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_cannot_be_read_are_left_out(tmp_path, streaming):
+    tags = pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int32()))
+    columns = {"a": [1.0, 2.0], "b": [1.0, 2.0], "label": ["x", "y"]}
+    for part in range(2):
+        write(tmp_path / f"{part}.parquet", **columns, tags=tags)
+    rows = labeled(tmp_path)
+    assert rows.labels.tolist() == [0, 1, 0, 1]
+    unlabeled = open_unlabeled(
+        Unlabeled(path=str(tmp_path), streaming=streaming), rows, input_spec(rows)
+    )
+    reader = unlabeled.reader(0, 4)
+    values = unlabeled.values(reader.read(0, 4, 0, 4)).values
+    reader.close()
+    assert sorted(value.tolist() for value in values) == [[1.0, 1.0]] * 2 + [[2.0, 2.0]] * 2
+    message = r"the column 'tags' is map<.*> in .*0.parquet, which cannot be read"
+    with pytest.raises(DataError, match=message):
+        labeled(tmp_path, label="tags")
+
+
+def test_a_file_of_no_known_kind_is_not_looked_for_on_the_hub(tmp_path):
+    write(tmp_path / "rows.parquet", a=[1.0, 2.0], b=[1.0, 2.0], label=["x", "y"])
+    (tmp_path / "rows.parquet").rename(tmp_path / "rows.dat")
+    with pytest.raises(DataError, match=r"the kind of .*rows.dat' is not known .*parquet"):
+        labeled(tmp_path / "rows.dat")
+    assert labeled("parquet", data_files=str(tmp_path / "rows.dat")).labels.tolist() == [0, 1]
+    feather.write_feather(
+        pa.table({"a": [1.0], "b": [2.0], "label": ["x"]}), tmp_path / "f.feather"
+    )
+    assert labeled(tmp_path / "f.feather").classes.names == ("x",)
 
 
 def test_folders_name_columns(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import uuid
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_labels_of_another_type_that_match_none_are_refused_with_both(
     with pytest.raises(DataError, match="no class is in both; write them alike") as caught:
         held_out(table(other), rows)
     assert all(kind in str(caught.value) for kind in types)
+
+
+def test_another_unit_of_time_that_matches_none_is_refused_with_both() -> None:
+    moments = [dt.datetime(2024, 1, day) for day in (1, 2)]
+    like = opened(table(moments, pa.timestamp("us")))
+    assert held_out(table([day.date() for day in moments]), like).labels.tolist() == [0, 1]
+    with pytest.raises(DataError, match=r"tz=UTC.*, the labels of data.labeled are .*\[us\]"):
+        held_out(table(moments, pa.timestamp("us", tz="UTC")), like)
+
+
+def test_bytes_that_are_no_text_are_written_in_hexadecimal() -> None:
+    ids = [uuid.UUID(int=number).bytes for number in (1, 2)]
+    names = ("0x" + "0" * 31 + "1", "0x" + "0" * 31 + "2")
+    assert opened(table(ids, pa.binary(16))).classes.names == names
 
 
 def test_a_class_label_keeps_its_names_and_its_order() -> None:

@@ -107,8 +107,8 @@ def test_a_bad_row_that_is_not_used_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_test_row_is_held_to_the_same(tmp_path: Path) -> None:
     like = opened(tmp_path, [[0], [1, 2]], List(TAGS), SEVERAL)
-    with pytest.raises(DataError, match=r"data.test .*row 1 .*has the label \[None\]"):
-        held_out(tmp_path, like, [[0], [None]], List(TAGS))
+    with pytest.raises(DataError, match=r"data.test .*row 1 .*has the label \[0, None\]"):
+        held_out(tmp_path, like, [[0], [0, None]], List(TAGS))
     with pytest.raises(DataError, match=r"data.test.label: .* needs lists"):
         held_out(tmp_path, like, [0, 1], TAGS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ MARKED: dict[str, tuple[list[Any], Any, str]] = {
     "null beside text": ([None, "a", "b", "", "c"], None, "null, an empty text"),
     "ClassLabel": ([-1, 0, 1, None, 2], ClassLabel(names=["a", "b", "c"]), "-1, null"),
     "decimals": ([*map(Decimal, (-1, 0, 1)), None, Decimal(2)], None, "-1, null"),
+    "minus one among names": (["-1", "a", "b", None, "c"], None, "-1, null"),
+    "bytes": ([b"-1", b"a", b"b", b"", b"c"], None, "-1, an empty text"),
     "dates": ([None, DAYS[0], DAYS[1], None, DAYS[2]], None, "null"),
 }
 
@@ -122,7 +125,7 @@ def test_lists_and_numbers() -> None:
     assert several.labels.tolist() == [[1, 0], [0, 0], [0, 1]]
     assert "3 of 4 rows have a label" in several.notes[0]
     with pytest.raises(DataError, match=r"row 2 .*: -1 is none of the 2 classes \(0, 1\)"):
-        opened(table([[0], [1], [-1]]), MULTILABEL)
+        opened(table([[0], [1], [0, -1]]), MULTILABEL)
     numbers = opened(table([1.0, None, NAN, 3.0]), REGRESSION)
     assert (numbers.chosen, numbers.labels.tolist()) == ([0, 3], [[-1], [1]])
     pairs = opened(table([[NAN, None], [1.0, 2.0], None, [3.0, 4.0]]), REGRESSION)
@@ -132,6 +135,50 @@ def test_lists_and_numbers() -> None:
         opened(table([[1.0, 2.0], [1.0, None]]), REGRESSION)
     decimals = opened(table([Decimal("1.5"), None, Decimal("2.5")]), REGRESSION)
     assert decimals.labels.tolist() == [[-1], [1]]
+
+
+MIXED: dict[str, tuple[list[Any], tuple[str, ...], str]] = {
+    "integers": (["", 5, 7, "-1"], ("5", "7"), "null, -1"),
+    "floats": (["", 1.5, 7, -1], (), "no whole number"),
+    "booleans": ([-1, True, False, ""], ("False", "True"), "null"),
+    "texts": ([None, "a", 7, -1], ("7", "a"), "null, '-1'"),
+    "objects": ([None, {"a": 1}, 7, -1], (), "Json"),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_marks_of_another_type_in_json(kind: str, tmp_path: Path) -> None:
+    labels, classes, told = MIXED[kind]
+    lines = [json.dumps({"x": [1.0, 2.0], "label": label}) for label in labels]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    config = Labeled(path=str(tmp_path / "rows.jsonl"), input="x")
+    if not classes:
+        with pytest.raises(DataError, match=told):
+            open_labeled(config, 0)
+        return
+    rows = open_labeled(config, 0)
+    assert rows.classes.names[-2:] == classes
+    assert rows.chosen[:2] == [1, 2]
+    assert all(mark in "".join(rows.notes) for mark in told.split(", "))
+
+
+def test_lists_of_marks() -> None:
+    for labels, choice in (
+        ([[None, None], [0, 1], [1, 1]], "vector"),
+        ([[-1, -1], [0, 1], [1, 1]], "auto"),
+        ([[-1], [0, 1], [1]], "ids"),
+        ([[None], ["a", "b"], ["b"]], "auto"),
+        ([[-1, -1], [0.0, 1.0], [1.0, 1.0]], "auto"),
+    ):
+        task = TaskChoice(name="multilabel", labels=choice)
+        rows = opened(table(labels), task=task)
+        assert (rows.chosen, len(rows.classes)) == ([1, 2], 2)
+        assert "1 of 3" not in rows.notes[0]
+        assert "2 of 3 rows" in rows.notes[0]
+    with pytest.raises(DataError, match=r"row 0 has the label \[-1, 1\]"):
+        opened(
+            table([[-1, 1], [0, 1], [1, 1]]), task=TaskChoice(name="multilabel", labels="vector")
+        )
 
 
 def test_draws_among_all_rows_are_those_of_before() -> None:
