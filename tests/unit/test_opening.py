@@ -45,7 +45,7 @@ def test_settings_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         "checkpoint": "every 100 steps or 1 h 30 min, and after the last step; the newest 2 are "
         "kept",
         "tracker": "wandb, offline",
-        "run folder": "runs/run",
+        "run folder": "a new one in runs, as there is no run.name",
     }
     monkeypatch.setenv("WORLD_SIZE", "1")
     found = entries(tracker={"name": "none"}, algorithm={"name": "supervised"}, sets=("test",))
