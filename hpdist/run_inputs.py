@@ -66,9 +66,7 @@ def _spec(config: RunConfig, labeled: LabeledRows, categories: Categories | None
     views, model = config.views, config.model
     if isinstance(views, AudioViewsConfig):
         views.sampling.require()
-        spec, first = InputSpec.of_audio(views.sampling, views.seen), labeled.chosen[:1]
-        spec.decode_rows(labeled.read_split(first), first, labeled.name, labeled.describe)
-        return spec
+        return InputSpec.of_audio(views.sampling, views.seen)
     if not isinstance(views, TextViewsConfig):
         size, missing = (getattr(views, key, None) for key in ("size", "missing"))
         return input_spec(labeled, size, missing=missing == "mean", categories=categories)
