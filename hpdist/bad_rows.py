@@ -64,6 +64,10 @@ class BadRows:
                 self.rank,
             )
 
+    def note_named(self, name: str, ids: set[int]) -> None:
+        """Take note of rows of a held-out set that were named already."""
+        self._held_out.setdefault(name, set()).update(ids)
+
     def name_held_out(self, name: str, row: BadRow) -> None:
         """Name a row of a measured set that no score is over, once."""
         named = self._held_out.setdefault(name, set())

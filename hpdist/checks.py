@@ -95,7 +95,8 @@ def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
     Returns whether what it gives has a gradient.
     """
     try:
-        with on_trial(model, gradient=True):
+        # A gradient would keep copies of weights that are seen through such.
+        with on_trial(model, gradient=not _is_as_stored(model)):
             output = model(example)
     except Exception as error:
         raise ConfigError(
@@ -113,6 +114,11 @@ def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
     return logits.requires_grad
 
 
+def _is_as_stored(model: nn.Module) -> bool:
+    """Whether weights are as they are stored: seen in fp32 by copies, which have no gradient."""
+    return any(getattr(parameter, "as_stored", False) for parameter in model.parameters())
+
+
 def check_gradient(model: nn.Module, example: Tensor) -> None:
     """Raise ConfigError where training could move nothing of a model.
 
@@ -125,9 +131,7 @@ def check_gradient(model: nn.Module, example: Tensor) -> None:
             "(requires_grad is False), so there is nothing to learn; leave at least the last layer "
             "trained"
         )
-    # Weights as they are stored are seen in fp32 only through copies, which have no gradient.
-    as_stored = any(getattr(parameter, "as_stored", False) for parameter in parameters)
-    if as_stored:
+    if _is_as_stored(model):
         return
     try:
         trains = has_gradient_in_training(model, example)

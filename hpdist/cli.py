@@ -90,17 +90,15 @@ def train(known: argparse.Namespace, overrides: Sequence[str]) -> int:
         _print(config.to_yaml().rstrip())
         return 0
     config = _load(known.config, overrides)
+    from hpdist.closing import summary_lines
     from hpdist.distributed.reduce import leave_group
     from hpdist.trainer import Trainer
 
     _begin_warnings()
     trainer = Trainer.from_config(config, files=not known.dry_run)
     summary = _fit(trainer, known.dry_run)
-    for key, value in summary.items():
-        text = f"{value:.4f}" if isinstance(value, float) and "/" in key else str(value)
-        _print(f"{key:28} {text}")
-    if summary:
-        _print(f"{'run folder':28} {Path(config.run.folder)}")
+    for line in summary_lines(summary, config.run.folder):
+        _print(line)
     leave_group()
     return 0
 
@@ -244,8 +242,21 @@ def _begin_warnings() -> None:
     """Have a warning of one of several processes say whose it is, and not stand behind a bar."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
     whose = f"rank {_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **kwargs: f"{clear}{whose}{plain(*args, **kwargs)}"
+    plain, own = warnings.formatwarning, str(Path(__file__).parent)
+
+    def told(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        text = plain(message, category, filename, lineno, line)
+        if category is UserWarning and filename.startswith(own):
+            text = f"warning: {message}\n"  # hpdist's own sentences, without a line of its code
+        return f"{clear}{whose}{text}"
+
+    warnings.formatwarning = told
 
 
 def _print(text: str) -> None:

@@ -96,7 +96,7 @@ class Run(Section):
     dir: str = "runs"
     """Folder that holds the run folders."""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """The run folder's name; by default the config file's."""
+    """The run folder's name; by default the config file's, in Python the next free `run-0001`."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the data order, the choice of labels and every view's noise."""
     wait: float = Field(0.0, ge=0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -17,7 +18,7 @@ from hpdist.distributed.reduce import gathered
 from hpdist.errors import DataError, HpdistError, describe
 from hpdist.scores import AnyScores, Meter, Scores, make_meter
 
-__all__ = ["Evaluation", "EvaluationError", "Scores", "evaluate", "evaluate_both"]
+__all__ = ["Evaluation", "EvaluationError", "Scores", "evaluate", "evaluate_both", "evaluating"]
 
 T = TypeVar("T")
 
@@ -58,6 +59,28 @@ class Evaluation:
             "teacher": self.teacher.counts,
             "student": self.student.counts,
         }
+
+
+@contextmanager
+def evaluating(
+    engine: Engine, teacher: ShardedTeacher | None, views: Views
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function from inputs, as batches have them, to logits in fp32 of the model in eval.
+
+    The weights are the teacher's meanwhile, if one is given. Collective: every rank must enter, and
+    under ZeRO-3 call the function equally often.
+    """
+    training = engine.module.training
+
+    def predict(inputs: Tensor) -> Tensor:
+        return engine.infer(views.plain(inputs.to(engine.device, non_blocking=True)))
+
+    with nullcontext() if teacher is None else teacher.in_student():
+        engine.module.eval()
+        try:
+            yield predict
+        finally:
+            engine.module.train(training)
 
 
 def evaluate(

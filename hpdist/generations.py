@@ -87,6 +87,7 @@ class Generations:
         new = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
         if batch.epochs is not None:
             new = new & (batch.epochs == 0)
+        assert moved.ids is not None  # a stream's rows have them
         told = torch.cat(
             [new[:, None].to(engine.device), id_words(moved.ids), probabilities], dim=1
         )

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
+from torch import Tensor
+
+from hpdist.data.batch import LabeledBatch
 from hpdist.data.sources import LabeledRows
+from hpdist.distributed.reduce import world_size
 from hpdist.evaluation import Evaluation, evaluate_both
+from hpdist.progress import Work, working
 from hpdist.run_data import RunData
 from hpdist.run_state import RunState
 from hpdist.step import SemiSupervisedStep
 from hpdist.tracking.run_log import RunLog
+
+_Batch: TypeAlias = tuple[LabeledBatch, Tensor]
 
 
 class Measuring:
@@ -36,8 +43,10 @@ class Measuring:
     def evaluate(self, rows: LabeledRows) -> Evaluation:
         """Measure teacher and student on all rows of a set. Collective."""
         step, data = self._step, self._data
-        batches = partial(data.evaluation_batches, rows)
-        return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
+        passes = 1 if step.teacher is None else 2
+        with working(f"evaluating {rows.name}", passes * len(rows), "rows") as work:
+            batches = partial(_counted, partial(data.evaluation_batches, rows), work)
+            return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
 
     def measure(self, log: RunLog) -> dict[str, float]:
         """Measure during the training, for the record of this step. Collective."""
@@ -76,6 +85,13 @@ class Measuring:
             best = f"validation/best_{self._data.task.headline}"
             summary[best], summary["validation/best_step"] = self._state.best
         return summary, confusions
+
+
+def _counted(batches: Callable[[], Iterator[_Batch]], work: Work) -> Iterator[_Batch]:
+    """Batches of a rank, counted as all ranks' are that are measured meanwhile."""
+    for batch, valid in batches():
+        yield batch, valid
+        work.add(int(valid.sum()) * world_size())
 
 
 def _counts(rows: LabeledRows, measured: Evaluation) -> dict[str, int]:

@@ -24,8 +24,9 @@ class MicroBatch:
     """One micro-batch of this rank, its views made."""
 
     inputs: StudentInputs
-    ids: Tensor  # [unlabeled], int64
-    labeled_ids: Tensor  # [labeled], int64
+    ids: Tensor | None  # [unlabeled], int64
+    labeled_ids: Tensor | None  # [labeled], int64
+    unlabeled_rows: int
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -126,7 +127,7 @@ class Cutter:
             none = torch.empty(0, dtype=torch.int64)
             places = Places(positions, none, labeled_rows, 0, self.seed, step)
             inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), places)
-            return MicroBatch(inputs, none.to(self.device), labeled.ids)
+            return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()
         unlabeled = unlabeled.to(self.device, non_blocking=True)
@@ -147,7 +148,7 @@ class Cutter:
             places=Places(positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step),
             ids=unlabeled.ids,
         )
-        return MicroBatch(inputs, unlabeled.ids, labeled.ids)
+        return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
 
     def _strong(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hpdist import opening
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.tasks import Task, make_task
 from hpdist.bad_rows import BadRows
@@ -55,6 +56,7 @@ from hpdist.input_choice import (
     with_seconds,
 )
 from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.progress import working
 from hpdist.run_inputs import (
     ModeChoice,
     choose_mode,
@@ -66,7 +68,6 @@ from hpdist.run_inputs import (
 )
 from hpdist.run_looks import look_at_held_out, look_at_labeled
 from hpdist.tracking.audit import Audit
-from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 
 _FILES = "unlabeled_files.json"
@@ -143,11 +144,10 @@ class RunData:
         if self.spec.kind == "image":
             self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
             taken = "; ".join(filter(None, (taken, fitted))) or None
-        for line in self._look_through():
-            Console(0, 0, folder.main).say(line)
+        opening.say_data(self, [*said, *filter(None, [taken]), *self._notes()], folder.main)
+        opening.say_lines(self._look_through(), folder.main)
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
-        for line in [*said, *filter(None, [taken]), *self._notes(), *self.duplicates.lines]:
-            Console(0, 0, folder.main).say(line)
+        opening.say_lines(self.duplicates.lines, folder.main)
         self.num_classes = len(self.labeled.classes)
         scale = self.labeled.encoding.scale
         spread = None if scale is None else tuple(scale.std.tolist())
@@ -182,6 +182,7 @@ class RunData:
         self.spec = with_categories(self.spec, found)
         return from_main(lambda: describe_categories(found, self._all_sets))
 
+    @working("opening data.labeled")
     def _open_labeled(self, opened: tuple[Any, str], saved: SavedRun | None) -> LabeledRows:
         config, views = self.config, self.config.views
         return open_labeled(
@@ -197,11 +198,13 @@ class RunData:
             scale=_saved_scale(saved),
         )
 
+    @working("looking at the labelled pictures")
     def _choose_mode(self, resumed: bool) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
         recorded = (self.folder.read_json(_INPUTS) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
+    @working("looking at the other sets' pictures")
     def _settle_mode(self, choice: ModeChoice) -> list[str]:
         """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
         sets = {name: rows for name, rows in self._all_sets.items() if name != "data.labeled"}
@@ -231,6 +234,7 @@ class RunData:
             return self.spec
         return InputSpec.of_text(self.spec.tokenizer, column)
 
+    @working("measuring the training rows for the views")
     def _fit_views(self, saved: SavedRun | None) -> None:
         """Have views measure the training rows, or take over what they measured. Collective."""
         views = self.views
@@ -272,6 +276,7 @@ class RunData:
         labels = torch.from_numpy(self.labeled.labels)
         return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
 
+    @working("opening data.unlabeled")
     def _open_unlabeled(self, objects: Objects, resumed: bool) -> None:
         source, loading = self.config.data.unlabeled, self.config.data.loading
         spec = self.unlabeled_spec
@@ -298,14 +303,20 @@ class RunData:
         source = getattr(self.config.data, name)
         if source is None:
             return None
-        return open_test(source, self.labeled, self.spec, dataset=dataset, where=f"data.{name}")
+        where = f"data.{name}"
+        with working(f"opening {where}"):
+            return open_test(source, self.labeled, self.spec, dataset=dataset, where=where)
 
-    def _look_through(self) -> Iterator[str]:
+    @working("looking for rows that cannot be read")
+    def _look_through(self) -> list[str]:
         """Decode labelled and held-out rows before the training; say what is to say. Collective."""
         told = [look_at_labeled(self.labeled, self.spec)]
-        held = (rows for rows in (self.test, self.validation) if rows is not None)
-        told += [look_at_held_out(rows, self.spec) for rows in held]
-        return filter(None, told)
+        for rows in (self.test, self.validation):
+            if rows is not None:
+                line, named = look_at_held_out(rows, self.spec)
+                told.append(line)
+                self._bad.note_named(rows.name, named)
+        return [line for line in told if line is not None]
 
     def _find_duplicates(self, resumed: bool) -> Report:
         """Held-out rows that are training rows too; a run that goes on has looked already."""
@@ -377,9 +388,11 @@ class RunData:
             self.unlabeled, batch, spec=self.unlabeled_spec
         )
         try:
-            for _ in range(-(-rows // batch)):
-                agreed(stream.look_ahead)
-                yield next(stream)
+            with working("going through the unlabelled rows", rows, "rows") as work:
+                for _ in range(-(-rows // batch)):
+                    agreed(stream.look_ahead)
+                    yield next(stream)
+                    work.add(batch)
         finally:
             stream.close()
 

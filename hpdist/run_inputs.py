@@ -22,6 +22,7 @@ from hpdist.data.unlabeled import AnyUnlabeled
 from hpdist.data.views import AudioViewsConfig, ImageViewsConfig, TextViewsConfig
 from hpdist.errors import CheckpointError, ConfigError
 from hpdist.models.hugging_face import HuggingFaceConfig
+from hpdist.progress import working
 
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 
@@ -37,6 +38,7 @@ class ModeChoice:
     """Whether pictures of other sets may still change it."""
 
 
+@working("looking at the first rows")
 def find_spec(
     config: RunConfig, labeled: LabeledRows, categories: Categories | None = None
 ) -> InputSpec:

@@ -24,10 +24,14 @@ def look_at_labeled(rows: LabeledRows, spec: InputSpec) -> str | None:
     return agreed(lambda: refuse_unreadable(rows, looks))
 
 
-def look_at_held_out(rows: LabeledRows, spec: InputSpec) -> str | None:
-    """Say which rows that are measured on cannot be read, as far as time allows. Collective."""
+def look_at_held_out(rows: LabeledRows, spec: InputSpec) -> tuple[str | None, set[int]]:
+    """Say which rows that are measured on cannot be read, as far as time allows. Collective.
+
+    Also gives the ids of the rows that the line names.
+    """
     looks = gathered(look_through(rows, spec, _rank(), world_size()))
-    return summarize_looks(rows.name, len(rows), looks)
+    named = [row.id for look in looks for row in look.bad][:1]
+    return summarize_looks(rows.name, len(rows), looks), set(named)
 
 
 def _rank() -> int:

@@ -22,6 +22,7 @@ from hpdist.errors import CheckpointError, describe
 from hpdist.optim import state_keys
 from hpdist.run_data import RunData
 from hpdist.step import SemiSupervisedStep
+from hpdist.step_state import common_of, facts_of, fragments_of, load_step
 
 
 class RunState:
@@ -61,11 +62,9 @@ class RunState:
             self._fragments(shards),
             self._common(shards),
             {
-                "attempts": step.attempts,
+                **facts_of(step),
                 "overflows": self.overflows,
                 "best": self.best,
-                "teacher_updates": step.teacher.updates if step.teacher else 0,
-                "loss_scale": engine.scale_state(),
                 "optimizer": engine.optimizer_scalars(),
                 "optimizer_apart": engine.optimizer_scalars_apart(),
                 "streams": {name: s.state_dict() for name, s in self.data.streams.items()},
@@ -88,15 +87,9 @@ class RunState:
         self._check_identity(saved)
         engine.load_master(saved.whole("master"))
         engine.load_optimizer(saved_optimizer(saved, self._optimizer_keys))
-        engine.load_scale_state(facts["loss_scale"])
         for name, buffer in named_buffers(engine.module):
             buffer.copy_(saved.common[f"buffer/{name}"])
-        shards = saved.whole("algorithm")
-        step.algorithm.load_state_dict(_under(saved.common, "algorithm/"), shards)
-        if step.teacher is not None:
-            restored = [f.like(saved.read("teacher", f)) for f in step.teacher.fragments]
-            step.teacher.load(restored, _under(saved.common, "teacher/"), facts["teacher_updates"])
-        step.applied_steps = facts["step"]
+        load_step(step, saved)
         self.overflows = facts["overflows"]
         self.best = tuple(facts["best"]) if facts["best"] else None
         if data:
@@ -118,29 +111,15 @@ class RunState:
     def _fragments(self, shards: Shards) -> dict[str, list[Fragment]]:
         """This rank's share of everything sharded, by kind."""
         fragments = {"master": self.step.engine.master_fragments()}
-        if self.step.teacher is not None:
-            fragments["teacher"] = self.step.teacher.fragments
         for key, pieces in self.step.engine.optimizer_fragments().items():
             fragments[f"optimizer.{key}"] = pieces
-        fragments["algorithm"] = [
-            Fragment(name, start, values)
-            for name, parts in shards.items()
-            for start, values in parts
-        ]
-        return fragments
+        return fragments | fragments_of(self.step, shards)
 
     def _common(self, shards: Shards) -> dict[str, Tensor]:
         """What every rank holds alike."""
         buffers = named_buffers(self.step.engine.module)
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
-        for name, value in self.step.algorithm.state_dict().items():
-            if name not in shards:
-                common[f"algorithm/{name}"] = value
-        common |= self.data.fitted
-        if self.step.teacher is not None:
-            for name, value in self.step.teacher.buffers.items():
-                common[f"teacher/{name}"] = value
-        return common
+        return common | common_of(self.step, shards) | self.data.fitted
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues from it."""
@@ -223,7 +202,3 @@ def _same_state(key: str, there: Any, here: Any) -> bool:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

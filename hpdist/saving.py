@@ -10,6 +10,7 @@ from typing import Any
 
 from hpdist.config import Checkpoint
 from hpdist.distributed.checkpoint_writer import CheckpointWriter
+from hpdist.progress import working
 from hpdist.run_state import RunState
 
 _LAST_SECONDS = 20.0  # that a run which failed waits for its latest checkpoint
@@ -99,6 +100,7 @@ class Saving:
                 stacklevel=2,
             )
 
+    @working("writing the checkpoint")
     def finish(self) -> None:
         """Wait until the latest checkpoint is safe. Collective; raises CheckpointError if not."""
         if self.writer is not None:

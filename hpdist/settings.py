@@ -42,6 +42,7 @@ from pydantic_core import (
 
 from hpdist.errors import ConfigError, describe
 from hpdist.redaction import redacted_settings
+from hpdist.setting_docs import add_descriptions
 
 PYTHON_PREFIX = "python:"
 IN_PYTHON = "python:(given)"
@@ -58,11 +59,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        use_attribute_docstrings=True,
         protected_namespaces=(),
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /
+    ) -> dict[str, Any]:
+        """Describe the settings by the docstrings under them."""
+        found = handler(schema)
+        add_descriptions(cls, handler.resolve_ref_schema(found))
+        return found
 
     @field_validator("*", mode="before")
     @classmethod
@@ -290,8 +299,9 @@ class ComponentOf:
         options = []
         for name, component in (components(self.kind) | self._prefixed | python).items():
             option = handler(component.__pydantic_core_schema__)
+            definition = handler.resolve_ref_schema(option)
+            add_descriptions(component, definition)
             if name != default:  # so that settings without a name fit one option only
-                definition = handler.resolve_ref_schema(option)
                 definition["required"] = sorted({"name", *definition.get("required", [])})
             options.append(option)
         names = f"The name alone: {', '.join(components(self.kind))}, or another that is allowed."

@@ -9,8 +9,8 @@ for labeled, unlabeled in batches:      # this rank's slices of the global batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,10 +36,12 @@ from hpdist.distributed.engine import Engine, EngineStep, make_engine
 from hpdist.distributed.own_time import OwnTime
 from hpdist.distributed.reduce import FusedSum, apart
 from hpdist.errors import ConfigError
+from hpdist.evaluation import evaluating
 from hpdist.micro_batch import Cutter, MicroBatch, by_view, channels_last
 from hpdist.models.heads import columns_of, require_heads
 from hpdist.optim import l1_norm
 from hpdist.outcome import StepOutcome
+from hpdist.step_state import join_save_state
 
 __all__ = ["SemiSupervisedStep", "StepOutcome"]
 
@@ -60,6 +62,7 @@ class SemiSupervisedStep:
 
     The batches given to it are this rank's slices, in rank order, of the global batches; every
     rank must give slices of the same size. Collective: every rank must call it equally often.
+    `accelerator.save_state` and `load_state` save and load all that it remembers.
 
     Args:
         accelerator: What prepared `model` and `optimizer`.
@@ -133,6 +136,19 @@ class SemiSupervisedStep:
         one_pass = micro_batches == 1 and not alone
         self._fused = self.engine.fuses_weak_pass and one_pass
         self._seed = seed
+        join_save_state(self)
+
+    def evaluating(
+        self, *, teacher: bool = True
+    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Have the model in evaluation mode for a while, with the teacher's weights if there are.
+
+        with step.evaluating() as predict:
+            logits = predict(inputs)        # inputs as in batches; logits fp32 [rows, classes]
+
+        Collective: every rank must enter, and under ZeRO-3 call `predict` equally often.
+        """
+        return evaluating(self.engine, self.teacher if teacher else None, self.views)
 
     def __call__(
         self,
@@ -314,7 +330,7 @@ class SemiSupervisedStep:
         self, micros: list[MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
     ) -> FusedSum:
         """Start the one reduction of a step: rows, notes, and the algorithm's sums."""
-        rows = [sum(len(m.inputs.labels) for m in micros), sum(len(m.ids) for m in micros)]
+        rows = [sum(len(m.inputs.labels) for m in micros), sum(m.unlabeled_rows for m in micros)]
         sums = {"notes": notes, "rows": torch.tensor(rows, device=self.engine.device)}
         seen = [outputs for outputs in weak if outputs is not None]
         if seen:

@@ -5,51 +5,46 @@ Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, ste
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import datasets
 from torch import nn
 
 from hpdist import config as configuration
+from hpdist import opening
 from hpdist.algorithms.addon import compose
 from hpdist.algorithms.base import Algorithm
-from hpdist.checks import check_gradient, check_inputs, check_model, divide_batch
+from hpdist.building import build_step
+from hpdist.checks import divide_batch
 from hpdist.claim import Claim
 from hpdist.config import RunConfig
 from hpdist.data.random import reseed
 from hpdist.data.sources import LabeledRows
 from hpdist.distributed import checkpoint, launch
-from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
-from hpdist.distributed.engine import prepare
 from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.next_run import fresh_accelerate
 from hpdist.distributed.reduce import agreed, from_main, gathered, raise_together, world_size
 from hpdist.errors import ConfigError, HpdistError
 from hpdist.evaluation import Evaluation
-from hpdist.generations import Generations, initial_values
-from hpdist.given import algorithm_given, check_classes, model_given, rows_given
+from hpdist.generations import Generations
+from hpdist.given import algorithm_given, model_given, rows_given
 from hpdist.measuring import Measuring
-from hpdist.models.build import build_model
-from hpdist.models.full_precision import to_full_precision
-from hpdist.models.heads import with_heads
-from hpdist.models.memory import checkpoint_activations
-from hpdist.models.stored import weights_as_stored
-from hpdist.optim import build_optimizer, learning_rate
+from hpdist.optim import learning_rate
+from hpdist.progress import working
 from hpdist.records import Records
 from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
 from hpdist.run_guard import RunGuard
+from hpdist.run_model import RunModel
+from hpdist.run_name import with_fresh_name
 from hpdist.run_state import RunState
 from hpdist.saving import Saving
-from hpdist.step import SemiSupervisedStep, StepOutcome
-from hpdist.tracking.console import Console
+from hpdist.step import StepOutcome
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.run_log import RunLog
 
@@ -58,7 +53,8 @@ class Trainer:
     """Trains a model from labelled and unlabelled rows, on however many ranks were launched.
 
     Args:
-        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section.
+        model: A `torch.nn.Module`, or a name or the settings of the config's `model` section. A
+            copy of a module trains; after `fit` the module has the student's trained weights.
         algorithm: An algorithm's name or settings, or an object such as `FixMatch(threshold=0.9)`.
         labeled: A `datasets` object, a `pandas.DataFrame` or a list of rows; a pair of such an
             object and settings such as `{"input": "picture"}`; a path; or settings of the
@@ -67,7 +63,8 @@ class Trainer:
         test: Likewise.
         validation: Likewise.
         settings: Any other section of the config by its name: `batch={"labeled": 64}`,
-            `steps=1000`.
+            `steps=1000`. With `run={"name": …}` the run goes on where its folder has one; without,
+            it is a new one, `run-0001` or the next that is free.
 
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
@@ -131,8 +128,12 @@ class Trainer:
     def _assemble(self, objects: Objects, uses_unlabeled: bool, micro_batches: int) -> None:
         """Open folder and data, build model and step, and go on where the folder has a run."""
         config, files = self.config, self.files
+        opening.say_run(config, self.sharding, uses_unlabeled, files=files)
         self.accelerator = launch.make_accelerator(self.sharding)
         self.main = self.accelerator.is_main_process
+        opening.say_devices(self.main)
+        if config.run.name is None and files:
+            self.config = config = with_fresh_name(config, self.main)
         if not (self.main and sys.stderr.isatty()):
             datasets.disable_progress_bars()
         self.launcher = LauncherWatch(self.accelerator.process_index)
@@ -161,80 +162,16 @@ class Trainer:
             stack.pop_all()  # all is well, and what is open stays so
 
     def _build_step(self, objects: Objects, micro_batches: int) -> None:
-        config, accelerator = self.config, self.accelerator
-        algorithm = self._make_algorithm(objects)
-        check_inputs(algorithm, self.data.unlabeled_spec)
-        model = self._make_model(objects, algorithm)
-        initial = initial_values(model, algorithm.generations)
-        if micro_batches > 1 and any(batch_norms(model)):
-            Console(0, 0, self.main).say(
-                f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
-                "statistics are not those of the global batch; norm: group avoids that"
-            )
-        optimizer = build_optimizer(model, config.optim)
-        replicated = algorithm.views.teacher and self.sharding.stage == 3
-        own = replace(objects, model=copy.deepcopy(objects.model)) if replicated else objects
-        model, optimizer = prepare(accelerator, model, optimizer)
-        # Not before: ZeRO-3 has by now let go of the first model's whole weights.
-        replica = self._make_model(own, algorithm) if replicated else None
-        self.step = SemiSupervisedStep(
-            accelerator,
-            model,
-            optimizer,
-            algorithm,
-            self.data.views,
-            micro_batches=micro_batches,
-            decay=config.teacher.decay,
-            teacher_warmup=config.teacher.warmup,
-            grad_clip=self.sharding.grad_clip,
-            precision=self.sharding.precision,
-            loss_scale=config.loss_scale,
-            teacher_model=replica,
-            seed=config.run.seed,
-            l1=config.optim.l1,
+        config, data = self.config, self.data
+        self._model = RunModel(config, data, self.sharding, objects.model, self.main)
+        self.step, initial = build_step(
+            config, objects, data, self.accelerator, self.sharding, micro_batches, self._model
         )
-        self.generations = Generations(self.step, self.data, initial, config.steps)
+        self.generations = Generations(self.step, data, initial, config.steps)
         engine = self.step.engine
-        self.data.start(engine.rank, engine.world_size, files=self.files)
+        data.start(engine.rank, engine.world_size, files=self.files)
         self.guard = RunGuard(engine.rank, config.watchdog.seconds, self.launcher)
-        self.state = RunState(self.step, self.data, config)
-
-    def _make_algorithm(self, objects: Objects) -> Algorithm:
-        """The algorithm with its add-ons, told how much data there is."""
-        data = self.data
-        check_classes(objects.algorithm, data.num_classes)
-        algorithm = compose(self.config, data.num_classes, self.accelerator.device, data.task)
-        algorithm.rows = data.unlabeled_rows
-        algorithm.class_counts = data.class_counts
-        return algorithm
-
-    def _make_model(self, objects: Objects, algorithm: Algorithm) -> nn.Module:
-        """Build the model, or take the one that was given; checked against the data."""
-        config = self.config
-
-        def build() -> nn.Module:
-            model = objects.model
-            if model is None:
-                seed = config.run.seed
-                model = build_model(config.model, self.data.spec, self.data.num_classes, seed)
-            said = to_full_precision(model)
-            if said is not None:
-                Console(0, 0, self.main).say(said)
-            model = global_batch_norm(model)
-            example = self.data.views.plain(self.data.spec.example(2))
-            trains = check_model(model, example, self.data.num_classes)
-            model = with_heads(model, algorithm, example, getattr(config.model, "features", None))
-            if not trains:
-                check_gradient(model, example)
-            if config.activation_checkpointing:
-                checkpoint_activations(model)
-            return model
-
-        with weights_as_stored(self.sharding.stage == 3):
-            model = agreed(build)
-        if self.sharding.compile is not None:
-            model.compile(**self.sharding.compile)  # in place: the parameters keep their names
-        return model
+        self.state = RunState(self.step, data, config)
 
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
@@ -245,6 +182,7 @@ class Trainer:
         if self._summary is not None:
             self.claim.say_done(self.data.config, self._summary["steps"])
             self.close()
+            self._model.give_back(self.step)
             return self._summary
         if self._closed:
             raise ConfigError(
@@ -270,7 +208,19 @@ class Trainer:
             raise
         finally:
             self.close()
+        self._model.give_back(step)
         return self._summary
+
+    def student_model(self) -> nn.Module:
+        """Give a plain model with the student's weights, on the CPU, in fp32 and evaluation mode.
+
+        It needs neither hpdist nor other ranks. Collective: every rank must call.
+        """
+        return self._model.student(self.step)
+
+    def teacher_model(self) -> nn.Module:
+        """Give such a model with the teacher's weights: what a run's scores are of. Collective."""
+        return self._model.teacher(self.step)
 
     @property
     def log(self) -> RunLog:
@@ -307,6 +257,7 @@ class Trainer:
             classes=self.data.labeled.classes.names,
         )
 
+    @working("reading the first rows")
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
         raise_together(self.data.look_ahead(self.guard.stopping))
@@ -476,9 +427,7 @@ class Trainer:
         if self._summary is not None:
             return
         agreed(lambda: self.folder.drop_metrics_after(self.step.applied_steps))
-        Console(0, 0, self.main).say(
-            f"continuing from {saved.path} at step {self.step.applied_steps}"
-        )
+        opening.say_resumed(saved.path, self.step.applied_steps, self.main)
 
     def close(self) -> None:
         """Stop the reading threads, and close tracker and console; any number of times.

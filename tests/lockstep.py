@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hpdist.algorithm_state import whole_state
 from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.optimizer_state import SavedOptimizer
 from hpdist.step import SemiSupervisedStep
 from tests.recipes import global_batches, slice_of
 
@@ -94,12 +95,12 @@ def put(step: SemiSupervisedStep, state: State) -> None:
     keys = [kind.removeprefix("optimizer ") for kind in kinds if kind.startswith("optimizer ")]
 
     def moment(key: str, fragment: Fragment) -> Tensor:
-        whole = kinds.get(f"optimizer {key}")
-        if whole is None:  # as before the first step
-            return torch.zeros_like(fragment.values)
-        return _part(whole, fragment)
+        return _part(kinds[f"optimizer {key}"], fragment)
 
-    engine.load_optimizer(keys, state.scalars, moment)
+    def holds(key: str, name: str) -> bool:
+        return name in kinds.get(f"optimizer {key}", {})
+
+    engine.load_optimizer(SavedOptimizer(keys, state.scalars, {}, holds, moment))
     averaged = [f.like(_part(kinds["teacher"], f)) for f in teacher.fragments]
     teacher.load(averaged, kinds["teacher's buffers"], state.updates)
     step.algorithm.load_state_dict(kinds["algorithm"])

@@ -112,6 +112,9 @@ def test_every_command_of_the_readme_works(clone):
             assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             if "--run.name again --steps 8" in line:
                 assert "at step 4" in done.stderr
+            if line.endswith("# goes on at step 5"):
+                assert "step 8: loss" in done.stdout
+                assert "step 4: loss" not in done.stdout
             ran += 1
     assert ran >= 10
 

@@ -91,7 +91,7 @@ class WeakOutputs:
     """What the model said of the weak views of this rank's unlabelled rows, without gradient."""
 
     logits: Tensor  # [unlabeled, classes], fp32, of the first weak view
-    ids: Tensor  # [unlabeled], int64, stable row ids
+    ids: Tensor | None  # [unlabeled], int64, stable row ids, where a loop of one's own gives them
     others: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], fp32
     labeled: Tensor | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
     labels: Tensor | None = None  # [labeled], int64, or what the task's are
@@ -99,6 +99,16 @@ class WeakOutputs:
     heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By head, view by view as in `all`: [rows, width], fp32."""
     labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
+
+    @property
+    def known_ids(self) -> Tensor:
+        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
+        return _known(self.ids, "unlabelled")
+
+    @property
+    def known_labeled_ids(self) -> Tensor:
+        """The ids of the labelled rows; raises ConfigError where the batch came without."""
+        return _known(self.labeled_ids, "labelled")
 
     @property
     def probabilities(self) -> Tensor:
@@ -135,9 +145,24 @@ class StudentInputs:
     """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
 
     @property
+    def known_ids(self) -> Tensor:
+        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
+        return _known(self.ids, "unlabelled")
+
+    @property
     def parts(self) -> list[Tensor]:
         """What goes through the student, in this order."""
         return [self.labeled, *self.student_weak, *self.strong, *self.strong_labeled, *self.further]
+
+
+def _known(ids: Tensor | None, which: str) -> Tensor:
+    if ids is None:
+        kind = "LabeledBatch" if which == "labelled" else "UnlabeledBatch"
+        raise ConfigError(
+            f"the algorithm remembers {which} rows by their ids, and the batch has none; give "
+            f"hpdist.{kind}(…, ids=…), int64 [rows], of every row the same in all epochs"
+        )
+    return ids
 
 
 @dataclass(frozen=True)

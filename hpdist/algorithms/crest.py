@@ -154,7 +154,7 @@ class CReST(AddOn):
 
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums of the predictions, and how many of the rows have joined."""
-        joined = self._chosen.read(weak.ids)[:, 0] > 0
+        joined = self._chosen.read(weak.known_ids)[:, 0] > 0
         return {"probability": weak.probabilities.sum(dim=0), "joined": joined.sum().float()}
 
     def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
@@ -165,8 +165,7 @@ class CReST(AddOn):
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """What the inner algorithm does, and the weak view as a further input."""
-        assert inputs.ids is not None
-        labels = self._chosen.read(inputs.ids)[:, 0]
+        labels = self._chosen.read(inputs.known_ids)[:, 0]
         mixed = super().mix(inputs, weak)
         return replace(
             mixed,

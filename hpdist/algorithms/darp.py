@@ -113,7 +113,7 @@ class DARP(AddOn):
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
         """Every weak view's logits replaced by log x, where there is an x."""
-        refined, known = self._look_up(weak.ids)
+        refined, known = self._look_up(weak.known_ids)
         logits = refined.clamp(min=torch.finfo(torch.float32).tiny).log()
         return replace(
             weak,
@@ -127,7 +127,7 @@ class DARP(AddOn):
         said = torch.stack([view.softmax(dim=-1) for view in (weak.logits, *weak.others)])
         return {
             "predictions": spread(weak, said.mean(dim=0)),
-            "ids": spread(weak, id_words(weak.ids)),
+            "ids": spread(weak, id_words(weak.known_ids)),
         }
 
     def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class DARP(AddOn):
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The inner algorithm's terms, and the share of unlabelled rows with refined targets."""
         assert outputs.weak is not None
-        _, known = self._look_up(outputs.weak.ids)
+        _, known = self._look_up(outputs.weak.known_ids)
         rate = known.float().sum() / outputs.unlabeled_rows
         return replace(terms, metrics={**terms.metrics, "refined_rate": rate})
 

@@ -104,8 +104,7 @@ class NoisyStudent(Algorithm):
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """Look up the rows' labels, all 0 where there is none."""
-        assert inputs.ids is not None
-        targets = self._labels.read(inputs.ids)  # [unlabeled, classes]
+        targets = self._labels.read(inputs.known_ids)  # [unlabeled, classes]
         return replace(inputs, notes={**inputs.notes, "targets": targets})
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:

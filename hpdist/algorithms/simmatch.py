@@ -125,12 +125,11 @@ class SimMatch(Algorithm):
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """The sum of predictions, and what there is of each labelled row at its place."""
         assert weak.labels is not None
-        assert weak.labeled_ids is not None
         return {
             "probabilities": weak.probabilities.sum(dim=0),
             "embeddings": spread(weak, weak.heads[_HEAD][1], labeled=True),
             "labels": spread(weak, weak.labels + 1, labeled=True),
-            "ids": spread(weak, id_words(weak.labeled_ids), labeled=True),
+            "ids": spread(weak, id_words(weak.known_labeled_ids), labeled=True),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:

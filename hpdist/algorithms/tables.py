@@ -115,7 +115,7 @@ class LabelTable:
         `labels` int64 [unlabeled] are classes or `NEVER`. Rows of the result: id / 2^24, the rest
         of the id, and label + 2; all 0 in a place whose row cannot be used.
         """
-        told = torch.cat((id_words(weak.ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
+        told = torch.cat((id_words(weak.known_ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
         return spread(weak, told).T
 
     def observe(self, packed: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class TemporalEnsembling(Ramped):
         """What was said of each row, at its place in the global batch: their sum is a gather."""
         return {
             "predictions": spread(weak, self.task.predictions(weak.logits)),
-            "ids": spread(weak, id_words(weak.ids + _TAKEN)),
+            "ids": spread(weak, id_words(weak.known_ids + _TAKEN)),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -105,7 +105,9 @@ class TemporalEnsembling(Ramped):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of unlabelled rows that have a target."""
         assert outputs.weak is not None
-        averages, counts = (table.read(outputs.weak.ids) for table in (self.averages, self.counts))
+        averages, counts = (
+            table.read(outputs.weak.known_ids) for table in (self.averages, self.counts)
+        )
         known = (counts > 0).float()  # [unlabeled]
         correction = 1 - self.momentum ** counts.clamp(min=1)
         targets = averages / correction[:, None]

@@ -27,17 +27,17 @@ class LabeledBatch:
 
     inputs: Tensor  # [batch, channels, height, width], [batch, features], tokens or samples
     labels: Tensor  # int64 [batch]; fp32 [batch, classes] of several classes, or of targets
-    ids: Tensor  # int64 [batch]
+    ids: Tensor | None = None  # int64 [batch]; only algorithms that remember rows ask for them
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.inputs)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabeledBatch:
         """Copy the tensors to a device."""
         return LabeledBatch(
             self.inputs.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
-            self.ids.to(device, non_blocking=non_blocking),
+            None if self.ids is None else self.ids.to(device, non_blocking=non_blocking),
         )
 
     def narrow(self, start: int, length: int) -> LabeledBatch:
@@ -45,7 +45,7 @@ class LabeledBatch:
         return LabeledBatch(
             self.inputs.narrow(0, start, length),
             self.labels.narrow(0, start, length),
-            self.ids.narrow(0, start, length),
+            None if self.ids is None else self.ids.narrow(0, start, length),
         )
 
 
@@ -59,20 +59,20 @@ class UnlabeledBatch:
     """
 
     inputs: Tensor  # [batch, channels, height, width], [batch, features], tokens or samples
-    ids: Tensor  # int64 [batch]
+    ids: Tensor | None = None  # int64 [batch]; only algorithms that remember rows ask for them
     valid: Tensor | None = None  # bool [batch], on the CPU; None: all of them
     epochs: Tensor | None = None  # int64 [batch], on the CPU: which epoch each row is of
     bad: tuple[BadRow, ...] = ()
     """Why, of the rows that are not valid because they could not be used."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.inputs)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UnlabeledBatch:
         """Copy inputs and ids to a device; `valid` stays where it is."""
         return UnlabeledBatch(
             self.inputs.to(device, non_blocking=non_blocking),
-            self.ids.to(device, non_blocking=non_blocking),
+            None if self.ids is None else self.ids.to(device, non_blocking=non_blocking),
             self.valid,
         )
 
@@ -80,7 +80,7 @@ class UnlabeledBatch:
         """View rows [start, start + length)."""
         return UnlabeledBatch(
             self.inputs.narrow(0, start, length),
-            self.ids.narrow(0, start, length),
+            None if self.ids is None else self.ids.narrow(0, start, length),
             None if self.valid is None else self.valid.narrow(0, start, length),
         )
 
@@ -89,5 +89,6 @@ class UnlabeledBatch:
         if self.valid is None or bool(self.valid.all()):
             return UnlabeledBatch(self.inputs, self.ids), torch.arange(len(self))
         places = self.valid.nonzero().flatten()
-        chosen = places.to(self.ids.device)
-        return UnlabeledBatch(self.inputs[chosen], self.ids[chosen]), places
+        chosen = places.to(self.inputs.device)
+        ids = None if self.ids is None else self.ids[places.to(self.ids.device)]
+        return UnlabeledBatch(self.inputs[chosen], ids), places

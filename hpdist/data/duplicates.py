@@ -25,8 +25,9 @@ from hpdist.data.loading import one_line
 from hpdist.data.rows import describe_row, describe_rows
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.reader import Rows
-from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
+from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, row_count
 from hpdist.errors import DataError
+from hpdist.progress import working
 
 _AT_ONCE = 1024  # rows
 _NAMED = 3  # pairs of rows that a line names
@@ -178,7 +179,7 @@ def _too_large(limit: int) -> _UncomparedError:
 def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
     """The hash and the id of every row that can be read, once."""
     read = 0
-    for values, ids in _stored(rows):
+    for values, ids in _counted(rows):
         for value, row in zip(values, ids, strict=True):
             named = isinstance(value, dict) and value.get("bytes") is None
             data = _file(value.get("path")) if named else _bytes(value)
@@ -188,6 +189,15 @@ def _hashed(rows: Any, limit: int | None) -> Iterator[tuple[bytes, int]]:
             if limit is not None and read > limit:
                 raise _too_large(limit)
             yield xxhash.xxh3_128_digest(data), row
+
+
+def _counted(rows: Any) -> Iterator[tuple[list[Any], list[int]]]:
+    """The stored values of all rows, shown to be at work."""
+    total = len(rows) if isinstance(rows, (LabeledRows, UnlabeledTable)) else row_count(rows)
+    with working(f"looking for duplicates in {rows.name}", total, "rows") as work:
+        for values, ids in _stored(rows):
+            yield values, ids
+            work.add(len(ids))
 
 
 def _stored(rows: Any) -> Iterator[tuple[list[Any], list[int]]]:
@@ -217,7 +227,7 @@ def _of_table(rows: LabeledRows | UnlabeledTable) -> Iterator[tuple[list[Any], l
             table = rows.dataset[slice(first, last + 1) if together else ids.tolist()]
         except Exception as error:
             raise DataError(
-                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids)}: {one_line(error)}"
+                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids.tolist())}: {one_line(error)}"
             ) from error
         read = Rows(table, ids, np.zeros_like(ids))
         yield _picked(rows, read, np.ones(len(ids), bool))

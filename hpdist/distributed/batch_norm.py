@@ -9,6 +9,7 @@ in one pass or two.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, cast
 
@@ -43,6 +44,12 @@ class GlobalBatchNorm(_BatchNorm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._seen: list[_Seen] = []
+        _keep_from_compiler()
+
+    def __setstate__(self, state: Any) -> None:
+        """Take what was pickled, perhaps in another process."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _keep_from_compiler()
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 (torch's name)
         if input.dim() < 2:
@@ -67,12 +74,10 @@ class GlobalBatchNorm(_BatchNorm):
                 input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps
             )
         if self.segments is None or len(self.segments) == 1:
-            return cast(Tensor, self._normalise(input, weight, bias))
+            return self._normalise(input, weight, bias)
         parts = input.split(self.segments)
         return torch.cat([self._normalise(part, weight, bias) for part in parts])
 
-    # Not compiled, since it communicates and keeps what it saw.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _normalise(self, rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean = torch.zeros(self.num_features, device=rows.device)
         variance = torch.ones(self.num_features, device=rows.device)
@@ -91,7 +96,6 @@ class GlobalBatchNorm(_BatchNorm):
             self._seen.append((elements, mean, variance))
         return normalised
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def alike(self, rows: Tensor, others: Tensor) -> Tensor:
         """Normalise `others` by the global batch's statistics of `rows`, fp32 [rows, channels].
 
@@ -122,6 +126,17 @@ class GlobalBatchNorm(_BatchNorm):
     def discard(self) -> None:
         """Forget what was seen since the last commit: the step was skipped."""
         self._seen = []
+
+
+@functools.cache
+def _keep_from_compiler() -> None:
+    """Have the compiler leave out what communicates and keeps what it saw.
+
+    Not by decorators: they would import torch's compiler wherever this module is imported, which
+    takes as long as torch itself.
+    """
+    for name in ("_normalise", "alike"):
+        setattr(GlobalBatchNorm, name, torch.compiler.disable(getattr(GlobalBatchNorm, name)))
 
 
 def _combine(seen: list[_Seen]) -> tuple[Tensor, Tensor]:

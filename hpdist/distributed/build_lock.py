@@ -136,7 +136,7 @@ def _acquire(folder: Path, what: str, say: Say) -> int:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 os.close(descriptor)
                 raise
-        waiting.word(f"waiting for {_told_by(descriptor)}, which holds {path}")
+        waiting.word(f"waiting for {_told_by(descriptor)} ({path})")
         time.sleep(_POLL)
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": time.time()}
     os.ftruncate(descriptor, 0)
@@ -181,8 +181,8 @@ def _told_by(descriptor: int) -> str:
         facts = json.loads(os.pread(descriptor, 4096, 0))
         since = max(time.time() - facts["since"], 0)
         return (
-            f"process {facts['pid']} on {facts['host']}, which has compiled {facts['what']} for "
-            f"{since:.0f} s"
+            f"process {facts['pid']} on {facts['host']}, which has been compiling {facts['what']} "
+            f"for {since:.0f} s"
         )
     except (ValueError, KeyError, TypeError):  # it has not written yet
         return "another process"

@@ -41,8 +41,10 @@ from hpdist.distributed.manifest import (
 from hpdist.distributed.names import with_plain_names
 from hpdist.distributed.reduce import from_main, gathered, world_size
 from hpdist.errors import CheckpointError
+from hpdist.progress import working
 
 
+@working("verifying checkpoints")
 def open_newest(
     folder: Path,
     say: Callable[[str], None],

@@ -33,6 +33,7 @@ from hpdist.distributed.reach import DdpUsage, GradientWatch, reached_nowhere, u
 from hpdist.distributed.reduce import world_size
 from hpdist.errors import ConfigError, DistributedError
 from hpdist.models.outputs import NO_GRADIENT, logits_of
+from hpdist.progress import working
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Engine(ABC):
     @abstractmethod
     def module(self) -> nn.Module:
         """The user's own module, without wrappers."""
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has done a step already, here or in what was loaded."""
+        return any(self.optimizer.state.values())
 
     @cached_property
     def layout(self) -> Layout:
@@ -357,7 +363,9 @@ class ReplicatedEngine(HasWholeState, Engine):
 
     def _missing(self, watch: GradientWatch) -> list[str]:
         """What the first step has not reached on this rank; DDP has been given zeros since."""
-        return super()._missing(watch) if self._usage is None else self._usage.missing
+        if self._usage is None:
+            return super()._missing(watch)
+        return [name for name in self._usage.missing if name in self._parameters]
 
     @property
     def missed_gradients(self) -> bool:
@@ -422,6 +430,7 @@ def ranks_are_apart(accelerator: Accelerator) -> bool:
     return launched > 1 and accelerator.distributed_type == DistributedType.NO
 
 
+@working("preparing the model and the optimizer for training")
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -40,6 +40,7 @@ from hpdist.distributed.launcher import (
 from hpdist.distributed.mpi import adopt_mpi
 from hpdist.distributed.reduce import keep_group
 from hpdist.errors import ConfigError
+from hpdist.progress import working
 
 _TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
@@ -160,6 +161,7 @@ def _join_after_restart(backend: str) -> None:
     )
 
 
+@working("setting up the process group")
 def make_accelerator(sharding: Sharding) -> Accelerator:
     """Make the Accelerator. Collective: it joins the process group."""
     on_cpu = not torch.cuda.is_available()

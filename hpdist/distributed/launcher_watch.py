@@ -27,7 +27,8 @@ _PROGRAMS = {
     "deepspeed.launcher.launch",
 }
 """What starts ranks without that variable, as a file or as a module."""
-_PROGRAM_ARGUMENTS = 5  # of a command line, within which the program is named: python -u -m …
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+"""Python's own options that another word follows."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,28 @@ def _is_within(process: psutil.Process, run: str) -> bool:
 
 
 def _launches(process: psutil.Process) -> bool:
-    return any(
-        Path(argument).name in _PROGRAMS for argument in process.cmdline()[:_PROGRAM_ARGUMENTS]
-    )
+    return _program(process.cmdline()) in _PROGRAMS
+
+
+def _program(command: list[str]) -> str:
+    """What a command line runs: a program, or the script or module that Python is given.
+
+    Nothing that follows counts: an editor may have a folder open that is called as a launcher is.
+    """
+    words = iter(command)
+    name = Path(next(words, "")).name
+    if not name.startswith("python"):
+        return name
+    for word in words:
+        if word in _WITH_VALUE:
+            next(words, None)
+        elif word == "-m":
+            return next(words, "")
+        elif not word.startswith("-"):
+            return Path(word).name
+        elif not word.startswith("--") and "c" in word[1:]:
+            return name  # its code follows
+    return name
 
 
 class LauncherWatch:

@@ -7,6 +7,7 @@ upstream has mended it.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,7 @@ from hpdist.distributed.optimizer_state import (
     WholeState,
     make_state,
 )
+from hpdist.distributed.zero_reach import reduce_alike
 from hpdist.errors import ConfigError
 from hpdist.models.outputs import logits_of
 
@@ -72,7 +74,13 @@ def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
         # (https://github.com/deepspeedai/DeepSpeed/pull/8428).
         _allow_fp16_on_cpu()
     hide_launcher_fields()
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning of DeepSpeed's is of use: it doubts optimizers that are not its own."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
@@ -134,11 +142,18 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, model, self.deepspeed.optimizer)
         self._dtype = next(p.dtype for p in self._parameters.values() if p.is_floating_point())
         self._take_over_scale()
+        if self.world_size > 1 and int(self.deepspeed.zero_optimization_stage()) in (1, 2):
+            reduce_alike(self.deepspeed.optimizer, self._parameters)
 
     @property
     def module(self) -> nn.Module:
         """The user's own module, in half precision."""
         return without_wrappers(cast(nn.Module, self.deepspeed.module))
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether DeepSpeed has; it gives its optimizer a state before the first step."""
+        return int(self.deepspeed.global_steps) > 0
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""
@@ -262,11 +277,13 @@ class ZeroEngine(Engine):
             minimum=getattr(theirs, "min_scale", 1),
             dynamic=bool(theirs.dynamic),
         )
-        theirs.update_scale = lambda overflow: None
+        self._publish_scale()
 
     def _publish_scale(self) -> None:
         if self.scaler is not None:
-            self.deepspeed.optimizer.loss_scaler.cur_scale = self.scaler.scale
+            theirs = self.deepspeed.optimizer.loss_scaler  # another one after `load_checkpoint`
+            theirs.cur_scale = self.scaler.scale
+            theirs.update_scale = _keep_scale
 
     def _places(self) -> Iterator[Place]:
         """Where this rank's part of each parameter lies in the flat parts."""
@@ -286,6 +303,10 @@ class ZeroEngine(Engine):
 
     def _cast(self, inputs: Tensor) -> Tensor:
         return as_dtype(inputs, self._dtype)
+
+
+def _keep_scale(overflow: bool) -> None:
+    """Do nothing, in the place of DeepSpeed's scaler; its checkpoints pickle it, by this name."""
 
 
 def as_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from hpdist.config import IN_PYTHON, Component, PythonComponent, import_object
 from hpdist.data.decode import InputSpec
 from hpdist.errors import ConfigError, describe
+from hpdist.progress import working
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ModelConfig(Component):
             )
 
 
+@working("building the model")
 def build_model(
     config: Component, inputs: InputSpec | tuple[int, ...], num_classes: int, seed: int
 ) -> nn.Module:

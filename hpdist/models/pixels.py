@@ -12,10 +12,12 @@ from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
 from hpdist.models.build import ModelConfig, Pixels
+from hpdist.progress import working
 
 _FILES = ("processor_config.json", "preprocessor_config.json")  # the first may hold the second
 
 
+@working("reading how the model was trained to see images")
 def with_model_pixels(config: RunConfig) -> tuple[RunConfig, str | None]:
     """Fill what the image views leave open with what the model was trained with.
 

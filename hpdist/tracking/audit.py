@@ -54,6 +54,7 @@ class Audit:
         valid = np.ones(rows, bool) if batch.valid is None else batch.valid.numpy()
         epochs = np.zeros(rows, np.int64) if batch.epochs is None else batch.epochs.numpy()
         reasons = {bad.id: redacted_text(bad.reason) for bad in batch.bad}
+        assert batch.ids is not None  # a stream's rows have them
         ids = batch.ids.cpu().numpy()
         columns = [
             pa.array(np.full(rows, attempt)),

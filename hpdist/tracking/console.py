@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
-
+from hpdist.human import duration, percent
+from hpdist.progress import columns, make_bar, say_line
 from hpdist.redaction import redacted_text
 
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
 """Scores that are shown, whichever of them a task has."""
-_WIDTH = 80  # columns
 _SHOWN = {
     "loss": "{:.3f}",
     "mask_rate": "{:.2f}",
     "loss_scale": "{:g}",
     **dict.fromkeys(HEADLINES, "{:.4f}"),
 }
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BESIDES = len("100%|====| / [0:00:00<0:00:00]")
+_LEAST = ("loss scale", "mask rate")  # what a narrow terminal goes without first
 
 
 class Console:
@@ -32,21 +33,17 @@ class Console:
         self._started, self._first = time.monotonic(), done
         self._shown: dict[str, str] = {}
         self._bar: Any = None
-        if main and steps and sys.stderr.isatty():
-            # Of a terminal that does not say how wide it is tqdm would show nothing.
-            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if sized else {"ncols": _WIDTH}
-            self._bar = tqdm(total=steps, initial=done, unit="step", **width)
+        if main and steps and columns():
+            self._bar = make_bar(total=steps, initial=done, bar_format=_BAR)
 
     def say(self, line: str) -> None:
-        """Print a line, without the secrets of a URL, above the bar where there is one."""
+        """Print a line, above the bar where there is one; a terminal has it in several."""
         if not self.main:
             return
-        line = redacted_text(line)
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        line, width = redacted_text(line), columns()
+        if width is not None:
+            line = "\n".join(part for own in line.split("\n") for part in wrapped(own, width))
+        say_line(line)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a step."""
@@ -54,9 +51,11 @@ class Console:
             return
         for key, form in _SHOWN.items():
             if key in values and not (key == "loss_scale" and values[key] == 1):
-                self._shown[key.replace("_", " ")] = form.format(values[key])
+                value = values[key]
+                told = percent(value) if key == "accuracy" else form.format(value)
+                self._shown[key.replace("_", " ")] = told
         if self._bar is not None:
-            self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.set_postfix(self._fitting, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             numbers = ", ".join(f"{key} {value}" for key, value in self._shown.items())
@@ -67,7 +66,31 @@ class Console:
         if self._bar is not None:
             self._bar.close()
 
+    @property
+    def _fitting(self) -> dict[str, str]:
+        """The numbers that there is room for beside the bar, none of them cut short."""
+        room = (columns() or 0) - _BESIDES - 2 * len(str(self._steps))
+        found: dict[str, str] = {}
+        for key in sorted(self._shown, key=lambda key: key in _LEAST):
+            room -= len(f", {key}={self._shown[key]}")
+            if room < 0:
+                break
+            found[key] = self._shown[key]
+        return found
+
     def _left(self, step: int) -> str:
         per_step = (time.monotonic() - self._started) / max(step - self._first, 1)
-        minutes, seconds = divmod(round(per_step * (self._steps - step)), 60)
-        return f"{minutes}:{seconds:02d}"
+        return duration(round(per_step * (self._steps - step)))
+
+
+def wrapped(line: str, width: int, indent: int = 2) -> list[str]:
+    """A line in parts of at most so many columns; a word, such as a path, stays whole."""
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(
+        line,
+        max(width, indent + 20),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -19,11 +19,9 @@ _PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "transformers")
 
 def environment(sharding: Sharding | None) -> dict[str, object]:
     """Settings by name, beside those of the config. Collective: every rank must call."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    places = gathered((socket.gethostname(), device))
     found: dict[str, object] = {
         "world_size": world_size(),
-        "hosts": _hosts(places),
+        "hosts": _hosts(places()),
         "python": platform.python_version(),
         "hpdist": hpdist.__version__,
         **{package: version for package in _PACKAGES if (version := _version(package))},
@@ -41,6 +39,12 @@ def environment(sharding: Sharding | None) -> dict[str, object]:
         "accumulation": sharding.accumulation,
     }
     return found | sharded
+
+
+def places() -> list[tuple[str, str]]:
+    """Every rank's host and device. Collective: every rank must call."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return gathered((socket.gethostname(), device))
 
 
 def _hosts(places: list[tuple[str, str]]) -> str:

@@ -16,6 +16,9 @@ from hpdist.tracking.run_lock import OWNER
 CHANGES = "config_changes.jsonl"
 """Settings that a run went on with, and from which step on."""
 
+LAUNCH = ".launch.json"
+"""Of a run that was given no name: the launcher, whose restarts go on with it."""
+
 
 class RunFolder:
     """The files of one run. Only the main process writes; every write is whole or not at all."""
@@ -42,10 +45,12 @@ class RunFolder:
             raise self._unwritable(error) from error
 
     def is_empty(self) -> bool:
-        """Whether nothing is there yet, but for the mark of who owns the folder."""
+        """Whether nothing is there yet, but for the marks of who owns the folder."""
         if not self.path.exists():
             return True
-        return self.path.is_dir() and all(found.name == OWNER for found in self.path.iterdir())
+        return self.path.is_dir() and all(
+            found.name in (OWNER, LAUNCH) for found in self.path.iterdir()
+        )
 
     def remove_empty(self) -> None:
         """Remove the folder of a run that has left nothing in it."""

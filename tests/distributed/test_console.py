@@ -61,9 +61,15 @@ def test_a_file_has_plain_lines_of_the_main_process(tmp_path: Path) -> None:
     assert "\r" not in text
     assert "%|" not in text
     steps = re.findall(
-        r"^step (\d+)/6: loss [\d.]+, mask rate [\d.]+, \d+:\d\d left$", text, re.MULTILINE
+        r"^step (\d+)/6: loss [\d.]+, mask rate [\d.]+, [\d.]+ s left$", text, re.MULTILINE
     )
     assert steps == ["2", "4", "6"]
+    for line in (
+        r"batch:      36 rows a step \(12 labelled, 24 unlabelled\), 18 on each of 2 ranks",
+        r"devices:    2 ranks on 1 host: .+",
+        r"model:      mlp, [\d,]+ parameters, all trained",
+    ):
+        assert len(re.findall(f"^{line}$", text, re.MULTILINE)) == 1
     assert len(re.findall(r"^steps +6$", text, re.MULTILINE)) == 1
     assert len(re.findall(r"^run folder +\S+/run$", text, re.MULTILINE)) == 1
     odd = [line for line in text.splitlines() if "UserWarning: this row is odd" in line]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hpdist.errors import ConfigError, HpdistError
 from tests.odd_models import (
@@ -83,15 +84,25 @@ def _on_two_ranks(folder: Path) -> dict[str, Any]:
     alternating = train(Alternating, folder, "alternating", 4, **micro)
     leaving = train(Leaving, folder, "leaving", 4)
     found["shared"] = leaving.step.engine._usage.shared
-    all_made = {"by rank": by_rank, "alternating": alternating, "leaving": leaving}
+    by_rank_zero = train(ByRank, folder, "by-rank-zero", 4, zero={"stage": 1}, **micro)
+    all_made = {
+        "by rank": by_rank,
+        "by rank, ZeRO-1": by_rank_zero,
+        "alternating": alternating,
+        "leaving": leaving,
+    }
     for name, made in all_made.items():
         found[name] = [p.detach() for p in made.step.engine.module.parameters()]
     found["complex"] = train(Complex, folder, "complex", 4).step.teacher.whole()["phase"]
-    try:
-        train(Complex, folder, "complex-zero", 1, zero={"stage": 2})
-    except HpdistError as error:
-        found["refusal"] = f"{type(error).__name__}: {error}"
+    found["refusal of Complex"] = _refused_by_zero(Complex, folder)
+    found["refusal of ByRank"] = _refused_by_zero(ByRank, folder)
     return found
+
+
+def _refused_by_zero(kind: type[nn.Module], folder: Path) -> str:
+    with pytest.raises(HpdistError) as caught:
+        train(kind, folder, f"{kind.__name__}-zero", 1, zero={"stage": 2})
+    return f"{caught.type.__name__}: {caught.value}"
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +163,19 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks(
 def test_what_only_some_ranks_or_steps_reach_is_the_same_on_all_ranks(
     two_ranks: list[dict[str, Any]],
 ) -> None:
-    for name in ("by rank", "alternating", "leaving"):
+    for name in ("by rank", "by rank, ZeRO-1", "alternating", "leaving"):
         for one, other in zip(*(rank[name] for rank in two_ranks), strict=True):
             assert torch.equal(one, other)
     assert [rank["shared"] for rank in two_ranks] == [True, True]
+    for one, other in zip(two_ranks[0]["by rank"], two_ranks[0]["by rank, ZeRO-1"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_zero2_refuses_what_only_some_ranks_reach_by_name(two_ranks: list[dict[str, Any]]) -> None:
+    refusal = two_ranks[0]["refusal of ByRank"]
+    assert refusal.startswith(f"{ConfigError.__name__}: model: in the first step the losses of")
+    assert "reach of_first.bias, of_first.weight, those of others do not" in refusal
+    assert two_ranks[1]["refusal of ByRank"] == refusal
 
 
 def test_complex_weights_train_under_ddp_and_zero_refuses_them_by_name(
@@ -164,6 +184,6 @@ def test_complex_weights_train_under_ddp_and_zero_refuses_them_by_name(
     one = train(Complex, folder, "complex-one", 4).step.teacher.whole()["phase"]
     assert one.imag.abs().min() > 0.1
     torch.testing.assert_close(two_ranks[0]["complex"], one, rtol=1e-4, atol=1e-5)
-    refusal = two_ranks[0]["refusal"]
+    refusal = two_ranks[0]["refusal of Complex"]
     assert refusal.startswith(f"{ConfigError.__name__}: model: phase is complex, which DeepSpeed")
-    assert two_ranks[1]["refusal"] == refusal
+    assert two_ranks[1]["refusal of Complex"] == refusal

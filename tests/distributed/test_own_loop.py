@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,6 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hpdist
+from hpdist.algorithms import Algorithm
+from hpdist.algorithms.flexmatch import FlexMatch
+from hpdist.algorithms.simmatch import SimMatch
+from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.errors import ConfigError, DistributedError
 from tests.ranks import run_ranks
 from tests.recipes import digits, global_batches, make_step, slice_of
@@ -39,9 +45,8 @@ def loop(precision: str) -> tuple[list[float], torch.Tensor, float]:
             outcome = step(labeled, hpdist.UnlabeledBatch(u, u_ids), measure=True)
             losses.append(outcome.metrics["supervised_loss"])
     weights = torch.cat([p.detach().view(-1) for p in step.engine.module.parameters()])
-    with step.teacher.in_student():
-        step.engine.module.eval()
-        logits = step.engine.infer(views.plain(images[1400:]))
+    with step.evaluating() as predict:
+        logits = predict(images[1400:])
     accuracy = (logits.argmax(dim=1) == labels[1400:]).float().mean().item()
     return losses, weights, accuracy
 
@@ -78,6 +83,46 @@ def test_missing_or_indivisible_rows_are_refused() -> None:
         step(labeled)
     with pytest.raises(ConfigError, match="16 labelled rows per rank do not divide into 3"):
         step(labeled, unlabeled)
+
+
+def without_ids(number: int) -> tuple[hpdist.LabeledBatch, hpdist.UnlabeledBatch]:
+    labeled, unlabeled = global_batches(number)
+    valid = torch.arange(len(unlabeled)) % 5 != 0
+    return (
+        hpdist.LabeledBatch(labeled.inputs, labeled.labels),
+        hpdist.UnlabeledBatch(unlabeled.inputs, valid=valid),
+    )
+
+
+def test_rows_need_no_ids_where_no_algorithm_remembers_them() -> None:
+    curves = []
+    for with_ids in (True, False):
+        step = make_step("freematch", micro_batches=2)
+        curves.append([])
+        for number in range(2):
+            labeled, unlabeled = without_ids(number)
+            if with_ids:
+                labeled = replace(labeled, ids=torch.arange(len(labeled)))
+                unlabeled = replace(unlabeled, ids=torch.arange(len(unlabeled)))
+            curves[-1].append(step(labeled, unlabeled, measure=True).metrics["loss"])
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (FlexMatch(10), r"remembers unlabelled rows .*hpdist.UnlabeledBatch\(…, ids=…\)"),
+        (TemporalEnsembling(10), "remembers unlabelled rows"),
+        (SimMatch(10, bank=64), r"remembers labelled rows .*hpdist.LabeledBatch\("),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_an_algorithm_that_remembers_rows_asks_for_their_ids(
+    algorithm: Algorithm, message: str
+) -> None:
+    step = make_step(algorithm)
+    with pytest.raises(ConfigError, match=message):
+        step(*without_ids(0))
 
 
 def collectives() -> dict[str, list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -131,3 +133,12 @@ def test_a_batch_norm_that_computes_something_else_is_refused() -> None:
     assert isinstance(global_batch_norm(nn.SyncBatchNorm(4)), GlobalBatchNorm)
     with pytest.raises(ConfigError, match=r"Scaled is a BatchNorm with a forward of its own"):
         global_batch_norm(nn.Sequential(Scaled(4)))
+
+
+def test_the_compiler_leaves_out_what_is_remembered() -> None:
+    _, ours = pair()
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), pickle.loads(pickle.dumps(ours)))
+    explained = torch._dynamo.explain(model)(rows())
+    assert any("disable" in found.reason for found in explained.break_reasons)
+    (norm,) = batch_norms(model)
+    assert len(norm._seen) == 1

@@ -153,7 +153,7 @@ def test_who_waits_says_for_whom_and_goes_on_when_that_dies(
     holder.kill()
     waiter.join(30)
     assert held.is_set()
-    told = rf"waiting for process {holder.pid} on \S+, which has compiled an_operator for \d+ s"
+    told = rf"waiting for process {holder.pid} on \S+, which has been compiling an_op"
     assert re.match(told, said[0])
     assert len(said) == 1
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,15 @@ def test_a_warning_says_whose_it_is(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", ranks)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stderr.startswith(told)
+
+
+def test_a_warning_of_hpdists_own_is_its_sentence(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    cli._begin_warnings()
+    told = warnings.formatwarning
+    assert told("look for a detach()", UserWarning, cli.__file__, 1) == (
+        "warning: look for a detach()\n"
+    )
+    assert "DeprecationWarning: soon gone" in told("soon gone", DeprecationWarning, cli.__file__, 1)
+    assert "UserWarning: not ours" in told("not ours", UserWarning, "elsewhere.py", 1)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -34,8 +34,11 @@ from hpdist.data.splits import check_known, names_in, spelled_out
 from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
+from hpdist.progress import working
 
 _VERSION = 4  # of the cache's format
+T = TypeVar("T")
+
 _REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
 _ARRAYS = ("file", "number", "first", "rows", "start", "size")
@@ -179,31 +182,49 @@ def _whole(
     pool: ThreadPoolExecutor,
     folders: Partitions,
 ) -> Index:
-    versions = list(pool.map(requests.version, paths))
+    versions = _asked(pool, f"finding the files of {requests.name}", requests.version, paths)
     cache = _cache_file(paths, versions, folders)
     kept = _load(cache, paths)
     if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
         return dataclasses.replace(kept, folders=folders)
-    schema = folders.added(_first_schema(paths, versions, requests))
+    found, read = _first_schema(paths, versions, requests)
+    schema = folders.added(found)
     chosen = _chosen(columns, schema)
 
     def footer(path: str, version: FileVersion) -> Footer:
-        return Footer.of(*requests.metadata(path, version), chosen)
+        known = read.pop(path, None) or requests.metadata(path, version)
+        return Footer.of(*known, chosen)
 
-    footers = list(pool.map(footer, paths, versions))
+    footers = _asked(pool, f"reading the footers of {requests.name}", footer, paths, versions)
     whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
     _keep(cache, whole)
     return whole
 
 
+def _asked(
+    pool: ThreadPoolExecutor, what: str, function: Callable[..., T], *arguments: Sequence[Any]
+) -> list[T]:
+    """What a function gives for every file, side by side; shown to be at work."""
+    found = []
+    with working(what, len(arguments[0]), "files") as work:
+        for value in pool.map(function, *arguments):
+            found.append(value)
+            work.add(1)
+    return found
+
+
 def _first_schema(
     paths: Sequence[str], versions: Sequence[FileVersion], requests: Requests
-) -> pa.Schema:
-    """The schema of the first file with rows: who writes none may not know their types."""
+) -> tuple[pa.Schema, dict[str, tuple[str, Any]]]:
+    """The schema of the first file with rows: who writes none may not know their types.
+
+    Also gives the footers that were read for it.
+    """
+    read = {}
     for path, version in zip(paths, versions, strict=True):
-        _, metadata = requests.metadata(path, version)
+        _, metadata = read[path] = requests.metadata(path, version)
         if metadata.num_rows:
-            return plain_schema(metadata.schema.to_arrow_schema())
+            return plain_schema(metadata.schema.to_arrow_schema()), read
     files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
     raise DataError(f"{requests.name}: holds no rows; its {files} empty")
 

@@ -98,5 +98,5 @@ class TableReader:
         except Exception as error:
             cause = " ".join(str(error).split())
             raise DataError(
-                f"{self._name}: cannot read {describe_rows(self._dataset, ids)}: {cause}"
+                f"{self._name}: cannot read {describe_rows(self._dataset, ids.tolist())}: {cause}"
             ) from error
