@@ -70,10 +70,7 @@ def _spec(config: RunConfig, labeled: LabeledRows, categories: Categories | None
     limits = limits_of(config.data.loading)
     if isinstance(views, AudioViewsConfig):
         views.sampling.require()
-        spec, first = InputSpec.of_audio(views.sampling, views.seen), labeled.chosen[:1]
-        spec = replace(spec, limits=limits)
-        spec.decode_rows(labeled.read_split(first), first, labeled.name, labeled.describe)
-        return spec
+        return replace(InputSpec.of_audio(views.sampling, views.seen), limits=limits)
     if not isinstance(views, TextViewsConfig):
         size, missing = (getattr(views, key, None) for key in ("size", "missing"))
         return input_spec(

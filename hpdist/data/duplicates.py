@@ -25,7 +25,7 @@ from hpdist.data.decode import Array, Column, Unreadable, stored_inputs
 from hpdist.data.files import is_remote
 from hpdist.data.loading import one_line
 from hpdist.data.named_files import NamedFile, named
-from hpdist.data.rows import describe_row
+from hpdist.data.rows import describe_row, describe_rows
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.reader import Rows
 from hpdist.data.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, row_count
@@ -276,7 +276,7 @@ def _of_table(rows: LabeledRows | UnlabeledTable) -> Iterator[tuple[list[Any], l
             table = rows.dataset[slice(first, last + 1) if together else ids.tolist()]
         except Exception as error:
             raise DataError(
-                f"{rows.name}: cannot read rows {ids[:3].tolist()}…: {one_line(error)}"
+                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids.tolist())}: {one_line(error)}"
             ) from error
         read = Rows(table, ids, np.zeros_like(ids))
         yield _picked(rows, read, np.ones(len(ids), bool))

@@ -9,6 +9,7 @@ import numpy as np
 
 from hpdist.data.decode import Array, InputSpec
 from hpdist.data.loading import one_line
+from hpdist.data.rows import describe_rows
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.unlabeled import AnyUnlabeled, MixedRows
 from hpdist.errors import DataError
@@ -41,7 +42,7 @@ def _usable(rows: UnlabeledTable, spec: InputSpec) -> Iterator[Array]:
             found = rows.functions.values(rows.dataset[ids])
         except OSError as error:
             raise DataError(
-                f"{rows.name}: cannot read rows {ids[:3]}…: {one_line(error)}"
+                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids)}: {one_line(error)}"
             ) from error
         out: Array = np.empty((len(ids), *spec.shape), np.float32)
         unusable = [*spec.decode_array(found.values, out), *found.left_out]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -41,11 +41,24 @@ def describe_row(table: Any, row: int) -> str:
     path = row_file(table, row)
     if path is not None:
         return f"row {row} ({redacted(path)})"
+    place = _place(table, row)
+    return f"row {row}" if place is None else f"row {row} ({place})"
+
+
+def describe_rows(table: Any, rows: Sequence[int]) -> str:
+    """Say which rows cannot be read, with the file of the first one; nothing is read for it."""
+    named = f"rows {[int(row) for row in rows[:3]]}…"
+    place = _place(table, int(rows[0])) if len(rows) else None
+    return named if place is None else f"{named} (the first: {place})"
+
+
+def _place(table: Any, row: int) -> str | None:
+    """Where a row of a table lies that was joined from files: the file, and which row of it."""
     if table not in _files:
-        return f"row {row}"
+        return None
     paths, ends = _files[table]
     number = bisect.bisect_right(ends, row)
-    return f"row {row} ({paths[number]}, row {row - (ends[number - 1] if number else 0)})"
+    return f"{paths[number]}, row {row - (ends[number - 1] if number else 0)}"
 
 
 def row_file(table: Any, row: int) -> str | None:

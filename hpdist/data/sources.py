@@ -40,7 +40,7 @@ from hpdist.data.loading import (
     same_column,
 )
 from hpdist.data.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
-from hpdist.data.rows import describe_row
+from hpdist.data.rows import describe_row, describe_rows
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
@@ -86,7 +86,8 @@ class TableRows:
             return named(stored_inputs(self.dataset[indices], self.column), self.rule)
         except Exception as error:
             raise DataError(
-                f"{self.name}: cannot read rows {indices[:3]}…: {one_line(error)}"
+                f"{self.name}: cannot read {describe_rows(self.dataset, indices)}: "
+                f"{one_line(error)}"
             ) from error
 
 
@@ -303,25 +304,29 @@ def input_spec(
     categories: Categories | None = None,
     limits: Limits = USUAL_LIMITS,
 ) -> InputSpec:
-    """Derive how inputs are decoded from the first labelled row in use.
+    """Derive how inputs are decoded from the first labelled row in use that can be.
 
     `size` resizes every image to size x size; `missing` lets vectors hold NaN; `mode` is what
     images become (L, RGB or RGBA), by default what that row's is; `categories` are those of columns
-    that hold no numbers. Raises DataError when that row is no image or array.
+    that hold no numbers. Raises DataError when none of the first rows is an image or array.
     """
     names = () if isinstance(rows.column, str) else rows.column
-    first = int(rows.ids[0])
-    try:
-        spec = InputSpec.of(rows.read_split([first])[0], size, mode, limits)
+    first_error: Exception | None = None
+    for row in rows.ids[:_LOOKED_AT].tolist():
+        try:
+            spec = InputSpec.of(rows.read_split([row])[0], size, mode, limits)
+        except Exception as error:  # image libraries raise nearly everything on a damaged file
+            first_error = first_error or error
+            continue
         if categories is not None:
             spec = with_categories(spec, categories)
             names = categories.features
         return replace(spec, missing=missing, names=names, limits=limits)
-    except Exception as error:  # image libraries raise nearly everything on a damaged file
-        raise DataError(
-            f"{rows.name}: {rows.describe(first)}, column {rows.column!r}, tells no input shape: "
-            f"{one_line(error)}"
-        ) from error
+    assert first_error is not None
+    raise DataError(
+        f"{rows.name}: {rows.describe(int(rows.ids[0]))}, column {rows.column!r}, tells no input "
+        f"shape: {one_line(first_error)}"
+    ) from first_error
 
 
 def with_categories(spec: InputSpec, categories: Categories) -> InputSpec:

@@ -39,7 +39,7 @@ from hpdist.data.named_files import NOTHING, PathRule
 from hpdist.data.options import dialect_hint
 from hpdist.data.own_files import path_rule
 from hpdist.data.partitions import partitions
-from hpdist.data.rows import describe_row
+from hpdist.data.rows import describe_row, describe_rows
 from hpdist.data.saved import is_saved
 from hpdist.data.sources import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values, row_functions
@@ -408,7 +408,8 @@ def _open_unlabeled_table(
         found = functions.values(view[first]).values
         check_fit(found, spec, name, lambda line: describe_row(view, first[line]))
     except OSError as error:
-        raise DataError(f"{name}: cannot read rows {first[:3]}…: {one_line(error)}") from error
+        unread = describe_rows(view, first)
+        raise DataError(f"{name}: cannot read {unread}: {one_line(error)}") from error
     return rows
 
 

@@ -1,12 +1,15 @@
 """What a config leaves open of views and columns follows from the labelled rows, and is said."""
 
+import collections
 import datetime
 import io
+import itertools
 import json
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -175,6 +178,47 @@ def test_categories_are_features_and_what_is_none_of_them_is_zero():
         found.check(turned.features, ("age", "city", "kind"), "data.test")
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_files_and_streams_become_the_same_features(tmp_path, kind, streaming):
+    rows = people(24, ("Rome", "Ulm"))
+    rows.to_csv(str(tmp_path / "labeled.csv"))
+    more = people(30, ("Ulm", "Bern", None), 1).remove_columns("label")
+    if kind == "csv":
+        more.to_csv(str(tmp_path / "more.csv"))
+    else:  # as pandas writes a column of categories
+        stored = more.data.table
+        coded = stored.column("city").combine_chunks().dictionary_encode()
+        stored = stored.set_column(stored.column_names.index("city"), "city", coded)
+        pq.write_table(stored, tmp_path / "more.parquet")
+    run = Trainer(
+        "mlp",
+        {"name": "fixmatch"},
+        labeled={"path": str(tmp_path / "labeled.csv")},
+        unlabeled={
+            "path": str(tmp_path / f"more.{kind}"),
+            "streaming": streaming,
+            "map": "python:tests.unit.test_inferred_inputs:older",
+        },
+        batch={"labeled": 4, "unlabeled": 30},
+        run={"dir": str(tmp_path), "name": "run"},
+        tracker="none",
+        steps=1,
+    )
+    known = ["Rome", "Ulm"] if streaming else ["Bern", "Rome", "Ulm"]
+    assert run.data.spec.names == ("age", *(f"city={name}" for name in known), "member")
+    _, batch = run.data.next()
+    for row, found in zip(batch.ids.tolist(), batch.inputs.tolist(), strict=True):
+        one = more[row]
+        city = [float(one["city"] == name) for name in known]
+        assert found == pytest.approx([one["age"] + 1, *city, float(one["member"])])
+    run.close()
+
+
+def older(row):
+    return row | {"age": row["age"] + 1}
+
+
 def test_the_strong_view_replaces_the_features_of_one_column_together():
     groups = (0, 1, 1, 1, 2)
     kinds = np.eye(3, dtype=np.float32)[np.arange(64) % 3]
@@ -248,7 +292,9 @@ def test_a_table_of_numbers_and_categories_trains_and_goes_on(tmp_path, capfd):
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
     assert list(changes(tmp_path / "run")) == ["steps"]
     with pytest.raises(DataError, match="the data is not that of the saved run"):
-        run_of_people(tmp_path, 6, unlabeled=("Ulm", "Zug"))  # and no other size of the model
+        run_of_people(
+            tmp_path, 6, unlabeled=("Ulm", "Zug", "Brig")
+        )  # and no other size of the model
 
 
 def test_a_folder_of_sound_files_trains_by_itself(tmp_path, capfd):
@@ -304,12 +350,12 @@ def picture_run(tmp_path, path, steps=1, **settings):
 
 
 def test_labelled_rows_that_cannot_be_decoded_are_all_named_before_the_training(tmp_path):
-    path = pictures(tmp_path / "pictures", broken=("cat/1", "dog/0"))
+    path = pictures(tmp_path / "pictures", broken=("cat/0", "dog/0"))
     with pytest.raises(DataError) as caught:
         picture_run(tmp_path, path)
     said = str(caught.value)
-    assert "2 labelled rows cannot be decoded: row 1 (" in said
-    assert "cat/1.png) of class 'cat': " in said
+    assert "2 labelled rows cannot be decoded: row 0 (" in said
+    assert "cat/0.png) of class 'cat': " in said
     assert "dog/0.png) of class 'dog': " in said
     assert "mend them, or leave them out" in said
 
@@ -337,16 +383,12 @@ def test_both_ranks_refuse_the_rows_that_either_of_them_finds(tmp_path):
     assert "dog/2.png) of class 'dog'" in said[0]
 
 
-def consume(run):
-    for _ in range(3):
-        run.data.next()
-
-
 def test_unlooked_labelled_rows_are_said(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("hpdist.run_looks.MOST_LABELED", 2)
     path = pictures(tmp_path / "pictures", broken=("dog/2",))
     run = picture_run(tmp_path, path)
     assert "4 of 6 rows were not looked at before the training" in "".join(capfd.readouterr())
+    stream = iter(run.data.labeled_stream)
     with pytest.raises(DataError, match=r"row 5 \(.*dog/2\.png\) cannot be decoded"):
-        consume(run)
+        collections.deque(itertools.islice(stream, 3))
     run.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.data.decode import Array
-from hpdist.data.rows import describe_row
+from hpdist.data.rows import describe_row, describe_rows
 from hpdist.data.stream.permute import Int64Array, permuted
 from hpdist.data.stream.reader import Rows
 from hpdist.errors import DataError
@@ -98,5 +98,5 @@ class TableReader:
         except Exception as error:
             cause = " ".join(str(error).split())
             raise DataError(
-                f"{self._name}: cannot read rows {ids[:3].tolist()}…: {cause}"
+                f"{self._name}: cannot read {describe_rows(self._dataset, ids.tolist())}: {cause}"
             ) from error
