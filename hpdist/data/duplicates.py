@@ -100,15 +100,15 @@ class _Found:
 
     def look(self, digests: Array) -> list[tuple[int, int]]:
         """Look for rows; return some to be named, each a line of these and its held-out row."""
-        named = []
+        new: list[tuple[int, int]] = []
         first = np.searchsorted(self._known.digest, digests, "left")
         last = np.searchsorted(self._known.digest, digests, "right")
         for line in np.flatnonzero(first < last).tolist():
             same = slice(first[line], last[line])
-            if len(self.pairs) + len(named) < _NAMED and not self._found[same].all():
-                named.append((line, int(self._known.row[same][0])))
+            if len(self.pairs) + len(new) < _NAMED and not self._found[same].all():
+                new.append((line, int(self._known.row[same][0])))
             self._found[same] = True
-        return named
+        return new
 
 
 class _UncomparedError(Exception):

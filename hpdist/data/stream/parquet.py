@@ -237,7 +237,8 @@ class ParquetReader:
                     opened.cancel()
 
     def _read_window(self, window: Window) -> _Read:
-        tables, ids, numbers, reasons = [], [], [], []
+        tables, ids, numbers = [], [], []
+        reasons: list[str] = []
         for segment in window.segments:
             table, reason = self._read_segment(segment)
             tables.append(table)
