@@ -103,8 +103,8 @@ def convert(
     and DataError for rows that cannot be read.
     """
     _check_folder(folder)
-    stream, files = load_files(config, where, streaming=True)
-    rule = path_rule(config, loading, given=False, files=files)
+    stream, found = load_files(config, where, streaming=True)
+    rule = path_rule(config, loading, given=False, files=found)
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
     features = _features(view, name)

@@ -102,15 +102,15 @@ class _Found:
 
     def look(self, digests: Array) -> list[tuple[int, int]]:
         """Look for rows; return some to be named, each a line of these and its held-out row."""
-        chosen: list[tuple[int, int]] = []
+        new: list[tuple[int, int]] = []
         first = np.searchsorted(self._known.digest, digests, "left")
         last = np.searchsorted(self._known.digest, digests, "right")
         for line in np.flatnonzero(first < last).tolist():
             same = slice(first[line], last[line])
-            if len(self.pairs) + len(chosen) < _NAMED and not self._found[same].all():
-                chosen.append((line, int(self._known.row[same][0])))
+            if len(self.pairs) + len(new) < _NAMED and not self._found[same].all():
+                new.append((line, int(self._known.row[same][0])))
             self._found[same] = True
-        return chosen
+        return new
 
 
 class _UncomparedError(Exception):
@@ -276,7 +276,8 @@ def _of_table(rows: LabeledRows | UnlabeledTable) -> Iterator[tuple[list[Any], l
             table = rows.dataset[slice(first, last + 1) if together else ids.tolist()]
         except Exception as error:
             raise DataError(
-                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids.tolist())}: {one_line(error)}"
+                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids.tolist())}: "
+                f"{one_line(error)}"
             ) from error
         read = Rows(table, ids, np.zeros_like(ids))
         yield _picked(rows, read, np.ones(len(ids), bool))

@@ -225,7 +225,7 @@ def test_a_refusal_is_final(server, status):
 
 
 @pytest.mark.parametrize(
-    "target", ["file:///etc/passwd", "ftp://127.0.0.1/a", "hf://a/b", "gopher:x", "http://[1"]
+    "target", ["file:///etc/passwd", "ftp://127.0.0.1/a", "hf://a/b", "gopher:x"]
 )
 def test_a_redirect_off_the_web_is_final(server, target):
     server.fail(302, path=NAME, headers={"Location": target})
