@@ -227,7 +227,8 @@ def _of_table(rows: LabeledRows | UnlabeledTable) -> Iterator[tuple[list[Any], l
             table = rows.dataset[slice(first, last + 1) if together else ids.tolist()]
         except Exception as error:
             raise DataError(
-                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids.tolist())}: {one_line(error)}"
+                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids.tolist())}: "
+                f"{one_line(error)}"
             ) from error
         read = Rows(table, ids, np.zeros_like(ids))
         yield _picked(rows, read, np.ones(len(ids), bool))
