@@ -278,7 +278,7 @@ def test_a_table_of_numbers_and_categories_trains_and_goes_on(tmp_path, capfd):
     whole = run_of_people(tmp_path, 4, name="whole")
     said = capfd.readouterr()
     said = said.out + said.err
-    assert "input: table, the columns age, city, member of data.labeled" in said
+    assert "table, the columns age, city, member of data.labeled" in said
     assert "as of an id: id;" in said
     assert "a 0 or 1 for every category of city (3); 5 features in all" in said
     assert "column 'city' has no value in 3 rows and values that no training row has (Lima)" in said
