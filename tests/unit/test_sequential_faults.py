@@ -42,8 +42,8 @@ def test_a_source_that_fails_is_named_with_the_last_row_read_and_no_secret():
         with pytest.raises(DataError) as caught:
             failing.read(20, 5, 0, 5)
     assert str(caught.value) == (
-        "data.unlabeled (tar, data_files 'https://host/a'): reading failed after row 19 of epoch "
-        "0, in the next 10 rows: OSError: GET https://host/a.tar failed"
+        "data.unlabeled (tar, data_files 'https://host/a?REDACTED'): reading failed after row 19 "
+        "of epoch 0, in the next 10 rows: OSError: GET https://REDACTED@host/a.tar?REDACTED failed"
     )
     failing.close()
 

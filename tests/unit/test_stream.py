@@ -388,7 +388,9 @@ def test_datasets_still_loses_rows_between_two_readers():
 
 def test_close_and_collection_end_the_thread():
     def alive():
-        return [t for t in threading.enumerate() if t.name.startswith("hpdist-")]
+        # Not those of trainers that other tests have left open, which hold their run folders.
+        ours = ("hpdist-data", "hpdist-parquet")
+        return [t for t in threading.enumerate() if t.name.startswith(ours)]
 
     stream = BatchStream(unlabeled("table"), BATCH, 0, 1, 0, SPEC)
     next(stream)
