@@ -227,7 +227,8 @@ def test_a_refusal_is_final(server, status):
 @pytest.mark.parametrize(
     "target", ["file:///etc/passwd", "ftp://127.0.0.1/a", "hf://a/b", "gopher:x"]
 )
-def test_a_redirect_off_the_web_is_final(server, target):
+def test_a_redirect_off_the_web_is_final(server, target, inject):
+    fault = inject("a server: a redirect to what is no web address")
     server.fail(302, path=NAME, headers={"Location": target})
     before = time.monotonic()
     for ask in (lambda: stat(server.url(NAME), Retry(60)), lambda: read(server, retry=Retry(60))):
@@ -235,6 +236,7 @@ def test_a_redirect_off_the_web_is_final(server, target):
             ask()
     assert time.monotonic() - before < 30  # and not the patience
     assert server.requests[NAME] == 2
+    fault.survived()
 
 
 def test_a_redirect_in_circles_is_final(server):

@@ -139,7 +139,7 @@ def test_rows_of_a_damaged_row_group_are_named_as_they_are_asked_for(tmp_path: P
         rows = [opened.read(at, 8, 0, 8) for at in range(0, 80, 8)]
     opened.close()
     assert peak.rise < 100  # a dictionary of the rows alone has more
-    assert sum(len(part.unread) for part in rows) >= 75
+    assert sum(len(part.unread) for part in rows) >= 75  # of 80; the other group is whole
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

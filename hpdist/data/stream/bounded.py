@@ -92,6 +92,8 @@ def _reader(source: Any) -> Callable[[int, int], bytes]:
             source.seek(start)
             return source.read(end - start)
         data: bytes = source.read_at(end - start, start)
+        if len(data) < end - start:  # it was cut off since it was opened
+            raise OSError(f"File too short: {len(data)} bytes of {end - start} at {start}")
         return data
 
     return read
