@@ -6,7 +6,6 @@ Arrow cannot take rows from all of those, nor does `datasets` know each of them.
 
 from __future__ import annotations
 
-import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
 
@@ -40,33 +39,6 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 def plain_schema(schema: pa.Schema) -> pa.Schema:
     """Give the same columns in plain types; what the schema's metadata says is kept."""
     return pa.schema([_plain_field(field) for field in schema], schema.metadata)
-
-
-def known_features(schema: pa.Schema) -> datasets.Features:
-    """Give the features of a file's columns, without those that `datasets` has no type for.
-
-    Maps are such a type. What is left out is in `unknown_columns`.
-    """
-    plain = plain_schema(schema)
-    unknown = unknown_columns(plain)
-    if unknown:  # what the metadata says is of a set that `datasets` wrote, which has none
-        plain = pa.schema([field for field in plain if field.name not in unknown])
-    return datasets.Features.from_arrow_schema(plain)
-
-
-def unknown_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
-    """Give the columns of types that `datasets` has no equivalent of."""
-    if _is_known(schema):
-        return {}
-    return {field.name: field.type for field in schema if not _is_known(pa.schema([field]))}
-
-
-def _is_known(schema: pa.Schema) -> bool:
-    try:
-        datasets.Features.from_arrow_schema(schema)
-    except (ValueError, TypeError, pa.ArrowException):
-        return False
-    return True
 
 
 def plain_table(table: pa.Table) -> pa.Table:

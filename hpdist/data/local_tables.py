@@ -18,9 +18,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from hpdist.data.arrow_types import known_features, plain_schema, unknown_columns
+from hpdist.data.arrow_types import plain_schema
 from hpdist.data.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
 from hpdist.data.columns import Columns, common
+from hpdist.data.known_types import known_features, unknown_columns
 from hpdist.data.local_files import FOLDERS, LocalFiles
 from hpdist.data.options import dialect_hint
 from hpdist.data.partitions import Partitions, partitions

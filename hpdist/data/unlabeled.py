@@ -15,10 +15,10 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.arrow_types import known_features
 from hpdist.data.decode import Column, InputSpec
 from hpdist.data.files import Retry
 from hpdist.data.first_rows import TRIED, check_fit, check_parquet_fit
+from hpdist.data.known_types import known_features
 from hpdist.data.loading import (
     check_dialect,
     check_order,
