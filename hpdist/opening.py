@@ -152,7 +152,7 @@ def _evaluation(config: RunConfig) -> str:
 def _checkpoints(config: Checkpoint) -> str:
     due = [] if config.every is None else [counted(config.every, "step")]
     if config.minutes is not None:
-        due.append(duration(60 * config.minutes))
+        due.append(f"{config.minutes:g} min")
     when = f"every {' or '.join(due)}, and after the last step" if due else "after the last step"
     return f"{when}; the newest {config.keep} are kept"
 

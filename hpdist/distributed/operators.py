@@ -6,6 +6,7 @@ Only the `zero` modules and this one know DeepSpeed.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sysconfig
 import threading
@@ -121,7 +122,7 @@ class _Build:
             self._tell()
         start = time.monotonic()
         try:
-            with _own_ninja():
+            with _own_ninja(), _quoted_libraries():
                 self._builder.load(verbose=False)
         except Exception as error:  # of ninja, the compiler or the loader
             raise ConfigError(_why_not_compiled(self._builder.name, self._folder, error)) from error
@@ -161,6 +162,22 @@ def _own_ninja() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = before
+
+
+@contextmanager
+def _quoted_libraries() -> Iterator[None]:
+    """Have PyTorch hand the linker its folder of libraries in quotes, as it does with headers.
+
+    Else nothing links where the environment lies in a folder with a space in its name.
+    """
+    from torch.utils import cpp_extension
+
+    plain = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain).replace("$", "$$")  # ninja's own mark
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = plain
 
 
 def _why_not_compiled(name: str, folder: Path, error: Exception) -> str:

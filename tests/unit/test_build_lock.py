@@ -19,6 +19,7 @@ from torch.utils.file_baton import FileBaton
 
 from hpdist import cli
 from hpdist.distributed import build_lock as locks
+from hpdist.distributed import operators
 from hpdist.distributed.build_lock import build_lock, in_use, left_lock, working_in
 from hpdist.distributed.operators import prepare_operators
 from hpdist.errors import ConfigError
@@ -297,3 +298,16 @@ def test_preflight_reports_a_lock_that_was_left(tmp_path: Path, monkeypatch: Any
     assert finding.told.startswith(f"n0: {lock} was left by a start that was killed")
     assert lock.exists()
     assert _builds([{"host": "n1", "builds": []}]).verdict == "ok"
+
+
+def test_an_environment_in_a_folder_with_a_space_can_be_linked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch quotes the folders of headers, and not that of its libraries."""
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", "/my [own] $et/lib")
+    with operators._quoted_libraries():
+        flags = cpp_extension._prepare_ldflags([], False, False, False, False)
+    assert flags[0] == "-L'/my [own] $$et/lib'"
+    assert cpp_extension.TORCH_LIB_PATH == "/my [own] $et/lib"

@@ -42,8 +42,7 @@ def test_settings_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         "in 4 micro-batches of 32",
         "precision": "bf16, ZeRO stage 3, offloaded to the CPU, activation checkpointing",
         "evaluation": "data.validation every 500 steps, data.validation and data.test at the end",
-        "checkpoint": "every 100 steps or 1 h 30 min, and after the last step; the newest 2 are "
-        "kept",
+        "checkpoint": "every 100 steps or 90 min, and after the last step; the newest 2 are kept",
         "tracker": "wandb, offline",
         "run folder": "a new one in runs, as there is no run.name",
     }
@@ -52,7 +51,7 @@ def test_settings_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["batch"] == "64 rows a step (all labelled)"
     assert found["precision"] == "fp32, not sharded"
     assert found["evaluation"] == "data.test at the end"
-    assert found["checkpoint"].startswith("every 15 min 00 s, and after the last step")
+    assert found["checkpoint"].startswith("every 15 min, and after the last step")
     found = entries(files=False, checkpoint={"minutes": None})
     assert found["evaluation"] == "none: there is neither data.test nor data.validation"
     assert found["run folder"] == "none: nothing is written"
