@@ -317,6 +317,11 @@ class RunConfig(Section):
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    find_unused_parameters: bool = False
+    """Have DDP itself look, before every backward, for parameters that it will not reach.
+
+    Nothing needs it: what a step does not reach is found after the backward, at no such cost.
+    """
     optim: Annotated[Optim, ByName()] = Optim()
     schedule: Annotated[Schedule, ByName()] = Schedule()
     steps: int = Field(gt=0)

@@ -71,6 +71,8 @@ class Sharding:
     """What of it DeepSpeed is to see, the base of the run's own."""
     compile: Mapping[str, Any] | None = None
     """The arguments of `torch.compile`; None where the model is not compiled."""
+    find_unused: bool = False
+    """Whether DDP looks for parameters that a backward will not reach."""
     asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
     """The micro-batches of a step that the launcher wants, and where it says so."""
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -103,12 +105,18 @@ def resolve(config: RunConfig) -> Sharding:
         loss_scale=config.loss_scale,
         deepspeed=path,
         compile=_compilation(launcher, config),
+        find_unused=config.find_unused_parameters,
         asked_accumulation=launcher.get("accumulation"),
         notes=tuple(notes),
         patience=config.watchdog.seconds,
     )
     _check_precision(sharding.precision)
     _check_zero(sharding)
+    if sharding.find_unused and sharding.stage is not None:
+        raise ConfigError(
+            f"find_unused_parameters: DDP's, but zero.stage is {sharding.stage}; leave it out: "
+            "what a step does not reach is found without it"
+        )
     return sharding if path is None else _with_file(sharding, config, path)
 
 
@@ -173,7 +181,11 @@ def make_accelerator(sharding: Sharding) -> Accelerator:
     # Our buffers are the same on every rank already. The option's new name is not in every torch.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     handlers: list[Any] = [
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=sharding.find_unused,
+        )
     ]
     if "LOCAL_RANK" in os.environ:
         # Without a named backend every CPU rank under DeepSpeed believes that it is rank 0 of 1.

@@ -76,6 +76,9 @@ def _on_two_ranks(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"differing": _resumed(folder, DDP | ZERO)}
     micro = {"batch": {"labeled": 4, "unlabeled": 8, "micro": 3}}
     train(Unreached, folder, "ddp-micro", 4, **micro)
+    train(ByRank, folder, "by-rank-found", 4, find_unused_parameters=True)
+    train(ByRank, folder, "by-rank-whole", 4)
+    found["by DDP itself"] = differing(folder, "by-rank-found", "by-rank-whole", 4)
     # From DDP to ZeRO and back, and from ranks that differ in what they reach.
     train(Odd, folder, "moves", 2, optim=ADAMW)
     train(Odd, folder, "moves", 3, optim=ADAMW, zero={"stage": 3})
@@ -187,3 +190,12 @@ def test_complex_weights_train_under_ddp_and_zero_refuses_them_by_name(
     refusal = two_ranks[0]["refusal of Complex"]
     assert refusal.startswith(f"{ConfigError.__name__}: model: phase is complex, which DeepSpeed")
     assert two_ranks[1]["refusal of Complex"] == refusal
+
+
+def test_ddp_may_look_for_unused_parameters_itself(two_ranks: list[dict[str, Any]]) -> None:
+    assert [found["by DDP itself"] for found in two_ranks] == [[], []]
+
+
+def test_under_zero_there_is_no_ddp_to_look_for_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"find_unused_parameters: DDP's, but zero.stage is 2"):
+        train(Odd, tmp_path, "refused", 1, find_unused_parameters=True, zero={"stage": 2})
