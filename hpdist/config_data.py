@@ -192,11 +192,11 @@ class Loading(Section):
     folder or on its own server; any, every regular file and server; or further folders and what
     addresses begin with. Rows of objects that Python gives may name any, unless this is a list."""
     most_bytes: Bytes = 256 * 2**20
-    """Of an encoded image or sound, in a row or in the file that it names: a larger one is bad."""
+    """Most bytes of an encoded image or sound, in a row or in the file that it names."""
     most_pixels: int = Field(50_000_000, ge=1)
-    """Of an encoded image, as its header says: a larger one is a bad row, and is not decoded."""
+    """Most pixels of an encoded image, as its header says; a larger one is a bad row."""
     most_samples: int = Field(100_000_000, ge=1)
-    """Of a sound's part that a row holds, at the file's own rate, over all of its channels."""
+    """Most samples of the sound that a row holds, at the file's own rate, over all channels."""
 
 
 class TaskChoice(Section):

@@ -23,7 +23,7 @@ from hpdist.algorithms.base import Groups, Places
 from hpdist.errors import ConfigError
 
 GroupsOption = Annotated[int, Field(ge=1)] | Literal["auto"]
-"""The same as an option of a config."""
+"""What `groups` may be in a config."""
 ENOUGH_ROWS = 8
 """Rows of each kind that a group has, where nothing forces it to be smaller."""
 _MOST_GROUPS = 8

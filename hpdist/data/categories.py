@@ -39,7 +39,7 @@ class Categories:
     columns: tuple[str, ...]
     """All columns of the input, those of numbers too."""
     names: tuple[tuple[str, ...] | None, ...]
-    """Of each column its categories; None where it holds numbers."""
+    """The categories of each column; None where it holds numbers."""
     declared: tuple[str, ...] = ()
     """Columns whose categories a ClassLabel names: what they store is a category's place."""
 
