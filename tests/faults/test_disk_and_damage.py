@@ -173,7 +173,8 @@ def mount(disk: Path, options: str) -> Iterator[Path]:
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system needs root")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazily: a rank that is about to end may still have a file open there.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture
