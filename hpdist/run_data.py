@@ -136,7 +136,7 @@ class RunData:
         self.labeled: LabeledRows = agreed(lambda: self._open_labeled(settled.opened, saved))
         chosen = [*settled.lines, *self._settle_seconds(recorded)]
         self.spec: InputSpec = agreed(lambda: self._find_spec(recorded))
-        choice = from_main(lambda: self._choose_mode(resumed))
+        choice = from_main(lambda: self._choose_mode(recorded if resumed else None))
         if choice is not None:
             self.spec = with_mode(self.spec, choice.mode)
         if uses_unlabeled and config.data.unlabeled is not None:
@@ -209,9 +209,8 @@ class RunData:
         )
 
     @working("looking at the labelled pictures")
-    def _choose_mode(self, resumed: bool) -> ModeChoice | None:
+    def _choose_mode(self, recorded: Mapping[str, Any] | None) -> ModeChoice | None:
         """Choose the mode of pictures; a run that goes on keeps the one that it had."""
-        recorded = (self.folder.read_json(_INPUTS, is_inputs_record) or {}) if resumed else None
         return choose_mode(self.config, self.labeled, self.spec, recorded)
 
     @working("looking at the other sets' pictures")

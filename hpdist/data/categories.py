@@ -55,13 +55,13 @@ class Categories:
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
-        """Of every feature, which column it comes from."""
+        """Give the column that every feature comes from."""
         sizes = [1 if own is None else len(own) for own in self.names]
         return tuple(number for number, size in enumerate(sizes) for _ in range(size))
 
     @cached_property
     def _places(self) -> tuple[Mapping[Any, int] | None, ...]:
-        """Of each column, the place of every value that may stand in it."""
+        """Give, for each column, the place of every value that may stand in it."""
         pairs = zip(self.columns, self.names, strict=True)
         return tuple(None if own is None else self._index(column, own) for column, own in pairs)
 

@@ -41,11 +41,11 @@ class Limits:
     """The largest inputs that a single row may have; `data.loading` sets them."""
 
     pixels: int = 50_000_000
-    """Of an image, as its header says."""
+    """Most pixels of an image, as its header says."""
     samples: int = 100_000_000
-    """Of the part of a sound that a row holds, over all of its channels."""
+    """Most samples of the sound that a row holds, over all of its channels."""
     bytes: int = 256 * 2**20
-    """Of an encoded image or sound, stored in the row or in a file that it names."""
+    """Most bytes of an encoded image or sound, in the row or in a file that it names."""
 
 
 USUAL_LIMITS = Limits()

@@ -136,17 +136,25 @@ class StoreServer:
                         return {"missing": [key for key in keys if key not in self._values]}
                     return {"values": [_text(self._values[key]) for key in keys]}
                 case "delete":
-                    return {"there": self._values.pop(keys[0], None) is not None}
+                    return {"there": self._drop(keys[0])}
                 case other:
                     raise ValueError(f"no such request: {other}")
         return {}
 
     def _set(self, key: str, value: bytes) -> None:
-        self._bytes += len(key) + len(value) - len(self._values.get(key, b""))
-        if self._bytes > _MOST_BYTES:
+        size = len(key) + len(value)
+        known = self._values.get(key)
+        held = self._bytes - (0 if known is None else len(key) + len(known))
+        if held + size > _MOST_BYTES:
             raise ValueError("the store is full")
-        self._values[key] = value
+        self._values[key], self._bytes = value, held + size
         self._changed.notify_all()
+
+    def _drop(self, key: str) -> bool:
+        value = self._values.pop(key, None)
+        if value is not None:
+            self._bytes -= len(key) + len(value)
+        return value is not None
 
 
 class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
