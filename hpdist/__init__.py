@@ -13,15 +13,15 @@ from hpdist.errors import (
 )
 
 if TYPE_CHECKING:
-    from hpdist.algorithm_state import whole_state
+    from hpdist.train.algorithm_state import whole_state
     from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
-    from hpdist.config import RunConfig
+    from hpdist.train.config import RunConfig
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
     from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, TableViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
-    from hpdist.models.heads import with_heads
-    from hpdist.step import SemiSupervisedStep, StepOutcome
-    from hpdist.trainer import Trainer
+    from hpdist.models.with_heads import with_heads
+    from hpdist.train.step import SemiSupervisedStep, StepOutcome
+    from hpdist.train.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -58,15 +58,15 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "ImageViewsConfig": "hpdist.data.views",
     "LabeledBatch": "hpdist.data.batch",
     "RunConfig": "hpdist.config",
-    "SemiSupervisedStep": "hpdist.step",
-    "StepOutcome": "hpdist.step",
+    "SemiSupervisedStep": "hpdist.train.step",
+    "StepOutcome": "hpdist.train.step",
     "Supervised": "hpdist.algorithms",
     "TableViewsConfig": "hpdist.data.views",
-    "Trainer": "hpdist.trainer",
+    "Trainer": "hpdist.train.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
     "global_batch_norm": "hpdist.distributed.batch_norm",
-    "whole_state": "hpdist.algorithm_state",
-    "with_heads": "hpdist.models.heads",
+    "whole_state": "hpdist.train.algorithm_state",
+    "with_heads": "hpdist.models.with_heads",
 }
 
 

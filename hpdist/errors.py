@@ -12,7 +12,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from hpdist.redaction import redacted_text
+from hpdist.messages.redaction import redacted_text
 
 
 class HpdistError(Exception):

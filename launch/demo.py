@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FOLDER = Path("demo")  # where configs/digits.yaml expects the digits

@@ -17,7 +17,7 @@ from hpdist.algorithms import (
     MixMatch,
 )
 from hpdist.algorithms.base import Places
-from hpdist.algorithms.mixing import draw_mixing
+from hpdist.algorithms.parts.mixing import draw_mixing
 from tests.algorithm_runs import (
     GlobalBatch,
     Ran,

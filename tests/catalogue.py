@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hpdist.algorithm_state import whole_state
+from hpdist.train.algorithm_state import whole_state
 from hpdist.algorithms import Algorithm, AlgorithmConfig
-from hpdist.algorithms.addon import AddOnConfig, build_algorithm
-from hpdist.config import component_names, components
-from hpdist.step import SemiSupervisedStep
+from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
+from hpdist.config.component import component_names, components
+from hpdist.train.step import SemiSupervisedStep
 from tests.recipes import digits, make_model, make_step, train
 
 # Thresholds that some rows pass and no row comes close to, where rounding would decide.

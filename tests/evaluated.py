@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hpdist.algorithms import Task
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import IdentityViews
-from hpdist.evaluation import evaluate
+from hpdist.evaluate.scoring import evaluate
 
 
 def evaluated(logits: Tensor, labels: Tensor, size: int, rank: int, ranks: int, *task: Task) -> Any:

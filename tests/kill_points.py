@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hpdist.distributed import checkpoint_writer
-from hpdist.trainer import Trainer
+from hpdist.checkpoint import writer as checkpoint_writer
+from hpdist.train.trainer import Trainer
 from tests.fault_table import rows_cost, steps_repeated
 from tests.forked import run_forked
 from tests.parquet_files import write_numbers

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.algorithm_state import whole_state
+from hpdist.train.algorithm_state import whole_state
 from hpdist.distributed.fragments import Fragment
-from hpdist.distributed.optimizer_state import SavedOptimizer
-from hpdist.step import SemiSupervisedStep
+from hpdist.engines.optimizer_state import SavedOptimizer
+from hpdist.train.step import SemiSupervisedStep
 from tests.recipes import global_batches, slice_of
 
 TOLERANCE = 5e-5  # of a metric, and of the length of an update; other ranks make it 1e-6

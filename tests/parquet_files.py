@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hpdist.data.files import Retry
+from hpdist.data.files.open import Retry
 from hpdist.data.stream.index import Index, build_index
 from hpdist.data.stream.reader import Reader
 

@@ -17,8 +17,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from hpdist import cli
-from hpdist.run_data import RunData
+from hpdist.cli import main as cli
+from hpdist.train.data import RunData
 from tests.pictures import ROWS, SCHEMA, picture
 
 BATCH = 24

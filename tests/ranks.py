@@ -94,7 +94,7 @@ def _start_method(fresh: bool) -> str:
     """How ranks start: from the server, unless its imports have read another environment."""
     if fresh or _read_once() != _SERVER:
         return "spawn"
-    multiprocessing.set_forkserver_preload(["hpdist.trainer", "sklearn.datasets"])
+    multiprocessing.set_forkserver_preload(["hpdist.train.trainer", "sklearn.datasets"])
     return os.environ.get("HPDIST_TEST_START", "forkserver")
 
 

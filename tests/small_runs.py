@@ -12,7 +12,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.parquet_files import write_numbers
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ def test_configs_are_found_by_name_and_copied_with_the_launch_files(installed, t
     assert early.returncode == 2
     assert "config digits: " in early.stderr
     assert "nothing matches 'demo/digits/train-*.parquet'" in early.stderr
-    run(python, "-m", "hpdist.data.digits", "demo/digits", cwd=tmp_path)
+    run(python, "-m", "hpdist.data.samples.digits", "demo/digits", cwd=tmp_path)
     done = run(*train, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "digits" / "summary.json").exists()

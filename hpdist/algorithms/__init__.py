@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.adamatch import AdaMatch
-from hpdist.algorithms.addon import AddOn, AddOnConfig
-from hpdist.algorithms.auxiliary_balanced import ABC
+from hpdist.algorithms.addons.base import AddOn, AddOnConfig
+from hpdist.algorithms.addons.auxiliary_balanced import ABC
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -25,11 +25,11 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.comatch import CoMatch
-from hpdist.algorithms.crest import CReST
+from hpdist.algorithms.addons.crest import CReST
 from hpdist.algorithms.crmatch import CRMatch
-from hpdist.algorithms.darp import DARP
+from hpdist.algorithms.addons.darp import DARP
 from hpdist.algorithms.dash import Dash
-from hpdist.algorithms.debiaspl import DebiasPL
+from hpdist.algorithms.addons.debiaspl import DebiasPL
 from hpdist.algorithms.defixmatch import DeFixMatch
 from hpdist.algorithms.entropy_minimization import EntropyMinimization
 from hpdist.algorithms.fixmatch import FixMatch
@@ -37,13 +37,13 @@ from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.ladder import Ladder
-from hpdist.algorithms.logit_adjustment import LogitAdjustment
+from hpdist.algorithms.addons.logit_adjustment import LogitAdjustment
 from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.mixmatch import MixMatch
 from hpdist.algorithms.noisy_student import NoisyStudent
 from hpdist.algorithms.pi_model import PiModel
 from hpdist.algorithms.pseudo_label import PseudoLabel
-from hpdist.algorithms.reconstruction import Reconstruction
+from hpdist.algorithms.addons.reconstruction import Reconstruction
 from hpdist.algorithms.refixmatch import ReFixMatch
 from hpdist.algorithms.regmixmatch import RegMixMatch
 from hpdist.algorithms.remixmatch import ReMixMatch
@@ -51,11 +51,11 @@ from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.simmatch import SimMatch
 from hpdist.algorithms.softmatch import SoftMatch
 from hpdist.algorithms.supervised import Supervised
-from hpdist.algorithms.tasks import Classification, Multilabel, Regression, Task
+from hpdist.tasks.base import Classification, Multilabel, Regression, Task
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.algorithms.vat import VAT
-from hpdist.config import components
+from hpdist.config.component import components
 
 __all__ = [
     "ABC",

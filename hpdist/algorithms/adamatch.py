@@ -9,14 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.alignment import (
-    LABELED_MOMENTUM,
-    WINDOW,
-    MeanPrediction,
-    aligned,
-    moved,
-    uniform_prior,
-)
+from hpdist.algorithms.parts.alignment import LABELED_MOMENTUM, WINDOW, MeanPrediction, aligned, moved, uniform_prior
 from hpdist.algorithms.base import (
     AlgorithmConfig,
     LossTerms,
@@ -28,8 +21,8 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import confident
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.tasks.losses import confident
 
 
 class AdaMatchConfig(AlgorithmConfig):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.tasks import CLASSIFICATION, Task
-from hpdist.config import Component
+from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.config.component import Component
 from hpdist.data.random import normal, stream_id, uniform
 from hpdist.errors import ConfigError
 

@@ -22,10 +22,10 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.heads import flat_linear
-from hpdist.algorithms.rotation import HEAD as ROTATION
-from hpdist.algorithms.rotation import add_rotated, rotation_head, rotation_loss
-from hpdist.algorithms.targets import confident
+from hpdist.algorithms.parts.projections import flat_linear
+from hpdist.algorithms.parts.rotation import HEAD as ROTATION
+from hpdist.algorithms.parts.rotation import add_rotated, rotation_head, rotation_loss
+from hpdist.tasks.losses import confident
 
 _DISTANCE = "distance"
 

@@ -19,7 +19,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.targets import hard_cross_entropy, sharpened, soft_cross_entropy
+from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 
 
 class DashConfig(AlgorithmConfig):

@@ -17,7 +17,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.targets import confident, hard_cross_entropy
+from hpdist.tasks.losses import confident, hard_cross_entropy
 
 
 class DeFixMatchConfig(AlgorithmConfig):

@@ -16,7 +16,7 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.algorithms.tasks import CLASSIFICATION, Multilabel, share
+from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 
 
 class FixMatchConfig(AlgorithmConfig):

@@ -23,8 +23,8 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
-from hpdist.algorithms.tables import NEVER, LabelTable, WholeShards
-from hpdist.algorithms.targets import confident
+from hpdist.algorithms.parts.tables import NEVER, LabelTable, WholeShards
+from hpdist.tasks.losses import confident
 
 Shape = Literal["concave", "linear", "convex"]
 

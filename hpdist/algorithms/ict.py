@@ -19,9 +19,9 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.mixing import GroupsOption, Mixing, draw_mixing
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.tasks import ALL
+from hpdist.algorithms.parts.mixing import GroupsOption, Mixing, draw_mixing
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.tasks.base import ALL
 
 
 class ICTConfig(AlgorithmConfig):

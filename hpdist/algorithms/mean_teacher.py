@@ -15,8 +15,8 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.tasks import ALL
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.tasks.base import ALL
 
 
 class MeanTeacherConfig(AlgorithmConfig):

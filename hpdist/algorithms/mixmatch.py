@@ -20,9 +20,9 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.mixing import GroupsOption, draw_mixing
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.targets import sharpened, soft_cross_entropy, squared_error
+from hpdist.algorithms.parts.mixing import GroupsOption, draw_mixing
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.tasks.losses import sharpened, soft_cross_entropy, squared_error
 
 
 class MixMatchConfig(AlgorithmConfig):

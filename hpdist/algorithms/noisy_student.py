@@ -21,8 +21,8 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.tables import RowTable
-from hpdist.algorithms.targets import soft_cross_entropy
+from hpdist.algorithms.parts.tables import RowTable
+from hpdist.tasks.losses import soft_cross_entropy
 
 
 class NoisyStudentConfig(AlgorithmConfig):

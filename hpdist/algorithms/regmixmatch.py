@@ -22,9 +22,9 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.freematch import FreeMatch
-from hpdist.algorithms.mixing import BETA_NUMBERS, GroupsOption, beta, count_groups, group_of
-from hpdist.algorithms.resizemix import resize_mix
-from hpdist.algorithms.targets import soft_cross_entropy, squared_error
+from hpdist.algorithms.parts.mixing import BETA_NUMBERS, GroupsOption, beta, count_groups, group_of
+from hpdist.algorithms.parts.resizemix import resize_mix
+from hpdist.tasks.losses import soft_cross_entropy, squared_error
 
 Weighting = Literal["mean", "row"]
 

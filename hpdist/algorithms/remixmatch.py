@@ -11,13 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.alignment import (
-    LABELED_MOMENTUM,
-    WINDOW,
-    MeanPrediction,
-    moved,
-    uniform_prior,
-)
+from hpdist.algorithms.parts.alignment import LABELED_MOMENTUM, WINDOW, MeanPrediction, moved, uniform_prior
 from hpdist.algorithms.base import (
     AlgorithmConfig,
     Groups,
@@ -29,15 +23,15 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.mixing import GroupsOption
+from hpdist.algorithms.parts.mixing import GroupsOption
 from hpdist.algorithms.mixmatch import (
     mixed_supervised_loss,
     mixed_with_labels,
     unlabeled_pairs,
 )
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.rotation import HEAD, add_rotated, rotation_head, rotation_loss
-from hpdist.algorithms.targets import sharpened, soft_cross_entropy
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.algorithms.parts.rotation import HEAD, add_rotated, rotation_head, rotation_loss
+from hpdist.tasks.losses import sharpened, soft_cross_entropy
 
 _SMALL = 1e-6  # of a class that nobody has
 

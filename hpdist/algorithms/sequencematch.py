@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.flexmatch import FlexMatch, FlexMatchConfig, Shape
-from hpdist.algorithms.targets import confident, hard_cross_entropy, kl_divergence
+from hpdist.tasks.losses import confident, hard_cross_entropy, kl_divergence
 
 Masking = Literal["fixed", "flexible"]
 _OPERATIONS = (1, 3)  # of RandAugment in the medium and in the strong view

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.alignment import aligned, moved, uniform_prior
+from hpdist.algorithms.parts.alignment import aligned, moved, uniform_prior
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,

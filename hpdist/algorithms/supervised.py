@@ -15,7 +15,7 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.algorithms.tasks import ALL
+from hpdist.tasks.base import ALL
 
 
 class SupervisedConfig(AlgorithmConfig):

@@ -17,9 +17,9 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.tables import RowTable, id_words, last_places, spread
-from hpdist.algorithms.tasks import ALL
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.algorithms.parts.tables import RowTable, id_words, last_places, spread
+from hpdist.tasks.base import ALL
 
 _TAKEN = 1 << 24
 """Added to a row's id on its way, so that the first of its words is never 0."""

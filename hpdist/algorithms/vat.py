@@ -20,8 +20,8 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
-from hpdist.algorithms.ramps import Ramped
-from hpdist.algorithms.tasks import ALL, Task
+from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.tasks.base import ALL, Task
 from hpdist.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hpdist.distributed.reduce import world_size
+from hpdist.distributed.collectives import world_size
 from hpdist.errors import ConfigError
 
 _Seen: TypeAlias = tuple[Tensor, Tensor, Tensor]

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpdist.distributed.reduce import gathered, world_size
+from hpdist.distributed.collectives import gathered, world_size
 
 PlaceOf = tuple[str, int, int]  # a parameter's name, a fragment's start and length
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed

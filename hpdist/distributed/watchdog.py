@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from hpdist.distributed.reduce import world_size
+from hpdist.distributed.collectives import world_size
 from hpdist.errors import DistributedError
 
 _PREFIX = "hpdist/watchdog"  # within the names of the process group, which are an attempt's own

@@ -2,10 +2,10 @@
 
 from hpdist.models.build import ModelConfig, build_model
 from hpdist.models.cnn import CNN
-from hpdist.models.hugging_face import HuggingFaceConfig, TextClassifier
+from hpdist.models.hf.text import HuggingFaceConfig, TextClassifier
 from hpdist.models.ladder import LadderMLP
 from hpdist.models.mlp import MLP
-from hpdist.models.timm_model import TimmConfig
+from hpdist.models.timm import TimmConfig
 from hpdist.models.wide_resnet import WideResNet
 
 __all__ = [

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from hpdist.config import IN_PYTHON, Component, PythonComponent, import_object
-from hpdist.data.decode import InputSpec
+from hpdist.config.component import IN_PYTHON, Component, PythonComponent, import_object
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.errors import ConfigError, describe
-from hpdist.progress import working
+from hpdist.messages.progress import working
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelConfig(Component):
 
     kind: ClassVar[str] = "model"
     takes: ClassVar[frozenset[str]] = frozenset({"image", "audio"})
-    """Kinds of input that it can be built for: `hpdist.data.kinds.KINDS`."""
+    """Kinds of input that it can be built for: `hpdist.data.decode.kinds.KINDS`."""
     num_classes: int | None = Field(None, ge=2)
     """By default what the labelled data say."""
     features: str | None = None

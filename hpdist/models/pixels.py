@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpdist.config import RunConfig
+from hpdist.train.config import RunConfig
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
 from hpdist.models.build import ModelConfig, Pixels
-from hpdist.progress import working
+from hpdist.messages.progress import working
 
 _FILES = ("processor_config.json", "preprocessor_config.json")  # the first may hold the second
 

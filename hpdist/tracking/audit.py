@@ -20,7 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.errors import CheckpointError
-from hpdist.redaction import redacted_text
+from hpdist.messages.redaction import redacted_text
 
 _SCHEMA = pa.schema(
     {

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpdist.errors import printable
-from hpdist.human import duration, percent
-from hpdist.progress import columns, make_bar, say_line
-from hpdist.redaction import redacted_text
+from hpdist.messages.human import duration, percent
+from hpdist.messages.progress import columns, make_bar, say_line
+from hpdist.messages.redaction import redacted_text
 
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
 """Scores that are shown, whichever of them a task has."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import hpdist
-from hpdist.distributed.launch import Sharding
-from hpdist.distributed.reduce import gathered, world_size
+from hpdist.engines.launch import Sharding
+from hpdist.distributed.collectives import gathered, world_size
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "transformers")
 

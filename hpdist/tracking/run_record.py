@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import yaml
 
 from hpdist.errors import ConfigError
-from hpdist.redaction import redacted_settings
-from hpdist.settings import flat
+from hpdist.messages.redaction import redacted_settings
+from hpdist.config.section import flat
 from hpdist.tracking.run_folder import CHANGES
 
 T = TypeVar("T")

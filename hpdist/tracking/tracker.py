@@ -19,9 +19,9 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from accelerate.utils import patch_environment
 from PIL import Image
 
-from hpdist.config import RunConfig
-from hpdist.redaction import redacted_settings, redacted_text
-from hpdist.settings import flat
+from hpdist.train.config import RunConfig
+from hpdist.messages.redaction import redacted_settings, redacted_text
+from hpdist.config.section import flat
 from hpdist.tracking.metrics import confusion_rows, grouped, histograms_of, values_of
 from hpdist.tracking.variables import (
     Chosen,

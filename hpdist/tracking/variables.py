@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpdist.config import Tracker
+from hpdist.tracking.config import Tracker
 
 _MODES = {
     "online": "online",

@@ -70,8 +70,8 @@ def train(options: argparse.Namespace, case: str, labels: int, seed: int) -> Non
     import torch
     from accelerate.state import AcceleratorState
 
-    from hpdist import config
-    from hpdist.trainer import Trainer
+    from hpdist.train import config
+    from hpdist.train.trainer import Trainer
 
     if (_folder(options, case, labels, seed) / "summary.json").exists():
         return

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig, FlexMatch, WeakOutputs
-from hpdist.algorithms.addon import AddOnConfig, build_algorithm
+from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import Places
-from hpdist.config import component_names, components
+from hpdist.config.component import component_names, components
 from tests.benchmarks.stream_files import spread
 from tests.ranks import run_ranks
 from tests.recipes import digits, global_batches, make_model, make_step, slice_of

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpdist import config
-from hpdist.config import component_names, components
-from hpdist.data.digits import write_digits
+from hpdist.train import config
+from hpdist.config.component import component_names, components
+from hpdist.data.samples.digits import write_digits
 from tests.benchmarks.seeds import ENOUGH, caveat, gains, with_error
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,7 +97,7 @@ def train(task: tuple[argparse.Namespace, str, int]) -> tuple[str, int, str]:
     from accelerate.state import AcceleratorState
 
     from hpdist.errors import HpdistError
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run before

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpdist import config as configuration
-from hpdist.data.synthetic import write_classification, write_clusters
+from hpdist.train import config as configuration
+from hpdist.data.samples.synthetic import write_classification, write_clusters
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,7 +53,7 @@ def first_below(losses: list[float], window: int, bar: float) -> int | None:
 def train_synthetic(out: Path, run: str, *more: str) -> None:
     """Train the first case on this process."""
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     tables = write_clusters(out / "clusters")
     Trainer.from_config(settings("case_synthetic", tables, out, run, *more)).fit()
@@ -95,7 +95,7 @@ class Converted:
 
 def train_classification(out: Path, run: str, *more: str) -> dict[str, Converted]:
     """Train the second case on this process, and measure its teacher in every dtype."""
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     tables = write_classification(out / "classification")
     trainer = Trainer.from_config(settings("case_classification", tables, out, run, *more))

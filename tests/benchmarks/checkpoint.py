@@ -18,8 +18,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hpdist.distributed.checkpoint import SavedRun
-from hpdist.trainer import Trainer
+from hpdist.checkpoint.reader import SavedRun
+from hpdist.train.trainer import Trainer
 
 MODES = ("none", "foreground", "background")
 

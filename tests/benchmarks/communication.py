@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from hpdist.algorithms import FreeMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig
-from hpdist.distributed import launch
+from hpdist.engines import launch
 from hpdist.models import MLP
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 
 NAMESPACE = "hpcomm"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 from tests.benchmarks.seeds import ENOUGH, caveat, with_error
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"

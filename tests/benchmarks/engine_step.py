@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from hpdist.algorithms import FixMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig
-from hpdist.distributed import launch
+from hpdist.engines import launch
 from hpdist.models import MLP, WideResNet
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 
 CLASSES, THRESHOLD = 10, 0.0

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from hpdist import config as configuration
-from hpdist.data.audio import Sampling
+from hpdist.train import config as configuration
+from hpdist.data.decode.audio import Sampling
 from hpdist.data.views.audio import AudioViewsConfig
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.benchmarks.seeds import ENOUGH, caveat, with_error
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fsdd_fixmatch.yaml"

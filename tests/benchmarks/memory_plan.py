@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from hpdist import config
-from hpdist.data.digits import write_digits
-from hpdist.memory_meter import MemoryMeter
-from hpdist.memory_plan import rehearsed
-from hpdist.trainer import Trainer
+from hpdist.train import config
+from hpdist.data.samples.digits import write_digits
+from hpdist.plan.memory_meter import MemoryMeter
+from hpdist.plan.memory_plan import rehearsed
+from hpdist.train.trainer import Trainer
 from tests.memory import status
 from tests.ranks import run_ranks
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from hpdist.algorithms import FixMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig
-from hpdist.distributed import launch
+from hpdist.engines import launch
 from hpdist.models import MLP
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 
 STAGES = [None, 0, 1, 2, 3]

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 from tests.two_hosts import LINE, TwoHosts, two_hosts
 
 ROOT = Path(__file__).parents[2]

@@ -27,7 +27,7 @@ from hpdist.data.views import ImageViewsConfig
 from hpdist.data.views.base import Views
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.models import WideResNet
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 
 BATCH, MU, CLASSES = 8, 7, 10
 THRESHOLD = 0.3  # so that some rows pass with untrained weights

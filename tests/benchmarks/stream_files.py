@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hpdist.data.files import Retry
+from hpdist.data.files.open import Retry
 from hpdist.data.stream.index import Index, build_index
 
 COLUMN = "image"

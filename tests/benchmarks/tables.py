@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.model_selection import train_test_split
 
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.benchmarks.seeds import ENOUGH, caveat, gains, with_error
 
 RESULTS = Path(__file__).parent / "results" / "tables.md"

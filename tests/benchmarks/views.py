@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from hpdist.algorithms import FixMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.text import Vocabulary
+from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import ImageViewsConfig, TableViewsConfig, TextViewsConfig
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.models import MLP, WideResNet
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 
 RESULTS = Path(__file__).parent / "results" / "views.md"
 CLASSES, FEATURES, TOKENS = 10, 30, 64

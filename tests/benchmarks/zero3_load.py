@@ -40,10 +40,10 @@ def load(folder: str, way: str) -> Any:
     from transformers import AutoModelForSequenceClassification
     from transformers.integrations import HfDeepSpeedConfig
 
-    from hpdist.checks import check_model
-    from hpdist.data.decode import InputSpec
-    from hpdist.data.text import Tokenizer
-    from hpdist.distributed.zero3 import partition_weights
+    from hpdist.train.checks import check_model
+    from hpdist.data.decode.stored_values import InputSpec
+    from hpdist.data.decode.text import Tokenizer
+    from hpdist.engines.zero3 import partition_weights
     from hpdist.models import HuggingFaceConfig, build_model
     from hpdist.models.stored import weights_as_stored
 

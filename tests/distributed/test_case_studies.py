@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from hpdist.data.synthetic import write_classification, write_clusters
+from hpdist.data.samples.synthetic import write_classification, write_clusters
 from tests.benchmarks import case_studies
 from tests.ranks import run_ranks
 

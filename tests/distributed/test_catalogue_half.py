@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from tests.catalogue import CASES, PARTS, finite, run
 from tests.ranks import run_ranks
 

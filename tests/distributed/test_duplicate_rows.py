@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch.distributed as dist
 
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.ranks import run_ranks
 
 
@@ -23,7 +23,7 @@ def write(folder: Path) -> None:
 
 
 def train(folder: Path, steps: int) -> dict[str, object]:
-    from hpdist import run_data
+    from hpdist.train import data as run_data
 
     find = run_data.find_duplicates
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 from tests.ranks import run_ranks
 from tests.run_records import records
 
@@ -39,7 +39,7 @@ def train(
 ) -> dict[str, float]:
     """Train on this rank; how far the student is from its first weights as a generation begins."""
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}
     trainer = Trainer(

@@ -10,10 +10,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from hpdist.algorithms import FixMatch
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from hpdist.data.views import ImageViewsConfig
-from hpdist.distributed import launch
-from hpdist.step import SemiSupervisedStep
+from hpdist.engines import launch
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of, train
 

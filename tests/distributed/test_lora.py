@@ -8,8 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from hpdist import config as configuration
-from hpdist.trainer import Trainer
+from hpdist.train import config as configuration
+from hpdist.train.trainer import Trainer
 from tests.distributed.test_text import close, curve
 from tests.ranks import run_ranks
 from tests.texts import SENTENCES, news_config, write_model

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hpdist import config
-from hpdist.data.digits import write_digits
+from hpdist.train import config
+from hpdist.data.samples.digits import write_digits
 from hpdist.errors import ConfigError
-from hpdist.memory_plan import Plan, StagePlan, make_plan, rehearsed, table
-from hpdist.rehearsal import Rehearsal
+from hpdist.plan.memory_plan import Plan, StagePlan, make_plan, rehearsed, table
+from hpdist.plan.rehearsal import Rehearsal
 from tests.benchmarks.memory_plan import MODELS, compare, settings
 from tests.catalogue import NAMES
 

@@ -15,14 +15,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hpdist.config import LossScale
-from hpdist.data.digits import write_digits
+from hpdist.engines.config import LossScale
+from hpdist.data.samples.digits import write_digits
 from hpdist.data.views import ImageViewsConfig
-from hpdist.distributed import launch
-from hpdist.distributed.engine import prepare
-from hpdist.distributed.zero3 import PartitionedEngine
+from hpdist.engines import launch
+from hpdist.engines.base import prepare
+from hpdist.engines.zero3 import PartitionedEngine
 from hpdist.models import MLP
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, digits, make_algorithm, train
 
@@ -215,7 +215,7 @@ def test_the_teacher_is_lent_and_the_student_comes_back(
 def fit(data: Path, folder: Path, name: str, steps: int, nvme: bool) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as the launcher names the JSON
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = write_config(folder, nvme)
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}
     Trainer(

@@ -13,12 +13,13 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from hpdist.config import LossScale, Schedule
-from hpdist.data.digits import write_digits
+from hpdist.engines.config import LossScale
+from hpdist.train.optim import Schedule
+from hpdist.data.samples.digits import write_digits
 from hpdist.errors import PrecisionError
-from hpdist.optim import learning_rate
-from hpdist.run_data import RunData
-from hpdist.step import SemiSupervisedStep, StepOutcome
+from hpdist.train.optim import learning_rate
+from hpdist.train.data import RunData
+from hpdist.train.step import SemiSupervisedStep, StepOutcome
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of
 
@@ -215,7 +216,7 @@ Moments = list[dict[str, Any]]  # before each attempt, and at the end
 def train_with_skips(data: Path, runs: Path) -> dict[str, Moments]:
     """Whole runs, some of whose attempts overflow; what a skip must leave alone, at each moment."""
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     found = {}
     files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}

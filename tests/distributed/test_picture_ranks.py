@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from hpdist.errors import HpdistError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.unit.test_picture_modes import pictures
 

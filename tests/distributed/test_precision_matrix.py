@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from hpdist.algorithms import FreeMatch
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from tests.ranks import run_ranks
 from tests.recipes import make_step, train
 

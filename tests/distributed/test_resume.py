@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 from tests.ranks import run_ranks
 from tests.run_records import records
 
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(data: Path, runs: Path, name: str, steps: int, settings: dict[str, Any]) -> None:
     """Train on this rank; the same settings continue the run of that name."""
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}
     trainer = Trainer(

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hpdist.algorithms import FixMatch
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import ImageViewsConfig
-from hpdist.distributed import launch
-from hpdist.evaluation import evaluate_both
-from hpdist.models.memory import checkpoint_activations
-from hpdist.step import SemiSupervisedStep
+from hpdist.engines import launch
+from hpdist.evaluate.scoring import evaluate_both
+from hpdist.models.activation_checkpointing import checkpoint_activations
+from hpdist.train.step import SemiSupervisedStep
 from tests import lockstep
 from tests.lockstep import Recorded
 from tests.ranks import run_ranks

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import hpdist
 from hpdist.algorithms.flexmatch import FlexMatch
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from hpdist.errors import CheckpointError
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 from tests.recipes import digits, global_batches, make_step, slice_of, train
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdist.algorithm_state import whole_state
-from hpdist.algorithms import FlexMatch, tables
-from hpdist.config import LossScale
+from hpdist.train.algorithm_state import whole_state
+from hpdist.algorithms import FlexMatch
+from hpdist.algorithms.parts import tables
+from hpdist.engines.config import LossScale
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.digits import write_digits
-from hpdist.distributed.checkpoint import SavedRun
+from hpdist.data.samples.digits import write_digits
+from hpdist.checkpoint.reader import SavedRun
 from tests.ranks import run_ranks
 from tests.recipes import digits, make_step, slice_of
 from tests.run_records import records
@@ -143,7 +144,7 @@ def test_a_rank_holds_its_part_alone(ranks: int) -> None:
 
 def train(data: Path, runs: Path, name: str, until: int, dies_at: int = 0) -> None:
     """Train on this rank; rank 1 is killed in the step that it dies at."""
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     tables.BLOCK = 100  # so that some 1,500 rows are dealt out
     files = {"path": "parquet", "data_files": {"train": f"{data}/train-*.parquet"}}

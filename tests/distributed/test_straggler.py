@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdist.distributed.own_time import OwnTime, stragglers
+from hpdist.distributed.stragglers import OwnTime, stragglers
 from tests.parquet_files import write_numbers
 from tests.ranks import run_ranks
 from tests.run_records import read
@@ -43,7 +43,7 @@ def slowly(row):
 
 
 def train(folder: Path, files: list[str], seconds: float, norm: bool) -> None:
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     sys.path.insert(0, str(folder))
     data = {"path": "parquet", "data_files": files, "input": "x"}

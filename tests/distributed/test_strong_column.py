@@ -4,9 +4,9 @@ import datasets
 import pytest
 import yaml
 
-from hpdist import config as configuration
+from hpdist.train import config as configuration
 from hpdist.errors import ConfigError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.distributed.test_text import close, curve
 from tests.ranks import run_ranks
 from tests.texts import SENTENCES, news_config, write_model

@@ -44,7 +44,7 @@ def train(
 ) -> dict[str, object]:
     """Train on this rank; where the rows were `measured` before, that must not be done again."""
     from hpdist.data.views import TableViews
-    from hpdist.trainer import Trainer
+    from hpdist.train.trainer import Trainer
 
     if measured:
         TableViews.fit = _again  # type: ignore[method-assign]

@@ -56,8 +56,8 @@ def train(
     **changes: Any,
 ) -> dict[str, object]:
     """Train on this rank; where the targets were `measured` before, that must not be done again."""
-    from hpdist.data.targets import Scale
-    from hpdist.trainer import Trainer
+    from hpdist.data.sources.label_encoding import Scale
+    from hpdist.train.trainer import Trainer
 
     if measured:
         Scale.of = _again  # type: ignore[method-assign]

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms import MeanTeacher, Supervised
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import IdentityViewsConfig
-from hpdist.distributed import launch
+from hpdist.engines import launch
 from hpdist.distributed.batch_norm import global_batch_norm
-from hpdist.evaluation import evaluate_both
+from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models import CNN
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 from tests.recipes import digits, make_model, make_step, train
 

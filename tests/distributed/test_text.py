@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-from hpdist import config as configuration
+from hpdist.train import config as configuration
 from hpdist.errors import DataError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.texts import NEWS, needs_news, news_config, write_model
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hpdist import config as configuration
-from hpdist.data.digits import write_digits
+from hpdist.train import config as configuration
+from hpdist.data.samples.digits import write_digits
 from hpdist.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]

@@ -9,14 +9,14 @@ import datasets
 import pytest
 import torch
 
-from hpdist import config as configuration
+from hpdist.train import config as configuration
 from hpdist.algorithms import MeanTeacher
-from hpdist.checks import check_model
-from hpdist.distributed import launch, zero3
+from hpdist.train.checks import check_model
+from hpdist.engines import launch, zero3
 from hpdist.models import HuggingFaceConfig, build_model
-from hpdist.models.heads import with_heads
+from hpdist.models.with_heads import with_heads
 from hpdist.models.stored import weights_as_stored
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.distributed.test_lora import forget_launch
 from tests.memory import Peak, mapped
 from tests.ranks import run_ranks
@@ -127,9 +127,9 @@ def train(folder, saved, file, ours):
 
     zero3.partition_weights = look
     if not ours:
-        import hpdist.trainer
+        import hpdist.train.trainer
 
-        hpdist.trainer.weights_as_stored = nullcontext
+        hpdist.train.trainer.weights_as_stored = nullcontext
     rows = {"path": "parquet", "input": "text", "data_files": str(file)}
     for name, (place, precision, changes, model) in RUNS.items():
         forget_launch()

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from hpdist.errors import DataError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.texts import SENTENCES, write_model
 
 ROWS, GROUP = 24, 5

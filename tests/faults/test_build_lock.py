@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpdist.distributed.build_lock import working_in
-from hpdist.distributed.operators import extensions_folder
+from hpdist.engines.build_lock import working_in
+from hpdist.engines.operators import extensions_folder
 from tests.fault_table import Fault
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_a_first_start_that_is_killed_holds_up_no_later_one(
     fault = inject("a start killed while it compiles DeepSpeed's operator")
     environment = dict(os.environ, TORCH_EXTENSIONS_DIR=str(tmp_path), DS_ACCELERATOR="cpu")
     code = (
-        "from hpdist.distributed.operators import needed_builders, prepare_operators\n"
+        "from hpdist.engines.operators import needed_builders, prepare_operators\n"
         "prepare_operators(needed_builders({}), lambda line: print(line, flush=True), 30)"
     )
     command = [sys.executable, "-c", code]

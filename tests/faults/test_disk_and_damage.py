@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpdist.distributed.manifest import digest_of, hash_of
-from hpdist.distributed.reduce import world_size
+from hpdist.checkpoint.manifest import digest_of, hash_of
+from hpdist.distributed.collectives import world_size
 from hpdist.errors import CheckpointError, DivergenceError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.fault_table import Fault, rows_cost, steps_repeated
 from tests.parquet_files import write_numbers
 from tests.picture_runs import at_batch, audit_of, train, write_config

@@ -15,19 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hpdist.data import retry as retrying
-from hpdist.data.files import (
-    FileChangedError,
-    FileLostError,
-    FileVersion,
-    Retry,
-    UnreachableError,
-    is_remote,
-    open_file,
-    read_range,
-    redacted,
-    stat,
-)
+from hpdist.data.files import retry as retrying
+from hpdist.data.files.open import FileChangedError, FileLostError, FileVersion, Retry, UnreachableError, is_remote, open_file, read_range, redacted, stat
 from hpdist.errors import DataError, HpdistError
 from tests.fault_server import FaultServer, blob_id
 
@@ -273,7 +262,7 @@ def test_a_server_without_ranges_serves_small_files(server):
 
 
 def test_a_server_without_ranges_is_refused_large_files(server, monkeypatch):
-    monkeypatch.setattr("hpdist.data.transport._WHOLE", SIZE - 1)
+    monkeypatch.setattr("hpdist.data.files.transport._WHOLE", SIZE - 1)
     server.ignore_ranges()
     with pytest.raises(DataError, match="serves no byte ranges"):
         read(server, 10, 20)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpdist.evaluation import EvaluationError
+from hpdist.evaluate.scoring import EvaluationError
 from tests.fault_table import Fault, steps_repeated
 from tests.parquet_files import write_numbers
 from tests.picture_runs import at_batch

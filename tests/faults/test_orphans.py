@@ -39,7 +39,7 @@ import json, os, subprocess, sys, time
 wanted, found = sys.argv[1:]
 told = {"parent": os.getpid(), "config": CONFIG, "ranks": 1, "deepspeed": None}
 json.dump(told, open(wanted, "w"))
-print(subprocess.Popen([sys.executable, "-m", "hpdist.rehearsal", wanted, found]).pid, flush=True)
+print(subprocess.Popen([sys.executable, "-m", "hpdist.plan.rehearsal", wanted, found]).pid, flush=True)
 time.sleep(300)
 """
 

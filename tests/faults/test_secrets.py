@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 
-from hpdist import cli
-from hpdist.config import Source
-from hpdist.data.loading import load
+from hpdist.cli import main as cli
+from hpdist.data.config import Source
+from hpdist.data.sources.loading import load
 from tests.fault_server import FaultServer
 from tests.picture_runs import write_config
 from tests.pictures import write_pictures

@@ -19,11 +19,11 @@ import psutil
 import pytest
 import torch
 
-from hpdist.data.files import Retry, UnreachableError
+from hpdist.data.files.open import Retry, UnreachableError
 from hpdist.data.stream.plan import Plan
-from hpdist.data.unlabeled import ParquetRows
+from hpdist.data.sources.unlabeled import ParquetRows
 from hpdist.errors import DataError
-from hpdist.run_data import RunData
+from hpdist.train.data import RunData
 from tests.fault_server import FaultServer
 from tests.fault_table import Fault, batches_cost, rows_cost
 from tests.parquet_files import index_of

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from hpdist.distributed.manifest import digest_of, list_checkpoints
+from hpdist.checkpoint.manifest import digest_of, list_checkpoints
 from hpdist.errors import CheckpointError, DataError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 from tests.fault_table import Fault
 from tests.parquet_files import write_numbers
 
@@ -214,7 +214,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(
             raise PermissionError(13, "Permission denied", str(path))
         remove(path, *args, **kwargs)
 
-    monkeypatch.setattr("hpdist.distributed.checkpoint.shutil.rmtree", refuse)
+    monkeypatch.setattr("hpdist.checkpoint.reader.shutil.rmtree", refuse)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(folder, 6).fit()

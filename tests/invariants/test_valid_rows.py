@@ -11,7 +11,7 @@ import torch
 from hpdist.algorithms import FreeMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig
-from hpdist.step import SemiSupervisedStep
+from hpdist.train.step import SemiSupervisedStep
 from tests import lockstep
 from tests.lockstep import Recorded
 from tests.ranks import run_ranks

@@ -21,11 +21,11 @@ from hpdist.algorithms import (
     WeakOutputs,
 )
 from hpdist.algorithms.base import Places, StudentInputs, Sums, supervised_loss
-from hpdist.config import component_names, components
+from hpdist.config.component import component_names, components
 from hpdist.data.batch import LabeledBatch
 from hpdist.errors import ConfigError
-from hpdist.evaluation import evaluate_both
-from hpdist.models.heads import WithHeads
+from hpdist.evaluate.scoring import evaluate_both
+from hpdist.models.with_heads import WithHeads
 from tests.addon_references import (
     CLASSES,
     MAKERS,

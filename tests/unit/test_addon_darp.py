@@ -12,9 +12,9 @@ from hpdist.algorithms import (
     Algorithm,
     FixMatch,
 )
-from hpdist.algorithms.addon import build_algorithm
-from hpdist.algorithms.darp import DARPConfig, refined
-from hpdist.config import components
+from hpdist.algorithms.addons.base import build_algorithm
+from hpdist.algorithms.addons.darp import DARPConfig, refined
+from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from tests.addon_references import (
     CLASSES,

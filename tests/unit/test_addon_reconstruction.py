@@ -18,11 +18,11 @@ from hpdist.algorithms import (
     Supervised,
 )
 from hpdist.algorithms.base import Places, StudentInputs
-from hpdist.algorithms.reconstruction import ReconstructionConfig
-from hpdist.config import components
+from hpdist.algorithms.addons.reconstruction import ReconstructionConfig
+from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP
-from hpdist.models.heads import with_heads
+from hpdist.models.with_heads import with_heads
 from tests import lockstep
 from tests.algorithm_runs import FEATURES, global_batch, run
 from tests.catalogue import SETTINGS

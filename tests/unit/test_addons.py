@@ -15,9 +15,9 @@ from hpdist.algorithms import (
     FixMatch,
     LogitAdjustment,
 )
-from hpdist.algorithms.addon import AddOnConfig, build_algorithm
+from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.fixmatch import FixMatchConfig
-from hpdist.config import component_names, components
+from hpdist.config.component import component_names, components
 from hpdist.errors import ConfigError
 from tests.addon_references import (
     CLASSES,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpdist.algorithms import ICT, Algorithm, PiModel, TemporalEnsembling
-from hpdist.config import components
+from hpdist.config.component import components
 from tests.algorithm_runs import (
     Ran,
     cross_entropy,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig
-from hpdist.config import components
+from hpdist.config.component import components
 from tests.algorithm_batches import CLASSES, Batch, make_batch, outputs, run
 
 CONFIGS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpdist.algorithms import AlgorithmConfig, CReST, FixMatch, NoisyStudent
-from hpdist.config import components
+from hpdist.config.component import components
 from hpdist.errors import CheckpointError, ConfigError
 from tests.algorithm_runs import cross_entropy, global_batch, run, softmax
 from tests.catalogue import SETTINGS

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig
-from hpdist.algorithms.addon import AddOnConfig, build_algorithm
-from hpdist.config import component_names, components
+from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
+from hpdist.config.component import component_names, components
 from tests.algorithm_runs import global_batch, run, with_nan
 from tests.catalogue import ADDON_SETTINGS, SETTINGS
 

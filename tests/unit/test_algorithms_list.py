@@ -2,9 +2,10 @@ from typing import ClassVar
 
 import torch
 
-from hpdist import algorithms, cli
+from hpdist import algorithms
+from hpdist.cli import main as cli
 from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
-from hpdist.config import component_names
+from hpdist.config.component import component_names
 
 
 def test_the_table_is_read_off_the_algorithms():

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hpdist.algorithms import RegMixMatch, WeakOutputs
 from hpdist.algorithms.base import Places, StudentInputs
-from hpdist.algorithms.mixing import BETA_NUMBERS, beta
+from hpdist.algorithms.parts.mixing import BETA_NUMBERS, beta
 from hpdist.algorithms.regmixmatch import RegMixMatchConfig
-from hpdist.algorithms.resizemix import resize_mix
+from hpdist.algorithms.parts.resizemix import resize_mix
 from hpdist.data.random import stream_id, uniform
 from tests import lockstep
 from tests.algorithm_batches import softmax

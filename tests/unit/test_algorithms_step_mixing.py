@@ -16,7 +16,7 @@ from hpdist.algorithms import (
     TemporalEnsembling,
 )
 from hpdist.errors import ConfigError
-from hpdist.micro_batch import _warn_once
+from hpdist.train.micro_batch import _warn_once
 from tests import lockstep
 from tests.recipes import make_step, train
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpdist.algorithms import FlexMatch, SequenceMatch, WeakOutputs
 from hpdist.algorithms.base import Places
-from hpdist.algorithms.tables import NEVER, UNSEEN, LabelTable, WholeShards
+from hpdist.algorithms.parts.tables import NEVER, UNSEEN, LabelTable, WholeShards
 from hpdist.errors import ConfigError
 from tests.algorithm_batches import (
     CLASSES,

@@ -6,16 +6,16 @@ import pytest
 import soundfile
 import torch
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
-from hpdist.data import decoders
-from hpdist.data.audio import Sampling
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.decode import decoders
+from hpdist.data.decode.audio import Sampling
 from hpdist.data.convert import convert
-from hpdist.data.decode import InputSpec, Unreadable
-from hpdist.data.decoders import Decoder
-from hpdist.data.named_files import NamedFile, PathRule
-from hpdist.data.sources import open_labeled, open_test
+from hpdist.data.decode.stored_values import InputSpec, Unreadable
+from hpdist.data.decode.decoders import Decoder
+from hpdist.data.files.named_files import NamedFile, PathRule
+from hpdist.data.sources.labeled import open_labeled, open_test
 from hpdist.data.stream import BatchStream
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import ConfigError, DataError
 from tests.sounds import file_of, table, tone
 

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from hpdist import cli
-from hpdist.distributed import build_lock as locks
-from hpdist.distributed import operators
-from hpdist.distributed.build_lock import build_lock, in_use, left_lock, working_in
-from hpdist.distributed.operators import prepare_operators
+from hpdist.cli import main as cli
+from hpdist.engines import build_lock as locks
+from hpdist.engines import operators
+from hpdist.engines.build_lock import build_lock, in_use, left_lock, working_in
+from hpdist.engines.operators import prepare_operators
 from hpdist.errors import ConfigError
-from hpdist.preflight import _builds, _left_builds
+from hpdist.preflight.checks import _builds, _left_builds
 
 SOURCE = """
 #include <Python.h>

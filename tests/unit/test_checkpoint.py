@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdist.distributed import checkpoint
-from hpdist.distributed.checkpoint_writer import CheckpointWriter
+from hpdist.checkpoint import reader as checkpoint
+from hpdist.checkpoint.writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment, Partition, partition
-from hpdist.distributed.manifest import list_checkpoints
+from hpdist.checkpoint.manifest import list_checkpoints
 from hpdist.errors import CheckpointError
 
 

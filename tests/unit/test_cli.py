@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpdist import __version__, cli
-from hpdist.config import load
+from hpdist import __version__
+from hpdist.cli import main as cli
+from hpdist.train.config import load
 from hpdist.errors import ConfigError, DataError, DistributedError, PrecisionError
 
 CONFIG = """

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled, parse
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.train.config import parse
 from hpdist.data.convert import convert
-from hpdist.data.sources import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import ConfigError, DataError
 
 COLUMNS = ["age", "member", "income"]

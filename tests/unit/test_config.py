@@ -7,10 +7,12 @@ import pytest
 import yaml
 
 from hpdist.algorithms import AlgorithmConfig
-from hpdist.config import Bytes, RunConfig, component_names, json_schema, load, parse
+from hpdist.data.config import Bytes
+from hpdist.train.config import RunConfig, json_schema, load, parse
+from hpdist.config.component import component_names
 from hpdist.errors import ConfigError
-from hpdist.overrides import BY_NAME
-from hpdist.settings import ByName, ComponentOf
+from hpdist.config.overrides import BY_NAME
+from hpdist.config.component import ByName, ComponentOf
 
 CONFIG = """
 model: {name: cnn, width: 16}

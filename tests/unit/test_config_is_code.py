@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hpdist.cli import main
-from hpdist.config import load
+from hpdist.train.config import load
 from hpdist.errors import ConfigError
 from tests.parquet_files import write_numbers
 

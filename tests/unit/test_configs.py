@@ -7,12 +7,12 @@ from typing import cast
 import pytest
 import torch
 
-from hpdist import config as configuration
-from hpdist.algorithms.addon import AddOnConfig, build_algorithm
+from hpdist.train import config as configuration
+from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import AlgorithmConfig
-from hpdist.checks import divide_batch
-from hpdist.config import RunConfig
-from hpdist.data.text import Vocabulary
+from hpdist.train.checks import divide_batch
+from hpdist.train.config import RunConfig
+from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import ImageViewsConfig, TextViewsConfig
 from hpdist.models import HuggingFaceConfig, ModelConfig, TimmConfig, build_model
 

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdist import cli
-from hpdist.config import Source, Unlabeled, load
-from hpdist.data import loading
+from hpdist.cli import main as cli
+from hpdist.data.config import Source, Unlabeled
+from hpdist.train.config import load
+from hpdist.data.sources import loading
 from hpdist.data.convert import Layout, convert
-from hpdist.data.files import Retry
+from hpdist.data.files.open import Retry
 from hpdist.data.stream.index import build_index
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.errors import ConfigError, DataError

@@ -7,10 +7,10 @@ import datasets
 import numpy as np
 import pytest
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources import input_spec, open_labeled, open_test
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import ConfigError, DataError
 
 ROWS = [("a", "b", "label"), ("1.5", "1000.0", "été"), ("2.5", "2000.0", "no")]

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpdist.config import RunConfig, parse
-from hpdist.distributed import launch
-from hpdist.distributed.zero import make_plugin
+from hpdist.train.config import RunConfig, parse
+from hpdist.engines import launch
+from hpdist.engines.zero import make_plugin
 from hpdist.errors import ConfigError
-from hpdist.memory_plan import make_plan
+from hpdist.plan.memory_plan import make_plan
 
 ON = {"stage": 1}
 Resolve = Callable[..., launch.Sharding]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from hpdist.config import LabelColumn, Labeled
-from hpdist.data.digits import write_digits
-from hpdist.data.sources import input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.samples.digits import write_digits
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.errors import DataError
 
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hpdist.config import Duplicates, LabelColumn, Labeled, Unlabeled
-from hpdist.data.duplicates import Report, find_duplicates
-from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
-from hpdist.data.unlabeled import AnyUnlabeled, open_unlabeled
+from hpdist.data.config import Duplicates, LabelColumn, Labeled, Unlabeled
+from hpdist.data.sources.duplicates import Report, find_duplicates
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.sources.unlabeled import AnyUnlabeled, open_unlabeled
 
 AUTO = Duplicates()
 

@@ -10,7 +10,7 @@ import torch
 from sklearn import metrics
 from torch import Tensor, nn
 
-from hpdist.evaluation import Evaluation, Scores
+from hpdist.evaluate.scoring import Evaluation, Scores
 from tests.evaluated import evaluated
 from tests.ranks import run_ranks
 

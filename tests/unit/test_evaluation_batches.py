@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdist.config import LabelColumn, Labeled
-from hpdist.data.evaluation import evaluation_batches, look_through, summarize_looks
-from hpdist.data.sources import input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.sources.held_out import evaluation_batches, look_through, summarize_looks
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.errors import DataError
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdist.config import ComponentOf
+from hpdist.config.component import ComponentOf
 from hpdist.data.batch import UnlabeledBatch
-from hpdist.data.decode import InputSpec
-from hpdist.data.text import Tokenizer
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.text import Tokenizer
 from hpdist.tracking.examples import write_examples
 from tests.picture_runs import records_of, train, write_config
 from tests.pictures import write_pictures

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
 
-from hpdist.config import LabelColumn, Labeled, Loading, Unlabeled
+from hpdist.data.config import LabelColumn, Labeled, Loading, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.loading import load
-from hpdist.data.sources import input_spec, open_labeled, open_test
-from hpdist.data.unlabeled import ParquetRows, open_unlabeled, row_count, survey
+from hpdist.data.sources.loading import load
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled, row_count, survey
 from hpdist.errors import DataError
 
 

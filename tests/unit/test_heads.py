@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import hpdist
 from hpdist.algorithms import Algorithm, FixMatch, LossTerms, StudentOutputs, Views
 from hpdist.algorithms.base import supervised_loss
-from hpdist.algorithms.heads import Pool, flat_linear, linear, projection
+from hpdist.algorithms.parts.projections import Pool, flat_linear, linear, projection
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP, WideResNet
-from hpdist.models.heads import columns_of, with_heads
+from hpdist.models.with_heads import columns_of, with_heads
 from tests.recipes import global_batches, make_step
 
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from hpdist import config as configuration
+from hpdist.train import config as configuration
 from hpdist.algorithms import FixMatch, MixMatch
-from hpdist.checks import check_inputs
-from hpdist.config import Optim
-from hpdist.data.decode import InputSpec
-from hpdist.data.text import Tokenizer
+from hpdist.train.checks import check_inputs
+from hpdist.train.optim import Optim
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.text import Tokenizer
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
-from hpdist.models.heads import Features, with_heads
-from hpdist.models.hugging_face import HuggingFaceConfig
-from hpdist.models.memory import checkpoint_activations
-from hpdist.optim import build_optimizer
+from hpdist.models.with_heads import Features, with_heads
+from hpdist.models.hf.text import HuggingFaceConfig
+from hpdist.models.activation_checkpointing import checkpoint_activations
+from hpdist.train.optim import build_optimizer
 from tests.texts import SENTENCES, write_model
 
 DISTILBERT = {

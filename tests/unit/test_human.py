@@ -1,6 +1,6 @@
 import pytest
 
-from hpdist.human import counted, duration, percent, size
+from hpdist.messages.human import counted, duration, percent, size
 
 
 @pytest.mark.parametrize(

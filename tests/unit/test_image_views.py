@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from hpdist.config import component_names
+from hpdist.config.component import component_names
 from hpdist.data.views import GradedViews, IdentityViewsConfig, ImageViewsConfig
 from hpdist.data.views import image as image_views
 from hpdist.data.views import rand_augment as ra

@@ -25,7 +25,7 @@ STARTS = {  # the code, and what it must not import
         f"from hpdist.cli import main; main(['train', {CONFIG!r}, '--print-config'])",
         (*OPTIONAL, *DATA),
     ),
-    "trainer": ("import hpdist.trainer", OPTIONAL),
+    "trainer": ("import hpdist.train.trainer", OPTIONAL),
 }
 
 

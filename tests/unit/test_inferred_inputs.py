@@ -15,13 +15,13 @@ import torch
 import yaml
 from PIL import Image
 
-from hpdist.config import parse
-from hpdist.data.categories import Categories, find_categories
-from hpdist.data.kinds import KINDS, find_input
+from hpdist.train.config import parse
+from hpdist.data.decode.categories import Categories, find_categories
+from hpdist.data.decode.kinds import KINDS, find_input
 from hpdist.data.views import TableViewsConfig
 from hpdist.errors import ConfigError, DataError
-from hpdist.input_choice import settle_inputs
-from hpdist.trainer import Trainer
+from hpdist.train.input_choice import settle_inputs
+from hpdist.train.trainer import Trainer
 from tests.ranks import run_ranks
 
 ROWS = 40
@@ -384,7 +384,7 @@ def test_both_ranks_refuse_the_rows_that_either_of_them_finds(tmp_path):
 
 
 def test_unlooked_labelled_rows_are_said(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("hpdist.run_looks.MOST_LABELED", 2)
+    monkeypatch.setattr("hpdist.train.first_look.MOST_LABELED", 2)
     path = pictures(tmp_path / "pictures", broken=("dog/2",))
     run = picture_run(tmp_path, path)
     assert "4 of 6 rows were not looked at before the training" in "".join(capfd.readouterr())

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpdist.algorithms import FlexMatch, WeakOutputs
-from hpdist.algorithms.addon import AddOn, build_algorithm
+from hpdist.algorithms.addons.base import AddOn, build_algorithm
 from hpdist.algorithms.base import Places
-from hpdist.algorithms.debiaspl import DebiasPLConfig
+from hpdist.algorithms.addons.debiaspl import DebiasPLConfig
 from hpdist.algorithms.flexmatch import FlexMatchConfig
-from hpdist.algorithms.tables import BLOCK, NEVER, UNSEEN, WholeShards
+from hpdist.algorithms.parts.tables import BLOCK, NEVER, UNSEEN, WholeShards
 from hpdist.errors import ConfigError
 
 CLASSES = 3

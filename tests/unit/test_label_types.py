@@ -18,11 +18,11 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
-from hpdist.config import LabelColumn, Labeled, TaskChoice, Unlabeled
-from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.config import LabelColumn, Labeled, TaskChoice, Unlabeled
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import CheckpointError, DataError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 
 MULTILABEL = TaskChoice(name="multilabel")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from hpdist.algorithms import FixMatch, Ladder, Reconstruction
 from hpdist.algorithms.ladder import LadderConfig
-from hpdist.config import LossScale
+from hpdist.engines.config import LossScale
 from hpdist.distributed.batch_norm import GlobalBatchNorm
 from hpdist.errors import ConfigError
 from hpdist.models import MLP, LadderMLP
-from hpdist.models.heads import columns_of, with_heads
+from hpdist.models.with_heads import columns_of, with_heads
 from tests.algorithm_runs import cross_entropy, global_batch, run
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, make_step, train

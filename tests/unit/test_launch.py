@@ -15,9 +15,9 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hpdist.config import RunConfig, parse
-from hpdist.data.digits import write_digits
-from hpdist.distributed import launch
+from hpdist.train.config import RunConfig, parse
+from hpdist.data.samples.digits import write_digits
+from hpdist.engines import launch
 from hpdist.errors import ConfigError
 from tests.ranks import free_port
 
@@ -364,7 +364,7 @@ def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    from hpdist.distributed.zero import make_plugin
+    from hpdist.engines.zero import make_plugin
 
     monkeypatch.setattr(type(AsyncIOBuilder()), "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match=r"zero.offload: nvme needs libaio.* install libaio-dev"):
@@ -380,7 +380,7 @@ def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch)
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from hpdist.distributed.zero import make_plugin
+    from hpdist.engines.zero import make_plugin
 
     kind = type(get_accelerator())
     monkeypatch.setattr(kind, "is_fp16_supported", kind.is_fp16_supported)  # put back at the end
@@ -406,7 +406,7 @@ def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nulls_in_a_json_are_as_if_left_out(launcher: Any) -> None:
-    from hpdist.distributed.zero import make_plugin
+    from hpdist.engines.zero import make_plugin
 
     for file in ({"zero_optimization": None}, {"zero_optimization": {"offload_optimizer": None}}):
         launcher(file | {"fp16": None})

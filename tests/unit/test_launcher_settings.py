@@ -15,8 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
-from hpdist.config import RunConfig, parse
-from hpdist.distributed import launch
+from hpdist.train.config import RunConfig, parse
+from hpdist.engines import launch
 from hpdist.errors import ConfigError
 from tests.picture_runs import train, write_config
 from tests.pictures import write_pictures

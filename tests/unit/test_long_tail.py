@@ -8,13 +8,14 @@ import datasets
 import numpy as np
 import pytest
 
-from hpdist.config import Labeled, Unlabeled, parse
-from hpdist.data.labels import sizes_of, tail
-from hpdist.data.sources import LabeledRows, UnlabeledTable, input_spec, open_labeled
+from hpdist.data.config import Labeled, Unlabeled
+from hpdist.train.config import parse
+from hpdist.data.sources.labels import sizes_of, tail
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable, input_spec, open_labeled
 from hpdist.data.stream import BatchStream
-from hpdist.data.unlabeled import MixedRows, open_unlabeled, row_count
+from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled, row_count
 from hpdist.errors import ConfigError, DataError, HpdistError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 
 SIZES = (90, 60, 50, 40)
 

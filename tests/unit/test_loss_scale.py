@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpdist.config import LossScale
-from hpdist.distributed.loss_scale import LossScaler
+from hpdist.engines.config import LossScale
+from hpdist.engines.loss_scale import LossScaler
 
 
 def scales(config: LossScale, overflows: list[bool]) -> list[float]:

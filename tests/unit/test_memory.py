@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hpdist.distributed.batch_norm import batch_norms, global_batch_norm
 from hpdist.errors import ConfigError
 from hpdist.models import CNN
-from hpdist.models.memory import checkpoint_activations
+from hpdist.models.activation_checkpointing import checkpoint_activations
 
 
 class Blocks(nn.Module):

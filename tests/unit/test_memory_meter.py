@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from hpdist.memory_meter import MemoryMeter
+from hpdist.plan.memory_meter import MemoryMeter
 
 MB = 10**6
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,7 +11,7 @@ from hpdist.algorithms import FixMatch, LogitAdjustment, SequenceMatch
 from hpdist.algorithms.base import Algorithm
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, Views
-from hpdist.micro_batch import Cutter
+from hpdist.train.micro_batch import Cutter
 
 IMAGES = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
 IDS = torch.arange(8)

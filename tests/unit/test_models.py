@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
-from hpdist.checks import check_model
-from hpdist.config import IN_PYTHON, PythonComponent
+from hpdist.train.checks import check_model
+from hpdist.config.component import IN_PYTHON, PythonComponent
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
 from hpdist.models.cnn import CNNConfig

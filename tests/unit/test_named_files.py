@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hpdist.config import Duplicates, LabelColumn, Labeled, Loading, Source, Unlabeled
+from hpdist.data.config import Duplicates, LabelColumn, Labeled, Loading, Source, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.decode import InputSpec
-from hpdist.data.decoders import Decoder
-from hpdist.data.duplicates import find_duplicates
-from hpdist.data.named_files import NamedFile, PathRule, server_of
-from hpdist.data.pictures import Seen
-from hpdist.data.sources import input_spec, open_labeled, open_test
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.decoders import Decoder
+from hpdist.data.sources.duplicates import find_duplicates
+from hpdist.data.files.named_files import NamedFile, PathRule, server_of
+from hpdist.data.sources.pictures import Seen
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import DataError
 from tests.fault_server import FaultServer
 

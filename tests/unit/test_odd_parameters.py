@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpdist.distributed.optimizer_state import SavedOptimizer, scalars_of
+from hpdist.engines.optimizer_state import SavedOptimizer, scalars_of
 from tests.odd_models import Complex, Odd, differing, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.* does not reach")

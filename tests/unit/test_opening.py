@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 from hpdist import __version__
-from hpdist.closing import summary_lines
-from hpdist.config import parse
-from hpdist.distributed.launch import Sharding
-from hpdist.opening import _devices, _names, _parameters, laid_out, run_entries
+from hpdist.cli.closing import summary_lines
+from hpdist.train.config import parse
+from hpdist.engines.launch import Sharding
+from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
 from hpdist.tracking.console import Console
 from tests.small_runs import held_out, trainer
 

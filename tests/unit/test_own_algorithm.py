@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hpdist.algorithms import StudentOutputs, WeakOutputs
-from hpdist.data.digits import write_digits
+from hpdist.data.samples.digits import write_digits
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
-from hpdist.data import paths
-from hpdist.data.loading import load
-from hpdist.data.sources import input_spec, open_labeled, open_test
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.files import paths
+from hpdist.data.sources.loading import load
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import DataError
 
 

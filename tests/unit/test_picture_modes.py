@@ -13,12 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdist.data.decode import InputSpec
-from hpdist.data.decoders import Decoder
-from hpdist.data.named_files import NamedFile, PathRule
-from hpdist.data.pictures import Seen, has_colour, has_transparency
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.decoders import Decoder
+from hpdist.data.files.named_files import NamedFile, PathRule
+from hpdist.data.sources.pictures import Seen, has_colour, has_transparency
 from hpdist.errors import CheckpointError, ConfigError, DataError
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 
 SIDE = 8
 

@@ -10,10 +10,10 @@ import torch
 import yaml
 from PIL import Image
 
-from hpdist import config as configuration
+from hpdist.train import config as configuration
 from hpdist.errors import ConfigError
 from hpdist.models.pixels import with_model_pixels
-from hpdist.trainer import Trainer
+from hpdist.train.trainer import Trainer
 
 VIT = {
     "model_type": "vit",

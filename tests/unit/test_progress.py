@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hpdist import progress
-from hpdist.progress import working
+from hpdist.messages import progress
+from hpdist.messages.progress import working
 from tests.small_runs import held_out, trainer
 
 Read = Callable[[], str]

@@ -9,10 +9,10 @@ import time
 import pytest
 import yaml
 
-from hpdist import config as configuration
+from hpdist.train import config as configuration
 from hpdist.errors import ConfigError, DataError
-from hpdist.redaction import redacted, redacted_parts, redacted_settings, redacted_text
-from hpdist.settings import shown
+from hpdist.messages.redaction import redacted, redacted_parts, redacted_settings, redacted_text
+from hpdist.config.section import shown
 
 SECRET = "S3cr3tS3cr3tS3cr3t"  # in every one of them
 
@@ -168,7 +168,7 @@ def test_the_command_line_words_no_log_line_warning_or_traceback_with_a_secret(t
 
 
 def test_our_own_log_lines_are_without_secrets_in_any_program(caplog):
-    import hpdist.data.transport  # noqa: F401  (the loggers of whoever reads)
+    import hpdist.data.files.transport  # noqa: F401  (the loggers of whoever reads)
 
     for name in ("hpdist.data", "httpx"):
         with caplog.at_level(logging.WARNING, name):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpdist.algorithms import ReMixMatch
 from hpdist.algorithms.base import Places, StudentInputs
-from hpdist.algorithms.rotation import add_rotated, rotated
+from hpdist.algorithms.parts.rotation import add_rotated, rotated
 from hpdist.errors import ConfigError
 
 

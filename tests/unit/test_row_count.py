@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpdist.data.sources import UnlabeledTable
+from hpdist.data.sources.labeled import UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions
-from hpdist.data.unlabeled import MixedRows, ParquetRows, SequentialRows, row_count
+from hpdist.data.sources.unlabeled import MixedRows, ParquetRows, SequentialRows, row_count
 
 NONE: Any = None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hpdist.run_guard import RunGuard
+from hpdist.train.guard import RunGuard
 
 
 def outcome(function: Callable[[], bool]) -> int:

@@ -4,13 +4,14 @@ import datasets
 import numpy as np
 import pytest
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled, parse
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.train.config import parse
 from hpdist.data.convert import convert
-from hpdist.data.sources import UnlabeledTable, input_spec, open_labeled, open_test
-from hpdist.data.unlabeled import MixedRows, open_unlabeled
+from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_labeled, open_test
+from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
-from hpdist.preflight import _data
+from hpdist.preflight.checks import _data
 
 ALONE = Rendezvous(Endpoint(0, 1), None, None)
 

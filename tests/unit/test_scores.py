@@ -9,7 +9,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from hpdist.algorithms import Multilabel, Regression, Task
-from hpdist.evaluation import Evaluation
+from hpdist.evaluate.scoring import Evaluation
 from tests.evaluated import evaluated
 from tests.ranks import run_ranks
 

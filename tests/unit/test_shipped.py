@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpdist import cli
+from hpdist.cli import main as cli
 from hpdist.errors import ConfigError
-from hpdist.shipped import copy_shipped, find_config, list_configs, shipped
+from hpdist.cli.shipped import copy_shipped, find_config, list_configs, shipped
 
 ROOT = Path(__file__).parents[2]
 

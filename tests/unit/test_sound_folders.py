@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
-from hpdist.data.audio import Sampling
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.decode.audio import Sampling
 from hpdist.data.convert import convert
-from hpdist.data.decode import InputSpec
-from hpdist.data.sources import open_labeled, open_test
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.sources.labeled import open_labeled, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
 
 soundfile = pytest.importorskip("soundfile")
 RATE = 8000

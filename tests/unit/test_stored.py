@@ -8,7 +8,7 @@ import torch
 
 from hpdist.algorithms import SimMatch
 from hpdist.models import HuggingFaceConfig, build_model
-from hpdist.models.heads import with_heads
+from hpdist.models.with_heads import with_heads
 from hpdist.models.outputs import on_trial
 from hpdist.models.stored import weights_as_stored
 from tests.memory import mapped

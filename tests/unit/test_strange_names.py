@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hpdist.data.batch import BadRow
-from hpdist.data.classes import shortened
-from hpdist.data.duplicates import Report
+from hpdist.data.sources.classes import shortened
+from hpdist.data.sources.duplicates import Report
 from hpdist.data.stream.index import are_records
 from hpdist.errors import CheckpointError, DataError, printable
-from hpdist.run_inputs import is_inputs_record
+from hpdist.train.inputs import is_inputs_record
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from hpdist.config import Labeled, Unlabeled
-from hpdist.data.fitting import training_rows
-from hpdist.data.sources import input_spec, open_labeled
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.config import Labeled, Unlabeled
+from hpdist.data.sources.fitting import training_rows
+from hpdist.data.sources.labeled import input_spec, open_labeled
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.views import FittedViews, TableViewsConfig
 from hpdist.errors import DataError
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Features, List, Value
 
-from hpdist.config import LabelColumn, Labeled, RunConfig, TaskChoice, parse
-from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled, TaskChoice
+from hpdist.train.config import RunConfig, parse
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.errors import ConfigError, DataError
 
 SEVERAL = TaskChoice(name="multilabel")

@@ -32,12 +32,12 @@ from hpdist.algorithms import (
     Task,
     TemporalEnsembling,
 )
-from hpdist.algorithms.addon import build_algorithm
+from hpdist.algorithms.addons.base import build_algorithm
 from hpdist.algorithms.fixmatch import FixMatchConfig
-from hpdist.algorithms.logit_adjustment import LogitAdjustmentConfig
-from hpdist.algorithms.reconstruction import ReconstructionConfig
+from hpdist.algorithms.addons.logit_adjustment import LogitAdjustmentConfig
+from hpdist.algorithms.addons.reconstruction import ReconstructionConfig
 from hpdist.algorithms.supervised import SupervisedConfig
-from hpdist.config import components
+from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from tests.algorithm_runs import FEATURES, GlobalBatch, Ran, global_batch, run
 

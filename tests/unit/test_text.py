@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpdist.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.decode import InputSpec, Unreadable
-from hpdist.data.decoders import Decoder
-from hpdist.data.sources import input_spec, open_labeled, open_test
+from hpdist.data.decode.stored_values import InputSpec, Unreadable
+from hpdist.data.decode.decoders import Decoder
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.data.stream import BatchStream
-from hpdist.data.text import Tokenizer
-from hpdist.data.unlabeled import open_unlabeled
+from hpdist.data.decode.text import Tokenizer
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import ConfigError, DataError
 from tests.texts import SENTENCES, write_model, write_tokenizer
 

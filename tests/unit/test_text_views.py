@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpdist.data.text import Vocabulary
+from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views.text import (
     Strong,
     TextViewsConfig,

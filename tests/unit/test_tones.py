@@ -7,9 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from hpdist.data.audio import Sampling
-from hpdist.data.decode import InputSpec
-from hpdist.data.tones import CLASSES, ROWS, main, write_tones
+from hpdist.data.decode.audio import Sampling
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.samples.tones import CLASSES, ROWS, main, write_tones
 from hpdist.errors import DataError
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import torch
 from accelerate import PartialState
 
 import hpdist
-from hpdist import config as configuration
-from hpdist.divergence import OverflowStorm
+from hpdist.train import config as configuration
+from hpdist.train.divergence import OverflowStorm
 from hpdist.tracking.environment import _hosts
 from hpdist.tracking.metrics import curve_names, grouped
 from hpdist.tracking.tracker import Tracker

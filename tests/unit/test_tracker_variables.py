@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hpdist import config as configuration
-from hpdist.config import RunConfig
-from hpdist.distributed.launch import Sharding, make_accelerator
+from hpdist.train import config as configuration
+from hpdist.train.config import RunConfig
+from hpdist.engines.launch import Sharding, make_accelerator
 from hpdist.tracking.tracker import Tracker
 from hpdist.tracking.variables import (
     Chosen,

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdist import cli
-from hpdist.checks import divide_batch
-from hpdist.config import parse
-from hpdist.data.digits import write_digits
+from hpdist.cli import main as cli
+from hpdist.train.checks import divide_batch
+from hpdist.train.config import parse
+from hpdist.data.samples.digits import write_digits
 from hpdist.errors import ConfigError
 
 CONFIG = """

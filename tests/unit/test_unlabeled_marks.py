@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Features, List, Value
 
-from hpdist.config import LabelColumn, Labeled, TaskChoice
-from hpdist.data.sources import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled, TaskChoice
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.errors import DataError
 
 NAN = float("nan")

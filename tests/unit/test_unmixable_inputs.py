@@ -22,10 +22,10 @@ from hpdist.algorithms import (
     WeakOutputs,
 )
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.text import Vocabulary
+from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import AudioViewsConfig, IdentityViewsConfig, TextViewsConfig, Views
 from hpdist.errors import ConfigError
-from hpdist.micro_batch import Cutter, MicroBatch
+from hpdist.train.micro_batch import Cutter, MicroBatch
 
 CHANGING: dict[str, Callable[[], Algorithm]] = {
     "ICT": ICT,

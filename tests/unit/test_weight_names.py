@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hpdist.distributed.manifest import digest_of
-from hpdist.distributed.names import collapsed, plain_name, shortened, with_plain_names
+from hpdist.checkpoint.manifest import digest_of
+from hpdist.distributed.module_names import collapsed, plain_name, shortened, with_plain_names
 from tests.odd_models import Odd, Reentrant, Small, differing, train, trainer
 
 

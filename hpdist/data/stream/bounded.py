@@ -13,8 +13,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hpdist.data.arrow_types import plain_table
-from hpdist.data.files import RemoteFile
+from hpdist.data.decode.arrow_types import plain_table
+from hpdist.data.files.open import RemoteFile
 from hpdist.data.stream.claims import chunk_span, most_bytes
 from hpdist.data.stream.pages import BadPageError, pages
 

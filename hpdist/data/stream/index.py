@@ -26,16 +26,16 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.arrow_types import plain_schema
-from hpdist.data.columns import wider
-from hpdist.data.files import FileVersion, Retry, redacted
-from hpdist.data.partitions import Partitions
-from hpdist.data.splits import check_known, names_in, spelled_out
+from hpdist.data.decode.arrow_types import plain_schema
+from hpdist.data.sources.columns import wider
+from hpdist.data.files.open import FileVersion, Retry, redacted
+from hpdist.data.sources.partitions import Partitions
+from hpdist.data.sources.splits import check_known, names_in, spelled_out
 from hpdist.data.stream import claims
 from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
-from hpdist.progress import working
+from hpdist.messages.progress import working
 
 _VERSION = 5  # of the cache's format
 T = TypeVar("T")

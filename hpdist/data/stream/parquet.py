@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.arrow_types import plain_schema
-from hpdist.data.encoded import Array
-from hpdist.data.files import FileChangedError, FileLostError, Retry, is_remote
+from hpdist.data.decode.arrow_types import plain_schema
+from hpdist.data.decode.image import Array
+from hpdist.data.files.open import FileChangedError, FileLostError, Retry, is_remote
 from hpdist.data.stream.bounded import TooLargeError
 from hpdist.data.stream.index import Index
 from hpdist.data.stream.permute import Int64Array

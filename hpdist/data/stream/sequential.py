@@ -22,12 +22,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.arrow_types import plain_table
-from hpdist.data.retry import cause
+from hpdist.data.decode.arrow_types import plain_table
+from hpdist.data.files.retry import cause
 from hpdist.data.stream.permute import Int64Array, permutation
 from hpdist.data.stream.reader import Rows
 from hpdist.errors import DataError
-from hpdist.redaction import redacted_text
+from hpdist.messages.redaction import redacted_text
 
 _ORDER = 0x5E9  # the order of a block must differ from other permutations of the same seed
 _KEPT_BATCHES = 256  # how far behind the newest batch one can still ask where to resume

@@ -14,9 +14,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hpdist.config import Component, Section
+from hpdist.config.component import Component
+from hpdist.config.section import Section
 from hpdist.data import random
-from hpdist.data.audio import Sampling
+from hpdist.data.decode.audio import Sampling
 from hpdist.data.views.spectrum import (
     bands_of,
     frames_of,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from hpdist.config import Component
+from hpdist.config.component import Component
 from hpdist.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hpdist.config import Component
-from hpdist.data.decode import Array
+from hpdist.config.component import Component
+from hpdist.data.decode.stored_values import Array
 
 
 class Views(Protocol):

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from hpdist.config import Component, Section
+from hpdist.config.component import Component
+from hpdist.config.section import Section
 from hpdist.data import random
 from hpdist.data.views import rand_augment
 from hpdist.data.views.base import check_positions

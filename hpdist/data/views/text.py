@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.config import Component, Section
+from hpdist.config.component import Component
+from hpdist.config.section import Section
 from hpdist.data import random
-from hpdist.data.text import Vocabulary
+from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views.base import check_positions
 from hpdist.errors import ConfigError, DataError
 

@@ -1,0 +1,314 @@
+"""An add-on: changes what an algorithm sees or adds to its loss, whichever algorithm it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LossTerms,
+    Probe,
+    SavedShards,
+    Shards,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    Views,
+    WeakOutputs,
+    check_names,
+)
+from hpdist.tasks.base import CLASSIFICATION, Task, make_task
+from hpdist.config.component import Component
+from hpdist.train.config import RunConfig
+from hpdist.errors import ConfigError
+
+
+class AddOnConfig(Component):
+    """The options of an add-on; `build` puts it around an algorithm."""
+
+    kind: ClassVar[str] = "addon"
+
+    def build(
+        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> AddOn:
+        """Make the add-on for a run of `steps`, its state on `device`."""
+        raise NotImplementedError(f"{type(self).__name__} must define build()")
+
+
+class _OfBase:
+    """An attribute that the step sets from outside: it is the inner algorithm's."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: AddOn, owner: type | None = None) -> Any:
+        return getattr(instance.base, self.name)
+
+    def __set__(self, instance: AddOn, value: Any) -> None:
+        setattr(instance.base, self.name, value)
+
+
+class AddOn(Algorithm):
+    """The base of every add-on: passes everything on to the algorithm inside.
+
+    An add-on overrides `targets` and `student`, through which the inner algorithm sees what the
+    model said, and `own_statistics`, `own_observe` and `add` for sums, state and terms of its own.
+    Its state and sums carry the name as a prefix, so add-ons can be put around one another. Heads
+    and further inputs of its own are hidden from the inner algorithm.
+    """
+
+    name: ClassVar[str] = ""
+    own_further: int = 0
+    """Inputs that its `mix` puts behind those of the inner algorithm."""
+    addon_paper: ClassVar[str] = ""
+    addon_tasks: ClassVar[tuple[str, ...]] = Algorithm.tasks
+    """The tasks that the add-on has a meaning for, around an algorithm that has."""
+    rows: Any = _OfBase()
+    task: Any = _OfBase()
+    class_counts: Any = _OfBase()
+    input_shape: Any = _OfBase()
+    sound: Any = _OfBase()
+
+    def __init__(self, base: Algorithm, own_state: Mapping[str, Tensor] | None = None) -> None:
+        self.base = base
+        self.own = dict(own_state or {})
+        """The add-on's own state, fp32; without the prefix."""
+        self.own_pending = dict(self.own)
+        self.tables = {}
+        """The add-on's own; without the prefix."""
+        self.views: Views = base.views  # type: ignore[misc]
+        self.paper = base.paper  # type: ignore[misc]
+        self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
+        self.groups = base.groups
+        self.mixed = base.mixed
+        self.head_names = base.head_names
+        self.normalizes_apart = base.normalizes_apart
+        self.heads_hint = base.heads_hint
+        self.predicts = base.predicts
+        self.generations = base.generations
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Both states."""
+        return self.base.state | self._prefixed(self.own)
+
+    @state.setter
+    def state(self, value: Mapping[str, Tensor]) -> None:
+        self.own, self.base.state = self._divide(value)
+
+    @property
+    def pending(self) -> dict[str, Tensor]:
+        """Both pending states."""
+        return self.base.pending | self._prefixed(self.own_pending)
+
+    @pending.setter
+    def pending(self, value: Mapping[str, Tensor]) -> None:
+        self.own_pending, self.base.pending = self._divide(value)
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether the inner algorithm does."""
+        return self.base.changes_inputs
+
+    def targets(self, weak: WeakOutputs) -> WeakOutputs:
+        """The weak views' outputs as the inner algorithm is to see them."""
+        return weak
+
+    def student(self, outputs: StudentOutputs) -> StudentOutputs:
+        """The student's outputs as the inner algorithm is to see them."""
+        return outputs
+
+    def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Sums over this rank's rows for the add-on itself, of what the model really said."""
+        return {}
+
+    def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
+        """From the global sums, the add-on's own state if this step is applied."""
+        return dict(self.own)
+
+    def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """The heads that the add-on puts into `head_names`."""
+        return {}
+
+    def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
+        """The inner algorithm's terms with the add-on's; `outputs` are what the model said."""
+        return terms
+
+    def take_place(self, rank: int, ranks: int) -> None:
+        """Hand it on."""
+        self.base.take_place(rank, ranks)
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """Both sets of heads."""
+        return self.base.heads(features) | self.own_heads(features)
+
+    def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Both sets of sums."""
+        own = {self._key(name): value for name, value in self.own_statistics(weak).items()}
+        return self.base.statistics(self._inner(weak)) | own
+
+    def rank_statistics(self) -> dict[str, Tensor]:
+        """Those of the inner algorithm."""
+        return self.base.rank_statistics()
+
+    def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
+        """Give each its sums."""
+        own, others = self._divide(sums)
+        self.own_pending = self.own_observe(own, unlabeled_rows)
+        self.base.observe(others, unlabeled_rows)
+
+    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
+        """What the inner algorithm does."""
+        return self.base.perturb(inputs, self._inner(weak), model)
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """What the inner algorithm does."""
+        return self.base.mix(inputs, None if weak is None else self._inner(weak))
+
+    @property
+    def uses_student_statistics(self) -> bool:
+        """Whether the inner algorithm has any."""
+        return self.base.uses_student_statistics
+
+    def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
+        """Those of the inner algorithm."""
+        return self.base.student_statistics(self._seen(outputs))
+
+    def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
+        """The inner algorithm's terms, and the add-on's."""
+        return self.add(outputs, self.base.loss(self._seen(outputs), student_sums))
+
+    @property
+    def class_thresholds(self) -> Tensor | None:
+        """Those of the inner algorithm."""
+        return self.base.class_thresholds
+
+    @property
+    def generation(self) -> int:
+        """That of the inner algorithm."""
+        return self.base.generation
+
+    def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
+        """Hand them on."""
+        self.base.take_labels(ids, probabilities)
+
+    def begin_generation(self) -> None:
+        """Hand it on."""
+        self.base.begin_generation()
+
+    def commit(self) -> None:
+        """Make both states final."""
+        self.own = self.own_pending
+        self.base.commit()
+
+    def discard(self) -> None:
+        """Forget both pending states."""
+        self.own_pending = dict(self.own)
+        self.base.discard()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Both states, with their tables."""
+        tables = {name: table.values for name, table in self.tables.items()}
+        return self.base.state_dict() | self._prefixed(self.own | tables)
+
+    def shards(self) -> Shards:
+        """Those of the inner algorithm."""
+        return self.base.shards()
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over both states; raises KeyError where the names differ."""
+        own, others = self._divide(state)
+        expected = dict.fromkeys([*self.own, *self.tables], torch.empty(0))
+        check_names(self._prefixed(own), self._prefixed(expected))
+        self.own = {k: own[k].to(v.device, v.dtype).clone() for k, v in self.own.items()}
+        for name, table in self.tables.items():
+            table.load(own[name])
+        self.base.load_state_dict(others, saved)
+        self.discard()
+
+    def required_counts(self, like: Tensor) -> Tensor:
+        """The labelled rows of each class, fp32 [classes], on the device of `like`.
+
+        Raises ConfigError where they are not known.
+        """
+        if self.class_counts is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs to know how many labelled rows each class has; set "
+                "algorithm.class_counts = torch.bincount(labels) before the first step"
+            )
+        self.class_counts = self.class_counts.to(like.device, torch.float32)  # copied only once
+        counts: Tensor = self.class_counts
+        return counts
+
+    def _inner(self, weak: WeakOutputs) -> WeakOutputs:
+        """The weak views' outputs as the inner algorithm sees them."""
+        own = {name: views for name, views in weak.heads.items() if name in self.base.head_names}
+        return self.targets(replace(weak, heads=own))
+
+    def _seen(self, outputs: StudentOutputs) -> StudentOutputs:
+        """The student's outputs, and the weak ones in them, as the inner algorithm sees them."""
+        further = len(outputs.further) - self.own_further
+        return self.student(
+            replace(
+                outputs,
+                weak=None if outputs.weak is None else self._inner(outputs.weak),
+                further=outputs.further[:further],
+                heads={
+                    name: replace(head, further=head.further[:further])
+                    for name, head in outputs.heads.items()
+                    if name in self.base.head_names
+                },
+            )
+        )
+
+    def _key(self, name: str) -> str:
+        return f"{self.name}.{name}"
+
+    def _prefixed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self._key(name): value for name, value in values.items()}
+
+    def _divide(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values of this add-on, without the prefix, and those of the algorithm inside."""
+        prefix = self._key("")
+        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        return own, {k: v for k, v in values.items() if not k.startswith(prefix)}
+
+
+def build_algorithm(
+    config: AlgorithmConfig,
+    addons: Sequence[AddOnConfig] = (),
+    num_classes: int = 2,
+    device: torch.device | str = "cpu",
+    steps: int = 1,
+    task: Task = CLASSIFICATION,
+) -> Algorithm:
+    """An algorithm with its add-ons around it, the first innermost.
+
+    Raises ConfigError where one of them has no meaning for the task.
+    """
+    algorithm = config.build(num_classes, device, steps)
+    algorithm.take_task(task)
+    for addon in addons:
+        algorithm = addon.build(algorithm, num_classes, device, steps)
+        algorithm.take_task(task)
+    return algorithm
+
+
+def compose(
+    config: RunConfig,
+    num_classes: int = 2,
+    device: torch.device | str = "cpu",
+    task: Task | None = None,
+) -> Algorithm:
+    """The algorithm of a run, with its add-ons; raises what `build_algorithm` does."""
+    algorithm, addons = (cast(Any, part) for part in (config.algorithm, config.addons))
+    task = task or make_task(config.task.name)
+    return build_algorithm(algorithm, addons, num_classes, device, config.steps, task)

@@ -1,0 +1,200 @@
+"""CReST+: each generation adds pseudo-labelled rows to the labels, of rare classes the most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hpdist.algorithms.addons.base import AddOn, AddOnConfig
+from hpdist.algorithms.parts.alignment import WINDOW, MeanPrediction
+from hpdist.algorithms.base import (
+    Algorithm,
+    LossTerms,
+    SavedShards,
+    StudentInputs,
+    StudentOutputs,
+    Sums,
+    WeakOutputs,
+)
+from hpdist.algorithms.parts.tables import RowTable
+from hpdist.tasks.losses import hard_cross_entropy
+from hpdist.errors import ConfigError
+
+_SMALL = 1e-6
+
+
+class CReSTConfig(AddOnConfig):
+    """The paper's values for CIFAR10-LT, and the average of its authors' code."""
+
+    name: Literal["crest"] = "crest"
+    generations: int = Field(6, ge=2)
+    """Equal parts of the run; the student begins anew in each."""
+    alpha: float = Field(3.0, gt=0)
+    """How much of the rows of a frequent class is added: less where it is small (alpha)."""
+    smallest_power: float = Field(0.5, ge=0, le=1)
+    """To which power the labels' shares are the alignment's target in the last generation, from 1
+    in the first (t_min): the smaller, the more rows of rare classes."""
+    window: int = Field(WINDOW, ge=1)
+    """Batches whose mean prediction is what predictions are aligned by."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Makes that a moving average of this momentum, in place of the window."""
+
+    def build(
+        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> CReST:
+        """Put it around an algorithm, its state on `device`."""
+        return CReST(
+            base,
+            num_classes,
+            generations=self.generations,
+            alpha=self.alpha,
+            smallest_power=self.smallest_power,
+            window=self.window,
+            momentum=self.momentum,
+            device=device,
+        )
+
+
+class CReST(AddOn):
+    """Class-rebalancing self-training with progressive alignment, section 3 of the paper.
+
+    Between generations the teacher labels all unlabelled rows. With the classes ordered by their
+    labelled rows, N_1 >= ... >= N_C, of the rows that are given the l-th class the share mu_l =
+    (N_{C+1-l} / N_1)^(1/alpha) joins the labelled set, the most confident first: all of the rarest
+    class. A generation begins with a new student and chooses anew among all rows.
+
+    A row that has joined counts in the supervised term as a labelled one does: it becomes (sum over
+    the labelled rows + sum over the chosen rows, on their weak view) / (labelled + chosen rows),
+    of the global batch. Targets are aligned: q p^t / mean q, made to sum to 1, with p the labels'
+    shares, the mean of the predictions over the batches before, and t = 1 - (1 - t_min) g / (G - 1)
+    in generation g of G.
+    """
+
+    name: ClassVar[str] = "crest"
+    addon_paper: ClassVar[str] = "Wei et al. 2021, arXiv:2102.09559"
+    own_further = 1
+
+    def __init__(
+        self,
+        base: Algorithm,
+        num_classes: int,
+        *,
+        generations: int = 6,
+        alpha: float = 3.0,
+        smallest_power: float = 0.5,
+        window: int = WINDOW,
+        momentum: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if base.generations > 1:
+            raise ConfigError(f"crest: {type(base).__name__} has generations of its own")
+        self._mean = MeanPrediction("probability", window, momentum)
+        own = {
+            "generation": torch.zeros((), device=device),
+            **self._mean.start(num_classes, device),
+        }
+        super().__init__(base, own)
+        if not base.views.weak:
+            raise ConfigError(
+                f"crest needs an algorithm with weak views of unlabelled rows, and "
+                f"{type(base).__name__} has none"
+            )
+        self.num_classes = num_classes
+        self.generations = generations
+        self.alpha = alpha
+        self.smallest_power = smallest_power
+        self._said = RowTable((2,), torch.float32, device)  # label + 1, confidence; being gathered
+        self._chosen = RowTable((1,), torch.int16, device)  # label + 1 of the rows that have joined
+        self.tables = {"chosen": self._chosen}
+        self._first = {name: value.clone() for name, value in base.state_dict().items()}
+
+    @property
+    def generation(self) -> int:
+        """How often the student has begun anew."""
+        return int(self.own["generation"])
+
+    def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
+        """Note class and confidence of rows."""
+        confidence, labels = probabilities.max(dim=1)
+        self._said.write(ids, torch.stack([labels + 1.0, confidence], dim=1))
+
+    def begin_generation(self) -> None:
+        """Choose among all rows, and have the inner algorithm forget what it knows."""
+        labels, confidence = self._said.values.unbind(dim=1)
+        chosen = self._said.values.new_zeros(len(labels))
+        for label, share in enumerate(self._shares(chosen).tolist()):
+            rows = (labels == label + 1).nonzero().flatten()
+            count = round(share * len(rows))
+            best = confidence[rows].argsort(descending=True, stable=True)[:count]
+            chosen[rows[best]] = label + 1
+        self._chosen.load(chosen[:, None])
+        self._said = RowTable((2,), torch.float32, chosen.device)
+        generation = self.own["generation"] + 1
+        self.own = {
+            "generation": generation,
+            **self._mean.start(self.num_classes, generation.device),
+        }
+        self.base.load_state_dict(self._first)
+        self.discard()
+
+    def targets(self, weak: WeakOutputs) -> WeakOutputs:
+        """Logits of the weak views, aligned."""
+        counts = self.required_counts(weak.logits)
+        power = 1 - (1 - self.smallest_power) * self.own["generation"] / (self.generations - 1)
+        prior = (counts / counts.sum() + _SMALL).pow(power)
+        shift = (prior / prior.sum()).log() - (self._mean.value(self.own) + _SMALL).log()
+        return replace(
+            weak, logits=weak.logits + shift, others=tuple(view + shift for view in weak.others)
+        )
+
+    def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """Sums of the predictions, and how many of the rows have joined."""
+        joined = self._chosen.read(weak.known_ids)[:, 0] > 0
+        return {"probability": weak.probabilities.sum(dim=0), "joined": joined.sum().float()}
+
+    def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
+        """Move the mean prediction."""
+        self._joined = sums["joined"]
+        mean = sums["probability"] / unlabeled_rows
+        return self.own | self._mean.after(self.own, mean)
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """What the inner algorithm does, and the weak view as a further input."""
+        labels = self._chosen.read(inputs.known_ids)[:, 0]
+        mixed = super().mix(inputs, weak)
+        return replace(
+            mixed,
+            further=(*mixed.further, inputs.weak[0]),
+            notes={**mixed.notes, "crest.labels": labels},
+        )
+
+    def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
+        """The supervised term over labelled and chosen rows."""
+        labels = outputs.notes["crest.labels"]
+        joined = (labels > 0).float()
+        losses = hard_cross_entropy(outputs.further[-1], (labels.long() - 1).clamp(min=0))
+        rows = outputs.labeled_rows + self._joined
+        added = (losses * joined).sum() / rows
+        supervised = terms.supervised * (outputs.labeled_rows / rows) + added
+        metrics = {**terms.metrics, "joined_rate": joined.sum() / outputs.unlabeled_rows}
+        return replace(terms, supervised=supervised, metrics=metrics)
+
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], saved: SavedShards | None = None
+    ) -> None:
+        """Take over both states; raises CheckpointError where the average is of another kind."""
+        self._mean.check(self._divide(state)[0], "addons: crest")
+        super().load_state_dict(state, saved)
+
+    def _shares(self, like: Tensor) -> Tensor:
+        """How much of each class joins, mu, [classes]."""
+        counts = self.required_counts(like).clamp(min=1)
+        ordered, order = counts.sort(descending=True, stable=True)
+        shares = torch.empty_like(counts)
+        shares[order] = (ordered.flip(0) / ordered[0]) ** (1 / self.alpha)
+        return shares

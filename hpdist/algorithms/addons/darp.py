@@ -1,0 +1,226 @@
+"""DARP: all pseudo-labels are moved as little as may be until their classes have given shares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from hpdist.algorithms.addons.base import AddOn, AddOnConfig
+from hpdist.algorithms.base import Algorithm, LossTerms, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.parts.tables import RowTable, id_words, last_places, spread
+from hpdist.errors import ConfigError
+
+_NEWTON_STEPS = 10  # from the solution before; each doubles the digits
+_SMALL = 1e-6  # of a class that a row has been denied
+
+
+class DARPConfig(AddOnConfig):
+    """The values of the paper's released code; its warm-up is 200 of 500 epochs."""
+
+    name: Literal["darp"] = "darp"
+    warmup: float = Field(0.4, ge=0, le=1)
+    """Share of the run that comes before the first refinement."""
+    every: int = Field(10, ge=1)
+    """Applied steps between refinements."""
+    alpha: float = Field(2.0, gt=0)
+    """A class keeps the likeliest rows, this many times its target (delta in the paper)."""
+    iterations: int = Field(10, ge=1)
+    """Rounds of coordinate ascent of a refinement (T)."""
+    distribution: list[float] | None = Field(None, min_length=2)
+    """How the unlabelled rows divide among the classes, as numbers in any unit; by default as the
+    labelled rows do."""
+
+    @field_validator("distribution")
+    @classmethod
+    def _positive(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError("must be positive for every class; give a rare one a small number")
+        return value
+
+    def build(
+        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> DARP:
+        """Put it around an algorithm for a run of `steps`, its state on `device`."""
+        return DARP(
+            base,
+            num_classes,
+            warmup_steps=round(self.warmup * steps),
+            every=self.every,
+            alpha=self.alpha,
+            iterations=self.iterations,
+            distribution=self.distribution,
+            device=device,
+        )
+
+
+class DARP(AddOn):
+    """Targets are the rows x_n that minimise sum_n KL(x_n || q_n) / H(q_n), given classes' sums.
+
+    q_n is what was last said of row n. Each x_n sums to 1, and of class c all rows together have
+    M_c, its share of the rows. Before, a class is taken from all rows but the alpha M_c that have
+    most of it, and q_n^c is multiplied by M_c / sum of those; rows sum to 1 again. The minimum is
+    found by coordinate ascent of the dual: x_n^c ~ q_n^c exp(-nu_c H(q_n)), each round every row's
+    sum, then every class's by Newton's method, here of its logarithm. After the last round rows
+    sum to 1, and classes nearly to M_c. (Section 3 and algorithm 1 of the paper, and its released
+    code.)
+
+    All rows are those seen so far. From the end of the warm-up on they are refined after every so
+    many applied steps, and a row that was in the last refinement has its x_n as target, in place
+    of each weak view; the paper's refinement has the batch of the same step in it. With several
+    weak views q_n is their mean. The inner algorithm sharpens, aligns or cuts off x_n as it would
+    the prediction.
+
+    Every rank holds two tables, rows by classes, and refines them in fp64, alike. For a million
+    rows and 100 classes they are 800 MB, and a refinement takes several times that for a while.
+    Checkpoints hold them. A step's predictions reach all ranks with its other sums, as C + 2 floats
+    for each unlabelled row of the global batch. Which rows they are is waited for once a step.
+    """
+
+    name: ClassVar[str] = "darp"
+    addon_paper: ClassVar[str] = "Kim et al. 2020, arXiv:2007.08844"
+
+    def __init__(
+        self,
+        base: Algorithm,
+        num_classes: int,
+        *,
+        warmup_steps: int = 0,
+        every: int = 10,
+        alpha: float = 2.0,
+        iterations: int = 10,
+        distribution: list[float] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not base.views.weak:
+            raise ConfigError(
+                f"addons: darp refines pseudo-labels, and {type(base).__name__} makes none from "
+                "weak views; leave it out, or choose another algorithm"
+            )
+        super().__init__(base, {"step": torch.zeros((), device=device)})  # applied steps
+        self.warmup_steps = warmup_steps
+        self.every = every
+        self.alpha = alpha
+        self.iterations = iterations
+        self.distribution = distribution
+        self.predictions = RowTable((num_classes,), torch.float32, device)
+        self.refined = RowTable((num_classes,), torch.float32, device)
+        self.tables = {"predictions": self.predictions, "refined": self.refined}
+        self._batch: dict[str, Tensor] = {}
+
+    def targets(self, weak: WeakOutputs) -> WeakOutputs:
+        """Every weak view's logits replaced by log x, where there is an x."""
+        refined, known = self._look_up(weak.known_ids)
+        logits = refined.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return replace(
+            weak,
+            logits=torch.where(known[:, None], logits, weak.logits),
+            others=tuple(torch.where(known[:, None], logits, view) for view in weak.others),
+        )
+
+    def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
+        """What was said of each row, at its place in the global batch: their sum is a gather."""
+        self._shares(weak.logits)  # what is missing is missed at once
+        said = torch.stack([view.softmax(dim=-1) for view in (weak.logits, *weak.others)])
+        return {
+            "predictions": spread(weak, said.mean(dim=0)),
+            "ids": spread(weak, id_words(weak.known_ids)),
+        }
+
+    def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
+        """Count the step, and keep the predictions of the global batch until `commit`."""
+        self._batch = dict(sums)
+        return {"step": self.own["step"] + 1}
+
+    def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
+        """The inner algorithm's terms, and the share of unlabelled rows with refined targets."""
+        assert outputs.weak is not None
+        _, known = self._look_up(outputs.weak.known_ids)
+        rate = known.float().sum() / outputs.unlabeled_rows
+        return replace(terms, metrics={**terms.metrics, "refined_rate": rate})
+
+    def commit(self) -> None:
+        """Write the batch's predictions into the table, and refine it when it is time."""
+        super().commit()
+        if self._batch and (self.sound is None or self.sound):
+            self._write(self._batch["predictions"], self._batch["ids"])
+            since = int(self.own["step"]) - self.warmup_steps
+            if since >= 0 and since % self.every == 0:
+                self._refine()
+        self._batch = {}
+
+    def discard(self) -> None:
+        """Forget the batch's predictions."""
+        super().discard()
+        self._batch = {}
+
+    def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Refined rows [rows, classes], and which of them there are, bool [rows]."""
+        rows = self.refined.read(ids)
+        return rows, rows.sum(dim=1) > 0.5
+
+    def _write(self, predictions: Tensor, words: Tensor) -> None:
+        filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
+        ids, places = last_places(words, filled)
+        self.predictions.write(ids, predictions[places], self.rows)
+        self.refined.reserve(ids, self.rows)
+
+    def _refine(self) -> None:
+        table = self.predictions.values
+        seen = (table.sum(dim=1) > 0.5).nonzero()[:, 0]
+        if not len(seen):
+            return
+        said = table[seen].double()
+        amounts = len(seen) * self._shares(said).double()
+        found = refined(said, amounts, self.alpha, self.iterations)
+        self.refined.load(torch.zeros_like(table).index_copy(0, seen, found.float()))
+
+    def _shares(self, like: Tensor) -> Tensor:
+        """How the rows divide among the classes, fp32 [classes], summing to 1."""
+        classes = like.shape[1]
+        if self.distribution is None:
+            counts = self.required_counts(like).clamp(min=0.5)
+        elif len(self.distribution) == classes:
+            counts = torch.tensor(self.distribution, device=like.device)
+        else:
+            raise ConfigError(
+                f"addons: darp.distribution: {len(self.distribution)} numbers for {classes} "
+                "classes; give one for each"
+            )
+        return counts / counts.sum()
+
+
+def refined(said: Tensor, amounts: Tensor, alpha: float, iterations: int) -> Tensor:
+    """Rows near to those `said` that sum to 1, with about the given sum of every class.
+
+    Args:
+        said: Probabilities, fp64 [rows, classes].
+        amounts: Of each class, fp64 [classes], positive, summing to the number of rows.
+        alpha: A class is taken from all but this many times its amount of rows.
+        iterations: Rounds of coordinate ascent.
+    """
+    logs = _without_small(said, amounts, alpha).log()
+    entropy = -(logs.exp() * logs).sum(dim=1, keepdim=True)  # [rows, 1], 1 / w
+    goal = amounts.log()
+    nu = torch.zeros_like(amounts)
+    for _ in range(iterations):
+        rows = logs - torch.logsumexp(logs - nu * entropy, dim=1, keepdim=True)
+        for _ in range(_NEWTON_STEPS):
+            scores = rows - nu * entropy
+            slope = -(scores.softmax(dim=0) * entropy).sum(dim=0)
+            nu = nu - (torch.logsumexp(scores, dim=0) - goal) / slope
+    return (logs - nu * entropy).softmax(dim=1)
+
+
+def _without_small(said: Tensor, amounts: Tensor, alpha: float) -> Tensor:
+    """Rows without the classes that others have more of, each class scaled to its amount."""
+    order = said.argsort(dim=0, descending=True, stable=True)
+    kept = (alpha * amounts).floor().clamp(min=1)  # rows of each class
+    places = torch.arange(len(said), device=said.device)[:, None]
+    first = torch.zeros_like(said).scatter(0, order, (places < kept).to(said.dtype))
+    chosen = said * first
+    chosen = chosen * amounts / chosen.sum(dim=0).clamp(min=_SMALL) + _SMALL
+    return chosen / chosen.sum(dim=1, keepdim=True)

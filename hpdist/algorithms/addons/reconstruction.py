@@ -1,0 +1,162 @@
+"""Reconstruction: the features of a corrupted row must say what the whole row was."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hpdist.algorithms.addons.base import AddOn, AddOnConfig
+from hpdist.algorithms.base import (
+    Algorithm,
+    LossTerms,
+    Places,
+    StudentInputs,
+    StudentOutputs,
+    WeakOutputs,
+)
+from hpdist.tasks.base import ALL
+from hpdist.errors import ConfigError
+
+Mode = Literal["masked", "denoising"]
+
+_LARGEST = 100_000  # numbers of a row that a decoder gives back
+
+
+class ReconstructionConfig(AddOnConfig):
+    """Values that suit standardised inputs of some hundred to a few thousand numbers."""
+
+    name: Literal["reconstruction"] = "reconstruction"
+    mode: Mode = "masked"
+    """masked: numbers are set to 0, and these are to be given back; denoising: noise is added, and
+    everything is to be given back."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Chance of a number, or of a square of an image, to be masked."""
+    patch: int = Field(4, ge=1)
+    """Side of an image's squares, all channels alike; other inputs are masked number by number."""
+    scale: float = Field(0.3, gt=0)
+    """Standard deviation of the noise of `denoising`."""
+    weight: float = Field(1.0, ge=0)
+    """Weight of the term."""
+    hidden: int = Field(256, ge=1)
+    """Width of the decoder's hidden layer."""
+
+    def build(
+        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> Reconstruction:
+        """Put it around an algorithm."""
+        return Reconstruction(base, **self.model_dump(exclude={"name"}))
+
+
+class Reconstruction(AddOn):
+    """Adds w mean (D(f(c(u))) - u)^2: a decoder gives back a weak view from its corrupted copy.
+
+    f are the model's features, D a hidden layer with ReLU. c sets numbers to 0, each with chance s
+    (of an image: squares), and the mean is over these, their number taken as expected: s times all
+    numbers of the usable unlabelled rows. Or c adds noise, and the mean is over all numbers.
+
+    The algorithm inside sees nothing of it. The decoder's outputs are columns behind the logits, as
+    many as a row has numbers, for every row that the model sees: meant for small inputs; more than
+    100,000 numbers per row are refused.
+    """
+
+    name: ClassVar[str] = "reconstruction"
+    addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
+    addon_tasks: ClassVar[tuple[str, ...]] = ALL
+    own_further = 1
+
+    def __init__(
+        self,
+        base: Algorithm,
+        *,
+        mode: Mode = "masked",
+        share: float = 0.5,
+        patch: int = 4,
+        scale: float = 0.3,
+        weight: float = 1.0,
+        hidden: int = 256,
+    ) -> None:
+        super().__init__(base)
+        self.mode = mode
+        self.share = share
+        self.patch = patch
+        self.scale = scale
+        self.weight = weight
+        self.hidden = hidden
+        self.views = replace(base.views, weak=max(base.views.weak, 1))  # type: ignore[misc]
+        self.head_names = (*base.head_names, self.name)
+
+    @property
+    def changes_inputs(self) -> bool:
+        """It sets numbers of them to 0, or adds noise."""
+        return True
+
+    def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        """The decoder; raises ConfigError where a row has too many numbers."""
+        shape = self.input_shape
+        if shape is None:
+            raise ConfigError(
+                "the add-on reconstruction needs to know the shape of an input; hpdist.with_heads "
+                "tells it, or set algorithm.input_shape"
+            )
+        numbers = math.prod(shape)
+        if numbers > _LARGEST:
+            raise ConfigError(
+                f"the add-on reconstruction gives back every number of an input, and {list(shape)} "
+                f"are {numbers}, above {_LARGEST}; give smaller inputs"
+            )
+        decoder = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(math.prod(features), self.hidden),
+            nn.ReLU(),
+            nn.Linear(self.hidden, numbers),
+        )
+        return {self.name: decoder}
+
+    def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
+        """What the inner algorithm does; the corrupted rows behind all that it adds."""
+        mixed = super().mix(inputs, weak)
+        rows = inputs.weak[0]
+        if not rows.is_floating_point():
+            raise ConfigError(
+                "the add-on reconstruction gives back inputs of floating-point numbers, and these "
+                f"are {rows.dtype}"
+            )
+        corrupted, counted = self._corrupted(rows, inputs.places)
+        notes = {"target": rows.float(), "counted": counted}
+        return replace(
+            mixed,
+            further=(*mixed.further, corrupted),
+            notes={**mixed.notes, **self._prefixed(notes)},
+        )
+
+    def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
+        """The inner algorithm's terms, and that of the decoder."""
+        target = outputs.notes[self._key("target")].flatten(1)  # [unlabeled, numbers]
+        counted = outputs.notes[self._key("counted")].flatten(1)
+        said = outputs.heads[self.name].further[-1]
+        share = self.share if self.mode == "masked" else 1.0
+        expected = share * max(said.shape[1], 1) * outputs.unlabeled_rows
+        errors = (said - target).square() * counted
+        term = {f"{self.name}_loss": self.weight * errors.sum() / expected}
+        return replace(terms, extras={**terms.extras, **term})
+
+    def _corrupted(self, rows: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """The rows corrupted, and which numbers are to be given back, fp32 of the rows' shape."""
+        shape = rows.shape[1:]
+        if self.mode == "denoising":
+            noise = places.normal(self.name, math.prod(shape)).view(rows.shape)
+            noise = noise.to(rows.device, non_blocking=True)
+            return (rows + self.scale * noise).to(rows.dtype), torch.ones_like(rows.float())
+        cells = [-(-side // self.patch) for side in shape[1:]] if len(shape) == 3 else list(shape)
+        drawn = places.noise(self.name, math.prod(cells)).view(len(rows), *cells)
+        masked = (drawn < self.share).to(rows.device, non_blocking=True)
+        if len(shape) == 3:
+            for dim in (1, 2):
+                masked = masked.repeat_interleave(self.patch, dim=dim)
+            masked = masked[:, None, : shape[1], : shape[2]].expand(rows.shape)
+        return rows.masked_fill(masked, 0.0), masked.float()

@@ -1,0 +1,53 @@
+"""The rotation task: rows are turned by 0, 90, 180 or 270 degrees, and a head says by which."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import StudentInputs, StudentOutputs
+from hpdist.algorithms.parts.projections import linear
+from hpdist.tasks.losses import hard_cross_entropy
+from hpdist.errors import ConfigError
+
+HEAD = "rotation"
+ANGLES = 4
+
+
+def rotation_head(features: torch.Size) -> nn.Module:
+    """Features to logits of the four angles."""
+    return linear(features, ANGLES)
+
+
+def rotated(images: Tensor, turns: Tensor) -> Tensor:
+    """Each image [rows, channels, side, side] turned left by its quarter turns, int64 [rows]."""
+    turned = images
+    for number in range(1, ANGLES):
+        chosen = (turns == number).view(-1, 1, 1, 1)
+        turned = torch.where(chosen, images.rot90(number, (2, 3)), turned)
+    return turned
+
+
+def add_rotated(inputs: StudentInputs, images: Tensor, name: str) -> StudentInputs:
+    """The inputs with a view of the unlabelled rows as the last further one, each row turned.
+
+    By how much is drawn for each row, under the algorithm's name, and is the note "turns". Raises
+    ConfigError where the rows are no square images.
+    """
+    if images.dim() != 4 or images.shape[2] != images.shape[3]:
+        raise ConfigError(
+            f"{name} rotates square images [rows, channels, side, side], and these are "
+            f"{list(images.shape)}; set algorithm.rotation_weight to 0"
+        )
+    drawn = inputs.places.noise(f"{name} rotation", 1)[:, 0]
+    turns = (drawn * ANGLES).long().to(images.device, non_blocking=True)
+    notes = {**inputs.notes, "turns": turns}
+    return replace(inputs, further=(*inputs.further, rotated(images, turns)), notes=notes)
+
+
+def rotation_loss(outputs: StudentOutputs) -> Tensor:
+    """Cross-entropy of the angles, a contribution to the mean over the unlabelled rows."""
+    said = outputs.heads[HEAD].further[-1]
+    return hard_cross_entropy(said, outputs.notes["turns"]).sum() / outputs.unlabeled_rows

@@ -1,0 +1,267 @@
+"""Writes checkpoints so that a process may die at any instant, in the background of the training.
+
+Each rank writes its own shard under a temporary name, and a note when it is safe on disk. The first
+rank waits for all notes, writes the manifest, and renames the folder: only then does it exist. The
+writing needs no collective, so it cannot get into the way of the training's; that a rank has failed
+is told when the next checkpoint is due, and by a collective, since a full disk may hold no note.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpdist.checkpoint.reader import remove
+from hpdist.distributed.fragments import Fragment
+from hpdist.checkpoint.manifest import COMMON, MANIFEST, VERSION, digest_of, folder_name, hash_of, list_checkpoints
+from hpdist.distributed.collectives import from_main, gathered
+from hpdist.errors import CheckpointError, why_not_written
+
+_POLL = 0.02  # seconds
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time. Collective: every rank must construct it.
+
+    A write that fails (the disk is full, the folder is gone) leaves the older checkpoints as they
+    are; `problems` tells of it, and the next `save` tries anew.
+
+    Args:
+        folder: Of the run's checkpoints.
+        rank: This one.
+        ranks: How many there are.
+        keep: How many checkpoints stay.
+        background: Whether `save` returns once the state is copied.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, ranks: int, *, keep: int, background: bool = True
+    ) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._ranks = ranks
+        self._keep = keep
+        self._background = background
+        self._token = from_main(lambda: secrets.token_hex(4))
+        self._count = 0
+        self._thread: threading.Thread | None = None
+        self._problems: list[str] = []
+        self._failure: str | None = None  # of the latest write
+        self._others: dict[int, str] = {}  # what kept other ranks from writing, as far as is known
+        self.waited = 0.0
+        """Seconds that the training has waited for `save` and `finish`."""
+        if rank == 0:
+            for left in folder.glob(".writing-*"):  # of a process that was killed
+                with suppress(OSError):  # it is in nobody's way
+                    remove(left)
+
+    def save(
+        self,
+        step: int,
+        fragments: Mapping[str, Sequence[Fragment]],
+        common: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the state and begin to write it; first an unfinished write is waited for.
+
+        `fragments` are this rank's, by kind; `common` and `facts` (JSON) are the same on every
+        rank. `before` writes what must be safe before the checkpoint exists. Collective: every
+        rank must call.
+        """
+        start = time.monotonic()
+        self._settle()
+        own = {
+            f"{kind}/{f.name}@{f.start}": _copy(f.values)
+            for kind, items in fragments.items()
+            for f in items
+        }
+        shared = {name: _copy(value) for name, value in common.items()} if self._rank == 0 else {}
+        self._count += 1
+        temporary = self._folder / f".writing-{step:08d}-{self._token}-{self._count}"
+        self._failure, self._others = None, {}
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(temporary, step, own, shared, dict(facts), before),
+            name="hpdist-checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
+        if not self._background:
+            self._settle()
+        self.waited += time.monotonic() - start
+
+    def problems(self) -> list[str]:
+        """What went wrong since the last call, as far as this rank knows."""
+        found, self._problems = self._problems, []
+        return found
+
+    def finish(self) -> None:
+        """Wait until the latest checkpoint is whole. Collective: every rank must call.
+
+        Raises CheckpointError on all ranks where it is not.
+        """
+        start = time.monotonic()
+        self._settle()
+        failures = dict(enumerate(gathered(self._failure)))
+        if self._others:
+            del failures[0]  # which only waited for them
+        told = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
+        self.waited += time.monotonic() - start
+        if told:
+            self.problems()  # which the error tells
+            error = CheckpointError(
+                f"the latest checkpoint could not be written: {told}; make room, and start again: "
+                "the run goes on from the one before"
+            )
+            error.everywhere = True
+            raise error
+
+    def close(self, seconds: float) -> None:
+        """Give this rank's part of the latest checkpoint some time to be written, asking nobody."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _settle(self) -> None:
+        """Wait for the latest write; where a rank's part will not come, the first need not wait."""
+        if self._rank != 0:
+            self._join()
+        failures = enumerate(gathered(self._failure))
+        self._others = {rank: reason for rank, reason in failures if reason and rank != 0}
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(
+        self,
+        temporary: Path,
+        step: int,
+        own: dict[str, Tensor],
+        shared: dict[str, Tensor],
+        facts: dict[str, Any],
+        before: Callable[[], None],
+    ) -> None:
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            before()
+            self._write_own(temporary, own, shared)
+            if self._rank == 0:
+                self._complete(temporary, step, facts)
+        except (OSError, SafetensorError, CheckpointError) as error:
+            self._failure = why_not_written(error, self._folder)
+            self._problems.append(
+                f"rank {self._rank}: the checkpoint of step {step} could not be written: "
+                f"{self._failure}"
+            )
+            self._make_room(temporary)
+
+    def _write_own(
+        self, temporary: Path, own: dict[str, Tensor], shared: dict[str, Tensor]
+    ) -> None:
+        files = [_write_tensors(temporary / f"rank-{self._rank:05d}.safetensors", own)]
+        if self._rank == 0:
+            files.append(_write_tensors(temporary / COMMON, shared))
+        note = temporary / f"note-{self._rank:05d}.json"
+        _write_bytes(note.with_suffix(".tmp"), json.dumps(dict(files)).encode())
+        os.replace(note.with_suffix(".tmp"), note)
+
+    def _complete(self, temporary: Path, step: int, facts: dict[str, Any]) -> None:
+        """Wait for every rank's note, write the manifest, and let the checkpoint exist."""
+        notes = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
+        files: dict[str, Any] = {}
+        for rank, note in enumerate(notes):
+            files |= self._await(note, rank)
+        manifest = {
+            "version": VERSION,
+            "step": step,
+            "world_size": self._ranks,
+            "files": files,
+            **facts,
+        }
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2)
+        _write_bytes(temporary / MANIFEST, text.encode())
+        for note in notes:
+            note.unlink()
+        _sync_folder(temporary)
+        final = self._folder / folder_name(step)
+        replaced = self._folder / f".writing-replaced-{self._token}-{self._count}"
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync_folder(self._folder)
+        with suppress(FileNotFoundError):
+            remove(replaced)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Remove what is older than the checkpoints to keep; links are not this run's to count."""
+        own = [path for path in list_checkpoints(self._folder) if not path.is_symlink()]
+        try:
+            for path in own[self._keep :]:
+                remove(path)
+        except OSError as error:
+            self._problems.append(f"an old checkpoint could not be removed: {error}")
+
+    def _await(self, note: Path, rank: int) -> dict[str, Any]:
+        """What a rank notes of its files, once they are safe."""
+        while not note.exists():
+            if rank in self._others:
+                raise CheckpointError(f"rank {rank} failed: {self._others[rank]}")
+            if not note.parent.exists():
+                raise CheckpointError(f"{note.parent} is gone")
+            time.sleep(_POLL)
+        noted: dict[str, Any] = json.loads(note.read_text())
+        return noted
+
+    def _make_room(self, temporary: Path) -> None:
+        """Remove what was written of a checkpoint that will not be whole."""
+        if self._rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                (temporary / f"rank-{self._rank:05d}.safetensors").unlink()
+
+
+def _copy(values: Tensor) -> Tensor:
+    copied = values.detach().cpu()
+    return copied.clone() if copied.data_ptr() == values.data_ptr() else copied
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    save_file(tensors, path)
+    # safetensors makes its files for their owner alone, whatever the umask; a folder follows it.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path.name, {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

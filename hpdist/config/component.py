@@ -1,0 +1,435 @@
+"""What a group of settings is, and a component: something that is chosen by its name.
+
+Pydantic validates; this puts what it finds into words that name the setting, its value and what is
+allowed, and finds a component's options by its `name`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import operator
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar, TypeAlias, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import (
+    CoreSchema,
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticKnownError,
+    core_schema,
+)
+
+from hpdist.errors import ConfigError, describe
+from hpdist.messages.redaction import redacted_settings
+from hpdist.config.descriptions import add_descriptions
+
+PYTHON_PREFIX = "python:"
+IN_PYTHON = "python:(given)"
+"""The name of a model that Python code gave as an object."""
+AUTO = "auto"
+DEFAULT_NAMES = {"views": AUTO}
+"""What a component is where the config does not name one, and its options fit several."""
+
+Location: TypeAlias = tuple[int | str, ...]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused; a docstring under a field describes it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /
+    ) -> dict[str, Any]:
+        """Describe the settings by the docstrings under them."""
+        found = handler(schema)
+        add_descriptions(cls, handler.resolve_ref_schema(found))
+        return found
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `steps: true`, which Python would take for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise PydanticKnownError("int_type")
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, values: Any, validate: ModelWrapValidatorHandler[Section]) -> Section:
+        """Put pydantic's findings into words that name what is allowed here."""
+        try:
+            return validate(values)
+        except ValidationError as error:
+            raise _refusal(*_findings(cls, error)) from None
+
+
+def by_name(values: Any) -> Any:
+    """Take a text for the `name` of a group of settings: `tracker: none`."""
+    return {"name": values} if isinstance(values, str) else values
+
+
+class ByName:
+    """Annotates a field whose group of settings may be given by its `name` alone."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Validate what `by_name` gives."""
+        return core_schema.no_info_before_validator_function(by_name, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Offer the group, or one of the names."""
+        group = handler(schema)
+        names = handler.resolve_ref_schema(dict(group))["properties"]["name"]["enum"]
+        return {"anyOf": [group, {"type": "string", "enum": names}]}
+
+
+class Component(Section):
+    """The options of something chosen by name: a model, an algorithm, the views."""
+
+    kind: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""
+    """How every name of such components begins, where not one name alone chooses them."""
+    prefix_hint: ClassVar[str] = ""
+    """Such a name, for messages."""
+    name: str
+
+    @classmethod
+    def misfits(cls, values: Mapping[str, Any]) -> int:
+        """Count what is wrong with settings of such a component."""
+        try:
+            cls.model_validate(dict(values))
+        except ValidationError as error:
+            return error.error_count()
+        return 0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the component known under the default of its `name` field, or under its prefix."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.kind and cls.prefix:
+            _prefixed.setdefault(cls.kind, {})[cls.prefix] = cls
+        default = cls.model_fields["name"].default
+        if cls.kind and isinstance(default, str):
+            _components.setdefault(cls.kind, {})[default] = cls
+
+
+_components: dict[str, dict[str, type[Component]]] = {}
+_prefixed: dict[str, dict[str, type[Component]]] = {}
+
+
+def components(kind: str) -> dict[str, type[Component]]:
+    """The built-in components of a kind ('model', 'algorithm', 'views'), by name, sorted."""
+    import hpdist.components  # noqa: F401  (makes them known)
+
+    return dict(sorted(_components.get(kind, {}).items()))
+
+
+def component_names(kind: str) -> list[str]:
+    """The names known for a kind of component, sorted."""
+    return list(components(kind))
+
+
+class PythonComponent(Component):
+    """A user's own function that makes a model, called with `args`."""
+
+    name: str = Field(pattern=f"^{PYTHON_PREFIX}")
+    """`python:package.module:function`; the working directory is importable."""
+    num_classes: int | None = Field(None, ge=2)
+    """By default what the labelled data say."""
+    features: str | None = None
+    """The submodule that gives the features, for algorithms with heads of their own; by default
+    they are what the last linear layer is given."""
+    args: dict[str, Any] = {}
+    """Keyword arguments, passed as they are."""
+
+
+class UnreadComponent(Component):
+    """A component named `python:…` where a command need not run its module: settings as given."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+_imports: ContextVar[bool] = ContextVar("imports", default=True)
+
+
+@contextmanager
+def nothing_imported() -> Iterator[None]:
+    """Take `python:` names as they are, for a while: what they name is not imported, so not run.
+
+    A config is code where it names modules, and whoever only looks at one should not run it.
+    """
+    token = _imports.set(False)
+    try:
+        yield
+    finally:
+        _imports.reset(token)
+
+
+class ComponentOf:
+    """Annotates a field that holds a component: `name` decides whose options the others are."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def choose(self, values: object) -> Component:
+        """Make the component that `name` asks for, or a name alone. Raises ValidationError."""
+        if isinstance(values, Component):
+            return values
+        values = {} if values is None and self.kind in DEFAULT_NAMES else by_name(values)
+        if not isinstance(values, dict):
+            raise _refusal(
+                ((), f"must be a name or a group of settings, not {shown(values)}; {self.hint}")
+            )
+        values = {"name": DEFAULT_NAMES.get(self.kind)} | values
+        name = values["name"]
+        if name == AUTO and DEFAULT_NAMES.get(self.kind) == AUTO:
+            name = values["name"] = self.by_options(values)
+        if name is None:
+            raise _refusal((("name",), f"missing; {self.hint}"))
+        try:
+            return self._class(str(name)).model_validate(values)
+        except ConfigError as error:  # of the import of a `python:` name
+            raise _refusal((("name",), str(error))) from error
+
+    def by_options(self, values: Mapping[str, Any]) -> str:
+        """Name the one component that has these options; `auto` where several have them all.
+
+        Where none has, it is the one that they come closest to, whose refusal says what is wrong:
+        images of several that are as close.
+        """
+        options = {key: value for key, value in values.items() if key != "name"}
+        wrong = {
+            name: component.misfits(options | {"name": name})
+            for name, component in components(self.kind).items()
+            if name != AUTO
+        }
+        fitting = [name for name, count in wrong.items() if not count]
+        if len(fitting) != 1 and fitting:
+            return AUTO
+        known = components(self.kind)
+
+        def distance(name: str) -> tuple[float, ...]:
+            fields = known[name].model_fields
+            close = sum(bool(difflib.get_close_matches(key, fields, 1)) for key in options)
+            return wrong[name], -close, name != "image"
+
+        return fitting[0] if fitting else min(wrong, key=distance)
+
+    @property
+    def hint(self) -> str:
+        """What a name can be, for a message."""
+        names = [*components(self.kind), *(c.prefix_hint for c in self._prefixed.values())]
+        return f"known: {', '.join(names)}, or python:package.module:attribute"
+
+    @property
+    def _prefixed(self) -> dict[str, type[Component]]:
+        return _prefixed.get(self.kind, {})
+
+    def _class(self, name: str) -> type[Component]:
+        if name.startswith(PYTHON_PREFIX):
+            return self._python_class(name)
+        known = components(self.kind)
+        for prefix, component in self._prefixed.items():
+            if name.startswith(prefix):
+                return component
+        if name not in known:
+            hint = nearest(name, known)
+            raise ConfigError(f"no {self.kind} is called {name!r}{hint}; {self.hint}")
+        return known[name]
+
+    def _python_class(self, name: str) -> type[Component]:
+        """A user's own component: a config class, or something that has one as its `Config`."""
+        if not _imports.get():
+            split_name(name)
+            return UnreadComponent
+        found = None if name == IN_PYTHON else import_object(name)
+        for candidate in (found, getattr(found, "Config", None)):
+            if isinstance(candidate, type) and issubclass(candidate, Component):
+                if candidate.kind != self.kind:
+                    raise ConfigError(f"{name} has options of {candidate.kind or 'no kind'}")
+                return candidate
+        if self.kind != "model":
+            raise ConfigError(f"{name} is not a config class of {self.kind} options, nor has one")
+        return PythonComponent
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Validate with `choose`."""
+        return core_schema.no_info_before_validator_function(self.choose, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Offer every component's options, told apart by `name`."""
+        default = DEFAULT_NAMES.get(self.kind)
+        python = {"python": PythonComponent} if self.kind == "model" else {}
+        options = []
+        for name, component in (components(self.kind) | self._prefixed | python).items():
+            option = handler(component.__pydantic_core_schema__)
+            definition = handler.resolve_ref_schema(option)
+            add_descriptions(component, definition)
+            if name != default:  # so that settings without a name fit one option only
+                definition["required"] = sorted({"name", *definition.get("required", [])})
+            options.append(option)
+        names = f"The name alone: {', '.join(components(self.kind))}, or another that is allowed."
+        return {"oneOf": [*options, {"type": "string", "description": names}]}
+
+
+def import_object(name: str) -> Any:
+    """Import `python:package.module:attribute`; the working directory is importable.
+
+    Raises ConfigError when it cannot be found, or the module fails.
+    """
+    module_name, attribute = split_name(name)
+    if os.getcwd() not in sys.path:  # the `hpdist` script does not put it there, `python -m` does
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module may raise anything
+        raise ConfigError(f"cannot import {module_name!r}: {describe(error)}") from error
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        hint = nearest(attribute, vars(module))
+        raise ConfigError(f"module {module_name!r} has no {attribute!r}{hint}") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The module and the attribute of a `python:` name. Raises ConfigError where it names none."""
+    module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"{name!r} must read python:package.module:attribute")
+    return module_name, attribute
+
+
+def _refusal(*findings: tuple[Location, str]) -> ValidationError:
+    """A ValidationError of (location, message) pairs, which pydantic adds to the others."""
+    details: list[InitErrorDetails] = [
+        {"type": PydanticCustomError(_OURS, "{text}", {"text": text}), "loc": loc, "input": None}
+        for loc, text in findings
+    ]
+    return ValidationError.from_exception_data("config", details)
+
+
+_OURS = "hpdist"  # marks findings that are in our words already
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+_BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+_NOUNS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a group of settings",
+}
+
+
+def _findings(section: type[BaseModel], error: ValidationError) -> list[tuple[Location, str]]:
+    """Pydantic's findings about a section as (location, message)."""
+    found = {}
+    for detail in error.errors():
+        loc, kind = detail["loc"], detail["type"]
+        field = section.model_fields.get(str(loc[0])) if loc else None
+        if kind == _OURS:
+            found[loc] = detail["msg"]
+        elif len(loc) > 1 and isinstance(loc[1], str) and field is not None:  # a union's branches
+            nouns = [_NOUNS.get(getattr(a, "__name__", "")) for a in get_args(field.annotation)]
+            allowed = " or ".join(noun for noun in nouns if noun)
+            found.setdefault(loc[:1], f"must be {allowed}, not {shown(detail['input'])}")
+        else:
+            found[loc] = _in_words(section, field, detail)
+    return list(found.items())
+
+
+def _in_words(section: type[BaseModel], field: FieldInfo | None, detail: ErrorDetails) -> str:
+    """One of pydantic's findings: what is allowed, and what was found."""
+    kind, loc, message, value = detail["type"], detail["loc"], detail["msg"], detail["input"]
+    if kind == "extra_forbidden":
+        hint = nearest(str(loc[-1]), section.model_fields)
+        return f"unknown setting{hint or '; known here: ' + ', '.join(section.model_fields)}"
+    if kind == "missing":
+        if len(loc) > 1:
+            return f"missing, in {shown(value)}"
+        choices = [m for m in field.metadata if isinstance(m, ComponentOf)] if field else []
+        return f"missing; give its name; {choices[0].hint}" if choices else "missing"
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind.startswith("model_"):
+        return (
+            f"must be a group of settings ({', '.join(section.model_fields)}), not {shown(value)}"
+        )
+    bounds = _bounds(field) if field is not None and len(loc) == 1 else ""
+    if kind in _BOUND_ERRORS and bounds:
+        message = f"must be {bounds}"
+    elif kind.endswith(("_type", "_parsing", "_from_float")):
+        message = f"must be {_NOUNS.get(kind.partition('_')[0], kind)} {bounds}".rstrip()
+    message = re.sub(r"^\w+ should", "must", message).replace(" after validation", "")
+    return message if ", not " in message else f"{message}, not {shown(value)}"
+
+
+def _bounds(field: FieldInfo) -> str:
+    """The range a field allows: 'at least 0 and less than 1'."""
+    pairs = (
+        (words, getattr(m, key, None)) for m in field.metadata for key, words in _BOUNDS.items()
+    )
+    return " and ".join(f"{words} {limit}" for words, limit in pairs if limit is not None)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name most like this one, if any is."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """A value as the YAML file has it, shortened."""
+    value = redacted_settings(value)  # not after: half a URL does not show where a password ends
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys, with values that any tracker takes."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, (bool, int, float, str))
+            found[prefix + key] = value if plain else str(value)
+    return found

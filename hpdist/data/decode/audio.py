@@ -1,0 +1,113 @@
+"""Sound as samples: encoded bytes (WAV, FLAC, OGG, MP3) become one channel at one sampling rate.
+
+A row is float32 [samples]: the file's channels averaged, resampled, cut off where it is too long.
+Behind the end of a shorter sound it is NaN, so that a batch holds how long each of its rows is.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from hpdist.data.decode.image import Array, stored_bytes
+from hpdist.data.files.named_files import USUAL_LIMITS, Limits
+from hpdist.errors import ConfigError
+
+_MARGIN = 0.05  # seconds read beyond the row, so that the resampler's end lies outside of it
+_LARGEST_FACTOR = 1000  # of the ratio of two rates; the rest changes the pitch by under 1e-6
+_TAPS = 10  # of the resampling filter, on each side and per step of the slower rate
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How sound is sampled: alike for every row, whatever its file says."""
+
+    rate: int  # Hz
+    samples: int  # of a row
+
+    def require(self) -> None:
+        """Raise ConfigError where what decodes sound is not installed."""
+        try:
+            import scipy.signal  # type: ignore[import-untyped]  # noqa: F401
+            import soundfile  # type: ignore[import-untyped]  # noqa: F401
+        except (ImportError, OSError) as error:  # OSError: without libsndfile itself
+            raise ConfigError(
+                f"views.name: audio needs soundfile and scipy, which cannot be imported ({error}); "
+                "pip install 'hpdist[audio]'"
+            ) from error
+
+    def decode_into(self, value: Any, out: Array, limits: Limits) -> None:
+        """Decode one stored value, bytes, {bytes, path} or a NamedFile, into `out`: fp32 [samples].
+
+        Raises ValueError where it is no sound, one without samples or with NaN or infinity, or
+        beyond the limits.
+        """
+        data = stored_bytes(value, "sound", limits)
+        if not data:
+            raise ValueError("it holds no bytes")
+        wave = self._resampled(*self._read(data, limits))  # [any]
+        wave = wave[: self.samples]
+        out[: len(wave)] = wave
+        out[len(wave) :] = np.nan
+
+    def _read(self, data: bytes, limits: Limits) -> tuple[Array, int]:
+        """The beginning of a file, as much as a row holds: float32 [samples], and its rate."""
+        import soundfile
+
+        try:
+            with soundfile.SoundFile(io.BytesIO(data)) as file:
+                rate = int(file.samplerate)
+                wanted = int((self.samples / self.rate + _MARGIN) * rate) + 1
+                frames = min(wanted, max(0, file.frames))
+                if frames * file.channels > limits.samples:  # by what the header says alone
+                    raise ValueError(
+                        f"its header says {rate} Hz and {file.channels} channels, so that a row is "
+                        f"{frames * file.channels} samples, more than {limits.samples}; if that is "
+                        "right, raise data.loading.most_samples"
+                    )
+                channels = file.read(frames, dtype="float32", always_2d=True)  # [frames, channels]
+        except soundfile.LibsndfileError as error:  # its message holds an address in memory
+            raise ValueError(f"it is no sound file: {error.error_string}") from error
+        if not len(channels):
+            raise ValueError("it holds no samples")
+        wave: Array = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+        if not np.isfinite(wave).all():
+            raise ValueError("it holds NaN or infinity")
+        return wave, rate
+
+    def _resampled(self, wave: Array, rate: int) -> Array:
+        if rate == self.rate:
+            return wave
+        from scipy.signal import resample_poly
+
+        ratio = Fraction(self.rate, rate).limit_denominator(_LARGEST_FACTOR)
+        up, down = ratio.numerator, ratio.denominator
+        if not up:
+            raise ValueError(f"its sampling rate, {rate} Hz, is too far from {self.rate} Hz")
+        resampled: Array = resample_poly(wave, up, down, window=_low_pass(max(up, down)))
+        return resampled.astype(np.float32)
+
+
+def length_of(value: Any) -> float | None:
+    """How many seconds a stored sound lasts, by its header; None where that cannot be read."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(stored_bytes(value, "sound", USUAL_LIMITS))) as file:
+            return float(file.frames / file.samplerate)
+    except (ValueError, OSError, soundfile.LibsndfileError):  # named when it is decoded
+        return None
+
+
+@cache
+def _low_pass(factor: int) -> Array:
+    """The filter of a resampler between rates of which the larger is `factor` times their step."""
+    from scipy.signal import firwin
+
+    taps: Array = firwin(2 * _TAPS * factor + 1, 1 / factor, window=("kaiser", 5.0))
+    return taps.astype(np.float32)

@@ -1,0 +1,49 @@
+"""The training rows, once and decoded: what views are fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hpdist.data.decode.stored_values import Array, InputSpec
+from hpdist.data.sources.loading import one_line
+from hpdist.data.sources.row_names import describe_rows
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
+from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows
+from hpdist.errors import DataError
+
+_AT_ONCE = 1024  # rows
+
+
+def training_rows(
+    labeled: LabeledRows, unlabeled: AnyUnlabeled | None, spec: InputSpec
+) -> Iterator[Array]:
+    """The labelled rows that are used, and the unlabelled ones of tables; streams are not read.
+
+    Gives [rows, *spec.shape] at a time. Raises DataError for a labelled row that cannot be decoded;
+    unlabelled ones, and those that a filter leaves out, are passed over.
+    """
+    for at in range(0, len(labeled), _AT_ONCE):
+        places = np.arange(at, min(at + _AT_ONCE, len(labeled)))
+        ids = labeled.ids[places].tolist()
+        yield spec.decode_rows(labeled.read(places), ids, labeled.name, labeled.describe).numpy()
+    parts: Any = unlabeled.parts if isinstance(unlabeled, MixedRows) else [unlabeled]
+    for part in parts:
+        if isinstance(part, UnlabeledTable):
+            yield from _usable(part, spec)
+
+
+def _usable(rows: UnlabeledTable, spec: InputSpec) -> Iterator[Array]:
+    for at in range(0, len(rows), _AT_ONCE):
+        ids = rows.ids[at : at + _AT_ONCE].tolist()
+        try:
+            found = rows.functions.values(rows.dataset[ids])
+        except OSError as error:
+            raise DataError(
+                f"{rows.name}: cannot read {describe_rows(rows.dataset, ids)}: {one_line(error)}"
+            ) from error
+        out: Array = np.empty((len(ids), *spec.shape), np.float32)
+        unusable = [*spec.decode_array(found.values, out), *found.left_out]
+        yield np.delete(out, unusable, axis=0)

@@ -1,0 +1,186 @@
+"""Every row of a labelled set exactly once, sharded over the ranks in batches of one size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpdist.data.batch import BadRow, LabeledBatch
+from hpdist.data.decode.stored_values import InputSpec, Unreadable
+from hpdist.data.files.retry import is_remote
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.data.stream.permute import Int64Array
+from hpdist.errors import DataError
+
+_LOOK_SECONDS = 5.0  # that the start of a run looks for unreadable rows, on each rank
+_LOOK_ROWS = 64  # read at once then
+_NAMED = 10  # rows that an error names
+MOST_LABELED = 10_000
+"""Labelled rows that each rank looks at before the training."""
+
+
+def evaluation_batches(
+    rows: LabeledRows,
+    spec: InputSpec,
+    batch: int,
+    rank: int,
+    world_size: int,
+    tell: Callable[[BadRow], None] = lambda row: None,
+) -> Iterator[tuple[LabeledBatch, Tensor]]:
+    """Iterate over this rank's rows, with `valid`, a bool tensor [batch], beside each batch.
+
+    Every rank gets the same number of batches of the same size, at most `batch` rows, so that
+    collectives in the model's forward match. The ragged end repeats row 0 with valid=False; over
+    all ranks, every row that can be read stands exactly once with valid=True. One that cannot is
+    zeros with valid=False, and `tell` is given it.
+    """
+    start, end, share = _share(len(rows), rank, world_size)
+    size = min(batch, share)
+    for first in range(start, start + share, size):
+        positions = np.arange(first, first + size)
+        valid = positions < end
+        positions[~valid] = 0
+        ids, labels = rows.ids[positions], rows.labels[positions]
+        inputs = torch.empty((size, *spec.shape), dtype=spec.dtype)
+        for line, row in _decode(rows, spec, positions, inputs).items():
+            if valid[line]:
+                tell(row)
+            valid[line] = False
+        yield (
+            LabeledBatch(inputs, torch.from_numpy(labels), torch.from_numpy(ids)),
+            torch.from_numpy(valid),
+        )
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one rank has found out about its share of a set before the training."""
+
+    seen: int
+    """Rows that it has looked at."""
+    bad: tuple[BadRow, ...]
+    """Those of them that cannot be read."""
+
+
+def look_through(
+    rows: LabeledRows,
+    spec: InputSpec,
+    rank: int = 0,
+    world_size: int = 1,
+    seconds: float = _LOOK_SECONDS,
+    most: int | None = None,
+) -> Look:
+    """Decode this rank's rows of a labelled set, as far as the time allows.
+
+    Rows that lie elsewhere are not fetched for it, but for the first one; no more than `most` are
+    decoded.
+    """
+    start, end, _ = _share(len(rows), rank, world_size)
+    end = end if most is None else min(end, start + most)
+    began, seen, bad = time.monotonic(), 0, list[BadRow]()
+    size = 1  # the first row tells how a set differs from the training rows
+    while start < end and (not seen or time.monotonic() - began < seconds):
+        positions = np.arange(start, min(start + size, end))
+        if seen and any(is_elsewhere(value) for value in _read(rows, positions)):
+            break
+        out = torch.empty((len(positions), *spec.shape), dtype=spec.dtype)
+        bad += _decode(rows, spec, positions, out).values()
+        seen, start, size = seen + len(positions), start + len(positions), _LOOK_ROWS
+    return Look(seen, tuple(bad))
+
+
+def summarize_looks(name: str, count: int, looks: Sequence[Look]) -> str | None:
+    """What to say of a set of so many rows; None where all is well."""
+    seen = sum(look.seen for look in looks)
+    bad = [row for look in looks for row in look.bad]
+    told = []
+    if bad:
+        told.append(
+            f"{len(bad)} of {seen} rows cannot be decoded and are left out of every score, such as "
+            f"{bad[0]}"
+        )
+    if seen < count:
+        told.append(f"{count - seen} of {count} rows were not looked at before the training")
+    return f"{name}: {'; '.join(told)}" if told else None
+
+
+def refuse_unreadable(rows: LabeledRows, looks: Sequence[Look]) -> str | None:
+    """What to say of labelled training rows that were looked at; None where all were, and are well.
+
+    Raises DataError that names those that cannot be decoded, with the class of each.
+    """
+    bad = [row for look in looks for row in look.bad]
+    if bad:
+        count = f"{len(bad)} labelled rows" if len(bad) > 1 else "a labelled row"
+        lines = [f"{row.where}{_class_of(rows, row.id)}: {row.reason}" for row in bad[:_NAMED]]
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise DataError(
+            f"{rows.name}: {count} cannot be decoded: {'; '.join(lines)}{more}; mend them, or "
+            "leave them out of the set"
+        )
+    seen = sum(look.seen for look in looks)
+    if seen == len(rows):
+        return None
+    return (
+        f"{rows.name}: {len(rows) - seen} of {len(rows)} rows were not looked at before the "
+        "training"
+    )
+
+
+def _class_of(rows: LabeledRows, row: int) -> str:
+    """The class of a row of the split, for messages; of other labels nothing."""
+    label = rows.labels[int(np.searchsorted(rows.ids, row))]
+    return f" of class {rows.classes.names[int(label)]!r}" if rows.labels.ndim == 1 else ""
+
+
+def _share(count: int, rank: int, world_size: int) -> tuple[int, int, int]:
+    """Where a rank's rows begin and end, and how many a rank has, rounded up."""
+    share = -(-count // world_size)
+    start = rank * share
+    return start, min(start + share, count), share
+
+
+def _decode(
+    rows: LabeledRows, spec: InputSpec, positions: Int64Array, out: Tensor
+) -> dict[int, BadRow]:
+    """Decode rows into the lines of `out`; those that cannot be, by line."""
+    values = _read(rows, positions)
+    reasons = spec.decode_valid(values, out)
+    ids = rows.ids[positions].tolist()
+    return {
+        line: BadRow(ids[line], rows.describe(ids[line]), reason)
+        for line, reason in reasons.items()
+    }
+
+
+def _read(rows: LabeledRows, positions: Int64Array) -> list[Any]:
+    try:
+        return rows.read(positions)
+    except DataError:  # one of them, or a file that holds several
+        return [_read_one(rows, position) for position in positions]
+
+
+def _read_one(rows: LabeledRows, position: int) -> Any:
+    try:
+        (value,) = rows.read(np.array([position]))
+    except DataError as error:
+        return Unreadable(str(error))
+    return value
+
+
+def _path_of(value: Any) -> str | None:
+    """The file that a stored value names, where it is one of files."""
+    path = value.get("path") if isinstance(value, dict) else None
+    return path if isinstance(path, str) and path else None
+
+
+def is_elsewhere(value: Any) -> bool:
+    """Whether a stored value names a file that lies on another machine."""
+    path = _path_of(value)
+    return path is not None and value.get("bytes") is None and is_remote(path)

@@ -1,0 +1,320 @@
+"""Open what the config names: labelled, test and unlabelled rows, checked before training starts.
+
+    labeled = open_labeled(config.data.labeled, config.run.seed)
+    spec = input_spec(labeled, size=32)
+    unlabeled = open_unlabeled(config.data.unlabeled, labeled, spec)
+    test = open_test(config.data.test, labeled, spec)
+
+Rows are read through Hugging Face `datasets` in Arrow format, so that nothing is decoded before a
+batch needs it and, of unlabelled rows, the label column is never read but to draw a long tail.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hpdist.data.config import LabelColumn, Labeled, Loading, TaskChoice
+from hpdist.data.decode.categories import Categories
+from hpdist.data.sources.classes import Classes
+from hpdist.data.decode.stored_values import Array, Column, InputSpec, stored_inputs
+from hpdist.data.sources.labels import check_indices, check_labeled, draw_rows, label_column, read_labels, with_labels
+from hpdist.data.sources.loading import check_order, input_column, names_of, one_line, open_table, raw_view, same_column
+from hpdist.data.files.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
+from hpdist.data.sources.row_names import describe_row, describe_rows
+from hpdist.data.stream.functions import RowFunctions, Values
+from hpdist.data.stream.permute import Int64Array
+from hpdist.data.stream.reader import Reader, Rows
+from hpdist.data.stream.table import TableReader
+from hpdist.data.sources.label_encoding import Encoding, Scale, find_encoding
+from hpdist.errors import DataError
+
+_LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order
+_UNLABELED_ORDER = 0xDA7A
+_LOOKED_AT = 64  # rows at once, in search of one that can be decoded
+
+
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """Rows of a map-style dataset, read by position and without decoding."""
+
+    dataset: Any  # the columns that are needed, in Arrow format
+    column: Column  # what the model sees
+    name: str  # for messages: the setting and what it names
+    ids: Int64Array  # [rows], each row's index in its split, ascending
+    rule: PathRule = field(default=NOTHING, kw_only=True)
+    """Which files the rows may name."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, positions: Int64Array) -> list[Any]:
+        """Read the stored values at positions in 0..len(self).
+
+        Raises DataError when the dataset's files cannot be read.
+        """
+        return self.read_split(self.ids[positions].tolist())
+
+    def describe(self, row: int) -> str:
+        """Name a row of the split, and its file where that is known, for messages."""
+        return describe_row(self.dataset, row)
+
+    def read_split(self, indices: list[int]) -> list[Any]:
+        """Read the stored values at indices of the whole split."""
+        if not indices:
+            return []
+        try:
+            return named(stored_inputs(self.dataset[indices], self.column), self.rule)
+        except Exception as error:
+            raise DataError(
+                f"{self.name}: cannot read {describe_rows(self.dataset, indices)}: "
+                f"{one_line(error)}"
+            ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class LabeledRows(TableRows):
+    """Rows of a map-style dataset with labels."""
+
+    labels: Array  # int64 [rows], in 0..len(classes); of other tasks fp32 [rows, classes]
+    encoding: Encoding
+    """How the labels were read."""
+    label_column: str
+    notes: tuple[str, ...] = ()
+    """What was decided about the rows that a person should know."""
+    text: bool = False
+    """Whether the column holds text; every other set's must too."""
+    audio: bool = False
+    """Whether it holds sound, likewise."""
+
+    @property
+    def classes(self) -> Classes:
+        """The classes, or the targets' names."""
+        return self.encoding.classes
+
+    @property
+    def chosen(self) -> list[int]:
+        """The rows of the split that are used, ascending: what a resume passes back in."""
+        return [int(row) for row in self.ids]
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows."""
+        return RowFunctions(self.column, rule=self.rule).values(rows.table)
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read the rows in epochs, mixed, with their labels."""
+        key = (seed, _LABELED_ORDER)
+        return TableReader(self.dataset, self.ids, self.labels, self.name, key)
+
+    def changes(self) -> str:
+        """Say what differs from the run that is resumed."""
+        return "other labelled rows, or another order of them"
+
+
+@dataclass(frozen=True, eq=False)
+class UnlabeledTable(TableRows):
+    """Rows of a map-style dataset without their labels."""
+
+    functions: RowFunctions
+    notes: tuple[str, ...] = ()
+    """What was decided about the rows that a person should know."""
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        return self.functions.values(rows.table)
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read the rows in epochs, mixed."""
+        key = (seed, _UNLABELED_ORDER)
+        return TableReader(self.dataset, self.ids, None, self.name, key)
+
+    def changes(self) -> str:
+        """Say what differs from the run that is resumed."""
+        return "other rows"
+
+
+def open_labeled(
+    config: Labeled,
+    seed: int,
+    *,
+    num_classes: int | None = None,
+    chosen: list[int] | None = None,
+    dataset: Any = None,
+    where: str = "data.labeled",
+    text: bool = False,
+    audio: bool = False,
+    task: TaskChoice | None = None,
+    classes: Sequence[str] | None = None,
+    scale: Scale | None = None,
+    opened: tuple[Any, str, PathRule] | None = None,
+    loading: Loading | None = None,
+) -> LabeledRows:
+    """Open the labelled rows and choose those that are used, alike on every rank.
+
+    `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
+    of an earlier run, used instead of drawing, `classes` the names of its classes, and `scale` is
+    what it standardised targets by; `text` is whether the model sees text, `audio` whether it sees
+    sound; `task` is classification if not given; `opened` is what `open_table` gave, if that was
+    called before. Raises DataError when anything is not as the config says.
+    """
+    table, name, rule = opened or open_table(config, dataset, where, (), loading)
+    features = table.features
+    label = label_column(features, config.label, where)
+    column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
+    stored = read_labels(table, label, where, name)
+    encoding = find_encoding(task or TaskChoice(), stored, num_classes, classes)
+    given = chosen if chosen is not None else config.indices
+    setting = f"{where}.indices" if chosen is None else f"{where}: the recorded choice of rows"
+    check_indices(given, len(table), setting)
+    unlabeled = encoding.unlabeled(stored)
+    check_labeled(given, stored, unlabeled, setting)
+    usable, notes = with_labels(stored, unlabeled)
+    labels = encoding.encode(stored, usable if given is None else given)
+    drawn = (
+        draw_rows(config, labels, usable, encoding.classes, seed, where) if given is None else given
+    )
+    ids = np.sort(np.asarray(drawn, dtype=np.int64))
+    encoding = encoding.fitted(labels[ids], scale)
+    notes += encoding.describe(labels[ids], where, training=True)
+    view = raw_view(table, names_of(column))
+    finished = encoding.finish(labels[ids])
+    return LabeledRows(
+        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio, rule=rule
+    )
+
+
+def open_test(
+    config: LabelColumn,
+    like: LabeledRows,
+    spec: InputSpec,
+    *,
+    dataset: Any = None,
+    where: str = "data.test",
+    loading: Loading | None = None,
+) -> LabeledRows:
+    """Open all rows with a label of a set to measure on, read as the labelled split's are.
+
+    Raises DataError when anything is not as the config says, or not one row can be decoded; single
+    ones that cannot be are `hpdist.data.sources.held_out`'s to leave out.
+    """
+    needed = () if config.input else names_of(like.column)
+    needed = needed if config.label else (*needed, like.label_column)
+    table, name, rule = open_table(config, dataset, where, needed, loading)
+    features = table.features
+    label = label_column(features, config.label or same_column(like.label_column, features), where)
+    column = input_column(
+        features,
+        config.input or same_column(like.column, features),
+        where,
+        exclude=label,
+        text=like.text,
+        audio=like.audio,
+    )
+    check_order(column, like.column, where)
+    if spec.categories is not None:
+        spec.categories.check(features, names_of(column), where)
+    stored = read_labels(table, label, where, name)
+    encoding = like.encoding
+    checked = encoding.check(stored)
+    usable, notes = with_labels(stored, encoding.unlabeled(stored))
+    notes += checked
+    ids = np.asarray(usable, np.int64)
+    labels = encoding.encode(stored, usable)[ids]
+    notes += encoding.describe(labels, where, training=False)
+    view = raw_view(table, names_of(column))
+    rows = LabeledRows(
+        view,
+        column,
+        name,
+        ids,
+        encoding.finish(labels),
+        encoding,
+        label,
+        tuple(notes),
+        like.text,
+        like.audio,
+        rule=rule,
+    )
+    _require_readable(rows, spec)
+    return rows
+
+
+def _require_readable(rows: LabeledRows, spec: InputSpec) -> None:
+    """Look for a row that can be decoded, which the first one nearly always is."""
+    reason, at, size = None, 0, 1
+    while at < len(rows):
+        ids = rows.ids[at : at + size].tolist()
+        try:
+            out = np.empty((len(ids), *spec.shape), spec.array_dtype)
+            found = spec.decode_array(rows.read_split(ids), out)
+        except DataError as error:
+            found = dict.fromkeys(range(len(ids)), str(error))
+        if len(found) < len(ids):
+            return
+        reason = reason or found[0]
+        at, size = at + size, _LOOKED_AT
+    others = "" if len(rows) == 1 else f", and none of the other {len(rows) - 1} rows can be"
+    raise DataError(
+        f"{rows.name}: {rows.describe(int(rows.ids[0]))} cannot be decoded: {reason}{others}; mend "
+        "or replace them"
+    )
+
+
+def input_spec(
+    rows: LabeledRows,
+    size: int | None = None,
+    *,
+    missing: bool = False,
+    mode: str | None = None,
+    categories: Categories | None = None,
+    limits: Limits = USUAL_LIMITS,
+) -> InputSpec:
+    """Derive how inputs are decoded from the first labelled row in use that can be.
+
+    `size` resizes every image to size x size; `missing` lets vectors hold NaN; `mode` is what
+    images become (L, RGB or RGBA), by default what that row's is; `categories` are those of columns
+    that hold no numbers. Raises DataError when none of the first rows is an image or array.
+    """
+    names = () if isinstance(rows.column, str) else rows.column
+    first_error: Exception | None = None
+    for row in rows.ids[:_LOOKED_AT].tolist():
+        try:
+            spec = InputSpec.of(rows.read_split([row])[0], size, mode, limits)
+        except Exception as error:  # image libraries raise nearly everything on a damaged file
+            first_error = first_error or error
+            continue
+        if categories is not None:
+            spec = with_categories(spec, categories)
+            names = categories.features
+        return replace(spec, missing=missing, names=names, limits=limits)
+    assert first_error is not None
+    raise DataError(
+        f"{rows.name}: {rows.describe(int(rows.ids[0]))}, column {rows.column!r}, tells no input "
+        f"shape: {one_line(first_error)}"
+    ) from first_error
+
+
+def with_categories(spec: InputSpec, categories: Categories) -> InputSpec:
+    """Give the spec of vectors in which columns become the features of their categories."""
+    features = categories.features
+    return replace(spec, shape=(len(features),), names=features, categories=categories)

@@ -1,0 +1,181 @@
+"""Labels: which column holds them, which rows have one, and which labelled rows are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+
+from hpdist.data.config import Labeled, LongTail
+from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, is_minus_one, plain_labels, shortened
+from hpdist.data.sources.loading import known_column, read_column
+from hpdist.data.sources.row_names import describe_row
+from hpdist.data.stream.permute import Int64Array
+from hpdist.errors import DataError
+
+_CHOICE = 0xC401CE  # keeps the draw of labels apart from everything else the seed feeds
+ROUNDING = 1e-6  # of a row: a power that should be whole may come out a little less
+
+Float64Array = npt.NDArray[np.float64]
+
+
+def label_column(features: Any, column: str | None, where: str) -> str:
+    """Find the column of labels: as named, else the only ClassLabel, else `label` or `labels`."""
+    if column is not None:
+        return known_column(features, column, f"{where}.label")
+    typed: list[str] = [key for key in features if isinstance(features[key], datasets.ClassLabel)]
+    if len(typed) == 1:
+        return typed[0]
+    for usual in ("label", "labels"):
+        if usual in features:
+            return usual
+    raise DataError(f"{where}.label: name the column of labels; there are {', '.join(features)}")
+
+
+def read_labels(table: Any, column: str, where: str, name: str) -> StoredLabels:
+    """Read a set's column of labels; raises DataError where its files cannot be read."""
+    feature, values = plain_labels(table.features[column], read_column(table, column, name))
+    return StoredLabels(feature, values, where, name, column, partial(describe_row, table))
+
+
+def check_labels(
+    labels: Int64Array, stored: StoredLabels, classes: Classes, rows: Sequence[int]
+) -> None:
+    """Raise DataError for the first of `rows` that has no class."""
+    used = np.asarray(rows, np.int64)
+    wrong: list[int] = used[labels[used] < 0].tolist()
+    if wrong:
+        more = f"; it is the first of {len(wrong)} such rows" if len(wrong) > 1 else ""
+        reason = f", which is none of the {len(classes)} classes ({classes.shown}){more}"
+        raise DataError(stored.refusal(wrong[0], reason))
+
+
+def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], list[str]]:
+    """Give the rows that have a label, and say how many have none.
+
+    Raises DataError where no row has one.
+    """
+    rows: list[int] = np.flatnonzero(~unlabeled).tolist()
+    count = len(unlabeled)
+    if len(rows) == count:
+        return rows, []
+    first = int(unlabeled.argmax())
+    marks = dict.fromkeys(_mark(stored.values[row]) for row in np.flatnonzero(unlabeled).tolist())
+    if not rows:
+        raise DataError(
+            f"{stored.name}: no row has a label in column {stored.column!r}: all {count} are "
+            f"marked as unlabelled ({shortened(list(marks))}); name the column of labels in "
+            f"{stored.where}.label, or label some rows"
+        )
+    written = any(isinstance(stored.values[row], (str, bytes)) for row in rows[:1])
+    way = "give it a name" if written else "write the labels as text"
+    class_way = f"; where -1 is a class, {way}" if "-1" in marks else ""
+    return rows, [
+        f"{stored.where}: {len(rows)} of {count} rows have a label in column {stored.column!r}; "
+        f"the others ({shortened(list(marks))}; the first is {stored.describe(first)}) are passed "
+        f"over as unlabelled{class_way}"
+    ]
+
+
+def _mark(value: Any) -> str:
+    """What marks a row as unlabelled, for messages."""
+    if isinstance(value, list):
+        return "-1" if any(map(is_minus_one, value)) else "null"
+    if is_minus_one(value):
+        return "-1"
+    return "an empty text" if isinstance(value, (str, bytes)) else "null"
+
+
+def check_indices(indices: list[int] | None, rows: int, setting: str) -> None:
+    """Raise DataError for row numbers that are out of range or repeated."""
+    if indices is None:
+        return
+    if not indices:
+        raise DataError(f"{setting}: names no rows")
+    seen: set[int] = set()
+    for index in indices:
+        if not 0 <= index < rows:
+            raise DataError(
+                f"{setting}: {index} is out of range; the split has rows 0 to {rows - 1}"
+            )
+        if index in seen:
+            raise DataError(f"{setting}: {index} is repeated; name every row once")
+        seen.add(index)
+
+
+def check_labeled(
+    indices: list[int] | None, stored: StoredLabels, unlabeled: BoolArray, setting: str
+) -> None:
+    """Raise DataError for a row number whose row has no label."""
+    for index in indices or ():
+        if unlabeled[index]:
+            raise DataError(
+                stored.refusal(
+                    index,
+                    f", which marks it as unlabelled, and {setting} names it",
+                    "leave it out there, or label it",
+                )
+            )
+
+
+def draw_rows(
+    config: Labeled,
+    labels: Int64Array,
+    usable: Sequence[int],
+    classes: Classes,
+    seed: int,
+    where: str,
+) -> Int64Array:
+    """Draw among the `usable` rows from the seed alone, so that every rank draws the same."""
+    generator = np.random.default_rng([seed, _CHOICE])
+    if config.rows is not None:
+        if config.rows > len(usable):
+            having = " with a label" if len(usable) < len(labels) else ""
+            raise DataError(
+                f"{where}.rows: {config.rows} asked for, the split has {len(usable)}{having}"
+            )
+        return generator.choice(np.asarray(usable), config.rows, replace=False)
+    if config.labels_per_class is None:
+        return np.asarray(usable)
+    shares = np.ones(len(classes)) if config.imbalance is None else tail(config, len(classes))
+    sizes = sizes_of(config.labels_per_class, shares)
+    return draw_sizes(sizes, labels, classes, generator, f"{where}.labels_per_class")
+
+
+def tail(config: LongTail, classes: int) -> Float64Array:
+    """Each class's share of the most frequent one's rows: gamma^(-(c - 1) / (C - 1))."""
+    assert config.imbalance is not None
+    shares: Float64Array = config.imbalance ** -np.linspace(0, 1, classes)
+    return shares[::-1] if config.imbalance_reversed else shares
+
+
+def sizes_of(most: int, shares: Float64Array) -> Int64Array:
+    """Rows of every class, rounded down, where the most frequent one has `most`."""
+    sizes: Int64Array = np.floor(most * shares + ROUNDING).astype(np.int64)
+    return sizes
+
+
+def draw_sizes(
+    sizes: Int64Array,
+    labels: Int64Array,
+    classes: Classes,
+    generator: np.random.Generator,
+    setting: str,
+) -> Int64Array:
+    """Draw so many rows of every class."""
+    parts = []
+    order = np.argsort(labels, kind="stable")  # once: there may be as many classes as rows
+    ends = np.searchsorted(labels[order], np.arange(len(classes) + 1))
+    pairs = zip(classes.names, sizes.tolist(), strict=True)
+    for number, (class_name, wanted) in enumerate(pairs):
+        of_class = order[ends[number] : ends[number + 1]]
+        if len(of_class) < wanted:
+            raise DataError(
+                f"{setting}: {wanted} asked for, class {class_name!r} has {len(of_class)}"
+            )
+        parts.append(generator.choice(of_class, wanted, replace=False))
+    return np.concatenate(parts)

@@ -1,0 +1,457 @@
+"""Opens what a config names through `datasets`, and finds the column that the model sees."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import datasets
+from datasets.packaged_modules.parquet.parquet import Parquet
+
+from hpdist.data.config import LabelColumn, Loading, Source
+from hpdist.data.sources.builders import config_of
+from hpdist.data.files.cached_addresses import redact_cached_addresses
+from hpdist.data.decode.categories import held, is_category, is_number
+from hpdist.data.decode.stored_values import Column
+from hpdist.data.sources.local_files import ENDINGS, FILE_BUILDERS, LocalFiles, extension, local_files, patterns_of, source_name
+from hpdist.data.sources.local_tables import open_files
+from hpdist.data.files.named_files import PathRule
+from hpdist.data.sources.options import check_options, check_stream_options, dialect_hint, header_hint, separator_hint
+from hpdist.data.sources.own_files import path_rule
+from hpdist.data.files.paths import did_you_mean, local_path, neighbour
+from hpdist.data.sources.row_names import same_files
+from hpdist.data.sources.saved import is_saved, open_saved
+from hpdist.errors import ConfigError, DataError, HpdistError
+
+AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
+
+_BYTES = ("binary", "large_binary", "binary_view")
+
+
+def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()) -> Any:
+    """Open what a config names, with the many exceptions of `datasets` as one DataError.
+
+    `needed` are columns, beside those that the config names, that every file must have. Raises
+    ConfigError for options that there are not.
+    """
+    return load_files(config, where, streaming, needed)[0]
+
+
+def load_files(
+    config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
+) -> tuple[Any, LocalFiles | None]:
+    """Do as `load` does; also say which files of this machine are read, where it found them."""
+    with _explained(config, where, streaming):
+        if is_saved(config):
+            table = open_saved(config, where)
+            return table.to_iterable_dataset() if streaming else table, None
+        files = local_files(config, where)
+        if files is None:
+            opened = _load_elsewhere(config, where, streaming)
+        else:
+            check_options(config.options, files.builder, config_of(files.builder), where)
+            opened = open_files(
+                files,
+                config.split,
+                config.options,
+                streaming=streaming,
+                needed=[*_named_columns(config), *needed],
+                name=source_name(config, None, where),
+                where=where,
+            )
+    if files is not None and files.builder == "csv":
+        check_dialect(opened.features, where, config)
+    return opened, files
+
+
+def parquet_files(config: Source, where: str) -> LocalFiles | None:
+    """The files of a Parquet dataset by split, wherever they lie; None of any other dataset."""
+    given = patterns_of(config.data_files)
+    if config.path == "parquet" and given and all(_is_address(file) for file in given):
+        files = config.data_files if isinstance(config.data_files, dict) else {"train": given}
+        return LocalFiles("parquet", {split: patterns_of(part) for split, part in files.items()})
+    with _explained(config, where, streaming=True):
+        if is_saved(config):
+            return None
+        found = local_files(config, where)
+        if found is None:
+            builder = datasets.load_dataset_builder(
+                _path(config),
+                config.name,
+                data_files=_data_files(config),
+                revision=config.revision,
+            )
+            if isinstance(builder, Parquet):
+                named = builder.config.data_files or {}
+                splits = {str(split): [str(f) for f in files] for split, files in named.items()}
+                found = LocalFiles("parquet", splits)
+    if found is None or found.builder != "parquet":
+        return None
+    check_stream_options(config.options, where)
+    return found
+
+
+def check_dialect(features: Any, where: str, config: Source | None = None) -> None:
+    """Raise DataError where the columns of a CSV file show that it was read by other rules.
+
+    That is where it seems to have one column alone, or lacks one that the config needs, and the
+    names of those that it has look like something else.
+    """
+    columns = list(features or ())
+    named = [] if config is None else _named_columns(config)
+    lacking = [name for name in named if name not in columns]
+    if isinstance(config, LabelColumn) and config.label is None:
+        lacking += [] if {"label", "labels"} & set(columns) else ["label"]
+    hint = separator_hint(columns) or (header_hint(columns) if lacking else None)
+    if hint is not None:
+        raise DataError(f"{where}: {hint}")
+
+
+def _load_elsewhere(config: Source, where: str, streaming: bool) -> Any:
+    """Load what lies on the Hub or on another server, or says itself how it is read."""
+    split = config.split
+    named: dict[str, Any] = {
+        "name": config.name,
+        "data_files": _data_files(config),
+        "revision": config.revision,
+    }
+    if config.options:
+        builder = datasets.load_dataset_builder(_path(config), **named)
+        check_options(config.options, builder.name, type(builder.config), where)
+    return datasets.load_dataset(
+        _path(config), **named, split=split, streaming=streaming, **config.options
+    )
+
+
+def _named_columns(config: Source) -> list[str]:
+    """The columns that a config names, which all of its files must have."""
+    inputs = [config.input] if isinstance(config.input, str) else config.input or []
+    label = getattr(config, "label", None)
+    return [*inputs, *([label] if label else []), *getattr(config, "columns", ())]
+
+
+def _path(config: Source) -> str:
+    path = local_path(config.path)
+    return config.path if path is None or not os.path.exists(path) else path
+
+
+def _data_files(config: Source) -> Any:
+    """The files as `datasets` takes them: it knows no `~`."""
+
+    def known(part: Any) -> Any:
+        return os.path.expanduser(part) if isinstance(part, str) else [known(one) for one in part]
+
+    given = config.data_files
+    if isinstance(given, dict):
+        return {split: known(part) for split, part in given.items()}
+    return None if given is None else known(given)
+
+
+def _is_address(file: str) -> bool:
+    """Whether it is one file on a web server, which leaves nothing to find."""
+    return file.startswith(("http://", "https://")) and not set("*?[") & set(file.partition("?")[0])
+
+
+@contextmanager
+def _explained(config: Source, where: str, streaming: bool) -> Iterator[None]:
+    """Check that a local path is there; turn what `datasets` raises into a DataError."""
+    _check_path(config, where)
+    try:
+        with _quiet_readers():
+            yield
+    except HpdistError:
+        raise
+    except Exception as error:  # every builder and transport has its own
+        raise DataError(_load_message(config, where, streaming, error)) from error
+    finally:
+        redact_cached_addresses([config.path, *patterns_of(config.data_files)])
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Keep the readers of `datasets` from logging the file and the error that DataError names."""
+    readers = [logging.getLogger(f"datasets.packaged_modules.{b}.{b}") for b in FILE_BUILDERS]
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("Failed to read file", "Failed to load JSON"))
+
+    for reader in readers:
+        reader.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.removeFilter(is_news)
+
+
+def _check_path(config: Source, where: str) -> None:
+    """Raise DataError for a local path that is not there, before the Hub is asked for it."""
+    if config.path in FILE_BUILDERS:
+        if config.data_files is None and not os.path.exists(config.path):
+            raise DataError(
+                f"{where}.data_files: path: {config.path} reads files of that kind; name them"
+            )
+        return
+    path = local_path(config.path)
+    if path is None or os.path.exists(path):
+        return
+    if os.path.islink(path):
+        raise DataError(
+            f"{where}.path: {config.path!r} is a link that leads nowhere: to {os.readlink(path)!r}"
+        )
+    if _looks_local(config.path, path):
+        raise DataError(
+            f"{where}.path: {config.path!r} does not exist{did_you_mean(path)}{_hint(config.path)}"
+        )
+
+
+def _hint(path: str) -> str:
+    """Say what else a path that does not exist may have been meant to be."""
+    if set("*?") & set(path):
+        return "; a pattern goes into data_files"
+    return f" That of the Hub is hf://datasets/{path}" if _may_be_of_the_hub(path) else ""
+
+
+def _may_be_of_the_hub(path: str) -> bool:
+    """Whether it is of the form user/name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and path[0] not in ".~/"
+
+
+def _looks_local(given: str, path: str) -> bool:
+    """Whether a path that is not there is one of this machine, and no name on the Hub."""
+    if given.startswith("buckets/"):  # a storage bucket of the Hub
+        return False
+    return (
+        given.startswith(("/", "./", "../", "~", "file://", "local://"))
+        or len(given.rstrip("/").split("/")) > 2  # the Hub's are name, or user/name
+        or extension(path) in ENDINGS
+        or bool(set(" *?[]{}") & set(given))  # no name on the Hub has any of these
+        or (_may_be_of_the_hub(given) and neighbour(path) is not None)
+    )
+
+
+def _load_message(config: Source, where: str, streaming: bool, error: Exception) -> str:
+    cause = one_line(error)
+    if cause.startswith(("Unknown split", "Bad split")):
+        hint = "; a stream takes no slices" if streaming and "[" in config.split else ""
+        return f"{where}.split: {cause}{hint}"
+    if "torchcodec" in cause:
+        return (
+            f"{where}.path: `datasets` makes a table of sound files on a server only with "
+            "torchcodec, which is not installed; install it, write the files once as Parquet with "
+            "`hpdist convert`, or keep them on this machine"
+        )
+    if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError):
+        return (
+            f"{where}.path: {config.path!r} is no folder here, and the Hub did not give it: {cause}"
+            "; check the spelling, the network and, for a gated dataset, `hf auth login`"
+            f"{did_you_mean(config.path)}"
+        )
+    named = source_name(config, None, where)
+    return f"{named}: cannot be loaded: {cause}{dialect_hint(error)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Take the innermost explicit cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def raw_view(dataset: Any, columns: Sequence[str]) -> Any:
+    """Take some columns of a dataset, in Arrow format, so undecoded."""
+    view = dataset.select_columns(list(columns)).with_format("arrow")
+    same_files(dataset, view)
+    return view
+
+
+def same_column(column: AnyColumn, features: Any) -> AnyColumn | None:
+    """Take the labelled set's columns, where this set has all of them."""
+    return column if all(name in features for name in names_of(column)) else None
+
+
+def names_of(column: Column) -> tuple[str, ...]:
+    """The names of the columns that an input is in."""
+    return (column,) if isinstance(column, str) else column
+
+
+def check_order(column: Column, first: Column, where: str) -> None:
+    """Raise DataError for the labelled set's columns in another order: other features, unsaid."""
+    if column != first and sorted(names_of(column)) == sorted(names_of(first)):
+        raise DataError(
+            f"{where}.input: the columns are those of data.labeled.input in another order; "
+            "write them in the same one"
+        )
+
+
+def known_column(features: Any, column: str, setting: str) -> str:
+    """Give a column's name back; raises DataError where there is none of that name."""
+    if column not in features:
+        raise DataError(
+            f"{setting}: there is no column {column!r}; there are {', '.join(features)}"
+        )
+    return column
+
+
+def input_column(
+    features: Any,
+    column: Column | list[str] | None,
+    where: str,
+    exclude: str | None = None,
+    *,
+    text: bool = False,
+    audio: bool = False,
+) -> Column:
+    """Find the column that the model sees: as named, else the only one of images, text or sound.
+
+    Of a list of columns each must hold numbers, booleans or what may be categories, and none the
+    label `exclude`; a list is never text or sound.
+    """
+    setting = f"{where}.input"
+    what = "text" if text else "audio" if audio else "images"
+    if isinstance(column, (list, tuple)):
+        if text or audio:
+            raise DataError(
+                f"{setting}: a list of columns is no {what}, which views.name: {what} takes; name "
+                f"one column of {what}, or set views.name: table, or identity"
+            )
+        _check_columns(features, column, setting, exclude)
+        return tuple(column)
+    usual, fits = {
+        "text": (_is_text, _is_text),
+        "audio": (_is_audio, _is_audio),
+        "images": (_is_image, _is_input),
+    }[what]
+    found: list[str] = [key for key in features if key != exclude and usual(features[key])]
+    inputs = [key for key in features if key != exclude and fits(features[key])]
+    candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
+    if column is None:
+        if len(found) != 1:
+            holds = ", ".join(
+                f"{key} ({held(feature)})" for key, feature in features.items() if key != exclude
+            )
+            count = f"{len(found)} columns hold" if found else "no column holds"
+            raise DataError(
+                f"{setting}: name the input column, {count} {what}, which views.name: "
+                f"{what.removesuffix('s')} takes; the columns are {holds}"
+            )
+        return found[0]
+    feature = features[known_column(features, column, setting)]
+    if fits(feature):
+        return column
+    wanted = "neither images nor arrays of numbers" if what == "images" else f"not {what}"
+    hint = ""
+    if what == "images" and isinstance(feature, datasets.Audio):
+        hint = "; for audio set views.name: audio"
+    elif what == "images" and _is_text(feature):
+        hint = "; for text set views.name: text"
+    elif what == "images" and is_number(feature):
+        hint = f"; a list makes a vector: [{column}]"
+    raise DataError(f"{setting}: column {column!r} holds {feature}, {wanted}{hint}; {candidates}")
+
+
+def _check_columns(
+    features: Any, columns: Sequence[str], setting: str, exclude: str | None
+) -> None:
+    for name in columns:
+        feature = features[known_column(features, name, setting)]
+        if name == exclude:
+            raise DataError(f"{setting}: column {name!r} is the label; leave it out")
+        if columns.count(name) > 1:
+            raise DataError(f"{setting}: column {name!r} is there twice; name each once")
+        if not is_number(feature) and not is_category(feature):
+            raise DataError(
+                f"{setting}: column {name!r} holds {feature}, and a list of columns must hold "
+                "numbers, booleans or categories, which are texts or a ClassLabel; write it as one "
+                "of these, or leave it out"
+            )
+
+
+def _is_image(feature: Any) -> bool:
+    """Image, or what Parquet files hold of one without its type: {bytes, path} or plain bytes."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in _BYTES
+
+
+def is_audio(features: Any, column: Column | list[str] | None) -> bool:
+    """Whether a set has such a column, and of `datasets`' type for sound."""
+    return isinstance(column, str) and isinstance(features.get(column), datasets.Audio)
+
+
+def _is_audio(feature: Any) -> bool:
+    """Audio, or what Parquet files hold of it without its type: {bytes, path} or plain bytes."""
+    if isinstance(feature, datasets.Audio):
+        return True
+    return _is_image(feature) and not isinstance(feature, datasets.Image)
+
+
+def is_text(features: Any, column: Column | list[str] | None) -> bool:
+    """Whether a set has such a column, and of text; a list of columns is none."""
+    return isinstance(column, str) and column in features and _is_text(features[column])
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
+
+
+def text_beside(features: Any, column: str, where: str) -> str:
+    """Give back the column of `views.strong_column`; raises ConfigError where it is no text."""
+    texts = ", ".join(name for name in features if _is_text(features[name])) or "none"
+    setting = f"views.strong_column: in {where}"
+    if column not in features:
+        raise ConfigError(
+            f"{setting} there is no column {column!r}; there are {', '.join(features)} "
+            f"(of text: {texts})"
+        )
+    if not _is_text(features[column]):
+        raise ConfigError(
+            f"{setting} column {column!r} holds {features[column]}, not text; of text: {texts}"
+        )
+    return column
+
+
+def _is_input(feature: Any) -> bool:
+    arrays = (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList)
+    same_size = getattr(feature, "dtype", "").startswith("fixed_size_binary")
+    return _is_image(feature) or same_size or isinstance(feature, arrays)
+
+
+def open_table(
+    config: Source,
+    dataset: Any,
+    where: str,
+    needed: Sequence[str] = (),
+    loading: Loading | None = None,
+) -> tuple[Any, str, PathRule]:
+    """Open a map-style dataset; also its name for messages, and which files its rows may name.
+
+    `needed` are columns that each of its files must have, beside those that the config names.
+    """
+    name = source_name(config, dataset, where)
+    files = None
+    table = dataset
+    if dataset is None:
+        table, files = load_files(config, where, False, needed)
+    if not isinstance(table, datasets.Dataset):
+        raise DataError(
+            f"{where}: needs a datasets.Dataset, not {type(table).__name__}; pick one split of a "
+            "DatasetDict; only data.unlabeled takes an IterableDataset"
+        )
+    if table.format["type"] == "custom":
+        raise DataError(f"{name}: its transform would be bypassed; apply it with Dataset.map")
+    if not len(table):
+        raise DataError(f"{name}: holds no rows")
+    return table, name, path_rule(config, loading, given=dataset is not None, files=files)
+
+
+def read_column(table: Any, column: str, name: str) -> list[Any]:
+    """Read a whole column as Python values."""
+    try:
+        return list(raw_view(table, [column])[:][column].to_pylist())
+    except Exception as error:
+        raise DataError(f"{name}: cannot read column {column!r}: {one_line(error)}") from error

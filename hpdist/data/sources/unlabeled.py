@@ -1,0 +1,478 @@
+"""Open the unlabelled rows: a table, a Parquet stream, any other stream, or several mixed.
+
+What costs requests (finding files, reading footers) is `survey`, which one process does for all;
+`open_unlabeled` then needs none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import datasets
+
+from hpdist.data.config import Loading, Unlabeled, UnlabeledSource
+from hpdist.data.decode.stored_values import Column, InputSpec
+from hpdist.data.files.open import Retry
+from hpdist.data.sources.first_rows import TRIED, check_fit, check_parquet_fit
+from hpdist.data.sources.known_types import known_features
+from hpdist.data.sources.loading import check_dialect, check_order, input_column, known_column, load_files, names_of, one_line, open_table, parquet_files, raw_view, same_column, text_beside
+from hpdist.data.sources.local_files import source_name
+from hpdist.data.sources.long_tail import rows_used
+from hpdist.data.files.named_files import NOTHING, PathRule
+from hpdist.data.sources.options import dialect_hint
+from hpdist.data.sources.own_files import path_rule
+from hpdist.data.sources.partitions import partitions
+from hpdist.data.sources.row_names import describe_row, describe_rows
+from hpdist.data.sources.saved import is_saved
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
+from hpdist.data.stream.functions import RowFunctions, Values, row_functions
+from hpdist.data.stream.index import Index, build_index, split_files
+from hpdist.data.stream.mixed import MixedReader
+from hpdist.data.stream.parquet import ParquetReader
+from hpdist.data.stream.reader import Reader, Rows
+from hpdist.data.stream.sequential import SequentialReader
+from hpdist.errors import DataError
+
+_BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
+
+
+class UnlabeledRows(Protocol):
+    """A set of unlabelled rows, ready to be read in any order that a seed chooses."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def column(self) -> Column:
+        """The column or columns that the model sees."""
+        ...
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        ...
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Start to read; `order` and `resume` are those of the run that goes on."""
+        ...
+
+    def changes(self) -> str:
+        """Say what differs from the run that is resumed."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetRows:
+    """Rows of Parquet files, wherever they lie: exactly once an epoch on any number of ranks."""
+
+    index: Index
+    column: Column
+    name: str
+    functions: RowFunctions
+    columns: tuple[str, ...]
+    budget: int | None
+    retry: Retry
+    recorded: list[list[Any]] | None = None
+    """The files as an earlier start of the run found them."""
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        return self.functions.values(rows.table)
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read by lanes and windows."""
+        return ParquetReader(
+            self.index,
+            self.columns,
+            self.name,
+            seed,
+            batch,
+            budget=self.budget,
+            order=order,
+            retry=self.retry,
+            stop=stop,
+        )
+
+    def changes(self) -> str:
+        """Name the files that differ from the run that is resumed."""
+        if self.recorded is None:
+            return "its files differ"
+        return self.index.changes(self.recorded)
+
+
+@dataclass(frozen=True, eq=False)
+class SequentialRows:
+    """Rows that only reading counts, such as lines of JSON: every rank reads all of them."""
+
+    dataset: datasets.IterableDataset
+    column: Column
+    name: str
+    functions: RowFunctions
+    columns: tuple[str, ...]
+    block_rows: int
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after filter and map."""
+        return self.functions.values(rows.table)
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read block by block."""
+        block_rows = self.block_rows
+        if order is not None and order.get("kind") == "sequential":
+            block_rows = order["block_rows"]
+        state = None if resume is None else dict(resume)
+        return SequentialReader(
+            self.dataset, list(self.columns), self.name, seed, block_rows, state
+        )
+
+    def changes(self) -> str:
+        """Say what differs from the run that is resumed."""
+        return "other rows"
+
+    @property
+    def warning(self) -> str:
+        """What this source cannot promise, and the way out."""
+        return (
+            f"{self.name} does not say how many rows it has: every rank reads all of it, rows are "
+            f"mixed {self.block_rows} at a time, and resuming depends on the state that `datasets` "
+            "keeps; `hpdist convert CONFIG --out FOLDER` writes it as Parquet once, which has none "
+            "of these limits"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MixedRows:
+    """Rows of several sets, in fixed proportions."""
+
+    parts: tuple[ParquetRows | UnlabeledTable, ...]
+    weights: tuple[float, ...]
+    name: str
+
+    @property
+    def column(self) -> Column:
+        """The column that the model sees; every part's is renamed to it."""
+        return self.parts[0].column
+
+    def values(self, rows: Rows) -> Values:
+        """The stored values of rows, after each part's filter and map."""
+        found = Values([])
+        for number, part in rows.parts:
+            own = self.parts[number].values(part)
+            found.left_out.update(len(found.values) + line for line in own.left_out)
+            found.values.extend(own.values)
+        return found
+
+    def reader(
+        self,
+        seed: int,
+        batch: int,
+        *,
+        order: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Reader:
+        """Read every part at its own pace."""
+        orders: Sequence[Any] = (order or {}).get("parts") or [None] * len(self.parts)
+        total = sum(self.weights)
+        readers = [
+            part.reader(seed + number, max(1, round(batch * weight / total)), order=o, stop=stop)
+            for number, (part, weight, o) in enumerate(
+                zip(self.parts, self.weights, orders, strict=False)
+            )
+        ]
+        lengths = [_last_id(part) + 1 for part in self.parts]
+        offsets = list(itertools.accumulate(lengths, initial=0))[:-1]
+        return MixedReader(readers, self.weights, offsets)
+
+    def changes(self) -> str:
+        """Name what differs in which part."""
+        return "; ".join(f"{part.name}: {part.changes()}" for part in self.parts)
+
+
+AnyUnlabeled: TypeAlias = "UnlabeledTable | ParquetRows | SequentialRows | MixedRows"
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What was found of a Parquet dataset."""
+
+    index: Index
+    column: Column
+    columns: tuple[str, ...]
+    recorded: list[list[Any]] | None
+    rule: PathRule = NOTHING
+    """Which files the rows may name."""
+
+
+Survey: TypeAlias = list[Surveyed | None]
+
+
+def survey(
+    config: Unlabeled,
+    like: LabeledRows,
+    spec: InputSpec,
+    loading: Loading,
+    recorded: Sequence[Any] | None = None,
+    where: str = "data.unlabeled",
+) -> Survey:
+    """Find the files of every part that is streamed from Parquet; None for any other part.
+
+    One process does this and gives the others what it found. Raises DataError.
+    """
+    found: Survey = []
+    for number, (part, setting) in enumerate(_parts(config, where)):
+        known = recorded[number] if recorded is not None and number < len(recorded) else None
+        surveyed = None
+        if part.streaming:
+            budget = config.shuffle_window
+            surveyed = _survey_parquet(part, like, spec, loading, budget, setting, known)
+        found.append(surveyed)
+    return found
+
+
+def open_unlabeled(
+    config: Unlabeled,
+    like: LabeledRows,
+    spec: InputSpec,
+    *,
+    dataset: Any = None,
+    where: str = "data.unlabeled",
+    found: Survey | None = None,
+    loading: Loading | None = None,
+    seed: int = 0,
+) -> AnyUnlabeled:
+    """Open the unlabelled rows; an `IterableDataset`, or `streaming: true`, gives a stream.
+
+    `found` is what `survey` gave; `seed` draws the rows of a long-tailed set. Raises DataError when
+    anything is not as the config says, or none of the first rows fits `spec`.
+    """
+    if dataset is not None:
+        if isinstance(dataset, datasets.IterableDataset):
+            if config.imbalance is not None:
+                raise DataError(
+                    f"{where}.imbalance: the labels of all rows are needed before the first is "
+                    "read, and an IterableDataset is read row by row; give a datasets.Dataset"
+                )
+            return _open_sequential(config, config, like, spec, dataset, where, loading)
+        return _open_unlabeled_table(config, like, spec, dataset, where, seed, loading)
+    if found is None:
+        found = survey(config, like, spec, loading or Loading(), None, where)
+    parts: list[ParquetRows | UnlabeledTable] = []
+    retry = _retry(loading or Loading())
+    for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
+        if surveyed is not None:
+            parts.append(_parquet_rows(part, config, surveyed, spec, retry, setting))
+        elif not part.streaming or is_saved(part):
+            parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed, loading))
+        elif config.mix:
+            raise DataError(
+                f"{setting}: only Parquet and tables can be mixed, since other streams do not say "
+                "how many rows they have; convert it with `hpdist convert`, or set streaming: false"
+            )
+        else:
+            return _open_sequential(part, config, like, spec, None, setting, loading)
+    if not config.mix:
+        return parts[0]
+    weights = tuple(part.weight for part in config.mix)
+    return MixedRows(tuple(parts), weights, f"{where}.mix")
+
+
+def _parts(config: Unlabeled, where: str) -> list[tuple[UnlabeledSource, str]]:
+    if not config.mix:
+        return [(config, where)]
+    return [(part, f"{where}.mix.{number}") for number, part in enumerate(config.mix)]
+
+
+def _survey_parquet(
+    part: UnlabeledSource,
+    like: LabeledRows,
+    spec: InputSpec,
+    loading: Loading,
+    budget: int | None,
+    where: str,
+    recorded: list[list[Any]] | None,
+) -> Surveyed | None:
+    files = parquet_files(part, where)
+    if files is None:
+        return None
+    retry = _retry(loading)
+    rule = path_rule(part, loading, given=False, files=files)
+    name = source_name(part, None, where)
+    chosen = split_files(files.splits, part.split, where)
+    folders = partitions([f for of_split in chosen.values() for f in of_split], files.base)
+
+    def columns_of(schema: Any) -> tuple[Column, tuple[str, ...], RowFunctions]:
+        features = known_features(schema)
+        kept = part.options.get("columns") or list(features)
+        features = {name: feature for name, feature in features.items() if name in kept}
+        return _columns(part, features, like, spec, where, rule)
+
+    index = build_index(
+        chosen, part.split, lambda schema: columns_of(schema)[1], name, retry, folders
+    )
+    column, columns, functions = columns_of(index.arrow_schema)
+    order = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
+    reader = ParquetReader(index, columns, name, 0, 1, budget=budget, order=order, retry=retry)
+    try:
+        check_parquet_fit(reader, functions, spec, name)
+    finally:
+        reader.close()
+    return Surveyed(index, column, columns, recorded, rule)
+
+
+def _retry(loading: Loading) -> Retry:
+    return Retry(loading.patience, stall=min(Retry.stall, loading.patience))
+
+
+def _parquet_rows(
+    part: UnlabeledSource,
+    config: Unlabeled,
+    surveyed: Surveyed,
+    spec: InputSpec,
+    retry: Retry,
+    where: str,
+) -> ParquetRows:
+    functions = row_functions(part, surveyed.column, where, spec.beside, surveyed.rule)
+    name = source_name(part, None, where)
+    return ParquetRows(
+        surveyed.index,
+        surveyed.column,
+        name,
+        functions,
+        surveyed.columns,
+        config.shuffle_window,
+        retry,
+        surveyed.recorded,
+    )
+
+
+def _open_unlabeled_table(
+    config: UnlabeledSource,
+    like: LabeledRows,
+    spec: InputSpec,
+    dataset: Any,
+    where: str,
+    seed: int,
+    loading: Loading | None,
+) -> UnlabeledTable:
+    needed = () if config.input else names_of(like.column)
+    table, name, rule = open_table(config, dataset, where, needed, loading)
+    column, columns, functions = _columns(config, table.features, like, spec, where, rule)
+    view = raw_view(table, columns)
+    ids, notes = rows_used(config, table, like, seed, where, name)
+    rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes), rule=rule)
+    first = ids[:TRIED].tolist()
+    try:
+        found = functions.values(view[first]).values
+        check_fit(found, spec, name, lambda line: describe_row(view, first[line]))
+    except OSError as error:
+        unread = describe_rows(view, first)
+        raise DataError(f"{name}: cannot read {unread}: {one_line(error)}") from error
+    return rows
+
+
+def _open_sequential(
+    part: UnlabeledSource,
+    config: Unlabeled,
+    like: LabeledRows,
+    spec: InputSpec,
+    dataset: Any,
+    where: str,
+    loading: Loading | None,
+) -> SequentialRows:
+    needed = () if part.input else names_of(like.column)
+    stream, files = dataset, None
+    if dataset is None:
+        stream, files = load_files(part, where, True, needed)
+    rule = path_rule(part, loading, given=dataset is not None, files=files)
+    name = source_name(part, dataset, where)
+    first = _first_table(stream, name)
+    features = stream.features or known_features(first.schema)
+    check_dialect(features, where)
+    column, columns, functions = _columns(part, features, like, spec, where, rule)
+    row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
+    block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
+    check_fit(functions.values(first).values, spec, name, "row {}".format)
+    return SequentialRows(stream, column, name, functions, columns, block_rows)
+
+
+def _first_table(stream: Any, name: str) -> Any:
+    """Read the first rows of a stream as an Arrow table."""
+    try:
+        first = next(iter(stream.with_format("arrow").iter(batch_size=TRIED)), None)
+    except Exception as error:
+        cause = f"{one_line(error)}{dialect_hint(error)}"
+        raise DataError(f"{name}: cannot read the first rows: {cause}") from error
+    if first is None or not first.num_rows:
+        raise DataError(f"{name}: holds no rows")
+    return first
+
+
+def _columns(
+    config: UnlabeledSource,
+    features: Any,
+    like: LabeledRows,
+    spec: InputSpec,
+    where: str,
+    rule: PathRule,
+) -> tuple[Column, tuple[str, ...], RowFunctions]:
+    """The input column, every column that is read, and the user's functions."""
+    beside = [] if spec.beside is None else [text_beside(features, spec.beside, where)]
+    column = input_column(
+        features,
+        config.input or same_column(like.column, features),
+        where,
+        text=like.text,
+        audio=like.audio,
+    )
+    check_order(column, like.column, where)
+    if spec.categories is not None:
+        spec.categories.check(features, names_of(column), where)
+    others = [known_column(features, name, f"{where}.columns") for name in config.columns]
+    columns = tuple(dict.fromkeys([*names_of(column), *beside, *others]))
+    return column, columns, row_functions(config, column, where, spec.beside, rule)
+
+
+def row_count(rows: AnyUnlabeled) -> int | None:
+    """How many rows there are to learn from; None where only reading or a filter says."""
+    if isinstance(rows, MixedRows):
+        counts = [row_count(part) for part in rows.parts]
+        return sum(filter(None, counts)) if all(counts) else None
+    if isinstance(rows, SequentialRows) or rows.functions.keep is not None:
+        return None
+    return int(rows.index.rows.sum()) if isinstance(rows, ParquetRows) else len(rows)
+
+
+def _last_id(rows: ParquetRows | UnlabeledTable) -> int:
+    if isinstance(rows, ParquetRows):
+        return int((rows.index.start + rows.index.rows).max()) - 1
+    return int(rows.ids.max())

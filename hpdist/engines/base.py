@@ -1,0 +1,468 @@
+"""One class that hides how the model is sharded: plain or DDP here, DeepSpeed ZeRO in `zero`."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hpdist.engines.config import LossScale, Precision
+from hpdist.distributed.batch_norm import batch_norms
+from hpdist.distributed.fragments import Fragment, Layout, flat_view
+from hpdist.engines.gradient_layout import keep_strides
+from hpdist.engines.loss_scale import LossScaler
+from hpdist.distributed.module_names import ddp_of, named_parameters, without_wrappers
+from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, scalars_of
+from hpdist.engines.reach import DdpUsage, GradientWatch, reached_nowhere, unreached_note
+from hpdist.distributed.collectives import world_size
+from hpdist.errors import ConfigError, DistributedError
+from hpdist.models.outputs import NO_GRADIENT, logits_of
+from hpdist.messages.progress import working
+
+
+@dataclass(frozen=True)
+class EngineStep:
+    """How the engine's optimizer step went."""
+
+    applied: bool
+    overflowed: bool
+    old_scale: float
+    new_scale: float
+    grad_norm: float | None
+    exhausted: bool = False
+    """Whether it overflowed with the loss scale at its minimum already."""
+
+
+class Replica(Protocol):
+    """A second model, without gradient, that can be filled with weights."""
+
+    def filled(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
+        """Hold these weights."""
+        ...
+
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """All that this rank keeps of it."""
+        ...
+
+
+class Engine(ABC):
+    """Forward, backward and optimizer step of a prepared model, the same whatever shards it.
+
+    A loss given to `backward` is this rank's contribution: the gradient that is applied is that of
+    the sum over all ranks and micro-batches.
+    """
+
+    fuses_weak_pass = False
+    """Whether a second forward in a step is better avoided."""
+
+    unreached = "stays as it is"
+    """What becomes of a parameter that no step reaches."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.scaler: LossScaler | None = None
+        self._norms = list(batch_norms(self.module))
+        self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
+        # What has no elements needs no place in state, teacher and checkpoint.
+        self._parameters = {name: p for name, p in self._trained.items() if _whole_size(p)}
+        self._watch: GradientWatch | None = GradientWatch(self._parameters)  # of the first step
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The user's own module, without wrappers."""
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has done a step already, here or in what was loaded."""
+        return any(self.optimizer.state.values())
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where every rank's fragments lie. Collective on first use: every rank must ask."""
+        return Layout(self.master_fragments())
+
+    @property
+    def forward_communicates(self) -> bool:
+        """Whether a forward waits for the other ranks: for weights, or for batch statistics."""
+        return self.fuses_weak_pass or (self.world_size > 1 and bool(self._norms))
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by; 1 outside fp16."""
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32 of the student, with gradient."""
+
+    @abstractmethod
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, without gradient, in whatever mode the module is."""
+
+    @abstractmethod
+    def examine(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, with gradient, outside of any step: nothing will be applied."""
+
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters that can be differentiated by, by name; none where they are sharded."""
+        return dict(self._parameters)
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a contribution to the loss."""
+
+    def step(self, lr: float | None, clip: float | None) -> EngineStep:
+        """Apply the gradients, unless one is not finite; then let the loss scale change.
+
+        Collective: every rank must call, and all skip alike.
+        """
+        if lr is not None:
+            self.set_learning_rate(lr)
+        if self._watch is not None:
+            self._say_unreached(self._watch)
+        old_scale = self.loss_scale
+        applied, norm = self._apply(clip)
+        exhausted = False
+        if self.scaler is not None:
+            exhausted = not applied and self.scaler.at_minimum
+            self.scaler.update(overflowed=not applied)
+            self._publish_scale()
+        return EngineStep(applied, not applied, old_scale, self.loss_scale, norm, exhausted)
+
+    def _say_unreached(self, watch: GradientWatch) -> None:
+        """After the first step's backward, name what it has given no gradient. Collective."""
+        watch.close()
+        self._watch = None
+        nowhere, anywhere = reached_nowhere(self._missing(watch))
+        if anywhere:
+            self.share_usage()
+        if nowhere and self.rank == 0:
+            warnings.warn(unreached_note(self.module, nowhere, self.unreached), stacklevel=3)
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank."""
+        return [name for name in self._parameters if name not in watch.reached]
+
+    @property
+    def missed_gradients(self) -> bool:
+        """Whether a step has missed gradients here and the ranks do not speak of them yet."""
+        return False
+
+    def share_usage(self) -> None:  # noqa: B027 (only DDP has to)
+        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+
+    @staticmethod
+    def _require_gradient(loss: Tensor) -> None:
+        """Raise ConfigError where nothing can be learnt from a loss."""
+        if not loss.requires_grad:
+            raise ConfigError(NO_GRADIENT)
+
+    @abstractmethod
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """Unscale, clip and apply the gradients; whether that was done, and their global norm."""
+
+    def _publish_scale(self) -> None:  # noqa: B027 (only DeepSpeed keeps a copy)
+        """Tell whoever else scales the loss of the new scale."""
+
+    @abstractmethod
+    def master_parts(self) -> list[Tensor]:
+        """The tensors that hold this rank's part of the fp32 master weights.
+
+        Few, flat and live where the engine allows it; ask anew after every step, since an engine
+        may move them. Between the fragments there may be padding.
+        """
+
+    @abstractmethod
+    def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
+        """Views of tensors laid out like `master_parts`, as fragments."""
+
+    def master_fragments(self) -> list[Fragment]:
+        """This rank's part of the fp32 master weights; live where the engine allows it."""
+        return self.fragments_of(self.master_parts())
+
+    @abstractmethod
+    def optimizer_fragments(self) -> dict[str, list[Fragment]]:
+        """This rank's part of the optimizer's per-element state, live, by the state's name."""
+
+    @abstractmethod
+    def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Every tensor that the optimizer steps, with its state."""
+
+    def scale_state(self) -> dict[str, Any]:
+        """The loss scaler's numbers; empty outside fp16."""
+        return self.scaler.state() if self.scaler is not None else {}
+
+    def load_scale_state(self, state: Mapping[str, Any]) -> None:
+        """Take over the loss scaler's numbers."""
+        if self.scaler is not None:
+            self.scaler.load_state(state)
+            self._publish_scale()
+
+    @abstractmethod
+    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+        """Set master and model weights from flat fp32 tensors by name, the same on every rank."""
+
+    @abstractmethod
+    def lend_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
+        """Put other weights into the model for a while. Collective."""
+
+    def make_replica(self, model: nn.Module | None) -> Replica | None:
+        """A second model for other weights, where lending them to the first would cost too much."""
+        return None
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Wrap forward and backward of one micro-batch; gradients are reduced in the last one."""
+        return nullcontext()
+
+    def optimizer_scalars(self) -> dict[str, float]:
+        """The optimizer's state that is one number for all parameters, such as Adam's step."""
+        return scalars_of(self.flat_states())
+
+    def optimizer_scalars_apart(self) -> dict[str, dict[str, float]]:
+        """The same by parameter, where it is another number: of one that some steps left out."""
+        return {}
+
+    @abstractmethod
+    def load_optimizer(self, saved: SavedOptimizer) -> None:
+        """Take over the optimizer's state."""
+
+    def restart(self, whole: Mapping[str, Tensor]) -> None:
+        """Set the weights, flat fp32 by name, and have the optimizer forget what it has seen."""
+        self.load_master(whole)
+        scalars = dict.fromkeys(self.optimizer_scalars(), 0.0)
+        self.load_optimizer(SavedOptimizer(sorted(self.optimizer_fragments()), scalars))
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter that is trained, by name."""
+        return {name: p.shape for name, p in self._parameters.items()}
+
+    def finish_norms(self, applied: bool) -> None:
+        """Move the running statistics of batch normalisation, or leave them as they were."""
+        for norm in self._norms:
+            norm.commit() if applied else norm.discard()
+
+    def forget_norms(self) -> None:
+        """Drop the latest pass from what batch normalisation saw in this step."""
+        for norm in self._norms:
+            norm.forget_pass()
+
+    @contextmanager
+    def segments(self, rows: Sequence[int]) -> Iterator[None]:
+        """Have batch normalisation treat these runs of rows as separate batches."""
+        for norm in self._norms:
+            norm.segments = tuple(rows)
+        try:
+            yield
+        finally:
+            for norm in self._norms:
+                norm.segments = None
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the rate of every parameter group, keeping the ratios between them."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.setdefault("lr_scale", 1.0)
+
+
+class ReplicatedEngine(HasWholeState, Engine):
+    """Weights whole and fp32 on every rank, one or under DDP; mixed precision by autocast."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        super().__init__(accelerator, model, optimizer)
+        mixed = accelerator.mixed_precision
+        self.precision = precision or ("fp32" if mixed == "no" else mixed)
+        # Accelerate wraps the model's forward in autocast, except for fp16 on a CPU.
+        self._own_autocast = self.precision == "fp16" and accelerator.mixed_precision == "no"
+        if self.precision == "fp16":
+            self.scaler = LossScaler.of(loss_scale or LossScale())
+        for parameter in self._parameters.values():  # so that a flat view of it exists
+            parameter.data = parameter.data.contiguous()
+        self._whole = WholeState(self._parameters, self.optimizer, self.rank, self.world_size)
+        self._usage: DdpUsage | None = None
+        ddp = ddp_of(model)
+        if ddp is not None:
+            keep_strides(self._trained.values())
+            self._usage = DdpUsage(ddp, self._trained)
+        # Accelerate's autocast is around its forward, which need not be that of the user's module.
+        self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's own module, not to be called: autocast may be around a wrapper's forward."""
+        # Not by Accelerate's unwrap_model, which imports DeepSpeed to ask whether it is one.
+        return without_wrappers(self.model)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, through DDP's wrapper."""
+        with self._autocast():
+            return logits_of(self.model(inputs))
+
+    @torch.no_grad()
+    def infer(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, past DDP's wrapper, which would expect a backward."""
+        return self.examine(inputs)
+
+    def examine(self, inputs: Tensor) -> Tensor:
+        """Logits in fp32, with gradient, past DDP's wrapper."""
+        with self._autocast():
+            return logits_of(self._prepared(inputs))
+
+    def make_replica(self, model: nn.Module | None) -> Replica | None:
+        """A second model for other weights, where lending them to the first would cost too much."""
+        return None
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Keep DDP from reducing before the last micro-batch."""
+        if self._usage is None:
+            return nullcontext()
+        if last:
+            self._usage.begin_last()
+            return nullcontext()
+        return self._usage.without_reduction()
+
+    def backward(self, loss: Tensor) -> None:
+        """DDP averages over ranks, so a contribution counts world-size times."""
+        self._require_gradient(loss)
+        torch.autograd.backward(loss * (self.world_size * self.loss_scale))
+        if self._usage is not None:
+            self._usage.complete()
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank; DDP has been given zeros since."""
+        if self._usage is None:
+            return super()._missing(watch)
+        return [name for name in self._usage.missing if name in self._parameters]
+
+    @property
+    def missed_gradients(self) -> bool:
+        """Whether DDP's latest step has, and its ranks do not speak of them yet."""
+        usage = self._usage
+        return usage is not None and bool(usage.missing) and not usage.shared
+
+    def share_usage(self) -> None:
+        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+        if self._usage is not None:
+            self._usage.shared = True
+
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """The gradients are reduced, so every rank finds the same norm."""
+        if self._usage is not None:
+            self._usage.drop_unused()
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if self.loss_scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)  # the step's one wait for the device
+        finite = math.isfinite(norm)
+        if finite:
+            if clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), clip, total)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return finite, norm
+
+    @torch.no_grad()
+    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+        """Copy into the parameters."""
+        for name, parameter in self._parameters.items():
+            flat_view(parameter).copy_(flat_view(whole[name]))
+
+    @contextmanager
+    def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Gather into the weights, and put the own ones back at the end."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.layout.spread(fragments, self._parameters)
+        try:
+            yield
+        finally:
+            self.load_master(own)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if not self._own_autocast:
+            return nullcontext()
+        return cast(
+            AbstractContextManager[None], torch.autocast(self.device.type, dtype=torch.float16)
+        )
+
+
+def _whole_size(parameter: nn.Parameter) -> int:
+    """A parameter's elements; of one that is sharded there are fewer here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def ranks_are_apart(accelerator: Accelerator) -> bool:
+    """Whether several processes run that the Accelerator does not join in one training."""
+    launched = max(int(os.environ.get("WORLD_SIZE", "1")), world_size())
+    return launched > 1 and accelerator.distributed_type == DistributedType.NO
+
+
+@working("preparing the model and the optimizer for training")
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, to which ZeRO-3's weights come sharded already.
+
+    It would itself cast the whole model, and move it to the device, before it shards it.
+    Collective: every rank must call.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+    from hpdist.engines.zero3 import partition_weights
+    from hpdist.engines.zero_shapes import check_shardable, leave_out_empty, with_dimensions
+
+    check_shardable(model)
+    if plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
+        leave_out_empty(optimizer)
+        partition_weights(model, plugin.deepspeed_config, accelerator.device)
+    with with_dimensions(model):
+        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+
+
+def make_engine(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision | None = None,
+    loss_scale: LossScale | None = None,
+) -> Engine:
+    """The engine for a model and an optimizer that `accelerator.prepare` returned."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from hpdist.engines.zero import zero_engine
+
+        return zero_engine(accelerator, model, optimizer)
+    if ranks_are_apart(accelerator):
+        raise DistributedError(
+            "several ranks were launched, but this Accelerator leaves each to train by itself; "
+            "on CPU ranks make it with Accelerator(cpu=True)"
+        )
+    return ReplicatedEngine(accelerator, model, optimizer, precision, loss_scale)

@@ -1,0 +1,315 @@
+"""Makes the Accelerator of a run from hpdist's config and what `accelerate launch` said."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.metadata
+import importlib.util
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    compare_versions,
+)
+
+from hpdist.engines.config import LossScale, Precision
+from hpdist.train.config import RunConfig
+from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
+from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
+from hpdist.distributed.mpi import adopt_mpi
+from hpdist.distributed.collectives import keep_group
+from hpdist.errors import ConfigError
+from hpdist.messages.progress import working
+
+_TIMEOUT = timedelta(minutes=10)
+ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
+Offload = Literal["none", "cpu", "nvme"]
+T = TypeVar("T")
+_DEEPSPEED = "0.19.8"
+"""The oldest DeepSpeed in which every stage and accumulation has been found right."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a run computes and shards: what config and launcher agree on."""
+
+    precision: Precision = "fp32"
+    stage: int | None = None
+    """The ZeRO stage; None without DeepSpeed."""
+    offload: Offload = "none"
+    nvme_path: str | None = None
+    grad_clip: float | None = None
+    loss_scale: LossScale = field(default_factory=LossScale)
+    micro_batch: int = 1
+    """Rows per device per forward."""
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    deepspeed: str | None = None
+    """The DeepSpeed JSON that the launcher named."""
+    base: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What of it DeepSpeed is to see, the base of the run's own."""
+    compile: Mapping[str, Any] | None = None
+    """The arguments of `torch.compile`; None where the model is not compiled."""
+    find_unused: bool = False
+    """Whether DDP looks for parameters that a backward will not reach."""
+    asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
+    """The micro-batches of a step that the launcher wants, and where it says so."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the run does otherwise than a launcher's setting says, a line each."""
+    patience: float | None = field(default=None, compare=False)
+    """Seconds without progress after which the compilation of an operator ends the run."""
+
+
+def resolve(config: RunConfig) -> Sharding:
+    """Put hpdist's config and the launcher's together; batch sizes are left to the caller.
+
+    Raises ConfigError where both name a setting and differ, saying where each stands, or where the
+    device or the installation cannot do it.
+    """
+    adopt_mpi()
+    launcher = read_launcher()
+    path = launcher.get("file", (None, ""))[0]
+    notes = unused_settings()
+    if "compile" in launcher:
+        notes.append(
+            f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "
+            "their names"
+        )
+    sharding = Sharding(
+        precision=_agree(launcher, "precision", config.precision) or "fp32",
+        stage=_agree(launcher, "zero.stage", config.zero.stage),
+        offload=_agree(launcher, "zero.offload", config.zero.offload) or "none",
+        nvme_path=_agree(launcher, "zero.nvme_path", config.zero.nvme_path),
+        grad_clip=_agree(launcher, "optim.grad_clip", config.optim.grad_clip),
+        loss_scale=config.loss_scale,
+        deepspeed=path,
+        compile=_compilation(launcher, config),
+        find_unused=config.find_unused_parameters,
+        asked_accumulation=launcher.get("accumulation"),
+        notes=tuple(notes),
+        patience=config.watchdog.seconds,
+    )
+    _check_precision(sharding.precision)
+    _check_zero(sharding)
+    if sharding.find_unused and sharding.stage is not None:
+        raise ConfigError(
+            f"find_unused_parameters: DDP's, but zero.stage is {sharding.stage}; leave it out: "
+            "what a step does not reach is found without it"
+        )
+    return sharding if path is None else _with_file(sharding, config, path)
+
+
+def _with_file(sharding: Sharding, config: RunConfig, path: str) -> Sharding:
+    """The sharding with what the DeepSpeed JSON says beside it."""
+    values = read_deepspeed(path)
+    base, unused = base_of_run(values, path, config, sharding.precision)
+    parameters = section(section(base, "zero_optimization", path), "offload_param", path)
+    if parameters.get("device") == "nvme":
+        place = f"zero_optimization.offload_param.nvme_path in {path}"
+        _check_nvme(parameters.get("nvme_path"), place)
+    scale = sharding.loss_scale
+    if sharding.precision == "fp16":
+        scale = agreed_loss_scale(values, path, scale)
+    notes = sharding.notes
+    if unused:
+        notes = (*notes, f"{path}: hpdist does not use {', '.join(unused)}")
+    return replace(sharding, base=base, loss_scale=scale, notes=notes)
+
+
+def _compilation(launcher: Launcher, config: RunConfig) -> Mapping[str, Any] | None:
+    """How the model is compiled: as the launcher says, else as the config does."""
+    if "compile" in launcher:
+        arguments: Mapping[str, Any] = launcher["compile"][0]
+        return arguments
+    return {} if config.compile else None
+
+
+def _join_after_restart(backend: str) -> None:
+    """Join the process group under names of this attempt, where the launcher has restarted us.
+
+    The launcher's static rendezvous keeps one store for all attempts, and torch takes it for a new
+    one: ranks would connect to the addresses of those that died. Several machines need
+    `--rdzv_backend c10d`, which makes a store for every attempt.
+    """
+    environment = os.environ
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_machine = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    if attempt == "0" or not shared or not one_machine or dist.is_initialized():
+        return
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"hpdist/attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        timeout=_TIMEOUT,
+    )
+
+
+@working("setting up the process group")
+def make_accelerator(sharding: Sharding) -> Accelerator:
+    """Make the Accelerator. Collective: it joins the process group."""
+    on_cpu = not torch.cuda.is_available()
+    atexit.register(keep_group)
+    for note in sharding.notes:
+        _say_once(note)
+    if sharding.stage is not None:
+        _be_one_process()
+    # Our buffers are the same on every rank already. The option's new name is not in every torch.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=sharding.find_unused,
+        )
+    ]
+    if "LOCAL_RANK" in os.environ:
+        # Without a named backend every CPU rank under DeepSpeed believes that it is rank 0 of 1.
+        backend = "gloo" if on_cpu else "nccl"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=_TIMEOUT))
+        _join_after_restart(backend)
+    precision = sharding.precision
+    mixed = "no" if precision == "fp32" else precision
+    if sharding.stage is None:
+        if precision == "fp16" and on_cpu:
+            # Accelerate would compute in fp32 without a word; the engine does it instead.
+            mixed = "no"
+        os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
+        # Without cpu=True Accelerate joins CPU ranks to a group, but lets each train by itself.
+        with neutralised():
+            return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=handlers)
+
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names that torch has renamed since; nothing a user could mend.
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.*` is deprecated")
+    from hpdist.engines.operators import needed_builders, prepare_operators
+    from hpdist.engines.zero import make_plugin
+
+    os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
+    plugin = make_plugin(sharding)
+    prepare_operators(needed_builders(plugin.deepspeed_config), _say, sharding.patience)
+    with neutralised():
+        return Accelerator(mixed_precision=mixed, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+
+
+def with_batch(sharding: Sharding, micro_batch: int, accumulation: int, ranks: int) -> Sharding:
+    """The sharding of a batch that is cut so; checked against numbers that the launcher names."""
+    ours = {
+        "train_batch_size": micro_batch * accumulation * ranks,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+    }
+    said = [
+        (key, sharding.base.get(key), f"{key}: {sharding.base.get(key)} in {sharding.deepspeed}")
+        for key in ours
+    ]
+    if sharding.asked_accumulation is not None:
+        said.append(("gradient_accumulation_steps", *sharding.asked_accumulation))
+    for key, theirs, place in said:
+        if theirs is not None and (isinstance(theirs, bool) or theirs != ours[key]):
+            raise ConfigError(
+                f"{place}, but hpdist's batch sizes (labelled and unlabelled rows together, cut by "
+                f"batch.micro) make it {ours[key]}; write auto there"
+            )
+    return replace(sharding, micro_batch=micro_batch, accumulation=accumulation)
+
+
+def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
+    """The value of a setting that may stand in two places."""
+    if setting not in launcher:
+        return ours
+    theirs, place = launcher[setting]
+    if ours is not None and ours != theirs:
+        raise ConfigError(
+            f"{setting}: {ours} in hpdist's config, but {place}; make them agree, or leave "
+            "hpdist's out"
+        )
+    return theirs
+
+
+def _check_precision(precision: Precision) -> None:
+    on_gpu = torch.cuda.is_available()
+    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError("precision: bf16, but this GPU has none; use fp16")
+    if precision == "fp16" and not on_gpu:
+        if os.environ.get(ALLOW_CPU_FP16) != "1":
+            raise ConfigError(
+                "precision: fp16 needs a GPU, and none is visible; use bf16 on a CPU "
+                f"(for trials, {ALLOW_CPU_FP16}=1 computes fp16 on the CPU, very slowly)"
+            )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            message = f"{ALLOW_CPU_FP16}=1: fp16 on a CPU, for tests and trials only"
+            warnings.warn(message, stacklevel=2)
+
+
+def _check_zero(sharding: Sharding) -> None:
+    stage, offload = sharding.stage, sharding.offload
+    if offload != "none" and not stage:
+        raise ConfigError(f"zero.offload: {offload} needs zero.stage 1, 2 or 3")
+    if offload == "nvme" and stage != 3:
+        raise ConfigError(f"zero.offload: nvme needs zero.stage 3, not {stage}")
+    if offload == "nvme":
+        _check_nvme(sharding.nvme_path, "zero.nvme_path")
+    if stage is None:
+        return
+    if stage not in range(4):
+        raise ConfigError(f"zero.stage: {stage} is none of 0, 1, 2 and 3")
+    for package in ("deepspeed", "transformers"):  # Accelerate's plug-in asks for the latter
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"zero.stage: {stage} needs {package}, which is not installed; "
+                'pip install "hpdist[deepspeed]", or launch without DeepSpeed'
+            )
+    installed = importlib.metadata.version("deepspeed")
+    if compare_versions("deepspeed", "<", _DEEPSPEED):
+        raise ConfigError(
+            f"zero.stage: {stage} needs deepspeed {_DEEPSPEED} or newer, and {installed} is "
+            "installed: older ones lose a part of the gradients without a word (ZeRO-2 with "
+            f'accumulation, ZeRO-0 in bf16); pip install "deepspeed>={_DEEPSPEED}"'
+        )
+
+
+def _check_nvme(path: str | None, setting: str) -> None:
+    if not (path and Path(path).is_dir()):
+        raise ConfigError(
+            f"{setting}: {path!r} is no folder; offload to nvme needs one on the local disk"
+        )
+
+
+def _be_one_process() -> None:
+    """DeepSpeed needs a process group even for one process that nothing launched."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def _say_once(line: str) -> None:
+    """Print a line from the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        _say(line)
+
+
+def _say(line: str) -> None:
+    """Print a line of what this process does; nothing has joined the ranks yet."""
+    print(line, file=sys.stderr, flush=True)

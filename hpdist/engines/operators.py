@@ -1,0 +1,192 @@
+"""The operators that DeepSpeed compiles at its first start: compiled here, in words, under a lock.
+
+Only the `zero` modules and this one know DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpdist.engines.build_lock import Say, build_lock, changes, left_lock, working_in
+from hpdist.distributed.watchdog import Watchdog
+from hpdist.errors import ConfigError
+
+_LOOK = 1.0  # seconds between looks at how a build goes on
+_LONGEST = 1800.0  # seconds for which a compiler that runs counts as progress
+
+
+def prepare_operators(builders: Sequence[Any], say: Say, patience: float | None) -> None:
+    """Compile and load operators; where another process is at it, wait for it.
+
+    Args:
+        builders: DeepSpeed's builders, as `needed_builders` gives them.
+        say: Is given a line of what is compiled, what is waited for and how long it took.
+        patience: Seconds without any progress, after which the process ends; None waits for ever.
+
+    Raises ConfigError where one cannot be compiled, on the ranks of a machine that cannot.
+    """
+    try:
+        for builder in builders:
+            _prepare(builder, say, patience)
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one says it
+            error.rank = int(os.environ.get("RANK", "0"))
+        raise
+
+
+def _prepare(builder: Any, say: Say, patience: float | None) -> None:
+    try:
+        _Build(builder, say, patience).run()
+    except OSError as error:
+        raise ConfigError(
+            f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
+            "TORCH_EXTENSIONS_DIR to a folder of this machine's that can be written to"
+        ) from error
+
+
+def needed_builders(config: Mapping[str, Any]) -> list[Any]:
+    """Give the builders of the operators that DeepSpeed would compile in a run of this config."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    found = []
+    kind = get_accelerator().create_op_builder("ShareMemCommBuilder")  # for CPU ranks alone
+    if kind is not None and deepspeed.ops.__compatible_ops__.get(kind.name, False):
+        found.append(kind)
+    zero = config.get("zero_optimization") or {}
+    parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    names = []
+    if any(part.get("device") == "nvme" for part in parts):
+        names.append("AsyncIOBuilder")
+        if (config.get("aio") or {}).get("use_gds"):
+            names.append("GDSBuilder")
+    if os.environ.get("DS_PIN_MEMORY_BACKEND") == "native":
+        names.append("PinMemoryBuilder")
+    found += [get_accelerator().create_op_builder(name) for name in names]
+    return [builder for builder in found if builder and not installed_ops.get(builder.name)]
+
+
+def extensions_folder() -> Path:
+    """Give the folder below which PyTorch compiles extensions, a folder for each."""
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension._get_build_directory("", verbose=False))
+
+
+def left_locks() -> list[Path]:
+    """Find the locks of PyTorch's that a killed start has left on this machine."""
+    return [lock for lock in sorted(extensions_folder().glob("*/lock")) if left_lock(lock)]
+
+
+class _Build:
+    """One operator's way from sources, or from what is compiled already, into this process."""
+
+    def __init__(self, builder: Any, say: Say, patience: float | None) -> None:
+        self._builder = builder
+        self._folder = extensions_folder() / builder.name
+        self._say = say
+        self._watchdog = Watchdog(int(os.environ.get("RANK", "0")), patience)
+        self._done = threading.Event()
+        self._loads = self._told = False
+
+    def run(self) -> None:
+        """Wait for the lock, compile and load, all of it watched."""
+        watcher = threading.Thread(target=self._watch, name="hpdist-build", daemon=True)
+        self._watchdog.start()
+        watcher.start()
+        try:
+            with build_lock(self._folder, self._builder.name, self._say):
+                self._loads = True
+                self._load()
+        finally:
+            self._done.set()
+            watcher.join()
+            self._watchdog.stop()
+
+    def _load(self) -> None:
+        if not any(self._folder.glob("*.so")):
+            self._tell()
+        start = time.monotonic()
+        try:
+            with _own_ninja(), _quoted_libraries():
+                self._builder.load(verbose=False)
+        except Exception as error:  # of ninja, the compiler or the loader
+            raise ConfigError(_why_not_compiled(self._builder.name, self._folder, error)) from error
+        if self._told:
+            self._say(f"compiled {self._builder.name} in {time.monotonic() - start:.0f} s")
+
+    def _watch(self) -> None:
+        """Tell the watchdog of a compiler at work and of new files: nothing else is progress."""
+        limit = time.monotonic() + _LONGEST
+        before = changes(self._folder)
+        while not self._done.wait(_LOOK):
+            now, compilers = changes(self._folder), working_in(self._folder)
+            if now != before or (compilers and time.monotonic() < limit):
+                self._watchdog.beat(0, f"compiling {self._builder.name}")
+            if self._loads and compilers:
+                self._tell()
+            before = now
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            self._say(
+                f"compiling DeepSpeed's operator {self._builder.name} into {self._folder}; this "
+                "takes minutes, once on this machine"
+            )
+
+
+@contextmanager
+def _own_ninja() -> Iterator[None]:
+    """Have the ninja of this environment found first, also where nobody has activated it.
+
+    One of another version takes everything for changed, and compiles it anew.
+    """
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+@contextmanager
+def _quoted_libraries() -> Iterator[None]:
+    """Have PyTorch hand the linker its folder of libraries in quotes, as it does with headers.
+
+    Else nothing links where the environment lies in a folder with a space in its name.
+    """
+    from torch.utils import cpp_extension
+
+    plain = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain).replace("$", "$$")  # ninja's own mark
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = plain
+
+
+def _why_not_compiled(name: str, folder: Path, error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
+    with _own_ninja():
+        missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    advice = f"install {' and '.join(missing)}" if missing else f"remove {folder} and try again"
+    return (
+        f"DeepSpeed's operator {name} cannot be compiled ({type(error).__name__}: "
+        f"{' '.join(told.split())[:300]}); {advice}, or launch without DeepSpeed"
+    )

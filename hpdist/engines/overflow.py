@@ -1,0 +1,154 @@
+"""What overflowed: found after the fact, so that a step without overflow pays nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hpdist.engines.base import Engine, EngineStep
+from hpdist.distributed.collectives import world_size
+from hpdist.errors import PrecisionError
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """Where a value left the range of the number format first."""
+
+    rank: int
+    term: str
+    """Of the loss: supervised, unsupervised or the name of another."""
+    module: str
+    """The first module, in the order of computation, whose output or gradient is not finite."""
+    where: Literal["forward", "backward", "weights"]
+
+    def __str__(self) -> str:
+        place = {"forward": "output of", "backward": "gradient at", "weights": "gradient of"}
+        return f"rank {self.rank}, {self.term} term, {place[self.where]} {self.module}"
+
+
+class OverflowHistory:
+    """The latest skipped steps, to tell the story when they end the run."""
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        """Steps skipped in a row that are borne where no loss scale can fall."""
+        self._in_a_row: list[tuple[int, float, Culprit | None]] = []
+
+    def record(self, attempt: int, step: EngineStep, culprit: Culprit | None) -> None:
+        """Take note of an attempt.
+
+        Raises PrecisionError where the loss scale is at its minimum, or where none can fall and
+        too many steps in a row were skipped.
+        """
+        if step.applied:
+            self._in_a_row = []
+            return
+        self._in_a_row.append((attempt, step.old_scale, culprit))
+        stuck = step.new_scale == step.old_scale and len(self._in_a_row) >= self.patience
+        if step.exhausted or stuck:
+            raise PrecisionError(self._story(step))
+
+    def _story(self, step: EngineStep) -> str:
+        skipped = self._in_a_row
+        why = "gradients overflow though the loss scale is at its minimum"
+        if not step.exhausted:
+            why = f"{len(skipped)} steps in a row had gradients that are not finite"
+        scales = ", ".join(f"{scale:g}" for _, scale, _ in skipped[-6:])
+        culprits = [str(culprit) for _, _, culprit in skipped[-6:] if culprit is not None]
+        named = "; ".join(dict.fromkeys(culprits)) or "none that shows again"
+        return (
+            f"{why} (attempts {skipped[0][0]} to {skipped[-1][0]}; last loss scales {scales}; "
+            f"culprits: {named}); try a lower optim.lr, optim.grad_clip, bf16, or fp32 to find out "
+            "why, and look at the rows of these steps"
+        )
+
+
+Terms = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+def find_culprit(engine: Engine, inputs: Tensor, terms: Terms) -> Culprit | None:
+    """Go through a micro-batch again and name what overflowed first; None if nothing does.
+
+    `terms` maps the student's logits to this rank's contributions, by term. Each is differentiated
+    by itself at the present loss scale, without touching a parameter's gradient. What one rank
+    computes can spread to the others (through global batch normalisation), so the earliest finding
+    of all ranks counts. Collective: every rank must call; all get the same answer.
+    """
+    names = list(terms(engine.infer(inputs)))
+    findings = [_examine(engine, inputs, name, terms) for name in names]
+    everyone: list[list[_Finding | None]] = [findings]
+    if world_size() > 1:
+        everyone = [[] for _ in range(world_size())]
+        dist.all_gather_object(everyone, findings)
+    by_term = [finding for term in zip(*everyone, strict=True) for finding in term]
+    found = [finding for finding in by_term if finding is not None]
+    return min(found, key=lambda f: f.tick).culprit if found else None  # the first of equals
+
+
+@dataclass(frozen=True)
+class _Finding:
+    culprit: Culprit
+    tick: int  # how many modules came before, forward and backward
+
+
+def _examine(engine: Engine, inputs: Tensor, name: str, terms: Terms) -> _Finding | None:
+    """Forward and backward of one term; every rank goes through all of it, whatever it finds."""
+    inputs = inputs.detach().clone().requires_grad_()
+    with torch.enable_grad(), _watched(engine.module) as watch:
+        term = terms(engine.examine(inputs))[name]
+        scaled = term * (engine.world_size * engine.loss_scale)
+        parameters = engine.whole_parameters()
+        gradients = torch.autograd.grad(scaled, [inputs, *parameters.values()], allow_unused=True)
+    if watch.first is not None:
+        tick, where, module = watch.first
+        if where == "forward" and term.isfinite():
+            return None  # in the rows of another term
+        return _Finding(Culprit(engine.rank, name, module, where), tick)
+    for parameter, gradient in zip(parameters, gradients[1:], strict=True):
+        if gradient is not None and not gradient.isfinite().all():
+            return _Finding(Culprit(engine.rank, name, parameter, "weights"), watch.ticks)
+    return None
+
+
+class _Watch:
+    """Notes the first leaf module, in the order of computation, that yields what is not finite."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.first: tuple[int, Literal["forward", "backward"], str] | None = None
+
+    def see(self, values: Tensor, where: Literal["forward", "backward"], name: str) -> None:
+        """Look at a module's output, or at the gradient of it."""
+        self.ticks += 1
+        if self.first is None and not values.isfinite().all():
+            self.first = (self.ticks, where, name)
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """A forward hook for a module."""
+
+        def look(module: nn.Module, arguments: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point():
+                self.see(output, "forward", name)
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: self.see(gradient, "backward", name))
+
+        return look
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[_Watch]:
+    """Watch every leaf module of a model."""
+    watch = _Watch()
+    leaves = [(n, m) for n, m in model.named_modules() if not any(True for _ in m.children())]
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in leaves]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,129 @@
+"""Which parameters a step's backward passes reach, and DDP though one reaches them not.
+
+DDP waits for a gradient of every parameter on every rank. It can look for those that will get none
+before each backward (`find_unused_parameters`), which costs a walk over the graph in every step;
+without that, a parameter that no loss depends on ends the run, and one that some ranks reach and
+others do not leaves ranks waiting. Here a rank's missing gradients are zeros, given to DDP when its
+own backward is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpdist.distributed.module_names import collapsed, shortened
+from hpdist.distributed.collectives import gathered
+
+
+class GradientWatch:
+    """Notes by hooks which parameters have been given a gradient."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.reached: set[str] = set()
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._note, name))
+            for name, parameter in parameters.items()
+        ]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _note(self, name: str, _: Tensor) -> None:
+        self.reached.add(name)
+
+
+def reached_nowhere(missing: list[str]) -> tuple[list[str], bool]:
+    """What every rank misses, and whether any rank misses anything.
+
+    Collective: every rank must call.
+    """
+    everyone = gathered(missing)
+    others = [set(each) for each in everyone]
+    return [name for name in missing if all(name in each for each in others)], any(everyone)
+
+
+def unreached_note(model: nn.Module, names: list[str], then: str) -> str:
+    """What to say of parameters that the first step has given no gradient on any rank.
+
+    `then` says what the optimizer does with what no step reaches.
+    """
+    return (
+        f"model: the loss of the first step does not reach {shortened(collapsed(model, names))}; "
+        f"what no step reaches {then}. If that is meant, freeze it (requires_grad = False); else "
+        "look for a layer that forward() leaves out, a detach(), no_grad(), or a "
+        "torch.utils.checkpoint that needs use_reentrant=False"
+    )
+
+
+class DdpUsage:
+    """Completes DDP's reduction where a rank's backward has not reached every parameter.
+
+    A parameter that no rank reaches in a step has no gradient then, as with one process, so that
+    the optimizer leaves it alone. For that the ranks must tell each other, in one small all-reduce
+    a step, which they do from the step on after one has missed a gradient; in the first step they
+    ask one another. Until they do a missing gradient is zero.
+
+    Args:
+        ddp: The wrapper.
+        parameters: All that are trained.
+    """
+
+    def __init__(
+        self, ddp: DistributedDataParallel, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self.shared = False
+        """Whether the ranks tell each other; the same on all."""
+        self.missing: list[str] = []
+        """What this rank's loss of the latest step does not reach."""
+        self._ddp = ddp
+        self._parameters = parameters
+        self._watch: GradientWatch | None = None
+        # Then it does all of this by itself, and would take a second gradient for an error.
+        self._leave_it = bool(ddp.find_unused_parameters or ddp.static_graph)
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Wrap a micro-batch that others follow in the step."""
+        if self._watch is None:
+            # Its gradients hide which parameters the last one reaches.
+            self._watch = GradientWatch(self._parameters)
+        return cast(AbstractContextManager[None], self._ddp.no_sync())
+
+    def begin_last(self) -> None:
+        """Begin the last micro-batch of a step, after which DDP reduces."""
+        if self._watch is not None:
+            self._watch.reached.clear()
+
+    def complete(self) -> None:
+        """Give DDP what is missing, after a backward; it reduces in the last one of a step."""
+        if not self._ddp.require_backward_grad_sync:
+            return
+        self.missing = [name for name, p in self._parameters.items() if p.grad is None]
+        silent = self.missing
+        if self._watch is not None:
+            silent = [name for name in self._parameters if name not in self._watch.reached]
+        if silent and not self._leave_it:
+            parameters = [self._parameters[name] for name in silent]
+            torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
+
+    def drop_unused(self) -> None:
+        """Let go of the zeros that stand for no gradient anywhere. Collective where `shared`."""
+        if not self.shared or self._leave_it:
+            return
+        missing = set(self.missing)
+        device = next(iter(self._parameters.values())).device
+        used = torch.tensor([float(n not in missing) for n in self._parameters], device=device)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        for parameter, is_used in zip(self._parameters.values(), used.tolist(), strict=True):
+            if not is_used:
+                parameter.grad = None

@@ -1,0 +1,181 @@
+"""Scores of student and teacher over all ranks, exact at the ragged end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.data.batch import LabeledBatch
+from hpdist.data.views.base import Views
+from hpdist.engines.teacher import ShardedTeacher
+from hpdist.engines.base import Engine
+from hpdist.distributed.collectives import gathered
+from hpdist.errors import DataError, HpdistError, describe
+from hpdist.tasks.metrics import AnyScores, Meter, Scores, make_meter
+
+__all__ = ["Evaluation", "EvaluationError", "Scores", "evaluate", "evaluate_both", "evaluating"]
+
+T = TypeVar("T")
+
+
+class EvaluationError(HpdistError):
+    """A set could not be measured; the weights are what they were."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of teacher and student; without a teacher it is the student twice."""
+
+    teacher: AnyScores
+    student: AnyScores
+    rows: int | None = None
+    """Rows of all ranks that the scores are over."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The teacher's scores by name, and with `_student` the student's."""
+        student = {f"{name}_student": value for name, value in self.student.values.items()}
+        return self.teacher.values | student
+
+    def summary(self, name: str) -> dict[str, float]:
+        """Those that a run's summary has, under the set's name."""
+        values, (first, *others) = self.values, self.teacher.summarized
+        return {f"{name}/{key}": values[key] for key in (first, f"{first}_student", *others)}
+
+    def confusion(self, classes: Sequence[str]) -> dict[str, object]:
+        """Both confusion matrices, for JSON: a list for each class of how often it was taken as.
+
+        Empty where the task has none.
+        """
+        if self.teacher.counts is None:
+            return {}
+        return {
+            "classes": list(classes),
+            "teacher": self.teacher.counts,
+            "student": self.student.counts,
+        }
+
+
+@contextmanager
+def evaluating(
+    engine: Engine, teacher: ShardedTeacher | None, views: Views
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function from inputs, as batches have them, to logits in fp32 of the model in eval.
+
+    The weights are the teacher's meanwhile, if one is given. Collective: every rank must enter, and
+    under ZeRO-3 call the function equally often.
+    """
+    training = engine.module.training
+
+    def predict(inputs: Tensor) -> Tensor:
+        return engine.infer(views.plain(inputs.to(engine.device, non_blocking=True)))
+
+    with nullcontext() if teacher is None else teacher.in_student():
+        engine.module.eval()
+        try:
+            yield predict
+        finally:
+            engine.module.train(training)
+
+
+def evaluate(
+    engine: Engine,
+    views: Views,
+    batches: Iterable[tuple[LabeledBatch, Tensor]],
+    task: Task = CLASSIFICATION,
+) -> Any:
+    """Scores of the weights that are in the model now; `Scores`, of classification.
+
+    `batches` are this rank's, every one with a bool mask [batch] of the rows that count.
+    Collective: every rank must give equally many, and one at least. Raises EvaluationError, on all
+    ranks, where anything fails on one of them, and DataError where not one row counts.
+    """
+    return _measure(engine, views, batches, task)[0]
+
+
+def _measure(
+    engine: Engine,
+    views: Views,
+    batches: Iterable[tuple[LabeledBatch, Tensor]],
+    task: Task,
+) -> tuple[AnyScores, int]:
+    """The scores, and how many rows of all ranks they are over."""
+    meter, rows = _together(lambda: _go_through(engine, views, batches, task))
+    count = sum(gathered(rows))
+    if not count:
+        error = DataError("not one row of the set that is measured on can be decoded")
+        error.everywhere = True
+        raise error
+    return _together(meter.result), count
+
+
+def _go_through(
+    engine: Engine, views: Views, batches: Iterable[tuple[LabeledBatch, Tensor]], task: Task
+) -> tuple[Meter, int]:
+    """Collect what this rank's scores are made of, and count its rows."""
+    device = engine.device
+    meter: Meter | None = None
+    rows = 0
+    engine.module.eval()
+    for batch, valid in batches:
+        batch = batch.to(device, non_blocking=True)
+        logits = engine.infer(views.plain(batch.inputs))
+        if meter is None:
+            meter = make_meter(task, logits.shape[-1], device)
+        meter.add(logits, batch.labels, valid.to(device))
+        rows += int(valid.sum())
+    assert meter is not None
+    return meter, rows
+
+
+def _together(function: Callable[[], T]) -> T:
+    """Call a function on every rank; what it raises on any, such as a lack of memory, all raise.
+
+    Collective. Where it communicates itself (a forward under ZeRO-3, a metric of torchmetrics) and
+    fails on some ranks alone, the others wait in it, until the launcher or the watchdog ends them.
+    """
+    result: T | None = None
+    failure: HpdistError | None = None
+    cause: Exception | None = None
+    try:
+        result = function()
+    except HpdistError as error:
+        failure = cause = error
+    except Exception as error:  # a model's, a metric's or the device's own
+        failure, cause = EvaluationError(describe(error)), error
+    failures = {rank: found for rank, found in enumerate(gathered(failure)) if found is not None}
+    if not failures:
+        return cast(T, result)
+    rank, first = next(iter(failures.items()))
+    if isinstance(first, EvaluationError):
+        first = EvaluationError(f"the evaluation failed on rank {rank}: {first}{_advice(first)}")
+    first.everywhere = True
+    raise first from cause
+
+
+def _advice(error: EvaluationError) -> str:
+    return "; try a smaller eval.batch" if "OutOfMemoryError" in str(error) else ""
+
+
+def evaluate_both(
+    engine: Engine,
+    teacher: ShardedTeacher | None,
+    views: Views,
+    batches: Callable[[], Iterable[tuple[LabeledBatch, Tensor]]],
+    task: Task = CLASSIFICATION,
+) -> Evaluation:
+    """Measure teacher and student.
+
+    `batches` reads the set anew for each, so that no more than a batch is held. Collective; raises
+    as `evaluate` does.
+    """
+    student, rows = _measure(engine, views, batches(), task)
+    if teacher is None:
+        return Evaluation(student, student, rows)
+    with teacher.in_student():
+        return Evaluation(_measure(engine, views, batches(), task)[0], student, rows)

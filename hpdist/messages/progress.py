@@ -1,0 +1,160 @@
+"""Shows that what takes long is alive: a line now and then in a log, on a terminal a bar.
+
+    with working("evaluating data.test", total=len(rows), unit="rows") as work:
+        for batch in batches:
+            ...
+            work.add(len(batch))
+
+    @working("building the model")
+    def build(): ...
+
+What is done within some seconds shows nothing, and of several ranks only rank 0 shows anything. The
+bar goes when the work is done; a log is told how long it took, where it was told of it at all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from hpdist.messages.human import duration
+from hpdist.messages.redaction import redacted_text
+
+_QUIET = 5.0  # seconds before the first sign of life
+_EVERY = 30.0  # between lines of a log
+_REFRESH = 0.5  # between pictures of a bar
+_UNSIZED = 80  # columns of a terminal that does not say how many it has
+
+_live: list[Work] = []  # of this process, the innermost last
+
+
+class Work:
+    """Something that takes long; `add` counts what is done of it.
+
+    Args:
+        what: What is done, as a sentence would go on: "opening data.test".
+        total: How many there are to do, where that is known.
+        unit: Of them, in the plural.
+    """
+
+    def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
+        self._what = redacted_text(what)
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._told = False
+        self._bar: Any = None
+        self._thread: threading.Thread | None = None
+
+    def add(self, count: int) -> None:
+        """Count what has been done."""
+        self._done += count
+
+    @property
+    def line(self) -> str:
+        """How far it is, for a log."""
+        count = ""
+        if self._unit:
+            of = "" if self._total is None else f" of {self._total:,}"
+            count = f"{self._done:,}{of} {self._unit}, "
+        return f"{self._what}: {count}{duration(self._took)} so far"
+
+    @property
+    def _took(self) -> float:
+        return time.monotonic() - self._began
+
+    def begin(self) -> None:
+        """Show signs of life from now on, in a thread: the work itself may be a single call."""
+        _live.append(self)
+        self._thread = threading.Thread(target=self._watch, name="hpdist-progress", daemon=True)
+        self._thread.start()
+
+    def end(self, well: bool) -> None:
+        """Take the bar away; a log that was told of the work is told that it is done."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self in _live:
+            _live.remove(self)
+        if self._bar is not None:
+            self._bar.close()
+        elif self._told and well:
+            say_line(f"{self._what}: done in {duration(self._took)}")
+
+    def _watch(self) -> None:
+        wait = _QUIET
+        try:
+            while not self._ended.wait(wait):
+                if _live[-1] is not self:  # what it waits for shows itself
+                    wait = _REFRESH
+                elif sys.stderr.isatty():
+                    self._draw()
+                    wait = _REFRESH
+                else:
+                    say_line(self.line)
+                    self._told = True
+                    wait = _EVERY
+        except (OSError, ValueError):  # nobody reads it any more
+            return
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            self._bar = make_bar(
+                total=self._total,
+                desc=self._what,
+                unit=f" {self._unit}",
+                leave=False,
+                delay=1e-6,  # not drawn before it is told how much is done
+                bar_format=None if self._unit else "{desc}: {elapsed} so far",
+            )
+            self._bar.start_t -= self._took  # it counts from the work's beginning
+        self._bar.n = self._done
+        self._bar.refresh()
+
+
+@contextmanager
+def working(what: str, total: int | None = None, unit: str = "") -> Iterator[Work]:
+    """Show that the body, or the function that this decorates, is at work."""
+    work = Work(what, total, unit)
+    if os.environ.get("RANK", "0") != "0":
+        yield work
+        return
+    work.begin()
+    well = False
+    try:
+        yield work
+        well = True
+    finally:
+        work.end(well)
+
+
+def make_bar(**settings: Any) -> Any:
+    """A bar of tqdm on stderr, as wide as the terminal."""
+    # Of a terminal that does not say how wide it is tqdm would show nothing.
+    sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    width = {"dynamic_ncols": True} if sized else {"ncols": _UNSIZED}
+    return tqdm(**settings, **width)
+
+
+def columns() -> int | None:
+    """How wide the terminal is; None where stderr is none."""
+    if not sys.stderr.isatty():
+        return None
+    return os.get_terminal_size(sys.stderr.fileno()).columns or _UNSIZED
+
+
+def say_line(line: str) -> None:
+    """Print a line to stderr, above whatever bars there are."""
+    if sys.stderr.isatty():
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,191 @@
+"""Heads: further outputs of a model, made of its features, that only the training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import Algorithm
+from hpdist.errors import ConfigError, describe
+from hpdist.models.outputs import logits_of, on_trial
+from hpdist.config.section import nearest
+
+
+class WithHeads(nn.Module):
+    """A model whose output in training has the heads' columns behind the logits.
+
+    [rows, *] to [rows, classes + the heads' widths], by one forward; in evaluation to what the
+    model alone gives, or the head that `predicts`.
+
+    Args:
+        model: Maps inputs to logits, or to an output with `.logits`.
+        heads: Modules from features [rows, *features] to [rows, width].
+        features: The submodule of `model` whose output the features are; by default what its last
+            linear layer is given.
+        columns: The width of every output behind the logits: the model's own, then of every head
+            in the order of `heads`.
+        predicts: The head to use in evaluation in place of the logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Mapping[str, nn.Module],
+        features: Features,
+        columns: Mapping[str, int],
+        predicts: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict(heads)
+        self.columns = dict(columns)
+        self.predicts = predicts
+        self._features = features
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits, in training with the heads' outputs behind them."""
+        if not self.training and self.predicts is None:
+            return logits_of(self.model(inputs))
+        with self._features.kept(self.model) as kept:
+            logits = logits_of(self.model(inputs))
+        features = kept.pop()[: len(inputs)]
+        if not self.training:
+            predictions: Tensor = self.heads[str(self.predicts)](features)
+            return predictions
+        return torch.cat([logits, *(head(features) for head in self.heads.values())], dim=1)
+
+
+class Features:
+    """Where in a model its features are: the input or the output of a submodule."""
+
+    def __init__(self, module: str, *, given: bool) -> None:
+        self.module = module
+        self.given = given
+
+    @contextmanager
+    def kept(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Keep the features of the forward inside, as the last entry of the list."""
+        kept: list[Tensor] = []
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            kept.append(inputs[0])
+
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            kept.append(_tensor(output))
+
+        module = model.get_submodule(self.module)
+        hook = (
+            module.register_forward_pre_hook(before)
+            if self.given
+            else module.register_forward_hook(after)
+        )
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+
+def with_heads(
+    model: nn.Module, algorithm: Algorithm, example: Tensor, features: str | None = None
+) -> nn.Module:
+    """The model with the heads that the algorithm wants beyond what the model has itself.
+
+    Call it before `accelerator.prepare`, and let the optimizer have the result's parameters.
+
+    Args:
+        model: On the CPU.
+        algorithm: Its `head_names` say which.
+        example: A batch of inputs [rows, *], for the features' shape.
+        features: The submodule whose output the features are; by default what the last linear layer
+            is given.
+
+    Raises ConfigError where the model has no such submodule or no linear layer, or lacks an output
+    that only a model can make.
+    """
+    algorithm.input_shape = example.shape[1:]
+    missing = [name for name in algorithm.head_names if name not in columns_of(model)]
+    if not missing:
+        return model
+    with on_trial(model):
+        where = _find(model, example, features)
+        with where.kept(model) as kept:
+            model(example)
+        if not kept or kept[-1].shape[:1] != example.shape[:1]:
+            found = list(kept[-1].shape) if kept else "nothing"
+            raise ConfigError(
+                f"model.features: {where.module} gives {found} for inputs "
+                f"{list(example.shape)}; features must be [rows, *]"
+            )
+        if not example.is_floating_point() and kept[-1].dim() > 2:
+            raise ConfigError(
+                f"model.features: {where.module} gives features of every token, "
+                f"{list(kept[-1].shape)}; name a submodule that gives [rows, features]"
+            )
+        feature = kept[-1].float()
+        made = algorithm.heads(feature.shape[1:])
+        require_heads(algorithm, [*columns_of(model), *made])
+        heads = {name: made[name] for name in missing}
+        columns = {name: head(feature).shape[1] for name, head in heads.items()}
+    return WithHeads(model, heads, where, columns_of(model) | columns, algorithm.predicts)
+
+
+def columns_of(model: nn.Module) -> dict[str, int]:
+    """The width of every output that a model gives behind its logits in training, by name."""
+    columns: dict[str, int] = getattr(model, "columns", {})
+    return columns
+
+
+def require_heads(algorithm: Algorithm, there: Collection[str]) -> None:
+    """Raise ConfigError unless all heads are there that the algorithm needs."""
+    missing = [name for name in algorithm.head_names if name not in there]
+    if missing:
+        raise ConfigError(
+            f"{type(algorithm).__name__} needs the heads {', '.join(missing)}, which the model has "
+            f"not; {algorithm.heads_hint}"
+        )
+
+
+def _find(model: nn.Module, example: Tensor, features: str | None) -> Features:
+    """Where the features are, by name or else before the linear layer that runs last."""
+    if features is not None:
+        try:
+            model.get_submodule(features)
+        except AttributeError:
+            names = [name for name, _ in model.named_modules() if name]
+            raise ConfigError(
+                f"model.features: the model has no submodule {features!r}{nearest(features, names)}"
+            ) from None
+        return Features(features, given=False)
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        model(example)
+    except Exception as error:
+        raise ConfigError(
+            f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
+        raise ConfigError(
+            "the algorithm needs the model's features, and the model has no linear layer to find "
+            "them by; name the submodule that gives them: model.features"
+        )
+    return Features(ran[-1], given=True)
+
+
+def _tensor(output: Any) -> Tensor:
+    """The tensor of whatever a submodule returns."""
+    if isinstance(output, tuple):
+        output = output[0]
+    found: Tensor = getattr(output, "last_hidden_state", output)
+    return found

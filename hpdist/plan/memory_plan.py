@@ -1,0 +1,258 @@
+"""`hpdist plan`: what each ZeRO stage needs of a GPU's memory, and the first that fits.
+
+Each stage is rehearsed as rank 0 of all GPUs in a process of its own (`hpdist.plan.rehearsal`), so
+weights, optimizer, teacher, activations, buckets and temporary tensors are counted, not estimated.
+What a GPU holds besides tensors is set aside.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpdist.train.config import RunConfig
+from hpdist.engines.deepspeed_config import check_file, read_deepspeed
+from hpdist.engines.operators import needed_builders, prepare_operators
+from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
+from hpdist.config.overrides import to_yaml
+from hpdist.plan.rehearsal import STEPS, Rehearsal
+
+RESERVE = 2.0
+"""GiB of a GPU that are not for tensors: CUDA's context, NCCL's and cuBLAS's buffers, gaps."""
+_GIB = 2**30
+_KINDS: tuple[type[HpdistError], ...] = (ConfigError, DataError, RehearsalError)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One way to shard, and what came of its rehearsal."""
+
+    stage: int | None
+    """None is without DeepSpeed: one GPU, or DDP."""
+    rehearsal: Rehearsal | None
+    problem: str = ""
+    """Why there is no rehearsal."""
+    kind: type[HpdistError] | None = None
+    """What training would raise for it."""
+
+    @property
+    def name(self) -> str:
+        """As people say it."""
+        return "DDP" if self.stage is None else f"ZeRO-{self.stage}"
+
+    @property
+    def needs(self) -> float:
+        """GiB of tensors at the peak; infinite where they could not be counted."""
+        return self.rehearsal.peak / _GIB if self.rehearsal is not None else float("inf")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, the least sharded first."""
+
+    config: RunConfig
+    gpus: int
+    memory: float
+    """GiB of a GPU."""
+    reserve: float
+    stages: Sequence[StagePlan]
+
+    @property
+    def room(self) -> float:
+        """GiB of a GPU for tensors."""
+        return self.memory - self.reserve
+
+    @property
+    def fitting(self) -> StagePlan | None:
+        """The smallest stage that fits."""
+        return next((stage for stage in self.stages if stage.needs <= self.room), None)
+
+
+def make_plan(
+    config: RunConfig,
+    gpus: int,
+    memory: float,
+    *,
+    reserve: float = RESERVE,
+    deepspeed: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Rehearse every stage.
+
+    Where there is no GPU, fp16 is rehearsed as bf16, which takes as much memory.
+
+    Args:
+        config: Of the run; its `zero.stage` is not looked at.
+        gpus: How many, on all machines together.
+        memory: GiB of each.
+        reserve: GiB of it that are not for tensors.
+        deepspeed: A DeepSpeed JSON that the launcher would name, for its buckets and the like.
+        tell: Is given a line whenever a stage begins.
+
+    Raises ConfigError or DataError where the run could not start, and RehearsalError where no stage
+    could be counted.
+    """
+    if gpus < 1 or not memory > reserve >= 0:
+        raise ConfigError(
+            f"plan: --gpus {gpus} --gpu-memory {memory:g} --reserve {reserve:g}: there must be a "
+            "GPU at least, and more memory than what is set aside"
+        )
+    base = read_deepspeed(deepspeed)
+    if deepspeed is not None:
+        check_file(base, deepspeed)
+    config = _made_explicit(config, base)
+    stages = []
+    for stage in (None, 1, 2, 3):
+        if stage == 1 and importlib.util.find_spec("deepspeed") is not None:
+            # Here, where it can be told: what a rehearsal prints is not seen.
+            prepare_operators(needed_builders(base), tell, config.watchdog.seconds)
+        tell(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
+        stages.append(rehearsed(config, gpus, stage, base))
+        if stage is None and stages[0].kind is not None:
+            break  # what is wrong without any sharding is wrong with it
+    if all(stage.rehearsal is None for stage in stages):
+        kind = next((s.kind for s in stages if s.kind is not None), RehearsalError)
+        raise kind(stages[0].problem)
+    return Plan(config, gpus, memory, reserve, stages)
+
+
+def table(plan: Plan) -> str:
+    """What a user reads: a line for each stage, and what to choose."""
+    counted = next(s.rehearsal for s in plan.stages if s.rehearsal is not None)
+    trained = "all" if counted.trained == counted.parameters else f"{counted.trained:,}"
+    precision = str(plan.config.precision)
+    if precision == "fp16" and counted.device == "CPU":
+        precision += " (counted in bf16, which is as large)"
+    columns = ("weights", "optimizer", "teacher", "activations", "rest", "peak")
+    lines = [
+        f"{counted.parameters:,} parameters, {trained} trained; {precision}, "
+        f"{plan.config.optim.name}; {plan.gpus} GPUs of {plan.memory:g} GiB, "
+        f"{counted.rows} rows a forward on each",
+        f"GiB of tensors on rank 0, counted on {counted.device} in {STEPS} steps and two batches "
+        "of evaluation:",
+        "",
+        f"{'':8}" + "".join(f"{column:>12}" for column in columns),
+    ]
+    for stage in plan.stages:
+        if stage.rehearsal is None:
+            lines.append(f"{stage.name:8}  {stage.problem}")
+            continue
+        found = stage.rehearsal
+        numbers = "".join(f"{getattr(found, column) / _GIB:12.3f}" for column in columns)
+        fits = "fits" if stage.needs <= plan.room else "does not fit"
+        where = "" if found.peak_phase == "step" else f" (peak in {found.peak_phase})"
+        lines.append(f"{stage.name:8}{numbers}  {fits}{where}")
+    lines += [
+        "",
+        "Held all the time: weights, optimizer, teacher. Activations: what a forward leaves, under "
+        "ZeRO-3 with",
+        "the weights gathered for it. Rest, at the peak: gradients, buckets, temporary tensors.",
+        f"Set aside for CUDA's context, NCCL's and cuBLAS's buffers and for gaps: {plan.reserve:g} "
+        "GiB (--reserve).",
+    ]
+    return "\n".join([*lines, _advice(plan)])
+
+
+def _advice(plan: Plan) -> str:
+    best = plan.fitting
+    if best is not None:
+        setting = "zero.stage: null" if best.stage is None else f"zero.stage: {best.stage}"
+        return f"smallest stage that fits: {best.name} ({setting}), which communicates least"
+    counted = [stage for stage in plan.stages if stage.rehearsal is not None]
+    least = min(counted, key=lambda stage: stage.needs)
+    assert least.rehearsal is not None
+    found = least.rehearsal
+    ways = []
+    if found.activations > found.peak / 4:
+        ways.append(f"batch.micro below {found.rows}")
+        if not plan.config.activation_checkpointing:
+            ways.append("activation_checkpointing: true")
+    if found.optimizer > found.peak / 4:
+        ways.append("zero.offload: cpu, which keeps the optimizer's part on the host")
+    ways.append("more GPUs")
+    return (
+        f"no stage fits: the least, {least.name}, needs {least.needs + plan.reserve:.2f} GiB of "
+        f"{plan.memory:g}; what helps: {', '.join(ways)}"
+    )
+
+
+def _made_explicit(config: RunConfig, base: Mapping[str, Any]) -> RunConfig:
+    """The config with a precision that can be rehearsed here. Raises ConfigError on offload."""
+    zero = base.get("zero_optimization") or {}
+    parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    devices = [config.zero.offload, *(part.get("device") for part in parts)]
+    if any(device not in (None, "none") for device in devices) and not torch.cuda.is_available():
+        raise ConfigError(
+            "plan: zero.offload moves memory from the GPU to the host, which can only be told "
+            "apart where there is a GPU; run plan there, or with --zero.offload none"
+        )
+    named = [half for half in ("fp16", "bf16") if (base.get(half) or {}).get("enabled") is True]
+    precision = config.precision or (named[0] if named else "fp32")
+    return config.model_copy(update={"precision": precision})
+
+
+def rehearsed(
+    config: RunConfig, gpus: int, stage: int | None, base: Mapping[str, Any] | None = None
+) -> StagePlan:
+    """What a process of its own finds out about a stage; `base` is a DeepSpeed config."""
+    base = base or {}
+    values = config.model_dump(mode="json")
+    if values["precision"] == "fp16" and not torch.cuda.is_available():
+        values["precision"] = "bf16"
+    values["zero"] |= {"stage": stage}
+    if stage is None:
+        values["zero"] |= {"offload": None, "nvme_path": None}
+    wanted: dict[str, Any] = {"config": to_yaml(values), "ranks": gpus, "deepspeed": None}
+    wanted["parent"] = os.getpid()
+    with tempfile.TemporaryDirectory() as folder:
+        if base and stage is not None:
+            other = {key: value for key, value in base.items() if key not in ("fp16", "bf16")}
+            other["zero_optimization"] = (base.get("zero_optimization") or {}) | {"stage": stage}
+            wanted["deepspeed"] = str(Path(folder, "deepspeed.json"))
+            Path(wanted["deepspeed"]).write_text(json.dumps(other))
+        source, target = Path(folder, "wanted.json"), Path(folder, "found.json")
+        source.write_text(json.dumps(wanted))
+        command = [sys.executable, "-m", "hpdist.plan.rehearsal", str(source), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        if not target.exists():
+            return StagePlan(stage, None, _why_it_ended(done))
+        found = json.loads(target.read_text())
+    if "error" in found:
+        kind = next((k for k in _KINDS if k.__name__ == found["error"]), RehearsalError)
+        return StagePlan(stage, None, found["message"], kind)
+    return StagePlan(stage, Rehearsal(**found))
+
+
+def _environment() -> dict[str, str]:
+    """This process's own, without what a launcher may have said: a rehearsal says it itself."""
+    launched = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    dropped = (*launched, "TORCHELASTIC_", "ACCELERATE_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    return kept | {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode == -signal.SIGKILL:
+        return "could not be rehearsed: the system killed it, most likely for want of memory"
+    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
+    if "OutOfMemoryError" in last or "can't allocate memory" in last:
+        return "could not be rehearsed: this machine has not enough memory for it"
+    return f"could not be rehearsed: {last or f'it ended with status {done.returncode}'}"

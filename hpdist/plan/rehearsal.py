@@ -1,0 +1,244 @@
+"""One rank of many, rehearsed in one process, to count the memory that it needs.
+
+All is real but the other ranks: data, model, DeepSpeed's partitions and buckets, a few steps and
+two batches of evaluation. The process group is torch's `fake` one, in which a collective returns at
+once and a gather gives this rank's own part as often as there are ranks. So the numbers that come
+out mean nothing, and the sizes of all tensors are those of rank 0.
+
+`hpdist plan` starts this module, a process for each stage: neither DeepSpeed nor Accelerate can be
+set up twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpdist.errors import HpdistError, RehearsalError
+from hpdist.processes import end_with
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpdist.train.config import RunConfig
+    from hpdist.data.sources.labeled import LabeledRows
+    from hpdist.engines.base import Engine
+    from hpdist.distributed.fragments import Fragment, PlaceOf
+    from hpdist.train.data import RunData
+    from hpdist.train.step import SemiSupervisedStep
+    from hpdist.train.trainer import Trainer
+
+STEPS = 2  # the first one makes the optimizer's state, so it needs less
+_MOST_ATTEMPTS = 20  # in fp16 the first ones may overflow
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What rank 0 held; bytes of tensors, where nothing else is said."""
+
+    parameters: int
+    """How many the model has."""
+    trained: int
+    """How many of them the optimizer steps."""
+    rows: int
+    """Of one forward, labelled and unlabelled ones together."""
+    device: str
+    weights: int
+    """The model's weights, or this rank's part of them, and its buffers."""
+    optimizer: int
+    """The optimizer's state, and the fp32 master weights where those are not the weights."""
+    teacher: int
+    """The averaged weights, and a second model where there is one."""
+    activations: int
+    """What rows, views and the first forward leave for the backward pass; under ZeRO-3 also the
+    weights that are whole at that time."""
+    peak: int
+    peak_phase: str
+    """When it was: building, step or evaluation."""
+
+    @property
+    def rest(self) -> int:
+        """Of the peak: gradients, buckets of DDP or DeepSpeed, temporary tensors."""
+        return self.peak - self.weights - self.optimizer - self.teacher - self.activations
+
+
+def rehearse(config: RunConfig, ranks: int) -> Rehearsal:
+    """Train and evaluate a little as rank 0 of so many, and count.
+
+    Sets up this process for good: call it in one of its own. Raises ConfigError or DataError as
+    training would, and RehearsalError where no step comes about.
+    """
+    if ranks > 1:
+        _join_fake_group(ranks)
+    import torch
+
+    from hpdist.plan.memory_meter import MemoryMeter
+    from hpdist.train.trainer import Trainer
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with MemoryMeter(device) as meter:
+        meter.mark("building")
+        trainer = Trainer.from_config(config, files=False)
+        step = trainer.step
+        _stand_in_for_others(step.engine, ranks)
+        _mark_first_backward(step, meter)
+        meter.mark("step")
+        for _ in trainer.trial_steps(_MOST_ATTEMPTS):
+            if step.applied_steps == STEPS:
+                break
+            meter.mark("step")
+        else:
+            raise RehearsalError(f"fewer than {STEPS} of {_MOST_ATTEMPTS} steps were applied")
+        held = held_bytes(step)
+        meter.mark("evaluation")
+        _evaluate(trainer)
+    phases = {"start": "building", "backward": "step"}
+    parameters = [(_whole_size(p), p.requires_grad) for p in step.engine.module.parameters()]
+    return Rehearsal(
+        parameters=sum(size for size, _ in parameters),
+        trained=sum(size for size, is_trained in parameters if is_trained),
+        rows=trainer.sharding.micro_batch,
+        device=torch.cuda.get_device_name(0) if device.type == "cuda" else "CPU",
+        **held,
+        activations=meter.levels["backward"] - meter.levels["step"],
+        peak=meter.peak,
+        peak_phase=phases.get(meter.peak_phase, meter.peak_phase),
+    )
+
+
+def held_bytes(step: SemiSupervisedStep) -> dict[str, int]:
+    """What a rank holds between steps: weights, optimizer, teacher; each storage counted once."""
+    engine, teacher = step.engine, step.teacher
+    seen: set[int] = set()
+
+    def count(tensors: Iterable[Any]) -> int:
+        total = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                total += storage.nbytes()
+        return total
+
+    module = engine.module
+    weights = count(getattr(p, "ds_tensor", p) for p in module.parameters())
+    weights += count(module.buffers())
+    optimizer = count(engine.master_parts())
+    for _, state in engine.flat_states():
+        optimizer += count(value for value in state.values() if hasattr(value, "untyped_storage"))
+    average = count(teacher.tensors()) if teacher is not None else 0
+    return {"weights": weights, "optimizer": optimizer, "teacher": average}
+
+
+def _join_fake_group(ranks: int) -> None:
+    # Before anything else is imported: DeepSpeed and Accelerate take the group that is there.
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, never used
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+
+
+def _stand_in_for_others(engine: Engine, ranks: int) -> None:
+    """Give the engine what no fake collective can."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from hpdist.distributed.fragments import Layout
+
+    def own_gradients(_: Any, bucket: Any) -> Any:
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    own_gradients.__annotations__.clear()  # torch would compare them, as texts
+    if isinstance(engine.model, DistributedDataParallel):
+        # It reads the result of its all-reduce, of which a fake one has none.
+        engine.model.register_comm_hook(None, own_gradients)
+    own = engine.master_fragments()
+    engine.layout = Layout(own, places=_all_places(engine, own, ranks))
+
+
+def _all_places(engine: Engine, own: list[Fragment], ranks: int) -> list[list[PlaceOf]]:
+    """Rank 0's fragments, and what is left in even shares for the others."""
+    from hpdist.distributed.fragments import places_of
+
+    mine = places_of(own)
+    ends = {name: start + length for name, start, length in mine}  # rank 0's part comes first
+    left = {n: (ends.get(n, 0), s.numel()) for n, s in engine.parameter_shapes().items()}
+    places = [mine, *([] for _ in range(ranks - 1))]
+    share = -(-sum(stop - start for start, stop in left.values()) // max(ranks - 1, 1))
+    rank, room = 1, share
+    for name, (start, stop) in left.items():
+        while start < stop:
+            length = min(room, stop - start)
+            places[rank].append((name, start, length))
+            start, room = start + length, room - length
+            if not room:
+                rank, room = rank + 1, share
+    return places
+
+
+def _mark_first_backward(step: SemiSupervisedStep, meter: Any) -> None:
+    """Begin the phase `backward` where a step's first forward has ended."""
+    backward, marked = step.engine.backward, -1
+
+    def marking(loss: Tensor) -> None:
+        nonlocal marked
+        if marked != step.attempts:
+            marked = step.attempts
+            meter.mark("backward")
+        backward(loss)
+
+    step.engine.backward = marking  # type: ignore[method-assign]
+
+
+def _evaluate(trainer: Trainer) -> None:
+    """Measure student and teacher on two batches: the first is there while the second is made."""
+    from hpdist.evaluate.scoring import evaluate_both
+
+    step, data = trainer.step, trainer.data
+    for rows in (data.validation, data.test):
+        if rows is not None:
+            first = partial(_first_batches, data, rows)
+            evaluate_both(step.engine, step.teacher, data.views, first, data.task)
+
+
+def _first_batches(data: RunData, rows: LabeledRows) -> Iterable[Any]:
+    return islice(data.evaluation_batches(rows), 2)
+
+
+def _whole_size(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def main(source: str, target: str) -> None:
+    """Rehearse what a JSON file says, and write the result, or what is wrong, to another."""
+    wanted = json.loads(Path(source).read_text())
+    end_with(wanted["parent"])
+    import yaml
+
+    from hpdist.train import config as configuration
+
+    if wanted["deepspeed"] is not None:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = wanted["deepspeed"]
+    try:
+        config = configuration.parse(yaml.safe_load(wanted["config"]))
+        result = asdict(rehearse(config, wanted["ranks"]))
+    except HpdistError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    Path(target).write_text(json.dumps(result))
+    os._exit(0)  # nothing to tidy up, and a fake group has no way to end
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

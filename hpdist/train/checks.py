@@ -1,0 +1,176 @@
+"""Checks that need the whole run: does the batch divide, does the model fit the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
+
+from hpdist.algorithms.addons.base import compose
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.parts.mixing import check_group_sizes
+from hpdist.train.config import RunConfig
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.distributed.module_names import shortened
+from hpdist.errors import ConfigError, describe
+from hpdist.models.outputs import NO_GRADIENT, find_logits, has_gradient_in_training, on_trial
+
+
+def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
+    """The number of micro-batches per step and rank.
+
+    Raises ConfigError where a global batch does not divide over ranks and micro-batches, or where
+    too few rows are left to be mixed with one another.
+    """
+    sizes = {"batch.labeled": config.batch.labeled}
+    if uses_unlabeled:
+        sizes["batch.unlabeled"] = config.batch.unlabeled
+    for setting, size in sizes.items():
+        if size % ranks:
+            raise ConfigError(
+                f"{setting}: {size} rows do not divide over {ranks} ranks; use "
+                f"{_multiples(size, ranks)}"
+            )
+    count = _micro_batches(config.batch.micro, sizes, ranks)
+    algorithm = compose(config)
+    if uses_unlabeled and algorithm.groups is not None:
+        rows = {setting.removeprefix("batch."): size for setting, size in sizes.items()}
+        name = type(algorithm).__name__
+        check_group_sizes(name, algorithm.groups, rows, ranks * count, algorithm.mixed)
+    return count
+
+
+def _micro_batches(micro: int | None, sizes: Mapping[str, int], ranks: int) -> int:
+    """How many micro-batches a rank's rows make; raises ConfigError where they are not equal."""
+    per_rank = sum(sizes.values()) // ranks
+    if micro is None or micro >= per_rank:
+        return 1
+    count = per_rank // micro
+    if per_rank % micro or any(size // ranks % count for size in sizes.values()):
+        fitting = sorted(
+            per_rank // n
+            for n in range(1, per_rank + 1)
+            if all(size // ranks % n == 0 for size in sizes.values())
+        )
+        raise ConfigError(
+            f"batch.micro: {micro} rows do not divide each rank's {per_rank} rows ("
+            + ", ".join(f"{size // ranks} of {setting}" for setting, size in sizes.items())
+            + f") into equal micro-batches; possible: {', '.join(map(str, fitting))}"
+        )
+    return count
+
+
+def _multiples(size: int, ranks: int) -> str:
+    below, above = size // ranks * ranks, -(-size // ranks) * ranks
+    return f"{below} or {above}" if below else str(above)
+
+
+def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
+    """Raise ConfigError where the algorithm cannot use inputs such as the unlabelled ones."""
+    if spec.kind == "text" and algorithm.changes_inputs:
+        raise ConfigError(
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
+            "back, which text does not allow; choose one that does not, such as fixmatch"
+        )
+    waveforms = spec.kind == "audio" and spec.seen == spec.shape
+    if waveforms and algorithm.changes_inputs:
+        raise ConfigError(
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
+            "back, which waveforms of different lengths do not allow; set views.spectrogram: true, "
+            "or choose one that does not, such as fixmatch"
+        )
+    if spec.beside is not None and algorithm.views.uses_unlabeled and not algorithm.views.strong:
+        raise ConfigError(
+            f"views.strong_column: {type(algorithm).__name__} makes no strong view of unlabelled "
+            "rows; leave it out, or choose an algorithm that does, such as fixmatch"
+        )
+
+
+def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
+    """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes].
+
+    Returns whether what it gives has a gradient.
+    """
+    try:
+        # A gradient would keep copies of weights that are seen through such.
+        with on_trial(model, gradient=not _is_as_stored(model)):
+            output = model(example)
+    except Exception as error:
+        raise ConfigError(
+            f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
+        ) from error
+    logits = find_logits(output)
+    expected = (len(example), num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        raise ConfigError(
+            f"model: it maps inputs {list(example.shape)} to {_shown(output)}, "
+            f"expected logits {list(expected)}: [rows, classes]"
+        )
+    if not logits.is_floating_point():
+        raise ConfigError(f"model: its logits are {logits.dtype}, expected floating-point numbers")
+    return logits.requires_grad
+
+
+def _is_as_stored(model: nn.Module) -> bool:
+    """Whether weights are as they are stored: seen in fp32 by copies, which have no gradient."""
+    return any(getattr(parameter, "as_stored", False) for parameter in model.parameters())
+
+
+def check_gradient(model: nn.Module, example: Tensor) -> None:
+    """Raise ConfigError where training could move nothing of a model.
+
+    For one whose outputs have no gradient in evaluation. Every rank must call.
+    """
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ConfigError(
+            f"model: none of the {len(parameters)} parameters of {type(model).__name__} is trained "
+            "(requires_grad is False), so there is nothing to learn; leave at least the last layer "
+            "trained"
+        )
+    if _is_as_stored(model):
+        return
+    try:
+        trains = has_gradient_in_training(model, example)
+    except Exception as error:
+        raise ConfigError(
+            f"model: it fails in training on inputs of shape {list(example.shape)}: "
+            f"{describe(error)}"
+        ) from error
+    if not trains:
+        raise ConfigError(NO_GRADIENT)
+
+
+def _shown(output: Any) -> object:
+    """What a model gave, for a message: a tensor's shape, or what it is and has."""
+    found = find_logits(output)
+    if isinstance(found, Tensor):
+        return list(found.shape)
+    if isinstance(found, Mapping):
+        return f"a {type(found).__name__} of {', '.join(map(str, found)) or 'nothing'}, no logits"
+    return type(found).__name__
+
+
+def check_given_model(model: nn.Module) -> None:
+    """Raise ConfigError for a module that cannot be trained as it was given in Python."""
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise ConfigError(
+            f"model: it is wrapped in {type(model).__name__} already; give the module inside, "
+            "model.module: hpdist wraps it by itself"
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ConfigError(
+            f"model: {shortened(lazy)} has no shape yet (a lazy layer); call the model once on a "
+            "batch of your data before you give it, or use a layer that is given its sizes"
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unmade = [name for name, tensor in tensors if tensor.is_meta]
+    if unmade:
+        raise ConfigError(
+            f"model: {shortened(unmade)} is on the meta device, so it has no values; build the "
+            "model on the CPU, or call model.to_empty(device='cpu') and load its weights"
+        )

@@ -1,0 +1,119 @@
+"""A run's claim to its folder: that nobody else trains in it, and what it says of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hpdist.train.config import RunConfig
+from hpdist.checkpoint import reader as checkpoint
+from hpdist.distributed.collectives import agreed, from_main
+from hpdist.errors import CheckpointError
+from hpdist.train.facts import RunFacts
+from hpdist.train.config_history import begin_config, continue_config, differences, told
+from hpdist.tracking.console import Console
+from hpdist.tracking.run_folder import RunFolder
+from hpdist.tracking.run_lock import RunLock
+
+_TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has a timeout of its own
+
+
+class Claim:
+    """The folder of a run, from before anything is read there to the run's end.
+
+    Args:
+        config: Of the run.
+        folder: Of the run.
+        files: Whether anything is written; without, the folder is neither owned nor read.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, files: bool) -> None:
+        self._config = config
+        self._folder = folder
+        self._files = files
+        self._lock: RunLock | None = None
+        self._say = Console(0, 0, folder.main).say
+
+    def open(self) -> checkpoint.SavedRun | None:
+        """Own the folder, and find what to continue from, if anything. Collective.
+
+        Raises CheckpointError, on all ranks, where another run is at work in it, it cannot be
+        written, or it holds what must not or cannot be continued from.
+        """
+        if not self._files:
+            return None
+        agreed(self._folder.create)
+        self._lock = own_folder(self._folder.path, self._config.run.wait, self._say)
+        if self._config.checkpoint.resume == "never":
+            from_main(self._folder.refuse_unless_empty)
+            return None
+        return checkpoint.open_newest(self._folder.checkpoints, self._say, facts=RunFacts)
+
+    def summary(self, done: int) -> dict[str, Any] | None:
+        """What came of a run that has done so many steps, if these are all and it has ended."""
+        if done < self._config.steps:
+            return None
+        summary = from_main(self._folder.read_summary)
+        return summary if summary is not None and summary.get("steps") == done else None
+
+    def say_done(self, config: RunConfig, steps: object) -> None:
+        """Say that the run is done, and which settings would have been others. Collective."""
+        found = from_main(lambda: differences(self._folder, config))
+        others = (
+            f"; other settings than its own are not looked at ({told(found)}): raise steps to go "
+            "on with them, or choose another run.name"
+        )
+        self._say(
+            f"nothing to do: the run in {self._folder.path} has done its {steps} steps"
+            f"{others if found else ''}"
+        )
+
+    def begin(self, config: RunConfig, step: int | None) -> None:
+        """Write down the settings, or in which they differ where a run goes on from a step.
+
+        Nobody else of this process can take the folder from now on. Collective.
+        """
+        if self._lock is None:
+            return
+        self._lock.busy = True
+        if step is None:
+            agreed(lambda: begin_config(self._folder, config))
+            return
+        line = from_main(lambda: continue_config(self._folder, config, step))
+        if line is not None:
+            self._say(line)
+
+    def lost(self) -> CheckpointError | None:
+        """What is wrong where another run has taken the folder from this one, on the first rank."""
+        if self._lock is None or self._lock.lost is None:
+            return None
+        return CheckpointError(
+            f"the run folder {str(self._folder.path)!r} was taken by {self._lock.lost} while this "
+            "run did not answer; it ends and leaves the folder as it is"
+        )
+
+    def release(self) -> None:
+        """Give the folder back to whoever wants it next; a folder that is empty goes."""
+        if self._lock is not None:
+            self._lock.release()
+            self._folder.remove_empty()
+
+
+def own_folder(folder: Path, seconds: float, say: Callable[[str], None]) -> RunLock:
+    """Become the owner of a run folder, or wait for it so many seconds. Collective.
+
+    Raises InUseError, on all ranks, where another run is at work in it all that time.
+    """
+    lock = RunLock(folder, say)
+    if from_main(lambda: lock.acquire(0)):
+        return lock
+    if seconds:
+        say(f"{from_main(lock.refusal)}; waiting {seconds:g} s for that")
+    deadline = time.monotonic() + seconds
+    while (left := from_main(lambda: deadline - time.monotonic())) > 0:
+        turn = min(left, _TURN_SECONDS)
+        if from_main(lambda: lock.acquire(turn)):  # noqa: B023
+            return lock
+    raise from_main(lock.refusal)

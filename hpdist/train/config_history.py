@@ -1,0 +1,87 @@
+"""What a run folder says of its settings: those that it began with, and what has changed since.
+
+`config.yaml` is never rewritten: it says how the weights began. Where a run goes on with other
+settings, a line of `config_changes.jsonl` says from which step on they hold:
+
+    {"step": 200, "settings": {"optim.lr": {"was": 0.03, "now": 0.003}}}
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import yaml
+
+from hpdist.train import config as configuration
+from hpdist.train.config import RunConfig
+from hpdist.errors import ConfigError
+from hpdist.messages.redaction import redacted_settings
+from hpdist.config.section import flat
+from hpdist.tracking.run_folder import CHANGES, RunFolder, read_records
+
+CONFIG = "config.yaml"
+_ELSEWHERE = ("run.dir", "run.name", "run.wait")  # where a run lies and who waits for it is no part
+_SHOWN = 5  # settings that a line for a person names
+
+
+def begin_config(folder: RunFolder, config: RunConfig) -> None:
+    """Write down the settings of a run that begins. Raises CheckpointError where that cannot be."""
+    folder.write_text(CONFIG, config.to_yaml())
+    if folder.main:
+        (folder.path / CHANGES).unlink(missing_ok=True)  # of a run without a checkpoint
+
+
+def continue_config(folder: RunFolder, config: RunConfig, step: int) -> str | None:
+    """Write down what differs in a run that goes on from a step; give it as a line for a person.
+
+    What was noted of this step and later ones is dropped, since those steps are done again. For the
+    main process alone. Raises CheckpointError where that cannot be.
+    """
+    if not (folder.path / CONFIG).exists():
+        folder.write_text(CONFIG, config.to_yaml())
+        return None
+    path = folder.path / CHANGES
+    lines = read_records(path) if path.exists() else ()
+    kept = [record for _, record in lines if record["step"] < step]
+    found = differences(folder, config, kept)
+    if found:
+        kept.append({"step": step, "settings": found})
+    if kept or path.exists():
+        folder.write_text(CHANGES, "".join(json.dumps(record) + "\n" for record in kept))
+    return f"from step {step} on, other settings: {told(found)} ({CHANGES})" if found else None
+
+
+def differences(
+    folder: RunFolder, config: RunConfig, changes: list[dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The settings that are not those of the run so far, by their dotted names."""
+    if changes is None:
+        path = folder.path / CHANGES
+        changes = [record for _, record in read_records(path)] if path.exists() else []
+    before = _began_with(folder)
+    for record in changes:
+        before |= {key: change["now"] for key, change in record["settings"].items()}
+    now = flat(redacted_settings(config.model_dump(mode="json")))
+    keys = [key for key in {**before, **now} if key not in _ELSEWHERE]
+    return {
+        key: {"was": before.get(key), "now": now.get(key)}
+        for key in keys
+        if before.get(key) != now.get(key)
+    }
+
+
+def told(found: dict[str, dict[str, Any]]) -> str:
+    """Some changes, for a person."""
+    named = [f"{key} {change['was']} -> {change['now']}" for key, change in found.items()]
+    more = f", and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return ", ".join(named[:_SHOWN]) + more
+
+
+def _began_with(folder: RunFolder) -> dict[str, Any]:
+    path = folder.path / CONFIG
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with suppress(ConfigError):  # an earlier version knew fewer settings, whose defaults held
+        values = configuration.parse(values).model_dump(mode="json")
+    return flat(values or {})

@@ -1,0 +1,63 @@
+"""Notices a training that goes wrong without an error: NaN, one class that takes all, overflows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from hpdist.train.divergence import Divergence
+
+_WINDOW = 100  # attempts
+_STORM = 20  # overflows in it; the search for the first loss scale has up to 16
+
+
+class OverflowStorm:
+    """Notices that many steps overflow, though never enough in a row to end the run."""
+
+    def __init__(self) -> None:
+        self._latest: deque[bool] = deque(maxlen=_WINDOW)
+        self._told = False
+
+    def look(self, overflowed: bool) -> str | None:
+        """What to say when a storm begins; None before, after and while it goes on."""
+        self._latest.append(overflowed)
+        count = sum(self._latest)
+        if count < _STORM or self._told:
+            self._told = self._told and count > _STORM // 2
+            return None
+        self._told = True
+        return f"{count} of the last {len(self._latest)} steps overflowed"
+
+
+class DivergenceMonitor:
+    """Looks at the global numbers of logged steps; the same on every rank."""
+
+    def __init__(self, config: Divergence) -> None:
+        self.config = config
+        self._nan: int | None = None  # the first logged step of which that is so
+        self._collapsed: int | None = None
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> tuple[int, str] | None:
+        """The first step of what has gone wrong, and what it is; None while all is well."""
+        config = self.config
+        share = metrics.get("pseudo_label_top_share", 0.0)
+        self._nan = _since(self._nan, step, metrics["loss"] != metrics["loss"])
+        self._collapsed = _since(self._collapsed, step, share >= config.collapse_share)
+        if self._nan is not None and step - self._nan + 1 >= config.nan_steps:
+            return self._nan, f"the loss has been NaN since step {self._nan}"
+        if self._collapsed is not None and step - self._collapsed + 1 >= config.collapse_steps:
+            return self._collapsed, (
+                f"the pseudo-labels have collapsed: since step {self._collapsed} one class takes "
+                f"{100 * share:.1f} % of the unlabelled rows"
+            )
+        return None
+
+    def forget(self) -> None:
+        """Begin anew, after going back."""
+        self._nan = self._collapsed = None
+
+
+def _since(first: int | None, step: int, bad: bool) -> int | None:
+    if not bad:
+        return None
+    return step if first is None else first

@@ -1,0 +1,33 @@
+"""Looks at the labelled rows of a run before it trains: which of them cannot be decoded."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.sources.held_out import MOST_LABELED, look_through, refuse_unreadable, summarize_looks
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.distributed.collectives import agreed, gathered, world_size
+
+
+def look_at_labeled(rows: LabeledRows, spec: InputSpec) -> str | None:
+    """Decode the labelled rows, or many of them; say what was not looked at. Collective.
+
+    Raises DataError, on all ranks, where some cannot be decoded.
+    """
+    looks = gathered(look_through(rows, spec, _rank(), world_size(), most=MOST_LABELED))
+    return agreed(lambda: refuse_unreadable(rows, looks))
+
+
+def look_at_held_out(rows: LabeledRows, spec: InputSpec) -> tuple[str | None, set[int]]:
+    """Say which rows that are measured on cannot be read, as far as time allows. Collective.
+
+    Also gives the ids of the rows that the line names.
+    """
+    looks = gathered(look_through(rows, spec, _rank(), world_size()))
+    named = [row.id for look in looks for row in look.bad][:1]
+    return summarize_looks(rows.name, len(rows), looks), set(named)
+
+
+def _rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0

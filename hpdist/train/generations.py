@@ -1,0 +1,117 @@
+"""Self-training: the teacher labels every unlabelled row, and a student begins anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.algorithms.parts.tables import id_words, ids_of
+from hpdist.data.batch import UnlabeledBatch
+from hpdist.distributed.fragments import flat_view
+from hpdist.distributed.module_names import named_buffers, named_parameters
+from hpdist.distributed.collectives import FusedSum
+from hpdist.errors import ConfigError
+from hpdist.train.data import RunData
+from hpdist.train.step import SemiSupervisedStep
+
+
+class Generations:
+    """The generations of a run, each as long as the others.
+
+    Args:
+        step: Of the run; its algorithm says how many there are.
+        data: Of the run.
+        initial: The weights and buffers that every student begins with, by name, on the CPU.
+        steps: Of the whole run.
+
+    Raises ConfigError where the steps do not divide, or the rows are not known beforehand.
+    """
+
+    def __init__(
+        self, step: SemiSupervisedStep, data: RunData, initial: dict[str, Tensor], steps: int
+    ) -> None:
+        self.step = step
+        self.data = data
+        self.count = step.algorithm.generations
+        self.steps = steps // self.count
+        self._initial = initial
+        if self.count == 1:
+            return
+        name = type(step.algorithm).__name__
+        if steps % self.count:
+            raise ConfigError(
+                f"steps: {steps} do not divide into the {self.count} generations of {name}"
+            )
+        if step.teacher is None:
+            raise ConfigError(f"{name} needs a teacher; give its decay")
+        if data.unlabeled_rows is None:
+            raise ConfigError(
+                f"data.unlabeled: {name} labels every row between generations, and how many rows "
+                "there are is not known; convert them to Parquet: hpdist convert"
+            )
+
+    @property
+    def due(self) -> bool:
+        """Whether the next generation begins before the next step."""
+        done = self.step.applied_steps
+        if self.count == 1 or done % self.steps:
+            return False
+        return self.step.algorithm.generation < done // self.steps
+
+    def within(self, step: int) -> int:
+        """The applied steps of a run's step `step` within its generation."""
+        return step % self.steps if self.count > 1 else step
+
+    def begin(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Label all rows and reset the student; `beat` is called now and then. Collective."""
+        step = self.step
+        assert step.teacher is not None
+        with step.teacher.in_student():
+            step.engine.module.eval()
+            for batch in self.data.sweep():
+                step.algorithm.take_labels(*self._label(batch))
+                beat()
+            step.engine.module.train()
+        step.algorithm.begin_generation()
+        self._restart()
+
+    @torch.no_grad()
+    def _label(self, batch: UnlabeledBatch) -> tuple[Tensor, Tensor]:
+        """Ids and probabilities of the global batch's rows that are new and can be used."""
+        engine = self.step.engine
+        moved = batch.to(engine.device, non_blocking=True)
+        logits = engine.infer(self.step.views.plain(moved.inputs))
+        probabilities = logits.softmax(dim=-1)
+        new = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
+        if batch.epochs is not None:
+            new = new & (batch.epochs == 0)
+        assert moved.ids is not None  # a stream's rows have them
+        told = torch.cat(
+            [new[:, None].to(engine.device), id_words(moved.ids), probabilities], dim=1
+        )
+        told = torch.where(told[:, :1] > 0, told, 0.0)
+        spread = told.new_zeros(engine.world_size, *told.shape)
+        spread[engine.rank] = told
+        rows = FusedSum({"rows": spread}).wait()["rows"].flatten(0, 1)
+        rows = rows[rows[:, 0] > 0.5]
+        return ids_of(rows[:, 1:3]), rows[:, 3:]
+
+    @torch.no_grad()
+    def _restart(self) -> None:
+        engine = self.step.engine
+        names = engine.parameter_shapes()
+        engine.restart({name: flat_view(self._initial[name]).float() for name in names})
+        for name, buffer in named_buffers(engine.module):
+            buffer.copy_(self._initial[name])
+        assert self.step.teacher is not None
+        self.step.teacher.restart()
+
+
+def initial_values(model: nn.Module, generations: int) -> dict[str, Tensor]:
+    """A copy of a model's weights and buffers on the CPU, where it will be needed."""
+    if generations == 1:
+        return {}
+    named = [*named_parameters(model), *named_buffers(model)]
+    return {name: value.detach().cpu().clone() for name, value in named}

@@ -1,0 +1,212 @@
+"""What Python code may give `Trainer` in place of names: modules, algorithms, rows in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.train.checks import check_given_model
+from hpdist.config.component import IN_PYTHON, Component, components
+from hpdist.config.section import Section
+from hpdist.errors import ConfigError
+from hpdist.train.data import Objects
+
+IN_MEMORY = "(given in Python)"
+_ALGORITHMS = (
+    "a name such as 'fixmatch', settings such as {'name': 'fixmatch', 'threshold': 0.9} or an "
+    "object such as hpdist.FixMatch(threshold=0.9)"
+)
+_ROWS = (
+    "a datasets.Dataset or IterableDataset, a pandas.DataFrame, a list of rows (dicts), a path, or "
+    "settings such as {'path': 'parquet', 'data_files': 'rows.parquet'}; rows may come with "
+    "settings, as (rows, {'input': 'image'})"
+)
+
+
+class GivenAlgorithm(AlgorithmConfig):
+    """Stands for an algorithm that is an object in Python; its options are in that object."""
+
+    name: Literal["python:(given)"]
+    type: str
+    """Its class."""
+    _algorithm: Algorithm
+
+    @classmethod
+    def of(cls, algorithm: Algorithm) -> GivenAlgorithm:
+        """The config of an object."""
+        kind = type(algorithm)
+        config = cls(name=IN_PYTHON, type=f"{kind.__module__}.{kind.__qualname__}")
+        config._algorithm = algorithm
+        return config
+
+    def build(
+        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
+    ) -> Algorithm:
+        """Give the object, with its tensors on `device`."""
+        for name, value in vars(self._algorithm).items():
+            if isinstance(value, Tensor):
+                setattr(self._algorithm, name, value.to(device))
+            elif isinstance(value, dict):
+                for key, part in value.items():
+                    value[key] = part.to(device) if isinstance(part, Tensor) else part
+        return self._algorithm
+
+
+def check_classes(algorithm: Algorithm | None, num_classes: int) -> None:
+    """Raise ConfigError where an algorithm that was given was made for other classes."""
+    made_for = getattr(algorithm, "num_classes", num_classes)
+    if made_for != num_classes:
+        raise ConfigError(
+            f"algorithm: {type(algorithm).__name__} was made for num_classes={made_for}, but the "
+            f"labelled data have {num_classes} classes"
+        )
+
+
+def algorithm_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
+    """The settings of an algorithm, however it was given; an object is put into `objects`.
+
+    An object of hpdist's own stands for its options; one's own is used itself. Raises ConfigError.
+    """
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, AlgorithmConfig):
+        return value
+    if isinstance(value, type) and issubclass(value, AlgorithmConfig):
+        return cast(Component, cast(Any, value)())
+    if isinstance(value, type) and issubclass(value, Algorithm):
+        candidates = _configs_of(value)
+        if candidates:
+            return {"name": candidates[0]}
+        value = _called(value)
+    if isinstance(value, Algorithm):
+        objects.algorithm = value
+        return _options_of(value) or GivenAlgorithm.of(value)
+    raise ConfigError(f"algorithm: must be {_ALGORITHMS}, not {_what(value)}")
+
+
+def _configs_of(kind: type[Algorithm]) -> list[str]:
+    """The names of the configs that make this very class."""
+    return [
+        name
+        for name, config in components("algorithm").items()
+        if config.__module__ == kind.__module__
+        and cast(Any, config).build.__annotations__.get("return") == kind.__name__
+    ]
+
+
+def _called(kind: type[Algorithm]) -> Algorithm:
+    try:
+        return kind()
+    except TypeError as error:
+        raise ConfigError(
+            f"algorithm: {kind.__name__} is a class that needs arguments ({error}); give an object "
+            f"of it, {kind.__name__}(…)"
+        ) from error
+
+
+def _options_of(algorithm: Algorithm) -> dict[str, Any] | None:
+    """The settings that make an algorithm just like this one, if there are any."""
+    known = components("algorithm")
+    for name in _configs_of(type(algorithm)):
+        options = {key: getattr(algorithm, key, None) for key in known[name].model_fields}
+        given = {key: value for key, value in options.items() if value is not None}
+        try:
+            config = cast(AlgorithmConfig, known[name].model_validate(given | {"name": name}))
+            same = config.build(getattr(algorithm, "num_classes", 2))
+        except (ValueError, ConfigError):
+            continue
+        if _alike(vars(same), vars(algorithm)):
+            return config.model_dump()
+    return None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return both and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    if isinstance(one, (bool, int, float, str, tuple, list, type(None))):
+        return type(one) is type(other) and bool(one == other)
+    return type(one) is type(other) and _alike(getattr(one, "__dict__", {}), vars(other))
+
+
+def model_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
+    """The settings of a model, however it was given; a module is put into `objects`."""
+    if isinstance(value, nn.Module):
+        check_given_model(value)
+        objects.model = value
+        return {"name": IN_PYTHON}
+    if isinstance(value, Component):
+        return value
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise ConfigError(
+        "model: must be a torch.nn.Module, a name such as 'mlp' or settings such as {'name': "
+        f"'mlp', 'hidden': [8]}}, not {_what(value)}"
+    )
+
+
+def rows_given(name: str, value: Any, objects: Objects) -> dict[str, Any]:
+    """The settings of a set, however its rows were given; those in memory go into `objects`."""
+    columns: Mapping[str, Any] = {}
+    if isinstance(value, tuple):
+        if len(value) != 2 or not isinstance(value[1], Mapping):
+            raise ConfigError(f"{name}: must be {_ROWS}, not a tuple of {len(value)}")
+        value, columns = value
+    if isinstance(value, (str, os.PathLike)):
+        return {"path": os.fspath(value), **columns}
+    if isinstance(value, Section):
+        return value.model_dump(exclude_unset=True) | dict(columns)
+    if isinstance(value, Mapping) and not isinstance(value, _DICTS):
+        return {**value, **columns}
+    setattr(objects, name, _rows(name, value))
+    return {"path": IN_MEMORY, **columns}
+
+
+_DICTS = (datasets.DatasetDict, datasets.IterableDatasetDict)
+
+
+def _rows(name: str, value: Any) -> Any:
+    """Rows as `datasets` has them."""
+    if isinstance(value, _DICTS):
+        if len(value) != 1:
+            splits = ", ".join(map(str, value)) or "none"
+            raise ConfigError(
+                f"{name}: must be one split, but this {type(value).__name__} has several or none "
+                f"({splits}); give one of them, such as {name}=data['train']"
+            )
+        return next(iter(value.values()))
+    if isinstance(value, (datasets.Dataset, datasets.IterableDataset)):
+        return value
+    try:
+        if type(value).__module__.partition(".")[0] == "pandas":
+            return datasets.Dataset.from_pandas(value, preserve_index=False)
+        if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
+            return datasets.Dataset.from_list(value)
+    except Exception as error:  # pyarrow raises many
+        raise ConfigError(
+            f"{name}: no table can be made of it: {type(error).__name__}: {error}"
+        ) from error
+    raise ConfigError(f"{name}: must be {_ROWS}, not {_what(value)}")
+
+
+def _what(value: Any) -> str:
+    """A value that was given, for a message."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value)
+    if kind.__module__ == "builtins":
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"a {kind.__module__}.{kind.__name__}"

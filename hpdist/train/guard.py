@@ -1,0 +1,94 @@
+"""What stands between a run and its end: signals that ask it to stop, and a watch for hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from hpdist.distributed.launcher_watch import LauncherWatch
+from hpdist.distributed.collectives import gathered
+from hpdist.distributed.watchdog import Watchdog
+from hpdist.errors import StoppedError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_LAUNCHER_GONE = "the end of the launcher"
+
+
+class RunGuard:
+    """While it is entered, signals that ask the run to stop are noted, and a hang ends the run.
+
+    These are SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C). Further ones change nothing, since
+    schedulers and launchers often send several, but for a second SIGINT, which ends the process at
+    once, or in a notebook raises KeyboardInterrupt. A signal that is ignored, as under `nohup`,
+    stays so.
+
+    Args:
+        rank: This one.
+        seconds: How long a step may take; `None` watches nothing.
+        launcher: Says whether the launcher is gone, which asks the run to stop as well.
+    """
+
+    def __init__(
+        self, rank: int, seconds: float | None, launcher: LauncherWatch | None = None
+    ) -> None:
+        self.received: str | None = None
+        """The signal that asked this rank to stop."""
+        self._rank = rank
+        self._watchdog = Watchdog(rank, seconds)
+        self._launcher = launcher
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> RunGuard:
+        if threading.current_thread() is threading.main_thread():  # else Python allows no handler
+            heard = [s for s in _SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
+        self._watchdog.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._watchdog.stop()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def beat(self, step: int, doing: str) -> None:
+        """Tell of progress."""
+        self._watchdog.beat(step, doing)
+
+    def stopping(self) -> bool:
+        """Whether a signal, or the end of its launcher, asked this rank to stop."""
+        if self.received is None and self._launcher is not None and self._launcher.gone:
+            self.received = _LAUNCHER_GONE
+        return self.received is not None
+
+    def stopped(self, step: int) -> StoppedError:
+        """The error that ends a run which was asked to stop. Collective: every rank must call."""
+        received = {rank: name for rank, name in enumerate(gathered(self.received)) if name}
+        told = ", ".join(f"{name} on rank {rank}" for rank, name in received.items())
+        error = StoppedError(
+            f"stopped by {told or 'another rank'} after step {step}, which is saved; start the "
+            "same command again to go on"
+        )
+        error.everywhere = True
+        return error
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            # The system's own way also ends a process that waits in a collective; a notebook's must
+            # not end.
+            interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+            before = self._before[signal.SIGINT]
+            signal.signal(signal.SIGINT, before if interactive else signal.SIG_DFL)
+            if self._rank == 0:
+                line = b"hpdist: interrupted; the run is saved and stops (again: at once)\n"
+                os.write(2, line)  # nothing buffered: this may have interrupted another write

@@ -1,0 +1,100 @@
+"""Measures the held-out sets of a run, for its records and its summary; nothing of it steers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from hpdist.data.batch import LabeledBatch
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.distributed.collectives import world_size
+from hpdist.evaluate.scoring import Evaluation, evaluate_both
+from hpdist.messages.progress import Work, working
+from hpdist.train.data import RunData
+from hpdist.train.state import RunState
+from hpdist.train.step import SemiSupervisedStep
+from hpdist.train.run_log import RunLog
+
+_Batch: TypeAlias = tuple[LabeledBatch, Tensor]
+
+
+class Measuring:
+    """What a run is measured on, and what was measured last.
+
+    Args:
+        step: Of the run; its student and its teacher are measured.
+        data: Of the run; during the training its validation set counts, else its test set.
+        state: Of the run, which remembers the best score on the validation set.
+    """
+
+    def __init__(self, step: SemiSupervisedStep, data: RunData, state: RunState) -> None:
+        self._step = step
+        self._data = data
+        self._state = state
+        self._latest: tuple[str, int, Evaluation] | None = None  # set and step
+        self.name = "validation" if data.validation else "test"
+        self.rows = data.validation or data.test
+        """What is measured during the training, if there is anything."""
+
+    def evaluate(self, rows: LabeledRows) -> Evaluation:
+        """Measure teacher and student on all rows of a set. Collective."""
+        step, data = self._step, self._data
+        passes = 1 if step.teacher is None else 2
+        with working(f"evaluating {rows.name}", passes * len(rows), "rows") as work:
+            batches = partial(_counted, partial(data.evaluation_batches, rows), work)
+            return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
+
+    def measure(self, log: RunLog) -> dict[str, float]:
+        """Measure during the training, for the record of this step. Collective."""
+        rows, done = self.rows, self._step.applied_steps
+        if rows is None:
+            return {}
+        start = time.monotonic()
+        measured = self.evaluate(rows)
+        log.leave_out(time.monotonic() - start)
+        self._latest = (self.name, done, measured)
+        log.confusions(done, {self.name: measured.confusion(rows.classes.names)})
+        counts = _counts(rows, measured)
+        found = {f"eval/{self.name}/{k}": v for k, v in {**measured.values, **counts}.items()}
+        self.recall(found)
+        return found
+
+    def recall(self, record: Mapping[str, Any]) -> None:
+        """Take note of a record's score on the validation set, if it has one."""
+        score = record.get(f"eval/validation/{self._data.task.headline}")
+        if score is not None:
+            self._state.note_validation(score)
+
+    def summary(self) -> tuple[dict[str, object], dict[str, Any]]:
+        """What the summary says of all sets, and their confusion matrices. Collective."""
+        summary: dict[str, object] = {}
+        confusions = {}
+        for name, rows in (("test", self._data.test), ("validation", self._data.validation)):
+            if rows is not None:
+                latest = self._latest
+                now = latest is not None and latest[:2] == (name, self._step.applied_steps)
+                measured = latest[2] if latest and now else self.evaluate(rows)
+                summary |= measured.summary(name)
+                summary |= {f"{name}/{k}": v for k, v in _counts(rows, measured).items()}
+                confusions[name] = measured.confusion(rows.classes.names)
+        if self._state.best is not None:
+            best = f"validation/best_{self._data.task.headline}"
+            summary[best], summary["validation/best_step"] = self._state.best
+        return summary, confusions
+
+
+def _counted(batches: Callable[[], Iterator[_Batch]], work: Work) -> Iterator[_Batch]:
+    """Batches of a rank, counted as all ranks' are that are measured meanwhile."""
+    for batch, valid in batches():
+        yield batch, valid
+        work.add(int(valid.sum()) * world_size())
+
+
+def _counts(rows: LabeledRows, measured: Evaluation) -> dict[str, int]:
+    """Over how many rows the scores are, and how many could not be read."""
+    count = len(rows) if measured.rows is None else measured.rows
+    return {"rows": count, "bad_rows": len(rows) - count}

@@ -1,0 +1,183 @@
+"""A step's batches cut into micro-batches, with the views that an algorithm wants of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.base import Algorithm, HeadOutputs, Places, StudentInputs
+from hpdist.algorithms.parts.mixing import check_group_sizes
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.views.base import GradedViews, Views, unmixable
+from hpdist.errors import ConfigError
+
+_log = logging.getLogger("hpdist.train.step")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of this rank, its views made."""
+
+    inputs: StudentInputs
+    ids: Tensor | None  # [unlabeled], int64
+    labeled_ids: Tensor | None  # [labeled], int64
+    unlabeled_rows: int
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether there is any view of unlabelled rows."""
+        inputs = self.inputs
+        return bool(inputs.weak or inputs.student_weak or inputs.strong)
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts a rank's slices of the global batches.
+
+    Args:
+        algorithm: Says which views there are to be.
+        views: Makes them.
+        parts: Micro-batches of a step.
+        rank: This process.
+        ranks: How many share a global batch.
+        device: Where the views are made.
+        seed: Of the algorithm's own noise.
+    """
+
+    algorithm: Algorithm
+    views: Views
+    parts: int
+    rank: int
+    ranks: int
+    device: torch.device
+    seed: int
+
+    @torch.no_grad()
+    def cut(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, step: int
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of a step.
+
+        Raises ConfigError where rows are missing or left over, where a group of rows that are mixed
+        has too few, or where the algorithm changes inputs that have no sum.
+        """
+        unlabeled = self._check(labeled, unlabeled)
+        part = len(labeled) // self.parts
+        u_part = 0 if unlabeled is None else len(unlabeled) // self.parts
+        for number in range(self.parts):
+            index = self.rank * self.parts + number
+            x = labeled.narrow(number * part, part)
+            u = None if unlabeled is None else unlabeled.narrow(number * u_part, u_part)
+            yield self._make(x, u, index * part, index * u_part, step)
+
+    def _check(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
+    ) -> UnlabeledBatch | None:
+        algorithm = self.algorithm
+        name = type(algorithm).__name__
+        self._check_mixable(unmixable(self.views))
+        if not algorithm.views.uses_unlabeled:
+            unlabeled = None
+        elif unlabeled is None:
+            raise ConfigError(f"{name} needs unlabelled rows; give a batch of them")
+        sizes = {"labeled": len(labeled)} | ({"unlabeled": len(unlabeled)} if unlabeled else {})
+        for setting, size in sizes.items():
+            what = setting.replace("labeled", "labelled")
+            if size % self.parts:
+                raise ConfigError(
+                    f"{size} {what} rows per rank do not divide into {self.parts} micro-batches"
+                )
+        if algorithm.groups is not None and unlabeled is not None:
+            whole = {setting: size * self.ranks for setting, size in sizes.items()}
+            slices = self.ranks * self.parts
+            note = check_group_sizes(name, algorithm.groups, whole, slices, algorithm.mixed)
+            if note is not None and self.rank == 0:
+                _warn_once(note)
+        return unlabeled
+
+    def _check_mixable(self, what: str | None) -> None:
+        """Raise ConfigError where there is something that the algorithm cannot change."""
+        if what is not None and self.algorithm.changes_inputs:
+            raise ConfigError(
+                f"{type(self.algorithm).__name__} mixes inputs, adds to them or gives them back, "
+                f"which {what} do not allow; choose an algorithm that does not, such as FixMatch"
+            )
+
+    def _make(
+        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, at: int, u_at: int, step: int
+    ) -> MicroBatch:
+        wanted = self.algorithm.views
+        labeled_rows = len(labeled) * self.parts * self.ranks
+        labeled = labeled.to(self.device, non_blocking=True)
+        positions = torch.arange(at, at + len(labeled))
+        x_weak, x_strong = (
+            partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
+            for make in (self.views.weak, self.views.strong)
+        )
+        weak_labeled = x_weak()
+        if not weak_labeled.is_floating_point():
+            self._check_mixable(f"{str(weak_labeled.dtype).removeprefix('torch.')} values")
+        strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
+        if unlabeled is None:
+            none = torch.empty(0, dtype=torch.int64)
+            places = Places(positions, none, labeled_rows, 0, self.seed, step)
+            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), places)
+            return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
+        unlabeled_rows = len(unlabeled) * self.parts * self.ranks
+        unlabeled, lines = unlabeled.only_valid()
+        unlabeled = unlabeled.to(self.device, non_blocking=True)
+        u_positions = u_at + lines
+        weak, strong = (
+            partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=u_positions)
+            for make in (self.views.weak, self._strong)
+        )
+        inputs = StudentInputs(
+            labeled=weak_labeled,
+            labels=labeled.labels,
+            student_weak=tuple(
+                weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
+            ),
+            strong=tuple(strong(copy=copy) for copy in range(wanted.strong)),
+            strong_labeled=strong_labeled,
+            weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
+            places=Places(positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step),
+            ids=unlabeled.ids,
+        )
+        return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
+
+    def _strong(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> Tensor:
+        """A strong view, as strong as the algorithm's authors have it where views can be graded."""
+        wanted, views = self.algorithm.views.operations, self.views
+        make = views.strong
+        if copy < len(wanted) and isinstance(views, GradedViews):
+            make = partial(views.graded, operations=wanted[copy])
+        return make(x, stream=stream, step=step, positions=positions, copy=copy)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
+
+
+def by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:
+    """Cut the rows of the student's pass into its views."""
+    views = iter(rows.split([len(part) for part in inputs.parts]))
+    return HeadOutputs(
+        next(views),
+        *(
+            tuple(next(views) for _ in part)
+            for part in (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
+        ),
+    )
+
+
+def channels_last(inputs: Tensor) -> Tensor:
+    """Images as channels-last, which half-precision convolutions want; others as they are."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs

@@ -1,0 +1,198 @@
+"""The model of a run: as it trains, and as it is handed out with what was learnt.
+
+A module that was given is not what trains: a copy does, which gets heads, batch normalisation over
+the global batch, a device, half precision, partitions. The one given is as it was until the run has
+ended, and has the trained weights then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hpdist.train import opening
+from hpdist.algorithms.base import Algorithm
+from hpdist.train.checks import check_gradient, check_model
+from hpdist.train.config import RunConfig
+from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.engines.base import Engine
+from hpdist.distributed.fragments import Fragment
+from hpdist.engines.launch import Sharding
+from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
+from hpdist.distributed.collectives import agreed
+from hpdist.errors import ConfigError, describe
+from hpdist.models.build import build_model
+from hpdist.models.full_precision import to_full_precision
+from hpdist.models.with_heads import WithHeads, with_heads
+from hpdist.models.activation_checkpointing import checkpoint_activations
+from hpdist.models.stored import weights_as_stored
+from hpdist.train.data import RunData
+from hpdist.train.step import SemiSupervisedStep
+from hpdist.tracking.console import Console
+
+
+class RunModel:
+    """Makes the model of a run, and hands it out.
+
+    Args:
+        config: Of the run.
+        data: Of the run.
+        sharding: How the run shards.
+        given: The module that was given in Python, if one was.
+        main: Whether this rank speaks for all.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: RunData,
+        sharding: Sharding,
+        given: nn.Module | None,
+        main: bool,
+    ) -> None:
+        self._config = config
+        self._data = data
+        self._sharding = sharding
+        self._given = given
+        self._in_place = False  # of a module that cannot be copied
+        self._main = main
+        self._say = Console(0, 0, main).say
+
+    def make(self, algorithm: Algorithm) -> nn.Module:
+        """Build the model to train, or copy the one given; checked against the data. Collective."""
+        with weights_as_stored(self._sharding.stage == 3):
+            model = agreed(lambda: self._made(algorithm))
+        if self._sharding.compile is not None:
+            model.compile(**self._sharding.compile)  # in place: the parameters keep their names
+        return model
+
+    def student(self, step: SemiSupervisedStep) -> nn.Module:
+        """A model of its own with the student's weights. Collective: every rank must call."""
+        return self._handed_out(step, self._student_of(step))
+
+    def teacher(self, step: SemiSupervisedStep) -> nn.Module:
+        """A model of its own with the teacher's weights, or the student's without a teacher.
+
+        Collective: every rank must call.
+        """
+        if step.teacher is None:
+            return self.student(step)
+        return self._handed_out(step, (step.teacher.fragments, step.teacher.buffers))
+
+    def give_back(self, step: SemiSupervisedStep) -> None:
+        """Put the student's weights into the module that was given, if one was. Collective."""
+        given = self._given
+        if given is None or self._in_place:
+            return
+        _fill(given, step.engine, *self._student_of(step))
+        given.eval()
+        which = "" if step.teacher is None else "; trainer.teacher_model() has the teacher's"
+        predicts = step.algorithm.predicts
+        if predicts is not None:
+            which += f", with the head {predicts!r} that predicts and was measured"
+        self._say(
+            "the model that was given has the student's trained weights now, in fp32, on its own "
+            f"device and in evaluation mode{which}"
+        )
+
+    def _made(self, algorithm: Algorithm) -> nn.Module:
+        config, data = self._config, self._data
+        model = self._copied() if self._given is not None else self._built()
+        opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
+        model = global_batch_norm(model)
+        example = data.views.plain(data.spec.example(2))
+        trains = check_model(model, example, data.num_classes)
+        model = with_heads(model, algorithm, example, self._features)
+        if not trains:
+            check_gradient(model, example)
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    def _built(self) -> nn.Module:
+        config, data = self._config, self._data
+        return build_model(config.model, data.spec, data.num_classes, config.run.seed)
+
+    def _copied(self) -> nn.Module:
+        """A copy of the module that was given, or itself where it cannot be copied."""
+        given = self._given
+        assert given is not None
+        if self._in_place:
+            raise ConfigError(
+                f"model: {type(given).__name__} cannot be copied, and a second one is needed; name "
+                "a function that makes it (model={'name': 'python:module:function'})"
+            )
+        try:
+            copied = copy.deepcopy(given)
+        except Exception as error:  # whatever a member of it raises
+            self._say(
+                f"note: {type(given).__name__} cannot be copied ({describe(error)}), so it trains "
+                "itself: afterwards it is as the training has left it"
+            )
+            self._in_place = True
+            return given
+        for own, theirs in zip(copied.parameters(), given.parameters(), strict=True):
+            own.__dict__.update(theirs.__dict__)  # such as marks for the optimizer
+        return copied
+
+    @property
+    def _features(self) -> str | None:
+        features: str | None = getattr(self._config.model, "features", None)
+        return features
+
+    def _student_of(
+        self, step: SemiSupervisedStep
+    ) -> tuple[Sequence[Fragment], Mapping[str, Tensor]]:
+        engine = step.engine
+        return engine.master_fragments(), dict(named_buffers(engine.module))
+
+    def _handed_out(
+        self,
+        step: SemiSupervisedStep,
+        weights: tuple[Sequence[Fragment], Mapping[str, Tensor]],
+    ) -> nn.Module:
+        model = agreed(lambda: self._built() if self._given is None else self._copied())
+        if step.algorithm.predicts is not None:  # a head predicts, so it comes along
+            example = self._data.views.plain(self._data.spec.example(2))
+            model = with_heads(model, step.algorithm, example, self._features)
+        _fill(model, step.engine, *weights)
+        return model.eval()
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    engine: Engine,
+    fragments: Sequence[Fragment],
+    buffers: Mapping[str, Tensor],
+) -> None:
+    """Copy what was trained into a plain model, as fp32. Collective: every rank must call.
+
+    What is not trained stays: an engine may have rounded it to half precision.
+    """
+    to_full_precision(model)
+    beside_heads = isinstance(engine.module, WithHeads) and not isinstance(model, WithHeads)
+    prefix = "model." if beside_heads else ""
+    own = {prefix + name: parameter for name, parameter in named_parameters(model)}
+    whole = {}
+    for name, size in engine.layout.sizes.items():
+        parameter = own.get(name)
+        if parameter is None:  # a head's, which is left out
+            whole[name] = torch.empty(size)
+        elif parameter.is_contiguous():
+            whole[name] = parameter.detach()
+        else:
+            whole[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
+    engine.layout.spread(fragments, whole)
+    for name in own.keys() & whole.keys():
+        if not own[name].is_contiguous():
+            own[name].copy_(whole[name])
+    for name, buffer in list(model.named_buffers()):
+        learnt = buffers.get(prefix + plain_name(name))
+        if learnt is not None and not torch.equal(learnt, buffer.to(learnt.device, learnt.dtype)):
+            module, _, attribute = name.rpartition(".")
+            value = learnt.detach().clone().to(buffer.device, buffer.dtype)
+            model.get_submodule(module)._buffers[attribute] = value

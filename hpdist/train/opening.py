@@ -1,0 +1,261 @@
+"""What a run is, said at its start: each entry as soon as it is known, on rank 0 alone.
+
+    algorithm:  fixmatch, 300 steps
+    batch:      256 rows a step (32 labelled, 224 unlabelled), 128 on each of 2 ranks
+    precision:  bf16, not sharded
+    ...
+
+A terminal gets lines of its width. A log gets one line for an entry, however long: it is searched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import nn
+
+import hpdist
+from hpdist.checkpoint.config import Checkpoint
+from hpdist.train.config import RunConfig
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, row_count
+from hpdist.distributed.batch_norm import batch_norms
+from hpdist.engines.launch import Sharding
+from hpdist.messages.human import counted, duration, percent
+from hpdist.messages.progress import columns
+from hpdist.tracking.console import Console, wrapped
+from hpdist.tracking.environment import places
+
+if TYPE_CHECKING:
+    from hpdist.train.data import RunData
+
+Entries: TypeAlias = list[tuple[str, str]]
+
+_LABEL = 12  # columns of an entry's label
+_CLASSES = 60  # characters that the names of classes may take
+
+
+def say_run(config: RunConfig, sharding: Sharding, uses_unlabeled: bool, *, files: bool) -> None:
+    """Say what the settings are, before anything is opened, built or waited for."""
+    main = os.environ.get("RANK", "0") == "0"  # ranks have not met
+    say = Console(0, 0, main).say
+    say(f"hpdist {hpdist.__version__}: {config.run.name or 'a new run'}")
+    say_entries(run_entries(config, sharding, uses_unlabeled, files=files), main)
+
+
+def say_devices(main: bool) -> None:
+    """Say where the ranks are. Collective: every rank must call."""
+    say_entries([("devices", _devices(places()))], main)
+
+
+def say_model(config: RunConfig, model: nn.Module, micro_batches: int, main: bool) -> None:
+    """Say how large the model is, and what of it is trained."""
+    say_entries([("model", f"{config.model.name}, {_parameters(model)}")], main)
+    if micro_batches > 1 and any(batch_norms(model)):
+        Console(0, 0, main).say(
+            f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
+            "statistics are not those of the global batch; norm: group avoids that"
+        )
+
+
+def say_resumed(path: Path, step: int, main: bool) -> None:
+    """Say what a run goes on from."""
+    Console(0, 0, main).say(f"continuing from {path} at step {step}")
+
+
+def say_entries(entries: Iterable[tuple[str, str]], main: bool) -> None:
+    """Print entries, their texts below each other."""
+    say = Console(0, 0, main).say
+    for label, text in entries:
+        for line in laid_out(label, text, columns()):
+            say(line)
+
+
+def laid_out(label: str, text: str, width: int | None) -> list[str]:
+    """An entry in lines of at most so many columns; None is one line."""
+    head = f"{label}:".ljust(_LABEL)
+    if width is None:
+        return [head + text]
+    return wrapped(head + text, width, indent=_LABEL)
+
+
+def run_entries(
+    config: RunConfig, sharding: Sharding, uses_unlabeled: bool, *, files: bool
+) -> Entries:
+    """What the settings say, the launcher's included."""
+    names = [config.algorithm.name, *(addon.name for addon in config.addons)]
+    return [
+        ("algorithm", f"{' + '.join(names)}, {counted(config.steps, 'step')}"),
+        ("batch", _batch(config, sharding, uses_unlabeled)),
+        ("precision", _precision(config, sharding)),
+        ("evaluation", _evaluation(config)),
+        ("checkpoint", _checkpoints(config.checkpoint) if files else "none"),
+        ("tracker", _tracker(config) if files else "none"),
+        ("run folder", _folder(config) if files else "none: nothing is written"),
+    ]
+
+
+def _folder(config: RunConfig) -> str:
+    if config.run.name is None:
+        return f"a new one in {config.run.dir}, as there is no run.name"
+    return str(config.run.folder)
+
+
+def _batch(config: RunConfig, sharding: Sharding, uses_unlabeled: bool) -> str:
+    labeled, unlabeled = config.batch.labeled, config.batch.unlabeled if uses_unlabeled else 0
+    parts = f"{labeled:,} labelled, {unlabeled:,} unlabelled" if unlabeled else "all labelled"
+    rows, ranks = labeled + unlabeled, int(os.environ.get("WORLD_SIZE", "1"))
+    text = f"{rows:,} rows a step ({parts})"
+    if ranks > 1:
+        text += f", {rows // ranks:,} on each of {ranks:,} ranks"
+    if sharding.accumulation > 1:
+        text += f", in {sharding.accumulation:,} micro-batches of {sharding.micro_batch:,}"
+    return text
+
+
+def _precision(config: RunConfig, sharding: Sharding) -> str:
+    parts: list[str] = [sharding.precision]
+    if sharding.stage is None:
+        parts.append("not sharded")
+    else:
+        parts.append(f"ZeRO stage {sharding.stage}")
+    if sharding.offload != "none":
+        parts.append(f"offloaded to {'the CPU' if sharding.offload == 'cpu' else 'NVMe'}")
+    if config.activation_checkpointing:
+        parts.append("activation checkpointing")
+    if sharding.compile is not None:
+        parts.append("compiled")
+    return ", ".join(parts)
+
+
+def _evaluation(config: RunConfig) -> str:
+    every = config.eval.every
+    during = "" if every is None else f"every {counted(every, 'step')}"
+    test, validation = config.data.test is not None, config.data.validation is not None
+    if not (test or validation):
+        return "none: there is neither data.test nor data.validation"
+    if test and validation:
+        last = "data.validation and data.test at the end"
+        return f"data.validation {during}, {last}" if during else last
+    name = "data.validation" if validation else "data.test"
+    return f"{name} {during} and at the end" if during else f"{name} at the end"
+
+
+def _checkpoints(config: Checkpoint) -> str:
+    due = [] if config.every is None else [counted(config.every, "step")]
+    if config.minutes is not None:
+        due.append(f"{config.minutes:g} min")
+    when = f"every {' or '.join(due)}, and after the last step" if due else "after the last step"
+    return f"{when}; the newest {config.keep} are kept"
+
+
+def _tracker(config: RunConfig) -> str:
+    tracker = config.tracker
+    if tracker.name != "wandb":
+        return tracker.name
+    mode = tracker.mode or os.environ.get("WANDB_MODE") or "offline"
+    return f"wandb, {mode}"
+
+
+def _devices(found: Sequence[tuple[str, str]]) -> str:
+    hosts = len({host for host, _ in found})
+    kinds = list(dict.fromkeys(device for _, device in found))
+    counts = [sum(device == kind for _, device in found) for kind in kinds]
+    if len(found) == 1:
+        return f"1 rank: {kinds[0]}"
+    told = ", ".join(
+        kind if len(kinds) == 1 else f"{count:,} x {kind}"
+        for kind, count in zip(kinds, counts, strict=True)
+    )
+    return f"{counted(len(found), 'rank')} on {counted(hosts, 'host')}: {told}"
+
+
+def _parameters(model: nn.Module) -> str:
+    # ZeRO-3's are shards whose whole size stands beside them.
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    total = sum(size for size, _ in sizes)
+    trained = sum(size for size, trained in sizes if trained)
+    if trained == total:
+        return f"{counted(total, 'parameter')}, all trained"
+    shares = f"{trained:,} trained ({percent(trained / total)}), {total - trained:,} frozen"
+    return f"{counted(total, 'parameter')}, {shares}"
+
+
+def say_data(data: RunData, decisions: Iterable[str], main: bool) -> None:
+    """Say what the sets hold and how they are read; `decisions` are lines of what was decided."""
+    say_entries(data_entries(data), main)
+    say_lines(decisions, main)
+
+
+def say_lines(lines: Iterable[str], main: bool) -> None:
+    """Print lines of which some begin as an entry does, such as `pictures: 3 channels`."""
+    for line in lines:
+        label, colon, text = line.partition(": ")
+        if colon and label.isalpha() and label != "note":
+            say_entries([(label, text)], main)
+        else:
+            Console(0, 0, main).say(line)
+
+
+def data_entries(data: RunData) -> Entries:
+    """Rows, classes and inputs of every set of a run."""
+    labeled, config = data.labeled, data.config
+    known, rows = len(labeled.dataset), len(labeled)
+    of = f" of {known:,}" if known != rows else ""
+    kind = {"multilabel": "labels", "regression": "targets"}.get(config.task.name, "classes")
+    entries = [("labelled", f"{rows:,}{of} rows"), (kind, _names(labeled.classes.names))]
+    if data.unlabeled is not None:
+        entries.append(("unlabelled", _unlabeled(data.unlabeled, config.batch.unlabeled)))
+    for name, measured in (("test", data.test), ("validation", data.validation)):
+        if measured is not None:
+            entries.append((name, f"{len(measured):,} rows"))
+    entries.append(("input", describe_input(data.spec)))
+    return entries
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first names, as many as there is room for."""
+    shown: list[str] = []
+    for name in names:
+        if sum(len(other) + 2 for other in shown) + len(name) > _CLASSES:
+            break
+        shown.append(name)
+    shown = shown or [f"{names[0][:_CLASSES]}…"]
+    more = f" and {len(names) - len(shown):,} more" if len(shown) < len(names) else ""
+    return f"{len(names):,} ({', '.join(shown)}{more})"
+
+
+def _unlabeled(rows: AnyUnlabeled, batch: int) -> str:
+    count = row_count(rows)
+    if isinstance(rows, MixedRows):
+        how = f"of {counted(len(rows.parts), 'set')}, mixed"
+    elif isinstance(rows, ParquetRows):
+        how = f"streamed from {counted(len(rows.index.files), 'Parquet file')}"
+    elif isinstance(rows, SequentialRows):
+        how = "streamed"
+    else:
+        how = "in a table"
+    if count is None:
+        return f"rows {how}; how many, only reading says"
+    return f"{count:,} rows {how}; an epoch is {counted(max(round(count / batch), 1), 'step')}"
+
+
+def describe_input(spec: InputSpec) -> str:
+    """What a row is for the model."""
+    shape = " x ".join(map(str, spec.shape))
+    if spec.kind == "image":
+        channels, height, width = spec.shape
+        mode = f" ({spec.mode})" if spec.mode else ""
+        return f"images of {height} x {width} pixels, {counted(channels, 'channel')}{mode}"
+    if spec.kind == "vector":
+        return f"vectors of {counted(spec.shape[0], 'number')}"
+    if spec.kind == "text":
+        return f"texts of at most {counted(spec.shape[-1], 'token')}"
+    sampling: Any = spec.sampling
+    if sampling is None:
+        return f"sounds of shape {shape}"
+    seconds = sampling.samples / sampling.rate
+    return f"sounds of {duration(seconds)} at {sampling.rate:,} Hz"

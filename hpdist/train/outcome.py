@@ -1,0 +1,44 @@
+"""What an optimizer step did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hpdist.engines.overflow import Culprit
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did, the same on every rank."""
+
+    applied: bool
+    overflowed: bool
+    old_scale: float
+    new_scale: float
+    grad_norm: float | None = None
+    """Global norm of the unscaled gradient before clipping."""
+    culprit: Culprit | None = None
+    """Of a step that was skipped: what was not finite first."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means over the global batch; only when measured."""
+    per_class: Mapping[str, list[float]] = field(default_factory=dict)
+    """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
+    per_rank: Mapping[str, list[float]] = field(default_factory=dict)
+    """Numbers of each rank, [ranks]: `own_seconds`, which see `OwnTime`, and what was told."""
+    bad_rows: int = 0
+    """Rows of the unlabelled global batch that could not be used."""
+    stop: bool = False
+    """Whether any rank asked for the run to stop."""
+    save: bool = False
+    """Whether any rank asked for a checkpoint."""
+
+    @property
+    def overflow(self) -> str | None:
+        """Of a step that overflowed: where, and what that makes of the loss scale."""
+        if not self.overflowed:
+            return None
+        where = str(self.culprit or "nothing that shows again")
+        if self.new_scale == self.old_scale:
+            return where
+        return f"{where}; loss scale {self.old_scale:g}, now {self.new_scale:g}"

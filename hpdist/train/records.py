@@ -1,0 +1,80 @@
+"""What a run writes down: the record of a step, and the summary at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpdist.engines.launch import Sharding
+from hpdist.distributed.collectives import largest, world_size
+from hpdist.models.activation_checkpointing import peak_memory
+from hpdist.train.outcome import StepOutcome
+from hpdist.train.data import RunData
+from hpdist.train.state import RunState
+from hpdist.train.saving import Saving
+from hpdist.train.step import SemiSupervisedStep
+from hpdist.train.run_log import RunLog
+
+
+class Records:
+    """Puts together the numbers of a run.
+
+    Args:
+        step: Of the run.
+        data: Of the run.
+        state: Of the run.
+        saving: Of the run.
+        sharding: Of the run.
+        rows: Of a global batch.
+    """
+
+    def __init__(
+        self,
+        step: SemiSupervisedStep,
+        data: RunData,
+        state: RunState,
+        saving: Saving,
+        sharding: Sharding,
+        rows: int,
+    ) -> None:
+        self._step = step
+        self._data = data
+        self._state = state
+        self._saving = saving
+        self._sharding = sharding
+        self._rows = rows
+
+    def waits(self, log: RunLog) -> dict[str, float]:
+        """Seconds since the last record that this rank has waited, by what for."""
+        return log.since_record({"data_wait": self._data.waited, **self._saving.waited})
+
+    def of_step(self, outcome: StepOutcome, lr: float, log: RunLog) -> dict[str, Any]:
+        """The record of a step that was measured."""
+        teacher = self._step.teacher
+        return {
+            **outcome.metrics,
+            **outcome.per_class,
+            "loss_scale": outcome.new_scale,
+            "overflows": self._state.overflows,
+            "lr": lr,
+            **({} if teacher is None else {"teacher_decay": teacher.decay_now}),
+            "grad_norm": outcome.grad_norm if outcome.grad_norm is not None else 0.0,
+            "epoch": self._data.epoch,
+            "bad_rows": self._data.bad_rows,
+            **log.speed(self._rows, outcome.per_rank),
+        }
+
+    def of_run(self, seconds: float) -> dict[str, object]:
+        """What the summary says beside scores. Collective."""
+        step, sharding = self._step, self._sharding
+        return {
+            "steps": step.applied_steps,
+            "skipped_steps": step.attempts - step.applied_steps,
+            "seconds": round(seconds, 3),
+            "examples": step.attempts * self._rows,
+            "world_size": world_size(),
+            "precision": sharding.precision,
+            "zero_stage": sharding.stage,
+            "bad_rows": self._data.bad_rows,
+            **self._data.duplicates.summary,
+            "peak_memory_bytes": largest(peak_memory(step.engine.device)),
+        }

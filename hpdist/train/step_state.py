@@ -1,0 +1,263 @@
+"""What a step remembers beside model and optimizer: to and from checkpoints, Accelerate's too.
+
+accelerator.save_state("saved")     # every rank; saved/hpdist has the step's part
+accelerator.load_state("saved")     # every rank, with the step made as before
+
+Accelerate saves and loads model, optimizer and random numbers. It would have registered objects
+saved by its main process alone, in which a gather would wait for ever; its hooks run on every rank,
+so there each writes what it holds, in the format of `hpdist.checkpoint.reader`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from hpdist.algorithms.base import Shards
+from hpdist.checkpoint import reader as checkpoint
+from hpdist.checkpoint.writer import CheckpointWriter
+from hpdist.distributed.fragments import Fragment
+from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints
+from hpdist.distributed.module_names import shortened, without_wrappers
+from hpdist.distributed.collectives import agreed, from_main, raise_together
+from hpdist.errors import CheckpointError, why_not_written
+
+if TYPE_CHECKING:
+    from hpdist.train.step import SemiSupervisedStep
+
+FOLDER = "hpdist"
+"""Where a step's part lies in the folder of `save_state`; of a second model's step `hpdist_1`."""
+
+_SEEN_SECONDS = 30.0  # until a folder that one machine has made is there on all others
+
+_Steps = list["weakref.ref[SemiSupervisedStep]"]
+_followed: weakref.WeakKeyDictionary[Accelerator, _Steps] = weakref.WeakKeyDictionary()
+
+
+class StepFacts(BaseModel):
+    """What `save_state` has of a step in its manifest."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    attempts: Count
+    teacher_updates: Count
+    loss_scale: dict[str, bool | int | float]
+    algorithm: str
+    decay: Annotated[float, Field(ge=0, le=1)] | None
+    parameters: dict[str, list[Count]]
+
+
+def join_save_state(step: SemiSupervisedStep) -> None:
+    """Have the Accelerator's `save_state` and `load_state` save and load the step as well.
+
+    A later step of the same model takes the place of an earlier one; a step that nobody holds any
+    longer is not saved.
+    """
+    accelerator = step.engine.accelerator
+    if step.engine.has_stepped:
+        warnings.warn(
+            "the optimizer has done steps before this SemiSupervisedStep was made, which begins "
+            "with step 0 and a teacher like the student; to go on with a saved one, make it before "
+            "accelerator.load_state",
+            stacklevel=3,
+        )
+    if accelerator not in _followed:
+        steps = _followed[accelerator] = []
+
+        def save(models: list[nn.Module], weights: Any, folder: str) -> None:
+            for name, each in _live(steps).items():
+                _save(each, Path(folder) / name)
+
+        def load(models: list[nn.Module], folder: str) -> None:
+            for name, each in _live(steps).items():
+                _load(each, Path(folder) / name)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+    _followed[accelerator].append(weakref.ref(step))
+
+
+def _live(steps: _Steps) -> dict[str, SemiSupervisedStep]:
+    """The steps that there still are, by their folders, which number the models as Accelerate's."""
+    found = {}
+    for step in (each for reference in steps if (each := reference()) is not None):
+        engine = step.engine
+        for number, model in enumerate(engine.accelerator._models):
+            if model is engine.model or without_wrappers(model) is engine.module:
+                found[f"{FOLDER}_{number}" if number else FOLDER] = step
+                break
+        else:  # `free_memory` has had it forgotten
+            warnings.warn(
+                "the Accelerator does not know the model of a SemiSupervisedStep any longer, so it "
+                "saves and loads neither of them",
+                stacklevel=4,
+            )
+    return found
+
+
+def fragments_of(step: SemiSupervisedStep, shards: Shards) -> dict[str, list[Fragment]]:
+    """This rank's share of the teacher and of what the algorithm remembers, by kind."""
+    fragments = {
+        "algorithm": [
+            Fragment(name, start, values)
+            for name, parts in shards.items()
+            for start, values in parts
+        ]
+    }
+    if step.teacher is not None:
+        fragments["teacher"] = step.teacher.fragments
+    return fragments
+
+
+def common_of(step: SemiSupervisedStep, shards: Shards) -> dict[str, Tensor]:
+    """What every rank holds alike of teacher and algorithm."""
+    common = {
+        f"algorithm/{name}": value
+        for name, value in step.algorithm.state_dict().items()
+        if name not in shards
+    }
+    if step.teacher is not None:
+        common |= {f"teacher/{name}": value for name, value in step.teacher.buffers.items()}
+    return common
+
+
+def facts_of(step: SemiSupervisedStep) -> dict[str, Any]:
+    """The step's counters and the loss scale's numbers."""
+    return {
+        "attempts": step.attempts,
+        "teacher_updates": step.teacher.updates if step.teacher else 0,
+        "loss_scale": step.engine.scale_state(),
+    }
+
+
+@torch.no_grad()
+def load_step(step: SemiSupervisedStep, saved: checkpoint.SavedRun) -> None:
+    """Take over teacher, algorithm, loss scale and applied steps; not the attempts."""
+    facts = saved.facts
+    step.engine.load_scale_state(facts["loss_scale"])
+    step.algorithm.load_state_dict(_under(saved.common, "algorithm/"), saved.whole("algorithm"))
+    if step.teacher is not None:
+        restored = [f.like(saved.read("teacher", f)) for f in step.teacher.fragments]
+        step.teacher.load(restored, _under(saved.common, "teacher/"), facts["teacher_updates"])
+    step.applied_steps = facts["step"]
+
+
+def _save(step: SemiSupervisedStep, folder: Path) -> None:
+    """Write the step's part. Collective; raises CheckpointError, on all ranks, where one fails."""
+    engine = step.engine
+    from_main(lambda: _make(folder))
+    raise_together(_not_seen(folder, engine.rank))
+    shards = step.algorithm.shards()
+    writer = CheckpointWriter(
+        folder, engine.rank, engine.world_size, keep=1 << 30, background=False
+    )
+    facts = {**facts_of(step), **_identity(step)}
+    writer.save(step.applied_steps, fragments_of(step, shards), common_of(step, shards), facts)
+    writer.finish()
+    # What another training has left there may be of a later step, so it is not told by its age.
+    from_main(lambda: _remove_others(folder, folder_name(step.applied_steps)))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"save_state: cannot write to {str(folder)!r}: {why_not_written(error, folder)}"
+        ) from error
+
+
+def _not_seen(folder: Path, rank: int) -> CheckpointError | None:
+    """What is wrong where this rank's machine has not the folder that the first rank has made."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() >= deadline:
+            return CheckpointError(
+                f"save_state: rank {rank} does not see {str(folder)!r}, which rank 0 has made; "
+                "save to a folder that all machines share"
+            )
+        time.sleep(0.1)
+    return None
+
+
+def _remove_others(folder: Path, kept: str) -> None:
+    try:
+        for path in list_checkpoints(folder):
+            if path.name != kept:
+                checkpoint.remove(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"save_state: what {str(folder)!r} had of an earlier state cannot be removed: {error}"
+        ) from error
+
+
+def _load(step: SemiSupervisedStep, folder: Path) -> None:
+    """Read the step's part, on any number of ranks.
+
+    Collective; raises CheckpointError, on all ranks, where there is none, or it is damaged or of
+    another algorithm, model or teacher.
+    """
+    said: list[str] = []
+    try:
+        saved = checkpoint.open_newest(folder, said.append, facts=StepFacts)
+    except CheckpointError as error:
+        if not said:  # of a later format
+            raise
+        raise CheckpointError(f"load_state: {'; '.join(said)}; load another folder") from error
+    if saved is None:
+        raise CheckpointError(
+            f"load_state: {str(folder)!r} is not there, so teacher and algorithm cannot go on; "
+            "load what save_state has written with hpdist.SemiSupervisedStep made before it"
+        )
+    agreed(lambda: _take_over(step, saved))
+
+
+def _take_over(step: SemiSupervisedStep, saved: checkpoint.SavedRun) -> None:
+    here, facts = _identity(step), saved.facts
+    for key in ("algorithm", "parameters"):
+        if facts[key] != here[key]:
+            there, own = (
+                shortened(sorted(each)) if isinstance(each, Mapping) else each
+                for each in (facts[key], here[key])
+            )
+            raise CheckpointError(
+                f"load_state: {saved.path} is of another {key.rstrip('s')}: {there} there, {own} "
+                "here; make model and algorithm as they were"
+            )
+    if (facts["decay"] is None) != (step.teacher is None):
+        there, own = ("without", "with") if facts["decay"] is None else ("with", "without")
+        raise CheckpointError(
+            f"load_state: {saved.path} is of a step {there} a teacher, and this is one {own}; "
+            "give SemiSupervisedStep the decay that it had"
+        )
+    try:
+        load_step(step, saved)
+    except KeyError as error:
+        raise CheckpointError(
+            f"load_state: the algorithm in {saved.path} has other options: {error.args[0]}"
+        ) from error
+    step.attempts = facts["attempts"]
+
+
+def _identity(step: SemiSupervisedStep) -> dict[str, Any]:
+    """What a step must share with the one that was saved."""
+    kind = type(step.algorithm)
+    shapes = step.engine.parameter_shapes()
+    return {
+        "algorithm": f"{kind.__module__}.{kind.__qualname__}",
+        "decay": None if step.teacher is None else float(step.teacher.decay),
+        "parameters": {name: list(shape) for name, shape in shapes.items()},
+    }
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
