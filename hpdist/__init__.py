@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from hpdist.aliases import install as _find_old_names
 from hpdist.errors import (
     CheckpointError,
     ConfigError,
@@ -11,19 +12,18 @@ from hpdist.errors import (
     HpdistError,
     PrecisionError,
 )
+from hpdist.version import __version__
 
 if TYPE_CHECKING:
-    from hpdist.train.algorithm_state import whole_state
     from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
-    from hpdist.train.config import RunConfig
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
     from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, TableViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
     from hpdist.models.with_heads import with_heads
+    from hpdist.train.algorithm_state import whole_state
+    from hpdist.train.config import RunConfig
     from hpdist.train.step import SemiSupervisedStep, StepOutcome
     from hpdist.train.trainer import Trainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Algorithm",
@@ -45,10 +45,13 @@ __all__ = [
     "TableViewsConfig",
     "Trainer",
     "UnlabeledBatch",
+    "__version__",
     "global_batch_norm",
     "whole_state",
     "with_heads",
 ]
+
+_find_old_names()
 
 _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "Algorithm": "hpdist.algorithms",
@@ -57,7 +60,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "IdentityViewsConfig": "hpdist.data.views",
     "ImageViewsConfig": "hpdist.data.views",
     "LabeledBatch": "hpdist.data.batch",
-    "RunConfig": "hpdist.config",
+    "RunConfig": "hpdist.train.config",
     "SemiSupervisedStep": "hpdist.train.step",
     "StepOutcome": "hpdist.train.step",
     "Supervised": "hpdist.algorithms",

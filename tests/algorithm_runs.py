@@ -1,7 +1,7 @@
 """Steps of an algorithm on a global batch that several ranks share, without a process for each.
 
-Does what `hpdist.train.step` does, with a linear model whose features are its inputs, and keeps what a
-test wants to look at. Inputs are vectors, or small images for algorithms that rotate them.
+Does what `hpdist.train.step` does, with a linear model whose features are its inputs, and keeps
+what a test wants to look at. Inputs are vectors, or small images for algorithms that rotate them.
 """
 
 from __future__ import annotations

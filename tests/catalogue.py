@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hpdist.train.algorithm_state import whole_state
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.config.component import component_names, components
+from hpdist.train.algorithm_state import whole_state
 from hpdist.train.step import SemiSupervisedStep
 from tests.recipes import digits, make_model, make_step, train
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.train.algorithm_state import whole_state
 from hpdist.distributed.fragments import Fragment
 from hpdist.engines.optimizer_state import SavedOptimizer
+from hpdist.train.algorithm_state import whole_state
 from hpdist.train.step import SemiSupervisedStep
 from tests.recipes import global_batches, slice_of
 

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from hpdist.data.config import Labeled, Loading, Unlabeled
 from hpdist.data.batch import UnlabeledBatch
+from hpdist.data.config import Labeled, Loading, Unlabeled
 from hpdist.data.sources.labeled import input_spec, open_labeled
-from hpdist.data.stream import BatchStream
 from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
+from hpdist.data.stream import BatchStream
 
 SCHEMA = pa.schema(
     {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()}

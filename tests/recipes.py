@@ -13,11 +13,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Ladder, MeanTeacher, Supervised
-from hpdist.engines.config import LossScale
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
-from hpdist.engines import launch
 from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.engines import launch
+from hpdist.engines.config import LossScale
 from hpdist.models import CNN, LadderMLP
 from hpdist.models.with_heads import with_heads
 from hpdist.train.step import SemiSupervisedStep

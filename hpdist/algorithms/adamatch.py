@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.parts.alignment import LABELED_MOMENTUM, WINDOW, MeanPrediction, aligned, moved, uniform_prior
 from hpdist.algorithms.base import (
     AlgorithmConfig,
     LossTerms,
@@ -20,6 +19,14 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     masked_pseudo_label_loss,
     supervised_loss,
+)
+from hpdist.algorithms.parts.alignment import (
+    LABELED_MOMENTUM,
+    WINDOW,
+    MeanPrediction,
+    aligned,
+    moved,
+    uniform_prior,
 )
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.losses import confident

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.tasks.base import CLASSIFICATION, Task
 from hpdist.config.component import Component
 from hpdist.data.random import normal, stream_id, uniform
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import CLASSIFICATION, Task
 
 Sums = Mapping[str, Tensor]
 Probe = Callable[[Tensor], Tensor]

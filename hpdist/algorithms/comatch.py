@@ -9,8 +9,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.parts.alignment import aligned, uniform_prior
-from hpdist.algorithms.parts.banks import enqueued, in_use, log_shares, mean_of, with_mean
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -21,6 +19,8 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.parts.alignment import aligned, uniform_prior
+from hpdist.algorithms.parts.banks import enqueued, in_use, log_shares, mean_of, with_mean
 from hpdist.algorithms.parts.projections import projection
 from hpdist.algorithms.parts.tables import spread
 from hpdist.tasks.losses import soft_cross_entropy

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.parts.alignment import moved, uniform_prior
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -21,6 +20,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.parts.alignment import moved, uniform_prior
 from hpdist.tasks.losses import confident
 
 

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.parts.alignment import LABELED_MOMENTUM, WINDOW, MeanPrediction, moved, uniform_prior
 from hpdist.algorithms.base import (
     AlgorithmConfig,
     Groups,
@@ -23,12 +22,19 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.parts.mixing import GroupsOption
 from hpdist.algorithms.mixmatch import (
     mixed_supervised_loss,
     mixed_with_labels,
     unlabeled_pairs,
 )
+from hpdist.algorithms.parts.alignment import (
+    LABELED_MOMENTUM,
+    WINDOW,
+    MeanPrediction,
+    moved,
+    uniform_prior,
+)
+from hpdist.algorithms.parts.mixing import GroupsOption
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.parts.rotation import HEAD, add_rotated, rotation_head, rotation_loss
 from hpdist.tasks.losses import sharpened, soft_cross_entropy

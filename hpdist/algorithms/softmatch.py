@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.parts.alignment import aligned, moved, uniform_prior
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -20,6 +19,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.parts.alignment import aligned, moved, uniform_prior
 
 
 class SoftMatchConfig(AlgorithmConfig):

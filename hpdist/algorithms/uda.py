@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.parts import ramps
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -19,6 +18,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.parts import ramps
 from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 
 

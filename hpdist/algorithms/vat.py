@@ -21,8 +21,8 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.parts.ramps import Ramped
-from hpdist.tasks.base import ALL, Task
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import ALL, Task
 
 
 class VATConfig(AlgorithmConfig):

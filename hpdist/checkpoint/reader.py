@@ -26,10 +26,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hpdist.distributed.fragments import Fragment
-from hpdist.checkpoint.manifest import COMMON, MANIFEST, LaterFormatError, check_types, hash_of, list_checkpoints, read_manifest, regular_size, step_of
-from hpdist.distributed.module_names import with_plain_names
+from hpdist.checkpoint.manifest import (
+    COMMON,
+    MANIFEST,
+    LaterFormatError,
+    check_types,
+    hash_of,
+    list_checkpoints,
+    read_manifest,
+    regular_size,
+    step_of,
+)
 from hpdist.distributed.collectives import from_main, gathered, world_size
+from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.module_names import with_plain_names
 from hpdist.errors import CheckpointError
 from hpdist.messages.progress import working
 

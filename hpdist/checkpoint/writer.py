@@ -23,10 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpdist.checkpoint.manifest import (
+    COMMON,
+    MANIFEST,
+    VERSION,
+    digest_of,
+    folder_name,
+    hash_of,
+    list_checkpoints,
+)
 from hpdist.checkpoint.reader import remove
-from hpdist.distributed.fragments import Fragment
-from hpdist.checkpoint.manifest import COMMON, MANIFEST, VERSION, digest_of, folder_name, hash_of, list_checkpoints
 from hpdist.distributed.collectives import from_main, gathered
+from hpdist.distributed.fragments import Fragment
 from hpdist.errors import CheckpointError, why_not_written
 
 _POLL = 0.02  # seconds

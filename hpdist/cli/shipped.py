@@ -14,8 +14,8 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from hpdist.errors import ConfigError
 from hpdist.config.section import nearest
+from hpdist.errors import ConfigError
 
 _FOLDERS = ("configs", "launch")
 _GENERATED = "__pycache__"

@@ -1,48 +1,23 @@
-"""What a group of settings is, and a component: something that is chosen by its name.
-
-Pydantic validates; this puts what it finds into words that name the setting, its value and what is
-allowed, and finds a component's options by its `name`.
-"""
+"""A component: the options of something that is chosen by its `name`, wherever it is defined."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import operator
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeAlias, get_args
+from typing import Any, ClassVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_core import (
-    CoreSchema,
-    ErrorDetails,
-    InitErrorDetails,
-    PydanticCustomError,
-    PydanticKnownError,
-    core_schema,
-)
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
-from hpdist.errors import ConfigError, describe
-from hpdist.messages.redaction import redacted_settings
 from hpdist.config.descriptions import add_descriptions
+from hpdist.config.section import Section, nearest, refusal, shown
+from hpdist.errors import ConfigError, describe
 
 PYTHON_PREFIX = "python:"
 IN_PYTHON = "python:(given)"
@@ -50,46 +25,6 @@ IN_PYTHON = "python:(given)"
 AUTO = "auto"
 DEFAULT_NAMES = {"views": AUTO}
 """What a component is where the config does not name one, and its options fit several."""
-
-Location: TypeAlias = tuple[int | str, ...]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are refused; a docstring under a field describes it."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        protected_namespaces=(),
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,
-    )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /
-    ) -> dict[str, Any]:
-        """Describe the settings by the docstrings under them."""
-        found = handler(schema)
-        add_descriptions(cls, handler.resolve_ref_schema(found))
-        return found
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `steps: true`, which Python would take for 1."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
-            raise PydanticKnownError("int_type")
-        return value
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain(cls, values: Any, validate: ModelWrapValidatorHandler[Section]) -> Section:
-        """Put pydantic's findings into words that name what is allowed here."""
-        try:
-            return validate(values)
-        except ValidationError as error:
-            raise _refusal(*_findings(cls, error)) from None
 
 
 def by_name(values: Any) -> Any:
@@ -150,9 +85,11 @@ _prefixed: dict[str, dict[str, type[Component]]] = {}
 
 
 def components(kind: str) -> dict[str, type[Component]]:
-    """The built-in components of a kind ('model', 'algorithm', 'views'), by name, sorted."""
-    import hpdist.components  # noqa: F401  (makes them known)
+    """Give the components of a kind ('model', 'algorithm', 'views') by name, sorted.
 
+    A component is known once its module has been imported; `hpdist.train.config` imports all that
+    come with hpdist.
+    """
     return dict(sorted(_components.get(kind, {}).items()))
 
 
@@ -171,7 +108,7 @@ class PythonComponent(Component):
     features: str | None = None
     """The submodule that gives the features, for algorithms with heads of their own; by default
     they are what the last linear layer is given."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field({})
     """Keyword arguments, passed as they are."""
 
 
@@ -209,7 +146,7 @@ class ComponentOf:
             return values
         values = {} if values is None and self.kind in DEFAULT_NAMES else by_name(values)
         if not isinstance(values, dict):
-            raise _refusal(
+            raise refusal(
                 ((), f"must be a name or a group of settings, not {shown(values)}; {self.hint}")
             )
         values = {"name": DEFAULT_NAMES.get(self.kind)} | values
@@ -217,11 +154,11 @@ class ComponentOf:
         if name == AUTO and DEFAULT_NAMES.get(self.kind) == AUTO:
             name = values["name"] = self.by_options(values)
         if name is None:
-            raise _refusal((("name",), f"missing; {self.hint}"))
+            raise refusal((("name",), f"missing; {self.hint}"))
         try:
             return self._class(str(name)).model_validate(values)
         except ConfigError as error:  # of the import of a `python:` name
-            raise _refusal((("name",), str(error))) from error
+            raise refusal((("name",), str(error))) from error
 
     def by_options(self, values: Mapping[str, Any]) -> str:
         """Name the one component that has these options; `auto` where several have them all.
@@ -333,103 +270,3 @@ def split_name(name: str) -> tuple[str, str]:
     if not module_name or not attribute:
         raise ConfigError(f"{name!r} must read python:package.module:attribute")
     return module_name, attribute
-
-
-def _refusal(*findings: tuple[Location, str]) -> ValidationError:
-    """A ValidationError of (location, message) pairs, which pydantic adds to the others."""
-    details: list[InitErrorDetails] = [
-        {"type": PydanticCustomError(_OURS, "{text}", {"text": text}), "loc": loc, "input": None}
-        for loc, text in findings
-    ]
-    return ValidationError.from_exception_data("config", details)
-
-
-_OURS = "hpdist"  # marks findings that are in our words already
-_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-_BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-_NOUNS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "string": "text",
-    "list": "a list",
-    "tuple": "a list",
-    "dict": "a group of settings",
-}
-
-
-def _findings(section: type[BaseModel], error: ValidationError) -> list[tuple[Location, str]]:
-    """Pydantic's findings about a section as (location, message)."""
-    found = {}
-    for detail in error.errors():
-        loc, kind = detail["loc"], detail["type"]
-        field = section.model_fields.get(str(loc[0])) if loc else None
-        if kind == _OURS:
-            found[loc] = detail["msg"]
-        elif len(loc) > 1 and isinstance(loc[1], str) and field is not None:  # a union's branches
-            nouns = [_NOUNS.get(getattr(a, "__name__", "")) for a in get_args(field.annotation)]
-            allowed = " or ".join(noun for noun in nouns if noun)
-            found.setdefault(loc[:1], f"must be {allowed}, not {shown(detail['input'])}")
-        else:
-            found[loc] = _in_words(section, field, detail)
-    return list(found.items())
-
-
-def _in_words(section: type[BaseModel], field: FieldInfo | None, detail: ErrorDetails) -> str:
-    """One of pydantic's findings: what is allowed, and what was found."""
-    kind, loc, message, value = detail["type"], detail["loc"], detail["msg"], detail["input"]
-    if kind == "extra_forbidden":
-        hint = nearest(str(loc[-1]), section.model_fields)
-        return f"unknown setting{hint or '; known here: ' + ', '.join(section.model_fields)}"
-    if kind == "missing":
-        if len(loc) > 1:
-            return f"missing, in {shown(value)}"
-        choices = [m for m in field.metadata if isinstance(m, ComponentOf)] if field else []
-        return f"missing; give its name; {choices[0].hint}" if choices else "missing"
-    if kind == "value_error":
-        return message.removeprefix("Value error, ")
-    if kind.startswith("model_"):
-        return (
-            f"must be a group of settings ({', '.join(section.model_fields)}), not {shown(value)}"
-        )
-    bounds = _bounds(field) if field is not None and len(loc) == 1 else ""
-    if kind in _BOUND_ERRORS and bounds:
-        message = f"must be {bounds}"
-    elif kind.endswith(("_type", "_parsing", "_from_float")):
-        message = f"must be {_NOUNS.get(kind.partition('_')[0], kind)} {bounds}".rstrip()
-    message = re.sub(r"^\w+ should", "must", message).replace(" after validation", "")
-    return message if ", not " in message else f"{message}, not {shown(value)}"
-
-
-def _bounds(field: FieldInfo) -> str:
-    """The range a field allows: 'at least 0 and less than 1'."""
-    pairs = (
-        (words, getattr(m, key, None)) for m in field.metadata for key, words in _BOUNDS.items()
-    )
-    return " and ".join(f"{words} {limit}" for words, limit in pairs if limit is not None)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name most like this one, if any is."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def shown(value: object) -> str:
-    """A value as the YAML file has it, shortened."""
-    value = redacted_settings(value)  # not after: half a URL does not show where a password ends
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys, with values that any tracker takes."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            plain = isinstance(value, (bool, int, float, str))
-            found[prefix + key] = value if plain else str(value)
-    return found

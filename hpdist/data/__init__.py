@@ -1,1 +1,1 @@
-"""Data: sources, streams, batches and views."""
+"""Data: files, decoding, sets of rows, streams, batches and views."""

@@ -30,10 +30,18 @@ from datasets.table import table_cast
 from hpdist.data.config import Loading, Source
 from hpdist.data.decode.arrow_types import plain_schema
 from hpdist.data.decode.stored_values import Column
-from hpdist.data.sources.embedding import embedded
-from hpdist.data.sources.loading import check_dialect, input_column, is_audio, is_text, load_files, one_line, same_column
-from hpdist.data.sources.local_files import source_name
 from hpdist.data.files.named_files import PathRule
+from hpdist.data.sources.embedding import embedded
+from hpdist.data.sources.loading import (
+    check_dialect,
+    input_column,
+    is_audio,
+    is_text,
+    load_files,
+    one_line,
+    same_column,
+)
+from hpdist.data.sources.local_files import source_name
 from hpdist.data.sources.own_files import path_rule
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError

@@ -1,1 +1,1 @@
-"""Everything that communicates: the engine, global statistics, the sharded teacher, checkpoints."""
+"""What ranks say to one another: collectives, rendezvous, global statistics, watchdogs."""

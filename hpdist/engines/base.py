@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,21 +13,18 @@ from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from hpdist.engines.config import LossScale, Precision
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Fragment, Layout, flat_view
+from hpdist.distributed.module_names import ddp_of, named_parameters, without_wrappers
+from hpdist.engines.config import LossScale, Precision
 from hpdist.engines.gradient_layout import keep_strides
 from hpdist.engines.loss_scale import LossScaler
-from hpdist.distributed.module_names import ddp_of, named_parameters, without_wrappers
 from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, scalars_of
 from hpdist.engines.reach import DdpUsage, GradientWatch, reached_nowhere, unreached_note
-from hpdist.distributed.collectives import world_size
-from hpdist.errors import ConfigError, DistributedError
+from hpdist.errors import ConfigError
 from hpdist.models.outputs import NO_GRADIENT, logits_of
-from hpdist.messages.progress import working
 
 
 @dataclass(frozen=True)
@@ -417,52 +413,3 @@ class ReplicatedEngine(HasWholeState, Engine):
 def _whole_size(parameter: nn.Parameter) -> int:
     """A parameter's elements; of one that is sharded there are fewer here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def ranks_are_apart(accelerator: Accelerator) -> bool:
-    """Whether several processes run that the Accelerator does not join in one training."""
-    launched = max(int(os.environ.get("WORLD_SIZE", "1")), world_size())
-    return launched > 1 and accelerator.distributed_type == DistributedType.NO
-
-
-@working("preparing the model and the optimizer for training")
-def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, to which ZeRO-3's weights come sharded already.
-
-    It would itself cast the whole model, and move it to the device, before it shards it.
-    Collective: every rank must call.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
-    from hpdist.engines.zero3 import partition_weights
-    from hpdist.engines.zero_shapes import check_shardable, leave_out_empty, with_dimensions
-
-    check_shardable(model)
-    if plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
-        leave_out_empty(optimizer)
-        partition_weights(model, plugin.deepspeed_config, accelerator.device)
-    with with_dimensions(model):
-        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
-
-
-def make_engine(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision | None = None,
-    loss_scale: LossScale | None = None,
-) -> Engine:
-    """The engine for a model and an optimizer that `accelerator.prepare` returned."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from hpdist.engines.zero import zero_engine
-
-        return zero_engine(accelerator, model, optimizer)
-    if ranks_are_apart(accelerator):
-        raise DistributedError(
-            "several ranks were launched, but this Accelerator leaves each to train by itself; "
-            "on CPU ranks make it with Accelerator(cpu=True)"
-        )
-    return ReplicatedEngine(accelerator, model, optimizer, precision, loss_scale)

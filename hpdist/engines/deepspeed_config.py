@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpdist.config.section import nearest
 from hpdist.engines.config import LossScale, Precision
-from hpdist.train.config import RunConfig
 from hpdist.engines.deepspeed_sections import check_sections, is_off, one_name_each, plain_section
 from hpdist.engines.described import described_optimizer, described_schedule
 from hpdist.errors import ConfigError
-from hpdist.config.section import nearest
 
 _AGREED = (  # with hpdist's config, elsewhere
     "train_batch_size",
@@ -158,9 +157,11 @@ def section(values: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
 
 
 def base_of_run(
-    values: Mapping[str, Any], path: str, config: RunConfig, precision: Precision
+    values: Mapping[str, Any], path: str, training: Mapping[str, Any], precision: Precision
 ) -> tuple[dict[str, Any], list[str]]:
     """Give what DeepSpeed is to see of the file, and what of it is not used.
+
+    `training` are the run's own settings by dotted name (`ExecutionRequest.training`).
 
     Raises ConfigError where the file and hpdist's config differ.
     """
@@ -172,7 +173,7 @@ def base_of_run(
     unused = []
     for key, describe in (("optimizer", described_optimizer), ("scheduler", described_schedule)):
         if section(values, key, path):
-            _check_described(key, describe(values[key], path), config, path)
+            _check_described(key, describe(values[key], path), training, path)
             unused.append(f"{key} (hpdist's own, which agrees)")
     for key, reason in _UNUSED.items():
         if key in values and not _says_nothing(key, values[key]):
@@ -236,13 +237,13 @@ def _check_types(values: Mapping[str, Any], path: str, precision: Precision) -> 
             )
 
 
-def _check_described(key: str, described: Mapping[str, Any], config: RunConfig, path: str) -> None:
-    """Hold what a section means, as settings of hpdist's, against the config."""
+def _check_described(
+    key: str, described: Mapping[str, Any], training: Mapping[str, Any], path: str
+) -> None:
+    """Hold what a section means, as settings of hpdist's, against the run's own."""
     differing = []
     for setting, theirs in described.items():
-        ours: Any = config
-        for part in setting.split("."):
-            ours = getattr(ours, part)
+        ours = training[setting]
         if ours != theirs:
             shown = list(theirs) if isinstance(theirs, tuple) else theirs
             differing.append(f"{setting}: {shown} (now {ours})")

@@ -9,8 +9,8 @@ from typing import Any, get_args
 import torch
 from pydantic import BaseModel, ValidationError
 
-from hpdist.errors import ConfigError
 from hpdist.config.section import nearest
+from hpdist.errors import ConfigError
 
 _MASTERS = "master weights, gradients of a step and optimizer state stay fp32"
 _QUANTISED = "quantised communication makes results depend on the number of ranks"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpdist.errors import ConfigError
 from hpdist.config.section import nearest
+from hpdist.errors import ConfigError
 
 _ADAM = {"lr": "optim.lr", "betas": "optim.betas", "eps": "optim.eps"}
 _OPTIMIZERS = {

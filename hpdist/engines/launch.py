@@ -10,10 +10,10 @@ import socket
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,55 +24,23 @@ from accelerate.utils import (
     compare_versions,
 )
 
-from hpdist.engines.config import LossScale, Precision
-from hpdist.train.config import RunConfig
-from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
-from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
-from hpdist.distributed.mpi import adopt_mpi
 from hpdist.distributed.collectives import keep_group
+from hpdist.distributed.mpi import adopt_mpi
+from hpdist.engines.config import ExecutionRequest, Precision
+from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
+from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working
 
 _TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
-Offload = Literal["none", "cpu", "nvme"]
 T = TypeVar("T")
 _DEEPSPEED = "0.19.8"
 """The oldest DeepSpeed in which every stage and accumulation has been found right."""
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """How a run computes and shards: what config and launcher agree on."""
-
-    precision: Precision = "fp32"
-    stage: int | None = None
-    """The ZeRO stage; None without DeepSpeed."""
-    offload: Offload = "none"
-    nvme_path: str | None = None
-    grad_clip: float | None = None
-    loss_scale: LossScale = field(default_factory=LossScale)
-    micro_batch: int = 1
-    """Rows per device per forward."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
-    deepspeed: str | None = None
-    """The DeepSpeed JSON that the launcher named."""
-    base: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What of it DeepSpeed is to see, the base of the run's own."""
-    compile: Mapping[str, Any] | None = None
-    """The arguments of `torch.compile`; None where the model is not compiled."""
-    find_unused: bool = False
-    """Whether DDP looks for parameters that a backward will not reach."""
-    asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
-    """The micro-batches of a step that the launcher wants, and where it says so."""
-    notes: tuple[str, ...] = field(default=(), compare=False)
-    """What the run does otherwise than a launcher's setting says, a line each."""
-    patience: float | None = field(default=None, compare=False)
-    """Seconds without progress after which the compilation of an operator ends the run."""
-
-
-def resolve(config: RunConfig) -> Sharding:
+def resolve(request: ExecutionRequest) -> Sharding:
     """Put hpdist's config and the launcher's together; batch sizes are left to the caller.
 
     Raises ConfigError where both name a setting and differ, saying where each stands, or where the
@@ -88,18 +56,18 @@ def resolve(config: RunConfig) -> Sharding:
             "their names"
         )
     sharding = Sharding(
-        precision=_agree(launcher, "precision", config.precision) or "fp32",
-        stage=_agree(launcher, "zero.stage", config.zero.stage),
-        offload=_agree(launcher, "zero.offload", config.zero.offload) or "none",
-        nvme_path=_agree(launcher, "zero.nvme_path", config.zero.nvme_path),
-        grad_clip=_agree(launcher, "optim.grad_clip", config.optim.grad_clip),
-        loss_scale=config.loss_scale,
+        precision=_agree(launcher, "precision", request.precision) or "fp32",
+        stage=_agree(launcher, "zero.stage", request.zero.stage),
+        offload=_agree(launcher, "zero.offload", request.zero.offload) or "none",
+        nvme_path=_agree(launcher, "zero.nvme_path", request.zero.nvme_path),
+        grad_clip=_agree(launcher, "optim.grad_clip", request.grad_clip),
+        loss_scale=request.loss_scale,
         deepspeed=path,
-        compile=_compilation(launcher, config),
-        find_unused=config.find_unused_parameters,
+        compile=_compilation(launcher, request.compile),
+        find_unused=request.find_unused_parameters,
         asked_accumulation=launcher.get("accumulation"),
         notes=tuple(notes),
-        patience=config.watchdog.seconds,
+        patience=request.patience,
     )
     _check_precision(sharding.precision)
     _check_zero(sharding)
@@ -108,13 +76,13 @@ def resolve(config: RunConfig) -> Sharding:
             f"find_unused_parameters: DDP's, but zero.stage is {sharding.stage}; leave it out: "
             "what a step does not reach is found without it"
         )
-    return sharding if path is None else _with_file(sharding, config, path)
+    return sharding if path is None else _with_file(sharding, request, path)
 
 
-def _with_file(sharding: Sharding, config: RunConfig, path: str) -> Sharding:
+def _with_file(sharding: Sharding, request: ExecutionRequest, path: str) -> Sharding:
     """The sharding with what the DeepSpeed JSON says beside it."""
     values = read_deepspeed(path)
-    base, unused = base_of_run(values, path, config, sharding.precision)
+    base, unused = base_of_run(values, path, request.training, sharding.precision)
     parameters = section(section(base, "zero_optimization", path), "offload_param", path)
     if parameters.get("device") == "nvme":
         place = f"zero_optimization.offload_param.nvme_path in {path}"
@@ -128,12 +96,12 @@ def _with_file(sharding: Sharding, config: RunConfig, path: str) -> Sharding:
     return replace(sharding, base=base, loss_scale=scale, notes=notes)
 
 
-def _compilation(launcher: Launcher, config: RunConfig) -> Mapping[str, Any] | None:
-    """How the model is compiled: as the launcher says, else as the config does."""
+def _compilation(launcher: Launcher, wanted: bool) -> Mapping[str, Any] | None:
+    """Give how the model is compiled: as the launcher says, else as the config does."""
     if "compile" in launcher:
         arguments: Mapping[str, Any] = launcher["compile"][0]
         return arguments
-    return {} if config.compile else None
+    return {} if wanted else None
 
 
 def _join_after_restart(backend: str) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from hpdist.engines.build_lock import Say, build_lock, changes, left_lock, working_in
 from hpdist.distributed.watchdog import Watchdog
+from hpdist.engines.build_lock import Say, build_lock, changes, left_lock, working_in
 from hpdist.errors import ConfigError
 
 _LOOK = 1.0  # seconds between looks at how a build goes on

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpdist.engines.base import Engine, EngineStep
 from hpdist.distributed.collectives import world_size
+from hpdist.engines.base import Engine, EngineStep
 from hpdist.errors import PrecisionError
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpdist.distributed.module_names import collapsed, shortened
 from hpdist.distributed.collectives import gathered
+from hpdist.distributed.module_names import collapsed, shortened
 
 
 class GradientWatch:

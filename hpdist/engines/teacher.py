@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hpdist.engines.base import Engine, Replica
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
+from hpdist.engines.base import Engine, Replica
 
 
 class ShardedTeacher:

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
-from hpdist.engines.config import LossScale
-from hpdist.engines.base import Engine
 from hpdist.distributed.fragments import Fragment
-from hpdist.engines.launch import Sharding
+from hpdist.distributed.module_names import without_wrappers
+from hpdist.engines.base import Engine
+from hpdist.engines.config import LossScale
+from hpdist.engines.execution_plan import Sharding
 from hpdist.engines.launcher import hide_launcher_fields
 from hpdist.engines.loss_scale import LossScaler
-from hpdist.distributed.module_names import without_wrappers
 from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, make_state
 from hpdist.engines.zero_reach import reduce_alike
 from hpdist.errors import ConfigError
@@ -102,17 +102,6 @@ def _check_async_io() -> None:
             "zero.offload: nvme needs libaio, on which DeepSpeed builds its asynchronous I/O, and "
             "finds none; install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu"
         )
-
-
-def zero_engine(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Engine:
-    """The engine for the stage that DeepSpeed was configured with."""
-    from hpdist.engines.zero3 import PartitionedEngine
-
-    stage = int(cast(Any, model).zero_optimization_stage())
-    kinds = {0: UnshardedEngine, 1: ZeroEngine, 2: ZeroEngine, 3: PartitionedEngine}
-    return kinds[stage](accelerator, model, optimizer)
 
 
 class Place(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.engines.base import Replica
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_parameters
+from hpdist.engines.base import Replica
 from hpdist.engines.zero import Place, ZeroEngine, as_dtype
 from hpdist.engines.zero_shapes import unregister_empty
 from hpdist.errors import ConfigError

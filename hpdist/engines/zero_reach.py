@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpdist.distributed.module_names import shortened
 from hpdist.distributed.collectives import gathered
+from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError
 
 

@@ -9,13 +9,13 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from hpdist.tasks.base import CLASSIFICATION, Task
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views.base import Views
-from hpdist.engines.teacher import ShardedTeacher
-from hpdist.engines.base import Engine
 from hpdist.distributed.collectives import gathered
+from hpdist.engines.base import Engine
+from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import DataError, HpdistError, describe
+from hpdist.tasks.base import CLASSIFICATION, Task
 from hpdist.tasks.metrics import AnyScores, Meter, Scores, make_meter
 
 __all__ = ["Evaluation", "EvaluationError", "Scores", "evaluate", "evaluate_both", "evaluating"]

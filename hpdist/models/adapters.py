@@ -13,10 +13,9 @@ from typing import Any, cast
 from pydantic import Field
 from torch import nn
 
-from hpdist.config.section import Section
+from hpdist.config.section import Section, nearest
 from hpdist.errors import ConfigError, describe
 from hpdist.models.stored import SeenInFull
-from hpdist.config.section import nearest
 
 
 class Lora(Section):

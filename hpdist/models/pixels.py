@@ -7,58 +7,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpdist.train.config import RunConfig
+from hpdist.config.component import Component
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
-from hpdist.models.build import ModelConfig, Pixels
 from hpdist.messages.progress import working
+from hpdist.models.build import ModelConfig, Pixels
 
 _FILES = ("processor_config.json", "preprocessor_config.json")  # the first may hold the second
 
 
 @working("reading how the model was trained to see images")
-def with_model_pixels(config: RunConfig) -> tuple[RunConfig, str | None]:
+def with_model_pixels(views: Component, model: Component) -> tuple[Component, str | None]:
     """Fill what the image views leave open with what the model was trained with.
 
-    Gives the run's settings and a line that says what was taken; None where there is nothing to
+    Gives the views' settings and a line that says what was taken; None where there is nothing to
     say. Raises ConfigError where what comes with the model cannot be used.
     """
-    views, model = config.views, config.model
     if not isinstance(views, ImageViewsConfig) or not isinstance(model, ModelConfig):
-        return config, None
+        return views, None
     missing = [key for key in ("mean", "std", "size") if getattr(views, key) is None]
     found = model.pixels() if missing else None
     if found is None:
-        return config, None
+        return views, None
     taken = {key: getattr(found, key) for key in missing if getattr(found, key) is not None}
     if not taken:
-        return config, f"note: {found.source}: views.{', views.'.join(missing)} keep their defaults"
-    changed = config.model_copy(update={"views": views.model_copy(update=taken)})
+        return views, f"note: {found.source}: views.{', views.'.join(missing)} keep their defaults"
     said = ", ".join(f"views.{key} {_shown(value)}" for key, value in taken.items())
-    return changed, f"{said}: taken from {found.source}"
+    return views.model_copy(update=taken), f"{said}: taken from {found.source}"
 
 
-def for_channels(
-    config: RunConfig, given: RunConfig, channels: int
-) -> tuple[RunConfig, str | None]:
+def for_channels(views: Component, given: Component, channels: int) -> tuple[Component, str | None]:
     """Make what `with_model_pixels` took for three channels fit one, by its mean; and say so.
 
-    `given` are the settings before that: what they set stays.
+    `given` are the views' settings before that: what they set stays.
     """
-    before, now = config.views, given.views
-    if not isinstance(before, ImageViewsConfig) or not isinstance(now, ImageViewsConfig):
-        return config, None
+    if not isinstance(views, ImageViewsConfig) or not isinstance(given, ImageViewsConfig):
+        return views, None
     changed = {
         key: [sum(values) / len(values)]
         for key in ("mean", "std")
-        if getattr(now, key) is None and len(values := getattr(before, key) or []) > channels == 1
+        if getattr(given, key) is None and len(values := getattr(views, key) or []) > channels == 1
     }
     if not changed:
-        return config, None
-    views = before.model_copy(update=changed)
+        return views, None
     said = ", ".join(f"views.{key} {_shown(value)}" for key, value in changed.items())
-    return config.model_copy(update={"views": views}), f"for one channel their mean: {said}"
+    return views.model_copy(update=changed), f"for one channel their mean: {said}"
 
 
 def _shown(value: object) -> str:

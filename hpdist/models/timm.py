@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
+from hpdist.config.section import nearest
 from hpdist.errors import ConfigError, describe
 from hpdist.models.build import ModelConfig, Pixels
-from hpdist.config.section import nearest
 
 PREFIX = "timm:"
 

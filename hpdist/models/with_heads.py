@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import Algorithm
+from hpdist.config.section import nearest
 from hpdist.errors import ConfigError, describe
 from hpdist.models.outputs import logits_of, on_trial
-from hpdist.config.section import nearest
+
+
+class WantsHeads(Protocol):
+    """What an algorithm says of the heads that it wants; `hpdist.Algorithm` does."""
+
+    @property
+    def head_names(self) -> Sequence[str]:
+        """Outputs that its loss uses beside the logits."""
+        ...
+
+    @property
+    def heads_hint(self) -> str:
+        """What to do where a model has none of them."""
+        ...
+
+    @property
+    def predicts(self) -> str | None:
+        """The head whose outputs are the predictions after training, if one is."""
+        ...
+
+    input_shape: torch.Size | None
+    """The shape of one row as the model sees it; set before `heads` is called."""
+
+    def heads(self, features: torch.Size) -> Mapping[str, nn.Module]:
+        """Make the head of every name, from features [rows, *features] to [rows, width]."""
+        ...
 
 
 class WithHeads(nn.Module):
@@ -90,7 +115,7 @@ class Features:
 
 
 def with_heads(
-    model: nn.Module, algorithm: Algorithm, example: Tensor, features: str | None = None
+    model: nn.Module, algorithm: WantsHeads, example: Tensor, features: str | None = None
 ) -> nn.Module:
     """The model with the heads that the algorithm wants beyond what the model has itself.
 
@@ -139,7 +164,7 @@ def columns_of(model: nn.Module) -> dict[str, int]:
     return columns
 
 
-def require_heads(algorithm: Algorithm, there: Collection[str]) -> None:
+def require_heads(algorithm: WantsHeads, there: Collection[str]) -> None:
     """Raise ConfigError unless all heads are there that the algorithm needs."""
     missing = [name for name in algorithm.head_names if name not in there]
     if missing:

@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 
-from hpdist.train.config import RunConfig
 from hpdist.engines.deepspeed_config import check_file, read_deepspeed
 from hpdist.engines.operators import needed_builders, prepare_operators
 from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
-from hpdist.config.overrides import to_yaml
 from hpdist.plan.rehearsal import STEPS, Rehearsal
 
 RESERVE = 2.0
@@ -61,7 +59,8 @@ class StagePlan:
 class Plan:
     """All stages, the least sharded first."""
 
-    config: RunConfig
+    settings: Mapping[str, Any]
+    """The run's, nested and complete."""
     gpus: int
     memory: float
     """GiB of a GPU."""
@@ -80,7 +79,7 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig,
+    settings: Mapping[str, Any],
     gpus: int,
     memory: float,
     *,
@@ -93,7 +92,7 @@ def make_plan(
     Where there is no GPU, fp16 is rehearsed as bf16, which takes as much memory.
 
     Args:
-        config: Of the run; its `zero.stage` is not looked at.
+        settings: The run's, nested and complete; its `zero.stage` is not looked at.
         gpus: How many, on all machines together.
         memory: GiB of each.
         reserve: GiB of it that are not for tensors.
@@ -111,33 +110,33 @@ def make_plan(
     base = read_deepspeed(deepspeed)
     if deepspeed is not None:
         check_file(base, deepspeed)
-    config = _made_explicit(config, base)
+    settings = _made_explicit(settings, base)
     stages = []
     for stage in (None, 1, 2, 3):
         if stage == 1 and importlib.util.find_spec("deepspeed") is not None:
             # Here, where it can be told: what a rehearsal prints is not seen.
-            prepare_operators(needed_builders(base), tell, config.watchdog.seconds)
+            prepare_operators(needed_builders(base), tell, settings["watchdog"]["seconds"])
         tell(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
-        stages.append(rehearsed(config, gpus, stage, base))
+        stages.append(rehearsed(settings, gpus, stage, base))
         if stage is None and stages[0].kind is not None:
             break  # what is wrong without any sharding is wrong with it
     if all(stage.rehearsal is None for stage in stages):
         kind = next((s.kind for s in stages if s.kind is not None), RehearsalError)
         raise kind(stages[0].problem)
-    return Plan(config, gpus, memory, reserve, stages)
+    return Plan(settings, gpus, memory, reserve, stages)
 
 
 def table(plan: Plan) -> str:
     """What a user reads: a line for each stage, and what to choose."""
     counted = next(s.rehearsal for s in plan.stages if s.rehearsal is not None)
     trained = "all" if counted.trained == counted.parameters else f"{counted.trained:,}"
-    precision = str(plan.config.precision)
+    precision = str(plan.settings["precision"])
     if precision == "fp16" and counted.device == "CPU":
         precision += " (counted in bf16, which is as large)"
     columns = ("weights", "optimizer", "teacher", "activations", "rest", "peak")
     lines = [
         f"{counted.parameters:,} parameters, {trained} trained; {precision}, "
-        f"{plan.config.optim.name}; {plan.gpus} GPUs of {plan.memory:g} GiB, "
+        f"{plan.settings['optim']['name']}; {plan.gpus} GPUs of {plan.memory:g} GiB, "
         f"{counted.rows} rows a forward on each",
         f"GiB of tensors on rank 0, counted on {counted.device} in {STEPS} steps and two batches "
         "of evaluation:",
@@ -176,7 +175,7 @@ def _advice(plan: Plan) -> str:
     ways = []
     if found.activations > found.peak / 4:
         ways.append(f"batch.micro below {found.rows}")
-        if not plan.config.activation_checkpointing:
+        if not plan.settings["activation_checkpointing"]:
             ways.append("activation_checkpointing: true")
     if found.optimizer > found.peak / 4:
         ways.append("zero.offload: cpu, which keeps the optimizer's part on the host")
@@ -187,33 +186,39 @@ def _advice(plan: Plan) -> str:
     )
 
 
-def _made_explicit(config: RunConfig, base: Mapping[str, Any]) -> RunConfig:
-    """The config with a precision that can be rehearsed here. Raises ConfigError on offload."""
+def _made_explicit(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the settings with a precision that can be rehearsed here.
+
+    Raises ConfigError on offload where there is no GPU.
+    """
     zero = base.get("zero_optimization") or {}
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
-    devices = [config.zero.offload, *(part.get("device") for part in parts)]
+    devices = [settings["zero"]["offload"], *(part.get("device") for part in parts)]
     if any(device not in (None, "none") for device in devices) and not torch.cuda.is_available():
         raise ConfigError(
             "plan: zero.offload moves memory from the GPU to the host, which can only be told "
             "apart where there is a GPU; run plan there, or with --zero.offload none"
         )
     named = [half for half in ("fp16", "bf16") if (base.get(half) or {}).get("enabled") is True]
-    precision = config.precision or (named[0] if named else "fp32")
-    return config.model_copy(update={"precision": precision})
+    precision = settings["precision"] or (named[0] if named else "fp32")
+    return {**settings, "precision": precision}
 
 
 def rehearsed(
-    config: RunConfig, gpus: int, stage: int | None, base: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any],
+    gpus: int,
+    stage: int | None,
+    base: Mapping[str, Any] | None = None,
 ) -> StagePlan:
     """What a process of its own finds out about a stage; `base` is a DeepSpeed config."""
     base = base or {}
-    values = config.model_dump(mode="json")
+    values = {**settings, "zero": dict(settings["zero"])}
     if values["precision"] == "fp16" and not torch.cuda.is_available():
         values["precision"] = "bf16"
     values["zero"] |= {"stage": stage}
     if stage is None:
         values["zero"] |= {"offload": None, "nvme_path": None}
-    wanted: dict[str, Any] = {"config": to_yaml(values), "ranks": gpus, "deepspeed": None}
+    wanted: dict[str, Any] = {"settings": values, "ranks": gpus, "deepspeed": None}
     wanted["parent"] = os.getpid()
     with tempfile.TemporaryDirectory() as folder:
         if base and stage is not None:

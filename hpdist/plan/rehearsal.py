@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -27,10 +27,9 @@ from hpdist.processes import end_with
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hpdist.train.config import RunConfig
     from hpdist.data.sources.labeled import LabeledRows
-    from hpdist.engines.base import Engine
     from hpdist.distributed.fragments import Fragment, PlaceOf
+    from hpdist.engines.base import Engine
     from hpdist.train.data import RunData
     from hpdist.train.step import SemiSupervisedStep
     from hpdist.train.trainer import Trainer
@@ -69,7 +68,7 @@ class Rehearsal:
         return self.peak - self.weights - self.optimizer - self.teacher - self.activations
 
 
-def rehearse(config: RunConfig, ranks: int) -> Rehearsal:
+def rehearse(settings: Mapping[str, Any], ranks: int) -> Rehearsal:
     """Train and evaluate a little as rank 0 of so many, and count.
 
     Sets up this process for good: call it in one of its own. Raises ConfigError or DataError as
@@ -85,7 +84,7 @@ def rehearse(config: RunConfig, ranks: int) -> Rehearsal:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with MemoryMeter(device) as meter:
         meter.mark("building")
-        trainer = Trainer.from_config(config, files=False)
+        trainer = Trainer.from_settings(settings, files=False)
         step = trainer.step
         _stand_in_for_others(step.engine, ranks)
         _mark_first_backward(step, meter)
@@ -224,16 +223,11 @@ def main(source: str, target: str) -> None:
     """Rehearse what a JSON file says, and write the result, or what is wrong, to another."""
     wanted = json.loads(Path(source).read_text())
     end_with(wanted["parent"])
-    import yaml
-
-    from hpdist.train import config as configuration
-
     if wanted["deepspeed"] is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = wanted["deepspeed"]
     try:
-        config = configuration.parse(yaml.safe_load(wanted["config"]))
-        result = asdict(rehearse(config, wanted["ranks"]))
+        result = asdict(rehearse(wanted["settings"], wanted["ranks"]))
     except HpdistError as error:
         result = {"error": type(error).__name__, "message": str(error)}
     Path(target).write_text(json.dumps(result))

@@ -23,11 +23,10 @@ from typing import Any, Literal
 
 import torch
 
-from hpdist.train.config import RunConfig
-from hpdist.data.config import Source
-from hpdist.preflight.network import Speed, measure, measure_apart
+from hpdist.data.config import Data, Source
 from hpdist.distributed.rendezvous import TOKEN, Endpoint, Rendezvous
 from hpdist.errors import HpdistError
+from hpdist.preflight.network import Speed, measure, measure_apart
 
 _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transformers", "wandb")
 _GIB = 2**30
@@ -43,6 +42,16 @@ Verdict = Literal["ok", "note", "FAILED"]
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a run will want of the machines."""
+
+    run_folders: Path
+    """The folder that holds the run folders."""
+    data: Data
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
 class Finding:
     """What came of one check."""
 
@@ -51,7 +60,7 @@ class Finding:
     told: str
 
 
-def preflight(config: RunConfig | None, endpoint: Endpoint, timeout: float = 60.0) -> list[Finding]:
+def preflight(wanted: Wanted | None, endpoint: Endpoint, timeout: float = 60.0) -> list[Finding]:
     """Meet the other processes and check everything; the same findings on each.
 
     Raises DistributedError where they do not meet in time, or one is lost on the way. Collective:
@@ -59,19 +68,19 @@ def preflight(config: RunConfig | None, endpoint: Endpoint, timeout: float = 60.
     """
     started = time.monotonic()
     with Rendezvous.of(endpoint, timeout) as peers:
-        return _findings(_facts(config), config, peers, timeout, started)
+        return _findings(_facts(wanted), wanted, peers, timeout, started)
 
 
 def _findings(
     own: Mapping[str, Any],
-    config: RunConfig | None,
+    wanted: Wanted | None,
     peers: Rendezvous,
     timeout: float,
     started: float,
 ) -> list[Finding]:
     facts = peers.gathered(own)
     findings = [_met(facts, time.monotonic() - started), _versions(facts), _devices(facts)]
-    findings.append(_half(facts, config))
+    findings.append(_half(facts, wanted))
     if peers.size > 1:
         if not peers.endpoint.token:
             findings.append(_no_token(peers.endpoint))
@@ -81,9 +90,9 @@ def _findings(
     findings.append(_disk(facts))
     if any(fact["builds"] is not None for fact in facts):
         findings.append(_builds(facts))
-    if config is not None:
-        findings.append(_run_folder(Path(config.run.dir), facts, peers))
-        findings += _data(config, facts, peers)
+    if wanted is not None:
+        findings.append(_run_folder(wanted.run_folders, facts, peers))
+        findings += _data(wanted.data, facts, peers)
     return findings
 
 
@@ -98,10 +107,10 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _facts(config: RunConfig | None) -> dict[str, Any]:
+def _facts(wanted: Wanted | None) -> dict[str, Any]:
     """What this process has to tell."""
     devices = [_device(number) for number in range(torch.cuda.device_count())]
-    folder = _there(Path(config.run.dir if config is not None else "."))
+    folder = _there(wanted.run_folders if wanted is not None else Path())
     return {
         "host": socket.gethostname(),
         "versions": {"Python": platform.python_version(), **_installed()},
@@ -191,14 +200,14 @@ def _devices(facts: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("devices", verdict, "\n".join(lines))  # type: ignore[arg-type]
 
 
-def _half(facts: Sequence[Mapping[str, Any]], config: RunConfig | None) -> Finding:
+def _half(facts: Sequence[Mapping[str, Any]], wanted: Wanted | None) -> Finding:
     """What every process can compute in, held against what the config wants."""
     can = [name for name in ("bf16", "fp16") if all(fact[name] for fact in facts)]
     told = ", ".join(["fp32", *can]) + " on all"
-    wanted = config.precision if config is not None else None
-    if wanted in ("bf16", "fp16") and wanted not in can:
-        hosts = list(dict.fromkeys(fact["host"] for fact in facts if not fact[wanted]))
-        return Finding("precision", "FAILED", f"no {wanted} on {', '.join(hosts)}; {told}")
+    half = wanted.precision if wanted is not None else None
+    if half in ("bf16", "fp16") and half not in can:
+        hosts = list(dict.fromkeys(fact["host"] for fact in facts if not fact[half]))
+        return Finding("precision", "FAILED", f"no {half} on {', '.join(hosts)}; {told}")
     return Finding("precision", "ok", told)
 
 
@@ -353,13 +362,11 @@ def _try(act: Callable[..., object], *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def _data(
-    config: RunConfig, facts: Sequence[Mapping[str, Any]], peers: Rendezvous
-) -> list[Finding]:
+def _data(data: Data, facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> list[Finding]:
     """Every host opens every dataset and takes its first row. Collective."""
     findings = []
     first = {fact["host"]: rank for rank, fact in reversed(list(enumerate(facts)))}
-    for name, source in _sources(config):
+    for name, source in _sources(data):
         start = time.monotonic()
         told = _first_row(source, f"data.{name}") if peers.rank in first.values() else None
         errors = peers.gathered(told)
@@ -374,11 +381,11 @@ def _data(
     return findings
 
 
-def _sources(config: RunConfig) -> list[tuple[str, Source]]:
+def _sources(data: Data) -> list[tuple[str, Source]]:
     """Every dataset that a config names, those that are mixed one by one."""
     found: list[tuple[str, Source]] = []
     for name in ("labeled", "unlabeled", "test", "validation"):
-        source = getattr(config.data, name)
+        source = getattr(data, name)
         mix = getattr(source, "mix", None) or ()
         found += [(f"{name}.mix.{number}", part) for number, part in enumerate(mix)]
         if isinstance(source, Source) and source.path:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.tasks.losses import confident, entropy, hard_cross_entropy, kl_divergence, squared_error
 from hpdist.errors import ConfigError
+from hpdist.tasks.losses import confident, entropy, hard_cross_entropy, kl_divergence, squared_error
 
 
 class Task:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from hpdist.tasks.base import Multilabel, Regression, Task
 from hpdist.distributed.collectives import summed
+from hpdist.tasks.base import Multilabel, Regression, Task
 
 _NOT_THERE = -1
 """The label of a row that does not count."""

@@ -1,4 +1,4 @@
-"""What a tracker is told of where a run runs: versions of the code, hosts, devices, sharding."""
+"""What a tracker is told of where a run runs: versions of the code, hosts, devices."""
 
 from __future__ import annotations
 
@@ -10,35 +10,25 @@ from pathlib import Path
 
 import torch
 
-import hpdist
-from hpdist.engines.launch import Sharding
 from hpdist.distributed.collectives import gathered, world_size
+from hpdist.version import __version__
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "transformers")
 
 
-def environment(sharding: Sharding | None) -> dict[str, object]:
+def environment() -> dict[str, object]:
     """Settings by name, beside those of the config. Collective: every rank must call."""
     found: dict[str, object] = {
         "world_size": world_size(),
         "hosts": _hosts(places()),
         "python": platform.python_version(),
-        "hpdist": hpdist.__version__,
+        "hpdist": __version__,
         **{package: version for package in _PACKAGES if (version := _version(package))},
     }
     folders = {"git_commit": Path.cwd(), "hpdist_commit": _own_repository()}
     commits = {name: _commit(folder) for name, folder in folders.items() if folder is not None}
     found |= {name: commit for name, commit in commits.items() if commit is not None}
-    if sharding is None:
-        return found
-    sharded: dict[str, object] = {
-        "precision": sharding.precision,
-        "zero_stage": "none" if sharding.stage is None else sharding.stage,
-        "offload": sharding.offload,
-        "micro_batch": sharding.micro_batch,
-        "accumulation": sharding.accumulation,
-    }
-    return found | sharded
+    return found
 
 
 def places() -> list[tuple[str, str]]:
@@ -73,7 +63,7 @@ def _version(package: str) -> str | None:
 
 def _own_repository() -> Path | None:
     """The checkout that hpdist runs from, where it is one."""
-    root = Path(hpdist.__file__).parents[1]
+    root = Path(__file__).parents[2]
     return root if (root / ".git").exists() else None
 
 

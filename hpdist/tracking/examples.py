@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.decode.stored_values import Array, InputSpec
+from hpdist.data.decode.encoded import Array
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.views.base import Views
 
 FOLDER = "examples"

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from hpdist.config.section import flat
 from hpdist.errors import ConfigError
 from hpdist.messages.redaction import redacted_settings
-from hpdist.config.section import flat
 from hpdist.tracking.run_folder import CHANGES
 
 T = TypeVar("T")

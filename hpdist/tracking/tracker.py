@@ -19,9 +19,9 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from accelerate.utils import patch_environment
 from PIL import Image
 
-from hpdist.train.config import RunConfig
-from hpdist.messages.redaction import redacted_settings, redacted_text
 from hpdist.config.section import flat
+from hpdist.messages.redaction import redacted_settings, redacted_text
+from hpdist.tracking.config import Tracker as TrackerConfig
 from hpdist.tracking.metrics import confusion_rows, grouped, histograms_of, values_of
 from hpdist.tracking.variables import (
     Chosen,
@@ -39,7 +39,9 @@ class Tracker:
     """Sends global numbers from the main process; warns once and goes silent if that fails.
 
     Args:
-        config: Of the run.
+        config: Which tracker, and what it is told.
+        run: The run's name.
+        settings: The whole run's, nested, which the tracker keeps; passwords are left out.
         folder: Of the run.
         main: Whether this is the main process; no other sends anything.
         run_id: The tracker's, of the run that goes on.
@@ -50,7 +52,9 @@ class Tracker:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrackerConfig,
+        run: str | None,
+        settings: Mapping[str, Any],
         folder: Path,
         main: bool,
         run_id: str | None = None,
@@ -62,11 +66,11 @@ class Tracker:
         self.run_id = run_id
         self._classes = classes
         self._refused: set[str] = set()  # metrics
-        self._name = config.tracker.name
+        self._name = config.name
         self._tracker: GeneralTracker | None = None
         if main and self._name != "none":
             try:
-                self._tracker = self._start(config, folder, environment or {})
+                self._tracker = self._start(config, run, settings, folder, environment or {})
             except Exception as error:
                 self._give_up(self._name, error)
 
@@ -119,12 +123,17 @@ class Tracker:
         self._tracker = None
 
     def _start(
-        self, config: RunConfig, folder: Path, environment: Mapping[str, Any]
+        self,
+        config: TrackerConfig,
+        run: str | None,
+        settings: Mapping[str, Any],
+        folder: Path,
+        environment: Mapping[str, Any],
     ) -> GeneralTracker | None:
         name = self._name
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f'{name} is not installed; pip install "hpdist[{name}]"')
-        chosen, make = self._choose(config, folder)
+        chosen, make = self._choose(config, run, folder)
         if chosen.line is not None:
             self._say(f"tracker {name}: {chosen.line}")
         if chosen.disabled:
@@ -136,17 +145,16 @@ class Tracker:
             self.run_id = tracker.tracker.id
         elif name == "mlflow":
             self.run_id = tracker.active_run.info.run_id
-        settings = flat(redacted_settings(config.model_dump(mode="json")))
+        stored = flat(redacted_settings(settings))
         # MLflow refuses to change the settings of a run that goes on.
         if name != "mlflow" or not tracker.active_run.data.params:
-            self._store(tracker, settings | dict(environment))
+            self._store(tracker, stored | dict(environment))
         return tracker
 
     def _choose(
-        self, config: RunConfig, folder: Path
+        self, settings: TrackerConfig, run: str | None, folder: Path
     ) -> tuple[Chosen, Callable[[Chosen], GeneralTracker]]:
         """What the tracker is told, and how one is made of it."""
-        settings, run = config.tracker, config.run.name
         if self._name == "tensorboard":
             return (
                 choose_tensorboard(settings, folder, run),

@@ -5,18 +5,18 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import Tensor
 
-from hpdist.train import opening
-from hpdist.algorithms.addons.base import compose
 from hpdist.algorithms.base import Algorithm
+from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.prepare import prepare
+from hpdist.train import opening
 from hpdist.train.checks import check_inputs
+from hpdist.train.compose import compose
 from hpdist.train.config import RunConfig
-from hpdist.engines.base import prepare
-from hpdist.engines.launch import Sharding
+from hpdist.train.data import Objects, RunData
 from hpdist.train.generations import initial_values
 from hpdist.train.given import check_classes
-from hpdist.train.optim import build_optimizer
-from hpdist.train.data import Objects, RunData
 from hpdist.train.model import RunModel
+from hpdist.train.optim import build_optimizer
 from hpdist.train.step import SemiSupervisedStep
 
 

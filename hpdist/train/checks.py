@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from hpdist.algorithms.addons.base import compose
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.parts.mixing import check_group_sizes
-from hpdist.train.config import RunConfig
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError, describe
 from hpdist.models.outputs import NO_GRADIENT, find_logits, has_gradient_in_training, on_trial
+from hpdist.train.compose import compose
+from hpdist.train.config import RunConfig
 
 
 def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpdist.train.config import RunConfig
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.distributed.collectives import agreed, from_main
 from hpdist.errors import CheckpointError
-from hpdist.train.facts import RunFacts
-from hpdist.train.config_history import begin_config, continue_config, differences, told
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.run_lock import RunLock
+from hpdist.train.config import RunConfig
+from hpdist.train.config_history import begin_config, continue_config, differences, told
+from hpdist.train.facts import RunFacts
 
 _TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has a timeout of its own
 

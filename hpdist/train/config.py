@@ -8,61 +8,32 @@ as a `Component` subclass; a component is chosen by its `name`.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from hpdist.data.config import CHOICES, Bytes, Data, Duplicates, LabelColumn, Labeled, Loading, LongTail, Source, TaskChoice, Unlabeled, UnlabeledPart, UnlabeledSource
-from hpdist.errors import ConfigError
-from hpdist.config.overrides import lay_over, read_overrides, read_yaml, to_yaml
-from hpdist.messages.redaction import MARK, redacted_parts, redacted_settings
-from hpdist.config.component import IN_PYTHON, PYTHON_PREFIX, ByName, Component, ComponentOf, PythonComponent, component_names, components, import_object, nothing_imported
+import hpdist.algorithms
+import hpdist.data.views
+import hpdist.models  # noqa: F401  (every component is known from here on)
+from hpdist.checkpoint.config import Checkpoint
+from hpdist.config.component import ByName, Component, ComponentOf, nothing_imported
+from hpdist.config.overrides import lay_over, read_overrides
 from hpdist.config.section import Section
-
-__all__ = [
-    "CHOICES",
-    "IN_PYTHON",
-    "PYTHON_PREFIX",
-    "Bytes",
-    "Component",
-    "Data",
-    "Duplicates",
-    "LabelColumn",
-    "Labeled",
-    "Loading",
-    "LongTail",
-    "PythonComponent",
-    "RunConfig",
-    "Section",
-    "Source",
-    "TaskChoice",
-    "Unlabeled",
-    "UnlabeledPart",
-    "UnlabeledSource",
-    "component_names",
-    "components",
-    "import_object",
-    "json_schema",
-    "load",
-    "parse",
-]
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
-Share = Annotated[float, Field(ge=0, lt=1)]
+from hpdist.config.yaml import read_yaml, to_yaml
+from hpdist.data.config import CHOICES, Data, TaskChoice
+from hpdist.distributed.config import Watchdog
+from hpdist.engines.config import LossScale, Precision, Teacher, Zero
+from hpdist.errors import ConfigError
+from hpdist.evaluate.config import Eval
+from hpdist.messages.redaction import MARK, redacted_parts, redacted_settings
+from hpdist.tracking.config import Log, Tracker
+from hpdist.train.divergence import Divergence
+from hpdist.train.optim import Optim, Schedule
 
 
 class Run(Section):
@@ -92,181 +63,6 @@ class Batch(Section):
     """Unlabelled rows of a step; unused by an algorithm that has no unlabelled views."""
     micro: int | None = Field(None, gt=0)
     """Rows (labelled and unlabelled together) per device per forward; all at once by default."""
-
-
-class Zero(Section):
-    """How DeepSpeed shards; by default whatever the accelerate config file says."""
-
-    stage: int | None = Field(None, ge=0, le=3)
-    """What is sharded: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters.
-
-    Unset means no DeepSpeed.
-    """
-    offload: Literal["none", "cpu", "nvme"] | None = None
-    """Where the optimizer's state lives (from stage 1 on), and the parameters too in stage 3."""
-    nvme_path: str | None = None
-    """A folder on the local NVMe disk, for `offload: nvme`."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Zero:
-        offload = self.offload or "none"
-        if offload != "none" and self.stage == 0:
-            raise ValueError(f"offload: {offload} needs stage 1, 2 or 3; stage 0 shards nothing")
-        if offload == "nvme" and self.stage is not None and self.stage < 3:
-            raise ValueError("offload: nvme needs stage 3")
-        if offload == "nvme" and not self.nvme_path:
-            raise ValueError("offload: nvme needs nvme_path, a folder on the local disk")
-        return self
-
-
-class LossScale(Section):
-    """The loss scale of fp16; one number for all ranks and all terms."""
-
-    static: float | None = Field(None, gt=0)
-    """A fixed scale; dynamic by default."""
-    initial: float = Field(2.0**16, gt=0)
-    """The dynamic scale to start with, a power of 2."""
-    growth_interval: int = Field(1000, gt=0)
-    """Steps without overflow after which the dynamic scale doubles."""
-    minimum: int = Field(1, ge=1)
-    """Where the dynamic scale stops falling: a further overflow ends the run."""
-
-    @field_validator("initial")
-    @classmethod
-    def _power_of_two(cls, value: float) -> float:
-        if math.frexp(value)[0] != 0.5:
-            raise ValueError(f"must be a power of 2, such as 65536, not {value:g}")
-        return value
-
-
-class Optim(Section):
-    """The optimizer."""
-
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Which of torch's optimizers."""
-    lr: float = Field(0.03, gt=0)
-    """Learning rate before the schedule."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Of sgd."""
-    nesterov: bool = True
-    """Of sgd; unused without momentum."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    """Of adam and adamw."""
-    eps: float = Field(1e-8, gt=0)
-    """Of adam and adamw."""
-    weight_decay: float = Field(5e-4, ge=0)
-    """Of weights; adamw decouples it from the gradient."""
-    l1: float = Field(0.0, ge=0)
-    """Adds so much times the sum of the weights' absolute values to the loss; not under ZeRO-3.
-
-    Biases and normalisation weights are left out. Weights come close to zero, and are seldom it.
-    """
-    decay_all: bool = False
-    """Decay biases and normalisation weights as well."""
-    grad_clip: float | None = Field(None, gt=0)
-    """Largest global gradient norm; no clipping by default."""
-
-
-class Schedule(Section):
-    """The learning rate over the applied optimizer steps."""
-
-    name: Literal["cosine", "fixmatch_cosine", "linear", "constant"] = "fixmatch_cosine"
-    """cosine and linear end at zero; fixmatch_cosine is cos(7 pi t / 16 T)."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises from 0."""
-
-
-class Teacher(Section):
-    """The exponential moving average of the weights, used for evaluation."""
-
-    decay: float = Field(0.999, ge=0, lt=1)
-    """Share of the average that a step keeps."""
-    warmup: bool = True
-    """Start with the smaller decay (1 + t) / (10 + t), so that early weights are forgotten."""
-
-
-class Eval(Section):
-    """Evaluation during training."""
-
-    every: int | None = Field(None, gt=0)
-    """Optimizer steps between evaluations; only at the end by default."""
-    batch: int = Field(256, gt=0)
-    """Rows per device per forward."""
-
-
-class Log(Section):
-    """Logging of the training step."""
-
-    every: int = Field(10, gt=0)
-    """Optimizer steps between records."""
-    examples: int = Field(8, ge=0)
-    """Rows of the first batch whose weak and strong views are written into the run folder's
-    `examples`; 0 for none."""
-
-
-class Checkpoint(Section):
-    """Saving and resuming."""
-
-    every: int | None = Field(None, gt=0)
-    """Optimizer steps between checkpoints; by default time decides. The last step has one, too."""
-    minutes: float | None = Field(15.0, gt=0)
-    """Minutes between checkpoints, on the first rank's clock; null where `every` is given alone.
-
-    With both, whichever comes first; without either, only the last step has a checkpoint.
-    """
-    keep: int = Field(2, ge=2)
-    """How many checkpoints stay."""
-    background: bool = True
-    """Train on while a checkpoint is written; costs a copy of the state in the host's memory."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest whole checkpoint; never refuses a folder that is not empty."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_alone(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("every") is not None:
-            return {"minutes": None, **values}
-        return values
-
-
-class Divergence(Section):
-    """What happens when training goes wrong without an error, as seen in the logged steps."""
-
-    on: Literal["stop", "rollback"] = "stop"
-    """stop ends the run; rollback goes on from the newest checkpoint before, with later rows."""
-    nan_steps: int = Field(1, gt=0)
-    """Applied steps in a row whose loss may be NaN."""
-    collapse_share: float = Field(0.98, gt=0, le=1)
-    """Share of the pseudo-labels that one class may take."""
-    collapse_steps: int = Field(1000, gt=0)
-    """Applied steps in a row for which one class may take more."""
-    most_rollbacks: int = Field(3, gt=0)
-    """Times to go back before the run ends."""
-
-
-class Watchdog(Section):
-    """The end of a run that hangs."""
-
-    seconds: float | None = Field(900.0, gt=0)
-    """Without progress for so long, every rank prints its stacks and exits; null waits for ever.
-
-    Longer than any evaluation batch, the compilation of the model, and `data.loading.patience`.
-    """
-
-
-class Tracker(Section):
-    """Where metrics go besides metrics.jsonl."""
-
-    name: Literal["wandb", "tensorboard", "mlflow", "none"] = "wandb"
-    """Which tracker."""
-    project: str | None = None
-    """The tracker's project; by default what WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says, else
-    hpdist."""
-    mode: Literal["offline", "online"] | None = None
-    """offline writes to the run folder; `wandb sync` uploads later.
-
-    By default what WANDB_MODE says, else offline.
-    """
 
 
 class RunConfig(Section):

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from hpdist.train import config as configuration
-from hpdist.train.config import RunConfig
+from hpdist.config.section import flat
 from hpdist.errors import ConfigError
 from hpdist.messages.redaction import redacted_settings
-from hpdist.config.section import flat
 from hpdist.tracking.run_folder import CHANGES, RunFolder, read_records
+from hpdist.train import config as configuration
+from hpdist.train.config import RunConfig
 
 CONFIG = "config.yaml"
 _ELSEWHERE = ("run.dir", "run.name", "run.wait")  # where a run lies and who waits for it is no part

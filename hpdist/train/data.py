@@ -14,22 +14,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hpdist.train import opening
 from hpdist.algorithms.base import Algorithm
-from hpdist.tasks.base import Task, make_task
-from hpdist.train.bad_rows import BadRows
-from hpdist.train.config import RunConfig
+from hpdist.checkpoint.reader import SavedRun
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.duplicates import Report, find_duplicates
-from hpdist.data.sources.held_out import evaluation_batches
-from hpdist.data.sources.fitting import training_rows
 from hpdist.data.files.named_files import PathRule
+from hpdist.data.sources.duplicates import Report, find_duplicates
+from hpdist.data.sources.fitting import training_rows
+from hpdist.data.sources.held_out import evaluation_batches
+from hpdist.data.sources.label_encoding import Scale
 from hpdist.data.sources.labeled import LabeledRows, open_labeled, open_test, with_categories
+from hpdist.data.sources.unlabeled import (
+    AnyUnlabeled,
+    MixedRows,
+    ParquetRows,
+    SequentialRows,
+    Survey,
+    open_unlabeled,
+    row_count,
+    survey,
+)
 from hpdist.data.stream import BatchStream
 from hpdist.data.stream.index import are_records
-from hpdist.data.sources.label_encoding import Scale
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, Survey, open_unlabeled, row_count, survey
 from hpdist.data.views import (
     AudioViewsConfig,
     FittedViews,
@@ -37,16 +43,36 @@ from hpdist.data.views import (
     TextViewsConfig,
     Views,
 )
-from hpdist.checkpoint.reader import SavedRun
 from hpdist.distributed.collectives import agreed, from_main
 from hpdist.errors import CheckpointError, DataError, HpdistError
-from hpdist.train.input_choice import describe_categories, find_row_categories, find_seconds, record_inputs, settle_inputs, widen_categories, with_seconds
-from hpdist.models.pixels import for_channels, with_model_pixels
 from hpdist.messages.progress import working
-from hpdist.train.inputs import ModeChoice, choose_mode, find_spec, is_inputs_record, other_casts, reconsider, with_channels, with_mode
-from hpdist.train.first_look import look_at_held_out, look_at_labeled
+from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.tasks.base import Task, make_task
 from hpdist.tracking.audit import Audit
 from hpdist.tracking.run_folder import RunFolder
+from hpdist.train import opening
+from hpdist.train.bad_rows import BadRows
+from hpdist.train.config import RunConfig
+from hpdist.train.first_look import look_at_held_out, look_at_labeled
+from hpdist.train.input_choice import (
+    describe_categories,
+    find_row_categories,
+    find_seconds,
+    record_inputs,
+    settle_inputs,
+    widen_categories,
+    with_seconds,
+)
+from hpdist.train.inputs import (
+    ModeChoice,
+    choose_mode,
+    find_spec,
+    is_inputs_record,
+    other_casts,
+    reconsider,
+    with_channels,
+    with_mode,
+)
 
 _FILES = "unlabeled_files.json"
 _DUPLICATES = "duplicates.json"
@@ -98,7 +124,8 @@ class RunData:
         self._given = config
         settled = agreed(lambda: settle_inputs(config, objects.labeled, recorded))
         config = settled.config
-        self.config, taken = agreed(lambda: with_model_pixels(config))
+        views, taken = agreed(lambda: with_model_pixels(config.views, config.model))
+        self.config = config.model_copy(update={"views": views})
         """The run's settings, with what the views took from the rows and the model."""
         self.folder = folder
         self.unlabeled: AnyUnlabeled | None = None
@@ -123,9 +150,18 @@ class RunData:
         chosen += self._settle_categories(recorded)
         said = [*chosen, *(self._settle_mode(choice) if choice is not None else [])]
         if self.spec.kind == "image":
-            self.config, fitted = for_channels(self.config, config, self.spec.shape[0])
+            views, fitted = for_channels(self.config.views, config.views, self.spec.shape[0])
+            self.config = self.config.model_copy(update={"views": views})
             taken = "; ".join(filter(None, (taken, fitted))) or None
-        opening.say_data(self, [*said, *filter(None, [taken]), *self._notes()], folder.main)
+        opening.say_data(
+            self.config,
+            self.spec,
+            self.labeled,
+            self.unlabeled,
+            {"test": self.test, "validation": self.validation},
+            [*said, *filter(None, [taken]), *self._notes()],
+            folder.main,
+        )
         opening.say_lines(self._look_through(), folder.main)
         self.duplicates: Report = from_main(lambda: self._find_duplicates(resumed))
         opening.say_lines(self.duplicates.lines, folder.main)

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Literal
 
-from hpdist.train.divergence import Divergence
+from pydantic import Field
+
+from hpdist.config.section import Section
 
 _WINDOW = 100  # attempts
 _STORM = 20  # overflows in it; the search for the first loss scale has up to 16
+
+
+class Divergence(Section):
+    """What happens when training goes wrong without an error, as seen in the logged steps."""
+
+    on: Literal["stop", "rollback"] = "stop"
+    """stop ends the run; rollback goes on from the newest checkpoint before, with later rows."""
+    nan_steps: int = Field(1, gt=0)
+    """Applied steps in a row whose loss may be NaN."""
+    collapse_share: float = Field(0.98, gt=0, le=1)
+    """Share of the pseudo-labels that one class may take."""
+    collapse_steps: int = Field(1000, gt=0)
+    """Applied steps in a row for which one class may take more."""
+    most_rollbacks: int = Field(3, gt=0)
+    """Times to go back before the run ends."""
 
 
 class OverflowStorm:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.held_out import MOST_LABELED, look_through, refuse_unreadable, summarize_looks
+from hpdist.data.sources.held_out import (
+    MOST_LABELED,
+    look_through,
+    refuse_unreadable,
+    summarize_looks,
+)
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.distributed.collectives import agreed, gathered, world_size
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from hpdist.algorithms.parts.tables import id_words, ids_of
 from hpdist.data.batch import UnlabeledBatch
+from hpdist.distributed.collectives import FusedSum
 from hpdist.distributed.fragments import flat_view
 from hpdist.distributed.module_names import named_buffers, named_parameters
-from hpdist.distributed.collectives import FusedSum
 from hpdist.errors import ConfigError
 from hpdist.train.data import RunData
 from hpdist.train.step import SemiSupervisedStep

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
-from hpdist.train.checks import check_given_model
 from hpdist.config.component import IN_PYTHON, Component, components
 from hpdist.config.section import Section
 from hpdist.errors import ConfigError
+from hpdist.train.checks import check_given_model
 from hpdist.train.data import Objects
 
 IN_MEMORY = "(given in Python)"

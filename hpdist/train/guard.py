@@ -9,8 +9,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.collectives import gathered
+from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.watchdog import Watchdog
 from hpdist.errors import StoppedError
 

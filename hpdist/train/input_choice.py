@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from hpdist.config.component import Component
-from hpdist.train.config import RunConfig
+from hpdist.config.component import Component, ComponentOf
 from hpdist.data.decode.audio import length_of
 from hpdist.data.decode.categories import Categories, find_categories
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.held_out import is_elsewhere
 from hpdist.data.decode.kinds import KINDS, FoundInput, Kind, find_input, kind_of_input
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.files.named_files import PathRule
+from hpdist.data.sources.held_out import is_elsewhere
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
 from hpdist.data.sources.labels import label_column
 from hpdist.data.sources.loading import names_of, open_table
-from hpdist.data.files.named_files import PathRule
-from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
 from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows
 from hpdist.data.views import (
     AudioViewsConfig,
@@ -35,7 +34,7 @@ from hpdist.data.views import (
 )
 from hpdist.errors import ConfigError, DataError
 from hpdist.models.build import ModelConfig
-from hpdist.config.component import ComponentOf
+from hpdist.train.config import RunConfig
 
 _WHERE = "data.labeled"
 _LONGEST = 10.0  # seconds of a row, where nobody says how long it is

@@ -6,18 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpdist.train.config import RunConfig
 from hpdist.data.decode.categories import Categories
 from hpdist.data.decode.stored_values import CHANNELS, InputSpec
-from hpdist.data.sources.own_files import limits_of
-from hpdist.data.sources.pictures import declared_mode, look_at_labeled, look_at_others, shown_mode, told
-from hpdist.data.sources.labeled import LabeledRows, input_spec
 from hpdist.data.decode.text import Tokenizer
+from hpdist.data.sources.labeled import LabeledRows, input_spec
+from hpdist.data.sources.own_files import limits_of
+from hpdist.data.sources.pictures import (
+    declared_mode,
+    look_at_labeled,
+    look_at_others,
+    shown_mode,
+    told,
+)
 from hpdist.data.sources.unlabeled import AnyUnlabeled
 from hpdist.data.views import AudioViewsConfig, ImageViewsConfig, TextViewsConfig
 from hpdist.errors import CheckpointError, ConfigError
-from hpdist.models.hf.text import HuggingFaceConfig
 from hpdist.messages.progress import working
+from hpdist.models.hf.text import HuggingFaceConfig
+from hpdist.train.config import RunConfig
 
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
 

@@ -15,9 +15,9 @@ from hpdist.distributed.collectives import world_size
 from hpdist.evaluate.scoring import Evaluation, evaluate_both
 from hpdist.messages.progress import Work, working
 from hpdist.train.data import RunData
+from hpdist.train.run_log import RunLog
 from hpdist.train.state import RunState
 from hpdist.train.step import SemiSupervisedStep
-from hpdist.train.run_log import RunLog
 
 _Batch: TypeAlias = tuple[LabeledBatch, Tensor]
 

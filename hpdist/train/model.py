@@ -13,25 +13,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hpdist.train import opening
 from hpdist.algorithms.base import Algorithm
-from hpdist.train.checks import check_gradient, check_model
-from hpdist.train.config import RunConfig
 from hpdist.distributed.batch_norm import global_batch_norm
-from hpdist.engines.base import Engine
-from hpdist.distributed.fragments import Fragment
-from hpdist.engines.launch import Sharding
-from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
 from hpdist.distributed.collectives import agreed
+from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
+from hpdist.engines.base import Engine
+from hpdist.engines.execution_plan import Sharding
 from hpdist.errors import ConfigError, describe
+from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.models.build import build_model
 from hpdist.models.full_precision import to_full_precision
-from hpdist.models.with_heads import WithHeads, with_heads
-from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.models.stored import weights_as_stored
+from hpdist.models.with_heads import WithHeads, with_heads
+from hpdist.tracking.console import Console
+from hpdist.train import opening
+from hpdist.train.checks import check_gradient, check_model
+from hpdist.train.config import RunConfig
 from hpdist.train.data import RunData
 from hpdist.train.step import SemiSupervisedStep
-from hpdist.tracking.console import Console
 
 
 class RunModel:

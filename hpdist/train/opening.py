@@ -11,26 +11,30 @@ A terminal gets lines of its width. A log gets one line for an entry, however lo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
-import hpdist
 from hpdist.checkpoint.config import Checkpoint
-from hpdist.train.config import RunConfig
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, row_count
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.data.sources.unlabeled import (
+    AnyUnlabeled,
+    MixedRows,
+    ParquetRows,
+    SequentialRows,
+    row_count,
+)
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.engines.launch import Sharding
+from hpdist.engines.execution_plan import Sharding
 from hpdist.messages.human import counted, duration, percent
 from hpdist.messages.progress import columns
 from hpdist.tracking.console import Console, wrapped
 from hpdist.tracking.environment import places
-
-if TYPE_CHECKING:
-    from hpdist.train.data import RunData
+from hpdist.train.config import RunConfig
+from hpdist.version import __version__
 
 Entries: TypeAlias = list[tuple[str, str]]
 
@@ -42,7 +46,7 @@ def say_run(config: RunConfig, sharding: Sharding, uses_unlabeled: bool, *, file
     """Say what the settings are, before anything is opened, built or waited for."""
     main = os.environ.get("RANK", "0") == "0"  # ranks have not met
     say = Console(0, 0, main).say
-    say(f"hpdist {hpdist.__version__}: {config.run.name or 'a new run'}")
+    say(f"hpdist {__version__}: {config.run.name or 'a new run'}")
     say_entries(run_entries(config, sharding, uses_unlabeled, files=files), main)
 
 
@@ -184,9 +188,17 @@ def _parameters(model: nn.Module) -> str:
     return f"{counted(total, 'parameter')}, {shares}"
 
 
-def say_data(data: RunData, decisions: Iterable[str], main: bool) -> None:
+def say_data(
+    config: RunConfig,
+    spec: InputSpec,
+    labeled: LabeledRows,
+    unlabeled: AnyUnlabeled | None,
+    measured: Mapping[str, LabeledRows | None],
+    decisions: Iterable[str],
+    main: bool,
+) -> None:
     """Say what the sets hold and how they are read; `decisions` are lines of what was decided."""
-    say_entries(data_entries(data), main)
+    say_entries(data_entries(config, spec, labeled, unlabeled, measured), main)
     say_lines(decisions, main)
 
 
@@ -200,19 +212,24 @@ def say_lines(lines: Iterable[str], main: bool) -> None:
             Console(0, 0, main).say(line)
 
 
-def data_entries(data: RunData) -> Entries:
-    """Rows, classes and inputs of every set of a run."""
-    labeled, config = data.labeled, data.config
+def data_entries(
+    config: RunConfig,
+    spec: InputSpec,
+    labeled: LabeledRows,
+    unlabeled: AnyUnlabeled | None,
+    measured: Mapping[str, LabeledRows | None],
+) -> Entries:
+    """Give rows, classes and inputs of every set of a run; `measured` are its test sets by name."""
     known, rows = len(labeled.dataset), len(labeled)
     of = f" of {known:,}" if known != rows else ""
     kind = {"multilabel": "labels", "regression": "targets"}.get(config.task.name, "classes")
     entries = [("labelled", f"{rows:,}{of} rows"), (kind, _names(labeled.classes.names))]
-    if data.unlabeled is not None:
-        entries.append(("unlabelled", _unlabeled(data.unlabeled, config.batch.unlabeled)))
-    for name, measured in (("test", data.test), ("validation", data.validation)):
-        if measured is not None:
-            entries.append((name, f"{len(measured):,} rows"))
-    entries.append(("input", describe_input(data.spec)))
+    if unlabeled is not None:
+        entries.append(("unlabelled", _unlabeled(unlabeled, config.batch.unlabeled)))
+    for name, rows_measured in measured.items():
+        if rows_measured is not None:
+            entries.append((name, f"{len(rows_measured):,} rows"))
+    entries.append(("input", describe_input(spec)))
     return entries
 
 

@@ -4,11 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from hpdist.train.optim import Optim, Schedule
+from hpdist.config.section import Section
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optim(Section):
+    """The optimizer."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Which of torch's optimizers."""
+    lr: float = Field(0.03, gt=0)
+    """Learning rate before the schedule."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd."""
+    nesterov: bool = True
+    """Of sgd; unused without momentum."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Of adam and adamw."""
+    eps: float = Field(1e-8, gt=0)
+    """Of adam and adamw."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Of weights; adamw decouples it from the gradient."""
+    l1: float = Field(0.0, ge=0)
+    """Adds so much times the sum of the weights' absolute values to the loss; not under ZeRO-3.
+
+    Biases and normalisation weights are left out. Weights come close to zero, and are seldom it.
+    """
+    decay_all: bool = False
+    """Decay biases and normalisation weights as well."""
+    grad_clip: float | None = Field(None, gt=0)
+    """Largest global gradient norm; no clipping by default."""
+
+
+class Schedule(Section):
+    """The learning rate over the applied optimizer steps."""
+
+    name: Literal["cosine", "fixmatch_cosine", "linear", "constant"] = "fixmatch_cosine"
+    """cosine and linear end at zero; fixmatch_cosine is cos(7 pi t / 16 T)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from 0."""
 
 
 def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpdist.engines.launch import Sharding
 from hpdist.distributed.collectives import largest, world_size
+from hpdist.engines.execution_plan import Sharding
 from hpdist.models.activation_checkpointing import peak_memory
-from hpdist.train.outcome import StepOutcome
 from hpdist.train.data import RunData
-from hpdist.train.state import RunState
-from hpdist.train.saving import Saving
-from hpdist.train.step import SemiSupervisedStep
+from hpdist.train.outcome import StepOutcome
 from hpdist.train.run_log import RunLog
+from hpdist.train.saving import Saving
+from hpdist.train.state import RunState
+from hpdist.train.step import SemiSupervisedStep
 
 
 class Records:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpdist.train.divergence import Divergence
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.distributed.collectives import agreed, from_main
-from hpdist.train.divergence import DivergenceMonitor
 from hpdist.errors import DivergenceError
-from hpdist.train.facts import RunFacts
-from hpdist.train.state import RunState
-from hpdist.train.saving import Saving
 from hpdist.tracking.run_folder import RunFolder
+from hpdist.train.divergence import Divergence, DivergenceMonitor
+from hpdist.train.facts import RunFacts
 from hpdist.train.run_log import RunLog
+from hpdist.train.saving import Saving
+from hpdist.train.state import RunState
 
 
 class Rollback:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hpdist.train.config import RunConfig
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.engines.launch import Sharding
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.views.base import Views
 from hpdist.distributed.stragglers import stragglers
-from hpdist.train.divergence import OverflowStorm
+from hpdist.engines.execution_plan import Sharding
 from hpdist.tracking.console import HEADLINES, Console
 from hpdist.tracking.environment import environment
 from hpdist.tracking.examples import write_examples
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
-
-if TYPE_CHECKING:  # a run's data is told of, not made here
-    from hpdist.train.data import RunData
+from hpdist.train.config import RunConfig
+from hpdist.train.divergence import OverflowStorm
 
 
 class RunLog:
@@ -49,11 +48,22 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._files = files
-        told = environment(sharding)
+        told = environment() | ({} if sharding is None else sharding.described())
         self._console = Console(config.steps, done, folder.main)
         say = self._console.say
         sends = folder.main and files
-        self._tracker = Tracker(config, folder.path, sends, run_id, told, classes, say)
+        settings = config.model_dump(mode="json")
+        self._tracker = Tracker(
+            config.tracker,
+            config.run.name,
+            settings,
+            folder.path,
+            sends,
+            run_id,
+            told,
+            classes,
+            say,
+        )
         self._started = self._clock = time.monotonic()
         self._before = seconds
         self._rows_shown = config.log.examples
@@ -140,9 +150,9 @@ class RunLog:
 
     def examples(
         self,
-        data: RunData,
-        labeled: LabeledBatch,
-        unlabeled: UnlabeledBatch | None,
+        views: Views,
+        spec: InputSpec,
+        batch: LabeledBatch | UnlabeledBatch,
         attempt: int,
     ) -> None:
         """Write what the views make of a run's first rows; a failure costs nothing but them."""
@@ -150,10 +160,8 @@ class RunLog:
             return
         start = time.monotonic()
         try:
-            batch = labeled if unlabeled is None else unlabeled
-            spec = data.spec if unlabeled is None else data.unlabeled_spec
             rows = self._rows_shown
-            file = write_examples(self._folder.path, data.views, spec, batch, rows, attempt)
+            file = write_examples(self._folder.path, views, spec, batch, rows, attempt)
             if file is not None and file.suffix == ".png":
                 self._tracker.log_picture("examples/views", file, 0)
         except Exception as error:

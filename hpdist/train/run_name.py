@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from hpdist.train.config import RunConfig
-from hpdist.distributed.launcher_watch import find_launcher
 from hpdist.distributed.collectives import from_main
+from hpdist.distributed.launcher_watch import find_launcher
 from hpdist.errors import CheckpointError, why_not_written
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import LAUNCH
+from hpdist.train.config import RunConfig
 
 _RESTARTS = "TORCHELASTIC_MAX_RESTARTS"  # torchrun's, and Accelerate's
 _RESTARTED = "TORCHELASTIC_RESTART_COUNT"

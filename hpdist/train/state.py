@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import Shards
-from hpdist.data.config import CHOICES
-from hpdist.train.config import RunConfig
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.checkpoint.writer import CheckpointWriter
+from hpdist.data.config import CHOICES
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, shortened
 from hpdist.engines.optimizer_state import optimizer_of, saved_optimizer
 from hpdist.errors import CheckpointError, describe
-from hpdist.train.optim import state_keys
+from hpdist.train.config import RunConfig
 from hpdist.train.data import RunData
+from hpdist.train.optim import state_keys
 from hpdist.train.step import SemiSupervisedStep
 from hpdist.train.step_state import common_of, facts_of, fragments_of, load_step
 

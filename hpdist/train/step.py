@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hpdist.train import pseudo_label_metrics as pseudo_labels
 from hpdist.algorithms.base import (
     Algorithm,
     LossTerms,
@@ -27,18 +26,20 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.parts.mixing import check_groups
-from hpdist.engines.config import LossScale, Precision
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views.base import Views
-from hpdist.engines.overflow import Culprit, OverflowHistory, find_culprit
-from hpdist.engines.teacher import ShardedTeacher
-from hpdist.engines.base import Engine, EngineStep, make_engine
-from hpdist.distributed.stragglers import OwnTime
 from hpdist.distributed.collectives import FusedSum, apart
+from hpdist.distributed.stragglers import OwnTime
+from hpdist.engines.base import Engine, EngineStep
+from hpdist.engines.config import LossScale, Precision
+from hpdist.engines.overflow import Culprit, OverflowHistory, find_culprit
+from hpdist.engines.prepare import make_engine
+from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluating
-from hpdist.train.micro_batch import Cutter, MicroBatch, by_view, channels_last
 from hpdist.models.with_heads import columns_of, require_heads
+from hpdist.train import pseudo_label_metrics as pseudo_labels
+from hpdist.train.micro_batch import Cutter, MicroBatch, by_view, channels_last
 from hpdist.train.optim import l1_norm
 from hpdist.train.outcome import StepOutcome
 from hpdist.train.step_state import join_save_state

@@ -15,32 +15,41 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import Shards
+from hpdist.algorithms.base import Algorithm, Shards
 from hpdist.checkpoint import reader as checkpoint
-from hpdist.checkpoint.writer import CheckpointWriter
-from hpdist.distributed.fragments import Fragment
 from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints
-from hpdist.distributed.module_names import shortened, without_wrappers
+from hpdist.checkpoint.writer import CheckpointWriter
 from hpdist.distributed.collectives import agreed, from_main, raise_together
+from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.module_names import shortened, without_wrappers
+from hpdist.engines.base import Engine
+from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import CheckpointError, why_not_written
-
-if TYPE_CHECKING:
-    from hpdist.train.step import SemiSupervisedStep
 
 FOLDER = "hpdist"
 """Where a step's part lies in the folder of `save_state`; of a second model's step `hpdist_1`."""
 
 _SEEN_SECONDS = 30.0  # until a folder that one machine has made is there on all others
 
-_Steps = list["weakref.ref[SemiSupervisedStep]"]
+_Steps = list["weakref.ref[StepParts]"]
 _followed: weakref.WeakKeyDictionary[Accelerator, _Steps] = weakref.WeakKeyDictionary()
+
+
+class StepParts(Protocol):
+    """What of a `SemiSupervisedStep` is saved and restored."""
+
+    engine: Engine
+    algorithm: Algorithm
+    teacher: ShardedTeacher | None
+    applied_steps: int
+    attempts: int
 
 
 class StepFacts(BaseModel):
@@ -56,7 +65,7 @@ class StepFacts(BaseModel):
     parameters: dict[str, list[Count]]
 
 
-def join_save_state(step: SemiSupervisedStep) -> None:
+def join_save_state(step: StepParts) -> None:
     """Have the Accelerator's `save_state` and `load_state` save and load the step as well.
 
     A later step of the same model takes the place of an earlier one; a step that nobody holds any
@@ -86,7 +95,7 @@ def join_save_state(step: SemiSupervisedStep) -> None:
     _followed[accelerator].append(weakref.ref(step))
 
 
-def _live(steps: _Steps) -> dict[str, SemiSupervisedStep]:
+def _live(steps: _Steps) -> dict[str, StepParts]:
     """The steps that there still are, by their folders, which number the models as Accelerate's."""
     found = {}
     for step in (each for reference in steps if (each := reference()) is not None):
@@ -104,7 +113,7 @@ def _live(steps: _Steps) -> dict[str, SemiSupervisedStep]:
     return found
 
 
-def fragments_of(step: SemiSupervisedStep, shards: Shards) -> dict[str, list[Fragment]]:
+def fragments_of(step: StepParts, shards: Shards) -> dict[str, list[Fragment]]:
     """This rank's share of the teacher and of what the algorithm remembers, by kind."""
     fragments = {
         "algorithm": [
@@ -118,7 +127,7 @@ def fragments_of(step: SemiSupervisedStep, shards: Shards) -> dict[str, list[Fra
     return fragments
 
 
-def common_of(step: SemiSupervisedStep, shards: Shards) -> dict[str, Tensor]:
+def common_of(step: StepParts, shards: Shards) -> dict[str, Tensor]:
     """What every rank holds alike of teacher and algorithm."""
     common = {
         f"algorithm/{name}": value
@@ -130,7 +139,7 @@ def common_of(step: SemiSupervisedStep, shards: Shards) -> dict[str, Tensor]:
     return common
 
 
-def facts_of(step: SemiSupervisedStep) -> dict[str, Any]:
+def facts_of(step: StepParts) -> dict[str, Any]:
     """The step's counters and the loss scale's numbers."""
     return {
         "attempts": step.attempts,
@@ -140,7 +149,7 @@ def facts_of(step: SemiSupervisedStep) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_step(step: SemiSupervisedStep, saved: checkpoint.SavedRun) -> None:
+def load_step(step: StepParts, saved: checkpoint.SavedRun) -> None:
     """Take over teacher, algorithm, loss scale and applied steps; not the attempts."""
     facts = saved.facts
     step.engine.load_scale_state(facts["loss_scale"])
@@ -151,7 +160,7 @@ def load_step(step: SemiSupervisedStep, saved: checkpoint.SavedRun) -> None:
     step.applied_steps = facts["step"]
 
 
-def _save(step: SemiSupervisedStep, folder: Path) -> None:
+def _save(step: StepParts, folder: Path) -> None:
     """Write the step's part. Collective; raises CheckpointError, on all ranks, where one fails."""
     engine = step.engine
     from_main(lambda: _make(folder))
@@ -200,7 +209,7 @@ def _remove_others(folder: Path, kept: str) -> None:
         ) from error
 
 
-def _load(step: SemiSupervisedStep, folder: Path) -> None:
+def _load(step: StepParts, folder: Path) -> None:
     """Read the step's part, on any number of ranks.
 
     Collective; raises CheckpointError, on all ranks, where there is none, or it is damaged or of
@@ -221,7 +230,7 @@ def _load(step: SemiSupervisedStep, folder: Path) -> None:
     agreed(lambda: _take_over(step, saved))
 
 
-def _take_over(step: SemiSupervisedStep, saved: checkpoint.SavedRun) -> None:
+def _take_over(step: StepParts, saved: checkpoint.SavedRun) -> None:
     here, facts = _identity(step), saved.facts
     for key in ("algorithm", "parameters"):
         if facts[key] != here[key]:
@@ -248,7 +257,7 @@ def _take_over(step: SemiSupervisedStep, saved: checkpoint.SavedRun) -> None:
     step.attempts = facts["attempts"]
 
 
-def _identity(step: SemiSupervisedStep) -> dict[str, Any]:
+def _identity(step: StepParts) -> dict[str, Any]:
     """What a step must share with the one that was saved."""
     kind = type(step.algorithm)
     shapes = step.engine.parameter_shapes()

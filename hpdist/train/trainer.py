@@ -15,39 +15,39 @@ from typing import Any, NoReturn
 import datasets
 from torch import nn
 
+from hpdist.algorithms.base import Algorithm
+from hpdist.checkpoint import reader as checkpoint
+from hpdist.data.random import reseed
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.distributed.collectives import agreed, from_main, gathered, raise_together, world_size
+from hpdist.distributed.launcher_watch import LauncherWatch
+from hpdist.distributed.next_run import fresh_accelerate
+from hpdist.engines import launch
+from hpdist.errors import ConfigError, HpdistError
+from hpdist.evaluate.scoring import Evaluation
+from hpdist.messages.progress import working
+from hpdist.tracking.run_folder import RunFolder
 from hpdist.train import config as configuration
 from hpdist.train import opening
-from hpdist.algorithms.addons.base import compose
-from hpdist.algorithms.base import Algorithm
 from hpdist.train.build import build_step
 from hpdist.train.checks import divide_batch
 from hpdist.train.claim import Claim
+from hpdist.train.compose import compose, execution_request
 from hpdist.train.config import RunConfig
-from hpdist.data.random import reseed
-from hpdist.data.sources.labeled import LabeledRows
-from hpdist.checkpoint import reader as checkpoint
-from hpdist.engines import launch
-from hpdist.distributed.launcher_watch import LauncherWatch
-from hpdist.distributed.next_run import fresh_accelerate
-from hpdist.distributed.collectives import agreed, from_main, gathered, raise_together, world_size
-from hpdist.errors import ConfigError, HpdistError
-from hpdist.evaluate.scoring import Evaluation
+from hpdist.train.data import Objects, RunData
 from hpdist.train.generations import Generations
 from hpdist.train.given import algorithm_given, model_given, rows_given
+from hpdist.train.guard import RunGuard
 from hpdist.train.measuring import Measuring
+from hpdist.train.model import RunModel
 from hpdist.train.optim import learning_rate
-from hpdist.messages.progress import working
 from hpdist.train.records import Records
 from hpdist.train.recovery import Rollback
-from hpdist.train.data import Objects, RunData
-from hpdist.train.guard import RunGuard
-from hpdist.train.model import RunModel
-from hpdist.train.run_name import with_fresh_name
-from hpdist.train.state import RunState
-from hpdist.train.saving import Saving
-from hpdist.train.step import StepOutcome
-from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.run_log import RunLog
+from hpdist.train.run_name import with_fresh_name
+from hpdist.train.saving import Saving
+from hpdist.train.state import RunState
+from hpdist.train.step import StepOutcome
 
 
 class Trainer:
@@ -99,6 +99,11 @@ class Trainer:
         trainer._build(config, Objects(), files)
         return trainer
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], *, files: bool = True) -> Trainer:
+        """Make the trainer of nested settings, as a config file has them. Collective."""
+        return cls.from_config(configuration.parse(settings), files=files)
+
     def _build(self, config: RunConfig, objects: Objects, files: bool = True) -> None:
         """Check and build everything, cheapest first."""
         self.files = files
@@ -110,7 +115,7 @@ class Trainer:
         self._summary: dict[str, Any] | None = None  # of a run that is done
         self._problem: HpdistError | None = None  # that this rank has with its next rows
         self._excess: HpdistError | None = None  # of bad rows, the same on every rank
-        sharding = launch.resolve(config)
+        sharding = launch.resolve(execution_request(config))
         self.config = config = config.model_copy(update={"loss_scale": sharding.loss_scale})
         uses_unlabeled = compose(config).views.uses_unlabeled
         if uses_unlabeled and config.data.unlabeled is None:
@@ -275,7 +280,10 @@ class Trainer:
         self._problem = self.data.look_ahead(self.guard.stopping) or self.claim.lost()
         stop = self._problem is not None or self.guard.stopping()
         self.guard.beat(step.applied_steps, "training")
-        self.log.examples(self.data, labeled, unlabeled, step.attempts)
+        if unlabeled is None:
+            self.log.examples(self.data.views, self.data.spec, labeled, step.attempts)
+        else:
+            self.log.examples(self.data.views, self.data.unlabeled_spec, unlabeled, step.attempts)
         waits = self.records.waits(self.log) if measure else None
         outcome = step(
             labeled,

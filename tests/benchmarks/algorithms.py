@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpdist.train import config
 from hpdist.config.component import component_names, components
 from hpdist.data.samples.digits import write_digits
+from hpdist.train import config
 from tests.benchmarks.seeds import ENOUGH, caveat, gains, with_error
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpdist.train import config as configuration
 from hpdist.data.samples.synthetic import write_classification, write_clusters
+from hpdist.train import config as configuration
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"

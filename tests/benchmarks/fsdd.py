@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from hpdist.train import config as configuration
 from hpdist.data.decode.audio import Sampling
 from hpdist.data.views.audio import AudioViewsConfig
+from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.benchmarks.seeds import ENOUGH, caveat, with_error
 

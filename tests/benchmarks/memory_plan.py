@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from hpdist.train import config
 from hpdist.data.samples.digits import write_digits
 from hpdist.plan.memory_meter import MemoryMeter
 from hpdist.plan.memory_plan import rehearsed
+from hpdist.train import config
 from hpdist.train.trainer import Trainer
 from tests.memory import status
 from tests.ranks import run_ranks
@@ -74,7 +74,7 @@ def real_peak(values: dict[str, Any]) -> tuple[int, int]:
 def compare(folder: Path, model: str, stage: int | None, ranks: int) -> tuple[int, int, int]:
     """Bytes: of the plan, of a real run's tensors, and of what its process grew by."""
     values = settings(folder, model, stage)
-    planned = rehearsed(config.parse(values), ranks, stage)
+    planned = rehearsed(config.parse(values).model_dump(mode="json"), ranks, stage)
     assert planned.rehearsal is not None, planned.problem
     # Ranks are alike, but what a thread of gloo frees stays counted for some, now and then: no
     # measurement is below the truth, so the least of several is the best.

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hpdist.engines.base import make_engine, prepare
 from hpdist.engines.gradient_layout import keep_strides
+from hpdist.engines.prepare import make_engine, prepare
 from tests.ranks import run_ranks
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

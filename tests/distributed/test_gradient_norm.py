@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from hpdist.algorithms import FixMatch
-from hpdist.engines.config import LossScale
 from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
+from hpdist.engines.config import LossScale
 from hpdist.train.step import SemiSupervisedStep
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of, train

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hpdist.train import config
 from hpdist.data.samples.digits import write_digits
 from hpdist.errors import ConfigError
 from hpdist.plan.memory_plan import Plan, StagePlan, make_plan, rehearsed, table
 from hpdist.plan.rehearsal import Rehearsal
+from hpdist.train import config
 from tests.benchmarks.memory_plan import MODELS, compare, settings
 from tests.catalogue import NAMES
 
@@ -60,13 +60,18 @@ def test_every_algorithm_can_be_rehearsed(digits, name):
         del values["data"]["labeled"]["labels_per_class"]
     if addon:
         values["addons"] = [{"name": addon}]
-    found = rehearsed(config.parse(values), 4, None)
+    found = rehearsed(config.parse(values).model_dump(mode="json"), 4, None)
     assert found.rehearsal is not None, found.problem
 
 
 @pytest.mark.slow
 def test_states_are_the_formula_and_shrink_with_the_gpus(digits):
-    found = {n: rehearsed(config.parse(settings(digits, "MLP", 2)), n, 2).rehearsal for n in (2, 8)}
+    found = {
+        n: rehearsed(
+            config.parse(settings(digits, "MLP", 2)).model_dump(mode="json"), n, 2
+        ).rehearsal
+        for n in (2, 8)
+    }
     for ranks, counted in found.items():
         number = counted.parameters
         assert counted.weights == pytest.approx(2 * number, rel=0.01)
@@ -125,7 +130,7 @@ def test_offload_needs_a_gpu_to_be_planned(digits, monkeypatch):
     values = settings(digits, "CNN", 2)
     values["zero"]["offload"] = "cpu"
     with pytest.raises(ConfigError, match="only be told apart where there is a GPU"):
-        make_plan(config.parse(values), 2, 16)
+        make_plan(config.parse(values).model_dump(mode="json"), 2, 16)
 
 
 def test_advice_where_nothing_fits(digits):

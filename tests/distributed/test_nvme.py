@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hpdist.engines.config import LossScale
 from hpdist.data.samples.digits import write_digits
 from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
-from hpdist.engines.base import prepare
+from hpdist.engines.config import LossScale
+from hpdist.engines.prepare import prepare
 from hpdist.engines.zero3 import PartitionedEngine
 from hpdist.models import MLP
 from hpdist.train.step import SemiSupervisedStep

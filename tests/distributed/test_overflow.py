@@ -13,12 +13,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from hpdist.engines.config import LossScale
-from hpdist.train.optim import Schedule
 from hpdist.data.samples.digits import write_digits
+from hpdist.engines.config import LossScale
 from hpdist.errors import PrecisionError
-from hpdist.train.optim import learning_rate
 from hpdist.train.data import RunData
+from hpdist.train.optim import Schedule, learning_rate
 from hpdist.train.step import SemiSupervisedStep, StepOutcome
 from tests.ranks import run_ranks
 from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of

@@ -13,10 +13,18 @@ import pytest
 import yaml
 
 from hpdist.data.config import Labeled, Source
-from hpdist.preflight.network import measure_apart
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import DistributedError
-from hpdist.preflight.checks import _first_row, _nccl, _nccl_finding, _own_gpu, _shared_gpus, _versions, table
+from hpdist.preflight.checks import (
+    _first_row,
+    _nccl,
+    _nccl_finding,
+    _own_gpu,
+    _shared_gpus,
+    _versions,
+    table,
+)
+from hpdist.preflight.network import measure_apart
 from tests.pictures import write_pictures
 from tests.ranks import free_port, run_ranks
 from tests.two_hosts import LINE, MISSING, two_hosts

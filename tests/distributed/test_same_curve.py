@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hpdist.algorithms import FixMatch
-from hpdist.engines.config import LossScale
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
+from hpdist.engines.config import LossScale
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.train.step import SemiSupervisedStep

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdist.train.algorithm_state import whole_state
 from hpdist.algorithms import FlexMatch
 from hpdist.algorithms.parts import tables
-from hpdist.engines.config import LossScale
+from hpdist.checkpoint.reader import SavedRun
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.samples.digits import write_digits
-from hpdist.checkpoint.reader import SavedRun
+from hpdist.engines.config import LossScale
+from hpdist.train.algorithm_state import whole_state
 from tests.ranks import run_ranks
 from tests.recipes import digits, make_step, slice_of
 from tests.run_records import records

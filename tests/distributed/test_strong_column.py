@@ -4,8 +4,8 @@ import datasets
 import pytest
 import yaml
 
-from hpdist.train import config as configuration
 from hpdist.errors import ConfigError
+from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.distributed.test_text import close, curve
 from tests.ranks import run_ranks

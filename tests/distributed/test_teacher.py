@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms import MeanTeacher, Supervised
-from hpdist.engines.config import LossScale
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import IdentityViewsConfig
-from hpdist.engines import launch
 from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.engines import launch
+from hpdist.engines.config import LossScale
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models import CNN
 from hpdist.train.step import SemiSupervisedStep

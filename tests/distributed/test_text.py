@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from hpdist.train import config as configuration
 from hpdist.errors import DataError
+from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.texts import NEWS, needs_news, news_config, write_model

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hpdist.train import config as configuration
 from hpdist.data.samples.digits import write_digits
 from hpdist.tracking.tracker import Tracker
+from hpdist.train import config as configuration
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,13 +9,13 @@ import datasets
 import pytest
 import torch
 
-from hpdist.train import config as configuration
 from hpdist.algorithms import MeanTeacher
-from hpdist.train.checks import check_model
 from hpdist.engines import launch, zero3
 from hpdist.models import HuggingFaceConfig, build_model
-from hpdist.models.with_heads import with_heads
 from hpdist.models.stored import weights_as_stored
+from hpdist.models.with_heads import with_heads
+from hpdist.train import config as configuration
+from hpdist.train.checks import check_model
 from hpdist.train.trainer import Trainer
 from tests.distributed.test_lora import forget_launch
 from tests.memory import Peak, mapped

@@ -15,7 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hpdist.data.files.open import FileChangedError, FileLostError, FileVersion, Retry, open_file, read_range, stat
+from hpdist.data.files.open import (
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    open_file,
+    read_range,
+    stat,
+)
 from hpdist.errors import DataError
 from tests.fault_server import FaultServer, blob_id
 

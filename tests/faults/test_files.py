@@ -16,7 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from hpdist.data.files import retry as retrying
-from hpdist.data.files.open import FileChangedError, FileLostError, FileVersion, Retry, UnreachableError, is_remote, open_file, read_range, redacted, stat
+from hpdist.data.files.open import (
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    UnreachableError,
+    is_remote,
+    open_file,
+    read_range,
+    redacted,
+    stat,
+)
 from hpdist.errors import DataError, HpdistError
 from tests.fault_server import FaultServer, blob_id
 

@@ -37,9 +37,10 @@ SHELL = '"$@" & sleep 300'  # ends without a word to what it has started
 REHEARSAL = """
 import json, os, subprocess, sys, time
 wanted, found = sys.argv[1:]
-told = {"parent": os.getpid(), "config": CONFIG, "ranks": 1, "deepspeed": None}
+told = {"parent": os.getpid(), "settings": CONFIG, "ranks": 1, "deepspeed": None}
 json.dump(told, open(wanted, "w"))
-print(subprocess.Popen([sys.executable, "-m", "hpdist.plan.rehearsal", wanted, found]).pid, flush=True)
+command = [sys.executable, "-m", "hpdist.plan.rehearsal", wanted, found]
+print(subprocess.Popen(command).pid, flush=True)
 time.sleep(300)
 """
 
@@ -86,7 +87,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_and_others_stay(
 
 def test_a_rehearsal_ends_with_the_plan_that_is_killed(tmp_path: Path) -> None:
     found = tmp_path / "found"
-    code = REHEARSAL.replace("CONFIG", repr("{}"))  # of which it would soon say what is missing
+    code = REHEARSAL.replace("CONFIG", "{}")  # of which it would soon say what is missing
     plan, (rehearsal,) = start(
         [sys.executable, "-c", code, str(tmp_path / "wanted"), str(found)], 1
     )

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from hpdist.data.files.open import Retry, UnreachableError
-from hpdist.data.stream.plan import Plan
 from hpdist.data.sources.unlabeled import ParquetRows
+from hpdist.data.stream.plan import Plan
 from hpdist.errors import DataError
 from hpdist.train.data import RunData
 from tests.fault_server import FaultServer

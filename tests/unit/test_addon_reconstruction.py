@@ -17,8 +17,8 @@ from hpdist.algorithms import (
     Reconstruction,
     Supervised,
 )
-from hpdist.algorithms.base import Places, StudentInputs
 from hpdist.algorithms.addons.reconstruction import ReconstructionConfig
+from hpdist.algorithms.base import Places, StudentInputs
 from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP

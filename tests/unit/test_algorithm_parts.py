@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.parts import ramps
 from hpdist.algorithms.parts.alignment import aligned, moved, uniform_prior
-from hpdist.algorithms.mean_teacher import MeanTeacher
-from hpdist.tasks.losses import entropy, hard_cross_entropy, kl_divergence, sharpened, soft_cross_entropy
+from hpdist.tasks.losses import (
+    entropy,
+    hard_cross_entropy,
+    kl_divergence,
+    sharpened,
+    soft_cross_entropy,
+)
 from tests.algorithm_batches import softmax
 
 LOGITS = np.random.default_rng(0).normal(size=(7, 4)) * 3

@@ -3,8 +3,9 @@ from typing import ClassVar
 import torch
 
 from hpdist import algorithms
+from hpdist.algorithms import Algorithm, AlgorithmConfig, Views
+from hpdist.algorithms.catalogue import catalogue
 from hpdist.cli import main as cli
-from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
 from hpdist.config.component import component_names
 
 

@@ -11,14 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpdist.train import config as configuration
 from hpdist.algorithms import ICT, LogitAdjustment, MixMatch, ReMixMatch
 from hpdist.algorithms.base import Algorithm, Places
-from hpdist.algorithms.parts.mixing import BETA_NUMBERS, Mixing, beta, check_group_sizes, choose_groups, draw_mixing, draw_partners
-from hpdist.train.checks import divide_batch
+from hpdist.algorithms.parts.mixing import (
+    BETA_NUMBERS,
+    Mixing,
+    beta,
+    check_group_sizes,
+    choose_groups,
+    draw_mixing,
+    draw_partners,
+)
 from hpdist.config.component import components
 from hpdist.data.random import stream_id, uniform
 from hpdist.errors import ConfigError
+from hpdist.train import config as configuration
+from hpdist.train.checks import divide_batch
 from tests.algorithm_runs import (
     GlobalBatch,
     Ran,

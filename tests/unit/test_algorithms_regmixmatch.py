@@ -14,8 +14,8 @@ from torch import Tensor
 from hpdist.algorithms import RegMixMatch, WeakOutputs
 from hpdist.algorithms.base import Places, StudentInputs
 from hpdist.algorithms.parts.mixing import BETA_NUMBERS, beta
-from hpdist.algorithms.regmixmatch import RegMixMatchConfig
 from hpdist.algorithms.parts.resizemix import resize_mix
+from hpdist.algorithms.regmixmatch import RegMixMatchConfig
 from hpdist.data.random import stream_id, uniform
 from tests import lockstep
 from tests.algorithm_batches import softmax

@@ -7,15 +7,16 @@ import soundfile
 import torch
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.convert import convert
 from hpdist.data.decode import decoders
 from hpdist.data.decode.audio import Sampling
-from hpdist.data.convert import convert
-from hpdist.data.decode.stored_values import InputSpec, Unreadable
 from hpdist.data.decode.decoders import Decoder
+from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule
 from hpdist.data.sources.labeled import open_labeled, open_test
-from hpdist.data.stream import BatchStream
 from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
 from tests.sounds import file_of, table, tone
 

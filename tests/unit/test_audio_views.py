@@ -8,10 +8,10 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from hpdist.train import config as configuration
 from hpdist.data.views.audio import AudioViewsConfig, StrongAudio, WeakAudio, moved, split
 from hpdist.data.views.spectrum import bands_of, frames_of, log_mel, mel_bands, runs, without_bands
 from hpdist.errors import ConfigError, DataError
+from hpdist.train import config as configuration
 from tests.sounds import rows_of, tone
 
 CONFIGS = Path(__file__).parents[2] / "configs"

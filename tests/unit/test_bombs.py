@@ -20,15 +20,15 @@ from PIL import Image
 
 from hpdist.data.decode.audio import Sampling
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.duplicates import _Digests, _Found
+from hpdist.data.decode.text import Tokenizer
 from hpdist.data.files.named_files import Limits
+from hpdist.data.sources.duplicates import _Digests, _Found
 from hpdist.data.stream.bounded import TooLargeError, read_within
 from hpdist.data.stream.claims import chunk_span
 from hpdist.data.stream.footers import Footer
 from hpdist.data.stream.index import Index
 from hpdist.data.stream.pages import BadPageError, pages
 from hpdist.data.stream.parquet import ParquetReader
-from hpdist.data.decode.text import Tokenizer
 from hpdist.errors import DataError
 from tests.memory import Peak
 from tests.parquet_files import index_of, write_numbers

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hpdist.checkpoint import reader as checkpoint
+from hpdist.checkpoint.manifest import list_checkpoints
 from hpdist.checkpoint.writer import CheckpointWriter
 from hpdist.distributed.fragments import Fragment, Partition, partition
-from hpdist.checkpoint.manifest import list_checkpoints
 from hpdist.errors import CheckpointError
 
 

@@ -9,8 +9,8 @@ import yaml
 
 from hpdist import __version__
 from hpdist.cli import main as cli
-from hpdist.train.config import load
 from hpdist.errors import ConfigError, DataError, DistributedError, PrecisionError
+from hpdist.train.config import load
 
 CONFIG = """
 model: {name: cnn}

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
-from hpdist.train.config import parse
 from hpdist.data.convert import convert
 from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
-from hpdist.data.stream import BatchStream
 from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
+from hpdist.train.config import parse
 
 COLUMNS = ["age", "member", "income"]
 

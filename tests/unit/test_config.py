@@ -7,12 +7,11 @@ import pytest
 import yaml
 
 from hpdist.algorithms import AlgorithmConfig
-from hpdist.data.config import Bytes
-from hpdist.train.config import RunConfig, json_schema, load, parse
-from hpdist.config.component import component_names
-from hpdist.errors import ConfigError
+from hpdist.config.component import ByName, ComponentOf, component_names
 from hpdist.config.overrides import BY_NAME
-from hpdist.config.component import ByName, ComponentOf
+from hpdist.data.config import Bytes
+from hpdist.errors import ConfigError
+from hpdist.train.config import RunConfig, json_schema, load, parse
 
 CONFIG = """
 model: {name: cnn, width: 16}
@@ -406,7 +405,7 @@ def test_import_hpdist_is_light():
 import sys
 import hpdist
 assert not [m for m in {heavy} if m in sys.modules], 'import hpdist'
-import hpdist.components
+import hpdist.train.config
 assert not [m for m in {heavy[:5]} if m in sys.modules], 'the components'
 missing = [name for name in hpdist.__all__ if getattr(hpdist, name, None) is None]
 assert not missing and set(hpdist.__all__) <= set(dir(hpdist)), missing

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from hpdist.cli import main
-from hpdist.train.config import load
 from hpdist.errors import ConfigError
+from hpdist.train.config import load
 from tests.parquet_files import write_numbers
 
 MODULE = """

@@ -7,14 +7,14 @@ from typing import cast
 import pytest
 import torch
 
-from hpdist.train import config as configuration
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import AlgorithmConfig
-from hpdist.train.checks import divide_batch
-from hpdist.train.config import RunConfig
 from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import ImageViewsConfig, TextViewsConfig
 from hpdist.models import HuggingFaceConfig, ModelConfig, TimmConfig, build_model
+from hpdist.train import config as configuration
+from hpdist.train.checks import divide_batch
+from hpdist.train.config import RunConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")

@@ -17,13 +17,13 @@ from PIL import Image
 
 from hpdist.cli import main as cli
 from hpdist.data.config import Source, Unlabeled
-from hpdist.train.config import load
-from hpdist.data.sources import loading
 from hpdist.data.convert import Layout, convert
 from hpdist.data.files.open import Retry
+from hpdist.data.sources import loading
 from hpdist.data.stream.index import build_index
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.errors import ConfigError, DataError
+from hpdist.train.config import load
 
 KIB = 2**10
 VECTOR = datasets.List(datasets.Value("float32"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdist.data.decode.stored_values import InputSpec, Unreadable
+from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.stored_values import InputSpec
 
 
 def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (6, 5), turned: int = 1) -> bytes:

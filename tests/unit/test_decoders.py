@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from hpdist.data.decode.stored_values import InputSpec, Unreadable
 from hpdist.data.decode.decoders import Decoder
+from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.errors import DataError
 
 WAYS = [{"threads": 5}, {"threads": 2, "processes": 3}]

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from hpdist.train.config import RunConfig, parse
 from hpdist.engines import launch
+from hpdist.engines.execution_plan import Sharding
 from hpdist.engines.zero import make_plugin
 from hpdist.errors import ConfigError
 from hpdist.plan.memory_plan import make_plan
+from hpdist.train.compose import execution_request
+from hpdist.train.config import RunConfig, parse
 
 ON = {"stage": 1}
-Resolve = Callable[..., launch.Sharding]
+Resolve = Callable[..., Sharding]
 
 
 def config(**settings: Any) -> RunConfig:
@@ -41,9 +43,9 @@ def resolve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Resolve:
     path = tmp_path / "ds.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
 
-    def found(file: dict[str, Any] | str, **settings: Any) -> launch.Sharding:
+    def found(file: dict[str, Any] | str, **settings: Any) -> Sharding:
         path.write_text(file if isinstance(file, str) else json.dumps(file))
-        return launch.resolve(config(**settings))
+        return launch.resolve(execution_request(config(**settings)))
 
     return found
 
@@ -310,4 +312,4 @@ def test_a_plan_reads_the_file_as_a_run_does(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimisation": ON}))
     with pytest.raises(ConfigError, match=r"zero_optimisation in .*'zero_optimization'"):
-        make_plan(config(), 2, 80.0, deepspeed=str(file))
+        make_plan(config().model_dump(mode="json"), 2, 80.0, deepspeed=str(file))

@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from hpdist.train import config as configuration
 from hpdist.algorithms import FixMatch, MixMatch
-from hpdist.train.checks import check_inputs
-from hpdist.train.optim import Optim
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
-from hpdist.models.with_heads import Features, with_heads
-from hpdist.models.hf.text import HuggingFaceConfig
 from hpdist.models.activation_checkpointing import checkpoint_activations
-from hpdist.train.optim import build_optimizer
+from hpdist.models.hf.text import HuggingFaceConfig
+from hpdist.models.with_heads import Features, with_heads
+from hpdist.train import config as configuration
+from hpdist.train.checks import check_inputs
+from hpdist.train.optim import Optim, build_optimizer
 from tests.texts import SENTENCES, write_model
 
 DISTILBERT = {

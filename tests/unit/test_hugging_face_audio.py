@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from hpdist.algorithms import CRMatch, FixMatch, MixMatch
-from hpdist.train.checks import check_inputs, check_model
 from hpdist.data.decode.audio import Sampling
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
 from hpdist.models.cnn import CNNConfig
-from hpdist.models.with_heads import with_heads
-from hpdist.models.hf.text import HuggingFaceConfig
 from hpdist.models.hf.audio import cut
+from hpdist.models.hf.text import HuggingFaceConfig
 from hpdist.models.mlp import MLPConfig
 from hpdist.models.wide_resnet import WideResNetConfig
+from hpdist.models.with_heads import with_heads
+from hpdist.train.checks import check_inputs, check_model
 from tests.sounds import rows_of, write_config
 
 HUBERT = {"model_type": "hubert", "feat_proj_layer_norm": True}

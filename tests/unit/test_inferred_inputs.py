@@ -15,11 +15,11 @@ import torch
 import yaml
 from PIL import Image
 
-from hpdist.train.config import parse
 from hpdist.data.decode.categories import Categories, find_categories
 from hpdist.data.decode.kinds import KINDS, find_input
 from hpdist.data.views import TableViewsConfig
 from hpdist.errors import ConfigError, DataError
+from hpdist.train.config import parse
 from hpdist.train.input_choice import settle_inputs
 from hpdist.train.trainer import Trainer
 from tests.ranks import run_ranks

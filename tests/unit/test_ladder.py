@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hpdist.algorithms import FixMatch, Ladder, Reconstruction
 from hpdist.algorithms.ladder import LadderConfig
-from hpdist.engines.config import LossScale
 from hpdist.distributed.batch_norm import GlobalBatchNorm
+from hpdist.engines.config import LossScale
 from hpdist.errors import ConfigError
 from hpdist.models import MLP, LadderMLP
 from hpdist.models.with_heads import columns_of, with_heads

@@ -15,10 +15,12 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from hpdist.train.config import RunConfig, parse
 from hpdist.data.samples.digits import write_digits
 from hpdist.engines import launch
+from hpdist.engines.execution_plan import Sharding
 from hpdist.errors import ConfigError
+from hpdist.train.compose import execution_request
+from hpdist.train.config import RunConfig, parse
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., s
 
 def refusal(**settings: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        launch.resolve(config(**settings))
+        launch.resolve(execution_request(config(**settings)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -73,18 +75,18 @@ def refusal(**settings: Any) -> str:
 
 
 def test_precision_by_default_is_fp32_without_deepspeed() -> None:
-    assert launch.resolve(config()) == launch.Sharding()
+    assert launch.resolve(execution_request(config())) == Sharding()
 
 
 @pytest.mark.parametrize("ours", [None, "bf16"])
 def test_precision_from_the_launcher(launcher: Any, ours: str | None) -> None:
     launcher(mixed_precision="bf16", deepspeed=False)
-    assert launch.resolve(config(precision=ours)).precision == "bf16"
+    assert launch.resolve(execution_request(config(precision=ours))).precision == "bf16"
 
 
 def test_precision_from_the_config(launcher: Any) -> None:
     launcher(mixed_precision="no", deepspeed=False)
-    sharding = launch.resolve(config(precision="bf16"))
+    sharding = launch.resolve(execution_request(config(precision="bf16")))
     assert (sharding.precision, sharding.stage) == ("bf16", None)
 
 
@@ -102,7 +104,7 @@ def test_precision_that_hpdist_has_not(launcher: Any) -> None:
 
 def test_precision_from_the_json(launcher: Any) -> None:
     path = launcher({"bf16": {"enabled": True}, "fp16": {"enabled": "auto"}})
-    assert launch.resolve(config()).precision == "bf16"
+    assert launch.resolve(execution_request(config())).precision == "bf16"
     message = refusal(precision="fp32")
     assert "precision: fp32 in hpdist's config" in message
     assert f"bf16.enabled: true in {path}" in message
@@ -122,7 +124,7 @@ def test_fp16_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "use bf16" in message
     monkeypatch.setenv(launch.ALLOW_CPU_FP16, "1")
     with pytest.warns(UserWarning, match="tests and trials only"):
-        assert launch.resolve(config(precision="fp16")).precision == "fp16"
+        assert launch.resolve(execution_request(config(precision="fp16"))).precision == "fp16"
 
 
 @pytest.mark.parametrize("scale", [1000, 0.75, 3])
@@ -136,17 +138,17 @@ def test_an_initial_loss_scale_that_is_no_power_of_2(scale: float) -> None:
 
 def test_deepspeed_from_accelerates_config(launcher: Any) -> None:
     launcher(zero_stage=3, offload_optimizer_device="cpu", gradient_clipping=0.5)
-    expected = launch.Sharding(stage=3, offload="cpu", grad_clip=0.5)
-    assert launch.resolve(config()) == expected
+    expected = Sharding(stage=3, offload="cpu", grad_clip=0.5)
+    assert launch.resolve(execution_request(config())) == expected
     settings = {"zero": {"stage": 3, "offload": "cpu"}, "optim": {"grad_clip": 0.5}}
-    assert launch.resolve(config(**settings)) == expected
+    assert launch.resolve(execution_request(config(**settings))) == expected
 
 
 def test_what_accelerates_config_leaves_open(launcher: Any) -> None:
     launcher(gradient_clipping="auto", offload_optimizer_device="none")
     settings = {"zero": {"offload": "cpu"}, "optim": {"grad_clip": 2.0}}
-    expected = launch.Sharding(stage=2, offload="cpu", grad_clip=2.0)
-    assert launch.resolve(config(**settings)) == expected
+    expected = Sharding(stage=2, offload="cpu", grad_clip=2.0)
+    assert launch.resolve(execution_request(config(**settings))) == expected
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_what_accelerates_config_cannot_say(
 
 def test_both_offloads_in_accelerates_config(launcher: Any) -> None:
     launcher(zero_stage=3, offload_optimizer_device="cpu", offload_param_device="cpu")
-    assert launch.resolve(config()).offload == "cpu"
+    assert launch.resolve(execution_request(config())).offload == "cpu"
 
 
 # DeepSpeed, from the JSON
@@ -195,17 +197,17 @@ def test_both_offloads_in_accelerates_config(launcher: Any) -> None:
 def test_deepspeed_from_the_json(launcher: Any) -> None:
     zero = {"stage": 1, "offload_optimizer": {"device": "cpu"}, "offload_param": None}
     path = launcher({"zero_optimization": zero, "gradient_clipping": 0.5})
-    expected = launch.Sharding(stage=1, offload="cpu", grad_clip=0.5, deepspeed=path)
-    assert launch.resolve(config()) == expected
+    expected = Sharding(stage=1, offload="cpu", grad_clip=0.5, deepspeed=path)
+    assert launch.resolve(execution_request(config())) == expected
     settings = {"zero": {"stage": 1, "offload": "cpu"}, "optim": {"grad_clip": 0.5}}
-    assert launch.resolve(config(**settings)) == expected
+    assert launch.resolve(execution_request(config(**settings))) == expected
 
 
 @pytest.mark.parametrize("file", [{}, {"zero_optimization": None, "gradient_clipping": "auto"}])
 def test_what_the_json_leaves_open(launcher: Any, file: dict[str, Any]) -> None:
     path = launcher(file)
-    found = launch.resolve(config(precision="bf16", optim={"grad_clip": 2}))
-    assert found == launch.Sharding("bf16", stage=0, grad_clip=2, deepspeed=path)
+    found = launch.resolve(execution_request(config(precision="bf16", optim={"grad_clip": 2})))
+    assert found == Sharding("bf16", stage=0, grad_clip=2, deepspeed=path)
 
 
 @pytest.mark.parametrize(
@@ -257,14 +259,14 @@ def test_a_json_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_batch_sizes_in_the_json(launcher: Any, key: str, clash: int) -> None:
     path = launcher({"zero_optimization": {"stage": 2}, key: clash})
-    sharding = launch.resolve(config())
+    sharding = launch.resolve(execution_request(config()))
     with pytest.raises(ConfigError) as caught:
         launch.with_batch(sharding, 16, 4, 1)
     ours = {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4}[key]
     assert str(caught.value).startswith(f"{key}: {clash} in {path}, but")
     assert str(ours) in str(caught.value)
     launcher({"zero_optimization": {"stage": 2}, key: "auto"})
-    found = launch.with_batch(launch.resolve(config()), 16, 4, 1)
+    found = launch.with_batch(launch.resolve(execution_request(config())), 16, 4, 1)
     assert (found.micro_batch, found.accumulation) == (16, 4)
 
 
@@ -280,7 +282,7 @@ def test_zero_without_what_it_needs(monkeypatch: pytest.MonkeyPatch, package: st
     message = refusal(zero={"stage": 2})
     assert f"zero.stage: 2 needs {package}, which is not installed" in message
     assert "hpdist[deepspeed]" in message
-    assert launch.resolve(config()).stage is None
+    assert launch.resolve(execution_request(config())).stage is None
 
 
 # NVMe offload itself is not tried: DeepSpeed builds its aio operator only where libaio's headers
@@ -314,7 +316,7 @@ def test_nvme_for_parameters_without_a_folder(launcher: Any) -> None:
 def test_nvme_with_a_folder(launcher: Any, tmp_path: Path) -> None:
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
     launcher({"zero_optimization": {"stage": 3, "offload_optimizer": nvme}})
-    found = launch.resolve(config())
+    found = launch.resolve(execution_request(config()))
     assert (found.offload, found.nvme_path) == ("nvme", str(tmp_path))
 
 
@@ -368,7 +370,7 @@ def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     monkeypatch.setattr(type(AsyncIOBuilder()), "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match=r"zero.offload: nvme needs libaio.* install libaio-dev"):
-        make_plugin(launch.Sharding(stage=3, offload="nvme", nvme_path=str(tmp_path)))
+        make_plugin(Sharding(stage=3, offload="nvme", nvme_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("path", BY_DEEPSPEED, ids=lambda path: path.stem)
@@ -389,7 +391,7 @@ def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch)
     file = f"configs/deepspeed/{path.stem}.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
     stage, _, precision = path.stem.removeprefix("zero").replace("_offload", "").partition("_")
-    sharding = launch.with_batch(launch.resolve(config()), 4, 2, 1)
+    sharding = launch.with_batch(launch.resolve(execution_request(config())), 4, 2, 1)
     assert (sharding.stage, sharding.precision) == (int(stage), precision)
     assert sharding.offload == ("cpu" if "offload" in path.stem else "none")
     values = dict(make_plugin(sharding).deepspeed_config)
@@ -410,7 +412,7 @@ def test_nulls_in_a_json_are_as_if_left_out(launcher: Any) -> None:
 
     for file in ({"zero_optimization": None}, {"zero_optimization": {"offload_optimizer": None}}):
         launcher(file | {"fp16": None})
-        values = make_plugin(launch.resolve(config())).deepspeed_config
+        values = make_plugin(launch.resolve(execution_request(config()))).deepspeed_config
         assert values["zero_optimization"]["stage"] == 0
         assert not values["fp16"]["enabled"]
 

@@ -15,9 +15,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
-from hpdist.train.config import RunConfig, parse
 from hpdist.engines import launch
 from hpdist.errors import ConfigError
+from hpdist.train.compose import execution_request
+from hpdist.train.config import RunConfig, parse
 from tests.picture_runs import train, write_config
 from tests.pictures import write_pictures
 from tests.ranks import free_port
@@ -67,18 +68,18 @@ def test_what_hpdist_cannot_do_is_refused(
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(ConfigError, match=named):
-        launch.resolve(config())
+        launch.resolve(execution_request(config()))
 
 
 @pytest.mark.parametrize("size", ["DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE"])
 def test_other_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
-    (note,) = launch.resolve(config()).notes
+    (note,) = launch.resolve(execution_request(config())).notes
     assert "hpdist does not use parallelism_config (" in note
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
     with pytest.raises(ConfigError, match=f"parallelism_config_{size.lower()}: 2 in accelerate"):
-        launch.resolve(config())
+        launch.resolve(execution_request(config()))
 
 
 @on_cpu
@@ -89,7 +90,7 @@ def test_what_changes_nothing_is_named_on_one_line_once(
         monkeypatch.setenv(f"ACCELERATE_{name}", "true")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")  # no number for Accelerate
     monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "true")
-    sharding = launch.resolve(config())
+    sharding = launch.resolve(execution_request(config()))
     launch.make_accelerator(sharding)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "accelerate's" in line]
     for told in ("zero3_init_flag (", "zero3_save_16bit_model (", "ipex (", "debug ("):
@@ -106,7 +107,7 @@ def test_a_compiled_models_weights_keep_their_names(
     """Compiled by the launcher's config, and resumed without it."""
     AcceleratorState._reset_state(True)  # else Accelerate would keep to an earlier test's
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    sharding = launch.resolve(config())
+    sharding = launch.resolve(execution_request(config()))
     assert sharding.compile == {"backend": "eager"}
     (note,) = sharding.notes
     assert note.startswith("dynamo_backend: EAGER in accelerate's config: hpdist compiles")
@@ -125,8 +126,8 @@ def test_a_compiled_models_weights_keep_their_names(
 
 
 def test_how_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.resolve(config()).compile is None
-    assert launch.resolve(config(compile=True)).compile == {}
+    assert launch.resolve(execution_request(config())).compile is None
+    assert launch.resolve(execution_request(config(compile=True))).compile == {}
     variables = {
         "BACKEND": "INDUCTOR",
         "MODE": "reduce-overhead",
@@ -136,12 +137,12 @@ def test_how_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
     expected = {"backend": "inductor", "mode": "reduce-overhead", "fullgraph": True}
-    assert launch.resolve(config()).compile == expected
+    assert launch.resolve(execution_request(config())).compile == expected
 
 
 def test_accumulation_in_accelerates_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    sharding = launch.resolve(config())
+    sharding = launch.resolve(execution_request(config()))
     assert launch.with_batch(sharding, 8, 4, 1).accumulation == 4
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps: 4 in accelerate.* it 2;"):
         launch.with_batch(sharding, 8, 2, 1)
@@ -165,13 +166,13 @@ def test_a_file_that_differs_from_the_config_that_names_it(
     file.write_text(json.dumps(said))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    assert launch.resolve(config()).stage == 1
+    assert launch.resolve(execution_request(config())).stage == 1
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     with pytest.raises(ConfigError, match=named):
-        launch.resolve(config())
+        launch.resolve(execution_request(config()))
     file.write_text("{}")  # which leaves it open
     if variable == "DEEPSPEED_ZERO_STAGE":
-        assert launch.resolve(config()).stage == 3
+        assert launch.resolve(execution_request(config())).stage == 3
 
 
 def test_an_old_deepspeed_is_refused_with_the_reason(
@@ -180,21 +181,21 @@ def test_an_old_deepspeed_is_refused_with_the_reason(
     found = tmp_path / "deepspeed-0.18.2.dist-info"
     found.mkdir()
     (found / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.2\n")
-    assert launch.resolve(config(zero={"stage": 2})).stage == 2
+    assert launch.resolve(execution_request(config(zero={"stage": 2}))).stage == 2
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"needs deepspeed 0\.19\.8 or newer, and 0\.18\.2 is"):
-        launch.resolve(config(zero={"stage": 2}))
-    assert launch.resolve(config()).stage is None
+        launch.resolve(execution_request(config(zero={"stage": 2})))
+    assert launch.resolve(execution_request(config())).stage is None
 
 
 @on_cpu
 def test_one_process_in_place_of_several_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch --cpu --num_processes 2` starts it."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert launch.resolve(config()).notes == ()
+    assert launch.resolve(execution_request(config())).notes == ()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    (note,) = launch.resolve(config()).notes
+    (note,) = launch.resolve(execution_request(config())).notes
     assert "accelerate has started one process, although it was told of several" in note
 
 
@@ -205,7 +206,7 @@ from hpdist.distributed.reduce import gathered, leave_group
 import os
 run = {"model": {"name": "cnn"}, "data": {"labeled": {"path": "x"}},
        "algorithm": {"name": "supervised"}, "steps": 1}
-accelerator = launch.make_accelerator(launch.resolve(parse(run)))
+accelerator = launch.make_accelerator(launch.resolve(execution_request(parse(run))))
 print(accelerator.num_processes, gathered(accelerator.process_index), os.environ["WORLD_SIZE"])
 leave_group()
 """
@@ -234,5 +235,5 @@ def test_ranks_of_mpirun_are_one_training() -> None:
 def test_pmi_variables_of_srun_alone_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "2")
-    launch.resolve(config())
+    launch.resolve(execution_request(config()))
     assert "WORLD_SIZE" not in os.environ

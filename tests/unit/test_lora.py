@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpdist.train import config as configuration
-from hpdist.checkpoint.reader import SavedRun
 from hpdist.checkpoint.manifest import list_checkpoints
+from hpdist.checkpoint.reader import SavedRun
 from hpdist.errors import ConfigError
 from hpdist.models import HuggingFaceConfig, build_model
 from hpdist.models.with_heads import with_heads
+from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.texts import SENTENCES, write_model
 from tests.unit.test_hugging_face import DISTILBERT, build, spec_of

@@ -3,7 +3,6 @@ import sys
 import pytest
 import torch
 
-from hpdist.train.checks import check_model
 from hpdist.config.component import IN_PYTHON, PythonComponent
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
@@ -11,6 +10,7 @@ from hpdist.models.cnn import CNNConfig
 from hpdist.models.ladder import LadderConfig
 from hpdist.models.mlp import MLPConfig
 from hpdist.models.wide_resnet import WideResNetConfig
+from hpdist.train.checks import check_model
 
 CONFIGS = {
     "cnn": CNNConfig(width=4),

@@ -17,14 +17,14 @@ from PIL import Image
 
 from hpdist.data.config import Duplicates, LabelColumn, Labeled, Loading, Source, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.decoders import Decoder
-from hpdist.data.sources.duplicates import find_duplicates
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule, server_of
-from hpdist.data.sources.pictures import Seen
+from hpdist.data.sources.duplicates import find_duplicates
 from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
-from hpdist.data.stream import BatchStream
+from hpdist.data.sources.pictures import Seen
 from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
 from tests.fault_server import FaultServer
 

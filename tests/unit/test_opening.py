@@ -10,10 +10,10 @@ from torch import nn
 
 from hpdist import __version__
 from hpdist.cli.closing import summary_lines
-from hpdist.train.config import parse
-from hpdist.engines.launch import Sharding
-from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
+from hpdist.engines.execution_plan import Sharding
 from hpdist.tracking.console import Console
+from hpdist.train.config import parse
+from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
 from tests.small_runs import held_out, trainer
 
 

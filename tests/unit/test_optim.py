@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpdist.train.optim import Optim, Schedule
-from hpdist.train.optim import build_optimizer, l1_norm, learning_rate
+from hpdist.train.optim import Optim, Schedule, build_optimizer, l1_norm, learning_rate
 
 
 def test_biases_and_norms_do_not_decay_unless_asked() -> None:

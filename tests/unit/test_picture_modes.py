@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.decoders import Decoder
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule
 from hpdist.data.sources.pictures import Seen, has_colour, has_transparency
 from hpdist.errors import CheckpointError, ConfigError, DataError

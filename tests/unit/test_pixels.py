@@ -10,9 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
-from hpdist.train import config as configuration
 from hpdist.errors import ConfigError
 from hpdist.models.pixels import with_model_pixels
+from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 
 VIT = {
@@ -50,7 +50,9 @@ def resolved(folder, views=None, model=None):
         "algorithm": {"name": "fixmatch"},
         "steps": 1,
     }
-    return with_model_pixels(configuration.parse(values))
+    config = configuration.parse(values)
+    found, said = with_model_pixels(config.views, config.model)
+    return config.model_copy(update={"views": found}), said
 
 
 @pytest.mark.parametrize(

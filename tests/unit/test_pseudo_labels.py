@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from hpdist.train import pseudo_label_metrics as pseudo_labels
 from hpdist.algorithms import FixMatch, FlexMatch, FreeMatch
 from hpdist.algorithms.addons.base import build_algorithm
+from hpdist.train import pseudo_label_metrics as pseudo_labels
 from hpdist.train.config import parse
 
 LOGITS = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.5, 0.0]])

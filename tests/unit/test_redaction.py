@@ -9,10 +9,10 @@ import time
 import pytest
 import yaml
 
-from hpdist.train import config as configuration
+from hpdist.config.section import shown
 from hpdist.errors import ConfigError, DataError
 from hpdist.messages.redaction import redacted, redacted_parts, redacted_settings, redacted_text
-from hpdist.config.section import shown
+from hpdist.train import config as configuration
 
 SECRET = "S3cr3tS3cr3tS3cr3t"  # in every one of them
 

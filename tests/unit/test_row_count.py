@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hpdist.data.sources.labeled import UnlabeledTable
-from hpdist.data.stream.functions import RowFunctions
 from hpdist.data.sources.unlabeled import MixedRows, ParquetRows, SequentialRows, row_count
+from hpdist.data.stream.functions import RowFunctions
 
 NONE: Any = None
 

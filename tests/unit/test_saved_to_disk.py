@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
-from hpdist.train.config import parse
 from hpdist.data.convert import convert
 from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_labeled, open_test
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
 from hpdist.preflight.checks import _data
+from hpdist.train.config import parse
 
 ALONE = Rendezvous(Endpoint(0, 1), None, None)
 
@@ -119,7 +119,9 @@ def test_preflight_opens_every_set_that_is_mixed(tmp_path):
             "steps": 1,
         }
     )
-    found = {finding.check: finding.verdict for finding in _data(config, [{"host": "here"}], ALONE)}
+    found = {
+        finding.check: finding.verdict for finding in _data(config.data, [{"host": "here"}], ALONE)
+    }
     assert found == {
         "data.labeled": "ok",
         "data.unlabeled.mix.0": "ok",

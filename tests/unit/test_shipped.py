@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from hpdist.cli import main as cli
-from hpdist.errors import ConfigError
 from hpdist.cli.shipped import copy_shipped, find_config, list_configs, shipped
+from hpdist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 

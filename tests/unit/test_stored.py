@@ -8,9 +8,9 @@ import torch
 
 from hpdist.algorithms import SimMatch
 from hpdist.models import HuggingFaceConfig, build_model
-from hpdist.models.with_heads import with_heads
 from hpdist.models.outputs import on_trial
 from hpdist.models.stored import weights_as_stored
+from hpdist.models.with_heads import with_heads
 from tests.memory import mapped
 from tests.sounds import write_config
 from tests.texts import SENTENCES, write_model

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from hpdist.data.batch import BadRow
-from hpdist.data.sources.classes import shortened
+from hpdist.data.decode.written import shortened
 from hpdist.data.sources.duplicates import Report
 from hpdist.data.stream.index import are_records
 from hpdist.errors import CheckpointError, DataError, printable
-from hpdist.train.inputs import is_inputs_record
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
+from hpdist.train.inputs import is_inputs_record
 
 DAMAGED = [b"", b"[1, 2", b"\xff\xfe", b"[" * 100_000, b"null", b'"text"', b"7"]
 

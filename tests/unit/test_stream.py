@@ -15,12 +15,12 @@ import datasets
 import pytest
 import torch
 
-from hpdist.data.config import Labeled, Unlabeled
 from hpdist.data.batch import LabeledBatch
+from hpdist.data.config import Labeled, Unlabeled
 from hpdist.data.sources.labeled import input_spec, open_labeled
+from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.stream.mixed import whole_weights
-from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import DataError
 from tests.parquet_files import write_numbers
 

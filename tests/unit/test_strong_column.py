@@ -4,18 +4,18 @@ import datasets
 import pytest
 import torch
 
-from hpdist.train import config as configuration
 from hpdist.algorithms import FixMatch
 from hpdist.algorithms.pi_model import PiModel
-from hpdist.train.checks import check_inputs
 from hpdist.data.config import Labeled, Unlabeled
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.labeled import open_labeled
-from hpdist.data.stream import BatchStream
 from hpdist.data.decode.text import Tokenizer
+from hpdist.data.sources.labeled import open_labeled
 from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.stream import BatchStream
 from hpdist.data.views import TextViewsConfig
 from hpdist.errors import ConfigError
+from hpdist.train import config as configuration
+from hpdist.train.checks import check_inputs
 from tests.texts import SENTENCES, write_model
 
 BACK = [" ".join(reversed(text.split())) for text in SENTENCES]

@@ -11,9 +11,9 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 
 from hpdist.data.config import LabelColumn, Labeled, TaskChoice
-from hpdist.train.config import RunConfig, parse
 from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
 from hpdist.errors import ConfigError, DataError
+from hpdist.train.config import RunConfig, parse
 
 SEVERAL = TaskChoice(name="multilabel")
 NUMBERS = TaskChoice(name="regression")

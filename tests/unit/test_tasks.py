@@ -33,9 +33,9 @@ from hpdist.algorithms import (
     TemporalEnsembling,
 )
 from hpdist.algorithms.addons.base import build_algorithm
-from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.algorithms.addons.logit_adjustment import LogitAdjustmentConfig
 from hpdist.algorithms.addons.reconstruction import ReconstructionConfig
+from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.algorithms.supervised import SupervisedConfig
 from hpdist.config.component import components
 from hpdist.errors import ConfigError

@@ -9,12 +9,13 @@ import torch
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.decode.stored_values import InputSpec, Unreadable
 from hpdist.data.decode.decoders import Decoder
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
-from hpdist.data.stream import BatchStream
+from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
+from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
 from tests.texts import SENTENCES, write_model, write_tokenizer
 

@@ -6,12 +6,12 @@ import torch
 import yaml
 from torch import nn
 
-from hpdist.train import config as configuration
 from hpdist.distributed.batch_norm import GlobalBatchNormAct, batch_norms, global_batch_norm
 from hpdist.errors import ConfigError
 from hpdist.models import TimmConfig, build_model
-from hpdist.models.with_heads import with_heads
 from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.models.with_heads import with_heads
+from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 
 try:
@@ -69,21 +69,24 @@ def test_classes_and_channels_are_those_of_the_data():
 
 @needs_timm
 def test_views_take_what_the_weights_were_trained_with():
+    def taken(config):
+        return with_model_pixels(config.views, config.model)
+
     given = run_config("resnet10t")
-    config, said = with_model_pixels(given)
-    assert config.views.mean == [0.485, 0.456, 0.406]
-    assert config.views.std == [0.229, 0.224, 0.225]
-    assert config.views.size is None  # a ResNet takes any
+    views, said = taken(given)
+    assert views.mean == [0.485, 0.456, 0.406]
+    assert views.std == [0.229, 0.224, 0.225]
+    assert views.size is None  # a ResNet takes any
     assert "taken from timm's config of resnet10t" in said
-    assert with_model_pixels(run_config("test_vit"))[0].views.size == 160
+    assert taken(run_config("test_vit"))[0].size == 160
     small = run_config("test_vit", options={"img_size": 32})
-    assert with_model_pixels(small)[0].views.size == 32
-    assert for_channels(config, given, 3) == (config, None)
-    grey, said = for_channels(config, given, 1)
-    assert grey.views.mean == pytest.approx([0.449], abs=1e-3)
+    assert taken(small)[0].size == 32
+    assert for_channels(views, given.views, 3) == (views, None)
+    grey, said = for_channels(views, given.views, 1)
+    assert grey.mean == pytest.approx([0.449], abs=1e-3)
     assert "for one channel their mean: views.mean [0.449]" in said
     own = run_config("resnet10t", {"mean": [0.1], "std": [0.2], "size": 8})
-    assert with_model_pixels(own) == (own, None)
+    assert taken(own) == (own.views, None)
 
 
 @needs_timm

@@ -12,11 +12,11 @@ import torch
 from accelerate import PartialState
 
 import hpdist
-from hpdist.train import config as configuration
-from hpdist.train.divergence import OverflowStorm
 from hpdist.tracking.environment import _hosts
 from hpdist.tracking.metrics import curve_names, grouped
 from hpdist.tracking.tracker import Tracker
+from hpdist.train import config as configuration
+from hpdist.train.divergence import OverflowStorm
 from tests.picture_runs import train, write_config
 from tests.pictures import write_pictures
 

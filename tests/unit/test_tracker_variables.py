@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from hpdist.train import config as configuration
-from hpdist.train.config import RunConfig
-from hpdist.engines.launch import Sharding, make_accelerator
+from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.launch import make_accelerator
 from hpdist.tracking.tracker import Tracker
 from hpdist.tracking.variables import (
     Chosen,
@@ -18,6 +17,8 @@ from hpdist.tracking.variables import (
     choose_tensorboard,
     choose_wandb,
 )
+from hpdist.train import config as configuration
+from hpdist.train.config import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,11 @@ def config(**tracker: Any) -> RunConfig:
             "tracker": tracker,
         }
     )
+
+
+def tracker_of(config: RunConfig, folder: Path, *args: Any, **options: Any) -> Tracker:
+    settings = config.model_dump(mode="json")
+    return Tracker(config.tracker, config.run.name, settings, folder, *args, **options)
 
 
 def wandb(tmp_path: Path, run_id: str | None = None, **tracker: Any) -> Chosen:
@@ -98,7 +104,7 @@ def test_nothing_is_started_where_wandb_is_disabled(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     said: list[str] = []
-    tracker = Tracker(config(), tmp_path, True, "abc", say=said.append)
+    tracker = tracker_of(config(), tmp_path, True, "abc", say=said.append)
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert tracker.run_id == "abc"  # of the checkpoint, for a start that is not disabled
@@ -111,7 +117,7 @@ def test_a_mode_that_wandb_has_not_costs_the_tracker_alone(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "of-line")
     with pytest.warns(UserWarning, match="WANDB_MODE is 'of-line', and must be one of online"):
-        Tracker(config(), tmp_path, True).finish()
+        tracker_of(config(), tmp_path, True).finish()
 
 
 def test_wandb_is_started_as_its_variables_say(
@@ -132,7 +138,7 @@ def test_wandb_is_started_as_its_variables_say(
         monkeypatch.setenv(f"WANDB_{name}", value)
     pytest.importorskip("wandb").teardown()  # it has read its variables if it was used before
     said: list[str] = []
-    tracker = Tracker(config(), tmp_path / "run", True, say=said.append)
+    tracker = tracker_of(config(), tmp_path / "run", True, say=said.append)
     assert tracker._tracker is not None
     run = tracker._tracker.tracker
     found = (run.project, run.entity, run.name, run.group, run.tags, run.id)
@@ -177,7 +183,7 @@ def test_mlflow_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'theirs.db'}")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
     for project, found in ((None, "theirs"), ("ours", "ours")):
-        tracker = Tracker(config(name="mlflow", project=project), tmp_path / "run", True)
+        tracker = tracker_of(config(name="mlflow", project=project), tmp_path / "run", True)
         assert tracker._tracker is not None
         run = mlflow.get_run(tracker.run_id)
         assert mlflow.get_experiment(run.info.experiment_id).name == found

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hpdist.cli import main as cli
-from hpdist.train.checks import divide_batch
-from hpdist.train.config import parse
 from hpdist.data.samples.digits import write_digits
 from hpdist.errors import ConfigError
+from hpdist.train.checks import divide_batch
+from hpdist.train.config import parse
 
 CONFIG = """
 run: {dir: runs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,9 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     check_names,
 )
-from hpdist.tasks.base import CLASSIFICATION, Task, make_task
 from hpdist.config.component import Component
-from hpdist.train.config import RunConfig
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import CLASSIFICATION, Task
 
 
 class AddOnConfig(Component):
@@ -300,15 +299,3 @@ def build_algorithm(
         algorithm = addon.build(algorithm, num_classes, device, steps)
         algorithm.take_task(task)
     return algorithm
-
-
-def compose(
-    config: RunConfig,
-    num_classes: int = 2,
-    device: torch.device | str = "cpu",
-    task: Task | None = None,
-) -> Algorithm:
-    """The algorithm of a run, with its add-ons; raises what `build_algorithm` does."""
-    algorithm, addons = (cast(Any, part) for part in (config.algorithm, config.addons))
-    task = task or make_task(config.task.name)
-    return build_algorithm(algorithm, addons, num_classes, device, config.steps, task)

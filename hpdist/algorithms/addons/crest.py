@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOn, AddOnConfig
-from hpdist.algorithms.parts.alignment import WINDOW, MeanPrediction
 from hpdist.algorithms.base import (
     Algorithm,
     LossTerms,
@@ -21,9 +20,10 @@ from hpdist.algorithms.base import (
     Sums,
     WeakOutputs,
 )
+from hpdist.algorithms.parts.alignment import WINDOW, MeanPrediction
 from hpdist.algorithms.parts.tables import RowTable
-from hpdist.tasks.losses import hard_cross_entropy
 from hpdist.errors import ConfigError
+from hpdist.tasks.losses import hard_cross_entropy
 
 _SMALL = 1e-6
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOn, AddOnConfig
-from hpdist.algorithms.parts.alignment import moved, uniform_prior
 from hpdist.algorithms.base import Algorithm, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.parts.alignment import moved, uniform_prior
 
 _SMALL = 1e-12
 

@@ -19,8 +19,8 @@ from hpdist.algorithms.base import (
     StudentOutputs,
     WeakOutputs,
 )
-from hpdist.tasks.base import ALL
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import ALL
 
 Mode = Literal["masked", "denoising"]
 

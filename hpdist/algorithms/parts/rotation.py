@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hpdist.algorithms.base import StudentInputs, StudentOutputs
 from hpdist.algorithms.parts.projections import linear
-from hpdist.tasks.losses import hard_cross_entropy
 from hpdist.errors import ConfigError
+from hpdist.tasks.losses import hard_cross_entropy
 
 HEAD = "rotation"
 ANGLES = 4

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.data.decode.image import Array, stored_bytes
+from hpdist.data.decode.encoded import Array, stored_bytes
 from hpdist.data.files.named_files import USUAL_LIMITS, Limits
 from hpdist.errors import ConfigError
 

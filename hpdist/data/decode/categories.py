@@ -23,7 +23,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_column
-from hpdist.data.sources.classes import is_mark, shortened, spelling
+from hpdist.data.decode.written import is_mark, shortened, spelling
 from hpdist.errors import DataError
 
 MOST = 100

@@ -11,8 +11,9 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from hpdist.data.decode.stored_values import Array, InputSpec
+from hpdist.data.decode.encoded import Array
 from hpdist.data.decode.processes import Pool, parts_of
+from hpdist.data.decode.stored_values import InputSpec
 
 if TYPE_CHECKING:  # imported where it is used: torch takes seconds
     from torch import Tensor

@@ -1,17 +1,15 @@
-"""Encoded images: a stored value's bytes, held to the limits, opened, and parted into pixels."""
+"""Encoded images: opened within the limits, and parted into pixels."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from hpdist.data.files.named_files import Limits, NamedFile, too_large
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
+from hpdist.data.decode.encoded import Array, stored_bytes
+from hpdist.data.files.named_files import Limits
 
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -27,37 +25,6 @@ _MODES = {
     "La": "RGBA",
     "PA": "RGBA",
 }
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a stored value that no spec accepts, and says why."""
-
-    reason: str
-
-
-def stored_bytes(value: Any, what: str, limits: Limits) -> bytes:
-    """The bytes of a stored value, bytes, {bytes, path} or a NamedFile, which is read.
-
-    Raises ValueError where there are none, or more than the limits allow; `what` it should have
-    been is for the message.
-    """
-    if value is None:
-        raise ValueError("the value is null")
-    if isinstance(value, Unreadable):
-        raise ValueError(value.reason)
-    if isinstance(value, NamedFile):
-        return value.read()
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None:
-        if value.get("path"):  # no rule came with it
-            raise ValueError(f"it names the file {value['path']!r}, which is not opened here")
-        raise ValueError("it has neither bytes nor a path")
-    if not isinstance(data, bytes):
-        raise ValueError(f"it is {type(data).__name__}, not {what}")
-    if len(data) > limits.bytes:
-        raise too_large("the value", len(data), limits.bytes)
-    return data
 
 
 def open_image(value: Any, limits: Limits) -> Image.Image:

@@ -23,7 +23,8 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import Image, ImageFile
 
-from hpdist.data.decode.stored_values import Array, InputSpec
+from hpdist.data.decode.encoded import Array
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.errors import DataError
 from hpdist.processes import end_with
 

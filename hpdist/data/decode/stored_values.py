@@ -18,7 +18,8 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from PIL import UnidentifiedImageError
 
 from hpdist.data.decode.arrow_types import plain_column
-from hpdist.data.decode.image import CHANNELS, Array, Unreadable, mode_of, open_image, part_pixels, pixels_of
+from hpdist.data.decode.encoded import Array, Unreadable
+from hpdist.data.decode.image import CHANNELS, mode_of, open_image, part_pixels, pixels_of
 from hpdist.data.files.named_files import USUAL_LIMITS, Limits
 from hpdist.errors import DataError, printable
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.data.decode.stored_values import Array, Unreadable
+from hpdist.data.decode.encoded import Array, Unreadable
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
 

@@ -17,7 +17,15 @@ import os
 import threading
 from typing import Any
 
-from hpdist.data.files.retry import FileChangedError, FileLostError, FileVersion, Retry, UnreachableError, is_remote, persist
+from hpdist.data.files.retry import (
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    UnreachableError,
+    is_remote,
+    persist,
+)
 from hpdist.data.files.transport import Local, Source, source_of
 from hpdist.messages.redaction import redacted
 

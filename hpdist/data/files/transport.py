@@ -22,7 +22,20 @@ from huggingface_hub import HfFileSystem, hf_hub_url
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from hpdist.data.files.retry import SLOWEST, Failed, FileChangedError, FileLostError, FileVersion, Retry, T, aside, cause, heed, host_of, is_remote
+from hpdist.data.files.retry import (
+    SLOWEST,
+    Failed,
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    T,
+    aside,
+    cause,
+    heed,
+    host_of,
+    is_remote,
+)
 from hpdist.errors import DataError
 from hpdist.messages.redaction import RedactingFilter, redacted
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from hpdist.data.decode.stored_values import Array
+from hpdist.data.decode.encoded import Array
 from hpdist.errors import DataError, HpdistError
 
 RATE = 8000

@@ -20,7 +20,7 @@ from datasets.table import table_cast
 from pyarrow.fs import LocalFileSystem  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_table
-from hpdist.data.sources.partitions import Partitions
+from hpdist.data.files.partitions import Partitions
 
 _CACHED = "hpdist-1"  # changes when what these builders make of a file does
 _ROWS = 1000  # of a batch, where the file does not say

@@ -15,10 +15,8 @@ labels are a ClassLabel's, numbers that are not negative, or texts that are no n
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, time, timezone
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
@@ -26,15 +24,14 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from hpdist.data.decode.written import is_mark, is_minus_one, shortened, spelling
 from hpdist.data.stream.permute import Int64Array
-from hpdist.errors import DataError, printable
+from hpdist.errors import DataError
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Kind: TypeAlias = Literal["class", "boolean", "integer", "number", "text", "bytes", "time", "null"]
 
 _WAY_OUT = "mend the row or leave it out"
-_SHOWN = 12  # classes that a message names
-_LONGEST = 80  # characters of each
 _KINDS: Mapping[str, Kind] = {
     "bool": "boolean",
     "int": "integer",
@@ -165,25 +162,6 @@ def plain_labels(feature: Any, values: list[Any]) -> tuple[Any, list[Any]]:
     return datasets.Value("string"), [None if v is None else spelling(v) or str(v) for v in read]
 
 
-def spelling(value: Any) -> str | None:
-    """Write a label as the name of a class; None of a number that is not whole."""
-    if isinstance(value, (float, Decimal, np.floating)):
-        return str(int(value)) if math.isfinite(value) and value == int(value) else None
-    if isinstance(value, datetime):  # also pandas' Timestamp; one at midnight is that day
-        if value.tzinfo is not None:
-            return value.astimezone(timezone.utc).isoformat()
-        return value.isoformat().removesuffix("T00:00:00")
-    if isinstance(value, (date, time)):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        try:
-            text = value.decode()
-        except UnicodeDecodeError:
-            text = "\0"
-        return f"0x{value.hex()}" if "\0" in text else text  # no text, such as a UUID's bytes
-    return str(value)
-
-
 def list_classes(
     stored: StoredLabels, num_classes: int | None, recorded: Sequence[str] | None = None
 ) -> Classes:
@@ -253,18 +231,6 @@ def distinct(values: Iterable[Any]) -> set[Any]:
     return {value for value in values if not is_mark(value)}
 
 
-def is_mark(value: Any, minus_one: bool = False) -> bool:
-    """Whether a value says that its row has no label; with `minus_one`, -1 does too."""
-    if value is None or value != value or (minus_one and is_minus_one(value)):
-        return True
-    return isinstance(value, (str, bytes)) and not value.strip()
-
-
-def is_minus_one(value: Any) -> bool:
-    """Whether it is the mark of scikit-learn for a row without a label, also as text."""
-    return value in (-1, "-1", b"-1")
-
-
 def marked(values: Sequence[Any], minus_one: bool) -> BoolArray:
     """Which rows have no label, bool [rows]."""
     return np.fromiter((is_mark(value, minus_one) for value in values), bool, len(values))
@@ -330,12 +296,6 @@ def check_match(stored: StoredLabels, classes: Classes) -> list[str]:
     if _ALIKE.get(kind, kind) == _ALIKE.get(classes.kind, classes.kind):
         return []
     return [f"{said}matched by how they are written"]
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first of many names, for messages."""
-    shown = [printable(name, _LONGEST) for name in names[:_SHOWN]]
-    return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
 def _name_of(feature: Any, value: Any) -> str | None:

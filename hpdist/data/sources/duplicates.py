@@ -21,14 +21,21 @@ import numpy as np
 import xxhash
 
 from hpdist.data.config import Duplicates
-from hpdist.data.decode.stored_values import Array, Column, Unreadable, stored_inputs
-from hpdist.data.files.open import is_remote
-from hpdist.data.sources.loading import one_line
+from hpdist.data.decode.encoded import Array, Unreadable
+from hpdist.data.decode.stored_values import Column, stored_inputs
 from hpdist.data.files.named_files import NamedFile, named
-from hpdist.data.sources.row_names import describe_row, describe_rows
+from hpdist.data.files.open import is_remote
+from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
+from hpdist.data.sources.loading import one_line
+from hpdist.data.sources.unlabeled import (
+    AnyUnlabeled,
+    MixedRows,
+    ParquetRows,
+    SequentialRows,
+    row_count,
+)
 from hpdist.data.stream.reader import Rows
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows, row_count
 from hpdist.errors import DataError
 from hpdist.messages.progress import working
 

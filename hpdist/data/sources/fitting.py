@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.data.decode.stored_values import Array, InputSpec
-from hpdist.data.sources.loading import one_line
-from hpdist.data.sources.row_names import describe_rows
+from hpdist.data.decode.encoded import Array
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.files.row_names import describe_rows
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
+from hpdist.data.sources.loading import one_line
 from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows
 from hpdist.errors import DataError
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hpdist.data.batch import BadRow, LabeledBatch
-from hpdist.data.decode.stored_values import InputSpec, Unreadable
+from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.retry import is_remote
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.stream.permute import Int64Array

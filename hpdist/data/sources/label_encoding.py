@@ -18,8 +18,18 @@ import datasets
 import numpy as np
 
 from hpdist.data.config import TaskChoice
-from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, check_match, is_mark, label_kind, list_classes, marked, number_labels, shortened
-from hpdist.data.decode.stored_values import Array
+from hpdist.data.decode.encoded import Array
+from hpdist.data.decode.written import is_mark, shortened
+from hpdist.data.sources.classes import (
+    BoolArray,
+    Classes,
+    StoredLabels,
+    check_match,
+    label_kind,
+    list_classes,
+    marked,
+    number_labels,
+)
 from hpdist.data.sources.labels import Float64Array, check_labels
 from hpdist.errors import DataError
 

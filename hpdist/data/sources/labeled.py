@@ -20,17 +20,33 @@ import numpy as np
 
 from hpdist.data.config import LabelColumn, Labeled, Loading, TaskChoice
 from hpdist.data.decode.categories import Categories
-from hpdist.data.sources.classes import Classes
-from hpdist.data.decode.stored_values import Array, Column, InputSpec, stored_inputs
-from hpdist.data.sources.labels import check_indices, check_labeled, draw_rows, label_column, read_labels, with_labels
-from hpdist.data.sources.loading import check_order, input_column, names_of, one_line, open_table, raw_view, same_column
+from hpdist.data.decode.encoded import Array
+from hpdist.data.decode.stored_values import Column, InputSpec, stored_inputs
 from hpdist.data.files.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
-from hpdist.data.sources.row_names import describe_row, describe_rows
+from hpdist.data.files.row_names import describe_row, describe_rows
+from hpdist.data.sources.classes import Classes
+from hpdist.data.sources.label_encoding import Encoding, Scale, find_encoding
+from hpdist.data.sources.labels import (
+    check_indices,
+    check_labeled,
+    draw_rows,
+    label_column,
+    read_labels,
+    with_labels,
+)
+from hpdist.data.sources.loading import (
+    check_order,
+    input_column,
+    names_of,
+    one_line,
+    open_table,
+    raw_view,
+    same_column,
+)
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.table import TableReader
-from hpdist.data.sources.label_encoding import Encoding, Scale, find_encoding
 from hpdist.errors import DataError
 
 _LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order

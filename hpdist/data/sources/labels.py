@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hpdist.data.config import Labeled, LongTail
-from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, is_minus_one, plain_labels, shortened
+from hpdist.data.decode.written import is_minus_one, shortened
+from hpdist.data.files.row_names import describe_row
+from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, plain_labels
 from hpdist.data.sources.loading import known_column, read_column
-from hpdist.data.sources.row_names import describe_row
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 

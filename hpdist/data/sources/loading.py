@@ -13,17 +13,31 @@ import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.data.config import LabelColumn, Loading, Source
-from hpdist.data.sources.builders import config_of
-from hpdist.data.files.cached_addresses import redact_cached_addresses
 from hpdist.data.decode.categories import held, is_category, is_number
 from hpdist.data.decode.stored_values import Column
-from hpdist.data.sources.local_files import ENDINGS, FILE_BUILDERS, LocalFiles, extension, local_files, patterns_of, source_name
-from hpdist.data.sources.local_tables import open_files
+from hpdist.data.files.cached_addresses import redact_cached_addresses
 from hpdist.data.files.named_files import PathRule
-from hpdist.data.sources.options import check_options, check_stream_options, dialect_hint, header_hint, separator_hint
-from hpdist.data.sources.own_files import path_rule
 from hpdist.data.files.paths import did_you_mean, local_path, neighbour
-from hpdist.data.sources.row_names import same_files
+from hpdist.data.files.row_names import same_files
+from hpdist.data.sources.builders import config_of
+from hpdist.data.sources.local_files import (
+    ENDINGS,
+    FILE_BUILDERS,
+    LocalFiles,
+    extension,
+    local_files,
+    patterns_of,
+    source_name,
+)
+from hpdist.data.sources.local_tables import open_files
+from hpdist.data.sources.options import (
+    check_options,
+    check_stream_options,
+    dialect_hint,
+    header_hint,
+    separator_hint,
+)
+from hpdist.data.sources.own_files import path_rule
 from hpdist.data.sources.saved import is_saved, open_saved
 from hpdist.errors import ConfigError, DataError, HpdistError
 

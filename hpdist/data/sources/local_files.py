@@ -23,8 +23,8 @@ from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from hpdist.data.config import LabelColumn, Source
-from hpdist.data.sources.class_folders import class_folders, names_split
 from hpdist.data.files.paths import below, did_you_mean, local_path, matches
+from hpdist.data.sources.class_folders import class_folders, names_split
 from hpdist.errors import DataError
 
 _log = logging.getLogger("hpdist.data")

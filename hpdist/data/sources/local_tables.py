@@ -19,14 +19,14 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.csv.csv import CsvConfig
 
 from hpdist.data.decode.arrow_types import plain_schema
+from hpdist.data.files.columns import Columns, common
+from hpdist.data.files.partitions import Partitions, partitions
+from hpdist.data.files.row_names import remember_files
+from hpdist.data.files.splits import check_known, names_in, sliced, spelled_out
 from hpdist.data.sources.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
-from hpdist.data.sources.columns import Columns, common
 from hpdist.data.sources.known_types import known_features, unknown_columns
 from hpdist.data.sources.local_files import FOLDERS, LocalFiles
 from hpdist.data.sources.options import dialect_hint
-from hpdist.data.sources.partitions import Partitions, partitions
-from hpdist.data.sources.row_names import remember_files
-from hpdist.data.sources.splits import check_known, names_in, sliced, spelled_out
 from hpdist.errors import ConfigError, DataError
 
 _FOOTERS_AT_ONCE = 8

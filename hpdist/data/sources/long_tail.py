@@ -8,9 +8,18 @@ import numpy as np
 
 from hpdist.data.config import UnlabeledSource
 from hpdist.data.sources.classes import Classes, check_match, marked, number_labels
-from hpdist.data.sources.labels import ROUNDING, check_labels, draw_sizes, label_column, read_labels, sizes_of, tail, with_labels
-from hpdist.data.sources.loading import same_column
 from hpdist.data.sources.labeled import LabeledRows
+from hpdist.data.sources.labels import (
+    ROUNDING,
+    check_labels,
+    draw_sizes,
+    label_column,
+    read_labels,
+    sizes_of,
+    tail,
+    with_labels,
+)
+from hpdist.data.sources.loading import same_column
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 

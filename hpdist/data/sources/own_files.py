@@ -9,10 +9,10 @@ import datasets
 import huggingface_hub
 
 from hpdist.data.config import Loading, Source
-from hpdist.data.sources.local_files import FOLDERS, LocalFiles, patterns_of
 from hpdist.data.files.named_files import Limits, PathRule, server_of
 from hpdist.data.files.paths import fixed_folder, local_path
 from hpdist.data.files.retry import is_remote
+from hpdist.data.sources.local_files import FOLDERS, LocalFiles, patterns_of
 
 
 def limits_of(loading: Loading) -> Limits:

@@ -13,7 +13,7 @@ import datasets
 
 from hpdist.data.config import Source
 from hpdist.data.files.paths import local_path
-from hpdist.data.sources.splits import ALL, check_known, names_in, sliced, spelled_out
+from hpdist.data.files.splits import ALL, check_known, names_in, sliced, spelled_out
 from hpdist.errors import ConfigError, DataError
 
 

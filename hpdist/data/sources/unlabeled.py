@@ -16,19 +16,32 @@ import datasets
 
 from hpdist.data.config import Loading, Unlabeled, UnlabeledSource
 from hpdist.data.decode.stored_values import Column, InputSpec
+from hpdist.data.files.named_files import NOTHING, PathRule
 from hpdist.data.files.open import Retry
+from hpdist.data.files.partitions import partitions
+from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.sources.first_rows import TRIED, check_fit, check_parquet_fit
 from hpdist.data.sources.known_types import known_features
-from hpdist.data.sources.loading import check_dialect, check_order, input_column, known_column, load_files, names_of, one_line, open_table, parquet_files, raw_view, same_column, text_beside
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
+from hpdist.data.sources.loading import (
+    check_dialect,
+    check_order,
+    input_column,
+    known_column,
+    load_files,
+    names_of,
+    one_line,
+    open_table,
+    parquet_files,
+    raw_view,
+    same_column,
+    text_beside,
+)
 from hpdist.data.sources.local_files import source_name
 from hpdist.data.sources.long_tail import rows_used
-from hpdist.data.files.named_files import NOTHING, PathRule
 from hpdist.data.sources.options import dialect_hint
 from hpdist.data.sources.own_files import path_rule
-from hpdist.data.sources.partitions import partitions
-from hpdist.data.sources.row_names import describe_row, describe_rows
 from hpdist.data.sources.saved import is_saved
-from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
 from hpdist.data.stream.functions import RowFunctions, Values, row_functions
 from hpdist.data.stream.index import Index, build_index, split_files
 from hpdist.data.stream.mixed import MixedReader

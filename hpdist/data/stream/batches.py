@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
-from hpdist.data.decode.stored_values import Array, InputSpec, Unreadable
 from hpdist.data.decode.decoders import Decoder
+from hpdist.data.decode.encoded import Array, Unreadable
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.stream.functions import Values
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.errors import DataError

@@ -12,7 +12,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_schema
-from hpdist.data.files.open import FileChangedError, FileLostError, FileVersion, Retry, read_range, stat
+from hpdist.data.files.open import (
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    read_range,
+    stat,
+)
 from hpdist.data.stream.claims import check_apart, group_claim
 from hpdist.errors import DataError
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from hpdist.config.component import import_object
 from hpdist.data.config import UnlabeledSource
-from hpdist.data.decode.stored_values import Column, Unreadable, stored_inputs
 from hpdist.data.decode import stored_values
+from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.stored_values import Column, stored_inputs
 from hpdist.data.files.named_files import NOTHING, PathRule, named
 from hpdist.errors import ConfigError, describe
-from hpdist.config.component import import_object
 
 Row = dict[str, Any]
 

@@ -27,10 +27,10 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_schema
-from hpdist.data.sources.columns import wider
+from hpdist.data.files.columns import wider
 from hpdist.data.files.open import FileVersion, Retry, redacted
-from hpdist.data.sources.partitions import Partitions
-from hpdist.data.sources.splits import check_known, names_in, spelled_out
+from hpdist.data.files.partitions import Partitions
+from hpdist.data.files.splits import check_known, names_in, spelled_out
 from hpdist.data.stream import claims
 from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_schema
-from hpdist.data.decode.image import Array
+from hpdist.data.decode.encoded import Array
 from hpdist.data.files.open import FileChangedError, FileLostError, Retry, is_remote
 from hpdist.data.stream.bounded import TooLargeError
 from hpdist.data.stream.index import Index

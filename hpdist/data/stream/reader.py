@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.decode.stored_values import Array
+from hpdist.data.decode.encoded import Array
 from hpdist.data.stream.permute import Int64Array
 
 

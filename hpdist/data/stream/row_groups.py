@@ -12,7 +12,15 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hpdist.data.files.open import FileChangedError, FileLostError, FileVersion, Retry, is_remote, open_file, stat
+from hpdist.data.files.open import (
+    FileChangedError,
+    FileLostError,
+    FileVersion,
+    Retry,
+    is_remote,
+    open_file,
+    stat,
+)
 from hpdist.data.stream.bounded import read_within
 from hpdist.data.stream.footers import MAGIC
 from hpdist.data.stream.index import DataFile

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.decode.stored_values import Array
-from hpdist.data.sources.row_names import describe_row, describe_rows
+from hpdist.data.decode.encoded import Array
+from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.stream.permute import Int64Array, permuted
 from hpdist.data.stream.reader import Rows
 from hpdist.errors import DataError

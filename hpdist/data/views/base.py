@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpdist.config.component import Component
-from hpdist.data.decode.stored_values import Array
+from hpdist.data.decode.encoded import Array
 
 
 class Views(Protocol):

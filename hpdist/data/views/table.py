@@ -18,7 +18,7 @@ from torch import Tensor
 from hpdist.config.component import Component
 from hpdist.config.section import Section
 from hpdist.data import random
-from hpdist.data.decode.stored_values import Array
+from hpdist.data.decode.encoded import Array
 from hpdist.data.views.base import check_positions
 from hpdist.errors import DataError
 

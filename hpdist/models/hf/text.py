@@ -12,17 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hpdist.config.section import nearest
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
+from hpdist.models.adapters import Lora, add_adapters
 from hpdist.models.build import ModelConfig, Pixels
 from hpdist.models.hf.audio import OWN_NOISE, AudioClassifier, check_audio, check_rate
-from hpdist.models.adapters import Lora, add_adapters
 from hpdist.models.outputs import on_trial
 from hpdist.models.pixels import checkpoint_pixels
 from hpdist.models.stored import loading_as_stored, mark_stored
-from hpdist.config.section import nearest
 
 
 class HuggingFaceConfig(ModelConfig):

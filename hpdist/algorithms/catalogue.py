@@ -1,0 +1,206 @@
+"""The table that `hpdist algorithms` prints: read off every algorithm as its config builds it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.addons.base import AddOnConfig
+from hpdist.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    HeadOutputs,
+    Places,
+    StudentOutputs,
+    Views,
+    WeakOutputs,
+)
+from hpdist.algorithms.fixmatch import FixMatch
+from hpdist.config.component import components
+
+# Two of each number: a size that follows both is a multiple of it.
+_CLASSES = (5, 7)
+_BATCHES = (11, 13)  # unlabelled rows of the global batch
+_LABELED = (17, 19)  # labelled ones
+_ROWS = (101, 103)  # unlabelled rows that there are
+_NAMES = {_CLASSES: "C", _ROWS: "N"}
+_FEATURES = torch.Size([3])
+_FURTHER = 2  # inputs that an algorithm may add
+_HEADER = ("name", "paper", "tasks", "views", "state", "reduced per step")
+_ADDON_HEADER = ("add-on", "paper", "tasks", "heads", "state", "reduced per step")
+
+
+def catalogue() -> list[str]:
+    """Tables of every algorithm and add-on, as lines, read off them as their configs build them."""
+    configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
+    addons = cast(dict[str, type[AddOnConfig]], components("addon"))
+    return [
+        *_table([_HEADER, *(_row(name, config) for name, config in configs.items())]),
+        "",
+        *_table([_ADDON_HEADER, *(_addon_row(name, config) for name, config in addons.items())]),
+        "",
+        "Tasks (task.name) that it can do: c classification, m multilabel, r regression.",
+        "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
+        "unlabelled rows, or largest row id. / ranks: each rank holds a part; all else is on every",
+        "rank. Reduced: floats summed over the ranks per optimizer step, besides the gradients and",
+        "three counts of rows; 'per row': of the unlabelled global batch, 'per labelled row': of",
+        "the labelled one; 'then' begins a second collective. An add-on goes around any algorithm,",
+        "named in the config's addons; what it has comes on top.",
+    ]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    cells = (zip(row, widths, strict=True) for row in rows)
+    return ["  ".join(text.ljust(width) for text, width in line).rstrip() for line in cells]
+
+
+def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
+    small, large = (config(name=name).build(classes) for classes in _CLASSES)
+    state, reduced = _sizes(small, large)
+    views = ", ".join(_views(small)) or "none"
+    return name, small.paper or "-", _letters(small.tasks), views, state, reduced
+
+
+def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
+    """Around FixMatch, which has no state and reduces nothing."""
+    small, large = (config(name=name).build(FixMatch(), classes) for classes in _CLASSES)
+    state, reduced = _sizes(small, large)
+    heads = [
+        f"{head}, which predicts" if head == small.predicts else head for head in small.head_names
+    ]
+    paper, tasks = small.addon_paper or "-", _letters(small.addon_tasks)
+    return name, paper, tasks, ", ".join(heads) or "none", state, reduced
+
+
+def _letters(tasks: Iterable[str]) -> str:
+    """Tasks by their first letters."""
+    return " ".join(task[0] for task in tasks)
+
+
+def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:
+    """An algorithm's state, and what it has summed, from two of them."""
+    reduced = [_reduced(small, 0), _reduced(large, 1)]
+    for algorithm in (small, large):
+        algorithm.commit()  # makes every part of the state as large as it will be
+    before, after = small.state_dict(), large.state_dict()
+    state = [
+        f"{key} [{_shape(before[key], after[key])}{' / ranks' if key in small.shards() else ''}]"
+        for key in before
+    ]
+    for algorithm, (sums, _) in zip((small, large), reduced, strict=True):
+        algorithm.take_place(0, 2)
+        sums += algorithm.rank_statistics().values()
+    totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
+    return (
+        ", ".join(state) or "none",
+        ", then ".join(total for total in totals if total) or "0",
+    )
+
+
+def _views(algorithm: Algorithm) -> list[str]:
+    views = algorithm.views
+    names = {
+        "weak": "weak",
+        "student_weak": "weak for the student",
+        "strong": "strong",
+        "strong_labeled": "strong of a labelled row",
+    }
+    counts = {kind: getattr(views, field) for field, kind in names.items()}
+    told = [f"{count} {kind}" for kind, count in counts.items() if count]
+    told += ["targets of labelled rows too"] if views.labeled_targets else []
+    told += ["targets by the teacher"] if views.teacher else []
+    told += ["mixed"] if algorithm.groups is not None else []
+    told += ["perturbed"] if views.probed else []
+    return told + [f"{name} head" for name in algorithm.head_names]
+
+
+def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
+    classes, rows, labeled_rows = _CLASSES[number], _BATCHES[number], _LABELED[number]
+    algorithm.rows = _ROWS[number]
+    algorithm.class_counts = torch.ones(classes)
+    views = algorithm.views
+    logits = torch.zeros(rows, classes)
+    labeled, labels = torch.zeros(labeled_rows, classes), torch.zeros(labeled_rows).long()
+    count = torch.tensor(float(rows))
+    at, u_at = torch.arange(labeled_rows), torch.arange(rows)
+    places = Places(at, u_at, labeled_rows, rows, seed=0, step=0)
+    weak = None
+    heads = _heads(algorithm, rows, labeled_rows)
+    if views.weak:
+        others = (logits,) * (views.weak - 1)
+        targets = labeled if views.labeled_targets else None
+        weak = WeakOutputs(logits, u_at, others, targets, labels, places, labeled_ids=at)
+        said = {name: _weak_views(head, views) for name, head in heads.items()}
+        weak = replace(weak, heads=said)
+    sums = algorithm.statistics(weak) if weak else {}
+    algorithm.observe(sums, count)
+    outputs = StudentOutputs(
+        labeled=labeled,
+        labels=labels,
+        strong=(logits,) * views.strong,
+        weak=weak,
+        labeled_rows=torch.tensor(float(labeled_rows)),
+        unlabeled_rows=count,
+        student_weak=(logits,) * views.student_weak,
+        further=(logits,) * _FURTHER,
+        strong_labeled=(labeled,) * views.strong_labeled,
+        heads=heads,
+    )
+    student = algorithm.student_statistics(outputs) if algorithm.uses_student_statistics else {}
+    return list(sums.values()), list(student.values())
+
+
+def _heads(algorithm: Algorithm, rows: int, labeled_rows: int) -> dict[str, HeadOutputs]:
+    """What untrained heads say of as many rows."""
+    views, heads = algorithm.views, {}
+    algorithm.input_shape = _FEATURES
+    for name, head in algorithm.heads(_FEATURES).items():
+        with torch.no_grad():
+            row = head(torch.zeros(1, *_FEATURES))
+        unlabeled, labeled = row.expand(rows, -1), row.expand(labeled_rows, -1)
+        heads[name] = HeadOutputs(
+            labeled,
+            (unlabeled,) * views.student_weak,
+            (unlabeled,) * views.strong,
+            (labeled,) * views.strong_labeled,
+            (unlabeled,) * _FURTHER,
+        )
+    return heads
+
+
+def _weak_views(head: HeadOutputs, views: Views) -> tuple[Tensor, ...]:
+    labeled = (head.labeled,) if views.labeled_targets else ()
+    return (head.further[0],) * views.weak + labeled
+
+
+def _shape(small: Tensor, large: Tensor) -> str:
+    """A shape in terms of C and N: 'C x 3'."""
+    pairs = zip(small.shape, large.shape, strict=True)
+    return " x ".join(_NAMES.get(pair, str(pair[0])) for pair in pairs)
+
+
+def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
+    """The size of several tensors in terms of C and of the batches: '2C + 1 + 3 per row'."""
+    # How many, by powers of the labelled batch, of the unlabelled one, and of C.
+    sizes: Counter[tuple[int, int, int]] = Counter()
+    for a, b in zip(small, large, strict=True):
+        dims = list(zip(a.shape, b.shape, strict=True))
+        named = (_LABELED, _BATCHES, _CLASSES)
+        plain = math.prod(x for x, y in dims if (x, y) not in named)
+        labeled, rows, classes = (dims.count(pair) for pair in named)
+        sizes[labeled, rows, -classes] += plain
+    return " + ".join(_term(count, *powers) for powers, count in sorted(sizes.items()))
+
+
+def _term(count: int, per_labeled_row: int, per_row: int, classes: int) -> str:
+    power = {0: "", -1: "C"}.get(classes, f"C^{-classes}")
+    each = " per row" * per_row + " per labelled row" * per_labeled_row
+    return f"{count if count > 1 or not power else ''}{power}{each}"

@@ -1,0 +1,5 @@
+"""The commands, a small file each; `main` runs the one that the arguments name."""
+
+from hpdist.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,70 @@
+"""What a command says, once whatever the number of ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from hpdist.errors import HpdistError
+from hpdist.messages.redaction import redacted_text
+
+
+def own_rank() -> int:
+    """Give the rank that the launcher gave this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str) -> None:
+    """Print to stdout, once whatever the number of ranks."""
+    if own_rank() != 0:
+        return
+    try:
+        print(redacted_text(text), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; keep Python from failing again on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def report_error(error: HpdistError) -> bool:
+    """Say once what is wrong; what only one rank knows, that rank says. Give whether this did."""
+    where = ""
+    if error.rank is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        where = f"rank {error.rank}: "
+    if where or own_rank() == 0:
+        print(f"hpdist: {where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return True
+    return False
+
+
+def let_rank_0_speak() -> None:
+    """Wait, as a rank that says nothing, for rank 0 to say it and end.
+
+    A launcher ends all processes once one has ended, and rank 0 may come to the error later: much
+    later where the ranks have not met.
+    """
+    from hpdist.distributed.collectives import world_size
+
+    time.sleep(1 if world_size() > 1 else 10)
+
+
+def begin_warnings() -> None:
+    """Have a warning of one of several processes say whose it is, and not stand behind a bar."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    whose = f"rank {own_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    plain, own = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def told(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        text = plain(message, category, filename, lineno, line)
+        if category is UserWarning and filename.startswith(own):
+            text = f"warning: {message}\n"  # hpdist's own sentences, without a line of its code
+        return f"{clear}{whose}{text}"
+
+    warnings.formatwarning = told

@@ -1,0 +1,61 @@
+"""`hpdist plan`: say what every ZeRO stage needs, and which fits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from hpdist.cli.arguments import load_config
+from hpdist.cli.commands import Commands
+from hpdist.cli.output import say
+from hpdist.errors import ConfigError
+
+SETTINGS_BESIDE = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed")
+"""Options of the command; every other one is a setting of the config."""
+
+
+def add_arguments(commands: Commands) -> None:
+    """Describe the command's arguments."""
+    parser = commands.add_parser(
+        "plan",
+        help="say what each ZeRO stage needs of a GPU's memory, and which fits",
+        usage="hpdist plan CONFIG --gpus N --gpu-memory GIB [--key.sub value ...]",
+        description=(
+            "Rehearse every stage in one process, as the first of N GPUs: a few steps on real rows "
+            "and some of evaluation. It needs a GPU, or else this machine's memory and patience."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="on all machines")
+    parser.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of each")
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=2.0,
+        metavar="GIB",
+        help="of it, for what is not tensors: CUDA's context, NCCL's buffers (default: 2)",
+    )
+    parser.add_argument(
+        "--deepspeed", metavar="JSON", help="the file that Accelerate's config names, if any"
+    )
+
+
+def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Say what every ZeRO stage needs, and which fits; status 3 where none does."""
+    from hpdist.plan.memory_plan import make_plan, table
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("plan runs on one process; start it without a launcher")
+    found = make_plan(
+        load_config(known.config, settings).model_dump(mode="json"),
+        known.gpus,
+        known.gpu_memory,
+        reserve=known.reserve,
+        deepspeed=known.deepspeed,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    say(table(found))
+    return 0 if found.fitting is not None else 3

@@ -1,0 +1,65 @@
+"""The command line: `hpdist train CONFIG [--key.sub value ...]`.
+
+Alone, or on many processes: `accelerate launch -m hpdist train CONFIG ...`. Exit status: 0 done;
+2 the user's input is wrong; 3 training failed; 4 stopped by a signal after saving, ready to go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hpdist.cli import algorithms, configs, convert, plan, preflight, report, train
+from hpdist.cli.arguments import Parser, split_settings
+from hpdist.cli.output import let_rank_0_speak, report_error
+from hpdist.errors import HpdistError
+from hpdist.messages.redaction import redact_output
+from hpdist.version import __version__
+
+_COMMANDS = {
+    "train": train,
+    "convert": convert,
+    "preflight": preflight,
+    "plan": plan,
+    "report": report,
+    "algorithms": algorithms,
+    "configs": configs,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    redact_output()
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except HpdistError as error:
+        if not report_error(error) and arguments is None:
+            let_rank_0_speak()
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("hpdist: interrupted", file=sys.stderr, flush=True)
+        return 130  # what a shell says of SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
+    settings: list[str] = []
+    command = _COMMANDS.get(arguments[0]) if arguments else None
+    beside = getattr(command, "SETTINGS_BESIDE", None)
+    if beside is not None:
+        arguments, settings = split_settings(arguments, beside)
+    known = _parser().parse_args(arguments)
+    return _COMMANDS[known.command].run(known, settings)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="hpdist",
+        description="Half-precision, sharded semi-supervised training.",
+        epilog="On many processes: accelerate launch [--config_file F] -m hpdist train CONFIG ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hpdist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS.values():
+        command.add_arguments(commands)
+    return parser

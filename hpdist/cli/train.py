@@ -1,0 +1,94 @@
+"""`hpdist train`: train as a config says."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpdist.cli.arguments import load_config
+from hpdist.cli.commands import Commands
+from hpdist.cli.output import begin_warnings, own_rank, say
+from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError
+
+if TYPE_CHECKING:
+    from hpdist.train.trainer import Trainer
+
+
+SETTINGS_BESIDE = ("--help", "--dry-run", "--print-config", "--print-schema")
+"""Options of the command; every other one is a setting of the config."""
+
+
+_OVERRIDES = """\
+Any setting of CONFIG can be overridden by its dotted name, and the command line wins:
+
+  hpdist train configs/digits.yaml --algorithm.name freematch --optim.lr 0.01
+  hpdist train configs/digits.yaml --batch.unlabeled=112 --views.mean "[0.5]" --zero.stage null
+
+Values are read as YAML. Another name for the model, the algorithm or the views drops the options
+that the file gives the old one. --print-config shows what comes of it, --print-schema every
+setting there is."""
+
+
+def add_arguments(commands: Commands) -> None:
+    """Describe the command's arguments."""
+    parser = commands.add_parser(
+        "train",
+        help="train as a config says; continues by itself where a checkpoint is",
+        usage="hpdist train CONFIG [--key.sub value ...] [--dry-run | --print-config]",
+        description="Train as CONFIG says, and continue where its run folder holds a checkpoint.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file, or a name that hpdist configs lists"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, one step, no files"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved YAML and stop"
+    )
+    parser.add_argument(
+        "--print-schema", action="store_true", help="print the JSON Schema and stop"
+    )
+
+
+def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Train as a config says."""
+    from hpdist.train import config as configuration
+
+    if known.print_schema:
+        say(configuration.json_schema())
+        return 0
+    if known.config is None:
+        raise ConfigError("train needs a config file: hpdist train CONFIG [--key.sub value ...]")
+    if known.print_config:
+        config = load_config(known.config, settings, run_code=False)
+        say(config.to_yaml().rstrip())
+        return 0
+    config = load_config(known.config, settings)
+    from hpdist.cli.closing import summary_lines
+    from hpdist.distributed.collectives import leave_group
+    from hpdist.train.trainer import Trainer
+
+    begin_warnings()
+    trainer = Trainer.from_config(config, files=not known.dry_run)
+    summary = _fit(trainer, known.dry_run)
+    for line in summary_lines(summary, config.run.folder):
+        say(line)
+    leave_group()
+    return 0
+
+
+def _fit(trainer: Trainer, dry_run: bool) -> dict[str, object]:
+    try:
+        if not dry_run:
+            return trainer.fit()
+        trainer.dry_run()
+        return {}
+    except (CheckpointError, DataError, DistributedError) as error:
+        if not error.everywhere:
+            error.rank = own_rank()  # the others may know nothing of it
+        raise

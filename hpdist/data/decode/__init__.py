@@ -1,0 +1,1 @@
+"""From what is stored to tensors: images, sound, text, vectors; in threads or processes."""

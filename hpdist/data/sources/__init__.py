@@ -1,0 +1,1 @@
+"""Sets of rows, labelled and not: found, opened, chosen, counted and compared."""

@@ -1,0 +1,52 @@
+"""How a run computes and shards: what config and launcher have agreed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hpdist.engines.config import LossScale, Precision
+
+Offload = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a run computes and shards: what config and launcher agree on."""
+
+    precision: Precision = "fp32"
+    stage: int | None = None
+    """The ZeRO stage; None without DeepSpeed."""
+    offload: Offload = "none"
+    nvme_path: str | None = None
+    grad_clip: float | None = None
+    loss_scale: LossScale = field(default_factory=LossScale)
+    micro_batch: int = 1
+    """Rows per device per forward."""
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    deepspeed: str | None = None
+    """The DeepSpeed JSON that the launcher named."""
+    base: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What of it DeepSpeed is to see, the base of the run's own."""
+    compile: Mapping[str, Any] | None = None
+    """The arguments of `torch.compile`; None where the model is not compiled."""
+    find_unused: bool = False
+    """Whether DDP looks for parameters that a backward will not reach."""
+    asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
+    """The micro-batches of a step that the launcher wants, and where it says so."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the run does otherwise than a launcher's setting says, a line each."""
+    patience: float | None = field(default=None, compare=False)
+    """Seconds without progress after which the compilation of an operator ends the run."""
+
+    def described(self) -> dict[str, object]:
+        """Give what a tracker keeps of it, by name."""
+        return {
+            "precision": self.precision,
+            "zero_stage": "none" if self.stage is None else self.stage,
+            "offload": self.offload,
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulation,
+        }

@@ -1,0 +1,76 @@
+"""Prepare model and optimizer, and make the engine that fits how they were prepared."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from hpdist.distributed.collectives import world_size
+from hpdist.engines.base import Engine, ReplicatedEngine
+from hpdist.engines.config import LossScale, Precision
+from hpdist.errors import DistributedError
+from hpdist.messages.progress import working
+
+
+def ranks_are_apart(accelerator: Accelerator) -> bool:
+    """Whether several processes run that the Accelerator does not join in one training."""
+    launched = max(int(os.environ.get("WORLD_SIZE", "1")), world_size())
+    return launched > 1 and accelerator.distributed_type == DistributedType.NO
+
+
+@working("preparing the model and the optimizer for training")
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, to which ZeRO-3's weights come sharded already.
+
+    It would itself cast the whole model, and move it to the device, before it shards it.
+    Collective: every rank must call.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+    from hpdist.engines.zero3 import partition_weights
+    from hpdist.engines.zero_shapes import check_shardable, leave_out_empty, with_dimensions
+
+    check_shardable(model)
+    if plugin.deepspeed_config["zero_optimization"]["stage"] == 3:
+        leave_out_empty(optimizer)
+        partition_weights(model, plugin.deepspeed_config, accelerator.device)
+    with with_dimensions(model):
+        return cast(tuple[nn.Module, torch.optim.Optimizer], accelerator.prepare(model, optimizer))
+
+
+def make_engine(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision | None = None,
+    loss_scale: LossScale | None = None,
+) -> Engine:
+    """The engine for a model and an optimizer that `accelerator.prepare` returned."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _zero_engine(accelerator, model, optimizer)
+    if ranks_are_apart(accelerator):
+        raise DistributedError(
+            "several ranks were launched, but this Accelerator leaves each to train by itself; "
+            "on CPU ranks make it with Accelerator(cpu=True)"
+        )
+    return ReplicatedEngine(accelerator, model, optimizer, precision, loss_scale)
+
+
+def _zero_engine(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Engine:
+    """The engine for the stage that DeepSpeed was configured with."""
+    from hpdist.engines.zero import UnshardedEngine, ZeroEngine
+    from hpdist.engines.zero3 import PartitionedEngine
+
+    stage = int(cast(Any, model).zero_optimization_stage())
+    kinds = {0: UnshardedEngine, 1: ZeroEngine, 2: ZeroEngine, 3: PartitionedEngine}
+    return kinds[stage](accelerator, model, optimizer)

@@ -1,0 +1,1 @@
+"""Whether machines can train together, before they try."""

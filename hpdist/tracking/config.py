@@ -1,0 +1,34 @@
+"""What a config says of logging and of the tracker."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hpdist.config.section import Section
+
+
+class Log(Section):
+    """Logging of the training step."""
+
+    every: int = Field(10, gt=0)
+    """Optimizer steps between records."""
+    examples: int = Field(8, ge=0)
+    """Rows of the first batch whose weak and strong views are written into the run folder's
+    `examples`; 0 for none."""
+
+
+class Tracker(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    name: Literal["wandb", "tensorboard", "mlflow", "none"] = "wandb"
+    """Which tracker."""
+    project: str | None = None
+    """The tracker's project; by default what WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says, else
+    hpdist."""
+    mode: Literal["offline", "online"] | None = None
+    """offline writes to the run folder; `wandb sync` uploads later.
+
+    By default what WANDB_MODE says, else offline.
+    """

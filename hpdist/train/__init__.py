@@ -1,0 +1,1 @@
+"""A run: its config, its parts, the step, the loop around it and its recovery."""
