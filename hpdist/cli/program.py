@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 from hpdist.cli import algorithms, configs, convert, plan, preflight, report, train
 from hpdist.cli.arguments import Parser, split_settings
+from hpdist.cli.commands import Command
 from hpdist.cli.output import let_rank_0_speak, report_error
 from hpdist.errors import HpdistError
 from hpdist.messages.redaction import redact_output
 from hpdist.version import __version__
 
-_COMMANDS = {
+_COMMANDS: dict[str, Command] = {
     "train": train,
     "convert": convert,
     "preflight": preflight,

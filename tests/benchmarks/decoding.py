@@ -29,9 +29,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from hpdist.data.decode import stored_values
 from hpdist.data.decode.decoders import Decoder
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.stored_values import InputSpec, stored_values
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 STARTS = 6  # of threads and processes, each for an equal share of the rounds

@@ -227,8 +227,8 @@ def test_each_footer_is_asked_for_once_and_never_again(server: FaultServer) -> N
 HUB = """
 import json, os, sys
 import datasets
-from hpdist.config import Loading, Unlabeled
-from hpdist.data.sources import input_spec
+from hpdist.data.config import Loading, Unlabeled
+from hpdist.data.sources.labeled import input_spec
 from hpdist.data.unlabeled import open_unlabeled
 from tests.pictures import labeled, take
 config = Unlabeled(path="user/name", streaming=True, shuffle_window=1)

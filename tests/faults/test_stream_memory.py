@@ -21,8 +21,8 @@ SCRIPT = """
 import json, sys, threading, time
 import datasets, psutil
 import pyarrow as pa
-from hpdist.config import Labeled, Unlabeled
-from hpdist.data.sources import input_spec, open_labeled
+from hpdist.data.config import Labeled, Unlabeled
+from hpdist.data.sources.labeled import input_spec, open_labeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.unlabeled import open_unlabeled
 first = {"x": [[0.5] * 1024], "label": [0]}

@@ -143,8 +143,8 @@ def test_what_one_rank_knows_that_rank_says(monkeypatch, capsys):
 
 def test_a_warning_says_whose_it_is(monkeypatch):
     code = (
-        "import warnings; from hpdist.cli import _begin_warnings; "
-        "_begin_warnings(); warnings.warn('a row is bad')"
+        "import warnings; from hpdist.cli.output import begin_warnings; "
+        "begin_warnings(); warnings.warn('a row is bad')"
     )
     for ranks, told in (("4", "rank 3: <string>:1: UserWarning: a row is bad"), ("1", "<string>")):
         monkeypatch.setenv("RANK", "3")
@@ -156,7 +156,7 @@ def test_a_warning_says_whose_it_is(monkeypatch):
 def test_a_warning_of_hpdists_own_is_its_sentence(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    cli._begin_warnings()
+    cli.begin_warnings()
     told = warnings.formatwarning
     assert told("look for a detach()", UserWarning, cli.__file__, 1) == (
         "warning: look for a detach()\n"

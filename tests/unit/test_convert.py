@@ -233,7 +233,7 @@ def slow(*arguments):
             print("reading", flush=True)
             time.sleep(60)
 module.read_blocks = slow
-from hpdist.config import Source
+from hpdist.data.config import Source
 source = Source(path="json", data_files={files!r}, input="x")
 module.convert(source, module.Path({out!r}), layout=module.Layout(4096, 20, 8192))
 """

@@ -342,7 +342,7 @@ def test_workers_import_torch_only_to_resize_and_then_with_one_thread():
 SCRIPT = """
 import io, sys
 from PIL import Image
-from hpdist.data.decode import InputSpec
+from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decoders import Decoder
 file = io.BytesIO()
 Image.new("RGB", (8, 8)).save(file, "PNG")

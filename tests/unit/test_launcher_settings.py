@@ -200,8 +200,8 @@ def test_one_process_in_place_of_several_is_said(monkeypatch: pytest.MonkeyPatch
 
 
 MPI = """
-from hpdist.config import parse
-from hpdist.distributed import launch
+from hpdist.train.config import parse
+from hpdist.engines import launch
 from hpdist.distributed.reduce import gathered, leave_group
 import os
 run = {"model": {"name": "cnn"}, "data": {"labeled": {"path": "x"}},

@@ -19,11 +19,10 @@ import datasets
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from PIL import Image
 
-from hpdist.data.decode import stored_values
 from hpdist.data.decode.arrow_types import plain_column
 from hpdist.data.decode.categories import MOST, is_category, is_number
 from hpdist.data.decode.encoded import stored_bytes
-from hpdist.data.decode.stored_values import Column
+from hpdist.data.decode.stored_values import Column, stored_values
 from hpdist.data.files.named_files import USUAL_LIMITS
 from hpdist.errors import DataError
 

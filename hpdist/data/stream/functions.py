@@ -11,9 +11,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.config.component import import_object
 from hpdist.data.config import UnlabeledSource
-from hpdist.data.decode import stored_values
 from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import Column, stored_inputs
+from hpdist.data.decode.stored_values import Column, stored_inputs, stored_values
 from hpdist.data.files.named_files import NOTHING, PathRule, named
 from hpdist.errors import ConfigError, describe
 
