@@ -17,7 +17,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.train.data import RunData
 from tests.pictures import ROWS, SCHEMA, picture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from tests.picture_runs import write_config
 from tests.pictures import write_pictures
 from tests.ranks import run_ranks

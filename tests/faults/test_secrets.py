@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.data.config import Source
 from hpdist.data.sources.loading import load
 from tests.fault_server import FaultServer

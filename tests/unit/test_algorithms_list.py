@@ -2,15 +2,13 @@ from typing import ClassVar
 
 import torch
 
-from hpdist import algorithms
-from hpdist.algorithms import Algorithm, AlgorithmConfig, Views
-from hpdist.algorithms.catalogue import catalogue
-from hpdist.cli import main as cli
+from hpdist import cli
+from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
 from hpdist.config.component import component_names
 
 
 def test_the_table_is_read_off_the_algorithms():
-    header, *rows = catalogue()[: catalogue().index("")]
+    header, *rows = catalogue.catalogue()[: catalogue.catalogue().index("")]
     cells = {row[0]: row[1:] for row in map(_cells, rows)}
     assert _cells(header) == ["name", "paper", "tasks", "views", "state", "reduced per step"]
     assert sorted(cells) == component_names("algorithm")
@@ -63,7 +61,7 @@ def test_the_table_is_read_off_the_algorithms():
 
 
 def test_add_ons_have_a_table_of_their_own():
-    lines = catalogue()
+    lines = catalogue.catalogue()
     start = lines.index("") + 1
     end = lines.index("", start)
     header, *rows = map(_cells, lines[start:end])
@@ -102,7 +100,7 @@ def _cells(line):
 
 
 def test_columns_are_aligned():
-    lines = catalogue()[:4]
+    lines = catalogue.catalogue()[:4]
     starts = [
         lines[0].index(title) for title in ("paper", "tasks", "views", "state", "reduced per step")
     ]
@@ -142,7 +140,7 @@ class _TableConfig(AlgorithmConfig):
 
 
 def test_shapes_in_terms_of_c():
-    row = algorithms._row("table", _TableConfig)
+    row = catalogue._row("table", _TableConfig)
     assert row[2:] == (
         "c",
         "1 weak, 2 strong",
@@ -153,4 +151,4 @@ def test_shapes_in_terms_of_c():
 
 def test_the_command_prints_the_table(capsys):
     assert cli.main(["algorithms"]) == 0
-    assert capsys.readouterr().out.splitlines() == catalogue()
+    assert capsys.readouterr().out.splitlines() == catalogue.catalogue()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.engines import build_lock as locks
 from hpdist.engines import operators
 from hpdist.engines.build_lock import build_lock, in_use, left_lock, working_in

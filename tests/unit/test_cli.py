@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpdist import __version__
-from hpdist.cli import main as cli
+from hpdist import __version__, cli
+from hpdist.cli import output
 from hpdist.errors import ConfigError, DataError, DistributedError, PrecisionError
 from hpdist.train.config import load
 
@@ -156,10 +156,11 @@ def test_a_warning_says_whose_it_is(monkeypatch):
 def test_a_warning_of_hpdists_own_is_its_sentence(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    cli.begin_warnings()
+    output.begin_warnings()
     told = warnings.formatwarning
-    assert told("look for a detach()", UserWarning, cli.__file__, 1) == (
+    assert told("look for a detach()", UserWarning, output.__file__, 1) == (
         "warning: look for a detach()\n"
     )
-    assert "DeprecationWarning: soon gone" in told("soon gone", DeprecationWarning, cli.__file__, 1)
+    gone = told("soon gone", DeprecationWarning, output.__file__, 1)
+    assert "DeprecationWarning: soon gone" in gone
     assert "UserWarning: not ours" in told("not ours", UserWarning, "elsewhere.py", 1)

@@ -9,6 +9,7 @@ import torch
 
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import AlgorithmConfig
+from hpdist.data.config import Source
 from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import ImageViewsConfig, TextViewsConfig
 from hpdist.models import HuggingFaceConfig, ModelConfig, TimmConfig, build_model
@@ -25,7 +26,7 @@ def named(path: Path) -> str:
     return path.stem
 
 
-def sets(config: RunConfig) -> list[configuration.Source]:
+def sets(config: RunConfig) -> list[Source]:
     data = config.data
     unlabeled = data.unlabeled
     assert unlabeled is not None

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.data.config import Source, Unlabeled
 from hpdist.data.convert import Layout, convert
 from hpdist.data.files.open import Retry

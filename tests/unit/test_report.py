@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.tracking.report import read_run
 from tests.picture_runs import train, write_config
 from tests.pictures import write_pictures

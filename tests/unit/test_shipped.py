@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.cli.shipped import copy_shipped, find_config, list_configs, shipped
 from hpdist.errors import ConfigError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpdist.cli import main as cli
+from hpdist import cli
 from hpdist.data.samples.digits import write_digits
 from hpdist.errors import ConfigError
 from hpdist.train.checks import divide_batch
