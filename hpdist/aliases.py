@@ -154,6 +154,42 @@ MOVED = {
 }
 """Old names to new ones, both below `hpdist`."""
 
+MOVED_NAMES = {
+    "config": {
+        "train.config": ("RunConfig", "load", "parse", "json_schema", "Run", "Batch"),
+        "config.section": ("Section",),
+        "config.component": (
+            "Component",
+            "ComponentOf",
+            "PythonComponent",
+            "component_names",
+            "components",
+            "import_object",
+        ),
+        "data.config": (
+            "Data",
+            "Duplicates",
+            "LabelColumn",
+            "Labeled",
+            "Loading",
+            "LongTail",
+            "Source",
+            "TaskChoice",
+            "Unlabeled",
+            "UnlabeledPart",
+            "UnlabeledSource",
+        ),
+        "engines.config": ("LossScale", "Precision", "Teacher", "Zero"),
+        "train.optim": ("Optim", "Schedule"),
+        "train.divergence": ("Divergence",),
+        "checkpoint.config": ("Checkpoint",),
+        "tracking.config": ("Log", "Tracker"),
+        "evaluate.config": ("Eval",),
+        "distributed.config": ("Watchdog",),
+    },
+}
+"""Names that a package held when it was one module, by where they are now."""
+
 _PREFIX = "hpdist."
 
 
@@ -165,6 +201,24 @@ def current_name(name: str) -> str:
             return _PREFIX + MOVED[old] + name.removeprefix(_PREFIX)[len(old) :]
         old = old.rpartition(".")[0]
     return name
+
+
+def find_moved(package: str, name: str) -> object:
+    """Give what a package held under a name before, with a warning that says where it is now.
+
+    Raises AttributeError where it held no such thing.
+    """
+    for home, names in MOVED_NAMES.get(package.removeprefix(_PREFIX), {}).items():
+        if name in names:
+            warnings.warn(
+                f"{package}.{name} is {_PREFIX}{home}.{name} now; the old name goes with the next "
+                "release",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            value: object = getattr(importlib.import_module(_PREFIX + home), name)
+            return value
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 class _Alias(importlib.abc.InspectLoader):

@@ -1,1 +1,10 @@
 """The ground of the config: sections, components, overrides and YAML; it knows no component."""
+
+from __future__ import annotations
+
+from hpdist.aliases import find_moved
+
+
+def __getattr__(name: str) -> object:
+    """Find what `hpdist.config` held when it was one module."""
+    return find_moved(__name__, name)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm, Shards
+from hpdist.aliases import current_name
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints
 from hpdist.checkpoint.writer import CheckpointWriter
@@ -231,7 +232,8 @@ def _load(step: StepParts, folder: Path) -> None:
 
 
 def _take_over(step: StepParts, saved: checkpoint.SavedRun) -> None:
-    here, facts = _identity(step), saved.facts
+    here, facts = _identity(step), dict(saved.facts)
+    facts["algorithm"] = current_name(facts["algorithm"])
     for key in ("algorithm", "parameters"):
         if facts[key] != here[key]:
             there, own = (
