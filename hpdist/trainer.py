@@ -37,6 +37,7 @@ from hpdist.measuring import Measuring
 from hpdist.optim import learning_rate
 from hpdist.progress import working
 from hpdist.records import Records
+from hpdist.redaction import redacted_errors
 from hpdist.rollback import Rollback
 from hpdist.run_data import Objects, RunData
 from hpdist.run_guard import RunGuard
@@ -69,6 +70,7 @@ class Trainer:
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
 
+    @redacted_errors()
     def __init__(
         self,
         model: nn.Module | str | Mapping[str, Any],
@@ -92,6 +94,7 @@ class Trainer:
         self._build(configuration.parse(values), objects)
 
     @classmethod
+    @redacted_errors()
     def from_config(cls, config: RunConfig, *, files: bool = True) -> Trainer:
         """Make the trainer of a config; without `files` it writes nothing. Collective."""
         trainer = cls.__new__(cls)
@@ -173,6 +176,7 @@ class Trainer:
         self.guard = RunGuard(engine.rank, config.watchdog.seconds, self.launcher)
         self.state = RunState(self.step, data, config)
 
+    @redacted_errors()
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
 
@@ -228,6 +232,7 @@ class Trainer:
         assert self._opened is not None
         return self._opened
 
+    @redacted_errors()
     def dry_run(self) -> StepOutcome:
         """Do one step and write nothing. Collective."""
         for outcome in self.trial_steps(1):
@@ -386,6 +391,7 @@ class Trainer:
         elif pending:
             self.log.write(done, self.step.attempts, pending)
 
+    @redacted_errors()
     def evaluate(self, rows: LabeledRows) -> Evaluation:
         """Measure teacher and student on all rows of a set. Collective."""
         return self.measuring.evaluate(rows)
@@ -398,6 +404,7 @@ class Trainer:
         agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 
+    @redacted_errors()
     def save(self, pending: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint. Every rank must call.
 
