@@ -202,8 +202,19 @@ def _quiet_readers() -> Iterator[None]:
             reader.removeFilter(is_news)
 
 
+_PICKLES = "pandas"  # a builder of `datasets`
+
+
 def _check_path(config: Source, where: str) -> None:
-    """Raise DataError for a local path that is not there, before the Hub is asked for it."""
+    """Raise DataError for a local path that is not there, before the Hub is asked for it.
+
+    Also for files whose reading would run what is in them.
+    """
+    if config.path == _PICKLES:
+        raise DataError(
+            f"{where}.path: {_PICKLES} reads pickles, which run code of whoever wrote them; write "
+            "the table as Parquet (DataFrame.to_parquet), and name that"
+        )
     if config.path in FILE_BUILDERS:
         if config.data_files is None and not os.path.exists(config.path):
             raise DataError(

@@ -139,7 +139,7 @@ class Tracker:
         settings = flat(redacted_settings(config.model_dump(mode="json")))
         # MLflow refuses to change the settings of a run that goes on.
         if name != "mlflow" or not tracker.active_run.data.params:
-            self._store(tracker, settings | dict(environment))
+            self._store(tracker, settings | flat(environment))
         return tracker
 
     def _choose(

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_a_stranger_who_says_little_by_little_who_it_is_does_not_stay(
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stranger:
         stranger.recv(1000)
         began = time.monotonic()
-        with pytest.raises(OSError, match=r"reset|pipe"):
+        with suppress(OSError):  # it has hung up
             while time.monotonic() < began + 20:
                 stranger.sendall(b" ")
                 time.sleep(0.2)
@@ -184,7 +185,7 @@ def test_a_client_says_in_one_sentence_that_somebody_else_listens(proof: bytes) 
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
-        with pytest.raises(OSError, match="another token|does not speak as hpdist does"):
+        with pytest.raises(OSError, match=r"another token|does not speak as hpdist does"):
             SharedStore("127.0.0.1", listener.getsockname()[1], "secret")
 
 

@@ -214,9 +214,9 @@ def test_no_traceback_of_a_users_own_program_shows_a_secret(tmp_path, builder, s
     """Python shows what an error was raised from, and libraries word theirs with the address."""
     write_config(tmp_path, [])
     url = f"locked://{USER}:{PASSWORD}@{tmp_path}/none.{builder}"
+    paths = [str(tmp_path / "labeled.parquet"), str(tmp_path / "runs")]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, url, builder, streaming]
-        + [str(tmp_path / "labeled.parquet"), str(tmp_path / "runs")],
+        [sys.executable, "-c", PROGRAM, url, builder, streaming, *paths],
         env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """What is written, logged or shown has no password, token or signature."""
 
+import builtins
 import logging
 import pickle
 import subprocess
@@ -140,9 +141,8 @@ def inner_errors():
     """Errors of Python's own and of libraries, each with a secret where its kind has one."""
     noted = ValueError("plain")
     noted.__notes__ = [f"while reading {URLS[0]}"]
-    group = (
-        [BaseExceptionGroup("several", [OSError(URLS[0])])] if sys.version_info >= (3, 11) else []
-    )
+    kind = getattr(builtins, "ExceptionGroup", None)  # from Python 3.11 on
+    group = [kind("several", [OSError(URLS[0])])] if kind is not None else []
     return [
         ValueError(f"no such file: {URLS[0]}"),
         KeyError(URLS[0]),
@@ -161,19 +161,7 @@ def inner_errors():
 def test_no_error_is_raised_from_one_with_a_secret(inner, how):
     kind = type(inner)
     with pytest.raises(DataError) as caught:
-        try:
-            if how == "twice":
-                try:
-                    raise inner
-                except type(inner) as error:
-                    raise RuntimeError("outer") from error
-            raise inner
-        except BaseException as error:
-            if how in ("from", "twice"):
-                raise DataError("cannot be loaded") from error
-            if how == "from None":
-                raise DataError("cannot be loaded") from None
-            raise DataError("cannot be loaded")  # noqa: B904
+        raise_from(inner, how)
     told = "".join(traceback.format_exception(caught.value))
     assert SECRET not in told + repr(inner)
     assert isinstance(inner, kind)
@@ -181,6 +169,22 @@ def test_no_error_is_raised_from_one_with_a_secret(inner, how):
         assert kind.__name__ in told
         assert "REDACTED" in told or kind is ImportError  # whose path no traceback shows
     pickle.loads(pickle.dumps(inner))
+
+
+def raise_from(inner, how):
+    try:
+        if how == "twice":
+            try:
+                raise inner
+            except type(inner) as error:
+                raise RuntimeError("outer") from error
+        raise inner
+    except BaseException as error:
+        if how in ("from", "twice"):
+            raise DataError("cannot be loaded") from error
+        if how == "from None":
+            raise DataError("cannot be loaded") from None
+        raise DataError("cannot be loaded")  # noqa: B904
 
 
 def test_an_error_without_a_secret_stays_as_it_is():
