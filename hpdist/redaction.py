@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 MARK = "REDACTED"
 
@@ -131,7 +131,8 @@ def redact_error(error: BaseException | None) -> None:
 
     Errors keep their types and tracebacks. Python shows the whole chain of whatever is not caught.
     """
-    rest, seen = [error], set()
+    rest: list[BaseException | None] = [error]
+    seen: set[int] = set()
     while rest:
         one = rest.pop()
         if one is None or id(one) in seen:
@@ -169,7 +170,7 @@ def _redact_one(error: BaseException) -> None:
         return
     # Its class words it of something else: another one, of the same name, says what was said.
     kind, said, shown = type(error), redacted_text(str(error)), redacted_text(repr(error))
-    own = {
+    own: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__slots__": (),
@@ -178,7 +179,7 @@ def _redact_one(error: BaseException) -> None:
         "__reduce__": lambda _: (RuntimeError, (shown,)),  # another process knows no such class
     }
     with suppress(TypeError):
-        error.__class__ = type(kind.__name__, (kind,), own)
+        error.__class__ = cast(Any, type(kind.__name__, (kind,), own))
 
 
 def _tells_nothing(error: BaseException) -> bool:
