@@ -43,6 +43,7 @@ from hpdist.data.loading import (
 from hpdist.data.local_files import source_name
 from hpdist.data.named_files import PathRule
 from hpdist.data.own_files import path_rule
+from hpdist.data.stream.row_files import RowFiles
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError
 from hpdist.redaction import redacted_text
@@ -180,15 +181,17 @@ def _embedded(view: Any, features: Any, name: str, rule: PathRule) -> Iterator[p
     """
     schema = features.arrow_schema
     embeds = any(require_storage_embed(feature) for feature in features.values())
-    row = 0
-    for _, table in read_blocks(view, name, _READ_ROWS):
+    row, files = 0, RowFiles()
+    for _, table in read_blocks(view, name, _READ_ROWS, files=files):
         try:
             typed = table if table.schema == schema else table_cast(table, schema)
             if embeds:
                 typed = embedded(typed, features, rule)
         except Exception as error:  # every image and every transport has its own
+            place = files.place(row)
+            first = "" if place is None else f" (the first: {place})"
             raise DataError(
-                f"{name}: rows {row} to {row + len(table) - 1} cannot be converted: "
+                f"{name}: rows {row} to {row + len(table) - 1}{first} cannot be converted: "
                 f"{redacted_text(one_line(error))}"
             ) from error
         yield typed
