@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hpdist.data.stream.sequential import SequentialReader
 from hpdist.errors import DataError
@@ -371,3 +372,17 @@ def test_a_row_of_what_is_no_file_is_named_by_its_number():
         first.read(0, 8, 0, 8)
         assert first.describe(6) == "row 6"
         first.close()
+
+
+def test_a_picture_of_a_folder_is_named_by_its_own_file(tmp_path):
+    for number in range(7):
+        Image.new("L", (4, 4), number).save(tmp_path / f"{number}.png")
+    dataset = opened("imagefolder", tmp_path / "*.png")
+    point = None
+    for start in (0, 4):
+        each = SequentialReader(dataset, ["image"], "the set", SEED, 2, point)
+        rows = each.read(start, 4, 0, 4)
+        named = [each.describe(row) for row in rows.ids.tolist()]
+        assert named == [f"row {row} ({tmp_path}/{row}.png)" for row in rows.ids.tolist()]
+        point = each.resume_point(start + 4)
+        each.close()

@@ -18,10 +18,13 @@ from datasets.iterable_dataset import ArrowExamplesIterable, ExamplesIterable, S
 
 from hpdist.redaction import redacted
 
-_FILES = ("original_files", "base_files", "tar_paths")
+_FILES = ("original_files", "base_files", "tar_paths", "files")
 """What the builders of `datasets` call the files of a shard."""
 
+_OF_FOLDERS = "add_metadata"  # an argument of the builders of folders, where a file is a row
+
 FileStart: TypeAlias = "tuple[str, int]"
+_Generate: TypeAlias = "Callable[..., Iterator[tuple[Any, Any]]]"
 
 
 class RowFiles:
@@ -31,6 +34,8 @@ class RowFiles:
     """
 
     def __init__(self) -> None:
+        self.reading: str | None = None
+        """The file that was begun last."""
         self._starts: list[tuple[int, str, bool]] = []  # sorted
         self._rows = 0  # the rows from 0 on that some file is known of
 
@@ -54,30 +59,33 @@ class RowFiles:
         if isinstance(source, ArrowExamplesIterable):
             source.generate_tables_fn = self._noting(source.generate_tables_fn, first, len)
         elif isinstance(source, ExamplesIterable):
-            source.generate_examples_fn = self._noting(
-                source.generate_examples_fn, first, lambda _: 1
-            )
+            source.generate_examples_fn = self._noting(source.generate_examples_fn, first, _one)
 
     def _noting(
-        self,
-        generate: Callable[..., Iterator[tuple[Any, Any]]],
-        first: tuple[str | None, int],
-        count: Callable[[Any], int],
-    ) -> Callable[..., Iterator[tuple[Any, Any]]]:
+        self, generate: _Generate, first: tuple[str | None, int], count: Callable[[Any], int]
+    ) -> _Generate:
         """Wrap the function that reads one file; what precedes the first one is not counted."""
         at: int | None = None if first[0] is not None else first[1]
 
-        def noting(**shard: Any) -> Iterator[tuple[Any, Any]]:
+        def begin(name: str, is_row: bool) -> None:
             nonlocal at
-            name, is_row = _file_of(shard)
             if at is None and name == first[0]:
                 at = first[1]
-            if at is not None and name is not None:
+            if at is not None:
                 self._add(at, name, is_row)
+
+        def noting(**shard: Any) -> Iterator[tuple[Any, Any]]:
+            nonlocal at
+            self.reading = _file_of(shard)
+            if self.reading is not None:
+                begin(self.reading, False)
             for key, read in generate(**shard):
+                name = _row_file(read) if _OF_FOLDERS in shard else None
+                if name is not None:
+                    begin(name, True)
                 if at is not None:
                     at += count(read)
-                    self._rows = max(self._rows, at)  # before others can ask for these rows
+                    self._rows = max(self._rows, at)  # before anybody can ask for these rows
                 yield key, read
 
         return noting
@@ -104,29 +112,31 @@ class RowFiles:
         if found is None:
             return None
         start, name, is_row = found
-        return redacted(name) if is_row else f"{redacted(name)}, row {row - start}"
+        return name if is_row else f"{name}, row {row - start}"
 
     def _entry(self, row: int) -> tuple[int, str, bool] | None:
         place = bisect_right(self._starts, row, key=lambda entry: entry[0])
         return self._starts[place - 1] if place and row < self._rows else None
 
 
-def _file_of(shard: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """Give the file that a shard is, and whether it is one row, as a picture is.
-
-    It is None where that is unknown.
-    """
+def _file_of(shard: Mapping[str, Any]) -> str | None:
+    """Give the file that a shard is, where it is one."""
     for key in _FILES:
-        if isinstance(shard.get(key), list) and len(shard[key]) == 1:
-            return str(shard[key][0]), False
-    if shard.get("add_metadata") and len(shard.get("metadata_files", ())) == 1:
-        return _named(shard["metadata_files"][0]), False
-    files = shard.get("files")
-    if isinstance(files, list) and len(files) == 1:
-        return _named(files[0]), isinstance(files[0], tuple) and len(files[0]) == 2
-    return None, False
+        files = shard.get(key)
+        if isinstance(files, (list, tuple)) and len(files) == 1 and isinstance(files[0], str):
+            return redacted(files[0])
+    return None
 
 
-def _named(file: Any) -> str | None:
-    parts = file if isinstance(file, tuple) else (file,)
-    return next((part for part in parts if isinstance(part, str)), None)
+def _row_file(example: Mapping[str, Any]) -> str | None:
+    """Give the file that is a row of a folder of pictures or sounds."""
+    for column in ("image", "audio"):
+        value = example.get(column)
+        path = value.get("path") if isinstance(value, dict) else value
+        if isinstance(path, str):
+            return redacted(path)
+    return None
+
+
+def _one(_: Any) -> int:
+    return 1

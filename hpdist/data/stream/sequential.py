@@ -425,11 +425,10 @@ def read_blocks(
             table = next(tables, None)
             following = once.state_dict()
         except Exception as error:  # every source has its own
-            where = f"at the beginning{epoch}"
-            if place:
-                where = f"after {files.describe(place - 1)}{epoch}"
+            where = f"after row {place - 1}{epoch}" if place else f"at the beginning{epoch}"
+            file = "" if files.reading is None else f" (of {files.reading})"
             raise DataError(
-                f"{name}: reading failed {where}, in the next {block_rows} rows: "
+                f"{name}: reading failed {where}, in the next {block_rows} rows{file}: "
                 f"{cause(_innermost(error))}"
             ) from error
         if table is None:
