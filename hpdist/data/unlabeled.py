@@ -30,7 +30,7 @@ from hpdist.data.loading import (
     open_table,
     parquet_files,
     raw_view,
-    same_column,
+    same_input,
     text_beside,
 )
 from hpdist.data.local_files import source_name
@@ -469,7 +469,7 @@ def _columns(
     beside = [] if spec.beside is None else [text_beside(features, spec.beside, where)]
     column = input_column(
         features,
-        config.input or same_column(like.column, features),
+        config.input or same_input(like.column, features, where),
         where,
         text=like.text,
         audio=like.audio,

@@ -77,11 +77,22 @@ HELD = """
 import time
 from pathlib import Path
 
+from torch import nn
+
+forward = nn.Linear.forward
+
+
+def held(layer, inputs):
+    while Path("hold").exists():
+        time.sleep(0.1)
+    return forward(layer, inputs)
+
+
+nn.Linear.forward = held
+
 
 def slowly(row):
     time.sleep(0.01)
-    while Path("hold").exists():
-        time.sleep(0.1)
     return row
 """
 
@@ -91,7 +102,8 @@ def test_a_second_ctrl_c_to_the_launcher_ends_all_at_once(tmp_path: Path) -> Non
     process = run.launch(2, STEPS, "--checkpoint.every", 100)
     run.await_step(process, 3)
     ranks = ranks_of(process)
-    (tmp_path / "hold").touch()  # a step that does not end, so nothing can be saved
+    (tmp_path / "hold").touch()
+    time.sleep(2)  # into a step that does not end, so nothing can be saved
     process.send_signal(signal.SIGINT)
     told = "interrupted; the run is saved and stops (again: at once)"
     deadline = time.monotonic() + 60
