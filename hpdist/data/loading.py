@@ -295,7 +295,8 @@ def same_input(column: Column, features: Any, where: str) -> Column | None:
         missing = ", ".join(repr(name) for name in column if name not in features)
         raise DataError(
             f"{where}: the input of data.labeled is the columns {', '.join(column)}, and there is "
-            f"no column {missing} here; there are {', '.join(features)}; add it, or name {where}.input"
+            f"no column {missing} here; there are {', '.join(features)}; add it, or name "
+            f"{where}.input"
         )
     return found
 
