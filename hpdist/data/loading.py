@@ -299,6 +299,19 @@ def same_column(column: AnyColumn, features: Any) -> AnyColumn | None:
     return column if all(name in features for name in names_of(column)) else None
 
 
+def same_input(column: Column, features: Any, where: str) -> Column | None:
+    """Do as `same_column` does; of several columns this set must have all, or DataError."""
+    found = same_column(column, features)
+    if found is None and not isinstance(column, str):
+        missing = ", ".join(repr(name) for name in column if name not in features)
+        raise DataError(
+            f"{where}: the input of data.labeled is the columns {', '.join(column)}, and there is "
+            f"no column {missing} here; there are {', '.join(features)}; add it, or name "
+            f"{where}.input"
+        )
+    return found
+
+
 def names_of(column: Column) -> tuple[str, ...]:
     """The names of the columns that an input is in."""
     return (column,) if isinstance(column, str) else column

@@ -38,6 +38,7 @@ from hpdist.data.loading import (
     open_table,
     raw_view,
     same_column,
+    same_input,
 )
 from hpdist.data.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
 from hpdist.data.rows import describe_row, describe_rows
@@ -239,7 +240,7 @@ def open_test(
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(
         features,
-        config.input or same_column(like.column, features),
+        config.input or same_input(like.column, features, where),
         where,
         exclude=label,
         text=like.text,

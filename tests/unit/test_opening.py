@@ -125,7 +125,7 @@ def test_a_summary_is_printed_in_units() -> None:
         "zero_stage": None,
         "precision": "bf16",
         "peak_memory_bytes": 5 * 2**30,
-        "duplicates_not_compared": ["data.test was not compared"],
+        "duplicates_not_compared": ["data.test was not compared", "nor was data.labeled"],
     }
     lines = dict(line.split(None, 1) for line in summary_lines(summary, "runs/x"))
     assert lines == {
@@ -137,7 +137,7 @@ def test_a_summary_is_printed_in_units() -> None:
         "zero_stage": "none",
         "precision": "bf16",
         "peak_memory_bytes": "5.00 GiB",
-        "duplicates_not_compared": "['data.test was not compared']",
+        "duplicates_not_compared": "data.test was not compared; nor was data.labeled",
         "run": "folder                   runs/x",
     }
     assert list(summary_lines({}, "runs/x")) == []
