@@ -40,7 +40,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read the config {str(path)!r}: {error.strerror}") from error
+        from hpdist.data.paths import did_you_mean  # imports what a config without errors needs not
+
+        raise ConfigError(
+            f"cannot read the config {str(path)!r}: {error.strerror}{did_you_mean(str(path))}"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the config {str(path)!r}: it is not UTF-8 text") from error
     try:
