@@ -48,6 +48,7 @@ from hpdist.data.stream.mixed import MixedReader
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.sequential import SequentialReader
+from hpdist.data.unpacked import unpacking
 from hpdist.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
@@ -144,6 +145,8 @@ class SequentialRows:
     functions: RowFunctions
     columns: tuple[str, ...]
     block_rows: int
+    most: int
+    """What its compressed files may hold."""
 
     def values(self, rows: Rows) -> Values:
         """The stored values of rows, after filter and map."""
@@ -164,7 +167,7 @@ class SequentialRows:
             block_rows = order["block_rows"]
         state = None if resume is None else dict(resume)
         return SequentialReader(
-            self.dataset, list(self.columns), self.name, seed, block_rows, state
+            self.dataset, list(self.columns), self.name, seed, block_rows, state, self.most
         )
 
     def changes(self) -> str:
@@ -425,17 +428,19 @@ def _open_sequential(
     needed = () if part.input else names_of(like.column)
     stream, files = dataset, None
     if dataset is None:
-        stream, files = load_files(part, where, True, needed)
+        stream, files = load_files(part, where, True, needed, loading)
     rule = path_rule(part, loading, given=dataset is not None, files=files)
     name = source_name(part, dataset, where)
-    first = _first_table(stream, name)
+    most = (loading or Loading()).most_unpacked
+    with unpacking(most):
+        first = _first_table(stream, name)
     features = stream.features or known_features(first.schema)
     check_dialect(features, where)
     column, columns, functions = _columns(part, features, like, spec, where, rule)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
     check_fit(functions.values(first).values, spec, name, "row {}".format)
-    return SequentialRows(stream, column, name, functions, columns, block_rows)
+    return SequentialRows(stream, column, name, functions, columns, block_rows, most)
 
 
 def _first_table(stream: Any, name: str) -> Any:

@@ -26,6 +26,7 @@ from hpdist.data.arrow_types import plain_table
 from hpdist.data.retry import cause
 from hpdist.data.stream.permute import Int64Array, permutation
 from hpdist.data.stream.reader import Rows
+from hpdist.data.unpacked import USUAL, unpacking
 from hpdist.errors import DataError
 from hpdist.redaction import redacted_text
 
@@ -54,6 +55,7 @@ class SequentialReader:
         seed: Chooses the order within the blocks.
         block_rows: Rows of a block; the last one of an epoch is shorter.
         resume: A `resume_point` to go on from.
+        most: Bytes that a compressed file may hold: `data.loading.most_unpacked`.
 
     Raises DataError for a dataset that is split by node.
     """
@@ -66,6 +68,7 @@ class SequentialReader:
         seed: int,
         block_rows: int,
         resume: dict[str, Any] | None = None,
+        most: int = USUAL,
     ) -> None:
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}, but a block has at least one row")
@@ -81,7 +84,7 @@ class SequentialReader:
         self._block_rows = block_rows
         self._rows: int | None = resume["rows"] if resume else None
         view = dataset.select_columns(columns).with_format("arrow")
-        source = _Source(view, name, seed, block_rows)
+        source = _Source(view, name, seed, block_rows, most)
         self._blocks = _Blocks(source.blocks(resume), resume)
         self._end = weakref.finalize(self, self._blocks.close)
 
@@ -202,6 +205,7 @@ class _Source:
     name: str
     seed: int
     block_rows: int
+    most: int
 
     def blocks(self, resume: dict[str, Any] | None) -> Generator[_Block, None, None]:
         """Every block from a `resume_point` on, without end."""
@@ -232,7 +236,13 @@ class _Source:
             return islice(whole, point.block, None)
         place = point.start - point.first
         return read_blocks(
-            self.dataset, self.name, self.block_rows, f" of epoch {point.epoch}", place, point.state
+            self.dataset,
+            self.name,
+            self.block_rows,
+            f" of epoch {point.epoch}",
+            place,
+            point.state,
+            self.most,
         )
 
     def _again(self, point: _Point) -> Iterator[_Found]:
@@ -382,12 +392,18 @@ class _Blocks:
 
 
 def read_blocks(
-    dataset: Any, name: str, block_rows: int, epoch: str = "", place: int = 0, state: Any = None
+    dataset: Any,
+    name: str,
+    block_rows: int,
+    epoch: str = "",
+    place: int = 0,
+    state: Any = None,
+    most: int = USUAL,
 ) -> Iterator[_Found]:
     """Read a dataset in Arrow format once, in blocks, each with the state that it begins in.
 
     `state` is such a state to go on from, and `place` the number of rows before it; `epoch` is said
-    after every row's number. Raises DataError when the source fails, naming the last row read.
+    after every row's number; `most` is what compressed files may hold. Raises DataError when the source fails, naming the last row read.
     """
     # Two iterations of one IterableDataset share a position and lose rows, and a state that was
     # loaded stays for the next iteration: a shard has its own.
@@ -397,7 +413,8 @@ def read_blocks(
     tables = once.iter(batch_size=block_rows)
     while True:
         try:
-            table = next(tables, None)
+            with unpacking(most):
+                table = next(tables, None)
             following = once.state_dict()
         except Exception as error:  # every source has its own
             where = f"after row {place - 1}{epoch}" if place else f"at the beginning{epoch}"
