@@ -1,7 +1,7 @@
 """`datasets` builders that hold what they read to `data.loading.most_unpacked`.
 
-Each looks at what a file claims before it does what its parent does. They run where `datasets` makes
-a table of files, of this machine or downloaded, and where it streams them.
+Each looks at what a file claims before it does what its parent does: where `datasets` makes a table
+of files, of this machine or downloaded, and where it streams them.
 """
 
 from __future__ import annotations

@@ -55,17 +55,14 @@ def check_groups(
     """
     total, unsure = 0, []
     for number in numbers:
-        try:
-            group = _Group.of(parquet, source, number, columns, budget, setting)
-            if group.at_most <= group.most:
-                total += group.paged
-                unsure += [group] if group.at_most > group.paged else []
-            else:
-                size = plain_bytes(group.as_stored())
-                group.check(size)
-                total += size
-        except TooLargeError as error:
-            raise TooLargeError(f"row group {number}: {error}") from None
+        group = _Group.of(parquet, source, number, columns, budget, setting)
+        if group.at_most <= group.most:
+            total += group.paged
+            unsure += [group] if group.at_most > group.paged else []
+        else:
+            size = plain_bytes(group.as_stored())
+            group.check(size)
+            total += size
     if total + sum(group.at_most - group.paged for group in unsure) <= budget:
         return total
     # What dictionaries stand for is known at most, and only reading them tells it.
@@ -127,8 +124,8 @@ class _Group:
         """Raise TooLargeError for more bytes than it may take."""
         if size > self.most:
             raise TooLargeError(
-                f"it takes {size} bytes of memory or more, and may take {self.most}; if that is "
-                f"right, raise {self.setting}"
+                f"row group {self.number} takes {size} bytes of memory or more, and may take "
+                f"{self.most}; if that is right, raise {self.setting}"
             )
 
     def as_stored(self) -> pa.Table:

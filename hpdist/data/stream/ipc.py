@@ -31,7 +31,7 @@ def check_batches(source: Any, most: int) -> None:
             for held in _buffer_sizes(source, at, length, body):
                 total += held
                 check_unpacked(total, size, most)
-    except (struct.error, IndexError, OverflowError) as error:
+    except (struct.error, IndexError, OverflowError, OSError) as error:  # OSError: beyond its end
         raise ValueError(f"its batches cannot be found: {error}") from error
 
 

@@ -403,7 +403,8 @@ def read_blocks(
     """Read a dataset in Arrow format once, in blocks, each with the state that it begins in.
 
     `state` is such a state to go on from, and `place` the number of rows before it; `epoch` is said
-    after every row's number; `most` is what compressed files may hold. Raises DataError when the source fails, naming the last row read.
+    after every row's number; `most` is what compressed files may hold. Raises DataError when the
+    source fails, naming the last row read.
     """
     # Two iterations of one IterableDataset share a position and lose rows, and a state that was
     # loaded stays for the next iteration: a shard has its own.
