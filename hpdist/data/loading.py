@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -42,7 +41,7 @@ from hpdist.data.own_files import path_rule
 from hpdist.data.paths import did_you_mean, local_path, neighbour
 from hpdist.data.rows import same_files
 from hpdist.data.saved import is_saved, open_saved
-from hpdist.data.unpacked import UnpackedError, check_unpacked, most_unpacked, unpacking
+from hpdist.data.unpacked import check_archives, unpacking
 from hpdist.errors import ConfigError, DataError, HpdistError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
@@ -82,7 +81,7 @@ def load_files(
         else:
             every = [path for paths in files.splits.values() for path in paths]
             many = files.builder in FOLDERS  # of which looking into each would take long
-            _check_archives(file for file in every if not many or file.endswith(".zip"))
+            check_archives(file for file in every if not many or file.endswith(".zip"))
             check_options(config.options, files.builder, config_of(files.builder), where)
             opened = open_files(
                 files,
@@ -152,27 +151,13 @@ def _load_elsewhere(config: Source, where: str, streaming: bool) -> Any:
     if config.options:
         builder = datasets.load_dataset_builder(_path(config), **named)
         check_options(config.options, builder.name, type(builder.config), where)
-    _check_archives([config.path, *patterns_of(config.data_files)])
+    check_archives([config.path, *patterns_of(config.data_files)])
     builder = datasets.load_dataset_builder(_path(config), **named, **config.options)
     hold_builder(builder)
     if streaming:
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
-
-
-def _check_archives(files: Iterable[str]) -> None:
-    """Hold zip files of this machine to what they say of their members, which are cut off there."""
-    for given in files:
-        path = local_path(given)
-        if path is None or not os.path.isfile(path) or not zipfile.is_zipfile(path):
-            continue
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        try:
-            check_unpacked(size, os.path.getsize(path), most_unpacked())
-        except UnpackedError as error:
-            raise UnpackedError(f"{path} is not read: {error}") from None
 
 
 def _named_columns(config: Source) -> list[str]:

@@ -11,12 +11,16 @@ that a program that uses hpdist reads its own files as ever.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import fsspec.compression  # type: ignore[import-untyped]
+
+from hpdist.data.paths import local_path
 
 USUAL = 512 * 2**20
 """What `data.loading.most_unpacked` is by default."""
@@ -56,6 +60,23 @@ def check_unpacked(size: int, stored: int, most: int) -> None:
             f"it unpacks to more than {max(most, FACTOR * stored)} bytes{origin}; if that is "
             f"right, raise {SETTING}"
         )
+
+
+def check_archives(files: Iterable[str]) -> None:
+    """Hold zip files of this machine to what they say of their members, which end there.
+
+    Raises UnpackedError, which names the file.
+    """
+    for given in files:
+        path = local_path(given)
+        if path is None or not os.path.isfile(path) or not zipfile.is_zipfile(path):
+            continue
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        try:
+            check_unpacked(size, os.path.getsize(path), most_unpacked())
+        except UnpackedError as error:
+            raise UnpackedError(f"{path} is not read: {error}") from None
 
 
 class Counted(io.RawIOBase):
