@@ -55,6 +55,8 @@ def check_groups(
     """
     total, unsure = 0, []
     for number in numbers:
+        if not parquet.metadata.row_group(number).num_rows:
+            continue  # its columns may begin anywhere
         group = _Group.of(parquet, source, number, columns, budget, setting)
         if group.at_most <= group.most:
             total += group.paged
