@@ -101,7 +101,8 @@ def check_icon(file: IO[bytes], limits: Limits) -> None:
             file.seek(start + at)
             picture = file.read(24)
             if picture.startswith(b"\x89PNG") and len(picture) == 24:
-                _check_pixels(*struct.unpack(">II", picture[16:]), limits)
+                width, height = struct.unpack(">II", picture[16:])
+                _check_pixels(width, height, limits)
             elif len(picture) >= 12:
                 width, height = struct.unpack("<ii", picture[4:12])
                 _check_pixels(abs(width), abs(height) // 2, limits)  # with a mask below

@@ -115,7 +115,9 @@ class HeldTar(WebDataset):  # type: ignore[misc]
 
     @classmethod
     def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Iterable[Any]) -> Iterator[Any]:
-        return super()._get_pipeline_from_tar(tar_path, _counted_members(tar_path, tar_iterator))
+        yield from super()._get_pipeline_from_tar(
+            tar_path, _counted_members(tar_path, tar_iterator)
+        )
 
 
 def _counted_members(
