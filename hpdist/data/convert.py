@@ -107,11 +107,12 @@ def convert(
     folder that cannot be used and DataError for rows that cannot be read.
     """
     _check_folder(folder)
-    stream, found = load_files(config, where, streaming=True)
+    stream, found = load_files(config, where, streaming=True, loading=loading)
     rule = path_rule(config, loading, given=False, files=found)
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
-    features = _features(view, name)
+    most = (loading or Loading()).most_unpacked
+    features = _features(view, name, most)
     check_dialect(features, where)
     given = config.input or _same(input, features)
     column = _only_media(features)
@@ -120,7 +121,7 @@ def convert(
         column = input_column(features, given, where, text=text, audio=audio)
     writer = _Writer(folder, features, layout or Layout())
     try:
-        for table in _embedded(view, features, name, rule):
+        for table in _embedded(view, features, name, rule, most):
             writer.write(table)
             if bar is not None:
                 bar.update(len(table))
@@ -163,7 +164,7 @@ def _check_folder(folder: Path) -> None:
             (folder / file).unlink()
 
 
-def _features(view: Any, name: str) -> Any:
+def _features(view: Any, name: str, most: int) -> Any:
     """The features of a stream; those of its first rows, where it declares none.
 
     In plain types, since Arrow cannot write slices of every other one.
@@ -172,13 +173,13 @@ def _features(view: Any, name: str) -> Any:
         schema = view.features.arrow_schema
         plain = plain_schema(schema)
         return view.features if plain == schema else datasets.Features.from_arrow_schema(plain)
-    _, first = next(read_blocks(view, name, _PROBE_ROWS), (None, None))
+    _, first = next(read_blocks(view, name, _PROBE_ROWS, most=most), (None, None))
     if first is None:
         raise DataError(f"{name}: holds no rows")
     return datasets.Features.from_arrow_schema(plain_schema(first.schema))
 
 
-def _embedded(view: Any, features: Any, name: str, rule: PathRule) -> Iterator[pa.Table]:
+def _embedded(view: Any, features: Any, name: str, rule: PathRule, most: int) -> Iterator[pa.Table]:
     """All rows, with the files that they name put into them, in one schema.
 
     A row that names a file which the rule forbids is an error: what is written may be passed on.
@@ -186,7 +187,7 @@ def _embedded(view: Any, features: Any, name: str, rule: PathRule) -> Iterator[p
     schema = features.arrow_schema
     embeds = any(require_storage_embed(feature) for feature in features.values())
     row, files = 0, RowFiles()
-    for _, table in read_blocks(view, name, _READ_ROWS, files=files):
+    for _, table in read_blocks(view, name, _READ_ROWS, files=files, most=most):
         try:
             typed = table if table.schema == schema else table_cast(table, schema)
             if embeds:

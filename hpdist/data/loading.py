@@ -17,9 +17,11 @@ from hpdist.data.builders import config_of
 from hpdist.data.cached_addresses import redact_cached_addresses
 from hpdist.data.categories import held, is_category, is_number
 from hpdist.data.decode import Column
+from hpdist.data.held import hold_builder
 from hpdist.data.local_files import (
     ENDINGS,
     FILE_BUILDERS,
+    FOLDERS,
     LocalFiles,
     extension,
     local_files,
@@ -39,6 +41,7 @@ from hpdist.data.own_files import path_rule
 from hpdist.data.paths import did_you_mean, local_path, neighbour
 from hpdist.data.rows import same_files
 from hpdist.data.saved import is_saved, open_saved
+from hpdist.data.unpacked import check_archives, unpacking
 from hpdist.errors import ConfigError, DataError, HpdistError
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
@@ -56,10 +59,19 @@ def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
 
 
 def load_files(
-    config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
+    config: Source,
+    where: str,
+    streaming: bool,
+    needed: Sequence[str] = (),
+    loading: Loading | None = None,
 ) -> tuple[Any, LocalFiles | None]:
-    """Do as `load` does; also say which files of this machine are read, where it found them."""
-    with _explained(config, where, streaming):
+    """Do as `load` does; also say which files of this machine are read, where it found them.
+
+    What they hold is counted against `loading.most_unpacked`, as far as it is read here; whoever
+    reads a stream goes on counting.
+    """
+    most = (loading or Loading()).most_unpacked
+    with _explained(config, where, streaming), unpacking(most):
         if is_saved(config):
             table = open_saved(config, where)
             return table.to_iterable_dataset() if streaming else table, None
@@ -67,6 +79,9 @@ def load_files(
         if files is None:
             opened = _load_elsewhere(config, where, streaming)
         else:
+            every = [path for paths in files.splits.values() for path in paths]
+            many = files.builder in FOLDERS  # of which looking into each would take long
+            check_archives(file for file in every if not many or file.endswith(".zip"))
             check_options(config.options, files.builder, config_of(files.builder), where)
             opened = open_files(
                 files,
@@ -136,9 +151,13 @@ def _load_elsewhere(config: Source, where: str, streaming: bool) -> Any:
     if config.options:
         builder = datasets.load_dataset_builder(_path(config), **named)
         check_options(config.options, builder.name, type(builder.config), where)
-    return datasets.load_dataset(
-        _path(config), **named, split=split, streaming=streaming, **config.options
-    )
+    check_archives([config.path, *patterns_of(config.data_files)])
+    builder = datasets.load_dataset_builder(_path(config), **named, **config.options)
+    hold_builder(builder)
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _named_columns(config: Source) -> list[str]:
@@ -474,7 +493,7 @@ def open_table(
     files = None
     table = dataset
     if dataset is None:
-        table, files = load_files(config, where, False, needed)
+        table, files = load_files(config, where, False, needed, loading)
     if not isinstance(table, datasets.Dataset):
         raise DataError(
             f"{where}: needs a datasets.Dataset, not {type(table).__name__}; pick one split of a "

@@ -49,6 +49,7 @@ from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.row_files import RowFiles
 from hpdist.data.stream.sequential import SequentialReader
+from hpdist.data.unpacked import unpacking
 from hpdist.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
@@ -145,6 +146,8 @@ class SequentialRows:
     functions: RowFunctions
     columns: tuple[str, ...]
     block_rows: int
+    most: int
+    """What its compressed files may hold."""
     files: RowFiles = field(default_factory=RowFiles)
 
     def values(self, rows: Rows) -> Values:
@@ -166,7 +169,14 @@ class SequentialRows:
             block_rows = order["block_rows"]
         state = None if resume is None else dict(resume)
         return SequentialReader(
-            self.dataset, list(self.columns), self.name, seed, block_rows, state, self.files
+            self.dataset,
+            list(self.columns),
+            self.name,
+            seed,
+            block_rows,
+            state,
+            self.files,
+            self.most,
         )
 
     def changes(self) -> str:
@@ -427,18 +437,20 @@ def _open_sequential(
     needed = () if part.input else names_of(like.column)
     stream, found = dataset, None
     if dataset is None:
-        stream, found = load_files(part, where, True, needed)
+        stream, found = load_files(part, where, True, needed, loading)
     rule = path_rule(part, loading, given=dataset is not None, files=found)
     files = RowFiles()
     name = source_name(part, dataset, where)
-    first = _first_table(stream, name, files)
+    most = (loading or Loading()).most_unpacked
+    with unpacking(most):
+        first = _first_table(stream, name, files)
     features = stream.features or known_features(first.schema)
     check_dialect(features, where)
     column, columns, functions = _columns(part, features, like, spec, where, rule)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
     check_fit(functions.values(first).values, spec, name, files.describe)
-    return SequentialRows(stream, column, name, functions, columns, block_rows, files)
+    return SequentialRows(stream, column, name, functions, columns, block_rows, most, files)
 
 
 def _first_table(stream: Any, name: str, files: RowFiles) -> Any:

@@ -27,6 +27,7 @@ from hpdist.data.retry import cause
 from hpdist.data.stream.permute import Int64Array, permutation
 from hpdist.data.stream.reader import Rows
 from hpdist.data.stream.row_files import FileStart, RowFiles
+from hpdist.data.unpacked import USUAL, unpacking
 from hpdist.errors import DataError
 from hpdist.redaction import redacted_text
 
@@ -56,6 +57,7 @@ class SequentialReader:
         block_rows: Rows of a block; the last one of an epoch is shorter.
         resume: A `resume_point` to go on from.
         files: Takes note of which file every row is of.
+        most: Bytes that a compressed file may hold: `data.loading.most_unpacked`.
 
     Raises DataError for a dataset that is split by node.
     """
@@ -69,6 +71,7 @@ class SequentialReader:
         block_rows: int,
         resume: dict[str, Any] | None = None,
         files: RowFiles | None = None,
+        most: int = USUAL,
     ) -> None:
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}, but a block has at least one row")
@@ -85,7 +88,7 @@ class SequentialReader:
         self._rows: int | None = resume["rows"] if resume else None
         view = dataset.select_columns(columns).with_format("arrow")
         self._files = files or RowFiles()
-        source = _Source(view, name, seed, block_rows, self._files)
+        source = _Source(view, name, seed, block_rows, self._files, most)
         self._blocks = _Blocks(source.blocks(resume), resume)
         self._end = weakref.finalize(self, self._blocks.close)
 
@@ -208,6 +211,7 @@ class _Source:
     seed: int
     block_rows: int
     files: RowFiles
+    most: int
 
     def blocks(self, resume: dict[str, Any] | None) -> Generator[_Block, None, None]:
         """Every block from a `resume_point` on, without end."""
@@ -247,6 +251,7 @@ class _Source:
             point.state,
             self.files,
             point.file,
+            self.most,
         )
 
     def _again(self, point: _Point) -> Iterator[_Found]:
@@ -404,13 +409,14 @@ def read_blocks(
     state: Any = None,
     files: RowFiles | None = None,
     since: FileStart | None = None,
+    most: int = USUAL,
 ) -> Iterator[_Found]:
     """Read a dataset in Arrow format once, in blocks, each with the state that it begins in.
 
     `state` is such a state to go on from, and `place` the number of rows before it; `epoch` is said
     after every row's number. `files` takes note of the files that are read, and
-    `since` is the one that the state is in. Raises DataError when the source fails, naming the last
-    row read.
+    `since` is the one that the state is in; `most` is what compressed files may hold. Raises
+    DataError when the source fails, naming the last row read.
     """
     # Two iterations of one IterableDataset share a position and lose rows, and a state that was
     # loaded stays for the next iteration: a shard has its own.
@@ -422,7 +428,8 @@ def read_blocks(
     tables = once.iter(batch_size=block_rows)
     while True:
         try:
-            table = next(tables, None)
+            with unpacking(most):
+                table = next(tables, None)
             following = once.state_dict()
         except Exception as error:  # every source has its own
             where = f"after row {place - 1}{epoch}" if place else f"at the beginning{epoch}"
