@@ -2,17 +2,19 @@
 
 A message says what is wrong, where (setting, file, rank, step) and what to do. The command line
 prints it as one line and exits with `exit_status`. Whatever text it was made of, from a library's
-error or a setting, it holds no password and no signature of a URL.
+error or a setting, it holds no password and no signature of a URL; nor does the error that it was
+raised from, which a traceback shows as well.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import traceback
 from pathlib import Path
 
-from hpdist.messages.redaction import redacted_text
+from hpdist.messages.redaction import redact_error, redacted_text
 
 
 class HpdistError(Exception):
@@ -29,6 +31,7 @@ class HpdistError(Exception):
 
     def __init__(self, *parts: object) -> None:
         super().__init__(*(redacted_text(p) if isinstance(p, str) else p for p in parts))
+        redact_error(sys.exc_info()[1])  # which this one is raised from
 
 
 class ConfigError(HpdistError):

@@ -10,9 +10,10 @@
 # HPDIST_PREFLIGHT_TOKEN on each (openssl rand -hex 16 makes one), nobody else joins the preflight.
 set -eu
 
+HERE="$(cd "$(dirname "$0")/.." && pwd)"  # what stands beside launch/, wherever this is started
 ACCELERATE="${ACCELERATE:-accelerate}"
 HPDIST="${HPDIST:-hpdist}"
-CONFIG_FILE="${CONFIG_FILE:-configs/accelerate/zero2_bf16.yaml}"
+CONFIG_FILE="${CONFIG_FILE:-$HERE/configs/accelerate/zero2_bf16.yaml}"
 MACHINES="${MACHINES:?how many machines there are}"
 MACHINE_RANK="${MACHINE_RANK:?which of them this is, from 0}"
 MAIN_IP="${MAIN_IP:?the address of machine 0, as the others reach it}"

@@ -26,6 +26,8 @@ def _told(key: str, value: object, summary: Mapping[str, object]) -> str:
     name = key.rpartition("/")[2]
     if value is None:
         return "none"
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     if isinstance(value, (str, bool)) or not isinstance(value, (int, float)):
         return str(value)
     if "accuracy" in name:

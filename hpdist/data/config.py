@@ -195,6 +195,9 @@ class Loading(Section):
     """Most bytes of an encoded image or sound, in a row or in the file that it names."""
     most_pixels: int = Field(50_000_000, ge=1)
     """Most pixels of an encoded image, as its header says; a larger one is a bad row."""
+    most_unpacked: Bytes = 512 * 2**20
+    """Most bytes that a compressed file, or a row group of Parquet in a table, may hold where that
+    is more than 64 (a row group: 16) times its size on the disk."""
     most_samples: int = Field(100_000_000, ge=1)
     """Most samples of the sound that a row holds, at the file's own rate, over all channels."""
 

@@ -43,6 +43,7 @@ from hpdist.data.sources.loading import (
 )
 from hpdist.data.sources.local_files import source_name
 from hpdist.data.sources.own_files import path_rule
+from hpdist.data.stream.row_files import RowFiles
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError
 from hpdist.messages.redaction import redacted_text
@@ -73,16 +74,18 @@ class Written:
     rows: int
     groups: int
     bytes: int
-    input: Column
+    input: Column | None
+    """The input column or columns; None where training finds them, as it does in a table."""
 
     def yaml(self) -> str:
         """The lines of a config that read it; they replace what named the dataset before."""
         source = {
             "path": "parquet",
             "data_files": str(self.files[0].parent / "train-*.parquet"),
-            "input": self.input if isinstance(self.input, str) else list(self.input),
             "streaming": True,
         }
+        if self.input is not None:
+            source["input"] = self.input if isinstance(self.input, str) else list(self.input)
         return yaml.safe_dump({"data": {"unlabeled": source}}, sort_keys=False, width=10_000)
 
 
@@ -98,24 +101,27 @@ def convert(
 ) -> Written:
     """Read a dataset once and write it into `folder` as train-00000-of-00012.parquet and so on.
 
-    `input` is the labelled rows' column, where the config names none; `loading` says which files
-    rows may name; `bar` is a tqdm to update. Raises ConfigError for a folder that cannot be used
-    and DataError for rows that cannot be read.
+    `input` is the labelled rows' column, where the config names none; where neither does, all
+    columns are written all the same, and training finds the input as it would have before.
+    `loading` says which files rows may name; `bar` is a tqdm to update. Raises ConfigError for a
+    folder that cannot be used and DataError for rows that cannot be read.
     """
     _check_folder(folder)
-    stream, found = load_files(config, where, streaming=True)
+    stream, found = load_files(config, where, streaming=True, loading=loading)
     rule = path_rule(config, loading, given=False, files=found)
     name = redacted_text(source_name(config, None, where))
     view = stream.with_format("arrow")
-    features = _features(view, name)
+    most = (loading or Loading()).most_unpacked
+    features = _features(view, name, most)
     check_dialect(features, where)
     given = config.input or _same(input, features)
-    text = is_text(features, given)
-    audio = is_audio(features, given) or (given is None and _is_sound(features))
-    column = input_column(features, given, where, text=text, audio=audio)
+    column = _only_media(features)
+    if given is not None:
+        text, audio = is_text(features, given), is_audio(features, given)
+        column = input_column(features, given, where, text=text, audio=audio)
     writer = _Writer(folder, features, layout or Layout())
     try:
-        for table in _embedded(view, features, name, rule):
+        for table in _embedded(view, features, name, rule, most):
             writer.write(table)
             if bar is not None:
                 bar.update(len(table))
@@ -128,11 +134,11 @@ def convert(
     return Written(written, writer.rows, writer.groups, size, column)
 
 
-def _is_sound(features: Any) -> bool:
-    """Whether a set holds sound, and no images."""
-    held = list(features.values())
-    sounds = [feature for feature in held if isinstance(feature, datasets.Audio)]
-    return bool(sounds) and not any(isinstance(feature, datasets.Image) for feature in held)
+def _only_media(features: Any) -> str | None:
+    """The only column of images or sound; None where there is none, or several."""
+    media = (datasets.Image, datasets.Audio)
+    found = [name for name, feature in features.items() if isinstance(feature, media)]
+    return found[0] if len(found) == 1 else None
 
 
 def _same(column: str | list[str] | None, features: Any) -> Column | None:
@@ -158,7 +164,7 @@ def _check_folder(folder: Path) -> None:
             (folder / file).unlink()
 
 
-def _features(view: Any, name: str) -> Any:
+def _features(view: Any, name: str, most: int) -> Any:
     """The features of a stream; those of its first rows, where it declares none.
 
     In plain types, since Arrow cannot write slices of every other one.
@@ -167,28 +173,30 @@ def _features(view: Any, name: str) -> Any:
         schema = view.features.arrow_schema
         plain = plain_schema(schema)
         return view.features if plain == schema else datasets.Features.from_arrow_schema(plain)
-    _, first = next(read_blocks(view, name, _PROBE_ROWS), (None, None))
+    _, first = next(read_blocks(view, name, _PROBE_ROWS, most=most), (None, None))
     if first is None:
         raise DataError(f"{name}: holds no rows")
     return datasets.Features.from_arrow_schema(plain_schema(first.schema))
 
 
-def _embedded(view: Any, features: Any, name: str, rule: PathRule) -> Iterator[pa.Table]:
+def _embedded(view: Any, features: Any, name: str, rule: PathRule, most: int) -> Iterator[pa.Table]:
     """All rows, with the files that they name put into them, in one schema.
 
     A row that names a file which the rule forbids is an error: what is written may be passed on.
     """
     schema = features.arrow_schema
     embeds = any(require_storage_embed(feature) for feature in features.values())
-    row = 0
-    for _, table in read_blocks(view, name, _READ_ROWS):
+    row, files = 0, RowFiles()
+    for _, table in read_blocks(view, name, _READ_ROWS, files=files, most=most):
         try:
             typed = table if table.schema == schema else table_cast(table, schema)
             if embeds:
                 typed = embedded(typed, features, rule)
         except Exception as error:  # every image and every transport has its own
+            place = files.place(row)
+            first = "" if place is None else f" (the first: {place})"
             raise DataError(
-                f"{name}: rows {row} to {row + len(table) - 1} cannot be converted: "
+                f"{name}: rows {row} to {row + len(table) - 1}{first} cannot be converted: "
                 f"{redacted_text(one_line(error))}"
             ) from error
         yield typed

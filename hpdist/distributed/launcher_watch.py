@@ -18,7 +18,8 @@ from hpdist.errors import DistributedError
 
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 25.0  # for a step to end and the run to be saved
-_ELASTIC = "TORCHELASTIC_RUN_ID"  # torchrun's, and Accelerate's for several processes
+ELASTIC = "TORCHELASTIC_RUN_ID"
+"""The variable that torchrun sets in every rank, and Accelerate where it starts several."""
 _PROGRAMS = {
     "accelerate",
     "accelerate-launch",
@@ -49,7 +50,7 @@ class Launcher:
 
 def find_launcher() -> Launcher | None:
     """The launcher that this process is a rank of; None where a person or a script started it."""
-    run = os.environ.get(_ELASTIC)
+    run = os.environ.get(ELASTIC)
     child = psutil.Process()
     try:
         while (parent := child.parent()) is not None:
@@ -65,7 +66,7 @@ def find_launcher() -> Launcher | None:
 def _is_within(process: psutil.Process, run: str) -> bool:
     """Whether the launcher has started this process too: a script around the rank."""
     try:
-        return bool(process.environ().get(_ELASTIC) == run)
+        return bool(process.environ().get(ELASTIC) == run)
     except psutil.AccessDenied:
         return False
 

@@ -30,9 +30,11 @@ from typing import Any
 import torch.distributed as dist
 
 _LONGEST = 1 << 20  # bytes of a line
+_LONGEST_PROOF = 1 << 12  # of a line of somebody who has not shown to know the token
 _MOST_BYTES = 64 << 20  # that a server keeps
 _MOST_CLIENTS = 20_000
-_HANDSHAKE = 10.0  # seconds
+_HANDSHAKE = 10.0  # seconds, for all of it
+_PAUSE = 0.1  # seconds, until there may be room for another connection
 _PATIENCE = 300.0  # seconds that a read waits for a key by default
 
 
@@ -57,11 +59,13 @@ class StoreServer:
             self._socket.close()
             raise
         self.port: int = self._socket.getsockname()[1]
+        self._closed = False
         self._clients = threading.Semaphore(_MOST_CLIENTS)
         threading.Thread(target=self._accept, name="hpdist-store", daemon=True).start()
 
     def close(self) -> None:
         """Listen no longer."""
+        self._closed = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -81,8 +85,11 @@ class StoreServer:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # closed
-                return
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(_PAUSE)  # somebody holds all the connections that there may be
+                continue
             if not self._clients.acquire(blocking=False):
                 connection.close()
                 continue
@@ -103,12 +110,12 @@ class StoreServer:
 
     def _is_known(self, line: _Line) -> bool:
         """Prove the token's knowledge to a client, and have it proven."""
-        line.timeout(_HANDSHAKE)
         ours = secrets.token_hex(16)
+        line.timeout(_HANDSHAKE)
         line.send({"nonce": ours})
-        said = line.receive()
+        said = line.receive(_LONGEST_PROOF, time.monotonic() + _HANDSHAKE)
         theirs = str(said["nonce"])
-        if not hmac.compare_digest(str(said["proof"]), _proof(self._token, "client", ours, theirs)):
+        if not _is_proof(said["proof"], _proof(self._token, "client", ours, theirs)):
             line.send({"refused": "another token"})
             return False
         line.send({"proof": _proof(self._token, "server", theirs, ours)})
@@ -220,13 +227,14 @@ class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
     def _connect(self) -> _Line:
         line = _Line(socket.create_connection(self._where, timeout=_HANDSHAKE))
         try:
-            theirs, ours = str(line.receive()["nonce"]), secrets.token_hex(16)
+            end = time.monotonic() + _HANDSHAKE
+            theirs = str(line.receive(_LONGEST_PROOF, end)["nonce"])
+            ours = secrets.token_hex(16)
             line.send({"nonce": ours, "proof": _proof(self._token, "client", theirs, ours)})
-            said = line.receive()
-        except (KeyError, ValueError) as error:
+            said = line.receive(_LONGEST_PROOF, end)
+        except (KeyError, ValueError, RecursionError) as error:
             raise OSError(f"what listens there does not speak as hpdist does ({error})") from error
-        proof = _proof(self._token, "server", ours, theirs)
-        if not hmac.compare_digest(str(said.get("proof")), proof):
+        if not _is_proof(said.get("proof"), _proof(self._token, "server", ours, theirs)):
             raise PermissionError("it has another token")
         return line
 
@@ -274,11 +282,19 @@ class _Line:
             raise ValueError(f"{len(data):,} bytes are too many for one message")
         self._connection.sendall(data)
 
-    def receive(self) -> dict[str, Any]:
-        """Receive an object. Raises OSError where the other side leaves, ValueError for no JSON."""
+    def receive(self, longest: int = _LONGEST, end: float = float("inf")) -> dict[str, Any]:
+        """Receive an object, of so many bytes at most, until a time of the monotonic clock.
+
+        Raises OSError where the other side leaves or is late, and ValueError for no JSON.
+        """
         while b"\n" not in self._received:
-            if len(self._received) > _LONGEST:
+            if len(self._received) > longest:
                 raise ValueError("a line without an end")
+            if end != float("inf"):  # each piece may come in time, and the whole may not
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("it takes too long to say who it is")
+                self._connection.settimeout(left)
             data = self._connection.recv(1 << 16)
             if not data:
                 raise ConnectionError("the connection was closed")
@@ -292,6 +308,10 @@ class _Line:
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def _is_proof(said: object, proof: str) -> bool:
+    return hmac.compare_digest(str(said).encode(errors="replace"), proof.encode())
 
 
 def _proof(token: str, side: str, first: str, second: str) -> str:

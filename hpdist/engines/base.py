@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -94,6 +95,24 @@ class Engine(ABC):
     def has_stepped(self) -> bool:
         """Whether the optimizer has done a step already, here or in what was loaded."""
         return any(self.optimizer.state.values())
+
+    @property
+    def saved_as(self) -> dict[str, int | str]:
+        """What the files that Accelerate saves of this engine can only be loaded by; here nothing.
+
+        What another engine has saved cannot be loaded at all.
+        """
+        return {}
+
+    @property
+    def saved_steps(self) -> int | None:
+        """The steps that such files count, if they do."""
+        return None
+
+    def check_before_loading(  # noqa: B027 - most engines load after those hooks
+        self, check: Callable[[Path], None]
+    ) -> None:
+        """Have `check(folder)` called where the engine would load before Accelerate's hooks."""
 
     @cached_property
     def layout(self) -> Layout:

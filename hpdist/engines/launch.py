@@ -50,6 +50,9 @@ def resolve(request: ExecutionRequest) -> Sharding:
     launcher = read_launcher()
     path = launcher.get("file", (None, ""))[0]
     notes = unused_settings()
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path not in (None, named):
+        notes.append(f"DeepSpeed's config: {path} ({named} is not in {os.getcwd()})")
     if "compile" in launcher:
         notes.append(
             f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import patch_environment
 
 from hpdist.engines.deepspeed_config import check_file, is_enabled, read_deepspeed, section
+from hpdist.engines.launch_file import find_deepspeed
 from hpdist.errors import ConfigError
 
 N = TypeVar("N", int, float)
@@ -66,11 +67,11 @@ def read_launcher() -> Launcher:
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
         return found | _read_environment({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
-    beside, file = found | _read_environment({}), _read_file(path)
+    beside, file = found | _read_environment({}), _read_file(find_deepspeed(path))
     for setting in beside.keys() & file.keys():
         if beside[setting][0] != file[setting][0]:
             raise ConfigError(f"{beside[setting][1]}, but {file[setting][1]}; leave the first out")
-    return {"zero.stage": (0, f"no zero_optimization.stage in {path}")} | beside | file
+    return {"zero.stage": (0, f"no zero_optimization.stage in {file['file'][0]}")} | beside | file
 
 
 def unused_settings() -> list[str]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
+from hpdist.distributed.collectives import raise_together
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import without_wrappers
 from hpdist.engines.base import Engine
@@ -27,7 +30,7 @@ from hpdist.engines.launcher import hide_launcher_fields
 from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, make_state
 from hpdist.engines.zero_reach import reduce_alike
-from hpdist.errors import ConfigError
+from hpdist.errors import CheckpointError, ConfigError
 from hpdist.models.outputs import logits_of
 
 
@@ -104,6 +107,20 @@ def _check_async_io() -> None:
         )
 
 
+def _missing(folder: Path, rank: int, sharded: bool) -> CheckpointError | None:
+    """What is wrong where a rank's files of DeepSpeed's are not in the folder of a state."""
+    needed = ["*model_states.pt"]
+    if sharded:
+        needed.append(f"*zero_pp_rank_{rank}_mp_rank_*optim_states.pt")
+    for pattern in needed:
+        if next(folder.glob(pattern), None) is None:
+            return CheckpointError(
+                f"load_state: rank {rank} finds no {pattern} of DeepSpeed's in {str(folder)!r}; "
+                "load a folder that all ranks have saved to and that all machines share"
+            )
+    return None
+
+
 class Place(NamedTuple):
     """Elements of a parameter from `start` on lie in a flat part from `at` on."""
 
@@ -138,6 +155,35 @@ class ZeroEngine(Engine):
     def has_stepped(self) -> bool:
         """Whether DeepSpeed has; it gives its optimizer a state before the first step."""
         return int(self.deepspeed.global_steps) > 0
+
+    @property
+    def saved_as(self) -> dict[str, int | str]:
+        """The stage, the dtype of the weights and, where DeepSpeed shards, the number of ranks."""
+        stage = int(self.deepspeed.zero_optimization_stage())
+        found = {"stage": stage, "dtype": str(self._dtype).removeprefix("torch.")}
+        return found | ({"ranks": self.world_size} if stage else {})
+
+    @property
+    def saved_steps(self) -> int:
+        """The steps that DeepSpeed counts, skipped ones included."""
+        return int(self.deepspeed.global_steps)
+
+    def check_before_loading(self, check: Callable[[Path], None]) -> None:
+        """Have `check(folder)` called by each rank before DeepSpeed loads anything.
+
+        Then CheckpointError is raised, on every rank, where one does not find DeepSpeed's files: it
+        would raise an error of its own on that rank alone, which names none.
+        """
+        load = partial(type(self.deepspeed).load_checkpoint, self.deepspeed)
+
+        def checked(folder: str, tag: str | None = None, *args: Any, **options: Any) -> Any:
+            check(Path(folder))
+            if tag is not None:  # Accelerate always gives one
+                sharded = "ranks" in self.saved_as
+                raise_together(_missing(Path(folder, tag), self.rank, sharded))
+            return load(folder, tag, *args, **options)
+
+        self.deepspeed.load_checkpoint = checked
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits in fp32 of a half-precision forward."""

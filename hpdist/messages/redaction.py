@@ -3,9 +3,10 @@
     redacted_text("cannot read https://me:secret@host/a.parquet?sig=abc")
     # cannot read https://REDACTED@host/a.parquet?REDACTED
 
-One set of rules for everything: errors (`HpdistError` applies it to its message), settings that a
-run folder or a tracker gets, log lines and warnings (`redact_output`). A URL loses its user,
-password and whole query, for nobody knows every name that a service gives a signature.
+One set of rules for everything: errors (`HpdistError` applies it to its message, and to what it is
+raised from), settings that a run folder or a tracker gets, log lines and warnings
+(`redact_log_lines`, `redact_output`). A URL loses its user, password and whole query, for nobody
+knows every name that a service gives a signature.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 MARK = "REDACTED"
 
@@ -124,16 +126,114 @@ def _without_value(found: re.Match[str]) -> str:
     return found[0] if value == MARK else f"{name}{between}{kind or ''}{MARK}"
 
 
+def redact_error(error: BaseException | None) -> None:
+    """Take the secrets out of an error and of all that it was raised from, where they stand.
+
+    Errors keep their types and tracebacks. Python shows the whole chain of whatever is not caught.
+    """
+    rest: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while rest:
+        one = rest.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        rest += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+        _redact_one(one)
+
+
+@contextmanager
+def redacted_errors() -> Iterator[None]:
+    """Let errors leave without secrets; a decorator of what users call, too."""
+    try:
+        yield
+    except BaseException as error:
+        redact_error(error)
+        raise
+
+
+_WORDED = ("filename", "filename2", "strerror", "msg", "text", "name", "path", "__notes__")
+"""Attributes that Python's own errors are worded of, beside their arguments."""
+
+
+def _redact_one(error: BaseException) -> None:
+    if _tells_nothing(error):
+        return
+    with suppress(Exception):
+        error.args = tuple(redacted_settings(list(error.args)))
+    for name in _WORDED if type(error).__module__ == "builtins" else ("__notes__",):
+        with suppress(Exception):
+            value = getattr(error, name)
+            if redacted_settings(value) != value:
+                setattr(error, name, redacted_settings(value))
+    if _tells_nothing(error):
+        return
+    # Its class words it of something else: another one, of the same name, says what was said.
+    kind, said, shown = type(error), redacted_text(str(error)), redacted_text(repr(error))
+    own: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__slots__": (),
+        "__str__": lambda _: said,
+        "__repr__": lambda _: shown,
+        "__reduce__": lambda _: (RuntimeError, (shown,)),  # another process knows no such class
+    }
+    with suppress(TypeError):
+        error.__class__ = cast(Any, type(kind.__name__, (kind,), own))
+
+
+def _tells_nothing(error: BaseException) -> bool:
+    try:
+        said = "\n".join([str(error), repr(error), *getattr(error, "__notes__", ())])
+    except Exception:  # then Python cannot word it either
+        return True
+    return redacted_text(said) == said
+
+
 class RedactingFilter(logging.Filter):
-    """Keeps secrets out of the lines of a logger."""
+    """Keeps secrets out of the lines of a logger, and out of the errors that they come with."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let every line pass, without its secrets."""
         record.msg, record.args = redacted_text(record.getMessage()), ()
+        if isinstance(record.exc_info, tuple):
+            redact_error(record.exc_info[1])
+            if record.exc_text is None and record.exc_info[0] is not None:
+                # What formatters take for the traceback once it is there.
+                record.exc_text = redacted_text(_lines(*record.exc_info).rstrip("\n"))
         return True
 
 
-_OUTPUT = False
+_READERS = (
+    *("hpdist", "asyncio", "aiohttp", "httpx", "httpcore", "urllib3", "requests", "fsspec"),
+    *("s3fs", "botocore", "aiobotocore", "gcsfs", "adlfs", "azure", "ossfs"),
+    *("datasets", "huggingface_hub", "wandb", "mlflow"),
+)
+"""Packages whose log lines may hold the addresses that hpdist has them read, or redirects."""
+
+_logs = ""  # whose lines come without secrets: those of the readers, or everybody's
+_hooked = False
+
+
+def redact_log_lines(everybody: bool = False) -> None:
+    """Have the log lines of the packages that read data come without secrets from now on.
+
+    Reading data calls it, in any program; `everybody` is for a process that is hpdist's own.
+    """
+    global _logs
+    if not _logs:
+        make = logging.getLogRecordFactory()
+
+        def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+            made = make(*args, **kwargs)
+            if _logs == "all" or made.name.partition(".")[0] in _READERS:
+                RedactingFilter().filter(made)
+            return made
+
+        logging.setLogRecordFactory(record)
+        _logs = "readers"
+    if everybody:
+        _logs = "all"
 
 
 def redact_output() -> None:
@@ -141,18 +241,12 @@ def redact_output() -> None:
 
     Libraries word their own, so this is done where they are made. The command line calls it.
     """
-    global _OUTPUT
-    if _OUTPUT:
+    global _hooked
+    redact_log_lines(everybody=True)
+    if _hooked:
         return
-    _OUTPUT = True
-    make, word = logging.getLogRecordFactory(), warnings.formatwarning
-
-    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = make(*args, **kwargs)
-        RedactingFilter().filter(made)
-        return made
-
-    logging.setLogRecordFactory(record)
+    _hooked = True
+    word = warnings.formatwarning
     warnings.formatwarning = lambda *args, **kwargs: redacted_text(word(*args, **kwargs))
     if sys.excepthook is sys.__excepthook__:  # else somebody else prints them
         sys.excepthook = _print_error
@@ -160,8 +254,19 @@ def redact_output() -> None:
         threading.excepthook = lambda args: _print_error(
             args.exc_type, args.exc_value, args.exc_traceback
         )
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _print_ignored
 
 
 def _print_error(kind: Any, error: BaseException | None, trace: Any) -> None:
-    lines = traceback.format_exception(kind, error, trace)
-    print(redacted_text("".join(lines)), end="", file=sys.stderr, flush=True)
+    print(redacted_text(_lines(kind, error, trace)), end="", file=sys.stderr, flush=True)
+
+
+def _print_ignored(ignored: Any) -> None:
+    """Say what an error was that Python cannot raise, such as one in a `__del__`."""
+    print(f"Exception ignored in: {redacted_text(repr(ignored.object))}", file=sys.stderr)
+    _print_error(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)
+
+
+def _lines(kind: Any, error: BaseException | None, trace: Any) -> str:
+    return "".join(traceback.format_exception(kind, error, trace))

@@ -171,10 +171,15 @@ class RunFolder:
 
 
 def read_records(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl, each with what it says; not one that was half-written."""
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    """The lines of metrics.jsonl that are records, each an object with a step, and what they say.
+
+    Other lines are left out: one that a killed process left half-written, and what anybody else
+    has put there.
+    """
+    for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # a killed process left it, or it is being written
+        except (ValueError, RecursionError):
             continue
-        yield line, record
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield line, record

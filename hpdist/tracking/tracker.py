@@ -148,7 +148,7 @@ class Tracker:
         stored = flat(redacted_settings(settings))
         # MLflow refuses to change the settings of a run that goes on.
         if name != "mlflow" or not tracker.active_run.data.params:
-            self._store(tracker, stored | dict(environment))
+            self._store(tracker, stored | flat(environment))
         return tracker
 
     def _choose(

@@ -7,6 +7,7 @@ as a `Component` subclass; a component is chosen by its `name`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from hpdist.config.overrides import lay_over, read_overrides
 from hpdist.config.section import Section
 from hpdist.config.yaml import read_yaml, to_yaml
 from hpdist.data.config import CHOICES, Data, TaskChoice
+from hpdist.data.files.paths import did_you_mean
 from hpdist.distributed.config import Watchdog
 from hpdist.engines.config import LossScale, Precision, Teacher, Zero
 from hpdist.errors import ConfigError
@@ -207,6 +209,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = Tr
     such a config can be looked at, and nothing can be built from it. Raises ConfigError.
     """
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(
+            f"cannot read the config {str(path)!r}: {os.strerror(errno.ENOENT)}"
+            f"{did_you_mean(str(path))}"
+        )
     values = read_yaml(path)
     pairs = read_overrides(overrides)
     lay_over(values, pairs)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hpdist.config.section import flat
-from hpdist.errors import ConfigError
+from hpdist.errors import CheckpointError, ConfigError
 from hpdist.messages.redaction import redacted_settings
 from hpdist.tracking.run_folder import CHANGES, RunFolder, read_records
 from hpdist.train import config as configuration
@@ -43,8 +44,7 @@ def continue_config(folder: RunFolder, config: RunConfig, step: int) -> str | No
         folder.write_text(CONFIG, config.to_yaml())
         return None
     path = folder.path / CHANGES
-    lines = read_records(path) if path.exists() else ()
-    kept = [record for _, record in lines if record["step"] < step]
+    kept = [record for record in _recorded(path) if record["step"] < step]
     found = differences(folder, config, kept)
     if found:
         kept.append({"step": step, "settings": found})
@@ -58,8 +58,7 @@ def differences(
 ) -> dict[str, dict[str, Any]]:
     """The settings that are not those of the run so far, by their dotted names."""
     if changes is None:
-        path = folder.path / CHANGES
-        changes = [record for _, record in read_records(path)] if path.exists() else []
+        changes = _recorded(folder.path / CHANGES)
     before = _began_with(folder)
     for record in changes:
         before |= {key: change["now"] for key, change in record["settings"].items()}
@@ -72,6 +71,18 @@ def differences(
     }
 
 
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    """The changes that were noted, as far as they are what this module writes."""
+    records = [record for _, record in read_records(path)] if path.exists() else []
+    return [record for record in records if _is_change(record.get("settings"))]
+
+
+def _is_change(settings: Any) -> bool:
+    return isinstance(settings, dict) and all(
+        isinstance(change, dict) and "now" in change for change in settings.values()
+    )
+
+
 def told(found: dict[str, dict[str, Any]]) -> str:
     """Some changes, for a person."""
     named = [f"{key} {change['was']} -> {change['now']}" for key, change in found.items()]
@@ -81,7 +92,17 @@ def told(found: dict[str, dict[str, Any]]) -> str:
 
 def _began_with(folder: RunFolder) -> dict[str, Any]:
     path = folder.path / CONFIG
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    values = None
+    if path.exists():
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no settings")
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise CheckpointError(
+                f"{path}: what the run recorded cannot be read: {' '.join(str(error).split())}; "
+                "restore the file from a copy, or choose another run.name"
+            ) from error
     with suppress(ConfigError):  # an earlier version knew fewer settings, whose defaults held
         values = configuration.parse(values).model_dump(mode="json")
     return flat(values or {})

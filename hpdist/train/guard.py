@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from hpdist.distributed.collectives import gathered
-from hpdist.distributed.launcher_watch import LauncherWatch
+from hpdist.distributed.launcher_watch import ELASTIC, LauncherWatch
 from hpdist.distributed.watchdog import Watchdog
 from hpdist.errors import StoppedError
 
@@ -23,8 +23,9 @@ class RunGuard:
 
     These are SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C). Further ones change nothing, since
     schedulers and launchers often send several, but for a second SIGINT, which ends the process at
-    once, or in a notebook raises KeyboardInterrupt. A signal that is ignored, as under `nohup`,
-    stays so.
+    once, or in a notebook raises KeyboardInterrupt. torchrun hands a second Ctrl-C on as SIGTERM,
+    so under it a SIGTERM after SIGINT ends the process too. A signal that is ignored, as under
+    `nohup`, stays so.
 
     Args:
         rank: This one.
@@ -89,6 +90,8 @@ class RunGuard:
             interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
             before = self._before[signal.SIGINT]
             signal.signal(signal.SIGINT, before if interactive else signal.SIG_DFL)
+            if ELASTIC in os.environ and signal.SIGTERM in self._before:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if self._rank == 0:
                 line = b"hpdist: interrupted; the run is saved and stops (again: at once)\n"
                 os.write(2, line)  # nothing buffered: this may have interrupted another write

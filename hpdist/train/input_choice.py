@@ -156,7 +156,8 @@ def describe_categories(
         if rows is not None and not parts:
             said.append(
                 f"note: {name} is a stream, and not read for its categories: a value that no row "
-                "of data.labeled has is none"
+                "of data.labeled has is none of its column's, all 0; streaming: false adds those "
+                "of a table"
             )
     return said
 

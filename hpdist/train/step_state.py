@@ -14,6 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from hpdist.algorithms.base import Algorithm, Shards
 from hpdist.aliases import current_name
 from hpdist.checkpoint import reader as checkpoint
-from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints
+from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints, read_manifest
 from hpdist.checkpoint.writer import CheckpointWriter
 from hpdist.distributed.collectives import agreed, from_main, raise_together
 from hpdist.distributed.fragments import Fragment
@@ -64,6 +65,8 @@ class StepFacts(BaseModel):
     algorithm: str
     decay: Annotated[float, Field(ge=0, le=1)] | None
     parameters: dict[str, list[Count]]
+    engine: dict[str, int | str] | None = None
+    engine_steps: int | None = None
 
 
 def join_save_state(step: StepParts) -> None:
@@ -94,6 +97,15 @@ def join_save_state(step: StepParts) -> None:
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
     _followed[accelerator].append(weakref.ref(step))
+    followed = weakref.ref(step)
+
+    def check(folder: Path) -> None:
+        for name, each in _live(_followed[accelerator]).items():
+            if each is followed():
+                own = folder / name
+                _check_engine(each, from_main(partial(_engine_of, own)), own)
+
+    step.engine.check_before_loading(check)
 
 
 def _live(steps: _Steps) -> dict[str, StepParts]:
@@ -170,7 +182,8 @@ def _save(step: StepParts, folder: Path) -> None:
     writer = CheckpointWriter(
         folder, engine.rank, engine.world_size, keep=1 << 30, background=False
     )
-    facts = {**facts_of(step), **_identity(step)}
+    engine_facts = {"engine": engine.saved_as, "engine_steps": engine.saved_steps}
+    facts = {**facts_of(step), **_identity(step), **engine_facts}
     writer.save(step.applied_steps, fragments_of(step, shards), common_of(step, shards), facts)
     writer.finish()
     # What another training has left there may be of a later step, so it is not told by its age.
@@ -234,6 +247,13 @@ def _load(step: StepParts, folder: Path) -> None:
 def _take_over(step: StepParts, saved: checkpoint.SavedRun) -> None:
     here, facts = _identity(step), dict(saved.facts)
     facts["algorithm"] = current_name(facts["algorithm"])
+    _check_engine(step, facts.get("engine"), saved.path)
+    if facts.get("engine_steps", step.engine.saved_steps) != step.engine.saved_steps:
+        raise CheckpointError(
+            f"load_state: {saved.path} was saved after {facts['engine_steps']} steps, and the "
+            f"weights beside it after {step.engine.saved_steps}, so the saving was cut off; load "
+            "another folder, and save to a new one each time"
+        )
     for key in ("algorithm", "parameters"):
         if facts[key] != here[key]:
             there, own = (
@@ -257,6 +277,33 @@ def _take_over(step: StepParts, saved: checkpoint.SavedRun) -> None:
             f"load_state: the algorithm in {saved.path} has other options: {error.args[0]}"
         ) from error
     step.attempts = facts["attempts"]
+
+
+def _engine_of(folder: Path) -> dict[str, int | str] | None:
+    """How the newest state in a folder was saved; None where that is not known, or nothing is."""
+    for path in list_checkpoints(folder):
+        found: dict[str, int | str] | None = read_manifest(path).get("engine")
+        return found
+    return None
+
+
+def _check_engine(step: StepParts, saved: Mapping[str, int | str] | None, path: Path) -> None:
+    """Raise CheckpointError where the weights beside the step's part cannot be loaded here."""
+    here = step.engine.saved_as
+    if saved is not None and saved != here:
+        raise CheckpointError(
+            f"load_state: {path} was saved {_described(saved)}, and this is {_described(here)}; "
+            "Accelerate and DeepSpeed cannot change that, so start it as it was (hpdist.Trainer's "
+            "own checkpoints go on with any number of processes)"
+        )
+
+
+def _described(engine: Mapping[str, int | str]) -> str:
+    if not engine:
+        return "without DeepSpeed"
+    ranks = engine.get("ranks")
+    where = "" if ranks is None else f" on {ranks} process{'es' if ranks != 1 else ''}"
+    return f"under ZeRO-{engine['stage']} in {engine['dtype']}{where}"
 
 
 def _identity(step: StepParts) -> dict[str, Any]:

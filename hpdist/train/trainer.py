@@ -26,6 +26,7 @@ from hpdist.engines import launch
 from hpdist.errors import ConfigError, HpdistError
 from hpdist.evaluate.scoring import Evaluation
 from hpdist.messages.progress import working
+from hpdist.messages.redaction import redacted_errors
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train import config as configuration
 from hpdist.train import opening
@@ -70,6 +71,7 @@ class Trainer:
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
 
+    @redacted_errors()
     def __init__(
         self,
         model: nn.Module | str | Mapping[str, Any],
@@ -93,6 +95,7 @@ class Trainer:
         self._build(configuration.parse(values), objects)
 
     @classmethod
+    @redacted_errors()
     def from_config(cls, config: RunConfig, *, files: bool = True) -> Trainer:
         """Make the trainer of a config; without `files` it writes nothing. Collective."""
         trainer = cls.__new__(cls)
@@ -179,6 +182,7 @@ class Trainer:
         self.guard = RunGuard(engine.rank, config.watchdog.seconds, self.launcher)
         self.state = RunState(self.step, data, config)
 
+    @redacted_errors()
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
 
@@ -234,6 +238,7 @@ class Trainer:
         assert self._opened is not None
         return self._opened
 
+    @redacted_errors()
     def dry_run(self) -> StepOutcome:
         """Do one step and write nothing. Collective."""
         for outcome in self.trial_steps(1):
@@ -395,6 +400,7 @@ class Trainer:
         elif pending:
             self.log.write(done, self.step.attempts, pending)
 
+    @redacted_errors()
     def evaluate(self, rows: LabeledRows) -> Evaluation:
         """Measure teacher and student on all rows of a set. Collective."""
         return self.measuring.evaluate(rows)
@@ -407,6 +413,7 @@ class Trainer:
         agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 
+    @redacted_errors()
     def save(self, pending: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint. Every rank must call.
 

@@ -154,6 +154,86 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
         accelerator.load_state(str(tmp_path))
 
 
+def saved_under(folder: str, cases: list[Case]) -> None:
+    for name, options in cases:
+        step = make(options)
+        steps_from(step, 0, 1)
+        step.engine.accelerator.save_state(f"{folder}/{name}")
+
+
+def refusals(folder: str, cases: list[Case]) -> list[tuple[str, int, bool]]:
+    """What each load says, and whether the step is as it was made."""
+    found = []
+    for name, options in cases:
+        step = make(options)
+        before = remembered(step)
+        with pytest.raises(CheckpointError) as caught:
+            step.engine.accelerator.load_state(f"{folder}/{name}")
+        after = remembered(step)
+        same = all(torch.equal(value, after[key]) for key, value in before.items())
+        found.append((str(caught.value), step.applied_steps, same))
+    return found
+
+
+BY_STAGE: list[Case] = [
+    ("zero1", {"precision": "bf16", "stage": 1}),
+    ("zero2", {"precision": "bf16", "stage": 2}),
+    ("zero3", {"precision": "bf16", "stage": 3}),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_another_number_of_ranks_is_refused_under_zero_before_anything_changes(
+    tmp_path: Path, ranks: int
+) -> None:
+    run_ranks(2, saved_under, str(tmp_path), BY_STAGE)
+    for found in run_ranks(ranks, refusals, str(tmp_path), BY_STAGE):
+        for number, (said, steps, same) in enumerate(found, start=1):
+            assert f"under ZeRO-{number} in bfloat16 on 2 processes" in said
+            assert f"this is under ZeRO-{number} in bfloat16 on {ranks} process" in said
+            assert "hpdist.Trainer" in said
+            assert (steps, same) == (0, True)
+
+
+def elsewhere(folder: str) -> list[str]:
+    """What loads say of a state that another engine has saved, or a part of which is gone."""
+    zero2, zero1 = {"precision": "bf16", "stage": 2}, {"precision": "bf16", "stage": 1}
+    ddp = {"precision": "bf16"}
+    cases: list[Case] = [("zero2", zero2), ("ddp", ddp), ("lost", zero2), ("part", zero2)]
+    cases.append(("torn", zero2))
+    saved_under(folder, cases)
+    shutil.rmtree(f"{folder}/lost/pytorch_model")
+    [shard] = Path(folder, "part").rglob("*optim_states.pt")
+    shard.unlink()
+    step = make(zero2)
+    steps_from(step, 0, 2)
+    step.engine.deepspeed.save_checkpoint(f"{folder}/torn", "pytorch_model")
+    tried: list[Case] = [
+        ("zero2", zero1),
+        ("zero2", {"precision": "fp32", "stage": 2}),
+        ("zero2", ddp),
+        ("ddp", zero2),
+        ("lost", zero2),
+        ("part", zero2),
+    ]
+    said = [each for each, _, same in refusals(folder, tried) if same]
+    with pytest.raises(CheckpointError) as caught:
+        make(zero2).engine.accelerator.load_state(f"{folder}/torn")
+    return [*said, str(caught.value)]
+
+
+def test_what_deepspeed_would_lose_without_a_word_is_refused(tmp_path: Path) -> None:
+    [[stage, dtype, to_ddp, to_zero, lost, part, torn]] = run_ranks(1, elsewhere, str(tmp_path))
+    assert "ZeRO-2 in bfloat16 on 1 process, and this is under ZeRO-1 in bfloat16" in stage
+    assert "and this is under ZeRO-2 in float32" in dtype
+    assert "ZeRO-2 in bfloat16 on 1 process, and this is without DeepSpeed" in to_ddp
+    assert "was saved without DeepSpeed, and this is under ZeRO-2" in to_zero
+    assert "finds no *model_states.pt of DeepSpeed's in" in lost
+    assert "rank 0 finds no *zero_pp_rank_0_mp_rank_*optim_states.pt" in part
+    assert "after 1 steps, and the weights beside it after 2" in torn
+    assert "save to a new one each time" in torn
+
+
 def test_a_step_that_is_made_after_the_load_says_that_it_has_missed_it(tmp_path: Path) -> None:
     step = make({})
     train(step, 1)

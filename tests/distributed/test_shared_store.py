@@ -6,8 +6,12 @@ import json
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hpdist.distributed import shared_store
 from hpdist.distributed.rendezvous import TOKEN, Endpoint, Rendezvous
 from hpdist.distributed.shared_store import SharedStore, StoreServer, _where_to_listen
 from hpdist.errors import DistributedError
@@ -118,6 +123,70 @@ def test_what_a_stranger_sends_harms_nobody(server: StoreServer, tmp_path: Path)
     assert known.get("key") == b"value"
     assert client(server).get("key") == b"value"
     assert not made.exists()
+
+
+CROWDED = """
+import resource, socket, time
+from hpdist.distributed.shared_store import SharedStore, StoreServer
+with StoreServer("127.0.0.1", 0, "secret") as server:
+    known = SharedStore("127.0.0.1", server.port, "secret")
+    most = len(__import__("os").listdir("/proc/self/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    crowd = []
+    try:
+        while True:
+            crowd.append(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+    except OSError:
+        pass
+    assert len(crowd) > 5
+    time.sleep(0.5)
+    known.set("key", b"value")
+    for stranger in crowd:
+        stranger.close()
+    time.sleep(1)
+    assert SharedStore("127.0.0.1", server.port, "secret").get("key") == b"value"
+print("all came")
+"""
+
+
+def test_a_crowd_of_strangers_ends_no_listening() -> None:
+    """A process may have so many connections only; the server waits for room."""
+    done = subprocess.run(
+        [sys.executable, "-c", CROWDED], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "all came\n", done.stderr
+
+
+def test_a_stranger_who_says_little_by_little_who_it_is_does_not_stay(
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_store, "_HANDSHAKE", 1.0)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as stranger:
+        stranger.recv(1000)
+        began = time.monotonic()
+        with suppress(OSError):  # it has hung up
+            while time.monotonic() < began + 20:
+                stranger.sendall(b" ")
+                time.sleep(0.2)
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "proof",
+    [b'{"proof": "\xc3\xa9"}\n', b'{"proof": "\\ud800"}\n', b"[" * 4000 + b"\n", b"x" * 9000],
+)
+def test_a_client_says_in_one_sentence_that_somebody_else_listens(proof: bytes) -> None:
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b'{"nonce": "0"}\n')
+            connection.recv(1000)
+            connection.sendall(proof)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(OSError, match=r"another token|does not speak as hpdist does"):
+            SharedStore("127.0.0.1", listener.getsockname()[1], "secret")
 
 
 def fill(store: SharedStore) -> None:

@@ -114,6 +114,8 @@ class LockedFiles(AbstractFileSystem):
         return path
 
     def info(self, path: str, **options: object) -> dict[str, object]:
+        if not os.path.exists(self._own(path)):
+            raise FileNotFoundError(path)
         return {"name": path, "type": "file", "size": os.path.getsize(self._own(path))}
 
     def ls(self, path: str, detail: bool = True, **options: object) -> list[object]:
@@ -188,3 +190,38 @@ def test_no_error_tells_a_secret(server, tmp_path, capfd, monkeypatch, kind):
     assert re.search(expected, said), said
     assert leaks(tmp_path / "runs", text=said) == []
     assert "Wr0ngP4ssword" not in said
+
+
+PROGRAM = """
+import sys
+import fsspec
+from tests.faults.test_secrets import LockedFiles
+fsspec.register_implementation("locked", LockedFiles)
+from hpdist import Trainer
+url, builder, streaming, labeled, runs = sys.argv[1:]
+Trainer(
+    "mlp",
+    labeled={"path": "parquet", "data_files": labeled},
+    unlabeled={"path": builder, "data_files": [url], "streaming": streaming == "streaming"},
+    batch={"labeled": 4, "unlabeled": 4}, steps=1, run={"dir": runs}, tracker={"name": "none"},
+).fit()
+"""
+
+
+@pytest.mark.parametrize("builder", ["parquet", "csv", "text"])
+@pytest.mark.parametrize("streaming", ["streaming", "table"])
+def test_no_traceback_of_a_users_own_program_shows_a_secret(tmp_path, builder, streaming):
+    """Python shows what an error was raised from, and libraries word theirs with the address."""
+    write_config(tmp_path, [])
+    url = f"locked://{USER}:{PASSWORD}@{tmp_path}/none.{builder}"
+    paths = [str(tmp_path / "labeled.parquet"), str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, url, builder, streaming, *paths],
+        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert f"FileNotFoundError: locked://REDACTED@{tmp_path}/none" in done.stderr
+    assert leaks(tmp_path / "runs", text=done.stdout + done.stderr) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,53 @@ def test_ctrl_c_to_the_launcher_saves_and_stops_all(
     cost = run.cost(STEPS)
     assert cost == dict.fromkeys(cost, 0)
     fault.survived(**cost)
+
+
+HELD = """
+import time
+from pathlib import Path
+
+from torch import nn
+
+forward = nn.Linear.forward
+
+
+def held(layer, inputs):
+    while Path("hold").exists():
+        time.sleep(0.1)
+    return forward(layer, inputs)
+
+
+nn.Linear.forward = held
+
+
+def slowly(row):
+    time.sleep(0.01)
+    return row
+"""
+
+
+def test_a_second_ctrl_c_to_the_launcher_ends_all_at_once(tmp_path: Path) -> None:
+    run = SlowRun(tmp_path, GROUPS, HELD)
+    process = run.launch(2, STEPS, "--checkpoint.every", 100)
+    run.await_step(process, 3)
+    ranks = ranks_of(process)
+    (tmp_path / "hold").touch()
+    time.sleep(2)  # into a step that does not end, so nothing can be saved
+    process.send_signal(signal.SIGINT)
+    told = "interrupted; the run is saved and stops (again: at once)"
+    deadline = time.monotonic() + 60
+    while told not in run.output:
+        assert time.monotonic() < deadline, run.output
+        time.sleep(0.05)
+    time.sleep(2)  # the other rank has heard of it too
+    assert all(rank.is_running() for rank in ranks)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert time.monotonic() - began < 15, run.output  # the launcher itself would wait for 30 s
+    assert not any(rank.is_running() for rank in ranks)
+    assert not list(run.run.glob("checkpoints/step-*"))
 
 
 @pytest.mark.parametrize("stage", ["null", pytest.param("2", marks=pytest.mark.slow)])

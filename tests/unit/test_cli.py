@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpdist import __version__, cli
+from hpdist import cli
 from hpdist.cli import output
 from hpdist.errors import ConfigError, DataError, DistributedError, PrecisionError
 from hpdist.train.config import load
+from hpdist.version import __version__
 
 CONFIG = """
 model: {name: cnn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,23 @@ def test_a_name_that_can_name_nothing_is_refused_all_the_same(config: Path) -> N
         with pytest.raises(ConfigError, match="must read python:package"):
             load(config, ["--algorithm.name", "python:strangers"], run_code=run_code)
     assert load(config, run_code=False).run.name == "c"
+
+
+class Harm:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("it-ran"),))
+
+
+@pytest.mark.parametrize("command", [["preflight"], ["convert", "--out", "rows"], ["train"]])
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_data_are_no_code(
+    config: Path, command: list[str], streaming: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The builder of `datasets` for pandas unpickles its files."""
+    Path("a.pkl").write_bytes(pickle.dumps(Harm()))
+    given = [f"--data.unlabeled={{path: pandas, data_files: a.pkl, streaming: {streaming}}}"]
+    given += ["--algorithm={name: fixmatch}", "--model={name: mlp}", "--views={name: identity}"]
+    name, *more = command
+    assert main([name, str(config), *more, *given, "--addons=[]"]) in (2, 3)
+    assert not Path("it-ran").exists()
+    assert "pandas reads pickles" in "".join(capfd.readouterr())

@@ -186,7 +186,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing(content, message, tmp_path)
 def test_a_source_that_fails_midway_leaves_nothing(tmp_path):
     source = json_lines(tmp_path / "in", 500, files=2)
     (tmp_path / "in" / "1.jsonl").write_text("no JSON\n")
-    with pytest.raises(DataError, match=r"data.unlabeled .* reading failed after row \d+, in the"):
+    with pytest.raises(DataError, match=r"after row \d+, in the next 32 rows \(of .*/1.jsonl\): "):
         convert(source, tmp_path / "out", layout=Layout(4 * KIB, 20, 8 * KIB))
     assert not list((tmp_path / "out").iterdir())
 
@@ -205,9 +205,18 @@ def test_a_lost_image_is_named(tmp_path):
     table = table.cast_column("image", datasets.Image())
     pq.write_table(table.with_format("arrow")[:], tmp_path / "a.parquet")
     source = Source(path="parquet", data_files=str(tmp_path / "a.parquet"))
-    with pytest.raises(DataError, match=r"rows 0 to 0 cannot be converted: .*/no/such.png"):
+    with pytest.raises(DataError, match=r"rows 0 to 0.* cannot be converted: .*/no/such.png"):
         convert(source, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_table_is_converted_without_the_names_of_its_columns(tmp_path):
+    """Training finds them, by the labelled rows and the model."""
+    (tmp_path / "a.csv").write_text("age,city\n41,Ulm\n42,Rome\n")
+    written = convert(Source(path="csv", data_files=str(tmp_path / "a.csv")), tmp_path / "out")
+    assert (written.rows, written.input) == (2, None)
+    assert "input" not in yaml.safe_load(written.yaml())["data"]["unlabeled"]
+    assert reopened(written)[:] == {"age": [41, 42], "city": ["Ulm", "Rome"]}
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
@@ -226,8 +235,8 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from hpdist.data import convert as module
 read = module.read_blocks
-def slow(*arguments):
-    for number, found in enumerate(read(*arguments)):
+def slow(*arguments, **named):
+    for number, found in enumerate(read(*arguments, **named)):
         yield found
         if number == 8:
             print("reading", flush=True)

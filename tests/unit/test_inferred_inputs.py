@@ -119,6 +119,31 @@ def test_where_several_columns_fit_or_none_they_are_listed(columns, takes, said)
         find_input(table(*columns.split()), "label", "data.labeled", takes)
 
 
+@pytest.mark.parametrize("name", ["unlabeled", "test"])
+def test_a_column_that_another_set_lacks_is_named(tmp_path, name):
+    rows = people(24, ("Rome", "Ulm"))
+    rows.to_csv(str(tmp_path / "labeled.csv"))
+    rows.remove_columns("city").to_csv(str(tmp_path / "more.csv"))
+    sets = {"unlabeled": str(tmp_path / "labeled.csv"), name: str(tmp_path / "more.csv")}
+    with pytest.raises(DataError, match=rf"^data\.{name}: .* and there is no column 'city' here"):
+        Trainer(
+            "mlp",
+            {"name": "fixmatch"},
+            labeled={"path": str(tmp_path / "labeled.csv")},
+            **sets,
+            batch={"labeled": 8, "unlabeled": 8},
+            steps=1,
+            run={"dir": str(tmp_path), "name": "run"},
+            tracker="none",
+        ).fit()
+
+
+def test_a_text_that_is_another_in_every_row_is_what_a_model_of_text_takes():
+    rows = {"note": [f"note {row}" for row in range(40)], "label": [0, 1] * 20}
+    with pytest.raises(DataError, match=r"a model of text, such as hf:…, takes 'note' as text"):
+        find_input(datasets.Dataset.from_dict(rows), "label", "data.labeled", TABLE)
+
+
 def test_a_column_of_very_many_texts_is_named_with_a_way_out():
     values = [f"street {row % 101}" for row in range(202)]
     rows = {"street": values, "age": [0.5] * 202, "label": [0, 1] * 101}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,19 @@ def test_the_whole_disk_is_nobody_s_own_folder(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(picture())
     with pytest.raises(ValueError, match=SECRET):
         PathRule(("/",), ("/",)).local_path(str(tmp_path / "1.png"))
+
+
+def test_a_server_has_so_many_seconds_however_little_it_sends(tmp_path: Path) -> None:
+    """Each piece is progress, so that by itself it would be waited for without end."""
+    (tmp_path / "1.png").write_bytes(bytes(1_000_000))
+    with FaultServer(tmp_path) as server:
+        server.trickle(16_000)
+        rule = PathRule(servers=(server.url(""),), patience=1.0)
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"1\.png' did not come within 1 s"):
+            NamedFile(server.url("1.png"), rule).read()
+        assert time.monotonic() - began < 20  # all of it takes a minute
+        server.heal()
+        server.stall()
+        with pytest.raises((ValueError, DataError), match=r"did not come|could not be read"):
+            NamedFile(server.url("1.png"), rule).read()

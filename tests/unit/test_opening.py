@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from hpdist import __version__
 from hpdist.cli.closing import summary_lines
 from hpdist.engines.execution_plan import Sharding
 from hpdist.tracking.console import Console
 from hpdist.train.config import parse
 from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
+from hpdist.version import __version__
 from tests.small_runs import held_out, trainer
 
 
@@ -125,7 +125,7 @@ def test_a_summary_is_printed_in_units() -> None:
         "zero_stage": None,
         "precision": "bf16",
         "peak_memory_bytes": 5 * 2**30,
-        "duplicates_not_compared": ["data.test was not compared"],
+        "duplicates_not_compared": ["data.test was not compared", "nor was data.labeled"],
     }
     lines = dict(line.split(None, 1) for line in summary_lines(summary, "runs/x"))
     assert lines == {
@@ -137,7 +137,7 @@ def test_a_summary_is_printed_in_units() -> None:
         "zero_stage": "none",
         "precision": "bf16",
         "peak_memory_bytes": "5.00 GiB",
-        "duplicates_not_compared": "['data.test was not compared']",
+        "duplicates_not_compared": "data.test was not compared; nor was data.labeled",
         "run": "folder                   runs/x",
     }
     assert list(summary_lines({}, "runs/x")) == []

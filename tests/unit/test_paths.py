@@ -1,6 +1,7 @@
 """Local paths and files as people have them: odd names, links, hidden files, empty ones, typos."""
 
 import logging
+import os
 import unicodedata
 from pathlib import Path
 
@@ -271,3 +272,9 @@ def test_neighbours_are_of_the_part_that_is_missing(tmp_path):
     assert paths.neighbour(str(tmp_path / "data" / "trian")) == str(tmp_path / "data" / "train")
     assert paths.neighbour(str(tmp_path / "dtaa" / "train")) == str(tmp_path / "data" / "train")
     assert paths.neighbour(str(tmp_path / "data" / "xyz")) is None
+    (tmp_path / "data" / "train" / "0.parquet").touch()
+    pattern = os.path.join("train", "*.parquet")
+    meant = str(tmp_path / "data" / pattern)
+    assert paths.neighbour(str(tmp_path / "dtaa" / pattern)) == meant
+    assert paths.neighbour(str(tmp_path / "data" / "trian" / "*.parquet")) == meant
+    assert paths.neighbour(str(tmp_path / "data" / "trian" / "*.csv")) is None

@@ -1,17 +1,27 @@
 """What is written, logged or shown has no password, token or signature."""
 
+import builtins
 import logging
 import pickle
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 import yaml
 
 from hpdist.config.section import shown
 from hpdist.errors import ConfigError, DataError
-from hpdist.messages.redaction import redacted, redacted_parts, redacted_settings, redacted_text
+from hpdist.messages.redaction import (
+    RedactingFilter,
+    redact_error,
+    redacted,
+    redacted_errors,
+    redacted_parts,
+    redacted_settings,
+    redacted_text,
+)
 from hpdist.train import config as configuration
 
 SECRET = "S3cr3tS3cr3tS3cr3t"  # in every one of them
@@ -116,6 +126,96 @@ def test_every_error_is_without_secrets_whatever_it_was_made_of():
     assert SECRET[:4] not in shown(f"https://{'m' * 40}{SECRET * 5}@host.org")
 
 
+class AnswerError(Exception):
+    """Worded of what is no argument, as aiohttp's errors are."""
+
+    def __init__(self, request):
+        super().__init__(request, ())
+        self.request = request
+
+    def __str__(self):
+        return f"401, url={self.request['url']!r}"
+
+
+def inner_errors():
+    """Errors of Python's own and of libraries, each with a secret where its kind has one."""
+    noted = ValueError("plain")
+    noted.__notes__ = [f"while reading {URLS[0]}"]
+    kind = getattr(builtins, "ExceptionGroup", None)  # from Python 3.11 on
+    group = [kind("several", [OSError(URLS[0])])] if kind is not None else []
+    return [
+        ValueError(f"no such file: {URLS[0]}"),
+        KeyError(URLS[0]),
+        FileNotFoundError(2, "No such file", URLS[0]),
+        OSError({"url": URLS[0]}),
+        ImportError("cannot", name="x", path=URLS[0]),
+        SyntaxError("bad", (URLS[0], 1, 1, f"open('{URLS[0]}')")),
+        AnswerError({"url": URLS[0]}),
+        noted,
+        *group,
+    ]
+
+
+@pytest.mark.parametrize("inner", inner_errors(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("how", ["from", "context", "from None", "twice"])
+def test_no_error_is_raised_from_one_with_a_secret(inner, how):
+    kind = type(inner)
+    with pytest.raises(DataError) as caught:
+        raise_from(inner, how)
+    told = "".join(traceback.format_exception(caught.value))
+    assert SECRET not in told + repr(inner)
+    assert isinstance(inner, kind)
+    if how != "from None":
+        assert kind.__name__ in told
+        assert "REDACTED" in told or kind is ImportError  # whose path no traceback shows
+    pickle.loads(pickle.dumps(inner))
+
+
+def raise_from(inner, how):
+    try:
+        if how == "twice":
+            try:
+                raise inner
+            except type(inner) as error:
+                raise RuntimeError("outer") from error
+        raise inner
+    except BaseException as error:
+        if how in ("from", "twice"):
+            raise DataError("cannot be loaded") from error
+        if how == "from None":
+            raise DataError("cannot be loaded") from None
+        raise DataError("cannot be loaded")  # noqa: B904
+
+
+def test_an_error_without_a_secret_stays_as_it_is():
+    error = AnswerError({"url": "https://host.org/a.parquet"})
+    error.__cause__ = OSError(2, "No such file", "/data/what?.parquet")
+    redact_error(error)
+    assert type(error) is AnswerError
+    assert error.args == ({"url": "https://host.org/a.parquet"}, ())
+    assert error.__cause__.filename == "/data/what?.parquet"
+
+
+def test_errors_of_others_leave_without_secrets_too():
+    with pytest.raises(AnswerError) as caught, redacted_errors():
+        raise AnswerError({"url": URLS[0]})
+    assert str(caught.value) == "401, url='https://REDACTED@host.org/a.parquet'"
+    assert type(caught.value).__name__ == "AnswerError"
+
+
+def test_a_log_line_comes_with_an_error_without_its_secret():
+    """As asyncio logs what nobody has waited for."""
+    try:
+        raise AnswerError({"url": URLS[0]})
+    except AnswerError:
+        record = logging.LogRecord("x", 40, "x.py", 1, "lost", (), sys.exc_info())
+    RedactingFilter().filter(record)
+    told = logging.Formatter().format(record)
+    assert "AnswerError: 401" in told
+    assert SECRET not in told
+    assert SECRET not in logging.Formatter().formatException(record.exc_info)
+
+
 def values(files):
     return {
         "model": {"name": "mlp"},
@@ -157,23 +257,37 @@ def test_the_command_line_words_no_log_line_warning_or_traceback_with_a_secret(t
         "warnings.warn(f'slow: {url}')\n"
         "def fail(): raise OSError(f'thread {url}')\n"
         "thread = threading.Thread(target=fail); thread.start(); thread.join()\n"
+        "class Left:\n"
+        "    def __del__(self): raise OSError(f'left {url}')\n"
+        "left = Left(); del left\n"
+        "try: fail()\n"
+        "except OSError: logging.getLogger('asyncio').exception('never waited for')\n"
         "raise ValueError(f'main {url}')\n"
     )
     done = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
-    for said in ("get of https", "slow: https", "OSError: thread https", "ValueError: main https"):
+    wanted = ["get of https", "slow: https", "OSError: thread https", "ValueError: main https"]
+    for said in [*wanted, "OSError: left https", "never waited for"]:
         assert any(said in line for line in lines), said
+    assert sum("OSError: thread https" in line for line in lines) == 2
     assert SECRET not in done.stderr
 
 
 def test_our_own_log_lines_are_without_secrets_in_any_program(caplog):
     import hpdist.data.files.transport  # noqa: F401  (the loggers of whoever reads)
 
-    for name in ("hpdist.data", "httpx"):
+    names = [
+        "hpdist.data",
+        "httpx",
+        "huggingface_hub.file_download",
+        "datasets.load",
+        "fsspec.http",
+    ]
+    for name in names:
         with caplog.at_level(logging.WARNING, name):
             logging.getLogger(name).warning("reading %s", URLS[0])
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == len(names)
     assert SECRET not in caplog.text
 
 

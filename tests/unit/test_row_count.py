@@ -24,7 +24,7 @@ def parquet(groups: list[int], keep: Any = None) -> ParquetRows:
     return ParquetRows(index, "x", "files", RowFunctions("x", keep), ("x",), None, NONE)
 
 
-SEQUENTIAL = SequentialRows(NONE, "x", "lines", RowFunctions("x"), ("x",), 8)
+SEQUENTIAL = SequentialRows(NONE, "x", "lines", RowFunctions("x"), ("x",), 8, 1 << 20)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,15 @@ def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
     assert outcome(lambda: signalled(signal.SIGINT, signal.SIGINT)) == -signal.SIGINT
 
 
+def test_torchrun_hands_a_second_ctrl_c_on_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert outcome(lambda: signalled(*numbers) or True) == 0  # it goes on, to be saved
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert outcome(lambda: signalled(*numbers)) == -signal.SIGTERM
+    assert outcome(lambda: signalled(signal.SIGTERM, signal.SIGTERM)) == 0
+
+
 def test_a_second_ctrl_c_interrupts_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hpdist.data.stream.sequential import SequentialReader
 from hpdist.errors import DataError
@@ -336,3 +337,52 @@ def test_datasets_still_goes_on_from_a_loaded_state_in_the_next_epoch():
 
 
 PINNED = [(0, 6), (0, 4), (0, 9), (0, 8), (1, 0), (1, 3), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+@settings(parent=quick, max_examples=15)
+@given(case=cases())
+def test_a_row_is_named_by_its_file_also_after_a_resume(kind, case):
+    shards, block_rows, batch, steps = case
+    shards = [rows or 1 for rows in shards]  # a file without rows has no columns
+    ends = list(itertools.accumulate(shards))
+    with tempfile.TemporaryDirectory() as folder:
+        ending = {"json": "jsonl", "csv": "csv"}[kind]
+
+        def place(row):
+            file = next(number for number, end in enumerate(ends) if row < end)
+            within = row - ends[file] + shards[file]
+            return f"row {row} ({folder}/{file:03}.{ending}, row {within})"
+
+        dataset = source(kind, Path(folder), shards)
+        point = None
+        for start in (0, steps * batch):
+            each = reader(dataset, block_rows, point)
+            for position in range(start, start + steps * batch, batch):
+                rows = each.read(position, batch, 0, batch)
+                named = [each.describe(row) for row in rows.ids.tolist()]
+                assert named == [place(row) for row in rows.ids.tolist()]
+            point = each.resume_point(start + steps * batch)
+            each.close()
+
+
+def test_a_row_of_what_is_no_file_is_named_by_its_number():
+    for dataset in (generator([5, 5]), multi("filter"), multi("map")):
+        first = reader(dataset, 4)
+        first.read(0, 8, 0, 8)
+        assert first.describe(6) == "row 6"
+        first.close()
+
+
+def test_a_picture_of_a_folder_is_named_by_its_own_file(tmp_path):
+    for number in range(7):
+        Image.new("L", (4, 4), number).save(tmp_path / f"{number}.png")
+    dataset = opened("imagefolder", tmp_path / "*.png")
+    point = None
+    for start in (0, 4):
+        each = SequentialReader(dataset, ["image"], "the set", SEED, 2, point)
+        rows = each.read(start, 4, 0, 4)
+        named = [each.describe(row) for row in rows.ids.tolist()]
+        assert named == [f"row {row} ({tmp_path}/{row}.png)" for row in rows.ids.tolist()]
+        point = each.resume_point(start + 4)
+        each.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+import struct
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -16,6 +17,10 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _PACKED = {"L": "L", "RGB": "RGBX", "RGBA": "RGBA"}  # as Pillow keeps them: packing only copies
 _LARGE = 1 << 16  # packed bytes; for smaller images the plain copy is faster
 _PROGRAMS = ("EPS",)  # formats that are programs, which Pillow has Ghostscript run
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+_ICON = struct.Struct("<HHH")  # reserved, 1 of icons or 2 of cursors, and how many pictures
+_ICONS = ((0, 1), (0, 2))
+_ENTRY = struct.Struct("<12sI")  # sizes and depths, and where the picture begins
 _MODES = {
     "1": "L",
     "L": "L",
@@ -34,19 +39,49 @@ def open_image(value: Any, limits: Limits) -> Image.Image:
     it is decoded.
     """
     data = stored_bytes(value, "an image, a vector or an array", limits)
+    check_icon(io.BytesIO(data), limits)
     image: Image.Image = Image.open(io.BytesIO(data))
     if image.format in _PROGRAMS:
         raise ValueError(f"it is {image.format}, a program that draws: store it as PNG or JPEG")
-    if image.width * image.height > limits.pixels:
-        raise ValueError(
-            f"its header says {image.width} x {image.height} pixels, more than {limits.pixels}; if "
-            "that is right, raise data.loading.most_pixels"
-        )
+    _check_pixels(image.width, image.height, limits)
+    if image.format == "TIFF":  # a tile is decoded whole, however small the image is
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        _check_pixels(tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0), limits)
     if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
         return image  # Pillow would find no orientation, and make an empty Exif for every image
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     return image
+
+
+def check_icon(file: IO[bytes], limits: Limits) -> None:
+    """Raise ValueError where a picture in an icon file is larger than the limits allow.
+
+    Such a file has a table of its pictures and their sizes, but Pillow goes by what each picture
+    says of itself, and decodes the largest when it opens the file. The file's position stays.
+    """
+    start = file.tell()
+    head = file.read(_ICON.size)
+    if len(head) == _ICON.size and (found := _ICON.unpack(head))[:2] in _ICONS:
+        entries = file.read(_ENTRY.size * found[2])
+        for *_, at in _ENTRY.iter_unpack(entries[: len(entries) // _ENTRY.size * _ENTRY.size]):
+            file.seek(start + at)
+            picture = file.read(24)
+            if picture.startswith(b"\x89PNG") and len(picture) == 24:
+                width, height = struct.unpack(">II", picture[16:])
+                _check_pixels(width, height, limits)
+            elif len(picture) >= 12:
+                width, height = struct.unpack("<ii", picture[4:12])
+                _check_pixels(abs(width), abs(height) // 2, limits)  # with a mask below
+    file.seek(start)
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.pixels:
+        raise ValueError(
+            f"its header says {width} x {height} pixels, more than {limits.pixels}; if that is "
+            "right, raise data.loading.most_pixels"
+        )
 
 
 def mode_of(image: Image.Image) -> str:

@@ -109,7 +109,7 @@ def _table(table: Any, columns: list[str], kinds: dict[str, str], where: str) ->
     if not kept:
         raise DataError(
             f"{where}.input: every column tells rows apart, as an id does ({', '.join(ids)}); name "
-            f"the columns that the model is to see, as a list"
+            f"the columns that the model is to see, as a list{_text_hint(ids, kinds)}"
         )
     said = [f"input: table, the columns {', '.join(kept)} of data.labeled"]
     if ids:
@@ -123,6 +123,12 @@ def _table(table: Any, columns: list[str], kinds: dict[str, str], where: str) ->
             f"categories: {', '.join(others)}"
         )
     return FoundInput("table", kept, tuple(said))
+
+
+def _text_hint(columns: list[str], kinds: dict[str, str]) -> str:
+    """Say what takes text, where there is a column of it."""
+    texts = [name for name in columns if kinds[name] == "text"]
+    return f"; a model of text, such as hf:…, takes {texts[0]!r} as text" if texts else ""
 
 
 def _is_id(table: Any, name: str) -> bool:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 import stat as modes
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from hpdist.data.files.retry import Retry, aside, is_remote
+from hpdist.data.files.retry import Failed, Retry, aside, is_remote
 from hpdist.messages.redaction import redacted
 
 _SETTING = "data.loading.paths"
@@ -216,25 +217,39 @@ def too_large(what: str, size: int, most: int) -> ValueError:
 
 def _fetched(path: str, rule: PathRule) -> bytes:
     """Read a file from a server or out of an archive, within the limits of bytes and seconds."""
+    seconds = min(rule.patience, _SECONDS)
+    end = threading.Event()
+    timer = threading.Timer(seconds, end.set)  # a server that sends little by little makes progress
+    timer.daemon = True
+    timer.start()
+    try:
+        return _unpacked(path, rule, seconds) if "::" in path else _ranged(path, rule, seconds, end)
+    except (InterruptedError, Failed):
+        raise ValueError(f"the file {redacted(path)!r} did not come within {seconds:g} s") from None
+    finally:
+        timer.cancel()
+
+
+def _ranged(path: str, rule: PathRule, seconds: float, end: threading.Event) -> bytes:
     # A decoding process imports what it needs for servers only where a row names one.
     from hpdist.data.files.open import read_range, stat
 
-    seconds = min(rule.patience, _SECONDS)
-    if "::" in path:
-        data = aside(lambda: _unpacked(path, rule.most_bytes), None, seconds)
-        if len(data) > rule.most_bytes:
-            raise too_large(f"the file {redacted(path)!r}", len(data), rule.most_bytes)
-        return data
     retry = Retry(seconds, stall=min(Retry.stall, seconds))
-    version = stat(path, retry)
+    version = stat(path, retry, end)
     if version.size > rule.most_bytes:
         raise too_large(f"the file {redacted(path)!r}", version.size, rule.most_bytes)
-    return read_range(path, 0, version.size, retry, version)
+    return read_range(path, 0, version.size, retry, version, end)
 
 
-def _unpacked(path: str, most: int) -> bytes:
+def _unpacked(path: str, rule: PathRule, seconds: float) -> bytes:
     import fsspec  # type: ignore[import-untyped]
 
-    with fsspec.open(path, "rb") as file:
-        data: bytes = file.read(most + 1)  # whatever the archive says that it holds
+    def read() -> bytes:
+        with fsspec.open(path, "rb") as file:
+            data: bytes = file.read(rule.most_bytes + 1)  # whatever the archive says that it holds
+        return data
+
+    data = aside(read, None, seconds)
+    if len(data) > rule.most_bytes:
+        raise too_large(f"the file {redacted(path)!r}", len(data), rule.most_bytes)
     return data

@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from glob import escape, glob
+from glob import escape, glob, iglob
 from urllib.parse import unquote
 
 from fsspec.utils import glob_translate  # type: ignore[import-untyped]
@@ -102,7 +102,10 @@ def walk(folder: str) -> Iterator[str]:
 
 
 def neighbour(path: str) -> str | None:
-    """Find what an existing path was probably meant, where one part of it is misspelled."""
+    """Find the path that was probably meant, where one part of one is misspelled.
+
+    What follows that part exists, or is a pattern that some file matches.
+    """
     parts = path.rstrip(os.sep).split(os.sep)
     for number, part in enumerate(parts):
         above = os.sep.join(parts[:number])
@@ -114,8 +117,11 @@ def neighbour(path: str) -> str | None:
         except OSError:
             return None
         for name in difflib.get_close_matches(part, names, 3):
-            meant = os.path.join(above, name, *parts[number + 1 :])
+            folder, rest = os.path.join(above, name), parts[number + 1 :]
+            meant = os.path.join(folder, *rest)
             if os.path.exists(meant):
+                return meant
+            if any(map(_MAGIC.search, rest)) and any(iglob(os.path.join(escape(folder), *rest))):
                 return meant
         return None
     return None

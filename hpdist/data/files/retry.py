@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hpdist.errors import DataError
-from hpdist.messages.redaction import RedactingFilter, redacted, redacted_text
+from hpdist.messages.redaction import redact_log_lines, redacted, redacted_text
 
 T = TypeVar("T")
 
@@ -23,9 +23,10 @@ _NOTICE = 30.0  # seconds between two lines of log about one host
 _POLL = 0.05  # seconds
 
 _log = logging.getLogger("hpdist.data")
-_log.addFilter(RedactingFilter())
 _jitter = random.SystemRandom()  # no seed of a run, and no other process, draws from it
 _noticed: dict[str, float] = {}  # when a host was last logged
+
+redact_log_lines()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import logging
 import os
 import re
 import stat as modes
@@ -37,7 +36,7 @@ from hpdist.data.files.retry import (
     is_remote,
 )
 from hpdist.errors import DataError
-from hpdist.messages.redaction import RedactingFilter, redacted
+from hpdist.messages.redaction import redacted
 
 _CONNECT = 10.0  # seconds
 _WHOLE = 64 << 20  # bytes of a file that is read whole, where the server knows no ranges
@@ -416,8 +415,3 @@ def _file_system(path: str) -> tuple[Any, str]:
         _file_systems.setdefault(key, new)
     files, name = _file_systems[key]
     return files, name if chain else files._strip_protocol(path)
-
-
-# httpx logs each URL with its query, and redirects to signed ones.
-for _name in ("httpx", "httpcore.http11", "httpcore.http2"):
-    logging.getLogger(_name).addFilter(RedactingFilter())

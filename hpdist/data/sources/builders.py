@@ -21,6 +21,7 @@ from pyarrow.fs import LocalFileSystem  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_table
 from hpdist.data.files.partitions import Partitions
+from hpdist.data.sources.held import hold_parquet, table_key
 
 _CACHED = "hpdist-1"  # changes when what these builders make of a file does
 _ROWS = 1000  # of a batch, where the file does not say
@@ -96,6 +97,7 @@ class UnlikeParquet(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         for number, path in enumerate(files):
             fragment = pd.ParquetFileFormat().make_fragment(path, LocalFileSystem())
             own = [name for name in schema.names if name in fragment.physical_schema.names]
+            hold_parquet(path, None, own)
             rows = config.batch_size or max((g.num_rows for g in fragment.row_groups), default=0)
             batches = fragment.to_batches(columns=own, batch_size=rows or _ROWS, filter=kept)
             for place, batch in enumerate(batches):
@@ -104,13 +106,7 @@ class UnlikeParquet(datasets.ArrowBasedBuilder):  # type: ignore[misc]
                     if column.name in schema.names and column.name not in own:
                         values = config.folders.constant(path, column, len(table))
                         table = table.append_column(column, values)
-                yield _key(number, place), table_cast(table, schema)
-
-
-def _key(number: int, place: int) -> Any:
-    """A table's key as this version of `datasets` has them."""
-    kind = getattr(datasets.builder, "Key", None)
-    return f"{number}_{place}" if kind is None else kind(number, place)
+                yield table_key(number, place), table_cast(table, schema)
 
 
 class OptionalKeys(Json):  # type: ignore[misc]

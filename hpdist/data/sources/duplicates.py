@@ -326,5 +326,6 @@ def _file(file: NamedFile) -> bytes | None:
 def _place(rows: Any, row: int) -> str:
     if isinstance(rows, ParquetRows):
         return str(rows.index.describe(row))
-    table = isinstance(rows, (LabeledRows, UnlabeledTable))
-    return describe_row(rows.dataset, row) if table else f"row {row}"
+    if isinstance(rows, SequentialRows):
+        return rows.files.describe(row)
+    return describe_row(rows.dataset, row)

@@ -42,6 +42,7 @@ from hpdist.data.sources.loading import (
     open_table,
     raw_view,
     same_column,
+    same_input,
 )
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
@@ -240,7 +241,7 @@ def open_test(
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     column = input_column(
         features,
-        config.input or same_column(like.column, features),
+        config.input or same_input(like.column, features, where),
         where,
         exclude=label,
         text=like.text,

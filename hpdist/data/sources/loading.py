@@ -19,10 +19,13 @@ from hpdist.data.files.cached_addresses import redact_cached_addresses
 from hpdist.data.files.named_files import PathRule
 from hpdist.data.files.paths import did_you_mean, local_path, neighbour
 from hpdist.data.files.row_names import same_files
+from hpdist.data.files.unpacked import check_archives, unpacking
 from hpdist.data.sources.builders import config_of
+from hpdist.data.sources.held import hold_builder
 from hpdist.data.sources.local_files import (
     ENDINGS,
     FILE_BUILDERS,
+    FOLDERS,
     LocalFiles,
     extension,
     local_files,
@@ -56,10 +59,19 @@ def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
 
 
 def load_files(
-    config: Source, where: str, streaming: bool, needed: Sequence[str] = ()
+    config: Source,
+    where: str,
+    streaming: bool,
+    needed: Sequence[str] = (),
+    loading: Loading | None = None,
 ) -> tuple[Any, LocalFiles | None]:
-    """Do as `load` does; also say which files of this machine are read, where it found them."""
-    with _explained(config, where, streaming):
+    """Do as `load` does; also say which files of this machine are read, where it found them.
+
+    What they hold is counted against `loading.most_unpacked`, as far as it is read here; whoever
+    reads a stream goes on counting.
+    """
+    most = (loading or Loading()).most_unpacked
+    with _explained(config, where, streaming), unpacking(most):
         if is_saved(config):
             table = open_saved(config, where)
             return table.to_iterable_dataset() if streaming else table, None
@@ -67,6 +79,9 @@ def load_files(
         if files is None:
             opened = _load_elsewhere(config, where, streaming)
         else:
+            every = [path for paths in files.splits.values() for path in paths]
+            many = files.builder in FOLDERS  # of which looking into each would take long
+            check_archives(file for file in every if not many or file.endswith(".zip"))
             check_options(config.options, files.builder, config_of(files.builder), where)
             opened = open_files(
                 files,
@@ -136,9 +151,13 @@ def _load_elsewhere(config: Source, where: str, streaming: bool) -> Any:
     if config.options:
         builder = datasets.load_dataset_builder(_path(config), **named)
         check_options(config.options, builder.name, type(builder.config), where)
-    return datasets.load_dataset(
-        _path(config), **named, split=split, streaming=streaming, **config.options
-    )
+    check_archives([config.path, *patterns_of(config.data_files)])
+    builder = datasets.load_dataset_builder(_path(config), **named, **config.options)
+    hold_builder(builder)
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _named_columns(config: Source) -> list[str]:
@@ -202,8 +221,19 @@ def _quiet_readers() -> Iterator[None]:
             reader.removeFilter(is_news)
 
 
+_PICKLES = "pandas"  # a builder of `datasets`
+
+
 def _check_path(config: Source, where: str) -> None:
-    """Raise DataError for a local path that is not there, before the Hub is asked for it."""
+    """Raise DataError for a local path that is not there, before the Hub is asked for it.
+
+    Also for files whose reading would run what is in them.
+    """
+    if config.path == _PICKLES:
+        raise DataError(
+            f"{where}.path: {_PICKLES} reads pickles, which run code of whoever wrote them; write "
+            "the table as Parquet (DataFrame.to_parquet), and name that"
+        )
     if config.path in FILE_BUILDERS:
         if config.data_files is None and not os.path.exists(config.path):
             raise DataError(
@@ -286,6 +316,19 @@ def raw_view(dataset: Any, columns: Sequence[str]) -> Any:
 def same_column(column: AnyColumn, features: Any) -> AnyColumn | None:
     """Take the labelled set's columns, where this set has all of them."""
     return column if all(name in features for name in names_of(column)) else None
+
+
+def same_input(column: Column, features: Any, where: str) -> Column | None:
+    """Do as `same_column` does; of several columns this set must have all, or DataError."""
+    found = same_column(column, features)
+    if found is None and not isinstance(column, str):
+        missing = ", ".join(repr(name) for name in column if name not in features)
+        raise DataError(
+            f"{where}: the input of data.labeled is the columns {', '.join(column)}, and there is "
+            f"no column {missing} here; there are {', '.join(features)}; add it, or name "
+            f"{where}.input"
+        )
+    return found
 
 
 def names_of(column: Column) -> tuple[str, ...]:
@@ -450,7 +493,7 @@ def open_table(
     files = None
     table = dataset
     if dataset is None:
-        table, files = load_files(config, where, False, needed)
+        table, files = load_files(config, where, False, needed, loading)
     if not isinstance(table, datasets.Dataset):
         raise DataError(
             f"{where}: needs a datasets.Dataset, not {type(table).__name__}; pick one split of a "

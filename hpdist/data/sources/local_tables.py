@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import fsspec  # type: ignore[import-untyped]
 import pandas  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -24,6 +25,7 @@ from hpdist.data.files.partitions import Partitions, partitions
 from hpdist.data.files.row_names import remember_files
 from hpdist.data.files.splits import check_known, names_in, sliced, spelled_out
 from hpdist.data.sources.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
+from hpdist.data.sources.held import HELD
 from hpdist.data.sources.known_types import known_features, unknown_columns
 from hpdist.data.sources.local_files import FOLDERS, LocalFiles
 from hpdist.data.sources.options import dialect_hint
@@ -54,7 +56,9 @@ class Opening:
         return [path for of_split in self.splits.values() for path in of_split]
 
     def load(self, **options: Any) -> Any:
-        """Open the files with the builder of `datasets`."""
+        """Open the files with the builder of `datasets`, or what is used in its place."""
+        if self.builder in HELD:
+            return self.build(HELD[self.builder], **options)
         return datasets.load_dataset(
             self.builder,
             data_files=listed(self.splits),
@@ -242,7 +246,8 @@ def _peeked(opening: Opening, path: str, peek: Any) -> Any:
 def _header(path: str, options: Mapping[str, Any]) -> Any:
     """The columns of a CSV file, of no type yet."""
     given = {**CsvConfig(**options).pd_read_csv_kwargs, "nrows": 0, "chunksize": None}
-    names = [str(name) for name in pandas.read_csv(path, **given).columns]
+    with fsspec.open(path, "rb", compression="infer") as file:
+        names = [str(name) for name in pandas.read_csv(file, **given).columns]
     return datasets.Features(dict.fromkeys(names, datasets.Value("null")))
 
 

@@ -21,8 +21,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from hpdist.data.decode.image import CHANNELS, mode_of
-from hpdist.data.files.named_files import NamedFile
+from hpdist.data.decode.image import CHANNELS, check_icon, mode_of
+from hpdist.data.files.named_files import USUAL_LIMITS, NamedFile
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows
 from hpdist.errors import DataError
@@ -56,8 +56,10 @@ class Seen:
     def add(self, value: Any) -> None:
         """Look at a stored picture; one that cannot be opened tells nothing, and is named later."""
         try:
-            with _source(value) as source, Image.open(source) as image:
-                colour, transparent = has_colour(image), has_transparency(image)
+            with _source(value) as source:
+                check_icon(source, USUAL_LIMITS)  # which opening would decode
+                with Image.open(source) as image:
+                    colour, transparent = has_colour(image), has_transparency(image)
         except Exception:  # image libraries raise nearly everything on a damaged file
             return
         self.pictures += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import datasets
@@ -20,6 +20,7 @@ from hpdist.data.files.named_files import NOTHING, PathRule
 from hpdist.data.files.open import Retry
 from hpdist.data.files.partitions import partitions
 from hpdist.data.files.row_names import describe_row, describe_rows
+from hpdist.data.files.unpacked import unpacking
 from hpdist.data.sources.first_rows import TRIED, check_fit, check_parquet_fit
 from hpdist.data.sources.known_types import known_features
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
@@ -34,7 +35,7 @@ from hpdist.data.sources.loading import (
     open_table,
     parquet_files,
     raw_view,
-    same_column,
+    same_input,
     text_beside,
 )
 from hpdist.data.sources.local_files import source_name
@@ -47,6 +48,7 @@ from hpdist.data.stream.index import Index, build_index, split_files
 from hpdist.data.stream.mixed import MixedReader
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
+from hpdist.data.stream.row_files import RowFiles
 from hpdist.data.stream.sequential import SequentialReader
 from hpdist.errors import DataError
 
@@ -144,6 +146,9 @@ class SequentialRows:
     functions: RowFunctions
     columns: tuple[str, ...]
     block_rows: int
+    most: int
+    """What its compressed files may hold."""
+    files: RowFiles = field(default_factory=RowFiles)
 
     def values(self, rows: Rows) -> Values:
         """The stored values of rows, after filter and map."""
@@ -164,7 +169,14 @@ class SequentialRows:
             block_rows = order["block_rows"]
         state = None if resume is None else dict(resume)
         return SequentialReader(
-            self.dataset, list(self.columns), self.name, seed, block_rows, state
+            self.dataset,
+            list(self.columns),
+            self.name,
+            seed,
+            block_rows,
+            state,
+            self.files,
+            self.most,
         )
 
     def changes(self) -> str:
@@ -423,25 +435,32 @@ def _open_sequential(
     loading: Loading | None,
 ) -> SequentialRows:
     needed = () if part.input else names_of(like.column)
-    stream, files = dataset, None
+    stream, found = dataset, None
     if dataset is None:
-        stream, files = load_files(part, where, True, needed)
-    rule = path_rule(part, loading, given=dataset is not None, files=files)
+        stream, found = load_files(part, where, True, needed, loading)
+    rule = path_rule(part, loading, given=dataset is not None, files=found)
+    files = RowFiles()
     name = source_name(part, dataset, where)
-    first = _first_table(stream, name)
+    most = (loading or Loading()).most_unpacked
+    with unpacking(most):
+        first = _first_table(stream, name, files)
     features = stream.features or known_features(first.schema)
     check_dialect(features, where)
     column, columns, functions = _columns(part, features, like, spec, where, rule)
     row_bytes = max(1, first.select(list(columns)).nbytes // first.num_rows)
     block_rows = max(1, (config.shuffle_window or _BLOCK_BYTES) // 2 // row_bytes)
-    check_fit(functions.values(first).values, spec, name, "row {}".format)
-    return SequentialRows(stream, column, name, functions, columns, block_rows)
+    check_fit(functions.values(first).values, spec, name, files.describe)
+    return SequentialRows(stream, column, name, functions, columns, block_rows, most, files)
 
 
-def _first_table(stream: Any, name: str) -> Any:
-    """Read the first rows of a stream as an Arrow table."""
+def _first_table(stream: Any, name: str, files: RowFiles) -> Any:
+    """Read the first rows of a stream as an Arrow table, and note which files they are of."""
     try:
-        first = next(iter(stream.with_format("arrow").iter(batch_size=TRIED)), None)
+        view = stream.with_format("arrow")
+        if view._distributed is None:  # else whoever reads it refuses it
+            view = view.shard(num_shards=1, index=0)  # a source of its own
+            files.watch(view)
+        first = next(iter(view.iter(batch_size=TRIED)), None)
     except Exception as error:
         cause = f"{one_line(error)}{dialect_hint(error)}"
         raise DataError(f"{name}: cannot read the first rows: {cause}") from error
@@ -462,7 +481,7 @@ def _columns(
     beside = [] if spec.beside is None else [text_beside(features, spec.beside, where)]
     column = input_column(
         features,
-        config.input or same_column(like.column, features),
+        config.input or same_input(like.column, features, where),
         where,
         text=like.text,
         audio=like.audio,

@@ -24,8 +24,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from hpdist.data.decode.arrow_types import plain_table
 from hpdist.data.files.retry import cause
+from hpdist.data.files.unpacked import USUAL, unpacking
 from hpdist.data.stream.permute import Int64Array, permutation
 from hpdist.data.stream.reader import Rows
+from hpdist.data.stream.row_files import FileStart, RowFiles
 from hpdist.errors import DataError
 from hpdist.messages.redaction import redacted_text
 
@@ -54,6 +56,8 @@ class SequentialReader:
         seed: Chooses the order within the blocks.
         block_rows: Rows of a block; the last one of an epoch is shorter.
         resume: A `resume_point` to go on from.
+        files: Takes note of which file every row is of.
+        most: Bytes that a compressed file may hold: `data.loading.most_unpacked`.
 
     Raises DataError for a dataset that is split by node.
     """
@@ -66,6 +70,8 @@ class SequentialReader:
         seed: int,
         block_rows: int,
         resume: dict[str, Any] | None = None,
+        files: RowFiles | None = None,
+        most: int = USUAL,
     ) -> None:
         if block_rows < 1:
             raise ValueError(f"block_rows is {block_rows}, but a block has at least one row")
@@ -81,7 +87,8 @@ class SequentialReader:
         self._block_rows = block_rows
         self._rows: int | None = resume["rows"] if resume else None
         view = dataset.select_columns(columns).with_format("arrow")
-        source = _Source(view, name, seed, block_rows)
+        self._files = files or RowFiles()
+        source = _Source(view, name, seed, block_rows, self._files, most)
         self._blocks = _Blocks(source.blocks(resume), resume)
         self._end = weakref.finalize(self, self._blocks.close)
 
@@ -134,8 +141,8 @@ class SequentialReader:
         return self._blocks.point(position)
 
     def describe(self, row: int) -> str:
-        """Name a row by its place in the files."""
-        return f"row {row}"
+        """Name a row by its number, and where they are known by its file and its place there."""
+        return self._files.describe(row)
 
     def close(self) -> None:
         """Stop reading ahead and let go of files; a read that hangs is left to end by itself."""
@@ -153,6 +160,7 @@ class _Point:
     state: Any  # what `datasets` goes on from; None: read the epoch from its beginning
     digest: str  # of the block's rows
     rows: int | None  # of an epoch, once one has ended
+    file: FileStart | None = None  # the file of the block's first row, and the file's first row
 
     def saved(self) -> dict[str, Any]:
         """All of it as JSON; a state that is none is left out."""
@@ -202,6 +210,8 @@ class _Source:
     name: str
     seed: int
     block_rows: int
+    files: RowFiles
+    most: int
 
     def blocks(self, resume: dict[str, Any] | None) -> Generator[_Block, None, None]:
         """Every block from a `resume_point` on, without end."""
@@ -209,7 +219,8 @@ class _Source:
         found = self._again(point) if resume else self._epoch(point)
         while True:
             for state, table in found:
-                point = replace(point, state=state, digest=_digest(table))
+                file = self.files.file_of(point.start - point.first)
+                point = replace(point, state=state, digest=_digest(table), file=file)
                 count = point.start + len(table) - point.first
                 if point.rows is not None and count > point.rows:
                     raise self._changed(f"at least {count}", point)
@@ -232,7 +243,15 @@ class _Source:
             return islice(whole, point.block, None)
         place = point.start - point.first
         return read_blocks(
-            self.dataset, self.name, self.block_rows, f" of epoch {point.epoch}", place, point.state
+            self.dataset,
+            self.name,
+            self.block_rows,
+            f" of epoch {point.epoch}",
+            place,
+            point.state,
+            self.files,
+            point.file,
+            self.most,
         )
 
     def _again(self, point: _Point) -> Iterator[_Found]:
@@ -382,27 +401,41 @@ class _Blocks:
 
 
 def read_blocks(
-    dataset: Any, name: str, block_rows: int, epoch: str = "", place: int = 0, state: Any = None
+    dataset: Any,
+    name: str,
+    block_rows: int,
+    epoch: str = "",
+    place: int = 0,
+    state: Any = None,
+    files: RowFiles | None = None,
+    since: FileStart | None = None,
+    most: int = USUAL,
 ) -> Iterator[_Found]:
     """Read a dataset in Arrow format once, in blocks, each with the state that it begins in.
 
     `state` is such a state to go on from, and `place` the number of rows before it; `epoch` is said
-    after every row's number. Raises DataError when the source fails, naming the last row read.
+    after every row's number. `files` takes note of the files that are read, and
+    `since` is the one that the state is in; `most` is what compressed files may hold. Raises
+    DataError when the source fails, naming the last row read.
     """
     # Two iterations of one IterableDataset share a position and lose rows, and a state that was
     # loaded stays for the next iteration: a shard has its own.
     once = dataset.shard(num_shards=1, index=0)
+    files = files or RowFiles()
+    files.watch(once, tuple(since) if since else None, begun=state is not None)
     if state is not None:
         once.load_state_dict(state)
     tables = once.iter(batch_size=block_rows)
     while True:
         try:
-            table = next(tables, None)
+            with unpacking(most):
+                table = next(tables, None)
             following = once.state_dict()
         except Exception as error:  # every source has its own
             where = f"after row {place - 1}{epoch}" if place else f"at the beginning{epoch}"
+            file = "" if files.reading is None else f" (of {files.reading})"
             raise DataError(
-                f"{name}: reading failed {where}, in the next {block_rows} rows: "
+                f"{name}: reading failed {where}, in the next {block_rows} rows{file}: "
                 f"{cause(_innermost(error))}"
             ) from error
         if table is None:
