@@ -95,9 +95,10 @@ def check_command(words: list[str]) -> None:
     """Assert that a command within a sentence names what there is."""
     if words[:2] == ["pip", "install"]:
         project = read(ROOT / "pyproject.toml")
-        for extra in re.findall(r"\w+", words[-1]):
+        extras = re.search(r"\[([\w,]+)\]", words[-1])
+        for extra in extras[1].split(",") if extras else []:
             assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
-    elif words[:1] == ["make"]:
+    elif words[:1] == ["make"] and len(words) > 1:
         assert re.search(rf"^{words[1]}:", read(ROOT / "Makefile"), re.MULTILINE), words
     elif words[:2] == ["python", "-m"]:
         assert find_spec(words[2]), words
