@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from hpdist import cli
+from hpdist.config import json_schema
 from tests.documents import (
     GUIDES,
     PAGES,
@@ -25,6 +29,7 @@ from tests.documents import (
 README = ROOT / "README.md"
 MENTIONED = re.compile(r"\bdocs/[\w-]+\.md(?:#[\w-]+)?|\bREADME(?:\.md)?#[\w-]+")
 OURS = re.compile(r"(?:docs|hpdist|tests|configs|launch)/[\w./-]*\w")
+SETTING = re.compile(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?<!\.png)(?<!\.txt)(?::? .*)?$")
 TEXTS = [
     path
     for part in ("hpdist", "configs", "launch", "tests")
@@ -89,6 +94,34 @@ def test_what_the_text_names_is_there(page: Path) -> None:
         if OURS.fullmatch(code):
             assert (ROOT / code).exists(), code
         check_command(code.split())
+
+
+@pytest.mark.slow  # for the schema of all settings
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_settings_that_the_text_names_are_there(page: Path) -> None:
+    sections, keys = settings()
+    for code in inline_code(page):
+        setting = SETTING.match(code.removeprefix("--"))
+        if setting and setting[1].split(".")[0] in sections:
+            assert set(setting[1].split(".")) <= keys, code
+
+
+@cache
+def settings() -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the config's sections, and of all settings in them."""
+    schema = json.loads(json_schema())
+    return frozenset(schema["properties"]), frozenset(property_names(schema))
+
+
+def property_names(schema: object) -> Iterator[str]:
+    """Yield the names of all properties in a JSON Schema."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("properties"), dict):
+            yield from schema["properties"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from property_names(part)
 
 
 def check_command(words: list[str]) -> None:
