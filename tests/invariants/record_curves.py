@@ -47,7 +47,11 @@ def main() -> None:
             found = recorded_curves.record(name, Path(data))
             recorded_curves.write(name, found)
             took = time.monotonic() - start
-            print(f"{name}: seed {found['seed']}, margin {found['margin']:g}, {took:.0f} s")
+            print(
+                f"{name}: seed {found['seed']}, compared {found['compared']} steps, "
+                f"margin {found['margin']:g}, {took:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

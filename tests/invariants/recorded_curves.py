@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent / "curves"
 EXACT = "HPDIST_CURVES_EXACT"
 _UNCOMPARED = {"examples_per_second", "data_wait", "checkpoint_wait"}  # times
 _UNCOMPARED_SUMMARY = {"seconds", "peak_memory_bytes"}
-_LARGEST_SEED = 40
+_SEEDS = 4  # to choose from
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ def run(name: str, data: Path, seed: int) -> dict[str, Any]:
         settings["model"] = {**settings["model"], "name": f"hf:{folder}"}
     runs = Path(tempfile.mkdtemp(prefix="curve-", dir=data))
     try:
-        with _one_thread():
+        with one_thread():
             train(settings, sets, runs, seed)
-        return _read(runs / "run", settings["steps"])
+        return read_run(runs / "run", settings["steps"])
     finally:
         shutil.rmtree(runs)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Leave PyTorch's threads and random numbers as they were."""
+def one_thread() -> Iterator[None]:
+    """Compute on one thread; leave PyTorch's threads and all random numbers as they were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -123,7 +123,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _read(folder: Path, steps: int) -> dict[str, Any]:
+def read_run(folder: Path, steps: int) -> dict[str, Any]:
+    """What a run folder says: the columns of its curve, its summary and its last state's digest."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     names = [key for key in {k: None for r in records for k in r} if key not in _UNCOMPARED]
@@ -149,7 +150,8 @@ def digests(checkpoint: Path) -> dict[str, list[Any]]:
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in sorted(opened.keys()):
-                found[name] = _digest(opened.get_tensor(name))
+                key = name if name not in found else f"{name} of {file.stem}"
+                found[key] = _digest(opened.get_tensor(name))
     return found
 
 
@@ -188,6 +190,7 @@ def worst(found: dict[str, Any], wanted: dict[str, Any], allowed: Tolerance) -> 
 def _excesses(
     found: dict[str, Any], wanted: dict[str, Any], allowed: Tolerance
 ) -> Iterator[tuple[str, float]]:
+    wanted, found = _compared(wanted, allowed, wanted), _compared(found, allowed, wanted)
     for part in ("columns", "summary", "state"):
         if found[part].keys() != wanted[part].keys():
             names = sorted(found[part].keys() ^ wanted[part].keys())
@@ -198,6 +201,15 @@ def _excesses(
         yield from _of_column(name, [found["summary"][name]], [wanted["summary"][name]], allowed)
     for name in wanted["state"].keys() & found["state"].keys():
         yield from _of_tensor(name, found["state"][name], wanted["state"][name], allowed)
+
+
+def _compared(curve: dict[str, Any], allowed: Tolerance, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The part of a curve that a tolerance is meant for."""
+    steps = wanted.get("compared", math.inf)
+    if allowed is ONE_MACHINE or steps >= len(wanted["columns"]["loss"]):
+        return curve
+    columns = {name: column[:steps] for name, column in curve["columns"].items()}
+    return {"columns": columns, "summary": {}, "state": {}}
 
 
 def _of_column(
@@ -268,28 +280,49 @@ def rounded_otherwise(seed: int, size: float = 3e-7) -> Iterator[None]:
         handle.remove()
 
 
-def record(name: str, data: Path, disturbed: int = 4) -> dict[str, Any]:
+def record(name: str, data: Path, disturbed: int = 3) -> dict[str, Any]:
     """Train with the first seed whose curve holds where it is rounded otherwise.
 
     Its `margin` is the largest share of the committed tolerance that the disturbed runs took; a
-    seed is taken when that is at most a quarter.
+    seed is taken when that is at most a quarter. Where none of the seeds is such, as where a network
+    has kinks by the thousand, `compared` says of the best one how many steps hold: other processors
+    are held to these alone, and one machine to all.
     """
-    for seed in range(_LARGEST_SEED):
-        found = run(name, data, seed)
-        margin = 0.0
+    best: dict[str, Any] = {"compared": 0}
+    for seed in range(_SEEDS):
+        found = {
+            "seed": seed,
+            "compared": CURVES[name]["steps"],
+            "margin": 0.0,
+            **run(name, data, seed),
+        }
         for number in range(disturbed):
             with rounded_otherwise(number):
-                margin = max(margin, worst(run(name, data, seed), found, COMMITTED))
-            if margin > 0.25:
+                other = run(name, data, seed)
+            found["compared"] = _holding(other, found, found["compared"])
+            if found["compared"] <= best["compared"]:
                 break
-        else:
-            return {"seed": seed, "margin": float(f"{margin:.2g}"), **found}
-        print(f"{name}: seed {seed} takes {margin:.2g} of the tolerance; the next one", flush=True)
-    raise AssertionError(f"{name}: no seed keeps its curve away from thresholds; change settings")
+            found["margin"] = max(found["margin"], worst(other, found, COMMITTED))
+        if found["compared"] > best["compared"]:
+            best = found
+        if best["compared"] == CURVES[name]["steps"]:
+            break
+    assert best["compared"] >= 3, f"{name} hangs on rounding; change its settings"
+    best["margin"] = float(f"{best['margin']:.2g}")
+    return best
 
 
-def write(name: str, found: dict[str, Any]) -> None:
-    """Put a curve on record: one line per column and tensor, so that a change can be read."""
+def _holding(other: dict[str, Any], found: dict[str, Any], steps: int) -> int:
+    """The number of steps, up to so many, that two curves agree on, with room to spare."""
+    while steps and worst(other, {**found, "compared": steps}, COMMITTED) > 0.25:
+        steps -= 1
+    return steps
+
+
+def to_json(found: Any) -> str:
+    """A line per column and tensor, so that a change can be read."""
+    if not isinstance(found, dict):
+        return json.dumps(found) + "\n"
     lines = []
     for key, value in found.items():
         if isinstance(value, dict):
@@ -297,5 +330,10 @@ def write(name: str, found: dict[str, Any]) -> None:
             lines.append(f"{json.dumps(key)}: {{\n{inner}\n}}")
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def write(name: str, found: dict[str, Any]) -> None:
+    """Put a curve on record."""
     FOLDER.mkdir(exist_ok=True)
-    path_of(name).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path_of(name).write_text(to_json(found))
