@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a curve of curve_settings.py")
     parser.add_argument("--all", action="store_true", help="record every curve")
     parser.add_argument("--missing", action="store_true", help="record those that have no file")
+    parser.add_argument(
+        "--disturbed", type=int, default=3, metavar="N", help="runs that measure a curve's margin"
+    )
     given = parser.parse_args()
     names = list(CURVES) if given.all or given.missing else given.names
     if given.missing:
@@ -44,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data:
         for name in names:
             start = time.monotonic()
-            found = recorded_curves.record(name, Path(data))
+            found = recorded_curves.record(name, Path(data), given.disturbed)
             recorded_curves.write(name, found)
             took = time.monotonic() - start
             print(
