@@ -97,6 +97,7 @@ ADDON_TASKS = {"reconstruction": ("multilabel", "regression")}
 OF_TASKS: dict[str, Settings] = {
     "multilabel-fixmatch": {"threshold": 0.6},
     "multilabel-pseudo_label": {"threshold": 0.55},
+    "regression-temporal_ensembling": {"unsupervised_weight": 1.0, "ramp": 0.3},
     "regression-vat": {"entropy_weight": 0.0},
 }
 """What they set otherwise than for classification."""

@@ -105,7 +105,7 @@ def own_loop(folder: Path, first: int, last: int, save: bool) -> list[float]:
         model = nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, classes))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         model, optimizer = accelerator.prepare(model, optimizer)
-        views = hpdist.TableViewsConfig(standardize=False).build(0)
+        views = hpdist.IdentityViewsConfig().build(0)
         algorithm = hpdist.FreeMatch(classes, momentum=0.8)
         step = hpdist.SemiSupervisedStep(accelerator, model, optimizer, algorithm, views, decay=0.8)
         if first:
