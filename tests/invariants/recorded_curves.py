@@ -253,8 +253,9 @@ def _of_tensor(
     for what, a, b, length in zip(
         ("sum", "norm", "projection"), found[1:], wanted[1:], (reach, 1.0, 3.0), strict=True
     ):
-        excess = 0.0 if a == b or (a != a and b != b) else abs(a - b) / allowed.state
-        yield f"state {name}: {what} {a}, not {b}", excess / (scale * length)
+        same = a == b or (a != a and b != b)  # a NaN is the same as another
+        excess = 0.0 if same else abs(a - b) / (allowed.state * scale * length)
+        yield f"state {name}: {what} {a}, not {b}", excess
 
 
 # ---------------------------------------------------------------------------------------------
