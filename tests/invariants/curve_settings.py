@@ -127,7 +127,7 @@ VIEWS: dict[str, Settings] = {
     "text": {"name": "text", "max_length": 16},
 }
 OF_INPUTS: dict[str, Settings] = {
-    "text": {"optim": {"name": "adamw", "lr": 0.01}, "algorithm": {"threshold": 0.8}},
+    "text": {"optim": {"name": "adamw", "lr": 0.01}, "algorithm": {"threshold": 0.3}},
 }
 INPUTS: dict[str, Any] = {
     "vector": "x",
@@ -151,11 +151,9 @@ def _settings(kind: str, task: str, algorithm: str, /, **changes: Any) -> Settin
         "batch": {"labeled": 8, "unlabeled": 24},
         "optim": {"lr": 0.08},
         "schedule": {"name": "cosine", "warmup_steps": 2},
-        "teacher": {"decay": 0.8},
+        "teacher": {"decay": 0.5},  # which the warm-up reaches after eight steps
         "steps": STEPS,
     }
-    if (kind, task, algorithm) == ("vector", "classification", "mean_teacher"):
-        values["teacher"] = {"decay": 0.5}  # which the warm-up reaches after eight steps
     if algorithm == "ladder":
         values["model"] = {"name": "ladder", "hidden": [16], "noise": 0.0}
     return deepcopy(_merged(values, changes))
@@ -212,6 +210,14 @@ def _of_steps() -> dict[str, Settings]:
         "step-micro-images": _settings("image", task, "mean_teacher", **micro),
         "step-micro-comatch": _settings("vector", task, "comatch", **micro),
         "step-micro-mixmatch": _settings("image", task, "mixmatch", **micro),
+        "step-micro-vat": _settings("vector", task, "vat", **micro),
+        "step-checkpointed": _settings(
+            "image",
+            task,
+            "fixmatch",
+            activation_checkpointing=True,
+            model={"name": "wide_resnet", "depth": 10, "widen": 1},
+        ),
         "step-adamw-clip-l1": _settings("vector", task, "softmatch", optim=adam),
         "step-dropout": _settings("vector", task, "uda", model={"dropout": 0.2}),
         "step-three-addons": _settings(
