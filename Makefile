@@ -1,6 +1,6 @@
 # make demo       a model learns from 40 labels and 1,437 unlabelled scans, on all GPUs or two CPU processes
 # make test       the tests
-# make test-all   the slow ones too
+# make test-all   the slow ones too; installs the programs that they need where it can, and names what it skips
 # make lint       style and types
 #
 # Each makes .venv first, if need be. Another Python: make test PYTHON=python3.12
@@ -17,10 +17,11 @@ demo: $(INSTALLED)
 	@$(BIN)/python launch/demo.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --durations=20
 
 test-all: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not gpu"
+	@.ci/system-packages all
+	@$(BIN)/python -m pytest -m "not gpu" --durations=20 -rs
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

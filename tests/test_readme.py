@@ -1,4 +1,4 @@
-"""Every command in the README is run as it stands, in a folder like a clone after `make demo`."""
+"""The commands of README and docs are run as they stand, in a clone after `make demo`."""
 
 import glob
 import os
@@ -16,30 +16,48 @@ import yaml
 from PIL import Image
 
 from hpdist.data.samples.digits import write_digits
+from tests.documents import GUIDES, ROOT, blocks, files, name_of
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCED = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CHECKED_OTHERWISE = ("make", "pip", "source", "wandb", "tensorboard", "sbatch", "kubectl", "sky")
+CHECKED_OTHERWISE = (
+    *("make", "pip", "source", "wandb", "tensorboard"),
+    *("launch/hosts.sh", "sbatch", "kubectl", "sky"),
+)
 """Commands that install, need an account, or do not end: what they name must exist."""
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clone")
+def commands(page):
+    """Return a page's commands: each line as it stands, and its words without variables."""
+    found = []
+    for block in blocks(page):
+        if block.language == "bash":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words and "=" in words[0]:  # a variable for the command
+                    words.pop(0)
+                if words:
+                    found.append((line, words))
+    return found
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone, the demo's data, and the files that the pages tell their reader to write."""
+    folder = tmp_path / "clone"
     for part in ("configs", "launch"):
         shutil.copytree(ROOT / part, folder / part)
     write_digits(folder / "demo" / "digits")
     _write_photos(folder / "photos")
     _write_customers(folder / "customers")
     _write_tagged(folder / "tagged")
+    for name, text in files().items():
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
 def _write_photos(folder):
-    """Photos of two classes and of several sizes, as the README's `photos.yaml` expects them."""
+    """Photos of two classes and of several sizes, as the pages' `photos.yaml` expects them."""
     noise = np.random.default_rng(0)
     pictures = [
         Image.fromarray(noise.integers(0, 256, (40 + k, 36, 3), dtype=np.uint8)) for k in range(16)
@@ -56,7 +74,7 @@ def _write_photos(folder):
 
 
 def _write_customers(folder):
-    """Customers with gaps, as the README's `customers.yaml` expects them."""
+    """Customers with gaps, as the pages' `customers.yaml` expects them."""
     folder.mkdir()
     for part in ("labeled", "unlabeled"):
         columns = {
@@ -71,7 +89,7 @@ def _write_customers(folder):
 
 
 def _write_tagged(folder):
-    """Vectors with several tags each, as the README's `tagged.yaml` expects them."""
+    """Vectors with several tags each, as the pages' `tagged.yaml` expects them."""
     folder.mkdir()
     rows = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     tags = [
@@ -83,40 +101,27 @@ def _write_tagged(folder):
         datasets.Dataset.from_dict(columns).to_parquet(str(folder / f"{part}.parquet"))
 
 
-def test_every_command_of_the_readme_works(clone):
+@pytest.mark.parametrize("page", [page for page in GUIDES if commands(page)], ids=name_of)
+def test_every_command_of_a_page_works(page, clone):
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "WANDB_MODE": "offline",
         "HF_HOME": str(clone / "cache"),
     }
-    ran = 0
-    for language, text in FENCED.findall(README):
-        name = re.match(r"# (\S+\.(?:py|yaml))\n", text)
-        if language != "bash":
-            assert name, f"a {language} block of the README must begin with its file name"
-            (clone / name[1]).write_text(text, encoding="utf-8")
+    for line, words in commands(page):
+        if words[0] in CHECKED_OTHERWISE or "# GPUs" in line:
+            _check(words, clone)
             continue
-        for line in text.replace("\\\n", " ").splitlines():
-            command = shlex.split(line, comments=True)
-            if not command:
-                continue
-            while "=" in command[0]:  # a variable for the command
-                command.pop(0)
-            if command[0] in (*CHECKED_OTHERWISE, "launch/hosts.sh") or "# GPUs" in line:
-                _check(command, clone)
-                continue
-            done = subprocess.run(
-                line, shell=True, cwd=clone, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            if "--run.name again --steps 8" in line:
-                assert "at step 4" in done.stderr
-            if line.endswith("# goes on at step 5"):
-                assert "step 8: loss" in done.stdout
-                assert "step 4: loss" not in done.stdout
-            ran += 1
-    assert ran >= 10
+        done = subprocess.run(
+            line, shell=True, cwd=clone, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"$ {line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        if "--run.name again --steps 8" in line:
+            assert "at step 4" in done.stderr
+        if line.endswith("# goes on at step 5"):
+            assert "step 8: loss" in done.stdout
+            assert "step 4: loss" not in done.stdout
 
 
 def _check(command, clone):
@@ -142,6 +147,24 @@ def _check(command, clone):
     elif command[0] == "accelerate":
         file = ROOT / command[command.index("--config_file") + 1]
         assert yaml.safe_load(file.read_text(encoding="utf-8"))["distributed_type"] == "DEEPSPEED"
+        _resolve(command[command.index("-m") + 2 :], clone)
+    elif command[0] == "hpdist":
+        _resolve(command[1:], clone)
+    else:
+        assert " ".join(command) in ("source .venv/bin/activate", "wandb login")
+
+
+def _resolve(arguments, folder, **environment):
+    """Return the config that a training would run with, which must be one that hpdist accepts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hpdist", *arguments, "--print-config"],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
 
 
 def _check_sweep(file):
@@ -149,19 +172,7 @@ def _check_sweep(file):
     sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
     ranges = sweep["parameters"].items()
     drawn = [f"--{key}={values.get('min') or values['values'][0]}" for key, values in ranges]
-    program, command, *rest = (part for part in sweep["command"] if part != "${args}")
-    done = subprocess.run(
-        [sys.executable, "-m", program, command, *rest, *drawn, "--print-config"],
-        cwd=file.parent,
-        env=os.environ | {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["run"]["name"] == "digits-r1"
-
-
-def test_links_and_pictures_of_the_readme_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+    program, *arguments = (part for part in sweep["command"] if part != "${args}")
+    assert program == sweep["program"] == "hpdist"
+    config = _resolve([*arguments, *drawn], file.parent, WANDB_SWEEP_ID="s", WANDB_RUN_ID="r1")
+    assert config["run"]["name"] == "digits-r1"

@@ -115,7 +115,7 @@ def convert(
     features = _features(view, name, most)
     check_dialect(features, where)
     given = config.input or _same(input, features)
-    column = _only_media(features)
+    column: Column | None = _only_media(features)
     if given is not None:
         text, audio = is_text(features, given), is_audio(features, given)
         column = input_column(features, given, where, text=text, audio=audio)

@@ -160,8 +160,13 @@ class ZeroEngine(Engine):
     def saved_as(self) -> dict[str, int | str]:
         """The stage, the dtype of the weights and, where DeepSpeed shards, the number of ranks."""
         stage = int(self.deepspeed.zero_optimization_stage())
-        found = {"stage": stage, "dtype": str(self._dtype).removeprefix("torch.")}
-        return found | ({"ranks": self.world_size} if stage else {})
+        found: dict[str, int | str] = {
+            "stage": stage,
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+        if stage:
+            found["ranks"] = self.world_size
+        return found
 
     @property
     def saved_steps(self) -> int:

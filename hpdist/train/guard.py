@@ -15,6 +15,7 @@ from hpdist.distributed.watchdog import Watchdog
 from hpdist.errors import StoppedError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 _LAUNCHER_GONE = "the end of the launcher"
 
 
@@ -24,8 +25,9 @@ class RunGuard:
     These are SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C). Further ones change nothing, since
     schedulers and launchers often send several, but for a second SIGINT, which ends the process at
     once, or in a notebook raises KeyboardInterrupt. torchrun hands a second Ctrl-C on as SIGTERM,
-    so under it a SIGTERM after SIGINT ends the process too. A signal that is ignored, as under
-    `nohup`, stays so.
+    so under it a SIGTERM after SIGINT ends the process too. SIGHUP and SIGINT stay ignored where
+    they are, as under `nohup` or in a shell's background job; the others do not, since a launcher
+    that ignores SIGUSR1 itself (`launch/slurm.sbatch`) hands that down to the ranks.
 
     Args:
         rank: This one.
@@ -45,7 +47,7 @@ class RunGuard:
 
     def __enter__(self) -> RunGuard:
         if threading.current_thread() is threading.main_thread():  # else Python allows no handler
-            heard = [s for s in _SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+            heard = [s for s in _SIGNALS if not _stays_as_it_is(s)]
             self._before = {number: signal.signal(number, self._note) for number in heard}
         self._watchdog.start()
         return self
@@ -95,3 +97,10 @@ class RunGuard:
             if self._rank == 0:
                 line = b"hpdist: interrupted; the run is saved and stops (again: at once)\n"
                 os.write(2, line)  # nothing buffered: this may have interrupted another write
+
+
+def _stays_as_it_is(number: signal.Signals) -> bool:
+    """Return whether a signal is left to who handles, or rightly ignores, it already."""
+    handler = signal.getsignal(number)
+    ignored = handler is signal.SIG_IGN and number in _MAY_BE_IGNORED
+    return handler is None or ignored  # None: a handler that C code has installed

@@ -17,6 +17,7 @@ from tests.slurm import Slurm, missing
 
 STEPS = 60
 GOING = {"PENDING", "CONFIGURING", "RUNNING"}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,9 +35,10 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 def await_state(slurm: Slurm, job: str, states: set[str], log: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
-    while slurm.state(job) not in states:
+    while (state := slurm.state(job)) not in states:
         text = log.read_text() if log.exists() else ""
-        assert time.monotonic() < deadline, f"{text}\n{slurm.told(job)}"
+        ended = state in ENDED or time.monotonic() >= deadline
+        assert not ended, f"{text}\n{slurm.told(job)}"
         time.sleep(0.3)
 
 
@@ -73,7 +75,7 @@ def test_signalled_requeued_and_finished(
     # SLURM lets a requeued job wait for two minutes: within the second in which it ended, a node
     # takes its new credential for the revoked one, and the job fails without having been started.
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
-    await_state(slurm, job, {"COMPLETED", "FAILED"}, log)
+    await_state(slurm, job, ENDED, log)
     text = log.read_text()
     assert slurm.state(job) == "COMPLETED", f"{text}\n{slurm.told(job)}"
     assert "continuing from" in text

@@ -1,9 +1,8 @@
-"""The README's algorithm, in a file outside the package, trains as those of the catalogue do."""
+"""The algorithm of `docs/own-algorithm.md`, in a file of its own, trains as the catalogue's do."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -13,16 +12,12 @@ import torch
 
 from hpdist.algorithms import StudentOutputs, WeakOutputs
 from hpdist.data.samples.digits import write_digits
-
-ROOT = Path(__file__).parents[2]
+from tests.documents import ROOT, files
 
 
 def source() -> str:
     """The example, as it stands."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"```python\n(# my_algorithms\.py\n.*?)```", text, re.DOTALL)
-    assert found is not None
-    return found[1]
+    return files()["my_algorithms.py"]
 
 
 def test_it_is_short() -> None:

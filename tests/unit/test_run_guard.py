@@ -71,3 +71,13 @@ def test_what_is_ignored_stays_ignored() -> None:
             return guard.received is None
 
     assert outcome(unheard) == 0
+
+
+def test_a_scheduler_is_heard_though_the_launcher_ignores_its_signals() -> None:
+    """As `launch/slurm.sbatch` starts it: what a launcher ignores, its children ignore too."""
+
+    def heard() -> bool:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        return signalled(signal.SIGUSR1)
+
+    assert outcome(heard) == 0

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.test_hugging_face import GPT, VIT, spec_of
+from tests.unit.test_hugging_face_audio import PICTURES, WAVES, WHISPER
 
 from hpdist.algorithms import SimMatch
 from hpdist.models import HuggingFaceConfig, build_model
@@ -14,8 +16,6 @@ from hpdist.models.with_heads import with_heads
 from tests.memory import mapped
 from tests.sounds import write_config
 from tests.texts import SENTENCES, write_model
-from tests.unit.test_hugging_face import GPT, VIT, spec_of
-from tests.unit.test_hugging_face_audio import PICTURES, WAVES, WHISPER
 
 RESNET = {
     "model_type": "resnet",

@@ -422,7 +422,7 @@ def read_blocks(
     # loaded stays for the next iteration: a shard has its own.
     once = dataset.shard(num_shards=1, index=0)
     files = files or RowFiles()
-    files.watch(once, tuple(since) if since else None, begun=state is not None)
+    files.watch(once, (since[0], since[1]) if since else None, begun=state is not None)
     if state is not None:
         once.load_state_dict(state)
     tables = once.iter(batch_size=block_rows)

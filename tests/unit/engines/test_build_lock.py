@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from hpdist import cli
+from hpdist.cli.output import report_error
 from hpdist.engines import build_lock as locks
 from hpdist.engines import operators
 from hpdist.engines.build_lock import build_lock, in_use, left_lock, working_in
@@ -227,7 +227,7 @@ def test_of_a_machine_that_cannot_compile_one_rank_says_so(
     with pytest.raises(ConfigError) as caught:
         prepare_operators([builder("hpdist_broken", "nonsense")], print, patience=None)
     capsys.readouterr()
-    assert cli._report(caught.value) is bool(told)
+    assert report_error(caught.value) is bool(told)
     assert capsys.readouterr().err.startswith(told)
 
 

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.unit.test_hugging_face import DISTILBERT, build, spec_of
 
 from hpdist.checkpoint.manifest import list_checkpoints
 from hpdist.checkpoint.reader import SavedRun
@@ -13,7 +14,6 @@ from hpdist.models.with_heads import with_heads
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.texts import SENTENCES, write_model
-from tests.unit.test_hugging_face import DISTILBERT, build, spec_of
 
 LORA = {"rank": 2, "alpha": 8}
 

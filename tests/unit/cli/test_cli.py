@@ -9,6 +9,7 @@ import yaml
 
 from hpdist import cli
 from hpdist.cli import output
+from hpdist.cli.output import report_error
 from hpdist.errors import ConfigError, DataError, DistributedError, PrecisionError
 from hpdist.train.config import load
 from hpdist.version import __version__
@@ -108,7 +109,7 @@ def test_every_flag_of_train_is_known_where_overrides_are_split_off(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     words = capsys.readouterr().out.partition("options:")[2].partition("\n\n")[0].split()
-    assert {word for word in words if word.startswith("--")} == set(cli._FLAGS)
+    assert {word for word in words if word.startswith("--")} == set(cli.train.SETTINGS_BESIDE)
 
 
 def test_version_and_module():
@@ -130,15 +131,15 @@ def test_what_one_rank_knows_that_rank_says(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     error = DataError("row 7 is damaged")
-    cli._report(error)
+    report_error(error)
     assert capsys.readouterr().err == ""
     error.rank = 3
-    cli._report(error)
+    report_error(error)
     assert capsys.readouterr().err == "hpdist: rank 3: DataError: row 7 is damaged\n"
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     error.rank = 0
-    cli._report(error)
+    report_error(error)
     assert capsys.readouterr().err == "hpdist: DataError: row 7 is damaged\n"
 
 
