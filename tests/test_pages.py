@@ -14,7 +14,7 @@ import pytest
 
 from hpdist import cli
 from hpdist.train.config import json_schema
-from tests.documents import (
+from tests.support.documents import (
     GUIDES,
     PAGES,
     ROOT,

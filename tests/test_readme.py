@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from hpdist.data.samples.digits import write_digits
-from tests.documents import GUIDES, ROOT, blocks, files, name_of
+from tests.support.documents import GUIDES, ROOT, blocks, files, name_of
 
 CHECKED_OTHERWISE = (
     *("make", "pip", "source", "wandb", "tensorboard"),

@@ -24,8 +24,8 @@ from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import Places
 from hpdist.config.component import component_names, components
 from tests.benchmarks.stream_files import spread
-from tests.ranks import run_ranks
-from tests.recipes import digits, global_batches, make_model, make_step, slice_of
+from tests.support.ranks import run_ranks
+from tests.support.recipes import digits, global_batches, make_model, make_step, slice_of
 
 CLASSES, BATCH = 10, 448
 BASE = "fixmatch"

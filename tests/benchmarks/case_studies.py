@@ -25,7 +25,7 @@ from torch import nn
 
 from hpdist.data.samples.synthetic import write_classification, write_clusters
 from hpdist.train import config as configuration
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WINDOWS = (1, 10, 100, 1000)

@@ -26,7 +26,7 @@ from hpdist.data.views import IdentityViewsConfig
 from hpdist.engines import launch
 from hpdist.models import MLP
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 NAMESPACE = "hpcomm"
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")

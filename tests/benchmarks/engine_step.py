@@ -32,7 +32,7 @@ from hpdist.data.views import IdentityViewsConfig
 from hpdist.engines import launch
 from hpdist.models import MLP, WideResNet
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CLASSES, THRESHOLD = 10, 0.0
 

@@ -25,8 +25,8 @@ from hpdist.plan.memory_meter import MemoryMeter
 from hpdist.plan.memory_plan import rehearsed
 from hpdist.train import config
 from hpdist.train.trainer import Trainer
-from tests.memory import status
-from tests.ranks import run_ranks
+from tests.support.memory import status
+from tests.support.ranks import run_ranks
 
 STAGES = (None, 1, 2, 3)
 _TRIES = 4

@@ -28,7 +28,7 @@ from hpdist.data.views import IdentityViewsConfig
 from hpdist.engines import launch
 from hpdist.models import MLP
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STAGES = [None, 0, 1, 2, 3]
 SMALL_BUFFERS = {

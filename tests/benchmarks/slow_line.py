@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from hpdist.data.samples.digits import write_digits
-from tests.two_hosts import LINE, TwoHosts, two_hosts
+from tests.support.two_hosts import LINE, TwoHosts, two_hosts
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

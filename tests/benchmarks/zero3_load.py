@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.memory import Peak, own_memory
-from tests.ranks import run_ranks
+from tests.support.memory import Peak, own_memory
+from tests.support.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -86,7 +86,7 @@ def main() -> None:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    from tests.texts import write_tokenizer
+    from tests.support.texts import write_tokenizer
 
     lines = [
         "# Loading a checkpoint under ZeRO-3",

@@ -8,8 +8,8 @@ import pytest
 from hpdist.errors import ConfigError, DataError
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
-from tests.ranks import run_ranks
-from tests.sounds import digits_config, file_of, needs_digits, table, tone, write_config
+from tests.support.ranks import run_ranks
+from tests.support.sounds import digits_config, file_of, needs_digits, table, tone, write_config
 
 pytestmark = needs_digits
 

@@ -11,7 +11,7 @@ import pytest
 
 from hpdist.data.samples.synthetic import write_classification, write_clusters
 from tests.benchmarks import case_studies
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def test_the_rows_are_as_described_and_the_same_every_time(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 
 from hpdist.engines.config import LossScale
-from tests.catalogue import CASES, PARTS, finite, run
-from tests.ranks import run_ranks
+from tests.support.catalogue import CASES, PARTS, finite, run
+from tests.support.ranks import run_ranks
 
 STEPS = 5
 Curves = dict[str, list[dict[str, float]]]

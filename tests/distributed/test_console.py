@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slow_run import SlowRun
+from tests.support.slow_run import SlowRun
 
 STEPS = 6
 ROWS = """

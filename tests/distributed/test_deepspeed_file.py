@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hpdist import cli
-from tests.picture_runs import write_config
-from tests.pictures import write_pictures
-from tests.ranks import run_ranks
+from tests.support.picture_runs import write_config
+from tests.support.pictures import write_pictures
+from tests.support.ranks import run_ranks
 
 PASSED = {
     "communication_data_type": "fp32",

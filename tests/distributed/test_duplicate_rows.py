@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from hpdist.train.trainer import Trainer
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def write(folder: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hpdist.data.samples.digits import write_digits
-from tests.ranks import run_ranks
-from tests.run_records import records
+from tests.support.ranks import run_ranks
+from tests.support.run_records import records
 
 STEPS, GENERATIONS = 9, 3
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpdist.engines.gradient_layout import keep_strides
 from hpdist.engines.prepare import make_engine, prepare
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 INPUTS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

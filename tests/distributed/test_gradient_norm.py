@@ -14,8 +14,8 @@ from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
 from hpdist.engines.config import LossScale
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
-from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of, train
+from tests.support.ranks import run_ranks
+from tests.support.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of, train
 
 STAGES = [None, 0, 1, 2, 3]
 LR, CLIP = 0.1, 0.25

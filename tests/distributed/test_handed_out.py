@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hpdist import ConfigError
-from tests.odd_models import ROWS, Small, trainer
-from tests.ranks import run_ranks
+from tests.support.odd_models import ROWS, Small, trainer
+from tests.support.ranks import run_ranks
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"precision": "bf16"},

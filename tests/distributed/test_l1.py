@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hpdist.errors import ConfigError
-from tests.ranks import run_ranks
-from tests.recipes import make_step, train
+from tests.support.ranks import run_ranks
+from tests.support.recipes import make_step, train
 
 L1, LR = 0.01, 0.05
 

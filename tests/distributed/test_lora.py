@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.distributed.test_text import close, curve
-from tests.ranks import run_ranks
-from tests.texts import SENTENCES, news_config, write_model
-from tests.unit.test_hugging_face import build
+from tests.support.ranks import run_ranks
+from tests.support.texts import SENTENCES, news_config, write_model
+from tests.unit.models.test_hugging_face import build
 
 STAGES = (None, 2, 3)
 

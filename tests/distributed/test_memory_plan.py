@@ -17,7 +17,7 @@ from hpdist.plan.memory_plan import Plan, StagePlan, make_plan, rehearsed, table
 from hpdist.plan.rehearsal import Rehearsal
 from hpdist.train import config
 from tests.benchmarks.memory_plan import MODELS, compare, settings
-from tests.catalogue import NAMES
+from tests.support.catalogue import NAMES
 
 STAGES = [None, 1, 2, 3]
 SOME = [("CNN", None, 2), ("MLP", 2, 2)]

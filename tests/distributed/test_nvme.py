@@ -23,8 +23,8 @@ from hpdist.engines.prepare import prepare
 from hpdist.engines.zero3 import PartitionedEngine
 from hpdist.models import MLP
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
-from tests.recipes import LABELED, UNLABELED, digits, make_algorithm, train
+from tests.support.ranks import run_ranks
+from tests.support.recipes import LABELED, UNLABELED, digits, make_algorithm, train
 
 pytestmark = pytest.mark.slow  # building the operator alone takes minutes, once
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpdist.errors import ConfigError, HpdistError
-from tests.odd_models import (
+from tests.support.odd_models import (
     Alternating,
     ByRank,
     Complex,
@@ -23,7 +23,7 @@ from tests.odd_models import (
     saved,
     train,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ADAMW = {"name": "adamw", "lr": 0.01}
 DDP: dict[str, Any] = {"ddp": {}, "ddp-adamw": {"optim": ADAMW}}

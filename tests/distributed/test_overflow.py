@@ -19,8 +19,8 @@ from hpdist.errors import PrecisionError
 from hpdist.train.data import RunData
 from hpdist.train.optim import Schedule, learning_rate
 from hpdist.train.step import SemiSupervisedStep, StepOutcome
-from tests.ranks import run_ranks
-from tests.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of
+from tests.support.ranks import run_ranks
+from tests.support.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of
 
 STAGES = [None, 0, 1, 2, 3]
 

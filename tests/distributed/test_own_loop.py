@@ -16,8 +16,8 @@ from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.simmatch import SimMatch
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.errors import ConfigError, DistributedError
-from tests.ranks import run_ranks
-from tests.recipes import digits, global_batches, make_step, slice_of
+from tests.support.ranks import run_ranks
+from tests.support.recipes import digits, global_batches, make_step, slice_of
 
 
 def loop(precision: str) -> tuple[list[float], torch.Tensor, float]:

@@ -11,8 +11,8 @@ import datasets
 
 from hpdist.errors import HpdistError
 from hpdist.train.trainer import Trainer
-from tests.ranks import run_ranks
-from tests.unit.test_picture_modes import pictures
+from tests.support.ranks import run_ranks
+from tests.unit.data.decode.test_picture_modes import pictures
 
 
 def outcomes(folder: str) -> list[Any]:

@@ -8,8 +8,8 @@ import pytest
 
 from hpdist.algorithms import FreeMatch
 from hpdist.engines.config import LossScale
-from tests.ranks import run_ranks
-from tests.recipes import make_step, train
+from tests.support.ranks import run_ranks
+from tests.support.recipes import make_step, train
 
 STEPS = 30
 STAGES = [None, 0, 1, 2, 3]

@@ -25,9 +25,9 @@ from hpdist.preflight.checks import (
     table,
 )
 from hpdist.preflight.network import measure_apart
-from tests.pictures import write_pictures
-from tests.ranks import free_port, run_ranks
-from tests.two_hosts import LINE, MISSING, two_hosts
+from tests.support.pictures import write_pictures
+from tests.support.ranks import free_port, run_ranks
+from tests.support.two_hosts import LINE, MISSING, two_hosts
 
 
 def start(*arguments: object, cwd: Path | None = None, before: tuple[str, ...] = (), **variables):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from hpdist.data.samples.digits import write_digits
-from tests.ranks import run_ranks
-from tests.run_records import records
+from tests.support.ranks import run_ranks
+from tests.support.run_records import records
 
 
 @pytest.fixture(scope="module")

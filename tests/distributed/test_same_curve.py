@@ -21,10 +21,10 @@ from hpdist.engines.config import LossScale
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.train.step import SemiSupervisedStep
-from tests import lockstep
-from tests.lockstep import Recorded
-from tests.ranks import run_ranks
-from tests.recipes import LABELED, UNLABELED, digits, make_model, make_step, train
+from tests.support import lockstep
+from tests.support.lockstep import Recorded
+from tests.support.ranks import run_ranks
+from tests.support.recipes import LABELED, UNLABELED, digits, make_model, make_step, train
 
 RANKS = 2
 POINTS = (0, 1, 3, 7)

@@ -15,8 +15,8 @@ from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.engines.config import LossScale
 from hpdist.errors import CheckpointError
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
-from tests.recipes import digits, global_batches, make_step, slice_of, train
+from tests.support.ranks import run_ranks
+from tests.support.recipes import digits, global_batches, make_step, slice_of, train
 
 Case = tuple[str, dict[str, Any]]
 DDP: Case = ("ddp", {"precision": "bf16"})

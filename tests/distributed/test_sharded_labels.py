@@ -18,9 +18,9 @@ from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.samples.digits import write_digits
 from hpdist.engines.config import LossScale
 from hpdist.train.algorithm_state import whole_state
-from tests.ranks import run_ranks
-from tests.recipes import digits, make_step, slice_of
-from tests.run_records import records
+from tests.support.ranks import run_ranks
+from tests.support.recipes import digits, make_step, slice_of
+from tests.support.run_records import records
 
 CLASSES, STEPS = 10, 12
 SKIPPED = (0, 3, 4, 9)  # by an overflow on one rank

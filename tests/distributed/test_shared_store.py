@@ -24,7 +24,7 @@ from hpdist.distributed.rendezvous import TOKEN, Endpoint, Rendezvous
 from hpdist.distributed.shared_store import SharedStore, StoreServer, _where_to_listen
 from hpdist.errors import DistributedError
 from tests.distributed.test_preflight import ended, start, verdicts
-from tests.ranks import free_port, run_ranks
+from tests.support.ranks import free_port, run_ranks
 
 
 @pytest.fixture

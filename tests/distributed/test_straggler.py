@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.distributed.stragglers import OwnTime, stragglers
-from tests.parquet_files import write_numbers
-from tests.ranks import run_ranks
-from tests.run_records import read
+from tests.support.parquet_files import write_numbers
+from tests.support.ranks import run_ranks
+from tests.support.run_records import read
 
 SLOW = 0.03  # seconds of a step more than the other rank
 

@@ -8,8 +8,8 @@ from hpdist.errors import ConfigError
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
 from tests.distributed.test_text import close, curve
-from tests.ranks import run_ranks
-from tests.texts import SENTENCES, news_config, write_model
+from tests.support.ranks import run_ranks
+from tests.support.texts import SENTENCES, news_config, write_model
 
 ROWS = 40
 

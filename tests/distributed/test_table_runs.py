@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 COLUMNS = ["a", "b", "c"]
 

@@ -14,7 +14,7 @@ from datasets import List, Value
 from safetensors.torch import load_file
 
 from hpdist.errors import CheckpointError, ConfigError
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROWS = {"labeled": 16, "unlabeled": 70, "test": 21, "validation": 13}
 ALGORITHMS: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from hpdist.engines.config import LossScale
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models import CNN
 from hpdist.train.step import SemiSupervisedStep
-from tests.ranks import run_ranks
-from tests.recipes import digits, make_model, make_step, train
+from tests.support.ranks import run_ranks
+from tests.support.recipes import digits, make_model, make_step, train
 
 STAGES = [None, 0, 1, 2, 3]
 STEPS, DECAY = 200, 0.97

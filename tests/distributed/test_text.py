@@ -11,8 +11,8 @@ import pytest
 from hpdist.errors import DataError
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
-from tests.ranks import run_ranks
-from tests.texts import NEWS, needs_news, news_config, write_model
+from tests.support.ranks import run_ranks
+from tests.support.texts import NEWS, needs_news, news_config, write_model
 
 pytestmark = needs_news
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import create_rdzv_handler
 
-from tests.ranks import free_port, run_ranks
+from tests.support.ranks import free_port, run_ranks
 
 GRADIENT = 0.0625  # exact in fp16, whatever it is scaled by here
 GROWING = {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}

@@ -18,11 +18,11 @@ from hpdist.train import config as configuration
 from hpdist.train.checks import check_model
 from hpdist.train.trainer import Trainer
 from tests.distributed.test_lora import forget_launch
-from tests.memory import Peak, mapped
-from tests.ranks import run_ranks
-from tests.run_records import records
-from tests.texts import SENTENCES, news_config, write_model
-from tests.unit.test_hugging_face import build, spec_of
+from tests.support.memory import Peak, mapped
+from tests.support.ranks import run_ranks
+from tests.support.run_records import records
+from tests.support.texts import SENTENCES, news_config, write_model
+from tests.unit.models.test_hugging_face import build, spec_of
 
 LARGE = {
     "hidden_size": 512,

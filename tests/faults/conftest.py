@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fault_table import Fault, FaultTable
+from tests.support.fault_table import Fault, FaultTable
 
 _TABLE = FaultTable()
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hpdist.errors import DataError
 from hpdist.train.trainer import Trainer
-from tests.texts import SENTENCES, write_model
+from tests.support.texts import SENTENCES, write_model
 
 ROWS, GROUP = 24, 5
 PLACES = (3, 11, 19, 22)

@@ -14,7 +14,7 @@ import pytest
 
 from hpdist.engines.build_lock import working_in
 from hpdist.engines.operators import extensions_folder
-from tests.fault_table import Fault
+from tests.support.fault_table import Fault
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sees compilers by /proc")

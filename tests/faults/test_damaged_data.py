@@ -16,8 +16,8 @@ import torch
 
 from hpdist.data.sources.unlabeled import ParquetRows
 from hpdist.errors import DataError
-from tests.fault_table import Fault, batches_cost, rows_cost
-from tests.picture_runs import (
+from tests.support.fault_table import Fault, batches_cost, rows_cost
+from tests.support.picture_runs import (
     assert_once_an_epoch,
     at_batch,
     audit_of,
@@ -27,7 +27,7 @@ from tests.picture_runs import (
     train,
     write_config,
 )
-from tests.pictures import (
+from tests.support.pictures import (
     GROUPS,
     ROWS,
     assert_same_but_masked,
@@ -40,7 +40,7 @@ from tests.pictures import (
     take,
     write_pictures,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 EPOCH = ROWS // 24  # batches
 SMALL = {"shuffle_window": 1}  # bytes: windows of one row group, one lane

@@ -24,11 +24,11 @@ from hpdist.checkpoint.manifest import digest_of, hash_of
 from hpdist.distributed.collectives import world_size
 from hpdist.errors import CheckpointError, DivergenceError
 from hpdist.train.trainer import Trainer
-from tests.fault_table import Fault, rows_cost, steps_repeated
-from tests.parquet_files import write_numbers
-from tests.picture_runs import at_batch, audit_of, train, write_config
-from tests.pictures import write_pictures
-from tests.ranks import run_ranks
+from tests.support.fault_table import Fault, rows_cost, steps_repeated
+from tests.support.parquet_files import write_numbers
+from tests.support.picture_runs import at_batch, audit_of, train, write_config
+from tests.support.pictures import write_pictures
+from tests.support.ranks import run_ranks
 
 UNLABELED = 8  # rows a step
 

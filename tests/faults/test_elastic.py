@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.fault_table import Fault
-from tests.run_records import TIMED
+from tests.support.fault_table import Fault
+from tests.support.run_records import TIMED
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
@@ -22,7 +22,12 @@ TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.elastic_runs", str(tmp_path_factory.mktemp("elastic"))],
+        [
+            sys.executable,
+            "-m",
+            "tests.support.elastic_runs",
+            str(tmp_path_factory.mktemp("elastic")),
+        ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HPDIST_ALLOW_CPU_FP16": "1"},
         capture_output=True,

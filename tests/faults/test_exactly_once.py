@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpdist.data.stream.parquet import ParquetReader
-from tests.fault_table import Fault
-from tests.parquet_files import index_of
-from tests.slow_run import BATCH, SlowRun, kill_all
+from tests.support.fault_table import Fault
+from tests.support.parquet_files import index_of
+from tests.support.slow_run import BATCH, SlowRun, kill_all
 
 GROUPS = [[37, 20], [64, 1, 30], [], [50, 43], [55]]
 ROWS, EPOCHS = 300, 2

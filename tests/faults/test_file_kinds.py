@@ -25,7 +25,7 @@ from hpdist.data.files.open import (
     stat,
 )
 from hpdist.errors import DataError
-from tests.fault_server import FaultServer, blob_id
+from tests.support.fault_server import FaultServer, blob_id
 
 SIZE = 1_000_000
 CONTENT = random.Random(0).randbytes(SIZE)

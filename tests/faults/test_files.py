@@ -29,7 +29,7 @@ from hpdist.data.files.open import (
     stat,
 )
 from hpdist.errors import DataError, HpdistError
-from tests.fault_server import FaultServer, blob_id
+from tests.support.fault_server import FaultServer, blob_id
 
 SIZE = 1_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -506,7 +506,7 @@ def test_an_open_file_that_changes_is_noticed(server):
 
 def test_the_server_runs_in_a_process_of_its_own(tmp_path):
     (tmp_path / NAME).write_bytes(CONTENT)
-    command = [sys.executable, "-m", "tests.fault_server", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.support.fault_server", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             endpoint = process.stdout.readline().strip()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpdist.data.samples.digits import write_digits
-from tests.two_hosts import LINE, MISSING, TwoHosts, two_hosts
+from tests.support.two_hosts import LINE, MISSING, TwoHosts, two_hosts
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.fault_table import COSTS, Fault
+from tests.support.fault_table import COSTS, Fault
 
 ROOT = Path(__file__).parents[2]
 NAMES = {"fp32": "DDP in fp32", "zero2_fp16": "ZeRO-2 in fp16"}
@@ -21,7 +21,7 @@ NAMES = {"fp32": "DDP in fp32", "zero2_fp16": "ZeRO-2 in fp16"}
 def kill_everywhere(folder: Path, kind: str, every: int) -> list[dict[str, Any]]:
     """Kill at every so many-th point, on either rank."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kill_points", str(folder), kind, str(every)],
+        [sys.executable, "-m", "tests.support.kill_points", str(folder), kind, str(every)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HPDIST_ALLOW_CPU_FP16": "1"},
         capture_output=True,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from hpdist.evaluate.scoring import EvaluationError
-from tests.fault_table import Fault, steps_repeated
-from tests.parquet_files import write_numbers
-from tests.picture_runs import at_batch
-from tests.ranks import run_ranks
-from tests.run_records import read, records
-from tests.small_runs import Breaks, broken, counted, held_out, saved, trainer
+from tests.support.fault_table import Fault, steps_repeated
+from tests.support.parquet_files import write_numbers
+from tests.support.picture_runs import at_batch
+from tests.support.ranks import run_ranks
+from tests.support.run_records import read, records
+from tests.support.small_runs import Breaks, broken, counted, held_out, saved, trainer
 
 
 @pytest.mark.parametrize("every", [2, 100])

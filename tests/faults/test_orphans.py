@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fault_table import Fault
-from tests.slow_run import SlowRun, ranks_of
+from tests.support.fault_table import Fault
+from tests.support.slow_run import SlowRun, ranks_of
 
 ROOT = Path(__file__).parents[2]
 RANK = """

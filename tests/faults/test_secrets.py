@@ -18,9 +18,9 @@ from fsspec import AbstractFileSystem
 from hpdist import cli
 from hpdist.data.config import Source
 from hpdist.data.sources.loading import load
-from tests.fault_server import FaultServer
-from tests.picture_runs import write_config
-from tests.pictures import write_pictures
+from tests.support.fault_server import FaultServer
+from tests.support.picture_runs import write_config
+from tests.support.pictures import write_pictures
 
 USER, PASSWORD, SIGNATURE = "Us3rUs3rUs3r", "P4ss'w%2Fo-rdP4ssword", "S1gnatureS1gnature"
 LOGIN = f"{USER}:P4ss'w/o-rdP4ssword"

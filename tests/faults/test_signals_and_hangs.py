@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_table import Fault
-from tests.slow_run import SlowRun, ranks_of
+from tests.support.fault_table import Fault
+from tests.support.slow_run import SlowRun, ranks_of
 
 GROUPS = [[200], [184]]
 STEPS = 40

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_table import Fault, rows_cost
-from tests.slow_run import BATCH, ROOT, SlowRun
-from tests.slurm import Slurm, missing
+from tests.support.fault_table import Fault, rows_cost
+from tests.support.slow_run import BATCH, ROOT, SlowRun
+from tests.support.slurm import Slurm, missing
 
 STEPS = 60
 GOING = {"PENDING", "CONFIGURING", "RUNNING"}

@@ -24,10 +24,10 @@ from hpdist.data.sources.unlabeled import ParquetRows
 from hpdist.data.stream.plan import Plan
 from hpdist.errors import DataError
 from hpdist.train.data import RunData
-from tests.fault_server import FaultServer
-from tests.fault_table import Fault, batches_cost, rows_cost
-from tests.parquet_files import index_of
-from tests.picture_runs import (
+from tests.support.fault_server import FaultServer
+from tests.support.fault_table import Fault, batches_cost, rows_cost
+from tests.support.parquet_files import index_of
+from tests.support.picture_runs import (
     EPOCH,
     assert_once_an_epoch,
     at_batch,
@@ -36,7 +36,7 @@ from tests.picture_runs import (
     train,
     write_config,
 )
-from tests.pictures import (
+from tests.support.pictures import (
     GROUPS,
     assert_same,
     assert_same_but_masked,
@@ -46,7 +46,7 @@ from tests.pictures import (
     take,
     write_pictures,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 QUICK = Retry(deadline=10, first_wait=0.05, max_wait=0.2, stall=0.5)
 NAMES = [f"train-{number:05d}.parquet" for number in range(len(GROUPS))]
@@ -230,7 +230,7 @@ import datasets
 from hpdist.data.config import Loading, Unlabeled
 from hpdist.data.sources.labeled import input_spec
 from hpdist.data.unlabeled import open_unlabeled
-from tests.pictures import labeled, take
+from tests.support.pictures import labeled, take
 config = Unlabeled(path="user/name", streaming=True, shuffle_window=1)
 spec = input_spec(labeled())
 rows = open_unlabeled(config, labeled(), spec, loading=Loading(patience=20))

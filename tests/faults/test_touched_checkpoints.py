@@ -15,8 +15,8 @@ import pytest
 from hpdist.checkpoint.manifest import digest_of, list_checkpoints
 from hpdist.errors import CheckpointError, DataError
 from hpdist.train.trainer import Trainer
-from tests.fault_table import Fault
-from tests.parquet_files import write_numbers
+from tests.support.fault_table import Fault
+from tests.support.parquet_files import write_numbers
 
 
 def trainer(folder: Path, steps: int) -> Trainer:

@@ -26,8 +26,8 @@ from hpdist.data.sources.loading import load_files
 from hpdist.data.stream.ipc import check_batches
 from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import DataError
-from tests.fault_table import Fault
-from tests.memory import Peak
+from tests.support.fault_table import Fault
+from tests.support.memory import Peak
 
 MIB = 2**20
 MOST = 8 * MIB

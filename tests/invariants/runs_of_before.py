@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from tests.invariants import curve_data, recorded_curves
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "runs"
 FIRST, LAST = 4, 8  # steps that were done, and that are done in all

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import lockstep
-from tests.catalogue import CASES, NORMALISED, PARTS, make
-from tests.lockstep import Recorded
-from tests.ranks import run_ranks
+from tests.support import lockstep
+from tests.support.catalogue import CASES, NORMALISED, PARTS, make
+from tests.support.lockstep import Recorded
+from tests.support.ranks import run_ranks
 
 POINTS = (0, 1, 3, 5)
 Found = dict[tuple[str, int], dict[int, list[str]]]  # what differs, by step

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Supervised
-from tests import lockstep
-from tests.lockstep import Recorded
-from tests.ranks import run_ranks
-from tests.recipes import make_step
+from tests.support import lockstep
+from tests.support.lockstep import Recorded
+from tests.support.ranks import run_ranks
+from tests.support.recipes import make_step
 
 POINTS = (0, 1, 2, 5, 10, 19)
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {

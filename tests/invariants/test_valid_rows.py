@@ -12,10 +12,10 @@ from hpdist.algorithms import FreeMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig
 from hpdist.train.step import SemiSupervisedStep
-from tests import lockstep
-from tests.lockstep import Recorded
-from tests.ranks import run_ranks
-from tests.recipes import UNLABELED, global_batches, make_step, slice_of
+from tests.support import lockstep
+from tests.support.lockstep import Recorded
+from tests.support.ranks import run_ranks
+from tests.support.recipes import UNLABELED, global_batches, make_step, slice_of
 
 POINTS = (0, 1, 3)
 SHAPES = [("fixmatch", "group", 1), ("fixmatch", "group", 2), ("fixmatch", "batch", 1)]

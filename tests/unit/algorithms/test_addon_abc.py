@@ -26,21 +26,21 @@ from hpdist.data.batch import LabeledBatch
 from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models.with_heads import WithHeads
-from tests.addon_references import (
+from tests.support.addon_references import (
     CLASSES,
     MAKERS,
     batch_of,
     told,
 )
-from tests.algorithm_runs import (
+from tests.support.algorithm_runs import (
     GlobalBatch,
     cross_entropy,
     global_batch,
     run,
     softmax,
 )
-from tests.catalogue import SETTINGS
-from tests.recipes import digits, make_step, train
+from tests.support.catalogue import SETTINGS
+from tests.support.recipes import digits, make_step, train
 
 ABC_PARTS = {  # the head's outputs that its loss goes over: labelled rows, and strong views
     "fixmatch": (0, [1]),

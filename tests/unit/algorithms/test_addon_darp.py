@@ -16,7 +16,7 @@ from hpdist.algorithms.addons.base import build_algorithm
 from hpdist.algorithms.addons.darp import DARPConfig, refined
 from hpdist.config.component import components
 from hpdist.errors import ConfigError
-from tests.addon_references import (
+from tests.support.addon_references import (
     CLASSES,
     COUNTS,
     MAKERS,
@@ -26,7 +26,7 @@ from tests.addon_references import (
     said,
     told,
 )
-from tests.algorithm_runs import (
+from tests.support.algorithm_runs import (
     global_batch,
     run,
     softmax,

@@ -23,10 +23,10 @@ from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP
 from hpdist.models.with_heads import with_heads
-from tests import lockstep
-from tests.algorithm_runs import FEATURES, global_batch, run
-from tests.catalogue import SETTINGS
-from tests.recipes import make_step, train
+from tests.support import lockstep
+from tests.support.algorithm_runs import FEATURES, global_batch, run
+from tests.support.catalogue import SETTINGS
+from tests.support.recipes import make_step, train
 
 ALGORITHMS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
 ROWS = 16

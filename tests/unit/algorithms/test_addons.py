@@ -19,7 +19,7 @@ from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.config.component import component_names, components
 from hpdist.errors import ConfigError
-from tests.addon_references import (
+from tests.support.addon_references import (
     CLASSES,
     COUNTS,
     MAKERS,
@@ -29,12 +29,12 @@ from tests.addon_references import (
     said,
     told,
 )
-from tests.algorithm_runs import (
+from tests.support.algorithm_runs import (
     global_batch,
     run,
     softmax,
 )
-from tests.catalogue import ADDON_SETTINGS, SETTINGS
+from tests.support.catalogue import ADDON_SETTINGS, SETTINGS
 
 SHIFT = np.log(np.maximum(COUNTS, 0.5) / np.maximum(COUNTS, 0.5).sum())
 

@@ -18,7 +18,7 @@ from hpdist.tasks.losses import (
     sharpened,
     soft_cross_entropy,
 )
-from tests.algorithm_batches import softmax
+from tests.support.algorithm_batches import softmax
 
 LOGITS = np.random.default_rng(0).normal(size=(7, 4)) * 3
 OTHERS = np.random.default_rng(1).normal(size=(7, 4)) * 3

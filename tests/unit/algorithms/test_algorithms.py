@@ -15,7 +15,7 @@ from hpdist.algorithms import (
     Supervised,
     WeakOutputs,
 )
-from tests.algorithm_batches import cross_entropy, numpy, softmax
+from tests.support.algorithm_batches import cross_entropy, numpy, softmax
 
 CLASSES, LABELED, UNLABELED = 5, 6, 40
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpdist.algorithms import Algorithm, CoMatch, SimMatch
 from hpdist.algorithms.parts.banks import enqueued, in_use, log_shares, mean_of
 from hpdist.algorithms.parts.tables import ids_of
-from tests.algorithm_runs import GlobalBatch, Ran, cross_entropy, global_batch, run, softmax
+from tests.support.algorithm_runs import GlobalBatch, Ran, cross_entropy, global_batch, run, softmax
 
 CLASSES = 5
 

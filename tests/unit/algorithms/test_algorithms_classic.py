@@ -15,7 +15,7 @@ from hpdist.algorithms import (
     ReFixMatch,
 )
 from hpdist.algorithms.uda import UDAConfig
-from tests.algorithm_batches import (
+from tests.support.algorithm_batches import (
     CLASSES,
     LABELED,
     UNLABELED,

@@ -13,7 +13,7 @@ import torch
 
 from hpdist.algorithms import ICT, Algorithm, PiModel, TemporalEnsembling
 from hpdist.config.component import components
-from tests.algorithm_runs import (
+from tests.support.algorithm_runs import (
     Ran,
     cross_entropy,
     global_batch,

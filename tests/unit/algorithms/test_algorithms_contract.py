@@ -9,7 +9,7 @@ import torch
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.config.component import components
-from tests.algorithm_batches import CLASSES, Batch, make_batch, outputs, run
+from tests.support.algorithm_batches import CLASSES, Batch, make_batch, outputs, run
 
 CONFIGS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
 VARIANTS = {name: config(name=name) for name, config in CONFIGS.items()} | {

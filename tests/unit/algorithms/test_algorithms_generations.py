@@ -11,8 +11,8 @@ import torch
 from hpdist.algorithms import AlgorithmConfig, CReST, FixMatch, NoisyStudent
 from hpdist.config.component import components
 from hpdist.errors import CheckpointError, ConfigError
-from tests.algorithm_runs import cross_entropy, global_batch, run, softmax
-from tests.catalogue import SETTINGS
+from tests.support.algorithm_runs import cross_entropy, global_batch, run, softmax
+from tests.support.catalogue import SETTINGS
 
 CLASSES, ROWS = 5, 40
 COUNTS = torch.tensor([1.0, 16.0, 2.0, 8.0, 4.0])

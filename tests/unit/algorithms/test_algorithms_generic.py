@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.config.component import component_names, components
-from tests.algorithm_runs import global_batch, run, with_nan
-from tests.catalogue import ADDON_SETTINGS, SETTINGS
+from tests.support.algorithm_runs import global_batch, run, with_nan
+from tests.support.catalogue import ADDON_SETTINGS, SETTINGS
 
 CLASSES = 5
 ALGORITHMS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpdist.algorithms import CRMatch
-from tests.algorithm_runs import check_rotation, cross_entropy, global_batch, run, softmax
+from tests.support.algorithm_runs import check_rotation, cross_entropy, global_batch, run, softmax
 
 CLASSES = 5
 

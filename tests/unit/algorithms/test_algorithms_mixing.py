@@ -27,7 +27,7 @@ from hpdist.data.random import stream_id, uniform
 from hpdist.errors import ConfigError
 from hpdist.train import config as configuration
 from hpdist.train.checks import divide_batch
-from tests.algorithm_runs import (
+from tests.support.algorithm_runs import (
     GlobalBatch,
     Ran,
     check_rotation,

@@ -17,11 +17,17 @@ from hpdist.algorithms.parts.mixing import BETA_NUMBERS, beta
 from hpdist.algorithms.parts.resizemix import resize_mix
 from hpdist.algorithms.regmixmatch import RegMixMatchConfig
 from hpdist.data.random import stream_id, uniform
-from tests import lockstep
-from tests.algorithm_batches import softmax
-from tests.algorithm_runs import GlobalBatch, cross_entropy, global_batch, run, squared_error
-from tests.catalogue import build
-from tests.recipes import make_step
+from tests.support import lockstep
+from tests.support.algorithm_batches import softmax
+from tests.support.algorithm_runs import (
+    GlobalBatch,
+    cross_entropy,
+    global_batch,
+    run,
+    squared_error,
+)
+from tests.support.catalogue import build
+from tests.support.recipes import make_step
 
 CLASSES = 5
 ROWS, LABELED, GROUPS = 32, 8, 4

@@ -17,8 +17,8 @@ from hpdist.algorithms.sequencematch import SequenceMatchConfig
 from hpdist.algorithms.softmatch import SoftMatchConfig
 from hpdist.algorithms.uda import UDAConfig
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from tests import lockstep
-from tests.recipes import UNLABELED, global_batches, make_step
+from tests.support import lockstep
+from tests.support.recipes import UNLABELED, global_batches, make_step
 
 STEPS = 6
 # Thresholds that cut in the first steps, where no confidence comes near 0.95.

@@ -17,8 +17,8 @@ from hpdist.algorithms import (
 )
 from hpdist.errors import ConfigError
 from hpdist.train.micro_batch import _warn_once
-from tests import lockstep
-from tests.recipes import make_step, train
+from tests.support import lockstep
+from tests.support.recipes import make_step, train
 
 MAKERS: dict[str, Callable[[], Algorithm]] = {
     "pi_model": lambda: PiModel(5.0, 3),

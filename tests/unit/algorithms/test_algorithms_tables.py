@@ -13,7 +13,7 @@ from hpdist.algorithms import FlexMatch, SequenceMatch, WeakOutputs
 from hpdist.algorithms.base import Places
 from hpdist.algorithms.parts.tables import NEVER, UNSEEN, LabelTable, WholeShards
 from hpdist.errors import ConfigError
-from tests.algorithm_batches import (
+from tests.support.algorithm_batches import (
     CLASSES,
     LABELED,
     UNLABELED,

@@ -8,7 +8,7 @@ import torch
 
 from hpdist.algorithms import AdaMatch, Dash, SoftMatch
 from hpdist.errors import CheckpointError
-from tests.algorithm_batches import (
+from tests.support.algorithm_batches import (
     CLASSES,
     LABELED,
     UNLABELED,

@@ -16,10 +16,10 @@ from hpdist.algorithms.base import Places, StudentInputs
 from hpdist.algorithms.vat import VATConfig
 from hpdist.errors import ConfigError
 from hpdist.models import CNN
-from tests.algorithm_batches import softmax
-from tests.algorithm_runs import FEATURES, Ran, cross_entropy, global_batch, run
-from tests.ranks import run_ranks
-from tests.recipes import digits, global_batches, make_step, slice_of
+from tests.support.algorithm_batches import softmax
+from tests.support.algorithm_runs import FEATURES, Ran, cross_entropy, global_batch, run
+from tests.support.ranks import run_ranks
+from tests.support.recipes import digits, global_batches, make_step, slice_of
 
 CLASSES = 5
 

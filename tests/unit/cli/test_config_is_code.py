@@ -11,7 +11,7 @@ import yaml
 from hpdist.cli import main
 from hpdist.errors import ConfigError
 from hpdist.train.config import load
-from tests.parquet_files import write_numbers
+from tests.support.parquet_files import write_numbers
 
 MODULE = """
 from pathlib import Path

@@ -17,7 +17,7 @@ from hpdist.train import config as configuration
 from hpdist.train.checks import divide_batch
 from hpdist.train.config import RunConfig
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 HUB = [path for path in CONFIGS if ON_THE_HUB.fullmatch(configuration.load(path).data.labeled.path)]
 

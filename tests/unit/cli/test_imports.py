@@ -15,7 +15,7 @@ OPTIONAL = (  # each takes longer than a command's own work, or is needed by som
 )
 DATA = ("datasets", "accelerate", "pandas")
 TORCH = ("torch", "pyarrow", "PIL", "pydantic", "yaml", "tqdm")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs/digits.yaml")
 
 STARTS = {  # the code, and what it must not import

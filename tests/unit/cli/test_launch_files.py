@@ -9,7 +9,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+LAUNCH = Path(__file__).parents[3] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 FILES = sorted([*SCRIPTS, *LAUNCH.rglob("*.yaml")])
 SECRET = re.compile(r"(KEY|TOKEN|PASSWORD)\b", re.IGNORECASE)

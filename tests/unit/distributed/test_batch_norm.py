@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpdist.distributed.batch_norm import GlobalBatchNorm, batch_norms, global_batch_norm
 from hpdist.errors import ConfigError
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def rows() -> Tensor:

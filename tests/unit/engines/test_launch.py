@@ -21,9 +21,9 @@ from hpdist.engines.execution_plan import Sharding
 from hpdist.errors import ConfigError
 from hpdist.train.compose import execution_request
 from hpdist.train.config import RunConfig, parse
-from tests.ranks import free_port
+from tests.support.ranks import free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 BY_DEEPSPEED = [path for path in CONFIGS if path.name.startswith("zero")]
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about a device without fp16")

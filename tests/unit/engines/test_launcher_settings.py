@@ -19,11 +19,11 @@ from hpdist.engines import launch
 from hpdist.errors import ConfigError
 from hpdist.train.compose import execution_request
 from hpdist.train.config import RunConfig, parse
-from tests.picture_runs import train, write_config
-from tests.pictures import write_pictures
-from tests.ranks import free_port
+from tests.support.picture_runs import train, write_config
+from tests.support.pictures import write_pictures
+from tests.support.ranks import free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU ranks")
 
 

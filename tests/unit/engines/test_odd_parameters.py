@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpdist.engines.optimizer_state import SavedOptimizer, scalars_of
-from tests.odd_models import Complex, Odd, differing, train
+from tests.support.odd_models import Complex, Odd, differing, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.* does not reach")
 

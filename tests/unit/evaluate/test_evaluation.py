@@ -11,8 +11,8 @@ from sklearn import metrics
 from torch import Tensor, nn
 
 from hpdist.evaluate.scoring import Evaluation, Scores
-from tests.evaluated import evaluated
-from tests.ranks import run_ranks
+from tests.support.evaluated import evaluated
+from tests.support.ranks import run_ranks
 
 CLASSES = 5
 

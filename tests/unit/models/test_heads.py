@@ -18,7 +18,7 @@ from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP, WideResNet
 from hpdist.models.with_heads import columns_of, with_heads
-from tests.recipes import global_batches, make_step
+from tests.support.recipes import global_batches, make_step
 
 
 class TwoHeads(Algorithm):

@@ -18,7 +18,7 @@ from hpdist.models.with_heads import Features, with_heads
 from hpdist.train import config as configuration
 from hpdist.train.checks import check_inputs
 from hpdist.train.optim import Optim, build_optimizer
-from tests.texts import SENTENCES, write_model
+from tests.support.texts import SENTENCES, write_model
 
 DISTILBERT = {
     "model_type": "distilbert",

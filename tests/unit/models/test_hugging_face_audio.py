@@ -17,7 +17,7 @@ from hpdist.models.mlp import MLPConfig
 from hpdist.models.wide_resnet import WideResNetConfig
 from hpdist.models.with_heads import with_heads
 from hpdist.train.checks import check_inputs, check_model
-from tests.sounds import rows_of, write_config
+from tests.support.sounds import rows_of, write_config
 
 HUBERT = {"model_type": "hubert", "feat_proj_layer_norm": True}
 AST = {

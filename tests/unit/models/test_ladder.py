@@ -17,9 +17,9 @@ from hpdist.engines.config import LossScale
 from hpdist.errors import ConfigError
 from hpdist.models import MLP, LadderMLP
 from hpdist.models.with_heads import columns_of, with_heads
-from tests.algorithm_runs import cross_entropy, global_batch, run
-from tests.ranks import run_ranks
-from tests.recipes import LABELED, make_step, train
+from tests.support.algorithm_runs import cross_entropy, global_batch, run
+from tests.support.ranks import run_ranks
+from tests.support.recipes import LABELED, make_step, train
 
 SIZES = (5, 4, 6, 3)
 EPS = 1e-5

@@ -4,7 +4,6 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.test_hugging_face import DISTILBERT, build, spec_of
 
 from hpdist.checkpoint.manifest import list_checkpoints
 from hpdist.checkpoint.reader import SavedRun
@@ -13,7 +12,8 @@ from hpdist.models import HuggingFaceConfig, build_model
 from hpdist.models.with_heads import with_heads
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
-from tests.texts import SENTENCES, write_model
+from tests.support.texts import SENTENCES, write_model
+from tests.unit.models.test_hugging_face import DISTILBERT, build, spec_of
 
 LORA = {"rank": 2, "alpha": 8}
 
@@ -55,7 +55,7 @@ def test_at_first_the_model_is_what_it_was(folder):
 
 
 def test_gpt_2_too_whose_layers_are_turned_round(tmp_path):
-    from tests.unit.test_hugging_face import GPT
+    from tests.unit.models.test_hugging_face import GPT
 
     model = build(write_model(tmp_path, GPT), lora=LORA).train()
     assert {name.rpartition(".")[2] for name in trained(model)} == {"weight"}

@@ -13,9 +13,9 @@ from hpdist.data.batch import UnlabeledBatch
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
 from hpdist.tracking.examples import write_examples
-from tests.picture_runs import records_of, train, write_config
-from tests.pictures import write_pictures
-from tests.texts import write_model
+from tests.support.picture_runs import records_of, train, write_config
+from tests.support.pictures import write_pictures
+from tests.support.texts import write_model
 
 
 def batch_of(inputs: torch.Tensor, valid=None) -> UnlabeledBatch:

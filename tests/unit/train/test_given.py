@@ -16,7 +16,7 @@ from hpdist import ConfigError, FixMatch, FreeMatch
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.errors import CheckpointError
 from hpdist.models.outputs import find_logits
-from tests.odd_models import ROWS, Odd, Small, rows, train, trainer
+from tests.support.odd_models import ROWS, Odd, Small, rows, train, trainer
 
 
 class Mine(FixMatch):

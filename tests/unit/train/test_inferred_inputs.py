@@ -22,7 +22,7 @@ from hpdist.errors import ConfigError, DataError
 from hpdist.train.config import parse
 from hpdist.train.input_choice import settle_inputs
 from hpdist.train.trainer import Trainer
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ROWS = 40
 TABLE = frozenset({"image", "audio", "table"})
@@ -223,7 +223,7 @@ def test_rows_of_files_and_streams_become_the_same_features(tmp_path, kind, stre
         unlabeled={
             "path": str(tmp_path / f"more.{kind}"),
             "streaming": streaming,
-            "map": "python:tests.unit.test_inferred_inputs:older",
+            "map": "python:tests.unit.train.test_inferred_inputs:older",
         },
         batch={"labeled": 4, "unlabeled": 30},
         run={"dir": str(tmp_path), "name": "run"},

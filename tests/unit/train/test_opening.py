@@ -14,7 +14,7 @@ from hpdist.tracking.console import Console
 from hpdist.train.config import parse
 from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
 from hpdist.version import __version__
-from tests.small_runs import held_out, trainer
+from tests.support.small_runs import held_out, trainer
 
 
 def entries(sharding: Sharding | None = None, files: bool = True, **settings: Any) -> Any:

@@ -18,7 +18,7 @@ from hpdist.data.sources.labeled import open_labeled, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
-from tests.sounds import file_of, table, tone
+from tests.support.sounds import file_of, table, tone
 
 SPEC = InputSpec.of_audio(Sampling(8000, 4000), (4000,))
 GOOD = [file_of(tone(0.1 * k, hertz=300 + 50 * k)) for k in range(1, 7)]

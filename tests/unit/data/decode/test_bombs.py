@@ -30,9 +30,9 @@ from hpdist.data.stream.index import Index
 from hpdist.data.stream.pages import BadPageError, pages
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.errors import DataError
-from tests.memory import Peak
-from tests.parquet_files import index_of, write_numbers
-from tests.texts import write_model
+from tests.support.memory import Peak
+from tests.support.parquet_files import index_of, write_numbers
+from tests.support.texts import write_model
 
 MIB = 2**20
 PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -219,7 +219,7 @@ import random, sys, warnings
 from pathlib import Path
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.errors import DataError
-from tests.parquet_files import index_of
+from tests.support.parquet_files import index_of
 folder, whole = Path(sys.argv[1]), Path(sys.argv[1], "whole.parquet").read_bytes()
 length = int.from_bytes(whole[-8:-4], "little")
 outcomes = {"refused": 0, "masked": 0, "read": 0}

@@ -367,7 +367,7 @@ def script(code: str, *, stdin: bool = False) -> tuple[subprocess.Popen[str], li
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[4],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if stdin:

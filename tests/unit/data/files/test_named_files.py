@@ -27,7 +27,7 @@ from hpdist.data.sources.pictures import Seen
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
-from tests.fault_server import FaultServer
+from tests.support.fault_server import FaultServer
 
 SECRET = "the data's own folder"
 

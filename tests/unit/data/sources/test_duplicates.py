@@ -156,7 +156,7 @@ def test_what_a_filter_leaves_out_is_not_trained_on(tmp_path: Path) -> None:
         streaming=True,
         test=[50, 51],
         labeled=[1, 2],
-        filter="python:tests.unit.test_duplicates:is_even",
+        filter="python:tests.unit.data.sources.test_duplicates:is_even",
     )
     assert find_duplicates(AUTO, *sets).summary["test/duplicates_in_unlabeled"] == 1
 

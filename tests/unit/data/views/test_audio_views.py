@@ -12,9 +12,9 @@ from hpdist.data.views.audio import AudioViewsConfig, StrongAudio, WeakAudio, mo
 from hpdist.data.views.spectrum import bands_of, frames_of, log_mel, mel_bands, runs, without_bands
 from hpdist.errors import ConfigError, DataError
 from hpdist.train import config as configuration
-from tests.sounds import rows_of, tone
+from tests.support.sounds import rows_of, tone
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 QUIET = {"shift": 0.0, "gain": 0.0, "snr": None}
 STILL = QUIET | {"speed": 0.0, "time_masks": 0, "frequency_masks": 0}
 SOUNDS = torch.from_numpy(rows_of(800, 500, 121, 40, 9, 800))

@@ -1,0 +1,150 @@
+"""A real run under `accelerate launch`, slow enough to be interrupted where a test wants it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.support.fault_table import rows_cost, steps_repeated
+from tests.support.parquet_files import write_numbers
+
+BATCH = 24  # unlabelled
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model: {name: mlp, hidden: [8]}
+data:
+  labeled: {path: parquet, data_files: DATA, input: x, rows: 24}
+  unlabeled:
+    path: parquet
+    data_files: DATA
+    input: x
+    streaming: true
+    audit: true
+    map: python:slowly:slowly
+views: {name: identity}
+batch: {labeled: 12, unlabeled: 24}
+algorithm: {name: fixmatch, threshold: 0.2}
+optim: {lr: 0.0001}
+log: {every: 1}
+checkpoint: {every: 3}
+tracker: {name: none}
+"""
+SLOWLY = """
+import time
+
+
+def slowly(row):
+    time.sleep(0.01)  # so that a kill comes in the middle
+    return row
+"""
+
+
+class SlowRun:
+    """A config, its data, and the processes that run it.
+
+    Args:
+        folder: Where everything goes.
+        groups: Row groups of each Parquet file.
+        row: Python source of a function `slowly(row)` that every unlabelled row goes through.
+    """
+
+    def __init__(self, folder: Path, groups: Sequence[Sequence[int]], row: str = SLOWLY) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self.files = write_numbers(folder / "data", groups)
+        (folder / "slowly.py").write_text(row)
+        files = json.dumps([str(path) for path in self.files])
+        (folder / "config.yaml").write_text(CONFIG.replace("DATA", files))
+
+    def launch(
+        self,
+        ranks: int,
+        steps: int,
+        *settings: Any,
+        launcher: Sequence[Any] = (),
+        terminal: int | None = None,
+    ) -> subprocess.Popen[str]:
+        """Start it, or let it go on; what it prints goes to a file, or to an open terminal."""
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", ROOT / "configs/accelerate/cpu_bf16.yaml"),
+            *("--num_processes", ranks, "--main_process_port", 0, *launcher),
+            *("-m", "hpdist", "train", self.folder / "config.yaml", "--steps", steps),
+            *("--run.dir", self.folder, "--run.name", "run", *settings),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{self.folder}:{ROOT}"}
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=self.folder,
+            env=environment,
+            stdout=(self.folder / "output").open("a") if terminal is None else terminal,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @property
+    def output(self) -> str:
+        """What all starts have printed."""
+        return (self.folder / "output").read_text()
+
+    def records(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def cost(self, steps: int) -> dict[str, int]:
+        """What its interruptions have cost, of rows and of steps."""
+        return {
+            **rows_cost(self.audit(), expected=steps * BATCH),
+            "steps_repeated": steps_repeated(self.output),
+        }
+
+    def await_step(self, process: subprocess.Popen[str], step: int, seconds: float = 240) -> None:
+        """Wait until a step is on record, of a process that is still running."""
+        deadline = time.monotonic() + seconds
+        while not any(record["step"] >= step for record in self.records()):
+            assert process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+
+    def audit(self) -> list[dict[str, Any]]:
+        """Every row that a step consumed."""
+        parts = sorted((self.run / "audit").glob("rank-*.parquet"))
+        rows: list[dict[str, Any]] = pa.concat_tables(map(pq.read_table, parts)).to_pylist()
+        return rows
+
+
+def everyone(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The launcher and its ranks, which are in sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks alone, in order."""
+    found = {}
+    for child in everyone(process)[1:]:
+        rank = child.environ().get("RANK")
+        if rank is not None and "hpdist" in child.cmdline():
+            found[int(rank)] = child
+    return [found[rank] for rank in sorted(found)]
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to launcher and ranks."""
+    gone = everyone(process)
+    for one in gone:
+        one.kill()
+    process.wait()
+    assert not psutil.wait_procs(gone, timeout=10)[1]
