@@ -108,10 +108,46 @@ def move_points(points: Tensor, maps: Tensor) -> Tensor:
 
     """
     _check_rows("points", points, maps, (None, 2))
-    x, y = points.to(torch.float32).unbind(2)  # [rows, n]
+    return _moved(points.to(torch.float32), maps)
+
+
+def _moved(points: Tensor, maps: Tensor) -> Tensor:
+    x, y = points.unbind(2)  # [rows, n]
     return torch.stack(
         [row[:, 0:1] * x + row[:, 1:2] * y + row[:, 2:] for row in maps.unbind(1)], 2
     )
+
+
+def points_seen(
+    points: Tensor,
+    maps: Tensor,
+    size: Size,
+    *,
+    seen: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """Return which points can be seen in the picture that they are moved to, bool [rows, n].
+
+    Args:
+        points: x and y before they are moved, floating point [rows, n, 2].
+        maps: [rows, 2, 3], on the same device.
+        size: height and width of the picture that the points are moved to.
+        seen: as `move_boxes` takes it.
+        hidden: as `move_boxes` takes it.
+
+    """
+    moved = move_points(points, maps)
+    ends = torch.tensor([[0.0, 0.0, size[1], size[0]]]).to(maps.device)
+    there = _within(moved, ends)
+    if seen is not None:
+        there &= _within(points, seen)
+    return there if hidden is None else there & ~_within(moved, hidden)
+
+
+def _within(points: Tensor, areas: Tensor) -> Tensor:
+    """Return which points [rows, n, 2] lie in their row's area, [rows or 1, 4]: bool [rows, n]."""
+    areas = areas[:, None]
+    return ((points >= areas[:, :, :2]) & (points < areas[:, :, 2:])).all(dim=2)
 
 
 class MovedBoxes(NamedTuple):
@@ -131,19 +167,22 @@ def move_boxes(
     size: Size,
     *,
     smallest_share: float = 0.0,
+    seen: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> MovedBoxes:
     """Move boxes along: the bounding box of each one's moved corners, clipped to the picture.
 
     A box is kept where some of it can be seen, and of the whole moved box at least the smallest
     share. A box without area, such as the zeros that fill a row up, is not kept, and neither is
-    one that holds NaN.
+    one that holds NaN or infinity.
 
     Args:
         boxes: x0, y0, x1, y1, floating point [rows, n, 4].
         maps: [rows, 2, 3], on the same device.
         size: height and width of the picture that the boxes are moved to.
         smallest_share: the smallest share of a moved box that is to be seen, between 0 and 1.
+        seen: the area of every row's picture before that is left in the new one, as `ViewedRows`
+            has it, [rows, 4]. What lies outside is lost, wherever the map would put it.
         hidden: one area in every row's new picture that cannot be seen, as `ViewedRows` has it,
             [rows, 4]. It lowers the share and does not change a kept box.
 
@@ -151,21 +190,35 @@ def move_boxes(
     _check_rows("boxes", boxes, maps, (None, 4))
     if not 0 <= smallest_share <= 1:
         raise ValueError(f"smallest_share must be between 0 and 1, not {smallest_share}")
-    corners = boxes[:, :, [0, 1, 2, 1, 2, 3, 0, 3]].unflatten(2, (4, 2))  # [rows, n, 4, 2]
-    moved = move_points(corners.flatten(1, 2), maps).unflatten(1, (-1, 4))
-    whole = torch.cat((moved.amin(dim=2), moved.amax(dim=2)), dim=2)  # [rows, n, 4]
-    ends = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32).to(maps.device)
-    clipped = torch.minimum(whole.clamp(min=0), ends)
+    boxes = boxes.to(torch.float32)
+    there = boxes.isfinite().all(dim=2) & (_area(boxes) > 0)
+    whole = left = _around(boxes, maps)
+    if seen is not None:
+        inner = _overlap(boxes, seen)
+        there &= _area(inner) > 0
+        left = _around(inner, maps)
+    ends = torch.tensor([[0.0, 0.0, size[1], size[0]]]).to(maps.device)
+    clipped = _overlap(left, ends)
     visible = _area(clipped)
     if hidden is not None:
-        covered = hidden.to(torch.float32)[:, None].expand_as(clipped)
-        low = torch.maximum(clipped[:, :, :2], covered[:, :, :2])
-        high = torch.minimum(clipped[:, :, 2:], covered[:, :, 2:])
-        visible = visible - _area(torch.cat((low, high), dim=2))
-    there = (_area(boxes.to(torch.float32)) > 0) & (visible > 0)
+        visible = visible - _area(_overlap(clipped, hidden))
+    there &= visible > 0
     share = torch.where(there, visible / _area(whole), 0.0).clamp(max=1)
     kept = there & (share >= smallest_share)
     return MovedBoxes(torch.where(kept[:, :, None], clipped, 0.0), kept, share)
+
+
+def _around(boxes: Tensor, maps: Tensor) -> Tensor:
+    """Return the boxes around the moved corners of boxes [rows, n, 4]."""
+    corners = boxes[:, :, [0, 1, 2, 1, 2, 3, 0, 3]].flatten(1).unflatten(1, (-1, 2))
+    moved = _moved(corners, maps).unflatten(1, (boxes.shape[1], 4))  # [rows, n, 4, 2]
+    return torch.cat((moved.amin(dim=2), moved.amax(dim=2)), dim=2)
+
+
+def _overlap(boxes: Tensor, areas: Tensor) -> Tensor:
+    """Cut boxes [rows, n, 4] to their row's area, [rows or 1, 4]."""
+    low = torch.maximum(boxes[:, :, :2], areas[:, None, :2])
+    return torch.cat((low, torch.minimum(boxes[:, :, 2:], areas[:, None, 2:])), dim=2)
 
 
 def _area(boxes: Tensor) -> Tensor:
@@ -174,7 +227,14 @@ def _area(boxes: Tensor) -> Tensor:
     return sides[:, :, 0] * sides[:, :, 1]
 
 
-def move_masks(masks: Tensor, maps: Tensor, size: Size, *, fill: int = IGNORED) -> Tensor:
+def move_masks(
+    masks: Tensor,
+    maps: Tensor,
+    size: Size,
+    *,
+    fill: int = IGNORED,
+    seen: Tensor | None = None,
+) -> Tensor:
     """Move masks along: every pixel of the new mask takes the value of the nearest one before.
 
     Args:
@@ -182,6 +242,7 @@ def move_masks(masks: Tensor, maps: Tensor, size: Size, *, fill: int = IGNORED) 
         maps: [rows, 2, 3], on the same device.
         size: height and width of the picture that the masks are moved to.
         fill: the value of pixels that show nothing of the picture before.
+        seen: as `move_boxes` takes it.
 
     Returns:
         [rows, *size], of the dtype of `masks`.
@@ -195,14 +256,47 @@ def move_masks(masks: Tensor, maps: Tensor, size: Size, *, fill: int = IGNORED) 
     y = torch.arange(size[0], device=maps.device, dtype=torch.float32)[:, None] + 0.5
     back = invert(maps)[:, :, :, None, None]  # [rows, 2, 3, 1, 1]
     source = back[:, :, 0] * x + back[:, :, 1] * y + back[:, :, 2]  # [rows, 2, *size]
+    inside = torch.ones_like(source[:, 0], dtype=torch.bool)
+    if seen is not None:
+        inside = _within(source.flatten(2).mT, seen).view_as(inside)
     columns, lines = source.floor().unbind(1)  # compared as floats: int64 has no room for NaN
-    inside = (columns >= 0) & (columns < width) & (lines >= 0) & (lines < height)
+    inside &= (columns >= 0) & (columns < width) & (lines >= 0) & (lines < height)
     columns, lines = (torch.where(inside, index, 0.0).long() for index in (columns, lines))
     if masks.numel() == 0:
         return masks.new_full((len(masks), *size), fill)
     pixels = (lines * width + columns).flatten(1)
     found = masks.flatten(1).gather(1, pixels).view(len(masks), *size)
     return torch.where(inside, found, torch.full_like(found, fill))
+
+
+class Moves:
+    """What was done to the pictures of a batch so far, to which views add what they do.
+
+    Everything is kept in float64 and on the CPU, where the noise is drawn.
+    """
+
+    def __init__(self, rows: int, size: Size) -> None:
+        self.size = size
+        self.maps = identity_maps(rows, dtype=torch.float64)
+        """From the picture before everything to the picture now, [rows, 2, 3]."""
+        self._frame = torch.tensor([[0, 0, size[1], size[0]]], dtype=torch.float64)
+        self.seen = self._frame.repeat(rows, 1)
+        """The area of the picture before that is left now, [rows, 4]. It is exact for flips, shifts
+        and translations; of what turns and shears push over an edge, corners are still in it."""
+
+    def add(self, maps: Tensor, rows: Tensor | None = None) -> None:
+        """Add a map to every row, or to these rows, whose pictures keep their size.
+
+        Args:
+            maps: float64 [rows, 2, 3] on the CPU.
+            rows: int64 [rows] on the CPU; by default all.
+
+        """
+        which = torch.arange(len(self.maps)) if rows is None else rows
+        self.maps[which] = whole = compose([self.maps[which], maps])
+        frames = self._frame.expand(len(which), 1, 4)
+        left = _overlap(_around(frames, invert(whole)), self.seen[which])[:, 0]
+        self.seen[which] = torch.cat((left[:, :2], left[:, 2:].maximum(left[:, :2])), dim=1)
 
 
 def _check_rows(what: str, labels: Tensor, maps: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -17,7 +17,7 @@ from hpdist.config.section import Section
 from hpdist.data import random
 from hpdist.data.views import rand_augment
 from hpdist.data.views.base import ViewedRows, check_positions
-from hpdist.data.views.geometry import Size, compose, identity_maps
+from hpdist.data.views.geometry import Moves, Size, identity_maps
 from hpdist.errors import ConfigError, DataError
 
 
@@ -108,7 +108,7 @@ class ImageViews:
     def plain_with_maps(self, x: Tensor) -> ViewedRows:
         """Normalise the images, which moves nothing. See `MappedViews`."""
         rows = self.plain(x)
-        return ViewedRows(rows, identity_maps(len(x), device=x.device), rows.new_zeros(len(x), 4))
+        return _mapped(rows, _moves(x))
 
     def weak(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
@@ -120,9 +120,8 @@ class ImageViews:
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> ViewedRows:
         """Return the weak view and the shift and flip that made it. See `MappedViews`."""
-        maps = identity_maps(len(x), dtype=torch.float64)
-        rows = self._weak(x, (stream, str(copy)), step, positions, maps)
-        return ViewedRows(rows, _sent(maps, x), rows.new_zeros(len(x), 4))
+        moves = _moves(x)
+        return _mapped(self._weak(x, (stream, str(copy)), step, positions, moves), moves)
 
     def _weak(
         self,
@@ -130,13 +129,13 @@ class ImageViews:
         names: tuple[str, str],
         step: int,
         positions: Tensor,
-        maps: Tensor | None = None,
+        moves: Moves | None = None,
     ) -> Tensor:
         _check_images(x)
         check_positions(x, positions)
         noise = self._noise(("weak", *names), step, positions, 3)
         config = self.config.weak
-        moved = shift_and_flip(x, noise, config.shift, config.flip, maps)
+        moved = shift_and_flip(x, noise, config.shift, config.flip, moves)
         return self._normalize(_to_unit(moved))
 
     def strong(
@@ -179,10 +178,10 @@ class ImageViews:
         copy: int = 0,
     ) -> ViewedRows:
         """Return a graded strong view and what moved its pixels. See `MappedViews`."""
-        maps = identity_maps(len(x), dtype=torch.float64)
-        rows, square = self._strong(x, operations, (stream, str(copy)), step, positions, maps)
-        hidden = hidden_squares(square, (x.shape[2], x.shape[3]), self.config.strong.cutout)
-        return ViewedRows(rows, _sent(maps, x), _sent(hidden, x))
+        moves = _moves(x)
+        names = (stream, str(copy))
+        rows, square = self._strong(x, operations, names, step, positions, moves)
+        return _mapped(rows, moves, hidden_squares(square, moves.size, self.config.strong.cutout))
 
     def _strong(
         self,
@@ -191,7 +190,7 @@ class ImageViews:
         names: tuple[str, str],
         step: int,
         positions: Tensor,
-        maps: Tensor | None = None,
+        moves: Moves | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the strong view, and the noise [B, 2] that placed its grey squares."""
         _check_images(x)
@@ -205,14 +204,14 @@ class ImageViews:
         if config.probability < 1:
             coins = self._noise(("strong applied", *names), step, positions, ops)
             applied = coins < config.probability
-        moved = shift_and_flip(x, place, self.strong_shift, self.strong_flip, maps)
+        moved = shift_and_flip(x, place, self.strong_shift, self.strong_flip, moves)
         images = rand_augment.rand_augment(
             _to_unit(moved),
             policy.reshape(len(x), ops, rand_augment.DRAWS),
             self.operations,
             config.magnitude,
             applied,
-            maps,
+            moves,
         )
         return self._normalize(cutout(images, square, config.cutout)), square
 
@@ -228,7 +227,7 @@ class ImageViews:
 
 
 def shift_and_flip(
-    x: Tensor, noise: Tensor, shift: float, flip: bool, maps: Tensor | None = None
+    x: Tensor, noise: Tensor, shift: float, flip: bool, moves: Moves | None = None
 ) -> Tensor:
     """Shift every image by whole pixels, with its border reflected, and flip half of them.
 
@@ -237,8 +236,8 @@ def shift_and_flip(
         noise: float32 [B, 3] on the CPU, uniform in [0, 1): vertical, horizontal, flip.
         shift: largest shift as a share of each side, rounded down to pixels.
         flip: whether to flip left to right.
-        maps: float64 [B, 2, 3] on the CPU, to which flip and shift are added in place. They are
-            those of the picture itself: what the reflected border repeats is not in them.
+        moves: what was done to the images before, to which flip and shift are added. They are those
+            of the image itself: what the reflected border repeats has no map.
 
     """
     height, width = x.shape[2:]
@@ -246,8 +245,8 @@ def shift_and_flip(
     offsets = (noise[:, :2] * (2 * reach + 1)).long() - reach  # [B, 2]
     flipped = (noise[:, 2:] < 0.5) if flip else torch.zeros(len(x), 1, dtype=torch.bool)
     plan = torch.cat((offsets, flipped.long()), dim=1)  # [B, 3]
-    if maps is not None:
-        maps.copy_(compose([maps, _shift_maps(plan, width)]))
+    if moves is not None:
+        moves.add(_shift_maps(plan, width))
     plan = plan.to(x.device, non_blocking=True)
     rows = _reflected(height, plan[:, 0:1])  # [B, H]
     columns = _reflected(width, plan[:, 1:2])  # [B, W]
@@ -340,9 +339,17 @@ def _check_images(x: Tensor) -> None:
         )
 
 
-def _sent(numbers: Tensor, x: Tensor) -> Tensor:
-    """Copy numbers of the CPU to the images' device, in float32."""
-    return numbers.to(torch.float32).to(x.device, non_blocking=True)
+def _moves(x: Tensor) -> Moves:
+    _check_images(x)
+    return Moves(len(x), (x.shape[2], x.shape[3]))
+
+
+def _mapped(rows: Tensor, moves: Moves, hidden: Tensor | None = None) -> ViewedRows:
+    """Put a view and what moved its pixels together, on the view's device."""
+    hidden = torch.zeros(len(rows), 4) if hidden is None else hidden
+    numbers = torch.cat((moves.maps.flatten(1), moves.seen, hidden.double()), dim=1).float()
+    maps, seen, hidden = numbers.to(rows.device, non_blocking=True).split([6, 4, 4], dim=1)
+    return ViewedRows(rows, maps.unflatten(1, (2, 3)), seen, hidden)
 
 
 def _to_unit(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpdist.data.views.geometry import Size, compose, invert
+from hpdist.data.views.geometry import Moves, Size, invert
 
 GREY = 0.5
 """What uncovered and cut-out pixels become, of [0, 1]."""
@@ -55,7 +55,7 @@ def rand_augment(
     operations: Sequence[str],
     magnitude: float,
     applied: Tensor | None = None,
-    maps: Tensor | None = None,
+    moves: Moves | None = None,
 ) -> Tensor:
     """Apply random operations to every image, one after another. Changes `images` in place.
 
@@ -65,8 +65,7 @@ def rand_augment(
         operations: names out of `STRENGTHS` to draw from, each as likely as the others.
         magnitude: factor on every strength, in [0, 1]; at 0 most operations change nothing.
         applied: bool [B, ops] on the CPU, which of the operations an image gets; by default all.
-        maps: float64 [B, 2, 3] on the CPU, what was done to the images before; every warp is
-            added to them in place.
+        moves: what was done to the images before, to which every warp is added.
 
     Returns:
         `images`.
@@ -75,7 +74,7 @@ def rand_augment(
     operations = sorted(operations, key=lambda name: name in WARPS)  # warps last, side by side
     for number, draws in enumerate(noise.unbind(1)):
         skipped = None if applied is None else ~applied[:, number]
-        _apply_one_each(images, draws, operations, magnitude, skipped, maps)
+        _apply_one_each(images, draws, operations, magnitude, skipped, moves)
     return images
 
 
@@ -85,7 +84,7 @@ def _apply_one_each(
     operations: Sequence[str],
     magnitude: float,
     skipped: Tensor | None,
-    maps: Tensor | None,
+    moves: Moves | None,
 ) -> None:
     """Apply one operation to every image that is not skipped; `draws` is [B, DRAWS] on the CPU."""
     choice = (draws[:, 0] * len(operations)).long()  # [B]
@@ -110,9 +109,8 @@ def _apply_one_each(
         matrices = affine_matrices(names, strength[first:] * _signs(draws[first:]))
         warped = warp(images.index_select(0, rows[first:]), matrices)
         images.index_copy_(0, rows[first:], warped)
-        if maps is not None:
-            moved = order[first:]
-            maps[moved] = compose([maps[moved], warp_maps(matrices, _size(images))])
+        if moves is not None:
+            moves.add(warp_maps(matrices, moves.size), order[first:])
 
 
 def _strengths(
@@ -294,11 +292,6 @@ def warp_maps(matrices: Tensor, size: Size) -> Tensor:
     turned = linear[:, :, 0] * centre[0] + linear[:, :, 1] * centre[1]  # [N, 2]
     start = offset[:, :, 0] * sides + centre - turned
     return invert(torch.cat((linear, start[:, :, None]), dim=2))
-
-
-def _size(images: Tensor) -> Size:
-    height, width = images.shape[2:]
-    return height, width
 
 
 def _centres(side: int, like: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ def check_points(mapped, points, x, least, hidden=False):
     """
     size = tuple(x.shape[2:])
     moved = geo.move_points(points, mapped.maps)[:, 0]
-    uncovered = geo.move_masks(torch.zeros(len(x), *size, dtype=torch.int64), mapped.maps, size)
+    uncovered = geo.move_masks(
+        torch.zeros(len(x), *size, dtype=torch.int64), mapped.maps, size, seen=mapped.seen
+    )
     radius = 2.5 * width_of(size) + 1
     worst, compared = 0.0, 0
     y, x_at = torch.meshgrid(
@@ -109,7 +111,7 @@ def test_weak_views_tell_their_shift_and_flip(size, channels):
     points = drawn_points(64, size)
     x = blobs(points, size, channels)
     mapped = view("weak_with_maps", built(weak={"shift": 0.25}), x)
-    check_points(mapped, points, x, 0.5)
+    check_points(mapped, points, x, 0.2 if size == (8, 8) else 0.5)
     assert len(mapped.maps.unique(dim=0)) > 20
     assert not mapped.hidden.any()
 
@@ -162,12 +164,38 @@ def test_a_picture_of_its_own_coordinates_says_where_every_pixel_came_from():
         + back[:, :, 2, None, None]
     )
     told_x, told_y = told.unbind(1)
-    inside = (told_x > 20) & (told_x < width - 20) & (told_y > 15) & (told_y < height - 15)
-    # An operation on the way may have pushed a place out of the picture, and what it lost is grey.
+    frame = torch.zeros(100, height, width, dtype=torch.int64)
+    inside = geo.move_masks(frame, mapped.maps, (height, width), seen=mapped.seen) == 0
+    inside &= (told_x > 3) & (told_x < width - 3) & (told_y > 3) & (told_y < height - 3)
     apart = (seen - told).abs().amax(dim=1)[inside]
-    assert inside.float().mean() > 0.2
-    assert (apart < 0.02).float().mean() > 0.95
+    assert inside.float().mean() > 0.5
+    assert (apart < 0.02).float().mean() > 0.97  # the rest are corners that a turn pushed out
     assert len(mapped.maps.unique(dim=0)) > 90
+
+
+def test_what_one_operation_pushed_out_is_not_seen_when_the_next_moves_back():
+    """Every pixel that a shift and two translations left is told, and no other."""
+    x = torch.full((200, 1, 20, 30), 255, dtype=torch.uint8)
+    exclude = [name for name in ra.STRENGTHS if not name.startswith("translate")]
+    views = built(strong={"ops": 2, "exclude": exclude, "cutout": 0, "shift": 0, "flip": True})
+    mapped = view("strong_with_maps", views, x)
+    ones = torch.ones(200, 20, 30, dtype=torch.int64)
+    told = geo.move_masks(ones, mapped.maps, (20, 30), fill=0, seen=mapped.seen) == 1
+    shown = mapped.rows[:, 0]
+    clear = (shown < 0.51) | (shown > 0.99)  # not on the seam
+    assert torch.equal(told[clear], (shown > 0.99)[clear])
+    without = geo.move_masks(ones, mapped.maps, (20, 30), fill=0) == 1
+    back = (without & ~told).flatten(1).any(dim=1)
+    assert 0.05 < back.float().mean() < 0.6
+    whole = torch.tensor([[[0.0, 0, 30, 20]]] * 200)
+    boxes = geo.move_boxes(whole, mapped.maps, (20, 30), seen=mapped.seen)
+    torch.testing.assert_close(boxes.share[:, 0], told.float().mean(dim=(1, 2)), rtol=0, atol=0.06)
+    centre = torch.tensor([[[0.5, 10], [15, 10]]] * 200)
+    lines, columns = geo.move_points(centre, mapped.maps).floor().long().flip(2).unbind(2)
+    found_in = (lines >= 0) & (lines < 20) & (columns >= 0) & (columns < 30)
+    expected = found_in & told[torch.arange(200)[:, None], lines.clamp(0, 19), columns.clamp(0, 29)]
+    seen = geo.points_seen(centre, mapped.maps, (20, 30), seen=mapped.seen)
+    assert (seen == expected).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("size", [(48, 48), (96, 64), (20, 30)])
@@ -212,13 +240,15 @@ def test_moved_boxes_and_masks_lie_on_what_they_mark():
     views = built(strong={"ops": 2, "exclude": COPIES, "cutout": 0, "magnitude": 0.6})
     mapped = view("strong_with_maps", views, x)
     shown = mapped.rows[:, 0] > 0.75
-    moved = geo.move_masks(masks, mapped.maps, (40, 56), fill=0) == 1
+    moved = geo.move_masks(masks, mapped.maps, (40, 56), fill=0, seen=mapped.seen) == 1
     both, either = (shown & moved).sum(dim=(1, 2)), (shown | moved).sum(dim=(1, 2))
-    boxes = geo.move_boxes(torch.tensor([[[20.0, 14, 36, 26]]] * 60), mapped.maps, (40, 56))
+    box = torch.tensor([[[20.0, 14, 36, 26]]] * 60)
+    boxes = geo.move_boxes(box, mapped.maps, (40, 56), seen=mapped.seen)
     assert boxes.kept.all()
     clear = boxes.share[:, 0] == 1
     assert clear.float().mean() > 0.5
-    assert (both / either)[clear].min() > 0.85
+    assert (both / either)[clear].min() > 0.8  # an edge between two lines is blurred by two warps
+    assert (both / either)[clear].mean() > 0.97
     for pixels, box in zip(shown[clear], boxes.boxes[clear, 0], strict=True):
         lines, columns = pixels.nonzero().unbind(1)
         ends = [columns.min(), lines.min(), columns.max() + 1, lines.max() + 1]
@@ -254,6 +284,7 @@ def test_a_map_does_not_depend_on_the_rows_beside_it(kind):
         part = view(kind, built(), x[rows], positions=rows)
         assert torch.equal(part.maps, whole.maps[rows])
         assert torch.equal(part.hidden, whole.hidden[rows])
+        assert torch.equal(part.seen, whole.seen[rows])
     for change in ({"copy": 1}, {"step": 4}, {"stream": "labeled"}):
         other = view(kind, built(), x, **change)
         assert (other.maps != whole.maps).flatten(1).any(dim=1).float().mean() > 0.7
