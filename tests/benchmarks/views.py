@@ -1,10 +1,11 @@
 """How fast the views of each modality are made, and what share of a FixMatch step they take.
 
-    python -m tests.benchmarks.views [--rounds 7]
+    python -m tests.benchmarks.views [--rounds 7] [--maps]
 
 Of each modality a FixMatch step is timed whole, in turns with its views alone (a weak view of the
 labelled rows, a weak and a strong one of the unlabelled rows), and with each kind of view alone.
-Prints Markdown and writes `results/views.md`.
+Prints Markdown and writes `results/views.md`. With `--maps`, only image views are timed, in turns
+with and without the maps that they applied, and `results/view_maps.md` is written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from hpdist.models import MLP, WideResNet
 from hpdist.train.step import SemiSupervisedStep
 
 RESULTS = Path(__file__).parent / "results" / "views.md"
+MAPS = RESULTS.with_name("view_maps.md")
 CLASSES, FEATURES, TOKENS = 10, 30, 64
 LIMIT = 0.20
 VOCABULARY = Vocabulary(size=1000, special=(0, 1, 2), pad=0, mask=3)
@@ -101,12 +104,12 @@ def cases() -> list[Case]:
     ]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(case: Case, rounds: int) -> dict[str, list[float]]:
@@ -150,11 +153,47 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     return found
 
 
+@torch.no_grad()
+def measure_maps(rounds: int) -> str:
+    """What a view takes with its maps, as a ratio to the view without them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    views = ImageViewsConfig().build(0)
+    lines = ["| | rows | view | view, ms | with maps / without |", "|---|---|---|---|---|"]
+    for side, rows in ((32, 448), (224, 16)):
+        x, at = images(side)(rows).to(device), torch.arange(rows)
+        for kind in ("weak", "strong"):
+            plain, mapped = getattr(views, kind), getattr(views, f"{kind}_with_maps")
+            taken: list[tuple[float, float]] = []
+            for step in range(rounds + 1):
+                calls = [
+                    partial(f, x, stream="unlabeled", step=step, positions=at)
+                    for f in (plain, mapped)
+                ]
+                taken.append((seconds(calls[0], clock), seconds(calls[1], clock)))
+            ratios = [second / first for first, second in taken[1:]]  # the first warms up
+            middle = statistics.median(first for first, _ in taken[1:]) * 1000
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(f"| image {side} px | {rows} | {kind} | {middle:.1f} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--maps", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.maps:
+        text = (
+            "# Views with their maps\n\n`python -m tests.benchmarks.views --maps`, "
+            f"{'GPU' if torch.cuda.is_available() else 'CPU time of one thread'}, medians of "
+            f"{options.rounds} rounds in which both take turns. Views without maps make none.\n\n"
+            + measure_maps(options.rounds)
+        )
+        MAPS.write_text(text, encoding="utf-8")
+        print(text)
+        return
     where = "GPU" if torch.cuda.is_available() else "CPU, one thread"
     lines = [
         "# Views",

@@ -7,6 +7,8 @@ from hpdist.data.views.base import (
     GradedViews,
     IdentityViews,
     IdentityViewsConfig,
+    MappedViews,
+    ViewedRows,
     Views,
 )
 from hpdist.data.views.image import ImageViews, ImageViewsConfig
@@ -23,9 +25,11 @@ __all__ = [
     "IdentityViewsConfig",
     "ImageViews",
     "ImageViewsConfig",
+    "MappedViews",
     "TableViews",
     "TableViewsConfig",
     "TextViews",
     "TextViewsConfig",
+    "ViewedRows",
     "Views",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hpdist.config.component import Component
 from hpdist.data.decode.encoded import Array
+from hpdist.data.views.geometry import identity_maps
 
 
 class Views(Protocol):
@@ -55,6 +57,61 @@ class GradedViews(Views, Protocol):
         copy: int = 0,
     ) -> Tensor:
         """Return a strong view of so many operations, unless the views' config says how many."""
+        ...
+
+
+@dataclass(frozen=True)
+class ViewedRows:
+    """A view, with what moves labels along: boxes, masks, points (see `geometry`)."""
+
+    rows: Tensor
+    """What the model sees, float32 [rows, …]."""
+    maps: Tensor
+    """From a row's pixels to its view's, float32 [rows, 2, 3] on the device of the rows."""
+    seen: Tensor
+    """The area of a row's pixels that is left in its view: x0, y0, x1, y1, float32 [rows, 4]. What
+    one operation pushed over the edge stays lost where the next one moves back."""
+    hidden: Tensor
+    """The area of a view that was painted over: x0, y0, x1, y1, float32 [rows, 4] on the device of
+    the rows; zeros where there is none."""
+
+
+@runtime_checkable
+class MappedViews(Views, Protocol):
+    """Views of which it is known where every place of a row went.
+
+    Each method returns the same rows, bit for bit, as that of `Views` or `GradedViews` with the
+    same arguments, and the maps that these rows were made with. Views without these methods, as
+    those of audio, text and tables, have rows in which labels have no place.
+    """
+
+    def plain_with_maps(self, x: Tensor) -> ViewedRows:
+        """Return the plain view and its maps."""
+        ...
+
+    def weak_with_maps(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> ViewedRows:
+        """Return the weak view and its maps."""
+        ...
+
+    def strong_with_maps(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> ViewedRows:
+        """Return the strong view and its maps."""
+        ...
+
+    def graded_with_maps(
+        self,
+        x: Tensor,
+        *,
+        operations: int,
+        stream: str,
+        step: int,
+        positions: Tensor,
+        copy: int = 0,
+    ) -> ViewedRows:
+        """Return a strong view of so many operations, where that can be chosen, and its maps."""
         ...
 
 
@@ -128,3 +185,38 @@ class IdentityViews:
     ) -> Tensor:
         """Return the rows in float32."""
         return self.plain(x)
+
+    def plain_with_maps(self, x: Tensor) -> ViewedRows:
+        """Return the rows in float32, and maps that move nothing."""
+        seen = torch.tensor([0.0, 0.0, x.shape[-1], x.shape[-2] if x.dim() > 2 else 1.0])
+        return ViewedRows(
+            self.plain(x),
+            identity_maps(len(x), device=x.device),
+            seen.to(x.device).repeat(len(x), 1),
+            torch.zeros(len(x), 4, device=x.device),
+        )
+
+    def weak_with_maps(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> ViewedRows:
+        """Return the rows in float32, and maps that move nothing."""
+        return self.plain_with_maps(x)
+
+    def strong_with_maps(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> ViewedRows:
+        """Return the rows in float32, and maps that move nothing."""
+        return self.plain_with_maps(x)
+
+    def graded_with_maps(
+        self,
+        x: Tensor,
+        *,
+        operations: int,
+        stream: str,
+        step: int,
+        positions: Tensor,
+        copy: int = 0,
+    ) -> ViewedRows:
+        """Return the rows in float32, and maps that move nothing."""
+        return self.plain_with_maps(x)

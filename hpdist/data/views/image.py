@@ -16,7 +16,8 @@ from hpdist.config.component import Component
 from hpdist.config.section import Section
 from hpdist.data import random
 from hpdist.data.views import rand_augment
-from hpdist.data.views.base import check_positions
+from hpdist.data.views.base import ViewedRows, check_positions
+from hpdist.data.views.geometry import Moves, Size, identity_maps
 from hpdist.errors import ConfigError, DataError
 
 
@@ -104,21 +105,52 @@ class ImageViews:
         _check_images(x)
         return self._normalize(_to_unit(x))
 
+    def plain_with_maps(self, x: Tensor) -> ViewedRows:
+        """Normalise the images, which moves nothing. See `MappedViews`."""
+        rows = self.plain(x)
+        return _mapped(rows, _moves(x))
+
     def weak(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Shift and flip the images at random, and normalise. See `Views`."""
+        return self._weak(x, (stream, str(copy)), step, positions)
+
+    def weak_with_maps(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> ViewedRows:
+        """Return the weak view and the shift and flip that made it. See `MappedViews`."""
+        moves = _moves(x)
+        return _mapped(self._weak(x, (stream, str(copy)), step, positions, moves), moves)
+
+    def _weak(
+        self,
+        x: Tensor,
+        names: tuple[str, str],
+        step: int,
+        positions: Tensor,
+        moves: Moves | None = None,
+    ) -> Tensor:
         _check_images(x)
         check_positions(x, positions)
-        noise = self._noise(("weak", stream, str(copy)), step, positions, 3)
+        noise = self._noise(("weak", *names), step, positions, 3)
         config = self.config.weak
-        return self._normalize(_to_unit(shift_and_flip(x, noise, config.shift, config.flip)))
+        moved = shift_and_flip(x, noise, config.shift, config.flip, moves)
+        return self._normalize(_to_unit(moved))
 
     def strong(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Shift, flip, RandAugment, cut out and normalise the images. See `Views`."""
         return self.graded(
+            x, operations=_OPERATIONS, stream=stream, step=step, positions=positions, copy=copy
+        )
+
+    def strong_with_maps(
+        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
+    ) -> ViewedRows:
+        """Return the strong view and what moved its pixels. See `MappedViews`."""
+        return self.graded_with_maps(
             x, operations=_OPERATIONS, stream=stream, step=step, positions=positions, copy=copy
         )
 
@@ -133,9 +165,37 @@ class ImageViews:
         copy: int = 0,
     ) -> Tensor:
         """Make a strong view of so many operations, unless `strong.ops` says how many."""
+        return self._strong(x, operations, (stream, str(copy)), step, positions)[0]
+
+    def graded_with_maps(
+        self,
+        x: Tensor,
+        *,
+        operations: int,
+        stream: str,
+        step: int,
+        positions: Tensor,
+        copy: int = 0,
+    ) -> ViewedRows:
+        """Return a graded strong view and what moved its pixels. See `MappedViews`."""
+        moves = _moves(x)
+        names = (stream, str(copy))
+        rows, square = self._strong(x, operations, names, step, positions, moves)
+        return _mapped(rows, moves, hidden_squares(square, moves.size, self.config.strong.cutout))
+
+    def _strong(
+        self,
+        x: Tensor,
+        operations: int,
+        names: tuple[str, str],
+        step: int,
+        positions: Tensor,
+        moves: Moves | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the strong view, and the noise [B, 2] that placed its grey squares."""
         _check_images(x)
         check_positions(x, positions)
-        config, names = self.config.strong, (stream, str(copy))
+        config = self.config.strong
         ops = operations if config.ops is None else config.ops
         count = 5 + ops * rand_augment.DRAWS
         noise = self._noise(("strong", *names), step, positions, count)
@@ -144,15 +204,16 @@ class ImageViews:
         if config.probability < 1:
             coins = self._noise(("strong applied", *names), step, positions, ops)
             applied = coins < config.probability
-        images = _to_unit(shift_and_flip(x, place, self.strong_shift, self.strong_flip))
+        moved = shift_and_flip(x, place, self.strong_shift, self.strong_flip, moves)
         images = rand_augment.rand_augment(
-            images,
+            _to_unit(moved),
             policy.reshape(len(x), ops, rand_augment.DRAWS),
             self.operations,
             config.magnitude,
             applied,
+            moves,
         )
-        return self._normalize(cutout(images, square, config.cutout))
+        return self._normalize(cutout(images, square, config.cutout)), square
 
     def _noise(self, names: tuple[str, ...], step: int, positions: Tensor, count: int) -> Tensor:
         """Uniform numbers, float32 [B, count] on the CPU."""
@@ -165,7 +226,9 @@ class ImageViews:
         return images.sub_(mean).div_(std)
 
 
-def shift_and_flip(x: Tensor, noise: Tensor, shift: float, flip: bool) -> Tensor:
+def shift_and_flip(
+    x: Tensor, noise: Tensor, shift: float, flip: bool, moves: Moves | None = None
+) -> Tensor:
     """Shift every image by whole pixels, with its border reflected, and flip half of them.
 
     Args:
@@ -173,19 +236,40 @@ def shift_and_flip(x: Tensor, noise: Tensor, shift: float, flip: bool) -> Tensor
         noise: float32 [B, 3] on the CPU, uniform in [0, 1): vertical, horizontal, flip.
         shift: largest shift as a share of each side, rounded down to pixels.
         flip: whether to flip left to right.
+        moves: what was done to the images before, to which flip and shift are added. They are those
+            of the image itself: what the reflected border repeats has no map.
 
     """
     height, width = x.shape[2:]
     reach = torch.tensor([int(shift * height), int(shift * width)])
     offsets = (noise[:, :2] * (2 * reach + 1)).long() - reach  # [B, 2]
     flipped = (noise[:, 2:] < 0.5) if flip else torch.zeros(len(x), 1, dtype=torch.bool)
-    plan = torch.cat((offsets, flipped.long()), dim=1).to(x.device, non_blocking=True)  # [B, 3]
+    plan = torch.cat((offsets, flipped.long()), dim=1)  # [B, 3]
+    if moves is not None:
+        moves.add(_shift_maps(plan, width))
+    plan = plan.to(x.device, non_blocking=True)
     rows = _reflected(height, plan[:, 0:1])  # [B, H]
     columns = _reflected(width, plan[:, 1:2])  # [B, W]
     columns = torch.where(plan[:, 2:] == 1, width - 1 - columns, columns)
     pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # [B, H * W]
     source = pixels[:, None].expand(-1, x.shape[1], -1)
     return x.flatten(2).gather(2, source).view_as(x)
+
+
+def _shift_maps(plan: Tensor, width: int) -> Tensor:
+    """Return the maps of a shift after a flip, float64 [B, 2, 3].
+
+    Args:
+        plan: int64 [B, 3]: pixels up, pixels to the left, 1 where the image is flipped.
+        width: width of the images.
+
+    """
+    up, left, flipped = plan.double().unbind(1)
+    maps = identity_maps(len(plan), dtype=torch.float64)
+    maps[:, 0, 0] = 1 - 2 * flipped
+    maps[:, 0, 2] = width * flipped - left
+    maps[:, 1, 2] = -up
+    return maps
 
 
 def _reflected(side: int, offset: Tensor) -> Tensor:
@@ -206,16 +290,39 @@ def cutout(images: Tensor, noise: Tensor, share: float) -> Tensor:
         share: the square's side as a share of the image's shorter side, rounded down to pixels.
 
     """
-    sides = images.shape[2:]
-    square = int(share * min(sides))
+    height, width = images.shape[2:]
+    starts, square = _squares(noise, (height, width), share)
     if square == 0:
         return images
-    centres = (noise * torch.tensor(sides)).long()  # [B, 2]
-    starts = (centres - square // 2).to(images.device, non_blocking=True)
-    rows = _within(sides[0], starts[:, 0:1], square)  # [B, H]
-    columns = _within(sides[1], starts[:, 1:2], square)  # [B, W]
+    starts = starts.to(images.device, non_blocking=True)
+    rows = _within(height, starts[:, 0:1], square)  # [B, H]
+    columns = _within(width, starts[:, 1:2], square)  # [B, W]
     hidden = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
     return images.masked_fill(hidden, rand_augment.GREY)
+
+
+def hidden_squares(noise: Tensor, size: Size, share: float) -> Tensor:
+    """Return what `cutout` hides of every image: x0, y0, x1, y1, float32 [B, 4] on the CPU.
+
+    Args:
+        noise: as `cutout` takes it.
+        size: height and width of the images.
+        share: as `cutout` takes it; without a square all four numbers of a row are 0.
+
+    """
+    starts, square = _squares(noise, size, share)
+    if square == 0:
+        return torch.zeros(len(noise), 4)
+    corners = torch.cat((starts, starts + square), dim=1)  # top, left, bottom, right
+    ends = torch.tensor([size[0], size[1]] * 2)
+    return corners.clamp(min=0).minimum(ends)[:, [1, 0, 3, 2]].float()
+
+
+def _squares(noise: Tensor, size: Size, share: float) -> tuple[Tensor, int]:
+    """Return the squares' first row and column, int64 [B, 2] on the CPU, and their side."""
+    side = int(share * min(size))
+    centres = (noise * torch.tensor(size)).long()  # [B, 2]
+    return centres - side // 2, side
 
 
 def _within(side: int, start: Tensor, length: int) -> Tensor:
@@ -230,6 +337,19 @@ def _check_images(x: Tensor) -> None:
             f"image views take uint8 rows [B, C, H, W], not {x.dtype} {list(x.shape)}; "
             "for rows that are not images set views.name to table or identity"
         )
+
+
+def _moves(x: Tensor) -> Moves:
+    _check_images(x)
+    return Moves(len(x), (x.shape[2], x.shape[3]))
+
+
+def _mapped(rows: Tensor, moves: Moves, hidden: Tensor | None = None) -> ViewedRows:
+    """Put a view and what moved its pixels together, on the view's device."""
+    hidden = torch.zeros(len(rows), 4) if hidden is None else hidden
+    numbers = torch.cat((moves.maps.flatten(1), moves.seen, hidden.double()), dim=1).float()
+    maps, seen, hidden = numbers.to(rows.device, non_blocking=True).split([6, 4, 4], dim=1)
+    return ViewedRows(rows, maps.unflatten(1, (2, 3)), seen, hidden)
 
 
 def _to_unit(x: Tensor) -> Tensor:

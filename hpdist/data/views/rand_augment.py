@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpdist.data.views.geometry import Moves, Size, invert
+
 GREY = 0.5
 """What uncovered and cut-out pixels become, of [0, 1]."""
 DRAWS = 3
@@ -53,6 +55,7 @@ def rand_augment(
     operations: Sequence[str],
     magnitude: float,
     applied: Tensor | None = None,
+    moves: Moves | None = None,
 ) -> Tensor:
     """Apply random operations to every image, one after another. Changes `images` in place.
 
@@ -62,6 +65,7 @@ def rand_augment(
         operations: names out of `STRENGTHS` to draw from, each as likely as the others.
         magnitude: factor on every strength, in [0, 1]; at 0 most operations change nothing.
         applied: bool [B, ops] on the CPU, which of the operations an image gets; by default all.
+        moves: what was done to the images before, to which every warp is added.
 
     Returns:
         `images`.
@@ -70,7 +74,7 @@ def rand_augment(
     operations = sorted(operations, key=lambda name: name in WARPS)  # warps last, side by side
     for number, draws in enumerate(noise.unbind(1)):
         skipped = None if applied is None else ~applied[:, number]
-        _apply_one_each(images, draws, operations, magnitude, skipped)
+        _apply_one_each(images, draws, operations, magnitude, skipped, moves)
     return images
 
 
@@ -80,6 +84,7 @@ def _apply_one_each(
     operations: Sequence[str],
     magnitude: float,
     skipped: Tensor | None,
+    moves: Moves | None,
 ) -> None:
     """Apply one operation to every image that is not skipped; `draws` is [B, DRAWS] on the CPU."""
     choice = (draws[:, 0] * len(operations)).long()  # [B]
@@ -104,6 +109,8 @@ def _apply_one_each(
         matrices = affine_matrices(names, strength[first:] * _signs(draws[first:]))
         warped = warp(images.index_select(0, rows[first:]), matrices)
         images.index_copy_(0, rows[first:], warped)
+        if moves is not None:
+            moves.add(warp_maps(matrices, moves.size), order[first:])
 
 
 def _strengths(
@@ -266,6 +273,25 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
         images - GREY, grid.movedim(1, -1), padding_mode="zeros", align_corners=False
     )
     return (shifted + GREY).clamp_(0, 1)
+
+
+def warp_maps(matrices: Tensor, size: Size) -> Tensor:
+    """Return the maps that `warp` moves pixels by, from the image to the result.
+
+    Args:
+        matrices: float32 [N, 2, 3] on the CPU; see `affine_matrices`.
+        size: height and width of the images.
+
+    Returns:
+        float64 [N, 2, 3] on the CPU, as `geometry` defines maps.
+
+    """
+    linear, offset = matrices.double().split([2, 1], dim=2)  # [N, 2, 2], [N, 2, 1]
+    sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
+    centre = sides / 2
+    turned = linear[:, :, 0] * centre[0] + linear[:, :, 1] * centre[1]  # [N, 2]
+    start = offset[:, :, 0] * sides + centre - turned
+    return invert(torch.cat((linear, start[:, :, None]), dim=2))
 
 
 def _centres(side: int, like: Tensor) -> Tensor:
