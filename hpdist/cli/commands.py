@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Any]
 else:
     Commands = object
 
@@ -22,6 +22,6 @@ class Command(Protocol):
         """Describe the command's arguments."""
         ...
 
-    def run(self, known: argparse.Namespace, settings: Sequence[str] = ()) -> int:
+    def run(self, known: argparse.Namespace, settings: Sequence[str]) -> int:
         """Do it; returns the exit status."""
         ...
