@@ -9,8 +9,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt
 INSTALLED := .venv/.installed
-# A worker for each core, four at most, for each takes a gigabyte. The folders that take longest come first.
+# A worker for each core, four at most, for each takes a gigabyte. What takes longest comes first.
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Tests start hundreds of interpreters: compiled once, whatever the environment says.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
