@@ -26,7 +26,7 @@ IMPORTED = [
 
 READ_ONCE = (
     *("DS_", "HF_", "HUGGINGFACE_", "LD_", "MALLOC_", "PYTHON", "TORCH_CPP", "TRANSFORMERS_"),
-    *("ACCELERATE_TORCH", "TORCHDYNAMO", "TORCH_LOGS"),
+    *("ACCELERATE_TORCH", "TORCHDYNAMO", "TORCHINDUCTOR", "TORCH_LOGS"),
 )
 """How the variables begin that imports read."""
 
@@ -62,5 +62,5 @@ def start_method(fresh: bool) -> str:
 def start_server() -> None:
     """Start the server, if it does not run yet. It imports while the test goes on."""
     multiprocessing.set_forkserver_preload(IMPORTED)
-    with mock.patch.dict(os.environ, RANKS):
+    with mock.patch.dict(os.environ, RANKS, TORCH_WARM_POOL="0"):  # no process of inductor's own
         forkserver.ensure_running()
