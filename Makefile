@@ -9,6 +9,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt
 INSTALLED := .venv/.installed
+# A worker for each core, four at most, for each takes a gigabyte. What takes longest comes first.
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Tests start hundreds of interpreters: compiled once, whatever the environment says.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
@@ -17,11 +22,11 @@ demo: $(INSTALLED)
 	@$(BIN)/python launch/demo.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest --durations=20
+	@$(BIN)/python -m pytest $(WORKERS) --durations=20
 
 test-all: $(INSTALLED)
 	@.ci/system-packages all
-	@$(BIN)/python -m pytest -m "not gpu" --durations=20 -rs
+	@$(BIN)/python -m pytest $(WORKERS) -m "not gpu" --durations=20 -rs
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

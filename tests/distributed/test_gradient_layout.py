@@ -43,7 +43,7 @@ def warned_of() -> list[str]:
 
 
 def test_ddp_does_not_warn_of_strides() -> None:
-    assert run_ranks(2, warned_of, fresh=True) == [[], []]
+    assert run_ranks(2, warned_of) == [[], []]
 
 
 def test_the_gradients_are_those_without() -> None:

@@ -61,6 +61,7 @@ def train(folder: Path, files: list[str], seconds: float, norm: bool) -> None:
     ).fit()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("model_seconds", "row_seconds", "norm"),
     [(SLOW / 2, 0.0, False), (0.0, SLOW / 4, False), (0.0, SLOW / 4, True)],
@@ -90,6 +91,7 @@ def test_the_slowest_is_held_against_the_others_median():
     assert stragglers([0.1], rows=40, step_seconds=0.8) == {}
 
 
+@pytest.mark.alone
 def test_time_is_a_step_s_own_and_is_taken_once():
     own = OwnTime(torch.device("cpu"))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""At the end of a session that has injected faults: a table of them."""
+"""What the tests of faults share; at the end of the session `tests/conftest.py` prints a table."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.fault_table import Fault, FaultTable
-
-_TABLE = FaultTable()
+from tests.support.fault_table import TABLE, Fault
 
 
 @pytest.fixture(scope="session")
 def inject() -> Callable[..., Fault]:
     """Note faults of a kind that a test injects; what comes back is told when they are survived."""
-    return _TABLE.inject
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table, if there is anything in it."""
-    if _TABLE.faults:
-        terminalreporter.section("faults")
-        for line in _TABLE.lines():
-            terminalreporter.write_line(line)
+    return TABLE.inject

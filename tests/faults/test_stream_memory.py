@@ -17,6 +17,8 @@ ROW_BYTES = 4096
 DATASET = FILES * GROUPS * GROUP_ROWS * ROW_BYTES  # 15.7 MB
 EPOCHS = 8
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import json, sys, threading, time
 import datasets, psutil

@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpdist.data.batch import UnlabeledBatch
+if TYPE_CHECKING:
+    from hpdist.data.batch import UnlabeledBatch
 
 COSTS = {
     "rows_lost": "rows lost",
@@ -57,6 +58,10 @@ class FaultTable:
             cells = [str(costs[name]) if name in counted else "-" for name in COSTS]
             rows.append([kind, str(injected), str(survived), *cells])
         return [f"| {' | '.join(row)} |" for row in rows]
+
+
+TABLE = FaultTable()
+"""What this process has injected, and in the end what its workers have."""
 
 
 def rows_cost(audit: Iterable[Mapping[str, Any]], expected: int) -> dict[str, int]:

@@ -1,12 +1,11 @@
 """Run a function on N real gloo ranks, each a process of its own.
 
-They are forked from a server that has done the imports, which take a rank longer than most tests;
-nothing else has happened there. HPDIST_TEST_START=spawn gives each an interpreter of its own.
+They are warm (tests/support/warm_ranks.py), unless a test asks for interpreters of their own.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import os
 import random
 import socket
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from tests.support.warm_ranks import RANKS, start_method
 
 
 def free_port() -> int:
@@ -45,6 +46,7 @@ def _main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # what is imported is no garbage; ZeRO-3 would look through it each time
     torch.set_num_threads(1)
     os.chdir(here[0])  # the server is where it was started
     os.environ.clear()
@@ -56,8 +58,7 @@ def _main(
         LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
+        **RANKS,
     )
     try:
         result = function(*args)
@@ -68,34 +69,6 @@ def _main(
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-# Read by what the server has imported, when it was imported.
-_READ_ONCE = (
-    "DS_",
-    "HF_",
-    "HUGGINGFACE_",
-    "LD_",
-    "MALLOC_",
-    "PYTHON",
-    "TORCH_CPP",
-    "TRANSFORMERS_",
-)
-
-
-def _read_once() -> dict[str, str]:
-    return {name: v for name, v in os.environ.items() if name.startswith(_READ_ONCE)}
-
-
-_SERVER = _read_once()
-
-
-def _start_method(fresh: bool) -> str:
-    """How ranks start: from the server, unless its imports have read another environment."""
-    if fresh or _read_once() != _SERVER:
-        return "spawn"
-    multiprocessing.set_forkserver_preload(["hpdist.train.trainer", "sklearn.datasets"])
-    return os.environ.get("HPDIST_TEST_START", "forkserver")
 
 
 def run_ranks(
@@ -116,7 +89,7 @@ def run_ranks(
             args=(ranks, free_port(), folder, (os.getcwd(), dict(os.environ)), function, args),
             nprocs=ranks,
             join=False,
-            start_method=_start_method(fresh),
+            start_method=start_method(fresh),
         )
         try:
             deadline = time.monotonic() + timeout

@@ -11,6 +11,8 @@ from hpdist.algorithms import Algorithm, AlgorithmConfig
 from hpdist.config.component import components
 from tests.support.algorithm_batches import CLASSES, Batch, make_batch, outputs, run
 
+pytestmark = pytest.mark.sampled
+
 CONFIGS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
 VARIANTS = {name: config(name=name) for name, config in CONFIGS.items()} | {
     "uda tsa": CONFIGS["uda"](name="uda", annealing="log"),

@@ -16,6 +16,8 @@ from hpdist.config.component import component_names, components
 from tests.support.algorithm_runs import global_batch, run, with_nan
 from tests.support.catalogue import ADDON_SETTINGS, SETTINGS
 
+pytestmark = pytest.mark.sampled
+
 CLASSES = 5
 ALGORITHMS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
 ADDONS = cast(dict[str, type[AddOnConfig]], components("addon"))

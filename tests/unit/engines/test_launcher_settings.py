@@ -201,8 +201,9 @@ def test_one_process_in_place_of_several_is_said(monkeypatch: pytest.MonkeyPatch
 
 MPI = """
 from hpdist.train.config import parse
+from hpdist.train.compose import execution_request
 from hpdist.engines import launch
-from hpdist.distributed.reduce import gathered, leave_group
+from hpdist.distributed.collectives import gathered, leave_group
 import os
 run = {"model": {"name": "cnn"}, "data": {"labeled": {"path": "x"}},
        "algorithm": {"name": "supervised"}, "steps": 1}

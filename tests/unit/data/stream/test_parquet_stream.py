@@ -184,6 +184,7 @@ def test_the_index_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert index_of(paths).fingerprint == first.fingerprint
 
 
+@pytest.mark.alone
 def test_forty_thousand_row_groups_are_indexed_and_planned_in_seconds(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.parquet" for number in range(20)]
     schema = pa.schema({"x": pa.int64()})
