@@ -36,7 +36,7 @@ def test_every_rank_is_real() -> None:
 
 
 def test_the_first_error_is_shown() -> None:
-    with pytest.raises(RankError, match="rank 1 of 2\n(.|\n)*ValueError: this is why"):
+    with pytest.raises(RankError, match=r"rank 1 of 2\n(.|\n)*ValueError: this is why"):
         run_ranks(fail_on_rank_one, 2, timeout=120)
 
 

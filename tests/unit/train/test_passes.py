@@ -15,7 +15,7 @@ def batches(number: int, every_row_is_bad: bool) -> tuple[LabeledBatch, Unlabele
     labeled, unlabeled = global_batches(number)
     assert (len(labeled), len(unlabeled)) == (LABELED, UNLABELED)
     if every_row_is_bad:
-        unlabeled = UnlabeledBatch(unlabeled.inputs, unlabeled.ids, torch.arange(UNLABELED))
+        unlabeled = UnlabeledBatch(unlabeled.inputs, unlabeled.ids, torch.zeros(UNLABELED).bool())
     return labeled, unlabeled
 
 

@@ -25,5 +25,6 @@ def test_a_step_reads_on_one_screen() -> None:
 
 
 def test_lines_are_counted_without_signature_and_docstring() -> None:
-    source = 'class A:\n    def f(\n        self\n    ):\n        """Doc."""\n        a = 1\n\n        return a'
+    lines = ("class A:", "    def f(", "        self", "    ):", '        """Doc."""')
+    source = "\n".join([*lines, "        a = 1", "", "        return a"])
     assert body_lines(source, "A", "f") == 3
