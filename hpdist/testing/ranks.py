@@ -72,7 +72,10 @@ def run_ranks(
                 process.join()
             if not isinstance(error, Exception):  # such as KeyboardInterrupt
                 raise
-            raise RankError(_first_error(folder) or f"a rank failed: {error}") from error
+            first = _first_error(folder)
+            if not isinstance(error, mp.ProcessRaisedException):  # such as killed, or too slow
+                first = f"a rank failed: {error}\n{first}"
+            raise RankError(first) from error
         return [
             torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(ranks)
         ]
@@ -132,11 +135,12 @@ def _main(
         torch.distributed.destroy_process_group()
 
 
-def _first_error(folder: str) -> str | None:
+def _first_error(folder: str) -> str:
     """Give what the rank said that failed first; the others may have failed for its sake."""
-    first, *others = [*sorted(Path(folder).glob("error-*")), None]
-    if first is None:
-        return None
-    failed = sorted(int(path.name.rsplit("-", 1)[1]) for path in others if path is not None)
+    errors = sorted(Path(folder).glob("error-*"))
+    if not errors:
+        return ""
+    first, *others = errors
+    failed = sorted(int(path.name.rsplit("-", 1)[1]) for path in others)
     note = f"(later rank {', '.join(map(str, failed))} failed too)\n" if failed else ""
     return first.read_text() + note
