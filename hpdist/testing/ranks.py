@@ -20,6 +20,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+_NOTHING_SAID = (
+    "no rank has raised an error; where one could not even begin, its stderr says why (the "
+    "function must be importable by its module's name)"
+)
+
 
 def run_ranks(
     function: Callable[..., Any],
@@ -74,7 +79,7 @@ def run_ranks(
                 raise
             first = _first_error(folder)
             if not isinstance(error, mp.ProcessRaisedException):  # such as killed, or too slow
-                first = f"a rank failed: {error}\n{first}"
+                first = f"a rank failed: {error}\n{first or _NOTHING_SAID}"
             raise RankError(first) from error
         return [
             torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(ranks)

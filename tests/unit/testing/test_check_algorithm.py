@@ -233,7 +233,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_every_algorithm_passes(name: str, task: str) -> None:
-    check_algorithm(ALGORITHMS[name](name=name, **SETTINGS.get(name, {})), task, run_steps=40)
+    options = SETTINGS.get(name, {})
+    if (name, task) == ("vat", "regression"):
+        options = options | {"entropy_weight": 0.0}  # numbers have no entropy
+    check_algorithm(ALGORITHMS[name](name=name, **options), task, run_steps=40)
 
 
 @pytest.mark.parametrize("name", component_names("addon"))
