@@ -99,6 +99,8 @@ def test_a_step_that_is_skipped_leaves_no_trace(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_that_are_not_sound_leave_no_trace(name: str) -> None:
     algorithm = build(name)
+    if not algorithm.views.weak:
+        pytest.skip("has no targets")
     run(algorithm, make_batch(0))
     algorithm.commit()
     before = snapshot(algorithm)
