@@ -170,7 +170,9 @@ class LinearModel:
 
     def probe(self, inputs: Tensor) -> Structure:
         """Give what the student says of other inputs."""
-        return {"logits": inputs.flatten(1) @ self.batch.student}
+        rows = inputs.flatten(1)
+        heads = {name: head(rows) for name, head in self.batch.heads.items()}
+        return {"logits": rows @ self.batch.student} | heads
 
     @torch.no_grad()
     def _say(self, parts: Sequence[Tensor], model: Tensor) -> dict[str, list[Tensor]]:
