@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
-from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig, StudentOutputs
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.algorithms.protocol import join_shards
 from hpdist.errors import ConfigError
@@ -145,8 +145,14 @@ class _Checks:
 
     def _batch(self, algorithm: Algorithm, step: int, unusable: Sequence[int] = ()) -> GlobalBatch:
         """Make a batch; the model is the surer of itself the later the step."""
-        rows = {"labeled": self._labeled, "unlabeled": self._unlabeled}
-        batch = global_batch(algorithm, step, classes=self._classes, unusable=unusable, **rows)
+        batch = global_batch(
+            algorithm,
+            step,
+            labeled=self._labeled,
+            unlabeled=self._unlabeled,
+            classes=self._classes,
+            unusable=unusable,
+        )
         generator = torch.Generator().manual_seed(step)
         shape = (self._labeled, self._classes)
         if algorithm.task.name == "multilabel":
@@ -315,12 +321,12 @@ def _gives_student_statistics(algorithm: Algorithm, batch: GlobalBatch) -> bool:
     given: list[bool] = []
     ask = algorithm.student_statistics
 
-    def watched(outputs: object) -> dict[str, Tensor]:
-        sums = ask(outputs)  # type: ignore[arg-type]
+    def watched(outputs: StudentOutputs) -> dict[str, Tensor]:
+        sums = ask(outputs)
         given.append(bool(sums))
         return sums
 
-    algorithm.student_statistics = watched  # type: ignore[method-assign, assignment]
+    algorithm.student_statistics = watched  # type: ignore[method-assign]
     run_step([algorithm], batch)
     return any(given)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -252,7 +252,7 @@ def _judge(attempt: Attempt, model: LinearModel, number: int) -> Ran:
     names = [(name, at) for name, leaves in model.leaves.items() for at in range(len(leaves))]
     leaves = [model.leaves[name][at] for name, at in names]
     gradients: dict[str, list[Tensor]] = {name: [] for name in model.leaves}
-    made = (
+    made: Sequence[Tensor | None] = (
         torch.autograd.grad(loss, leaves, allow_unused=True)
         if loss.requires_grad
         else [None] * len(leaves)
@@ -294,19 +294,19 @@ def _problems(attempt: Attempt, number: int, terms: LossTerms, again: LossTerms)
 def _join(parts: Sequence[Ran]) -> Ran:
     """Put the parts of a step together, in the order of the global batch."""
 
-    def rows(pick: Callable[[Ran], Sequence[Tensor]]) -> list[Tensor]:
-        return [torch.cat(views) for views in zip(*map(pick, parts), strict=True)]
+    def rows(views: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+        return [torch.cat(view) for view in zip(*views, strict=True)]
 
     first = parts[0]
     return Ran(
-        rows(lambda part: part.inputs),
-        rows(lambda part: part.logits),
-        rows(lambda part: part.gradients),
+        rows(part.inputs for part in parts),
+        rows(part.logits for part in parts),
+        rows(part.gradients for part in parts),
         {name: torch.cat([part.notes[name] for part in parts]) for name in first.notes},
         {name: sum(part.losses[name] for part in parts) for name in first.losses},
-        {name: rows(lambda part, name=name: part.heads[name]) for name in first.heads},  # type: ignore[misc]
+        {name: rows([part.heads[name] for part in parts]) for name in first.heads},
         {
-            name: rows(lambda part, name=name: part.head_gradients[name])  # type: ignore[misc]
+            name: rows([part.head_gradients[name] for part in parts])
             for name in first.head_gradients
         },
         list(dict.fromkeys(problem for part in parts for problem in part.problems)),

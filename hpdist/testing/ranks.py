@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 _NOTHING_SAID = (
     "no rank has raised an error; where one could not even begin, its stderr says why (the "
@@ -58,7 +58,7 @@ def run_ranks(
         multiprocessing.set_forkserver_preload(list(preload))
     with tempfile.TemporaryDirectory() as folder:
         here = (os.getcwd(), dict(os.environ))
-        context = mp.start_processes(
+        context = start_processes(
             _main,
             args=(ranks, free_port(), folder, here, function, args),
             nprocs=ranks,
@@ -78,7 +78,7 @@ def run_ranks(
             if not isinstance(error, Exception):  # such as KeyboardInterrupt
                 raise
             first = _first_error(folder)
-            if not isinstance(error, mp.ProcessRaisedException):  # such as killed, or too slow
+            if not isinstance(error, ProcessRaisedException):  # such as killed, or too slow
                 first = f"a rank failed: {error}\n{first or _NOTHING_SAID}"
             raise RankError(first) from error
         return [
