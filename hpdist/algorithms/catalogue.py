@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -15,14 +14,13 @@ from hpdist.algorithms.addons.base import AddOnConfig
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
-    HeadOutputs,
     Places,
-    StudentOutputs,
-    Views,
-    WeakOutputs,
+    StudentInputs,
 )
 from hpdist.algorithms.fixmatch import FixMatch
+from hpdist.algorithms.protocol import Attempt, MicroBatch
 from hpdist.config.component import components
+from hpdist.data.structures import Structure
 
 # Two of each number: a size that follows both is a multiple of it.
 _CLASSES = (5, 7)
@@ -121,64 +119,68 @@ def _views(algorithm: Algorithm) -> list[str]:
     return told + [f"{name} head" for name in algorithm.head_names]
 
 
+class _Zeros:
+    """A model that says zeros of every row, and whose heads are untrained."""
+
+    def __init__(self, algorithm: Algorithm, classes: int) -> None:
+        algorithm.input_shape = _FEATURES
+        self.views = algorithm.views
+        self.row = {"logits": torch.zeros(1, classes)}
+        for name, head in algorithm.heads(_FEATURES).items():
+            with torch.no_grad():
+                self.row[name] = head(torch.zeros(1, *_FEATURES))
+        self.heads = dict.fromkeys(list(self.row)[1:], 0)
+
+    def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
+        """Give what is said of the weak views, and of the labelled rows where they are seen too."""
+        return [self._targets(micro.inputs) for micro in micros]
+
+    def _targets(self, inputs: StudentInputs) -> Structure | None:
+        parts = [*inputs.weak, *([inputs.labeled] if self.views.labeled_targets else [])]
+        return self._say(parts) if inputs.weak else None
+
+    def student(self, micro: MicroBatch) -> tuple[Structure, None]:
+        """Give what is said of the student's rows."""
+        return self.preview(micro), None
+
+    def preview(self, micro: MicroBatch) -> Structure:
+        """Give the same."""
+        return self._say(micro.inputs.parts)
+
+    def probe(self, inputs: Tensor) -> Structure:
+        """Give what is said of other inputs."""
+        return self._say([inputs])
+
+    def _say(self, parts: Iterable[Tensor]) -> Structure:
+        rows = sum(len(part) for part in parts)
+        return {name: said.expand(rows, -1) for name, said in self.row.items()}
+
+
 def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
     """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
     classes, rows, labeled_rows = _CLASSES[number], _BATCHES[number], _LABELED[number]
     algorithm.rows = _ROWS[number]
     algorithm.class_counts = torch.ones(classes)
     views = algorithm.views
-    logits = torch.zeros(rows, classes)
-    labeled, labels = torch.zeros(labeled_rows, classes), torch.zeros(labeled_rows).long()
-    count = torch.tensor(float(rows))
+    labeled, unlabeled = torch.zeros(labeled_rows, *_FEATURES), torch.zeros(rows, *_FEATURES)
     at, u_at = torch.arange(labeled_rows), torch.arange(rows)
-    places = Places(at, u_at, labeled_rows, rows, seed=0, step=0)
-    weak = None
-    heads = _heads(algorithm, rows, labeled_rows)
-    if views.weak:
-        others = (logits,) * (views.weak - 1)
-        targets = labeled if views.labeled_targets else None
-        weak = WeakOutputs(logits, u_at, others, targets, labels, places, labeled_ids=at)
-        said = {name: _weak_views(head, views) for name, head in heads.items()}
-        weak = replace(weak, heads=said)
-    sums = algorithm.statistics(weak) if weak else {}
-    algorithm.observe(sums, count)
-    outputs = StudentOutputs(
-        labeled=labeled,
-        labels=labels,
-        strong=(logits,) * views.strong,
-        weak=weak,
-        labeled_rows=torch.tensor(float(labeled_rows)),
-        unlabeled_rows=count,
-        student_weak=(logits,) * views.student_weak,
-        further=(logits,) * _FURTHER,
-        strong_labeled=(labeled,) * views.strong_labeled,
-        heads=heads,
+    inputs = StudentInputs(
+        labeled,
+        torch.zeros(labeled_rows).long(),
+        (unlabeled,) * views.student_weak,
+        (unlabeled,) * views.strong,
+        (labeled,) * views.strong_labeled,
+        (unlabeled,) * views.weak,
+        Places(at, u_at, labeled_rows, rows, seed=0, step=0),
+        ids=u_at,
+        further=(unlabeled,) * _FURTHER,
     )
+    attempt = Attempt(algorithm, [MicroBatch(inputs, u_at, at, rows)], _Zeros(algorithm, classes))
+    attempt.collect()
+    sums = attempt.observe()
+    outputs = attempt.student_outputs(0, attempt.model.preview(attempt.micros[0]))
     student = algorithm.student_statistics(outputs) if algorithm.uses_student_statistics else {}
     return list(sums.values()), list(student.values())
-
-
-def _heads(algorithm: Algorithm, rows: int, labeled_rows: int) -> dict[str, HeadOutputs]:
-    """What untrained heads say of as many rows."""
-    views, heads = algorithm.views, {}
-    algorithm.input_shape = _FEATURES
-    for name, head in algorithm.heads(_FEATURES).items():
-        with torch.no_grad():
-            row = head(torch.zeros(1, *_FEATURES))
-        unlabeled, labeled = row.expand(rows, -1), row.expand(labeled_rows, -1)
-        heads[name] = HeadOutputs(
-            labeled,
-            (unlabeled,) * views.student_weak,
-            (unlabeled,) * views.strong,
-            (labeled,) * views.strong_labeled,
-            (unlabeled,) * _FURTHER,
-        )
-    return heads
-
-
-def _weak_views(head: HeadOutputs, views: Views) -> tuple[Tensor, ...]:
-    labeled = (head.labeled,) if views.labeled_targets else ()
-    return (head.further[0],) * views.weak + labeled
 
 
 def _shape(small: Tensor, large: Tensor) -> str:

@@ -6,10 +6,10 @@ step.algorithm.load_state_dict(state)          # every rank, of any number
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.protocol import join_shards
 from hpdist.distributed.collectives import gathered
 
 
@@ -23,8 +23,4 @@ def whole_state(algorithm: Algorithm) -> dict[str, Tensor]:
         name: [(start, part.cpu()) for start, part in parts]
         for name, parts in algorithm.shards().items()
     }
-    ranks = gathered(own)
-    for name in own:
-        parts = sorted((part for rank in ranks for part in rank[name]), key=lambda part: part[0])
-        state[name] = torch.cat([values for _, values in parts]) if parts else torch.empty(0)
-    return state
+    return join_shards(state, gathered(own))

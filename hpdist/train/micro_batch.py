@@ -10,29 +10,14 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, HeadOutputs, Places, StudentInputs
+from hpdist.algorithms.base import Algorithm, Places, StudentInputs
 from hpdist.algorithms.parts.mixing import check_group_sizes
+from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views.base import GradedViews, Views, unmixable
 from hpdist.errors import ConfigError
 
 _log = logging.getLogger("hpdist.train.step")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of this rank, its views made."""
-
-    inputs: StudentInputs
-    ids: Tensor | None  # [unlabeled], int64
-    labeled_ids: Tensor | None  # [labeled], int64
-    unlabeled_rows: int
-
-    @property
-    def uses_unlabeled(self) -> bool:
-        """Whether there is any view of unlabelled rows."""
-        inputs = self.inputs
-        return bool(inputs.weak or inputs.student_weak or inputs.strong)
 
 
 @dataclass(frozen=True)
@@ -164,18 +149,6 @@ class Cutter:
 @cache
 def _warn_once(text: str) -> None:
     _log.warning(text)
-
-
-def by_view(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:
-    """Cut the rows of the student's pass into its views."""
-    views = iter(rows.split([len(part) for part in inputs.parts]))
-    return HeadOutputs(
-        next(views),
-        *(
-            tuple(next(views) for _ in part)
-            for part in (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
-        ),
-    )
 
 
 def channels_last(inputs: Tensor) -> Tensor:

@@ -9,24 +9,20 @@ for labeled, unlabeled in batches:      # this rank's slices of the global batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Algorithm, LossTerms
 from hpdist.algorithms.parts.mixing import check_groups
+from hpdist.algorithms.protocol import Attempt, add
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.structures import cat
 from hpdist.data.views.base import Views
 from hpdist.distributed.collectives import FusedSum, apart
 from hpdist.distributed.stragglers import OwnTime
@@ -37,25 +33,15 @@ from hpdist.engines.prepare import make_engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluating
-from hpdist.models.with_heads import columns_of, require_heads
+from hpdist.models.with_heads import require_heads
 from hpdist.train import pseudo_label_metrics as pseudo_labels
-from hpdist.train.micro_batch import Cutter, MicroBatch, by_view, channels_last
+from hpdist.train.micro_batch import Cutter, channels_last
 from hpdist.train.optim import l1_norm
 from hpdist.train.outcome import StepOutcome
+from hpdist.train.passes import make_passes
 from hpdist.train.step_state import join_save_state
 
 __all__ = ["SemiSupervisedStep", "StepOutcome"]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What a micro-batch's pass leaves: for the log, and to go through again after an overflow."""
-
-    micro: MicroBatch
-    weak: WeakOutputs | None
-    rows: tuple[Tensor, Tensor]  # labelled and unlabelled rows of the global batch
-    total: Mapping[str, Tensor]  # the student's global sums
-    contributions: Mapping[str, Tensor]
 
 
 class SemiSupervisedStep:
@@ -130,12 +116,10 @@ class SemiSupervisedStep:
             self.teacher.prepare_forward(teacher_model)
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
-        self._heads = columns_of(self.engine.module)
-        require_heads(algorithm, self._heads)
-        self._noted = torch.zeros(4)
-        alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed
-        one_pass = micro_batches == 1 and not alone
-        self._fused = self.engine.fuses_weak_pass and one_pass
+        self._passes = make_passes(
+            self.engine, algorithm, self.teacher, self.own_time, micro_batches
+        )
+        require_heads(algorithm, self._passes.heads)
         self._seed = seed
         join_save_state(self)
 
@@ -178,53 +162,24 @@ class SemiSupervisedStep:
         Raises ConfigError where rows are missing or do not divide into micro-batches, and
         PrecisionError where overflow has no end.
         """
-        if not self.engine.module.training:  # setting it walks over all modules
-            self.engine.module.train()
-        self.own_time.begin()
-        notes = self._notes(unlabeled, stop, save)
-        engine = self.engine
-        cutter = Cutter(
-            self.algorithm,
-            self.views,
-            self.micro_batches,
-            engine.rank,
-            engine.world_size,
-            engine.device,
-            self._seed,
+        self._passes.begin()
+        micros = list(self._cutter().cut(labeled, unlabeled, self.attempts))
+        notes = {"notes": self._notes(unlabeled, stop, save)}
+        attempt = Attempt(
+            self.algorithm, micros, self._passes, self._passes.reduce, self._parts, notes
         )
-        micros = list(cutter.cut(labeled, unlabeled, self.attempts))
-        if engine.forward_communicates or self.algorithm.views.teacher:
-            self.own_time.end()
-        weak: list[WeakOutputs | None] = [None] * len(micros)
-        rows = reduction = ahead = None
-        if not self._fused:
-            weak = self._weak_passes(micros)
-            # In flight during the student's first pass.
-            reduction = self._reduce(micros, weak, notes)
-        micros = [self._mixed(micro, said) for micro, said in zip(micros, weak, strict=True)]
-        if reduction is not None and self._needs_sums_ahead:
-            rows = self._observe(reduction)
-            ahead = self._student_sums_ahead(micros, weak, rows)
-        passes: list[_Pass] = []
-        for number, micro in enumerate(micros):
+        attempt.begin()
+        contributions = []
+        for number in range(len(micros)):
             with self.engine.accumulate(last=number == len(micros) - 1):
-                logits = self._student_pass(micro)
-                if self._fused:
-                    logits, weak = self._split_fused(logits, micro)
-                if rows is None:
-                    rows = self._observe(reduction or self._reduce(micros, weak, notes))
-                outputs = self._outputs(logits, micro, weak[number], rows)
-                local = self.algorithm.student_statistics(outputs)
-                total = FusedSum(local).wait() if local and ahead is None else ahead or {}
-                terms = self._penalized(self.algorithm.loss(outputs, self._attach(local, total)))
+                terms = self._penalized(attempt.judge(number))
                 self.engine.backward(terms.total(self._parts))
-                contributions = terms.contributions(self._parts) if measure else {}
-                passes.append(_Pass(micro, weak[number], rows, total, contributions))
+                contributions += [terms.contributions(self._parts)] if measure else []
         done = self.engine.step(lr, self.grad_clip)
         self.attempts += 1
-        culprit = self._close(done, passes)
-        metrics, classes, ranks = self._measure(passes, tell or {}) if measure else ({}, {}, {})
-        bad_rows, stops, saves, missed = (round(note) for note in self._noted.tolist())
+        culprit = self._close(done, attempt)
+        measured = self._measure(attempt, contributions, tell or {}) if measure else ({}, {}, {})
+        bad_rows, stops, saves, missed = (round(note) for note in attempt.extra["notes"].tolist())
         if missed:
             self.engine.share_usage()
         return StepOutcome(
@@ -234,9 +189,7 @@ class SemiSupervisedStep:
             done.new_scale,
             done.grad_norm,
             culprit,
-            metrics,
-            classes,
-            ranks,
+            *measured,
             bad_rows,
             stops > 0,
             saves > 0,
@@ -247,77 +200,16 @@ class SemiSupervisedStep:
         """How many contributions make the global loss."""
         return self.engine.world_size * self.micro_batches
 
-    def _weak_passes(self, micros: list[MicroBatch]) -> list[WeakOutputs | None]:
-        """What student or teacher says of the weak views, without gradient."""
-        teacher = self.teacher if self.algorithm.views.teacher else None
-        found: list[WeakOutputs | None] = []
-        with nullcontext(self.engine.infer) if teacher is None else teacher.forward() as infer:
-            for micro in micros:
-                parts = list(micro.inputs.weak)
-                if parts and self.algorithm.views.labeled_targets:
-                    parts.append(micro.inputs.labeled)
-                logits = infer(channels_last(torch.cat(parts))) if parts else None
-                found.append(None if logits is None else self._weak_outputs(logits, micro))
-        return found
-
-    @torch.no_grad()
-    def _mixed(self, micro: MicroBatch, weak: WeakOutputs | None) -> MicroBatch:
-        """The micro-batch as the algorithm wants the student to see it."""
-        views, inputs = self.algorithm.views, micro.inputs
-        if views.probed and weak is not None:
-            with torch.enable_grad():
-                inputs = self.algorithm.perturb(inputs, weak, self._probe)
-        told = weak if views.inputs_need_targets else None
-        return replace(micro, inputs=self.algorithm.mix(inputs, told))
-
-    def _probe(self, inputs: Tensor) -> Tensor:
-        """Logits of inputs outside of the step's own passes; nothing remembers that they were."""
-        said = self.engine.examine(channels_last(inputs))
-        self.engine.forget_norms()
-        return self._columns(said)[0]
-
-    def _columns(self, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The logits of what the model said, and each head's outputs."""
-        widths = list(self._heads.values())
-        logits, *heads = said.split([said.shape[1] - sum(widths), *widths], dim=1)
-        return logits, dict(zip(self._heads, heads, strict=True))
-
-    def _student_pass(self, micro: MicroBatch) -> Tensor:
-        """Logits of the student's rows, and of the weak views behind them if fused."""
-        parts, weak = micro.inputs.parts, micro.inputs.weak if self._fused else ()
-        batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
-        rows = [sum(len(part) for part in batch) for batch in (*batches, weak) if batch]
-        with self.engine.segments(rows):
-            return self.engine.forward(channels_last(torch.cat([*parts, *weak])))
-
-    def _split_fused(
-        self, logits: Tensor, micro: MicroBatch
-    ) -> tuple[Tensor, list[WeakOutputs | None]]:
-        weak_rows = sum(len(part) for part in micro.inputs.weak)
-        if not weak_rows:
-            return logits, [None]
-        student, weak = logits.split([len(logits) - weak_rows, weak_rows])
-        if self.algorithm.views.labeled_targets:
-            weak = torch.cat([weak, student[: len(micro.inputs.labeled)]])
-        return student, [self._weak_outputs(weak.detach(), micro)]
-
-    def _weak_outputs(self, said: Tensor, micro: MicroBatch) -> WeakOutputs:
-        """From the rows of all weak views, and the labelled ones behind them if there are any."""
-        inputs = micro.inputs
-        sizes = [len(part) for part in inputs.weak]
-        sizes.append(len(said) - sum(sizes))
-        logits, heads = self._columns(said)
-        first, *others, labeled = logits.split(sizes)
-        kept = len(sizes) if len(labeled) else len(sizes) - 1
-        return WeakOutputs(
-            first,
-            micro.ids,
-            tuple(others),
-            labeled if len(labeled) else None,
-            inputs.labels,
-            inputs.places,
-            {name: head.split(sizes)[:kept] for name, head in heads.items()},
-            micro.labeled_ids,
+    def _cutter(self) -> Cutter:
+        engine = self.engine
+        return Cutter(
+            self.algorithm,
+            self.views,
+            self.micro_batches,
+            engine.rank,
+            engine.world_size,
+            engine.device,
+            self._seed,
         )
 
     def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool, save: bool) -> Tensor:
@@ -326,134 +218,27 @@ class SemiSupervisedStep:
         notes = [bad, stop, save, self.engine.missed_gradients]
         return torch.tensor([float(note) for note in notes], device=self.engine.device)
 
-    @torch.no_grad()
-    def _reduce(
-        self, micros: list[MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
-    ) -> FusedSum:
-        """Start the one reduction of a step: rows, notes, and the algorithm's sums."""
-        rows = [sum(len(m.inputs.labels) for m in micros), sum(m.unlabeled_rows for m in micros)]
-        sums = {"notes": notes, "rows": torch.tensor(rows, device=self.engine.device)}
-        seen = [outputs for outputs in weak if outputs is not None]
-        if seen:
-            # 0, or NaN where any logit is not finite.
-            sums["not finite"] = sum_(part.sum() * 0 for said in seen for part in said.everything)
-            parts = [self.algorithm.statistics(outputs) for outputs in seen]
-            sums |= {key: sum_(part[key] for part in parts) for key in parts[0]}
-        sums |= self.algorithm.rank_statistics()
-        return FusedSum(sums)
-
-    def _observe(self, reduction: FusedSum) -> tuple[Tensor, Tensor]:
-        """Wait for the sums, show them to the algorithm; give the global rows of both kinds.
-
-        A NaN in any weak view of any rank leaves every statistic as it was, and so does a global
-        batch without a valid row.
-        """
-        self.own_time.end()
-        sums = reduction.wait()
-        self._noted = sums.pop("notes")
-        labeled, unlabeled = sums.pop("rows").unbind()
-        sound = unlabeled > 0
-        if "not finite" in sums:
-            sound = sound & (sums.pop("not finite") == 0)
-        unlabeled = unlabeled.clamp(min=1)  # sums over no rows are 0, and so are their means
-        self.algorithm.observe(sums, unlabeled)
-        self.algorithm.sound = sound
-        self.algorithm.pending = {
-            name: torch.where(sound, value, self.algorithm.state[name])
-            for name, value in self.algorithm.pending.items()
-        }
-        return labeled, unlabeled
-
-    def _outputs(
-        self,
-        said: Tensor,
-        micro: MicroBatch,
-        weak: WeakOutputs | None,
-        rows: tuple[Tensor, Tensor],
-    ) -> StudentOutputs:
-        inputs = micro.inputs
-        logits, heads = self._columns(said)
-        own = by_view(logits, inputs)
-        return StudentOutputs(
-            labeled=own.labeled,
-            labels=inputs.labels,
-            strong=own.strong,
-            weak=weak,
-            labeled_rows=rows[0],
-            unlabeled_rows=rows[1],
-            student_weak=own.student_weak,
-            strong_labeled=own.strong_labeled,
-            notes=inputs.notes,
-            further=own.further,
-            heads={name: by_view(head, inputs) for name, head in heads.items()},
-        )
-
-    @property
-    def _needs_sums_ahead(self) -> bool:
-        """Whether a micro-batch's loss depends on what the student says of the later ones."""
-        return self.micro_batches > 1 and self.algorithm.uses_student_statistics
-
-    @torch.no_grad()
-    def _student_sums_ahead(
-        self,
-        micros: list[MicroBatch],
-        weak: list[WeakOutputs | None],
-        rows: tuple[Tensor, Tensor],
-    ) -> dict[str, Tensor]:
-        """The student's global sums before its first backward, from passes without gradient."""
-        parts = []
-        for micro, weak_outputs in zip(micros, weak, strict=True):
-            logits = self.engine.infer(channels_last(torch.cat(micro.inputs.parts)))
-            self.engine.forget_norms()
-            outputs = self._outputs(logits, micro, weak_outputs, rows)
-            parts.append(self.algorithm.student_statistics(outputs))
-        return FusedSum({name: sum_(part[name] for part in parts) for name in parts[0]}).wait()
-
-    def _attach(self, local: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> Sums:
-        """The student's global sums, with the gradient of this micro-batch's part of them.
-
-        Every part computes the same function f of the sums and contributes f / parts, so the
-        gradient of a part is scaled up by the number of parts.
-        """
-        return {
-            name: total[name] + self._parts * (value - value.detach())
-            for name, value in local.items()
-        }
-
-    def _close(self, done: EngineStep, passes: list[_Pass]) -> Culprit | None:
+    def _close(self, done: EngineStep, attempt: Attempt) -> Culprit | None:
         """Make everything follow the optimizer: final if it was applied, undone if not."""
-        culprit = None
+        culprit = None if done.applied else self._find_culprit(attempt)
+        attempt.close(done.applied)
+        self.engine.finish_norms(done.applied)
         if done.applied:
             self.applied_steps += 1
-            self.algorithm.commit()
-        else:
-            culprit = self._find_culprit(passes)
-            self.algorithm.discard()
-        self.engine.finish_norms(done.applied)
-        if done.applied and self.teacher is not None:
-            self.teacher.update()
+            if self.teacher is not None:
+                self.teacher.update()
         self.history.record(self.attempts, done, culprit)
         return culprit
 
-    def _find_culprit(self, passes: list[_Pass]) -> Culprit | None:
+    def _find_culprit(self, attempt: Attempt) -> Culprit | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
-        for done in passes:
-            inputs = channels_last(torch.cat(done.micro.inputs.parts))
-            culprit = find_culprit(self.engine, inputs, partial(self._terms, done=done))
+        for number, micro in enumerate(attempt.micros):
+            inputs = channels_last(cat(micro.inputs.parts))
+            terms = partial(attempt.weighted_terms, number)
+            culprit = find_culprit(self.engine, inputs, terms)
             if culprit is not None:
                 return culprit
         return None
-
-    def _terms(self, logits: Tensor, done: _Pass) -> dict[str, Tensor]:
-        """The terms of a micro-batch's loss, weighted, of other logits; without communication."""
-        outputs = self._outputs(logits, done.micro, done.weak, done.rows)
-        sums = self._attach(self.algorithm.student_statistics(outputs), done.total)
-        terms = self.algorithm.loss(outputs, sums)
-        weighted = {"supervised": terms.supervised}
-        if done.micro.uses_unlabeled:
-            weighted["unsupervised"] = terms.unsupervised_weight * terms.unsupervised
-        shared = {name: term / self._parts for name, term in terms.global_extras.items()}
-        return weighted | dict(terms.extras) | shared
 
     def _penalized(self, terms: LossTerms) -> LossTerms:
         """Add the L1 penalty, the same on every rank, if there is one."""
@@ -463,12 +248,12 @@ class SemiSupervisedStep:
         return replace(terms, global_extras={**terms.global_extras, "l1_loss": penalty})
 
     def _measure(
-        self, passes: list[_Pass], tell: Mapping[str, float]
+        self, attempt: Attempt, contributions: list[dict[str, Tensor]], tell: Mapping[str, float]
     ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, list[float]]]:
-        """Global means of a step, numbers of each class and of each rank. Collective."""
-        sums = {n: sum_(p.contributions[n] for p in passes) for n in passes[0].contributions}
-        weak = [p.weak.logits for p in passes if p.weak is not None]
-        rows = passes[0].micro.inputs.places.unlabeled_rows
+        """Give a step's global means, numbers of each class and of each rank. Collective."""
+        sums = {name: add(part[name] for part in contributions) for name in contributions[0]}
+        weak = [said.logits for said in attempt.weak if said is not None]
+        rows = attempt.micros[0].inputs.places.unlabeled_rows
         seen = pseudo_labels.observed(self.algorithm, weak, rows)
         told = {"own_seconds": self.own_time.take(), **tell}
         own = apart(torch.tensor(list(told.values()), device=self.engine.device))
@@ -480,11 +265,3 @@ class SemiSupervisedStep:
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
         classes = pseudo_labels.per_class(self.algorithm, shares)
         return dict(zip(reduced, values, strict=True)), classes, ranks
-
-
-def sum_(values: Iterable[Tensor]) -> Tensor:
-    """The sum of one or more tensors."""
-    first, *rest = values
-    for value in rest:
-        first = first + value
-    return first

@@ -20,6 +20,7 @@ from hpdist.engines import launch
 from hpdist.engines.config import LossScale
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models.activation_checkpointing import checkpoint_activations
+from hpdist.train.passes import FusedPass, Passes
 from hpdist.train.step import SemiSupervisedStep
 from tests.support import lockstep
 from tests.support.lockstep import Recorded
@@ -189,8 +190,9 @@ def traced() -> dict[bool, Traced]:
     found = {}
     for fused in (True, False):
         step = build(3)
-        assert step._fused
-        step._fused = fused
+        assert type(step._passes) is FusedPass
+        passes = FusedPass if fused else Passes
+        step._passes = passes(step.engine, step.algorithm, step.teacher, step.own_time)
         phase, invalidated = "first step", []
         train(step, 1)
         phase = "training"

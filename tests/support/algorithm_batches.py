@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpdist.algorithms import Algorithm, LossTerms, StudentOutputs, Views, WeakOutputs
-from hpdist.algorithms.base import Places
+from hpdist.algorithms import Algorithm, LossTerms, StudentOutputs, Views
+from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.protocol import Attempt, MicroBatch
 
 CLASSES, LABELED, UNLABELED = 5, 8, 40
 
@@ -70,47 +72,77 @@ def make_batch(
     )
 
 
-def outputs(batch: Batch, views: Views, part: int = 0, parts: int = 1) -> StudentOutputs:
-    """What a rank sees: one of several equal slices."""
+class Identity:
+    """A model whose inputs are its outputs."""
+
+    heads: Mapping[str, int] = {}
+
+    def __init__(self, batch: Batch, views: Views) -> None:
+        self.batch = batch
+        self.views = views
+
+    def targets(self, micros: Sequence[MicroBatch]) -> list[Tensor | None]:
+        """What is said of the weak views, and of the labelled rows if they are among them."""
+        found: list[Tensor | None] = []
+        for micro in micros:
+            parts = list(micro.inputs.weak)
+            if parts and self.views.labeled_targets:
+                parts.append(self.batch.weak_labeled[micro.inputs.places.labeled])
+            found.append(torch.cat(parts) if parts else None)
+        return found
+
+    def student(self, micro: MicroBatch) -> tuple[Tensor, None]:
+        return self.preview(micro), None
+
+    def preview(self, micro: MicroBatch) -> Tensor:
+        return torch.cat(micro.inputs.parts)
+
+    def probe(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
+def attempt(algorithm: Algorithm, batch: Batch, parts: int = 1) -> Attempt:
+    """A step on the batch, cut into several equal slices."""
+    micros = [_slice(batch, algorithm.views, part, parts) for part in range(parts)]
+    return Attempt(algorithm, micros, Identity(batch, algorithm.views), parts=parts)
+
+
+def _slice(batch: Batch, views: Views, part: int, parts: int) -> MicroBatch:
     x_rows, u_rows = len(batch.labels), len(batch.ids)
     x = slice(part * x_rows // parts, (part + 1) * x_rows // parts)
     u = slice(part * u_rows // parts, (part + 1) * u_rows // parts)
     slots = int(batch.places.max()) + 1 if u_rows else 4
     places = Places(torch.arange(x_rows)[x], batch.places[u], x_rows, slots, seed=0, step=0)
-    weak = None
-    if views.weak:
-        weak = WeakOutputs(batch.weak[u], batch.ids[u], places=places)
-        if views.labeled_targets:
-            weak = replace(weak, labeled=batch.weak_labeled[x], labels=batch.labels[x])
-    return StudentOutputs(
-        labeled=batch.labeled[x],
-        labels=batch.labels[x],
-        strong=tuple(view[u] for view in batch.strong[: views.strong]),
-        weak=weak,
-        labeled_rows=torch.tensor(float(x_rows)),
-        unlabeled_rows=torch.tensor(float(max(u_rows, 1))),
-        student_weak=(batch.student_weak[u],) if views.student_weak else (),
-        strong_labeled=(batch.strong_labeled[x],) if views.strong_labeled else (),
+    inputs = StudentInputs(
+        batch.labeled[x],
+        batch.labels[x],
+        (batch.student_weak[u],) * views.student_weak,
+        tuple(view[u] for view in batch.strong[: views.strong]),
+        (batch.strong_labeled[x],) * views.strong_labeled,
+        (batch.weak[u],) * views.weak,
+        places,
+        ids=batch.ids[u],
     )
+    return MicroBatch(inputs, batch.ids[u], None, len(batch.ids[u]))
 
 
-def run(algorithm: Algorithm, batch: Batch, parts: int = 1, *, sound: bool = True) -> LossTerms:
+def outputs(batch: Batch, views: Views, part: int = 0, parts: int = 1) -> StudentOutputs:
+    """What a rank sees: one of several equal slices."""
+    algorithm = Algorithm()
+    algorithm.views = views  # type: ignore[misc]
+    made = attempt(algorithm, batch, parts)
+    made.begin()
+    made.observe()
+    return made.student_outputs(part, made.model.preview(made.micros[part]))
+
+
+def run(algorithm: Algorithm, batch: Batch, parts: int = 1) -> LossTerms:
     """What a step does up to the loss; the terms summed over the parts, backward done."""
-    cut = [outputs(batch, algorithm.views, part, parts) for part in range(parts)]
-    seen = [algorithm.statistics(part.weak) for part in cut if part.weak is not None]
-    sums = {name: sum(part[name] for part in seen) for name in seen[0]} if seen else {}
-    algorithm.observe(sums, cut[0].unlabeled_rows)
-    algorithm.sound = torch.tensor(sound and len(batch.ids) > 0)
-    algorithm.pending = {
-        name: torch.where(algorithm.sound, value, algorithm.state[name])
-        for name, value in algorithm.pending.items()
-    }
-    local = [algorithm.student_statistics(part) for part in cut]
-    total = {name: sum(part[name] for part in local).detach() for name in local[0]}
+    made = attempt(algorithm, batch, parts)
+    made.begin()
     terms = []
-    for part, own in zip(cut, local, strict=True):
-        attached = {n: total[n] + parts * (v - v.detach()) for n, v in own.items()}
-        terms.append(algorithm.loss(part, attached))
+    for number in range(parts):
+        terms.append(made.judge(number))
         loss = terms[-1].total(parts)
         if loss.requires_grad:
             loss.backward(retain_graph=True)

@@ -148,6 +148,15 @@ def test_deepspeed_is_imported_by_engines_alone() -> None:
                 assert not [n for n in names if n.split(".")[0] == "deepspeed"], path
 
 
+def test_nothing_needs_pytest_to_be_imported() -> None:
+    """Also what is there for tests can be used by those who test with something else."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.split(".")[0] in ("pytest", "tests")], path
+
+
 def test_the_rules_can_fail(tmp_path: Path) -> None:
     """What a circle, an arrow upward and a whole config look like to the rules above."""
     files = {

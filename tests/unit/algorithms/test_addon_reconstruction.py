@@ -131,7 +131,7 @@ def test_a_supervised_run_learns_to_give_back_what_it_does_not_see() -> None:
     for weight in (0.0, 1.0):
         algorithm = Reconstruction(Supervised(), patch=2, weight=weight, hidden=32)
         step = make_step(algorithm, lr=0.05)
-        assert step._heads == {"reconstruction": 64}
+        assert step._passes.heads == {"reconstruction": 64}
         curves[weight] = train(step, 60)
         step.engine.module.eval()
         assert step.engine.infer(torch.rand(3, 1, 8, 8)).shape == (3, 10)

@@ -101,12 +101,14 @@ def test_a_step_that_is_skipped_leaves_no_trace(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_that_are_not_sound_leave_no_trace(name: str) -> None:
     algorithm = build(name)
+    if not algorithm.views.weak:
+        pytest.skip("has no targets")
     run(algorithm, make_batch(0))
     algorithm.commit()
     before = snapshot(algorithm)
     batch = make_batch(1)
     batch.weak[3, 2] = batch.weak_labeled[1, 1] = float("nan")
-    run(algorithm, batch, sound=False)
+    run(algorithm, batch)
     algorithm.commit()
     assert_equal(before, algorithm.state_dict())
     run(algorithm, make_batch(2))

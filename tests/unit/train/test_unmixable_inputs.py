@@ -21,11 +21,12 @@ from hpdist.algorithms import (
     ReMixMatch,
     WeakOutputs,
 )
+from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import AudioViewsConfig, IdentityViewsConfig, TextViewsConfig, Views
 from hpdist.errors import ConfigError
-from hpdist.train.micro_batch import Cutter, MicroBatch
+from hpdist.train.micro_batch import Cutter
 
 CHANGING: dict[str, Callable[[], Algorithm]] = {
     "ICT": ICT,

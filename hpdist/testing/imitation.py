@@ -1,0 +1,354 @@
+"""Steps of an algorithm on a global batch, with a linear model and without an engine.
+
+The model's features are its inputs: vectors, or small images for algorithms that rotate them. The
+batch can be shared by ranks, each a thread with an algorithm of its own, and cut into
+micro-batches. What came of a step is kept for whoever wants to look at it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.base import Algorithm, LossTerms, Places, StudentInputs
+from hpdist.algorithms.protocol import Attempt, MicroBatch, OwnSums, Reduce
+from hpdist.data.structures import Structure
+
+FEATURES = 6
+IMAGE = (1, 3, 3)
+_PATIENCE = 60  # seconds that a rank waits for the others
+
+
+@dataclass
+class GlobalBatch:
+    """Views of a global batch; unlabelled rows that are not `usable` have no views anywhere."""
+
+    labeled: Tensor  # [labeled, features]
+    labels: Tensor  # [labeled]
+    weak: list[Tensor]  # per view [unlabeled, features]
+    student_weak: list[Tensor]
+    strong: list[Tensor]
+    strong_labeled: list[Tensor]
+    ids: Tensor
+    usable: Tensor  # bool [unlabeled]
+    student: Tensor  # [features, classes]
+    target: Tensor  # the same of the model that makes the targets
+    step: int
+    heads: dict[str, torch.nn.Module] = field(default_factory=dict)
+    labeled_ids: Tensor = field(default_factory=lambda: torch.zeros(0).long())
+
+    def slice(self, number: int, slices: int) -> MicroBatch:
+        """Give one of several equal slices, in the order of the global batch."""
+        labeled, unlabeled = len(self.labels) // slices, len(self.ids) // slices
+        x = torch.arange(number * labeled, (number + 1) * labeled)
+        u = torch.arange(number * unlabeled, (number + 1) * unlabeled)
+        u = u[self.usable[u]]
+        inputs = StudentInputs(
+            self.labeled[x],
+            self.labels[x],
+            tuple(view[u] for view in self.student_weak),
+            tuple(view[u] for view in self.strong),
+            tuple(view[x] for view in self.strong_labeled),
+            tuple(view[u] for view in self.weak),
+            Places(x, u, len(self.labels), len(self.ids), seed=7, step=self.step),
+            ids=self.ids[u],
+        )
+        labeled_ids = self.labeled_ids[x] if len(self.labeled_ids) else None
+        return MicroBatch(inputs, self.ids[u], labeled_ids, len(u))
+
+
+def global_batch(
+    algorithm: Algorithm,
+    seed: int = 0,
+    *,
+    labeled: int = 8,
+    unlabeled: int = 16,
+    classes: int = 5,
+    unusable: Sequence[int] = (),
+    one_class: bool = False,
+) -> GlobalBatch:
+    """Make a random one with as many views as the algorithm wants."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = IMAGE if "rotation" in algorithm.head_names else (FEATURES,)
+    features = math.prod(shape)
+
+    def rows(count: int, *shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    views = algorithm.views
+    usable = torch.ones(unlabeled, dtype=torch.bool)
+    usable[list(unusable)] = False
+    labels = torch.randint(classes, (labeled,), generator=generator)
+    return GlobalBatch(
+        rows(labeled, *shape),
+        torch.zeros_like(labels) if one_class else labels,
+        [rows(unlabeled, *shape) for _ in range(views.weak)],
+        [rows(unlabeled, *shape) for _ in range(views.student_weak)],
+        [rows(unlabeled, *shape) for _ in range(views.strong)],
+        [rows(labeled, *shape) for _ in range(views.strong_labeled)],
+        torch.randperm(unlabeled * 2, generator=generator)[:unlabeled],
+        usable,
+        rows(features, classes),
+        rows(features, classes) if views.teacher else torch.zeros(0),
+        seed,
+        make_heads(algorithm, features),
+        torch.randperm(4 * labeled, generator=generator)[:labeled] + 2**30,
+    )
+
+
+def make_heads(algorithm: Algorithm, features: int = FEATURES) -> dict[str, torch.nn.Module]:
+    """Make the heads that it wants, the same in every call."""
+    torch.manual_seed(3)
+    algorithm.input_shape = torch.Size([features])
+    made = algorithm.heads(torch.Size([features]))
+    own = {name: torch.nn.Linear(features, 3) for name in algorithm.head_names}  # of the model
+    return {name: made.get(name, own[name]) for name in algorithm.head_names}
+
+
+@dataclass
+class Ran:
+    """A step as it went: tensors in the order of the global batch, views one after the other."""
+
+    inputs: list[Tensor] = field(default_factory=list)  # what the student saw, part by part
+    logits: list[Tensor] = field(default_factory=list)  # what it said, part by part
+    gradients: list[Tensor] = field(default_factory=list)  # of the loss, to the logits
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    heads: dict[str, list[Tensor]] = field(default_factory=dict)  # what they said, part by part
+    head_gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """What no algorithm may do, in words."""
+
+    def arrays(self, what: str) -> list[np.ndarray]:
+        """Give the tensors of a field in float64."""
+        return [part.detach().double().numpy() for part in getattr(self, what)]
+
+
+class LinearModel:
+    """Student and teacher of a global batch; what the student says are leaves with a gradient."""
+
+    def __init__(self, algorithm: Algorithm, batch: GlobalBatch) -> None:
+        self.views = algorithm.views
+        self.batch = batch
+        self.heads: Mapping[str, int] = dict.fromkeys(batch.heads, 0)
+        self.leaves: dict[str, list[Tensor]] = {}
+        """What the student said last, part by part; the logits under no name."""
+
+    def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
+        """Give what student or teacher says of the weak views."""
+        model = self.batch.target if self.views.teacher else self.batch.student
+        found: list[Structure | None] = []
+        for micro in micros:
+            parts = list(micro.inputs.weak)
+            if parts and self.views.labeled_targets:
+                parts.append(micro.inputs.labeled)
+            found.append(_joined_outputs(self._say(parts, model)) if parts else None)
+        return found
+
+    def student(self, micro: MicroBatch) -> tuple[Structure, None]:
+        """Give what the student says of its rows."""
+        said = self._say(micro.inputs.parts, self.batch.student)
+        self.leaves = {
+            name: [part.detach().requires_grad_() for part in parts] for name, parts in said.items()
+        }
+        return self.last_outputs(), None
+
+    def last_outputs(self) -> Structure:
+        """Give what the student said last."""
+        return _joined_outputs(self.leaves)
+
+    def preview(self, micro: MicroBatch) -> Structure:
+        """Give what the student will say of the same rows."""
+        return _joined_outputs(self._say(micro.inputs.parts, self.batch.student))
+
+    def probe(self, inputs: Tensor) -> Structure:
+        """Give what the student says of other inputs."""
+        rows = inputs.flatten(1)
+        heads = {name: head(rows) for name, head in self.batch.heads.items()}
+        return {"logits": rows @ self.batch.student} | heads
+
+    @torch.no_grad()
+    def _say(self, parts: Sequence[Tensor], model: Tensor) -> dict[str, list[Tensor]]:
+        rows = [part.flatten(1) for part in parts]
+        heads = {name: [head(part) for part in rows] for name, head in self.batch.heads.items()}
+        return {"": [part @ model for part in rows]} | heads
+
+
+def _joined_outputs(parts: Mapping[str, Sequence[Tensor]]) -> Structure:
+    return {name or "logits": torch.cat(list(views)) for name, views in parts.items()}
+
+
+def run_step(
+    algorithms: Sequence[Algorithm],
+    batch: GlobalBatch,
+    micro_batches: int = 1,
+    *,
+    commit: bool = True,
+) -> Ran:
+    """Do one step on the global batch, shared by as many ranks as there are algorithms.
+
+    Each rank cuts its part into `micro_batches`. Where there are several ranks, every algorithm is
+    bound to its own already. Raises whatever an algorithm raises.
+    """
+    if len(algorithms) == 1:
+        return _run_rank(algorithms[0], batch, 0, 1, micro_batches, OwnSums, commit)
+    ranks = len(algorithms)
+    together = _SharedSums(ranks)
+
+    def run(rank: int) -> Ran:
+        try:
+            reduce = together.of_rank(rank)
+            return _run_rank(algorithms[rank], batch, rank, ranks, micro_batches, reduce, commit)
+        except BaseException:
+            together.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        futures = [pool.submit(run, rank) for rank in range(ranks)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return _join([future.result() for future in futures])
+
+
+def _run_rank(
+    algorithm: Algorithm,
+    batch: GlobalBatch,
+    rank: int,
+    ranks: int,
+    micro_batches: int,
+    reduce: Reduce,
+    commit: bool,
+) -> Ran:
+    slices = ranks * micro_batches
+    first = rank * micro_batches
+    micros = [batch.slice(number, slices) for number in range(first, first + micro_batches)]
+    model = LinearModel(algorithm, batch)
+    attempt = Attempt(algorithm, micros, model, reduce, slices)
+    attempt.begin()
+    found = [_judge(attempt, model, number) for number in range(micro_batches)]
+    attempt.close(commit)
+    return _join(found)
+
+
+def _judge(attempt: Attempt, model: LinearModel, number: int) -> Ran:
+    """Give the loss of a micro-batch, and its gradient."""
+    inputs, weak = attempt.micros[number].inputs, attempt.weak[number]
+    targets = () if weak is None else weak.everything
+    versions = [part._version for part in (*targets, *inputs.parts)]
+    terms = attempt.judge(number)
+    again = attempt.terms(number, model.last_outputs())
+    loss = terms.total(attempt.parts)
+    problems = _problems(attempt, number, terms, again)
+    if versions != [part._version for part in (*targets, *inputs.parts)]:
+        problems.append("changes what the model said of the weak views, or its inputs, in place")
+    names = [(name, at) for name, leaves in model.leaves.items() for at in range(len(leaves))]
+    leaves = [model.leaves[name][at] for name, at in names]
+    gradients: dict[str, list[Tensor]] = {name: [] for name in model.leaves}
+    made: Sequence[Tensor | None] = (
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(leaves)
+    )
+    for (name, _), leaf, gradient in zip(names, leaves, made, strict=True):
+        gradients[name].append(torch.zeros_like(leaf) if gradient is None else gradient)
+    heads = dict(model.leaves)
+    return Ran(
+        inputs.parts,
+        heads.pop(""),
+        gradients.pop(""),
+        dict(inputs.notes),
+        {name: value.item() for name, value in terms.contributions(attempt.parts).items()},
+        heads,
+        gradients,
+        problems,
+    )
+
+
+def _problems(attempt: Attempt, number: int, terms: LossTerms, again: LossTerms) -> list[str]:
+    inputs, weak = attempt.micros[number].inputs, attempt.weak[number]
+    totals = [one.total(attempt.parts).detach().nan_to_num() for one in (terms, again)]
+    problems = []
+    if not torch.equal(*totals):
+        problems.append(
+            f"a second call of `loss` gives {totals[1]:.7g}, the first {totals[0]:.7g}: it must be "
+            "a function of its arguments, `pending` and the noise of `Places`"
+        )
+    if weak is not None and any(part.requires_grad for part in weak.everything):
+        problems.append("asks for a gradient into the targets: use them as they are, or a copy")
+    if any(part.requires_grad for part in (*inputs.parts, *inputs.notes.values())):
+        problems.append("gives the student inputs or notes with a gradient: detach them")
+    remembered = {**attempt.algorithm.state, **attempt.algorithm.pending}
+    if kept := [name for name, value in remembered.items() if value.requires_grad]:
+        problems.append(f"remembers {', '.join(kept)} with a gradient: detach it")
+    return problems
+
+
+def _join(parts: Sequence[Ran]) -> Ran:
+    """Put the parts of a step together, in the order of the global batch."""
+
+    def rows(views: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+        return [torch.cat(view) for view in zip(*views, strict=True)]
+
+    first = parts[0]
+    return Ran(
+        rows(part.inputs for part in parts),
+        rows(part.logits for part in parts),
+        rows(part.gradients for part in parts),
+        {name: torch.cat([part.notes[name] for part in parts]) for name in first.notes},
+        {name: sum(part.losses[name] for part in parts) for name in first.losses},
+        {name: rows([part.heads[name] for part in parts]) for name in first.heads},
+        {
+            name: rows([part.head_gradients[name] for part in parts])
+            for name in first.head_gradients
+        },
+        list(dict.fromkeys(problem for part in parts for problem in part.problems)),
+    )
+
+
+class _SharedSums:
+    """The reduction of ranks that are threads: they wait for one another, and all add up alike."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=_PATIENCE)
+        self._given: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+
+    def of_rank(self, rank: int) -> Reduce:
+        """Give a rank its reduction."""
+        return lambda sums: _PendingShare(self, rank, OwnSums(sums).wait())
+
+    def meet(self, rank: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add up what all ranks give. Raises ValueError where they give different tensors."""
+        self._given[rank] = sums
+        self.barrier.wait()
+        given = list(self._given)
+        self.barrier.wait()  # before anybody gives the next
+        shapes = [[(name, tuple(v.shape)) for name, v in one.items()] for one in given]
+        if any(other != shapes[0] for other in shapes):
+            raise ValueError(f"the ranks reduce different sums: {shapes}")
+        return {name: torch.stack([one[name] for one in given]).sum(dim=0) for name in sums}
+
+
+@dataclass(frozen=True)
+class _PendingShare:
+    together: _SharedSums
+    rank: int
+    sums: dict[str, Tensor]
+
+    def wait(self) -> dict[str, Tensor]:
+        """Wait for the other ranks."""
+        return self.together.meet(self.rank, self.sums)
+
+
+def with_nan(batch: GlobalBatch) -> GlobalBatch:
+    """Give the same batch, one of whose target views is not finite."""
+    broken = batch.weak[0].clone()
+    broken[3] = float("nan")
+    return replace(batch, weak=[broken, *batch.weak[1:]])

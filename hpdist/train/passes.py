@@ -1,0 +1,153 @@
+"""How an optimizer step asks the model: one pass or two, and what must be kept in order meanwhile.
+
+A pass in training mode moves batch normalisation, makes other ranks wait and, under ZeRO-3, gathers
+the weights; the algorithm's protocol knows of none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.protocol import MicroBatch, PendingSums
+from hpdist.data.structures import Structure, cat, detach, narrow, row_count, split
+from hpdist.distributed.collectives import FusedSum
+from hpdist.distributed.stragglers import OwnTime
+from hpdist.engines.base import Engine
+from hpdist.engines.teacher import ShardedTeacher
+from hpdist.models.with_heads import columns_of
+from hpdist.train.micro_batch import channels_last
+
+
+class Passes:
+    """Asks for the targets in passes of their own, before the student's.
+
+    Args:
+        engine: Has the model.
+        algorithm: Says which views there are.
+        teacher: Makes the targets, where the algorithm wants it to.
+        timer: Is stopped where this rank first waits for the others.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        algorithm: Algorithm,
+        teacher: ShardedTeacher | None,
+        timer: OwnTime,
+    ) -> None:
+        self.engine = engine
+        self.algorithm = algorithm
+        self.teacher = teacher if algorithm.views.teacher else None
+        self.timer = timer
+        self.heads: Mapping[str, int] = columns_of(engine.module)
+
+    def begin(self) -> None:
+        """Begin a step."""
+        if not self.engine.module.training:  # setting it walks over all modules
+            self.engine.module.train()
+        self.timer.begin()
+
+    def targets(self, micros: Sequence[MicroBatch]) -> Sequence[Structure | None] | None:
+        """Give what student or teacher says of the weak views, without gradient."""
+        self._wait_for_others()
+        teacher, found = self.teacher, list[Structure | None]()
+        with nullcontext(self.engine.infer) if teacher is None else teacher.forward() as infer:
+            for micro in micros:
+                parts = list(micro.inputs.weak)
+                if parts and self.algorithm.views.labeled_targets:
+                    parts.append(micro.inputs.labeled)
+                found.append(infer(channels_last(cat(parts))) if parts else None)
+        return found
+
+    def student(self, micro: MicroBatch) -> tuple[Structure, Structure | None]:
+        """Give what the student says of its rows, with gradient."""
+        return self._student_pass(micro, ()), None
+
+    def preview(self, micro: MicroBatch) -> Structure:
+        """Give what the student says of the same rows, without gradient or trace."""
+        outputs = self.engine.infer(channels_last(cat(micro.inputs.parts)))
+        self.engine.forget_norms()
+        return outputs
+
+    def probe(self, inputs: Tensor) -> Structure:
+        """Give what the student says of other inputs, with a gradient towards them alone."""
+        outputs = self.engine.examine(channels_last(inputs))
+        self.engine.forget_norms()
+        return outputs
+
+    def reduce(self, sums: Mapping[str, Tensor]) -> PendingSums:
+        """Begin to add up sums over all ranks. Collective: every rank must call."""
+        return _TimedSum(sums, self.timer)
+
+    def _student_pass(self, micro: MicroBatch, behind: Sequence[Tensor]) -> Tensor:
+        """Ask the student about its rows and those put behind them, in one forward.
+
+        Batch normalisation takes them for the batches that they would be in passes of their own.
+        """
+        parts = micro.inputs.parts
+        batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
+        runs = [*batches, list(behind)] if behind else batches
+        rows = [sum(row_count(part) for part in run) for run in runs if run]
+        with self.engine.segments(rows):
+            return self.engine.forward(channels_last(cat([*parts, *behind])))
+
+    def _wait_for_others(self) -> None:
+        """Stop the timer if the passes to come wait for other ranks."""
+        if self.engine.forward_communicates or self.teacher is not None:
+            self.timer.end()
+
+
+class FusedPass(Passes):
+    """Asks about the weak views in the student's own forward, behind its rows.
+
+    Under ZeRO-3 a second forward would gather all weights again, and in another order than the
+    prefetch goes by.
+    """
+
+    def targets(self, micros: Sequence[MicroBatch]) -> None:
+        """Leave them to the student's pass."""
+        self._wait_for_others()
+
+    def student(self, micro: MicroBatch) -> tuple[Structure, Structure | None]:
+        """Give what the student says of its rows, with gradient, and of the weak views, without."""
+        weak = micro.inputs.weak
+        outputs = self._student_pass(micro, weak)
+        if not weak:
+            return outputs, None
+        weak_rows = sum(row_count(part) for part in weak)
+        student, targets = split(outputs, [len(outputs) - weak_rows, weak_rows])
+        if self.algorithm.views.labeled_targets:
+            targets = cat([targets, narrow(student, 0, row_count(micro.inputs.labeled))])
+        return student, detach(targets)
+
+
+def make_passes(
+    engine: Engine,
+    algorithm: Algorithm,
+    teacher: ShardedTeacher | None,
+    timer: OwnTime,
+    micro_batches: int,
+) -> Passes:
+    """Choose the passes: fused where the engine gains by it and nothing needs the targets first."""
+    views = algorithm.views
+    needed_first = views.teacher or views.inputs_need_targets or views.probed
+    fused = engine.fuses_weak_pass and micro_batches == 1 and not needed_first
+    return (FusedPass if fused else Passes)(engine, algorithm, teacher, timer)
+
+
+class _TimedSum(FusedSum):
+    """A sum over all ranks; to wait for it is to wait for the others."""
+
+    def __init__(self, sums: Mapping[str, Tensor], timer: OwnTime) -> None:
+        super().__init__(sums)
+        self._timer = timer
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        """Stop the timer, and give the sums."""
+        self._timer.end()
+        return super().wait()
