@@ -27,11 +27,12 @@ from hpdist.algorithms.parts.alignment import (
     moved,
     uniform_prior,
 )
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.losses import confident
 
 
-class AdaMatch(Ramped, name="adamatch"):
+class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
     """L = L_x + mu(t) lambda_u mean_b 1[max q_b >= c] H(argmax q_b, p(strong(u_b))).
 
     With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1; p_x is a moving average
@@ -100,11 +101,13 @@ class AdaMatch(Ramped, name="adamatch"):
             outputs.weak.logits, self._mean.value(self.pending), self.pending["labeled_probability"]
         )
         mask, pseudo_labels = confident(probabilities, self._threshold)  # [unlabeled] both
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight * self.ramp,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight * self.ramp,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def load_state_dict(

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentInputs,
     StudentOutputs,
@@ -22,6 +21,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.projections import flat_linear
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.rotation import HEAD as ROTATION
 from hpdist.algorithms.parts.rotation import add_rotated, rotation_head, rotation_loss
 from hpdist.tasks.losses import confident
@@ -29,7 +29,7 @@ from hpdist.tasks.losses import confident
 _DISTANCE = "distance"
 
 
-class CRMatch(Algorithm, name="crmatch"):
+class CRMatch(PseudoLabeling, name="crmatch"):
     """L = L_x + lambda_u mean_b m_b H(argmax q_b, p(s_b)) + lambda_d L_d + lambda_r L_rot.
 
     With views w and s = strong(u), q_b = p(w_b) and m_b = 1[max q_b >= tau]. L_d = mean_b m_b
@@ -58,6 +58,7 @@ class CRMatch(Algorithm, name="crmatch"):
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
+        super().start(device)
         weights = {_DISTANCE: self.distance_weight, ROTATION: self.rotation_weight}
         self.head_names = tuple(name for name, weight in weights.items() if weight > 0)
 
@@ -86,12 +87,14 @@ class CRMatch(Algorithm, name="crmatch"):
             extras["distance_loss"] = self.distance_weight * distance
         if self.rotation_weight > 0:
             extras["rotation_loss"] = self.rotation_weight * rotation_loss(outputs)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            extras=extras,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                extras=extras,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
 

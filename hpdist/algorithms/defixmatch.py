@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -14,10 +13,11 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.losses import confident, hard_cross_entropy
 
 
-class DeFixMatch(Algorithm, name="defixmatch"):
+class DeFixMatch(PseudoLabeling, name="defixmatch"):
     """L = L_x + lambda (L_u(U) - L_u(X)): the risk stays unbiased whatever lambda is.
 
     L_x = 1/2 mean_b (H(y_b, p(weak(x_b))) + H(y_b, p(strong(x_b)))), and L_u is FixMatch's term
@@ -45,12 +45,14 @@ class DeFixMatch(Algorithm, name="defixmatch"):
         strong_loss = hard_cross_entropy(strong, outputs.labels).sum() / rows
         x_mask, x_pseudo_labels = confident(outputs.weak.labeled.softmax(dim=-1), self.threshold)
         bias = (hard_cross_entropy(strong, x_pseudo_labels) * x_mask).sum() / rows
-        return LossTerms(
-            supervised=(supervised_loss(outputs) + strong_loss) / 2,
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            extras={"debiasing_loss": -self.unsupervised_weight * bias},
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=(supervised_loss(outputs) + strong_loss) / 2,
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                extras={"debiasing_loss": -self.unsupervised_weight * bias},
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
 

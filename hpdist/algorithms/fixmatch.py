@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -13,10 +12,11 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 
 
-class FixMatch(Algorithm, name="fixmatch"):
+class FixMatch(PseudoLabeling, name="fixmatch"):
     """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))).
 
     With q_b = p(weak(u_b)). Equations 3 and 4 of the paper. Of several labels each is decided
@@ -39,11 +39,13 @@ class FixMatch(Algorithm, name="fixmatch"):
         assert outputs.weak is not None
         mask, pseudo_labels = self.task.pseudo_labels(outputs.weak.logits, self.threshold)
         losses = self.task.pseudo_label_losses(outputs.strong[0], pseudo_labels, mask)
-        return LossTerms(
-            supervised=supervised_loss(outputs, self.task),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs, self.task),
+                unsupervised=losses.sum() / outputs.unlabeled_rows,
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
+            )
         )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     SavedShards,
     Shards,
@@ -22,6 +21,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.options import argument, option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.tables import NEVER, LabelTable, WholeShards
 from hpdist.tasks.losses import confident
 
@@ -36,7 +36,7 @@ _MAPPINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FlexMatch(Algorithm, name="flexmatch"):
+class FlexMatch(PseudoLabeling, name="flexmatch"):
     """L = L_x + lambda mean_b 1[max q_b >= T(argmax q_b)] H(argmax q_b, p(strong(u_b))).
 
     With q_b = p(weak(u_b)) and T(c) = M(beta(c)) tau (eq. 7 and 12). sigma(c) counts the rows, of
@@ -68,7 +68,8 @@ class FlexMatch(Algorithm, name="flexmatch"):
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
-        self.state = {
+        super().start(device)
+        self.state |= {
             "counts": torch.zeros(self.num_classes, dtype=torch.int64, device=device),  # sigma
             "seen": torch.zeros((), dtype=torch.int64, device=device),  # rows used so far
         }
@@ -108,11 +109,13 @@ class FlexMatch(Algorithm, name="flexmatch"):
         """Both terms and the mask rate."""
         assert outputs.weak is not None
         mask, pseudo_labels = self._mask(outputs.weak)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def commit(self) -> None:

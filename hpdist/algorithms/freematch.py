@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -20,10 +19,11 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import moved, uniform_prior
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.losses import confident
 
 
-class FreeMatch(Algorithm, name="freematch"):
+class FreeMatch(PseudoLabeling, name="freematch"):
     """FixMatch with self-adaptive thresholds and self-adaptive fairness.
 
     With q_b = p(weak(u_b)) and EMA over steps, updated with this batch before it is used: tau = EMA
@@ -54,8 +54,9 @@ class FreeMatch(Algorithm, name="freematch"):
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
+        super().start(device)
         uniform = uniform_prior(self.num_classes, device)
-        self.state = {
+        self.state |= {
             "threshold": uniform[0].clone(),  # [], tau
             "probability": uniform.clone(),  # [classes], p~
             "histogram": uniform.clone(),  # [classes], h~
@@ -76,6 +77,7 @@ class FreeMatch(Algorithm, name="freematch"):
         self.pending = {
             name: moved(average, sums[name] / unlabeled_rows, self.momentum)
             for name, average in self.state.items()
+            if name in sums
         }
 
     @property
@@ -100,12 +102,14 @@ class FreeMatch(Algorithm, name="freematch"):
         fairness = {}
         if self.uses_student_statistics:
             fairness["fairness_loss"] = self.fairness_weight * self._fairness(student_sums)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            global_extras=fairness,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                global_extras=fairness,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -14,10 +13,11 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.losses import confident, kl_divergence
 
 
-class ReFixMatch(Algorithm, name="refixmatch"):
+class ReFixMatch(PseudoLabeling, name="refixmatch"):
     """L = L_x + lambda_u mean_b (m_b H(argmax q_b, p_b) + (1 - m_b) KL(q_b^T || p_b)).
 
     With z logits, q_b = softmax(z(weak(u_b))), p_b = softmax(z(strong(u_b))), the mask
@@ -44,12 +44,14 @@ class ReFixMatch(Algorithm, name="refixmatch"):
             outputs.weak.logits / self.temperature, outputs.strong[0]
         )  # [unlabeled]
         rejected = (divergences * (1 - mask)).sum() / outputs.unlabeled_rows
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            extras={"rejected_loss": self.unsupervised_weight * rejected},
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                extras={"rejected_loss": self.unsupervised_weight * rejected},
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
 

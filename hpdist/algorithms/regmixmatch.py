@@ -166,11 +166,12 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         low = (notes["low"] * squared_error(logits, labels)).sum() / low_rows
         if self.weighting == "mean":
             low = weight * low
-        return replace(
+        mixed = replace(
             terms,
             extras={"srm_loss": self.high_weight * high / rows, "cam_loss": self.low_weight * low},
             metrics={**terms.metrics, "confident_rate": notes["high"].sum() / rows},
         )
+        return self.burned_in(mixed)
 
     def _mixes_labeled(self) -> bool:
         """Whether labelled rows are mixed too; the same in every step."""

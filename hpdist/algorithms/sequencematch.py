@@ -62,12 +62,14 @@ class SequenceMatch(FlexMatch, name="sequencematch"):
         }
         if self.rejected_weight > 0:
             terms["rejected_loss"] = self.rejected_weight * (1 - mask) * weak_strong
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=(mask * hard_cross_entropy(strong, pseudo_labels)).sum() / rows,
-            unsupervised_weight=self.unsupervised_weight,
-            extras={n: self.unsupervised_weight * t.sum() / rows for n, t in terms.items()},
-            metrics={"mask_rate": mask.sum() / rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=(mask * hard_cross_entropy(strong, pseudo_labels)).sum() / rows,
+                unsupervised_weight=self.unsupervised_weight,
+                extras={n: self.unsupervised_weight * t.sum() / rows for n, t in terms.items()},
+                metrics={"mask_rate": mask.sum() / rows},
+            )
         )
 
     def _teaches(self, logits: Tensor, mask: Tensor) -> Tensor:

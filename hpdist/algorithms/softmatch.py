@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -19,9 +18,10 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, moved, uniform_prior
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 
 
-class SoftMatch(Algorithm, name="softmatch"):
+class SoftMatch(PseudoLabeling, name="softmatch"):
     """L = L_x + lambda_u mean_b w_b H(argmax q_b, p(strong(u_b))), with q_b = p(weak(u_b)).
 
     Averages over steps, updated with this batch before they are used: mu and v = EMA of mean and
@@ -49,8 +49,9 @@ class SoftMatch(Algorithm, name="softmatch"):
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
+        super().start(device)
         self._prior = uniform_prior(self.num_classes, device)
-        self.state = {
+        self.state |= {
             "mean": self._prior[0].clone(),  # [], mu
             "variance": torch.ones((), device=device),  # [], v
             "probability": self._prior.clone(),  # [classes], p~
@@ -90,11 +91,13 @@ class SoftMatch(Algorithm, name="softmatch"):
         assert outputs.weak is not None
         pseudo_labels = outputs.weak.logits.argmax(dim=-1)  # [unlabeled]
         weights = self._weights(outputs.weak)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, weights, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": weights.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, weights, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": weights.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def _weights(self, weak: WeakOutputs) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -18,11 +17,12 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.options import REQUIRED, argument, option
 from hpdist.algorithms.parts import ramps
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 
 
-class UDA(Algorithm, name="uda"):
+class UDA(PseudoLabeling, name="uda"):
     """L = L_x + lambda mean_b 1[max p(weak(u_b)) > beta] H(q_b, p(strong(u_b))).
 
     With q_b = softmax(z(weak(u_b)) / tau) of the logits z.
@@ -55,6 +55,7 @@ class UDA(Algorithm, name="uda"):
 
     def start(self, device: torch.device | str) -> None:
         """Refuse what this class does not do."""
+        super().start(device)
         if self.annealing != "off" and not isinstance(self, AnnealedUDA):
             raise ConfigError(
                 f"UDA(annealing={self.annealing!r}) needs to know the run; give "
@@ -68,11 +69,13 @@ class UDA(Algorithm, name="uda"):
         mask = (confidence > self.threshold).float()
         targets = sharpened(outputs.weak.logits, self.temperature)
         losses = soft_cross_entropy(outputs.strong[0], targets) * mask
-        return LossTerms(
-            supervised=self._supervised(outputs),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=self._supervised(outputs),
+                unsupervised=losses.sum() / outputs.unlabeled_rows,
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def _supervised(self, outputs: StudentOutputs) -> Tensor:
@@ -94,7 +97,8 @@ class AnnealedUDA(UDA):
 
     def start(self, device: torch.device | str) -> None:
         """Make the count of applied steps, on `device`."""
-        self.state = {"step": torch.zeros((), device=device)}
+        super().start(device)
+        self.state["step"] = torch.zeros((), device=device)
         self._kept = torch.ones((), device=device)  # labelled rows of this global batch that count
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
