@@ -45,7 +45,6 @@ class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
 
     paper: ClassVar[str] = "Berthelot et al. 2022, arXiv:2106.04732"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
-
     shape = "cosine"
     defaults: ClassVar[str] = "The paper's values, and the averages of its authors' code."
 

@@ -287,6 +287,7 @@ class Algorithm(WithOptions):
     config_base = AlgorithmConfig
     first_arguments = ()
     device: torch.device | str = argument(default="cpu")
+    """Where the state is made: of the constructor alone, for the state may be moved."""
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)

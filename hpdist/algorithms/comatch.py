@@ -44,7 +44,6 @@ class CoMatch(Algorithm, name="comatch"):
 
     paper: ClassVar[str] = "Li, Xiong and Hoi 2021, arXiv:2011.11183"
     head_names = (_HEAD,)
-
     defaults: ClassVar[str] = (
         "The paper's values for CIFAR-10; its bank holds five batches of 512 rows."
     )

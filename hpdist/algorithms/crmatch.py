@@ -42,7 +42,6 @@ class CRMatch(PseudoLabeling, name="crmatch"):
 
     paper: ClassVar[str] = "Fan, Kukleva and Schiele 2021, arXiv:2112.05825"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-
     defaults: ClassVar[str] = "The paper's weights and threshold; the width is USB's for WRN-28-2."
 
     threshold: float = option(default=0.95, ge=0, le=1)

@@ -33,7 +33,6 @@ class Dash(Algorithm, name="dash"):
 
     paper: ClassVar[str] = "Xu et al. 2021, arXiv:2109.00650"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
-
     defaults: ClassVar[str] = "The paper's values, its counts of steps as shares of its run."
 
     warmup_steps: int = share_of_run(setting="warmup", share=0.002, ge=0, le=1)

@@ -27,7 +27,6 @@ class DeFixMatch(PseudoLabeling, name="defixmatch"):
 
     paper: ClassVar[str] = "Schmutz et al. 2023, arXiv:2203.07512"
     views: ClassVar[Views] = Views(weak=1, strong=1, strong_labeled=1, labeled_targets=True)
-
     defaults: ClassVar[str] = "The paper's threshold; the weight is that of the benchmark USB."
 
     threshold: float = option(default=0.95, ge=0, le=1)

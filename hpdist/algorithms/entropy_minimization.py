@@ -25,7 +25,6 @@ class EntropyMinimization(Algorithm, name="entropy_minimization"):
     paper: ClassVar[str] = "Grandvalet and Bengio 2004, NIPS 17"
     views: ClassVar[Views] = Views(student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
-
     defaults: ClassVar[str] = (
         "The weight that the benchmark USB has beside VAT; the paper cross-validates its own."
     )

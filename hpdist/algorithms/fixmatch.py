@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
@@ -26,7 +20,6 @@ class FixMatch(PseudoLabeling, name="fixmatch"):
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"
     views: ClassVar[Views] = Views(weak=1, strong=1)
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
-
     defaults: ClassVar[str] = "The paper's values."
 
     threshold: float = option(default=0.95, kw_only=False, ge=0, le=1)

@@ -52,7 +52,6 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
 
     paper: ClassVar[str] = "Zhang et al. 2021, arXiv:2110.08263"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-
     defaults: ClassVar[str] = "The paper's values."
 
     num_classes: int = argument(kw_only=False)

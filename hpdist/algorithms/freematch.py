@@ -35,7 +35,6 @@ class FreeMatch(PseudoLabeling, name="freematch"):
 
     paper: ClassVar[str] = "Wang et al. 2023, arXiv:2205.07246"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-
     defaults: ClassVar[str] = (
         "The paper's values, but for the fairness weight of the benchmark USB's configs.\n"
         "\n"

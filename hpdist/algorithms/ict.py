@@ -35,7 +35,6 @@ class ICT(Ramped, name="ict"):
     tasks: ClassVar[tuple[str, ...]] = ALL
     groups: Groups
     mixed = ("unlabeled",)
-
     shape = "gaussian"
     defaults: ClassVar[str] = (
         "The upper ends of what the paper searched: alpha from 0.1, w from 1.\n"

@@ -31,7 +31,6 @@ class Ladder(Algorithm, name="ladder"):
     head_names = ("reconstruction",)
     normalizes_apart = True
     heads_hint = "only a model with a decoder does: model.name: ladder"
-
     defaults: ClassVar[str] = "The paper's values for MNIST."
 
     layer_weights: tuple[float, ...] = option(

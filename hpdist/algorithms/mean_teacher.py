@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import ALL
@@ -26,7 +20,6 @@ class MeanTeacher(Ramped, name="mean_teacher"):
     paper: ClassVar[str] = "Tarvainen and Valpola 2017, arXiv:1703.01780"
     views: ClassVar[Views] = Views(weak=1, student_weak=1, teacher=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
-
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB; the teacher's decay is the run's `teacher.decay`."

@@ -38,7 +38,6 @@ class MixMatch(Ramped, name="mixmatch"):
     paper: ClassVar[str] = "Berthelot et al. 2019, arXiv:1905.02249"
     views: ClassVar[Views] = Views(weak=2, inputs_need_targets=True)
     groups: Groups
-
     shape = "linear"
     defaults: ClassVar[str] = (
         "The paper's values for CIFAR-10; its ramp is 16,000 steps of about a million."

@@ -38,7 +38,6 @@ class NoisyStudent(Algorithm, name="noisy_student"):
 
     paper: ClassVar[str] = "Xie et al. 2020, arXiv:1911.04252"
     views: ClassVar[Views] = Views(strong=1)
-
     defaults: ClassVar[str] = "The paper's values."
 
     num_classes: int = argument(kw_only=False)

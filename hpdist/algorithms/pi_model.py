@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import ALL
@@ -28,7 +22,6 @@ class PiModel(Ramped, name="pi_model"):
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = ALL
-
     shape = "gaussian"
     defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
@@ -26,7 +20,6 @@ class PseudoLabel(Ramped, name="pseudo_label"):
     paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
     views: ClassVar[Views] = Views(student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
-
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB; the paper has no threshold and ramps up to a weight of 3."

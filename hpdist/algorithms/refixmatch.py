@@ -26,7 +26,6 @@ class ReFixMatch(PseudoLabeling, name="refixmatch"):
 
     paper: ClassVar[str] = "Nguyen and Yang 2023, arXiv:2308.07509"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-
     defaults: ClassVar[str] = "The paper's values."
 
     threshold: float = option(default=0.95, ge=0, le=1)

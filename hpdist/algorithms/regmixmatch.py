@@ -59,7 +59,6 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     paper: ClassVar[str] = "Han et al. 2025, arXiv:2412.10741"
     views: ClassVar[Views] = Views(weak=1, strong=1, inputs_need_targets=True)
     groups: Groups
-
     defaults: ClassVar[str] = (
         "The values of the authors' released configs for CIFAR-10.\n"
         "\n"

@@ -20,11 +20,7 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.mixmatch import (
-    mixed_supervised_loss,
-    mixed_with_labels,
-    unlabeled_pairs,
-)
+from hpdist.algorithms.mixmatch import mixed_supervised_loss, mixed_with_labels, unlabeled_pairs
 from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.alignment import (
     LABELED_MOMENTUM,
@@ -60,7 +56,6 @@ class ReMixMatch(Ramped, name="remixmatch"):
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
     groups: Groups
-
     shape = "linear"
     defaults: ClassVar[str] = "The paper's values; its ramp is that of its released code."
 

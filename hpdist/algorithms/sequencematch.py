@@ -31,7 +31,6 @@ class SequenceMatch(FlexMatch, name="sequencematch"):
 
     paper: ClassVar[str] = "Nguyen 2024, arXiv:2310.15787"
     views: ClassVar[Views] = Views(weak=1, strong=2, operations=_OPERATIONS)
-
     defaults: ClassVar[str] = (
         "The values of the author's released configs.\n"
         "\n"

@@ -44,7 +44,6 @@ class SimMatch(Algorithm, name="simmatch"):
     paper: ClassVar[str] = "Zheng et al. 2022, arXiv:2203.06915"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True, teacher=True)
     head_names = (_HEAD,)
-
     defaults: ClassVar[str] = (
         "The paper's values for CIFAR-10, but for the steps that are aligned.\n"
         "\n"

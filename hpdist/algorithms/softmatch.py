@@ -34,7 +34,6 @@ class SoftMatch(PseudoLabeling, name="softmatch"):
 
     paper: ClassVar[str] = "Chen et al. 2023, arXiv:2301.10921"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-
     defaults: ClassVar[str] = "The paper's values; `sigmas` is the one of its released code."
 
     num_classes: int = argument(kw_only=False)

@@ -22,7 +22,6 @@ class Supervised(Algorithm, name="supervised"):
 
     views: ClassVar[Views] = Views()
     tasks: ClassVar[tuple[str, ...]] = ALL
-
     defaults: ClassVar[str] = "No options."
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:

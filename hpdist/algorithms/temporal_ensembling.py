@@ -41,7 +41,6 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = ALL
-
     shape = "gaussian"
     defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 

@@ -30,7 +30,6 @@ class UDA(PseudoLabeling, name="uda"):
 
     paper: ClassVar[str] = "Xie et al. 2020, arXiv:1904.12848"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-
     defaults: ClassVar[str] = "The paper's values for images."
 
     temperature: float = option(default=0.4, gt=0)

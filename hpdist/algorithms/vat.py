@@ -44,7 +44,6 @@ class VAT(Ramped, name="vat"):
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
     views: ClassVar[Views] = Views(weak=1, probed=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
-
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB but for xi; the paper chooses epsilon for each data set."

@@ -44,7 +44,6 @@ class ABC(AddOn, name="abc"):
 
     name: ClassVar[str] = "abc"
     addon_paper: ClassVar[str] = "Lee et al. 2021, arXiv:2110.10368"
-
     defaults: ClassVar[str] = "The paper's value."
 
     num_classes: int = argument(kw_only=False)

@@ -45,7 +45,6 @@ class CReST(AddOn, name="crest"):
     name: ClassVar[str] = "crest"
     addon_paper: ClassVar[str] = "Wei et al. 2021, arXiv:2102.09559"
     own_further = 1
-
     defaults: ClassVar[str] = (
         "The paper's values for CIFAR10-LT, and the average of its authors' code."
     )

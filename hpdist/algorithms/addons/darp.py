@@ -50,7 +50,6 @@ class DARP(AddOn, name="darp"):
 
     name: ClassVar[str] = "darp"
     addon_paper: ClassVar[str] = "Kim et al. 2020, arXiv:2007.08844"
-
     defaults: ClassVar[str] = (
         "The values of the paper's released code; its warm-up is 200 of 500 epochs."
     )

@@ -28,7 +28,6 @@ class DebiasPL(AddOn, name="debiaspl"):
 
     name: ClassVar[str] = "debiaspl"
     addon_paper: ClassVar[str] = "Wang et al. 2022, arXiv:2201.01490"
-
     defaults: ClassVar[str] = "The values of the paper's released code."
 
     num_classes: int = argument(kw_only=False)

@@ -21,7 +21,6 @@ class LogitAdjustment(AddOn, name="logit_adjustment"):
 
     name: ClassVar[str] = "logit_adjustment"
     addon_paper: ClassVar[str] = "Menon et al. 2021, arXiv:2007.07314"
-
     defaults: ClassVar[str] = "The paper's value."
 
     tau: float = option(default=1.0, ge=0)

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import (
-    LossTerms,
-    Places,
-    StudentInputs,
-    StudentOutputs,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import LossTerms, Places, StudentInputs, StudentOutputs, WeakOutputs
 from hpdist.algorithms.options import option
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import ALL
@@ -42,7 +36,6 @@ class Reconstruction(AddOn, name="reconstruction"):
     addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
     addon_tasks: ClassVar[tuple[str, ...]] = ALL
     own_further = 1
-
     defaults: ClassVar[str] = (
         "Values that suit standardised inputs of some hundred to a few thousand numbers."
     )
