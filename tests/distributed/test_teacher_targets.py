@@ -23,7 +23,7 @@ def algorithm() -> Algorithm:
 
 
 def make(stage: int | None, made: Algorithm) -> SemiSupervisedStep:
-    replica = {"teacher_model": make_model(made)} if stage == 3 else {}
+    replica = {"teacher_model": make_model(made, smooth=True)} if stage == 3 else {}
     return make_step(made, stage=stage, smooth=True, lr=0.1, decay=0.9, **replica)
 
 
