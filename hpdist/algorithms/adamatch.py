@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     LossTerms,
     SavedShards,
     StudentOutputs,
@@ -20,6 +18,7 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.alignment import (
     LABELED_MOMENTUM,
     WINDOW,
@@ -28,43 +27,12 @@ from hpdist.algorithms.parts.alignment import (
     moved,
     uniform_prior,
 )
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.losses import confident
 
 
-class AdaMatchConfig(AlgorithmConfig):
-    """The paper's values, and the averages of its authors' code."""
-
-    name: Literal["adamatch"] = "adamatch"
-    threshold: float = Field(0.9, ge=0, le=1)
-    """Share of the labelled rows' mean confidence that a pseudo-label needs (tau)."""
-    window: int = Field(WINDOW, ge=1)
-    """Batches whose mean prediction on unlabelled rows is what predictions are aligned by; that on
-    labelled rows is a moving average of momentum 0.999."""
-    momentum: float | None = Field(None, ge=0, lt=1)
-    """Makes both of them moving averages of this momentum, as USB has them (0.999), in place of the
-    window; 0 goes by this batch alone."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term after the ramp."""
-    ramp: float = Field(0.5, ge=0, le=1)
-    """Share of the run over which that weight rises from 0, along a cosine (mu)."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> AdaMatch:
-        """Make the algorithm for a run of `steps`, its state on `device`."""
-        return AdaMatch(
-            num_classes,
-            threshold=self.threshold,
-            window=self.window,
-            momentum=self.momentum,
-            unsupervised_weight=self.unsupervised_weight,
-            ramp_steps=round(self.ramp * steps),
-            device=device,
-        )
-
-
-class AdaMatch(Ramped):
+class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
     """L = L_x + mu(t) lambda_u mean_b 1[max q_b >= c] H(argmax q_b, p(strong(u_b))).
 
     With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1; p_x is a moving average
@@ -77,29 +45,34 @@ class AdaMatch(Ramped):
 
     paper: ClassVar[str] = "Berthelot et al. 2022, arXiv:2106.04732"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
+    shape = "cosine"
+    defaults: ClassVar[str] = "The paper's values, and the averages of its authors' code."
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        threshold: float = 0.9,
-        window: int = WINDOW,
-        momentum: float | None = None,
-        unsupervised_weight: float = 1.0,
-        ramp_steps: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "cosine", device)
-        self.threshold = threshold
-        self.labeled_momentum = LABELED_MOMENTUM if momentum is None else momentum
-        self._mean = MeanPrediction("probability", window, momentum)  # p_u
+    num_classes: int = argument(kw_only=False)
+    threshold: float = option(default=0.9, ge=0, le=1)
+    """Share of the labelled rows' mean confidence that a pseudo-label needs (tau)."""
+    window: int = option(default=WINDOW, ge=1)
+    """Batches whose mean prediction on unlabelled rows is what predictions are aligned by; that on
+    labelled rows is a moving average of momentum 0.999."""
+    momentum: float | None = option(default=None, ge=0, lt=1)
+    """Makes both of them moving averages of this momentum, as USB has them (0.999), in place of the
+    window; 0 goes by this batch alone."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term after the ramp."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.5, default=0, ge=0, le=1)
+    """Share of the run over which that weight rises from 0, along a cosine (mu)."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
+        self.labeled_momentum = LABELED_MOMENTUM if self.momentum is None else self.momentum
+        self._mean = MeanPrediction("probability", self.window, self.momentum)  # p_u
         self.state = {
-            "labeled_probability": uniform_prior(num_classes, device),  # [classes], p_x
-            **self._mean.start(num_classes, device),
+            "labeled_probability": uniform_prior(self.num_classes, device),  # [classes], p_x
+            **self._mean.start(self.num_classes, device),
             **self.state,
         }
         self._threshold = torch.ones((), device=device)  # [], c of this step
-        self.discard()
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums of both kinds' probabilities, of the labelled confidence, and labelled rows."""
@@ -127,11 +100,13 @@ class AdaMatch(Ramped):
             outputs.weak.logits, self._mean.value(self.pending), self.pending["labeled_probability"]
         )
         mask, pseudo_labels = confident(probabilities, self._threshold)  # [unlabeled] both
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight * self.ramp,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight * self.ramp,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def load_state_dict(
@@ -140,3 +115,6 @@ class AdaMatch(Ramped):
         """Take over a state; raises CheckpointError where its average is of another kind."""
         self._mean.check(state, "algorithm")
         super().load_state_dict(state, saved)
+
+
+AdaMatchConfig = AdaMatch.Config

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.config.component import Component
+from hpdist.algorithms.options import DeclaredConfig, WithOptions, argument
 from hpdist.data.random import normal, stream_id, uniform
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
@@ -232,7 +232,7 @@ class LossTerms:
         return {name: value.detach() for name, value in named.items()}
 
 
-class AlgorithmConfig(Component):
+class AlgorithmConfig(DeclaredConfig):
     """The options of an algorithm; `build` makes it."""
 
     kind: ClassVar[str] = "algorithm"
@@ -241,7 +241,9 @@ class AlgorithmConfig(Component):
         self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
     ) -> Algorithm:
         """Make the algorithm for a run of `steps`, its state on `device`."""
-        raise NotImplementedError(f"{type(self).__name__} must define build()")
+        if self.declared_by is None:
+            raise NotImplementedError(f"{type(self).__name__} must define build()")
+        return cast(Algorithm, self.declared_by.from_config(self, num_classes, device, steps))
 
 
 class Table(Protocol):
@@ -273,7 +275,7 @@ class SavedShards(Protocol):
         ...
 
 
-class Algorithm:
+class Algorithm(WithOptions):
     """The base of every algorithm.
 
     One optimizer step calls, in this order: `statistics`, `perturb` and `mix` per micro-batch;
@@ -282,6 +284,10 @@ class Algorithm:
     `discard`.
     """
 
+    config_base = AlgorithmConfig
+    first_arguments = ()
+    device: torch.device | str = argument(default="cpu")
+    """Where the state is made: of the constructor alone, for the state may be moved."""
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)
@@ -320,6 +326,13 @@ class Algorithm:
         """Of one row as the model sees it; set before `heads` is asked."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
+
+    @classmethod
+    def from_config(
+        cls, config: Any, num_classes: int, device: torch.device | str, steps: int
+    ) -> Algorithm:
+        """Make the algorithm from its `Config` for a run of `steps`, its state on `device`."""
+        return cls(**cls.arguments(config, num_classes=num_classes, device=device, steps=steps))
 
     @property
     def changes_inputs(self) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -19,6 +17,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, uniform_prior
 from hpdist.algorithms.parts.banks import enqueued, in_use, log_shares, mean_of, with_mean
 from hpdist.algorithms.parts.projections import projection
@@ -29,49 +28,7 @@ _HEAD = "projection"
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class CoMatchConfig(AlgorithmConfig):
-    """The paper's values for CIFAR-10; its bank holds five batches of 512 rows."""
-
-    name: Literal["comatch"] = "comatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs (tau)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the pseudo-labels (lambda_cls)."""
-    contrast_weight: float = Field(1.0, ge=0)
-    """Weight of the graph (lambda_ctr); 0 leaves it out, with the second strong view."""
-    smoothing: float = Field(0.9, ge=0, le=1)
-    """What a row's own prediction counts beside those of its neighbours in the bank (alpha)."""
-    temperature: float = Field(0.2, gt=0)
-    """Of the similarity of embeddings (t)."""
-    graph_threshold: float = Field(0.8, ge=0, le=1)
-    """Similarity of two rows' pseudo-labels that makes them neighbours in the graph (T)."""
-    width: int = Field(64, gt=0)
-    """Of an embedding."""
-    bank: int = Field(2560, gt=0)
-    """Rows, labelled and unlabelled, that the memory holds (K)."""
-    alignment_steps: int = Field(32, gt=0)
-    """Steps whose mean prediction is made uniform."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> CoMatch:
-        """Make the algorithm, its state on `device`."""
-        return CoMatch(
-            num_classes,
-            threshold=self.threshold,
-            unsupervised_weight=self.unsupervised_weight,
-            contrast_weight=self.contrast_weight,
-            smoothing=self.smoothing,
-            temperature=self.temperature,
-            graph_threshold=self.graph_threshold,
-            width=self.width,
-            bank=self.bank,
-            alignment_steps=self.alignment_steps,
-            device=device,
-        )
-
-
-class CoMatch(Algorithm):
+class CoMatch(Algorithm, name="comatch"):
     """L = L_x + lambda_cls mean_b 1[max q_b >= tau] H(q_b, p(s_b)) + lambda_ctr L_ctr.
 
     p_b = p(weak(u_b)) is divided by the mean of p over the last steps, this one with them, and made
@@ -87,41 +44,42 @@ class CoMatch(Algorithm):
 
     paper: ClassVar[str] = "Li, Xiong and Hoi 2021, arXiv:2011.11183"
     head_names = (_HEAD,)
+    defaults: ClassVar[str] = (
+        "The paper's values for CIFAR-10; its bank holds five batches of 512 rows."
+    )
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        threshold: float = 0.95,
-        unsupervised_weight: float = 1.0,
-        contrast_weight: float = 1.0,
-        smoothing: float = 0.9,
-        temperature: float = 0.2,
-        graph_threshold: float = 0.8,
-        width: int = 64,
-        bank: int = 2560,
-        alignment_steps: int = 32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
+    num_classes: int = argument(kw_only=False)
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the pseudo-labels (lambda_cls)."""
+    contrast_weight: float = option(default=1.0, ge=0)
+    """Weight of the graph (lambda_ctr); 0 leaves it out, with the second strong view."""
+    smoothing: float = option(default=0.9, ge=0, le=1)
+    """What a row's own prediction counts beside those of its neighbours in the bank (alpha)."""
+    temperature: float = option(default=0.2, gt=0)
+    """Of the similarity of embeddings (t)."""
+    graph_threshold: float = option(default=0.8, ge=0, le=1)
+    """Similarity of two rows' pseudo-labels that makes them neighbours in the graph (T)."""
+    width: int = option(default=64, gt=0)
+    """Of an embedding."""
+    bank: int = option(default=2560, gt=0)
+    """Rows, labelled and unlabelled, that the memory holds (K)."""
+    alignment_steps: int = option(default=32, gt=0)
+    """Steps whose mean prediction is made uniform."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
         self.views = Views(  # type: ignore[misc]  # the number of views is an option
-            weak=1, strong=2 if contrast_weight > 0 else 1, labeled_targets=True
+            weak=1, strong=2 if self.contrast_weight > 0 else 1, labeled_targets=True
         )
-        self.num_classes = num_classes
-        self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
-        self.contrast_weight = contrast_weight
-        self.smoothing = smoothing
-        self.temperature = temperature
-        self.graph_threshold = graph_threshold
-        self.width = width
         self.state = {
-            "embeddings": torch.zeros(bank, width, device=device),
-            "targets": torch.zeros(bank, num_classes, device=device),
-            "means": torch.zeros(alignment_steps, num_classes, device=device),
+            "embeddings": torch.zeros(self.bank, self.width, device=device),
+            "targets": torch.zeros(self.bank, self.num_classes, device=device),
+            "means": torch.zeros(self.alignment_steps, self.num_classes, device=device),
         }
-        self._pseudo_labels = torch.zeros(0, num_classes)  # q of the global batch, 0 if unusable
-        self.discard()
+        # q of the global batch, 0 if unusable
+        self._pseudo_labels = torch.zeros(0, self.num_classes)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The one that makes embeddings."""
@@ -206,3 +164,6 @@ class CoMatch(Algorithm):
         graph = graph / graph.sum(dim=1, keepdim=True)
         logs = log_shares(sums["first"] @ sums["second"].T / self.temperature, usable)
         return -((graph * logs).sum(dim=1) * usable).sum()
+
+
+CoMatchConfig = CoMatch.Config

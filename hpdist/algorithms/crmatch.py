@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentInputs,
     StudentOutputs,
@@ -22,7 +19,9 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.projections import flat_linear
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.rotation import HEAD as ROTATION
 from hpdist.algorithms.parts.rotation import add_rotated, rotation_head, rotation_loss
 from hpdist.tasks.losses import confident
@@ -30,35 +29,7 @@ from hpdist.tasks.losses import confident
 _DISTANCE = "distance"
 
 
-class CRMatchConfig(AlgorithmConfig):
-    """The paper's weights and threshold; the width is USB's for WRN-28-2."""
-
-    name: Literal["crmatch"] = "crmatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs (tau)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the pseudo-labels."""
-    distance_weight: float = Field(1.0, ge=0)
-    """Weight of the distance between features; 0 leaves it out, with a forward of each row."""
-    rotation_weight: float = Field(1.0, ge=0)
-    """Weight of the rotation task. It is for square images; 0 leaves it out, for others."""
-    width: int = Field(128, gt=0)
-    """Of the vectors whose distance it is."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> CRMatch:
-        """Make the algorithm; it has no state, so no argument matters."""
-        return CRMatch(
-            threshold=self.threshold,
-            unsupervised_weight=self.unsupervised_weight,
-            distance_weight=self.distance_weight,
-            rotation_weight=self.rotation_weight,
-            width=self.width,
-        )
-
-
-class CRMatch(Algorithm):
+class CRMatch(PseudoLabeling, name="crmatch"):
     """L = L_x + lambda_u mean_b m_b H(argmax q_b, p(s_b)) + lambda_d L_d + lambda_r L_rot.
 
     With views w and s = strong(u), q_b = p(w_b) and m_b = 1[max q_b >= tau]. L_d = mean_b m_b
@@ -71,23 +42,23 @@ class CRMatch(Algorithm):
 
     paper: ClassVar[str] = "Fan, Kukleva and Schiele 2021, arXiv:2112.05825"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    defaults: ClassVar[str] = "The paper's weights and threshold; the width is USB's for WRN-28-2."
 
-    def __init__(
-        self,
-        *,
-        threshold: float = 0.95,
-        unsupervised_weight: float = 1.0,
-        distance_weight: float = 1.0,
-        rotation_weight: float = 1.0,
-        width: int = 128,
-    ) -> None:
-        super().__init__()
-        self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
-        self.distance_weight = distance_weight
-        self.rotation_weight = rotation_weight
-        self.width = width
-        weights = {_DISTANCE: distance_weight, ROTATION: rotation_weight}
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the pseudo-labels."""
+    distance_weight: float = option(default=1.0, ge=0)
+    """Weight of the distance between features; 0 leaves it out, with a forward of each row."""
+    rotation_weight: float = option(default=1.0, ge=0)
+    """Weight of the rotation task. It is for square images; 0 leaves it out, for others."""
+    width: int = option(default=128, gt=0)
+    """Of the vectors whose distance it is."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
+        weights = {_DISTANCE: self.distance_weight, ROTATION: self.rotation_weight}
         self.head_names = tuple(name for name, weight in weights.items() if weight > 0)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
@@ -115,10 +86,15 @@ class CRMatch(Algorithm):
             extras["distance_loss"] = self.distance_weight * distance
         if self.rotation_weight > 0:
             extras["rotation_loss"] = self.rotation_weight * rotation_loss(outputs)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            extras=extras,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                extras=extras,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
+
+
+CRMatchConfig = CRMatch.Config

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -19,43 +17,11 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 
 
-class DashConfig(AlgorithmConfig):
-    """The paper's values, its counts of steps as shares of its run."""
-
-    name: Literal["dash"] = "dash"
-    warmup: float = Field(0.002, ge=0, le=1)
-    """Share of the run that only labels train, and whose last quarter measures their loss."""
-    decay_every: float = Field(0.01, gt=0, le=1)
-    """Share of the run after which the threshold falls again."""
-    scale: float = Field(1.0001, gt=1)
-    """The threshold at first, in multiples of the labelled loss (C)."""
-    decay: float = Field(1.27, gt=1)
-    """What the threshold is divided by each time that it falls (gamma)."""
-    min_threshold: float = Field(0.05, gt=0)
-    """The least threshold, and where hard labels begin (rho_min)."""
-    temperature: float = Field(0.5, gt=0)
-    """Of the soft targets before that (T)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term after the warm-up."""
-
-    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> Dash:
-        """Make the algorithm for a run of `steps`, its state on `device`."""
-        return Dash(
-            warmup_steps=round(self.warmup * steps),
-            decay_steps=max(1, round(self.decay_every * steps)),
-            scale=self.scale,
-            decay=self.decay,
-            min_threshold=self.min_threshold,
-            temperature=self.temperature,
-            unsupervised_weight=self.unsupervised_weight,
-            device=device,
-        )
-
-
-class Dash(Algorithm):
+class Dash(Algorithm, name="dash"):
     """L = L_x + lambda_u mean_b 1[H(q_b, p(weak(u_b))) <= rho_t] H(q_b, p(strong(u_b))).
 
     With rho_t = max(C gamma^-k rho, rho_min), where k counts the falls since the warm-up and rho is
@@ -67,34 +33,31 @@ class Dash(Algorithm):
 
     paper: ClassVar[str] = "Xu et al. 2021, arXiv:2109.00650"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
+    defaults: ClassVar[str] = "The paper's values, its counts of steps as shares of its run."
 
-    def __init__(
-        self,
-        *,
-        warmup_steps: int,
-        decay_steps: int,
-        scale: float = 1.0001,
-        decay: float = 1.27,
-        min_threshold: float = 0.05,
-        temperature: float = 0.5,
-        unsupervised_weight: float = 1.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.warmup_steps = warmup_steps
-        self.decay_steps = decay_steps
-        self.scale = scale
-        self.decay = decay
-        self.min_threshold = min_threshold
-        self.temperature = temperature
-        self.unsupervised_weight = unsupervised_weight
+    warmup_steps: int = share_of_run(setting="warmup", share=0.002, ge=0, le=1)
+    """Share of the run that only labels train, and whose last quarter measures their loss."""
+    decay_steps: int = share_of_run(setting="decay_every", share=0.01, at_least=1, gt=0, le=1)
+    """Share of the run after which the threshold falls again."""
+    scale: float = option(default=1.0001, gt=1)
+    """The threshold at first, in multiples of the labelled loss (C)."""
+    decay: float = option(default=1.27, gt=1)
+    """What the threshold is divided by each time that it falls (gamma)."""
+    min_threshold: float = option(default=0.05, gt=0)
+    """The least threshold, and where hard labels begin (rho_min)."""
+    temperature: float = option(default=0.5, gt=0)
+    """Of the soft targets before that (T)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term after the warm-up."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
         zero = torch.zeros((), device=device)
         self.state = {
             "step": zero.clone(),  # applied steps
             "labeled_loss": zero.clone(),  # sum over the rows that measure rho
             "labeled_rows": zero.clone(),  # how many they are
         }
-        self.discard()
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sum of the labelled loss, and labelled rows."""
@@ -138,3 +101,6 @@ class Dash(Algorithm):
         measured = pending["labeled_loss"] / pending["labeled_rows"].clamp(min=1)
         falls = ((self.state["step"] - self.warmup_steps) / self.decay_steps).floor().clamp(min=0)
         return (self.scale * measured * self.decay**-falls).clamp(min=self.min_threshold)
+
+
+DashConfig = Dash.Config

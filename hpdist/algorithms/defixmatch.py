@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-import torch
-from pydantic import Field
+from typing import ClassVar
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -17,26 +12,12 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.losses import confident, hard_cross_entropy
 
 
-class DeFixMatchConfig(AlgorithmConfig):
-    """The paper's threshold; the weight is that of the benchmark USB."""
-
-    name: Literal["defixmatch"] = "defixmatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs (tau)."""
-    unsupervised_weight: float = Field(0.5, ge=0)
-    """Weight of the unsupervised terms (lambda)."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> DeFixMatch:
-        """Make the algorithm; it has no state, so no argument matters."""
-        return DeFixMatch(threshold=self.threshold, unsupervised_weight=self.unsupervised_weight)
-
-
-class DeFixMatch(Algorithm):
+class DeFixMatch(PseudoLabeling, name="defixmatch"):
     """L = L_x + lambda (L_u(U) - L_u(X)): the risk stays unbiased whatever lambda is.
 
     L_x = 1/2 mean_b (H(y_b, p(weak(x_b))) + H(y_b, p(strong(x_b)))), and L_u is FixMatch's term
@@ -46,11 +27,12 @@ class DeFixMatch(Algorithm):
 
     paper: ClassVar[str] = "Schmutz et al. 2023, arXiv:2203.07512"
     views: ClassVar[Views] = Views(weak=1, strong=1, strong_labeled=1, labeled_targets=True)
+    defaults: ClassVar[str] = "The paper's threshold; the weight is that of the benchmark USB."
 
-    def __init__(self, *, threshold: float = 0.95, unsupervised_weight: float = 0.5) -> None:
-        super().__init__()
-        self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = option(default=0.5, ge=0)
+    """Weight of the unsupervised terms (lambda)."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Three terms, the one that takes the bias off by itself and weighted; the mask rate."""
@@ -62,10 +44,15 @@ class DeFixMatch(Algorithm):
         strong_loss = hard_cross_entropy(strong, outputs.labels).sum() / rows
         x_mask, x_pseudo_labels = confident(outputs.weak.labeled.softmax(dim=-1), self.threshold)
         bias = (hard_cross_entropy(strong, x_pseudo_labels) * x_mask).sum() / rows
-        return LossTerms(
-            supervised=(supervised_loss(outputs) + strong_loss) / 2,
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            extras={"debiasing_loss": -self.unsupervised_weight * bias},
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=(supervised_loss(outputs) + strong_loss) / 2,
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                extras={"debiasing_loss": -self.unsupervised_weight * bias},
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
+
+
+DeFixMatchConfig = DeFixMatch.Config

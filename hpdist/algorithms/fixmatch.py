@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from pydantic import Field
-
-from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
+from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 
 
-class FixMatchConfig(AlgorithmConfig):
-    """The paper's values."""
-
-    name: Literal["fixmatch"] = "fixmatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs (tau)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term (lambda_u)."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> FixMatch:
-        """Make the algorithm; it has no state, so no argument matters."""
-        return FixMatch(self.threshold, self.unsupervised_weight)
-
-
-class FixMatch(Algorithm):
+class FixMatch(PseudoLabeling, name="fixmatch"):
     """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))).
 
     With q_b = p(weak(u_b)). Equations 3 and 4 of the paper. Of several labels each is decided
@@ -45,20 +20,26 @@ class FixMatch(Algorithm):
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"
     views: ClassVar[Views] = Views(weak=1, strong=1)
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    defaults: ClassVar[str] = "The paper's values."
 
-    def __init__(self, threshold: float = 0.95, unsupervised_weight: float = 1.0) -> None:
-        super().__init__()
-        self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
+    threshold: float = option(default=0.95, kw_only=False, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = option(default=1.0, kw_only=False, ge=0)
+    """Weight of the unsupervised term (lambda_u)."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of pseudo-labels that passed the threshold."""
         assert outputs.weak is not None
         mask, pseudo_labels = self.task.pseudo_labels(outputs.weak.logits, self.threshold)
         losses = self.task.pseudo_label_losses(outputs.strong[0], pseudo_labels, mask)
-        return LossTerms(
-            supervised=supervised_loss(outputs, self.task),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs, self.task),
+                unsupervised=losses.sum() / outputs.unlabeled_rows,
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
+            )
         )
+
+
+FixMatchConfig = FixMatch.Config

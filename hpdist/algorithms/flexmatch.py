@@ -7,12 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     SavedShards,
     Shards,
@@ -23,6 +20,8 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.tables import NEVER, LabelTable, WholeShards
 from hpdist.tasks.losses import confident
 
@@ -37,34 +36,7 @@ _MAPPINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FlexMatchConfig(AlgorithmConfig):
-    """The paper's values."""
-
-    name: Literal["flexmatch"] = "flexmatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label of the best learned class needs (tau)."""
-    warmup: bool = True
-    """Whether rows that have never passed hold the thresholds down while they are the most."""
-    mapping: Shape = "convex"
-    """How a class's share becomes its threshold's (M): x / (2 - x), x, or ln(x + 1) / ln 2."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term (lambda)."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> FlexMatch:
-        """Make the algorithm, its state on `device`."""
-        return FlexMatch(
-            num_classes,
-            threshold=self.threshold,
-            warmup=self.warmup,
-            mapping=self.mapping,
-            unsupervised_weight=self.unsupervised_weight,
-            device=device,
-        )
-
-
-class FlexMatch(Algorithm):
+class FlexMatch(PseudoLabeling, name="flexmatch"):
     """L = L_x + lambda mean_b 1[max q_b >= T(argmax q_b)] H(argmax q_b, p(strong(u_b))).
 
     With q_b = p(weak(u_b)) and T(c) = M(beta(c)) tau (eq. 7 and 12). sigma(c) counts the rows, of
@@ -80,31 +52,28 @@ class FlexMatch(Algorithm):
 
     paper: ClassVar[str] = "Zhang et al. 2021, arXiv:2110.08263"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    defaults: ClassVar[str] = "The paper's values."
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        threshold: float = 0.95,
-        warmup: bool = True,
-        mapping: Shape = "convex",
-        unsupervised_weight: float = 1.0,
-        rows: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.threshold = threshold
-        self.warmup = warmup
-        self.mapping = _MAPPINGS[mapping]
-        self.unsupervised_weight = unsupervised_weight
-        self.rows = rows
-        self.state = {
-            "counts": torch.zeros(num_classes, dtype=torch.int64, device=device),  # sigma
+    num_classes: int = argument(kw_only=False)
+    rows: int | None = argument(default=None)
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that a pseudo-label of the best learned class needs (tau)."""
+    warmup: bool = option(default=True)
+    """Whether rows that have never passed hold the thresholds down while they are the most."""
+    mapping: Shape = option(default="convex")
+    """How a class's share becomes its threshold's (M): x / (2 - x), x, or ln(x + 1) / ln 2."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term (lambda)."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
+        self.state |= {
+            "counts": torch.zeros(self.num_classes, dtype=torch.int64, device=device),  # sigma
             "seen": torch.zeros((), dtype=torch.int64, device=device),  # rows used so far
         }
-        self._table = LabelTable(num_classes, device)
+        self._table = LabelTable(self.num_classes, device)
         self._told = self.state  # what the latest loss went by
-        self.discard()
 
     def take_place(self, rank: int, ranks: int) -> None:
         """Hold the labels of this rank's rows only."""
@@ -139,11 +108,13 @@ class FlexMatch(Algorithm):
         """Both terms and the mask rate."""
         assert outputs.weak is not None
         mask, pseudo_labels = self._mask(outputs.weak)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def commit(self) -> None:
@@ -196,7 +167,7 @@ class FlexMatch(Algorithm):
     @property
     def class_thresholds(self) -> Tensor:
         """Tau M(beta) that the latest loss went by, [classes]."""
-        return self.threshold * self.mapping(self._shares())
+        return self.threshold * _MAPPINGS[self.mapping](self._shares())
 
     def _mask(self, weak: WeakOutputs) -> tuple[Tensor, Tensor]:
         """Which rows pass, fp32 [unlabeled], and their pseudo-labels."""
@@ -210,3 +181,6 @@ class FlexMatch(Algorithm):
             rows = self._told["seen"] if self.rows is None else self.rows
             most = torch.maximum(most, rows - counts.sum())
         return counts.float() / most.clamp(min=1)
+
+
+FlexMatchConfig = FlexMatch.Config

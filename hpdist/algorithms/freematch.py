@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -20,41 +17,13 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import moved, uniform_prior
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.losses import confident
 
 
-class FreeMatchConfig(AlgorithmConfig):
-    """The paper's values, but for the fairness weight of the benchmark USB's configs.
-
-    The default of USB's code is 0.01.
-    """
-
-    name: Literal["freematch"] = "freematch"
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Of the moving averages (lambda)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term (w_u)."""
-    fairness_weight: float = Field(0.001, ge=0)
-    """Weight of the fairness term (w_f); 0 saves one small collective a step."""
-    max_threshold: float = Field(1.0, gt=0, le=1)
-    """Upper bound of the global threshold."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> FreeMatch:
-        """Make the algorithm, its state on `device`."""
-        return FreeMatch(
-            num_classes,
-            momentum=self.momentum,
-            unsupervised_weight=self.unsupervised_weight,
-            fairness_weight=self.fairness_weight,
-            max_threshold=self.max_threshold,
-            device=device,
-        )
-
-
-class FreeMatch(Algorithm):
+class FreeMatch(PseudoLabeling, name="freematch"):
     """FixMatch with self-adaptive thresholds and self-adaptive fairness.
 
     With q_b = p(weak(u_b)) and EMA over steps, updated with this batch before it is used: tau = EMA
@@ -66,30 +35,31 @@ class FreeMatch(Algorithm):
 
     paper: ClassVar[str] = "Wang et al. 2023, arXiv:2205.07246"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    defaults: ClassVar[str] = (
+        "The paper's values, but for the fairness weight of the benchmark USB's configs.\n"
+        "\n"
+        "The default of USB's code is 0.01."
+    )
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        momentum: float = 0.999,
-        unsupervised_weight: float = 1.0,
-        fairness_weight: float = 0.001,
-        max_threshold: float = 1.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.momentum = momentum
-        self.unsupervised_weight = unsupervised_weight
-        self.fairness_weight = fairness_weight
-        self.max_threshold = max_threshold
-        uniform = uniform_prior(num_classes, device)
-        self.state = {
+    num_classes: int = argument(kw_only=False)
+    momentum: float = option(default=0.999, ge=0, lt=1)
+    """Of the moving averages (lambda)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term (w_u)."""
+    fairness_weight: float = option(default=0.001, ge=0)
+    """Weight of the fairness term (w_f); 0 saves one small collective a step."""
+    max_threshold: float = option(default=1.0, gt=0, le=1)
+    """Upper bound of the global threshold."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
+        uniform = uniform_prior(self.num_classes, device)
+        self.state |= {
             "threshold": uniform[0].clone(),  # [], tau
             "probability": uniform.clone(),  # [classes], p~
             "histogram": uniform.clone(),  # [classes], h~
         }
-        self.discard()
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums of confidence, probabilities and predicted classes."""
@@ -106,6 +76,7 @@ class FreeMatch(Algorithm):
         self.pending = {
             name: moved(average, sums[name] / unlabeled_rows, self.momentum)
             for name, average in self.state.items()
+            if name in sums
         }
 
     @property
@@ -130,12 +101,14 @@ class FreeMatch(Algorithm):
         fairness = {}
         if self.uses_student_statistics:
             fairness["fairness_loss"] = self.fairness_weight * self._fairness(student_sums)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            global_extras=fairness,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                global_extras=fairness,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     @property
@@ -157,6 +130,9 @@ class FreeMatch(Algorithm):
     def _count(self, classes: Tensor, weights: Tensor) -> Tensor:
         """How often each class occurs, weighted; [classes], fp32. Deterministic on every device."""
         return (F.one_hot(classes, self.num_classes) * weights[:, None]).sum(dim=0)
+
+
+FreeMatchConfig = FreeMatch.Config
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

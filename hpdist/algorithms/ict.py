@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
-
-import torch
-from pydantic import Field
+from typing import ClassVar
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     Groups,
     LossTerms,
     StudentInputs,
@@ -19,41 +15,13 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.mixing import GroupsOption, Mixing, draw_mixing
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import ALL
 
 
-class ICTConfig(AlgorithmConfig):
-    """The upper ends of what the paper searched: alpha from 0.1, w from 1.
-
-    The teacher's decay is the run's `teacher.decay`.
-    """
-
-    name: Literal["ict"] = "ict"
-    alpha: float = Field(1.0, gt=0)
-    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
-    unsupervised_weight: float = Field(100.0, ge=0)
-    """Weight of the consistency term after the ramp (w)."""
-    ramp: float = Field(0.25, ge=0, le=1)
-    """Share of the run over which that weight rises."""
-    groups: GroupsOption = "auto"
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
-
-    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> ICT:
-        """Make the algorithm for a run of `steps`."""
-        return ICT(
-            alpha=self.alpha,
-            unsupervised_weight=self.unsupervised_weight,
-            ramp_steps=round(self.ramp * steps),
-            groups=self.groups,
-            device=device,
-        )
-
-
-class ICT(Ramped):
+class ICT(Ramped, name="ict"):
     """L = L_x + w(t) mean_{j,c} (p_theta(Mix(u_j, u_k))_c - Mix(p_theta'(u_j), p_theta'(u_k))_c)^2.
 
     With Mix(a, b) = lambda a + (1 - lambda) b, theta' the teacher and lambda ~ Beta(alpha, alpha);
@@ -67,19 +35,23 @@ class ICT(Ramped):
     tasks: ClassVar[tuple[str, ...]] = ALL
     groups: Groups
     mixed = ("unlabeled",)
+    shape = "gaussian"
+    defaults: ClassVar[str] = (
+        "The upper ends of what the paper searched: alpha from 0.1, w from 1.\n"
+        "\n"
+        "The teacher's decay is the run's `teacher.decay`."
+    )
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 1.0,
-        unsupervised_weight: float = 100.0,
-        ramp_steps: int = 0,
-        groups: Groups = "auto",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
-        self.alpha = alpha
-        self.groups = groups
+    alpha: float = option(default=1.0, gt=0)
+    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    unsupervised_weight: float = option(default=100.0, ge=0)
+    """Weight of the consistency term after the ramp (w)."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.25, default=0, ge=0, le=1)
+    """Share of the run over which that weight rises."""
+    groups: Groups = option(default="auto", annotation=GroupsOption)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """The weak views that the teacher saw, mixed."""
@@ -101,3 +73,6 @@ class ICT(Ramped):
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
         )
+
+
+ICTConfig = ICT.Config

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from hpdist.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
     Views,
     supervised_loss,
 )
+from hpdist.algorithms.options import option
 
 
-class LadderConfig(AlgorithmConfig):
-    """The paper's values for MNIST."""
-
-    name: Literal["ladder"] = "ladder"
-    layer_weights: list[Annotated[float, Field(ge=0)]] = Field([1000.0, 10.0, 0.1], min_length=1)
-    """Weight of the cost of the input, of the first layer and so on (lambda_l); the last one is
-    also that of all further layers."""
-
-    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> Ladder:
-        """Make the algorithm; it has no state, so no argument matters."""
-        return Ladder(tuple(self.layer_weights))
-
-
-class Ladder(Algorithm):
+class Ladder(Algorithm, name="ladder"):
     """L = L_x + sum_l lambda_l mean_b C_l(u_b): of noisy logits, and of the decoder's costs.
 
     Algorithm 1 of the paper. C_l is a row's squared error of layer l, the mean over its units,
@@ -44,10 +31,20 @@ class Ladder(Algorithm):
     head_names = ("reconstruction",)
     normalizes_apart = True
     heads_hint = "only a model with a decoder does: model.name: ladder"
+    defaults: ClassVar[str] = "The paper's values for MNIST."
 
-    def __init__(self, layer_weights: tuple[float, ...] = (1000.0, 10.0, 0.1)) -> None:
-        super().__init__()
-        self.layer_weights = layer_weights
+    layer_weights: tuple[float, ...] = option(
+        default=[1000.0, 10.0, 0.1],
+        kw_only=False,
+        annotation=list[Annotated[float, Field(ge=0)]],
+        min_length=1,
+    )
+    """Weight of the cost of the input, of the first layer and so on (lambda_l); the last one is
+    also that of all further layers."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Keep the weights as they are."""
+        self.layer_weights = tuple(self.layer_weights)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and every layer's cost without its weight."""
@@ -60,3 +57,6 @@ class Ladder(Algorithm):
             unsupervised=(weights * costs).sum(),
             metrics={f"layer_{number}_cost": cost for number, cost in enumerate(costs)},
         )
+
+
+LadderConfig = Ladder.Config

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from pydantic import Field
-
-from hpdist.algorithms.base import (
-    AlgorithmConfig,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import ALL
 
 
-class MeanTeacherConfig(AlgorithmConfig):
-    """The values of the benchmark USB; the teacher's decay is the run's `teacher.decay`."""
-
-    name: Literal["mean_teacher"] = "mean_teacher"
-    unsupervised_weight: float = Field(50.0, ge=0)
-    """Weight of the consistency term after the ramp."""
-    ramp: float = Field(0.4, ge=0, le=1)
-    """Share of the run over which that weight rises from 0."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> MeanTeacher:
-        """Make the algorithm for a run of `steps`."""
-        return MeanTeacher(self.unsupervised_weight, round(self.ramp * steps), device=device)
-
-
-class MeanTeacher(Ramped):
+class MeanTeacher(Ramped, name="mean_teacher"):
     """L = L_x + r(t) lambda_u mean_{b,c} (p_theta(u2_b)_c - p_theta'(u1_b)_c)^2.
 
     Here theta' is the teacher, u1 and u2 are weak views, and r rises linearly from 0 to 1 over the
@@ -45,15 +20,15 @@ class MeanTeacher(Ramped):
     paper: ClassVar[str] = "Tarvainen and Valpola 2017, arXiv:1703.01780"
     views: ClassVar[Views] = Views(weak=1, student_weak=1, teacher=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
+    shape = "linear"
+    defaults: ClassVar[str] = (
+        "The values of the benchmark USB; the teacher's decay is the run's `teacher.decay`."
+    )
 
-    def __init__(
-        self,
-        unsupervised_weight: float = 50.0,
-        ramp_steps: int = 0,
-        *,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
+    unsupervised_weight: float = option(default=50.0, kw_only=False, ge=0)
+    """Weight of the consistency term after the ramp."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, kw_only=False, ge=0, le=1)
+    """Share of the run over which that weight rises from 0."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
@@ -65,3 +40,6 @@ class MeanTeacher(Ramped):
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
         )
+
+
+MeanTeacherConfig = MeanTeacher.Config

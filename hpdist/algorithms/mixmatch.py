@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     Groups,
     LossTerms,
     StudentInputs,
@@ -20,43 +18,13 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.mixing import GroupsOption, draw_mixing
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.losses import sharpened, soft_cross_entropy, squared_error
 
 
-class MixMatchConfig(AlgorithmConfig):
-    """The paper's values for CIFAR-10; its ramp is 16,000 steps of about a million."""
-
-    name: Literal["mixmatch"] = "mixmatch"
-    temperature: float = Field(0.5, gt=0)
-    """Of the guessed labels' sharpening (T)."""
-    alpha: float = Field(0.75, gt=0)
-    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
-    unsupervised_weight: float = Field(75.0, ge=0)
-    """Weight of the unsupervised term after the ramp (lambda_U)."""
-    ramp: float = Field(1 / 64, ge=0, le=1)
-    """Share of the run over which that weight rises from 0."""
-    groups: GroupsOption = "auto"
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> MixMatch:
-        """Make the algorithm for a run of `steps`."""
-        return MixMatch(
-            temperature=self.temperature,
-            alpha=self.alpha,
-            unsupervised_weight=self.unsupervised_weight,
-            ramp_steps=round(self.ramp * steps),
-            groups=self.groups,
-            device=device,
-        )
-
-
-class MixMatch(Ramped):
+class MixMatch(Ramped, name="mixmatch"):
     """L = mean_X' H(p, p(x)) + r(t) lambda_U mean_{U',c} (q_c - p(u)_c)^2, equations 3 to 5.
 
     A row's guess is the mean of p over K = 2 weak views (eq. 6), sharpened: q_c = guess_c^(1/T) /
@@ -70,21 +38,23 @@ class MixMatch(Ramped):
     paper: ClassVar[str] = "Berthelot et al. 2019, arXiv:1905.02249"
     views: ClassVar[Views] = Views(weak=2, inputs_need_targets=True)
     groups: Groups
+    shape = "linear"
+    defaults: ClassVar[str] = (
+        "The paper's values for CIFAR-10; its ramp is 16,000 steps of about a million."
+    )
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.5,
-        alpha: float = 0.75,
-        unsupervised_weight: float = 75.0,
-        ramp_steps: int = 0,
-        groups: Groups = "auto",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
-        self.temperature = temperature
-        self.alpha = alpha
-        self.groups = groups
+    temperature: float = option(default=0.5, gt=0)
+    """Of the guessed labels' sharpening (T)."""
+    alpha: float = option(default=0.75, gt=0)
+    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    unsupervised_weight: float = option(default=75.0, ge=0)
+    """Weight of the unsupervised term after the ramp (lambda_U)."""
+    ramp_steps: int = share_of_run(setting="ramp", share=1 / 64, default=0, ge=0, le=1)
+    """Share of the run over which that weight rises from 0."""
+    groups: Groups = option(default="auto", annotation=GroupsOption)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """All views mixed with one another, and their soft labels as notes."""
@@ -107,6 +77,9 @@ class MixMatch(Ramped):
         """Sharpened mean of the predictions on all weak views, [unlabeled, classes]."""
         logs = torch.stack([z.log_softmax(dim=-1) for z in (weak.logits, *weak.others)])
         return sharpened(logs.logsumexp(dim=0), self.temperature)
+
+
+MixMatchConfig = MixMatch.Config
 
 
 def mixed_with_labels(

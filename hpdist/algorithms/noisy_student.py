@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentInputs,
     StudentOutputs,
@@ -21,38 +19,12 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.tables import RowTable
 from hpdist.tasks.losses import soft_cross_entropy
 
 
-class NoisyStudentConfig(AlgorithmConfig):
-    """The paper's values."""
-
-    name: Literal["noisy_student"] = "noisy_student"
-    generations: int = Field(4, ge=2)
-    """Equal parts of the run; the first learns from the labels alone."""
-    threshold: float = Field(0.3, ge=0, le=1)
-    """Confidence of the teacher that a row needs to be learnt from."""
-    soft: bool = True
-    """Whether a row's target is the teacher's whole prediction, or its likeliest class."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unlabelled rows' term."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> NoisyStudent:
-        """Make the algorithm, its state on `device`."""
-        return NoisyStudent(
-            num_classes,
-            generations=self.generations,
-            threshold=self.threshold,
-            soft=self.soft,
-            unsupervised_weight=self.unsupervised_weight,
-            device=device,
-        )
-
-
-class NoisyStudent(Algorithm):
+class NoisyStudent(Algorithm, name="noisy_student"):
     """L = L_x + lambda mean_b 1[max q_b >= tau] H(q_b, p(strong(u_b))), algorithm 1 of the paper.
 
     q_b is what the teacher of the generation before said of the row as it is, without noise; in
@@ -66,27 +38,23 @@ class NoisyStudent(Algorithm):
 
     paper: ClassVar[str] = "Xie et al. 2020, arXiv:1911.04252"
     views: ClassVar[Views] = Views(strong=1)
+    defaults: ClassVar[str] = "The paper's values."
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        generations: int = 4,
-        threshold: float = 0.3,
-        soft: bool = True,
-        unsupervised_weight: float = 1.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.generations = generations
-        self.threshold = threshold
-        self.soft = soft
-        self.unsupervised_weight = unsupervised_weight
+    num_classes: int = argument(kw_only=False)
+    generations: int = option(default=4, ge=2)
+    """Equal parts of the run; the first learns from the labels alone."""
+    threshold: float = option(default=0.3, ge=0, le=1)
+    """Confidence of the teacher that a row needs to be learnt from."""
+    soft: bool = option(default=True)
+    """Whether a row's target is the teacher's whole prediction, or its likeliest class."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unlabelled rows' term."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
         self.state = {"generation": torch.zeros((), device=device)}
-        self._labels = RowTable((num_classes,), torch.float16, device)
+        self._labels = RowTable((self.num_classes,), torch.float16, device)
         self.tables = {"labels": self._labels}
-        self.discard()
 
     @property
     def generation(self) -> int:
@@ -123,3 +91,6 @@ class NoisyStudent(Algorithm):
             unsupervised_weight=self.unsupervised_weight,
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
+
+
+NoisyStudentConfig = NoisyStudent.Config

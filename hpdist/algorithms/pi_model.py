@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from pydantic import Field
-
-from hpdist.algorithms.base import (
-    AlgorithmConfig,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import ALL
 
 
-class PiModelConfig(AlgorithmConfig):
-    """The paper's values; its ramp is 80 of 300 epochs."""
-
-    name: Literal["pi_model"] = "pi_model"
-    unsupervised_weight: float = Field(100.0, ge=0)
-    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
-    all rows, is in the means: here each term is the mean over its own rows."""
-    ramp: float = Field(0.27, ge=0, le=1)
-    """Share of the run over which that weight rises."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> PiModel:
-        """Make the algorithm for a run of `steps`."""
-        return PiModel(self.unsupervised_weight, round(self.ramp * steps), device=device)
-
-
-class PiModel(Ramped):
+class PiModel(Ramped, name="pi_model"):
     """L = L_x + w(t) mean_{b,c} (p(u2_b)_c - p(u1_b)_c)^2, algorithm 1 of the paper.
 
     Here u1 and u2 are weak views, with the model's own noise in both, and w(t) = w_max exp(-5 (1 -
@@ -48,15 +22,14 @@ class PiModel(Ramped):
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = ALL
+    shape = "gaussian"
+    defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 
-    def __init__(
-        self,
-        unsupervised_weight: float = 100.0,
-        ramp_steps: int = 0,
-        *,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
+    unsupervised_weight: float = option(default=100.0, kw_only=False, ge=0)
+    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
+    all rows, is in the means: here each term is the mean over its own rows."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.27, default=0, kw_only=False, ge=0, le=1)
+    """Share of the run over which that weight rises."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
@@ -68,3 +41,6 @@ class PiModel(Ramped):
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
         )
+
+
+PiModelConfig = PiModel.Config

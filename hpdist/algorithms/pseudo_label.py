@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from pydantic import Field
-
-from hpdist.algorithms.base import (
-    AlgorithmConfig,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 
 
-class PseudoLabelConfig(AlgorithmConfig):
-    """The values of the benchmark USB; the paper has no threshold and ramps up to a weight of 3."""
-
-    name: Literal["pseudo_label"] = "pseudo_label"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs; 0 is the paper's."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term after the ramp (alpha_f)."""
-    ramp: float = Field(0.4, ge=0, le=1)
-    """Share of the run over which that weight rises from 0."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> PseudoLabel:
-        """Make the algorithm for a run of `steps`."""
-        return PseudoLabel(
-            threshold=self.threshold,
-            unsupervised_weight=self.unsupervised_weight,
-            ramp_steps=round(self.ramp * steps),
-            device=device,
-        )
-
-
-class PseudoLabel(Ramped):
+class PseudoLabel(Ramped, name="pseudo_label"):
     """L = L_x + alpha(t) mean_b 1[max p_b >= tau] H(argmax p_b, p_b), with p_b = p(weak(u_b)).
 
     One view gives label and loss; no gradient goes through the label. alpha rises linearly from 0
@@ -52,17 +20,17 @@ class PseudoLabel(Ramped):
     paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
     views: ClassVar[Views] = Views(student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    shape = "linear"
+    defaults: ClassVar[str] = (
+        "The values of the benchmark USB; the paper has no threshold and ramps up to a weight of 3."
+    )
 
-    def __init__(
-        self,
-        *,
-        threshold: float = 0.95,
-        unsupervised_weight: float = 1.0,
-        ramp_steps: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
-        self.threshold = threshold
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs; 0 is the paper's."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term after the ramp (alpha_f)."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, ge=0, le=1)
+    """Share of the run over which that weight rises from 0."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, the unsupervised one without its weight, and the mask rate."""
@@ -75,3 +43,6 @@ class PseudoLabel(Ramped):
             unsupervised_weight=self.unsupervised_weight * self.ramp,
             metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
         )
+
+
+PseudoLabelConfig = PseudoLabel.Config

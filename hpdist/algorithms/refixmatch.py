@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-import torch
-from pydantic import Field
+from typing import ClassVar
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -17,32 +12,12 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.tasks.losses import confident, kl_divergence
 
 
-class ReFixMatchConfig(AlgorithmConfig):
-    """The paper's values."""
-
-    name: Literal["refixmatch"] = "refixmatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence from which a prediction is a hard pseudo-label (tau)."""
-    temperature: float = Field(0.5, gt=0)
-    """Of the target of a row below it (T)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised terms (lambda_u)."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> ReFixMatch:
-        """Make the algorithm; it has no state, so no argument matters."""
-        return ReFixMatch(
-            threshold=self.threshold,
-            temperature=self.temperature,
-            unsupervised_weight=self.unsupervised_weight,
-        )
-
-
-class ReFixMatch(Algorithm):
+class ReFixMatch(PseudoLabeling, name="refixmatch"):
     """L = L_x + lambda_u mean_b (m_b H(argmax q_b, p_b) + (1 - m_b) KL(q_b^T || p_b)).
 
     With z logits, q_b = softmax(z(weak(u_b))), p_b = softmax(z(strong(u_b))), the mask
@@ -51,18 +26,14 @@ class ReFixMatch(Algorithm):
 
     paper: ClassVar[str] = "Nguyen and Yang 2023, arXiv:2308.07509"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    defaults: ClassVar[str] = "The paper's values."
 
-    def __init__(
-        self,
-        *,
-        threshold: float = 0.95,
-        temperature: float = 0.5,
-        unsupervised_weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.threshold = threshold
-        self.temperature = temperature
-        self.unsupervised_weight = unsupervised_weight
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence from which a prediction is a hard pseudo-label (tau)."""
+    temperature: float = option(default=0.5, gt=0)
+    """Of the target of a row below it (T)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised terms (lambda_u)."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Three terms, the one of the rejected rows by itself and weighted; the mask rate."""
@@ -72,10 +43,15 @@ class ReFixMatch(Algorithm):
             outputs.weak.logits / self.temperature, outputs.strong[0]
         )  # [unlabeled]
         rejected = (divergences * (1 - mask)).sum() / outputs.unlabeled_rows
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            extras={"rejected_loss": self.unsupervised_weight * rejected},
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, mask, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                extras={"rejected_loss": self.unsupervised_weight * rejected},
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
+
+
+ReFixMatchConfig = ReFixMatch.Config

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     Groups,
     LossTerms,
     Places,
@@ -22,6 +20,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
 )
 from hpdist.algorithms.freematch import FreeMatch
+from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.mixing import BETA_NUMBERS, GroupsOption, beta, count_groups, group_of
 from hpdist.algorithms.parts.resizemix import resize_mix
 from hpdist.tasks.losses import soft_cross_entropy, squared_error
@@ -32,57 +31,7 @@ _MANY_LABELS = 100  # per class: from there on labelled rows are mixed like conf
 _SIDES = (0.1, 0.8)  # of a pasted box, as shares of the image's
 
 
-class RegMixMatchConfig(AlgorithmConfig):
-    """The values of the authors' released configs for CIFAR-10.
-
-    Those for CIFAR-100 have `confident: 0.99` and no CAM (`low_weight: 0`), those for STL-10
-    `confident: 0.99`.
-    """
-
-    name: Literal["regmixmatch"] = "regmixmatch"
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Of FreeMatch's moving averages."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of FreeMatch's unsupervised term."""
-    fairness_weight: float = Field(0.01, ge=0)
-    """Weight of FreeMatch's fairness term; 0 saves one small collective a step."""
-    max_threshold: float = Field(1.0, gt=0, le=1)
-    """Upper bound of FreeMatch's global threshold."""
-    confident: float = Field(0.999, ge=0, le=1)
-    """Confidence from which a row is mixed with others as certain as itself (tau_m)."""
-    high_alpha: float = Field(1.0, gt=0)
-    """Of the Beta distribution that the mixture of a confident row is drawn from."""
-    low_alpha: float = Field(16.0, gt=0)
-    """The same for the other rows."""
-    same_class: float = Field(0.5, ge=0, le=1)
-    """Chance that the partner of a row that is not confident has to be of its likeliest class."""
-    high_weight: float = Field(1.0, ge=0)
-    """Weight of the term of mixed confident rows (SRM)."""
-    low_weight: float = Field(1.0, ge=0)
-    """Weight of the term of the other mixed rows (CAM)."""
-    weighting: Weighting = "mean"
-    """Whose confidence, cubed, weighs a row of that term: the mean over its rows, as in the
-    released code, or the row's own."""
-    labeled_partners: bool = True
-    """Whether labelled rows are partners in that term (CAM), as in the released code."""
-    labeled_mixed: bool | None = None
-    """Whether labelled rows are mixed, with confident ones and one another, in the term of the
-    confident rows (SRM). By default from 100 labelled rows per class on, as in the released code,
-    unless they are no partners in CAM either."""
-    groups: GroupsOption = "auto"
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> RegMixMatch:
-        """Make the algorithm, its state on `device`."""
-        options = self.model_dump(exclude={"name"})
-        return RegMixMatch(num_classes, **options, device=device)
-
-
-class RegMixMatch(FreeMatch):
+class RegMixMatch(FreeMatch, name="regmixmatch"):
     """FreeMatch's loss, plus w_h L_SRM + w_l L_CAM of one mixture per row.
 
     With p_b of the weak view of u_b and y_b = argmax p_b, a row is confident if max p_b >= tau_m.
@@ -110,45 +59,50 @@ class RegMixMatch(FreeMatch):
     paper: ClassVar[str] = "Han et al. 2025, arXiv:2412.10741"
     views: ClassVar[Views] = Views(weak=1, strong=1, inputs_need_targets=True)
     groups: Groups
+    defaults: ClassVar[str] = (
+        "The values of the authors' released configs for CIFAR-10.\n"
+        "\n"
+        "Those for CIFAR-100 have `confident: 0.99` and no CAM (`low_weight: 0`), those for "
+        "STL-10\n`confident: 0.99`."
+    )
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        momentum: float = 0.999,
-        unsupervised_weight: float = 1.0,
-        fairness_weight: float = 0.01,
-        max_threshold: float = 1.0,
-        confident: float = 0.999,
-        high_alpha: float = 1.0,
-        low_alpha: float = 16.0,
-        same_class: float = 0.5,
-        high_weight: float = 1.0,
-        low_weight: float = 1.0,
-        weighting: Weighting = "mean",
-        labeled_partners: bool = True,
-        labeled_mixed: bool | None = None,
-        groups: Groups = "auto",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(
-            num_classes,
-            momentum=momentum,
-            unsupervised_weight=unsupervised_weight,
-            fairness_weight=fairness_weight,
-            max_threshold=max_threshold,
-            device=device,
-        )
-        self.confident = confident
-        self.high_alpha = high_alpha
-        self.low_alpha = low_alpha
-        self.same_class = same_class
-        self.high_weight = high_weight
-        self.low_weight = low_weight
-        self.weighting = weighting
-        self.labeled_partners = labeled_partners
-        self.labeled_mixed = labeled_mixed
-        self.groups = groups
+    momentum: float = option(default=0.999, ge=0, lt=1)
+    """Of FreeMatch's moving averages."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of FreeMatch's unsupervised term."""
+    fairness_weight: float = option(default=0.01, ge=0)
+    """Weight of FreeMatch's fairness term; 0 saves one small collective a step."""
+    max_threshold: float = option(default=1.0, gt=0, le=1)
+    """Upper bound of FreeMatch's global threshold."""
+    confident: float = option(default=0.999, ge=0, le=1)
+    """Confidence from which a row is mixed with others as certain as itself (tau_m)."""
+    high_alpha: float = option(default=1.0, gt=0)
+    """Of the Beta distribution that the mixture of a confident row is drawn from."""
+    low_alpha: float = option(default=16.0, gt=0)
+    """The same for the other rows."""
+    same_class: float = option(default=0.5, ge=0, le=1)
+    """Chance that the partner of a row that is not confident has to be of its likeliest class."""
+    high_weight: float = option(default=1.0, ge=0)
+    """Weight of the term of mixed confident rows (SRM)."""
+    low_weight: float = option(default=1.0, ge=0)
+    """Weight of the term of the other mixed rows (CAM)."""
+    weighting: Weighting = option(default="mean")
+    """Whose confidence, cubed, weighs a row of that term: the mean over its rows, as in the
+    released code, or the row's own."""
+    labeled_partners: bool = option(default=True)
+    """Whether labelled rows are partners in that term (CAM), as in the released code."""
+    labeled_mixed: bool | None = option(default=None)
+    """Whether labelled rows are mixed, with confident ones and one another, in the term of the
+    confident rows (SRM). By default from 100 labelled rows per class on, as in the released code,
+    unless they are no partners in CAM either."""
+    groups: Groups = option(default="auto", annotation=GroupsOption)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
         self._low = (torch.ones((), device=device),) * 2  # [] each, of this step; see `observe`
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
@@ -211,11 +165,12 @@ class RegMixMatch(FreeMatch):
         low = (notes["low"] * squared_error(logits, labels)).sum() / low_rows
         if self.weighting == "mean":
             low = weight * low
-        return replace(
+        mixed = replace(
             terms,
             extras={"srm_loss": self.high_weight * high / rows, "cam_loss": self.low_weight * low},
             metrics={**terms.metrics, "confident_rate": notes["high"].sum() / rows},
         )
+        return self.burned_in(mixed)
 
     def _mixes_labeled(self) -> bool:
         """Whether labelled rows are mixed too; the same in every step."""
@@ -275,6 +230,9 @@ class RegMixMatch(FreeMatch):
 
     def _one_hot(self, classes: Tensor) -> Tensor:
         return F.one_hot(classes, self.num_classes).float()
+
+
+RegMixMatchConfig = RegMixMatch.Config
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     Groups,
     LossTerms,
     SavedShards,
@@ -22,11 +20,8 @@ from hpdist.algorithms.base import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.mixmatch import (
-    mixed_supervised_loss,
-    mixed_with_labels,
-    unlabeled_pairs,
-)
+from hpdist.algorithms.mixmatch import mixed_supervised_loss, mixed_with_labels, unlabeled_pairs
+from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.alignment import (
     LABELED_MOMENTUM,
     WINDOW,
@@ -42,56 +37,7 @@ from hpdist.tasks.losses import sharpened, soft_cross_entropy
 _SMALL = 1e-6  # of a class that nobody has
 
 
-class ReMixMatchConfig(AlgorithmConfig):
-    """The paper's values; its ramp is that of its released code."""
-
-    name: Literal["remixmatch"] = "remixmatch"
-    temperature: float = Field(0.5, gt=0)
-    """Of the guessed labels' sharpening (T)."""
-    alpha: float = Field(0.75, gt=0)
-    """Of the Beta distribution that a row's share of a mixture is drawn from (Beta)."""
-    unsupervised_weight: float = Field(1.5, ge=0)
-    """Weight of the mixed unlabelled rows after the ramp (lambda_U)."""
-    strong_weight: float = Field(0.5, ge=0)
-    """Weight of the strong view that is not mixed, after the ramp (lambda_U1)."""
-    rotation_weight: float = Field(0.5, ge=0)
-    """Weight of the rotation task, which has no ramp (lambda_r). It is for square images; 0 leaves
-    it out, for others."""
-    ramp: float = Field(1 / 64, ge=0, le=1)
-    """Share of the run over which the first two weights rise from 0."""
-    strong_views: int = Field(8, ge=1)
-    """Strong views of an unlabelled row (K). A row costs K + 4 forwards; 1 or 2 are common."""
-    window: int = Field(WINDOW, ge=1)
-    """Batches whose mean prediction is what predictions are aligned by; the average of the labels
-    is a moving one of momentum 0.999, as in the released code."""
-    momentum: float | None = Field(None, ge=0, lt=1)
-    """Makes both of them moving averages of this momentum, in place of the window."""
-    groups: GroupsOption = "auto"
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> ReMixMatch:
-        """Make the algorithm for a run of `steps`."""
-        return ReMixMatch(
-            num_classes,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            unsupervised_weight=self.unsupervised_weight,
-            strong_weight=self.strong_weight,
-            rotation_weight=self.rotation_weight,
-            ramp_steps=round(self.ramp * steps),
-            strong_views=self.strong_views,
-            window=self.window,
-            momentum=self.momentum,
-            groups=self.groups,
-            device=device,
-        )
-
-
-class ReMixMatch(Ramped):
+class ReMixMatch(Ramped, name="remixmatch"):
     """L = mean_X' H(p, p(x)) + r(t) [lambda_U L_U' + lambda_U1 L_s] + lambda_r L_rot.
 
     With L_U' = mean_U' H(q, p(u)), L_s = mean_b H(q_b, p(s1_b)) and L_rot = mean_b H(onehot(a_b),
@@ -110,40 +56,47 @@ class ReMixMatch(Ramped):
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
     groups: Groups
+    shape = "linear"
+    defaults: ClassVar[str] = "The paper's values; its ramp is that of its released code."
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        temperature: float = 0.5,
-        alpha: float = 0.75,
-        unsupervised_weight: float = 1.5,
-        strong_weight: float = 0.5,
-        rotation_weight: float = 0.5,
-        ramp_steps: int = 0,
-        strong_views: int = 8,
-        window: int = WINDOW,
-        momentum: float | None = None,
-        groups: Groups = "auto",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
+    num_classes: int = argument(kw_only=False)
+    temperature: float = option(default=0.5, gt=0)
+    """Of the guessed labels' sharpening (T)."""
+    alpha: float = option(default=0.75, gt=0)
+    """Of the Beta distribution that a row's share of a mixture is drawn from (Beta)."""
+    unsupervised_weight: float = option(default=1.5, ge=0)
+    """Weight of the mixed unlabelled rows after the ramp (lambda_U)."""
+    strong_weight: float = option(default=0.5, ge=0)
+    """Weight of the strong view that is not mixed, after the ramp (lambda_U1)."""
+    rotation_weight: float = option(default=0.5, ge=0)
+    """Weight of the rotation task, which has no ramp (lambda_r). It is for square images; 0 leaves
+    it out, for others."""
+    ramp_steps: int = share_of_run(setting="ramp", share=1 / 64, default=0, ge=0, le=1)
+    """Share of the run over which the first two weights rise from 0."""
+    strong_views: int = option(default=8, ge=1)
+    """Strong views of an unlabelled row (K). A row costs K + 4 forwards; 1 or 2 are common."""
+    window: int = option(default=WINDOW, ge=1)
+    """Batches whose mean prediction is what predictions are aligned by; the average of the labels
+    is a moving one of momentum 0.999, as in the released code."""
+    momentum: float | None = option(default=None, ge=0, lt=1)
+    """Makes both of them moving averages of this momentum, in place of the window."""
+    groups: Groups = option(default="auto", annotation=GroupsOption)
+    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
+    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
+    and micro-batches allow."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
         self.views = Views(  # type: ignore[misc]  # the number of views is an option
-            weak=1, strong=strong_views, strong_labeled=1, inputs_need_targets=True
+            weak=1, strong=self.strong_views, strong_labeled=1, inputs_need_targets=True
         )
-        self.num_classes = num_classes
-        self.temperature = temperature
-        self.alpha = alpha
-        self.strong_weight = strong_weight
-        self.rotation_weight = rotation_weight
-        if rotation_weight > 0:
+        if self.rotation_weight > 0:
             self.head_names = (HEAD,)
-        self.labels_momentum = LABELED_MOMENTUM if momentum is None else momentum
-        self.groups = groups
-        self._mean = MeanPrediction("predictions", window, momentum)  # p~(y)
-        self.state["labels"] = uniform_prior(num_classes, device)  # [classes], p(y)
-        self.state |= self._mean.start(num_classes, device)
-        self.discard()
+        self.labels_momentum = LABELED_MOMENTUM if self.momentum is None else self.momentum
+        self._mean = MeanPrediction("predictions", self.window, self.momentum)  # p~(y)
+        self.state["labels"] = uniform_prior(self.num_classes, device)  # [classes], p(y)
+        self.state |= self._mean.start(self.num_classes, device)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """That of the rotation task, if there is one."""
@@ -210,3 +163,6 @@ class ReMixMatch(Ramped):
         """Take over a state; raises CheckpointError where its average is of another kind."""
         self._mean.check(state, "algorithm")
         super().load_state_dict(state, saved)
+
+
+ReMixMatchConfig = ReMixMatch.Config

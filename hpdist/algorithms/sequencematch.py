@@ -4,51 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
-from hpdist.algorithms.flexmatch import FlexMatch, FlexMatchConfig, Shape
+from hpdist.algorithms.flexmatch import FlexMatch
+from hpdist.algorithms.options import option
 from hpdist.tasks.losses import confident, hard_cross_entropy, kl_divergence
 
 Masking = Literal["fixed", "flexible"]
 _OPERATIONS = (1, 3)  # of RandAugment in the medium and in the strong view
 
 
-class SequenceMatchConfig(FlexMatchConfig):
-    """The values of the author's released configs.
-
-    They leave out what the paper says of rows below their threshold: `rejected_weight: 1`.
-    """
-
-    name: Literal["sequencematch"] = "sequencematch"  # type: ignore[assignment]
-    temperature: float = Field(0.5, gt=0)
-    """Of the soft targets (T)."""
-    masking: Masking = "fixed"
-    """Which rows the divergences count for: fixed, where the view that teaches is as confident as
-    `threshold` says, as in the released code; flexible, where FlexMatch's mask lets them pass."""
-    rejected_weight: float = Field(0.0, ge=0)
-    """Weight, among the unsupervised terms, of the one of the rows below FlexMatch's threshold."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> SequenceMatch:
-        """Make the algorithm, its state on `device`."""
-        return SequenceMatch(
-            num_classes,
-            threshold=self.threshold,
-            warmup=self.warmup,
-            mapping=self.mapping,
-            temperature=self.temperature,
-            masking=self.masking,
-            rejected_weight=self.rejected_weight,
-            unsupervised_weight=self.unsupervised_weight,
-            device=device,
-        )
-
-
-class SequenceMatch(FlexMatch):
+class SequenceMatch(FlexMatch, name="sequencematch"):
     """L = L_x + lambda mean_b (k_b H(y_b, s_b) + D(w_b, m_b) + D(m_b, s_b) + D(w_b, s_b) + r_b).
 
     The views of u_b are w (weak), m (medium) and s (strong), y_b = argmax p(w_b), and k_b is
@@ -64,33 +31,19 @@ class SequenceMatch(FlexMatch):
 
     paper: ClassVar[str] = "Nguyen 2024, arXiv:2310.15787"
     views: ClassVar[Views] = Views(weak=1, strong=2, operations=_OPERATIONS)
+    defaults: ClassVar[str] = (
+        "The values of the author's released configs.\n"
+        "\n"
+        "They leave out what the paper says of rows below their threshold: `rejected_weight: 1`."
+    )
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        threshold: float = 0.95,
-        warmup: bool = True,
-        mapping: Shape = "convex",
-        temperature: float = 0.5,
-        masking: Masking = "fixed",
-        rejected_weight: float = 0.0,
-        unsupervised_weight: float = 1.0,
-        rows: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(
-            num_classes,
-            threshold=threshold,
-            warmup=warmup,
-            mapping=mapping,
-            unsupervised_weight=unsupervised_weight,
-            rows=rows,
-            device=device,
-        )
-        self.temperature = temperature
-        self.masking = masking
-        self.rejected_weight = rejected_weight
+    temperature: float = option(default=0.5, gt=0)
+    """Of the soft targets (T)."""
+    masking: Masking = option(default="fixed")
+    """Which rows the divergences count for: fixed, where the view that teaches is as confident as
+    `threshold` says, as in the released code; flexible, where FlexMatch's mask lets them pass."""
+    rejected_weight: float = option(default=0.0, ge=0)
+    """Weight, among the unsupervised terms, of the one of the rows below FlexMatch's threshold."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Each unsupervised term but the first by itself and weighted; the mask rate."""
@@ -108,12 +61,14 @@ class SequenceMatch(FlexMatch):
         }
         if self.rejected_weight > 0:
             terms["rejected_loss"] = self.rejected_weight * (1 - mask) * weak_strong
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=(mask * hard_cross_entropy(strong, pseudo_labels)).sum() / rows,
-            unsupervised_weight=self.unsupervised_weight,
-            extras={n: self.unsupervised_weight * t.sum() / rows for n, t in terms.items()},
-            metrics={"mask_rate": mask.sum() / rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=(mask * hard_cross_entropy(strong, pseudo_labels)).sum() / rows,
+                unsupervised_weight=self.unsupervised_weight,
+                extras={n: self.unsupervised_weight * t.sum() / rows for n, t in terms.items()},
+                metrics={"mask_rate": mask.sum() / rows},
+            )
         )
 
     def _teaches(self, logits: Tensor, mask: Tensor) -> Tensor:
@@ -121,3 +76,6 @@ class SequenceMatch(FlexMatch):
         if self.masking == "flexible":
             return mask
         return confident(logits.softmax(dim=-1), self.threshold)[0]
+
+
+SequenceMatchConfig = SequenceMatch.Config

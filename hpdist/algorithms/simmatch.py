@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -19,6 +17,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, uniform_prior
 from hpdist.algorithms.parts.banks import enqueued, log_shares, mean_of, with_mean
 from hpdist.algorithms.parts.projections import projection
@@ -29,49 +28,7 @@ _HEAD = "projection"
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class SimMatchConfig(AlgorithmConfig):
-    """The paper's values for CIFAR-10, but for the steps that are aligned.
-
-    Their number is the default of the benchmark USB, whose configs for CIFAR have 32.
-    """
-
-    name: Literal["simmatch"] = "simmatch"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs (tau)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the pseudo-labels (lambda_u)."""
-    similarity_weight: float = Field(1.0, ge=0)
-    """Weight of the agreement on labelled rows (lambda_in)."""
-    smoothing: float = Field(0.9, ge=0, le=1)
-    """What a row's own prediction counts beside the labels that it is near to (alpha)."""
-    temperature: float = Field(0.1, gt=0)
-    """Of the similarity of embeddings (t)."""
-    width: int = Field(128, gt=0)
-    """Of an embedding."""
-    bank: int = Field(4096, gt=0)
-    """Labelled rows that are remembered; where there are more, the newest (K)."""
-    alignment_steps: int = Field(256, gt=0)
-    """Steps whose mean prediction is made uniform."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> SimMatch:
-        """Make the algorithm, its state on `device`."""
-        return SimMatch(
-            num_classes,
-            threshold=self.threshold,
-            unsupervised_weight=self.unsupervised_weight,
-            similarity_weight=self.similarity_weight,
-            smoothing=self.smoothing,
-            temperature=self.temperature,
-            width=self.width,
-            bank=self.bank,
-            alignment_steps=self.alignment_steps,
-            device=device,
-        )
-
-
-class SimMatch(Algorithm):
+class SimMatch(Algorithm, name="simmatch"):
     """L = L_x + lambda_u mean_b m_b H(q_b, p(s_b)) + lambda_in mean_b H(t'_b, t(s_b)).
 
     With m_b = 1[max q_b >= tau]. p_b = p(w_b) of the weak view is divided by the mean of p over the
@@ -87,36 +44,38 @@ class SimMatch(Algorithm):
     paper: ClassVar[str] = "Zheng et al. 2022, arXiv:2203.06915"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True, teacher=True)
     head_names = (_HEAD,)
+    defaults: ClassVar[str] = (
+        "The paper's values for CIFAR-10, but for the steps that are aligned.\n"
+        "\n"
+        "Their number is the default of the benchmark USB, whose configs for CIFAR have 32."
+    )
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        threshold: float = 0.95,
-        unsupervised_weight: float = 1.0,
-        similarity_weight: float = 1.0,
-        smoothing: float = 0.9,
-        temperature: float = 0.1,
-        width: int = 128,
-        bank: int = 4096,
-        alignment_steps: int = 256,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
-        self.similarity_weight = similarity_weight
-        self.smoothing = smoothing
-        self.temperature = temperature
-        self.width = width
+    num_classes: int = argument(kw_only=False)
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that a pseudo-label needs (tau)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the pseudo-labels (lambda_u)."""
+    similarity_weight: float = option(default=1.0, ge=0)
+    """Weight of the agreement on labelled rows (lambda_in)."""
+    smoothing: float = option(default=0.9, ge=0, le=1)
+    """What a row's own prediction counts beside the labels that it is near to (alpha)."""
+    temperature: float = option(default=0.1, gt=0)
+    """Of the similarity of embeddings (t)."""
+    width: int = option(default=128, gt=0)
+    """Of an embedding."""
+    bank: int = option(default=4096, gt=0)
+    """Labelled rows that are remembered; where there are more, the newest (K)."""
+    alignment_steps: int = option(default=256, gt=0)
+    """Steps whose mean prediction is made uniform."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
         self.state = {
-            "embeddings": torch.zeros(bank, width, device=device),
-            "labels": torch.zeros(bank, device=device),  # and 1 more, so that 0 is an empty place
-            "ids": torch.zeros(bank, 2, device=device),  # in words
-            "means": torch.zeros(alignment_steps, num_classes, device=device),
+            "embeddings": torch.zeros(self.bank, self.width, device=device),
+            "labels": torch.zeros(self.bank, device=device),  # + 1; 0 is an empty place
+            "ids": torch.zeros(self.bank, 2, device=device),  # in words
+            "means": torch.zeros(self.alignment_steps, self.num_classes, device=device),
         }
-        self.discard()
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The one that makes embeddings."""
@@ -171,3 +130,6 @@ class SimMatch(Algorithm):
     def _similarities(self, embeddings: Tensor) -> Tensor:
         """Of embeddings [rows, width] with the bank's, by the temperature; [rows, bank]."""
         return embeddings @ self.state["embeddings"].T / self.temperature
+
+
+SimMatchConfig = SimMatch.Config

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -19,37 +16,12 @@ from hpdist.algorithms.base import (
     masked_pseudo_label_loss,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, moved, uniform_prior
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 
 
-class SoftMatchConfig(AlgorithmConfig):
-    """The paper's values; `sigmas` is the one of its released code."""
-
-    name: Literal["softmatch"] = "softmatch"
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Of the moving averages (m)."""
-    sigmas: float = Field(2.0, gt=0)
-    """Standard deviations of the confidence that make one of the weight's Gaussian."""
-    uniform_alignment: bool = True
-    """Whether the weight goes by predictions whose mean is made uniform (UA)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term (lambda_u)."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> SoftMatch:
-        """Make the algorithm, its state on `device`."""
-        return SoftMatch(
-            num_classes,
-            momentum=self.momentum,
-            sigmas=self.sigmas,
-            uniform_alignment=self.uniform_alignment,
-            unsupervised_weight=self.unsupervised_weight,
-            device=device,
-        )
-
-
-class SoftMatch(Algorithm):
+class SoftMatch(PseudoLabeling, name="softmatch"):
     """L = L_x + lambda_u mean_b w_b H(argmax q_b, p(strong(u_b))), with q_b = p(weak(u_b)).
 
     Averages over steps, updated with this batch before they are used: mu and v = EMA of mean and
@@ -62,29 +34,27 @@ class SoftMatch(Algorithm):
 
     paper: ClassVar[str] = "Chen et al. 2023, arXiv:2301.10921"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    defaults: ClassVar[str] = "The paper's values; `sigmas` is the one of its released code."
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        momentum: float = 0.999,
-        sigmas: float = 2.0,
-        uniform_alignment: bool = True,
-        unsupervised_weight: float = 1.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.sigmas = sigmas
-        self.uniform_alignment = uniform_alignment
-        self.unsupervised_weight = unsupervised_weight
-        self._prior = uniform_prior(num_classes, device)
-        self.state = {
+    num_classes: int = argument(kw_only=False)
+    momentum: float = option(default=0.999, ge=0, lt=1)
+    """Of the moving averages (m)."""
+    sigmas: float = option(default=2.0, gt=0)
+    """Standard deviations of the confidence that make one of the weight's Gaussian."""
+    uniform_alignment: bool = option(default=True)
+    """Whether the weight goes by predictions whose mean is made uniform (UA)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term (lambda_u)."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
+        self._prior = uniform_prior(self.num_classes, device)
+        self.state |= {
             "mean": self._prior[0].clone(),  # [], mu
             "variance": torch.ones((), device=device),  # [], v
             "probability": self._prior.clone(),  # [classes], p~
         }
-        self.discard()
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums of the confidence, of its square and of the probabilities.
@@ -120,11 +90,13 @@ class SoftMatch(Algorithm):
         assert outputs.weak is not None
         pseudo_labels = outputs.weak.logits.argmax(dim=-1)  # [unlabeled]
         weights = self._weights(outputs.weak)
-        return LossTerms(
-            supervised=supervised_loss(outputs),
-            unsupervised=masked_pseudo_label_loss(outputs, weights, pseudo_labels),
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": weights.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=supervised_loss(outputs),
+                unsupervised=masked_pseudo_label_loss(outputs, weights, pseudo_labels),
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": weights.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def _weights(self, weak: WeakOutputs) -> Tensor:
@@ -135,3 +107,6 @@ class SoftMatch(Algorithm):
         below = (probabilities.amax(dim=-1) - self.pending["mean"]).clamp(max=0)
         variance = self.pending["variance"].clamp(min=1e-12) / self.sigmas**2
         return (-below.square() / (2 * variance)).exp()
+
+
+SoftMatchConfig = SoftMatch.Config

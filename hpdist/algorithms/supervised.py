@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from hpdist.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -18,31 +17,26 @@ from hpdist.algorithms.base import (
 from hpdist.tasks.base import ALL
 
 
-class SupervisedConfig(AlgorithmConfig):
-    """No options."""
-
-    name: Literal["supervised"] = "supervised"
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> Supervised:
-        """Make the algorithm."""
-        return Supervised()
-
-
-class FullySupervisedConfig(SupervisedConfig):
-    """No options; the run's labelled data must be all there are."""
-
-    name: Literal["fully_supervised"] = "fully_supervised"  # type: ignore[assignment]
-
-
-class Supervised(Algorithm):
+class Supervised(Algorithm, name="supervised"):
     """L = mean_b H(y_b, p(weak(x_b))), with H what the task says."""
 
     views: ClassVar[Views] = Views()
     tasks: ClassVar[tuple[str, ...]] = ALL
+    defaults: ClassVar[str] = "No options."
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """The supervised term; the unsupervised one is zero."""
         supervised = supervised_loss(outputs, self.task)
         return LossTerms(supervised, torch.zeros_like(supervised))
+
+
+SupervisedConfig = Supervised.Config
+
+
+class FullySupervised(Supervised, name="fully_supervised"):
+    """The same, from every label there is: what semi-supervised training is measured against."""
+
+    defaults: ClassVar[str] = "No options; the run's labelled data must be all there are."
+
+
+FullySupervisedConfig = FullySupervised.Config

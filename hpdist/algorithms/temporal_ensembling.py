@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -17,6 +15,7 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.parts.tables import RowTable, id_words, last_places, spread
 from hpdist.tasks.base import ALL
@@ -25,35 +24,7 @@ _TAKEN = 1 << 24
 """Added to a row's id on its way, so that the first of its words is never 0."""
 
 
-class TemporalEnsemblingConfig(AlgorithmConfig):
-    """The paper's values; its ramp is 80 of 300 epochs."""
-
-    name: Literal["temporal_ensembling"] = "temporal_ensembling"
-    momentum: float = Field(0.6, ge=0, lt=1)
-    """Of a row's average (alpha)."""
-    unsupervised_weight: float = Field(30.0, ge=0)
-    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
-    all rows, is in the means: here each term is the mean over its own rows."""
-    ramp: float = Field(0.27, ge=0, le=1)
-    """Share of the run over which that weight rises."""
-    half_table: bool = False
-    """Whether the averages are kept in fp16, at half the memory."""
-
-    def build(
-        self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> TemporalEnsembling:
-        """Make the algorithm for a run of `steps`."""
-        return TemporalEnsembling(
-            num_classes,
-            momentum=self.momentum,
-            unsupervised_weight=self.unsupervised_weight,
-            ramp_steps=round(self.ramp * steps),
-            half_table=self.half_table,
-            device=device,
-        )
-
-
-class TemporalEnsembling(Ramped):
+class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     """L = L_x + w(t) mean_{b,c} (p(u2_b)_c - z~_b,c)^2, algorithm 2 of the paper.
 
     Whenever a row is seen, Z_i <- alpha Z_i + (1 - alpha) p(u1_i), from zero; its target is that of
@@ -70,22 +41,25 @@ class TemporalEnsembling(Ramped):
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = ALL
+    shape = "gaussian"
+    defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        momentum: float = 0.6,
-        unsupervised_weight: float = 30.0,
-        ramp_steps: int = 0,
-        half_table: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "gaussian", device)
-        self.num_classes = num_classes
-        self.momentum = momentum
-        dtype = torch.float16 if half_table else torch.float32
-        self.averages = RowTable((num_classes,), dtype, device)  # Z
+    num_classes: int = argument(kw_only=False)
+    momentum: float = option(default=0.6, ge=0, lt=1)
+    """Of a row's average (alpha)."""
+    unsupervised_weight: float = option(default=30.0, ge=0)
+    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
+    all rows, is in the means: here each term is the mean over its own rows."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.27, default=0, ge=0, le=1)
+    """Share of the run over which that weight rises."""
+    half_table: bool = option(default=False)
+    """Whether the averages are kept in fp16, at half the memory."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        super().start(device)
+        dtype = torch.float16 if self.half_table else torch.float32
+        self.averages = RowTable((self.num_classes,), dtype, device)  # Z
         self.counts = RowTable((), torch.float32, device)  # n
         self.tables = {"averages": self.averages, "counts": self.counts}
         self._seen: dict[str, Tensor] = {}
@@ -138,3 +112,6 @@ class TemporalEnsembling(Ramped):
         moved = self.averages.read(ids).lerp(predictions[places], 1 - self.momentum)
         self.averages.write(ids, moved, self.rows)
         self.counts.write(ids, self.counts.read(ids) + 1, self.rows)
+
+
+TemporalEnsemblingConfig = TemporalEnsembling.Config

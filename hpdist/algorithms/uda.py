@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
     LossTerms,
     StudentOutputs,
     Sums,
@@ -18,40 +15,14 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import REQUIRED, argument, option
 from hpdist.algorithms.parts import ramps
+from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
+from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 
 
-class UDAConfig(AlgorithmConfig):
-    """The paper's values for images."""
-
-    name: Literal["uda"] = "uda"
-    temperature: float = Field(0.4, gt=0)
-    """Of the targets (tau)."""
-    threshold: float = Field(0.8, ge=0, le=1)
-    """Confidence, before sharpening, that a target needs (beta)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the unsupervised term (lambda)."""
-    annealing: ramps.Schedule = "off"
-    """How the confidence up to which labelled rows count rises from 1/C to 1 (training signal
-    annealing): `log` for many labels, `exp` for few. Other than `off` it costs a second pass over
-    the labelled rows."""
-
-    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> UDA:
-        """Make the algorithm for a run of `steps`."""
-        options = {
-            "temperature": self.temperature,
-            "threshold": self.threshold,
-            "unsupervised_weight": self.unsupervised_weight,
-        }
-        if self.annealing == "off":
-            return UDA(**options)
-        return AnnealedUDA(
-            num_classes, annealing=self.annealing, steps=steps, device=device, **options
-        )
-
-
-class UDA(Algorithm):
+class UDA(PseudoLabeling, name="uda"):
     """L = L_x + lambda mean_b 1[max p(weak(u_b)) > beta] H(q_b, p(strong(u_b))).
 
     With q_b = softmax(z(weak(u_b)) / tau) of the logits z.
@@ -59,18 +30,36 @@ class UDA(Algorithm):
 
     paper: ClassVar[str] = "Xie et al. 2020, arXiv:1904.12848"
     views: ClassVar[Views] = Views(weak=1, strong=1)
+    defaults: ClassVar[str] = "The paper's values for images."
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.4,
-        threshold: float = 0.8,
-        unsupervised_weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.threshold = threshold
-        self.unsupervised_weight = unsupervised_weight
+    temperature: float = option(default=0.4, gt=0)
+    """Of the targets (tau)."""
+    threshold: float = option(default=0.8, ge=0, le=1)
+    """Confidence, before sharpening, that a target needs (beta)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the unsupervised term (lambda)."""
+    annealing: ramps.Schedule = option(default="off")
+    """How the confidence up to which labelled rows count rises from 1/C to 1 (training signal
+    annealing): `log` for many labels, `exp` for few. Other than `off` it costs a second pass over
+    the labelled rows."""
+
+    @classmethod
+    def from_config(
+        cls, config: Any, num_classes: int, device: torch.device | str, steps: int
+    ) -> UDA:
+        """Make the algorithm, or the one that anneals."""
+        kind = UDA if config.annealing == "off" else AnnealedUDA
+        run = {"num_classes": num_classes, "device": device, "steps": steps}
+        return kind(**kind.arguments(config, **run))
+
+    def start(self, device: torch.device | str) -> None:
+        """Refuse what this class does not do."""
+        super().start(device)
+        if self.annealing != "off" and not isinstance(self, AnnealedUDA):
+            raise ConfigError(
+                f"UDA(annealing={self.annealing!r}) needs to know the run; give "
+                f"hpdist.algorithms.AnnealedUDA(num_classes, annealing={self.annealing!r}, steps=…)"
+            )
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms and the mask rate."""
@@ -79,11 +68,13 @@ class UDA(Algorithm):
         mask = (confidence > self.threshold).float()
         targets = sharpened(outputs.weak.logits, self.temperature)
         losses = soft_cross_entropy(outputs.strong[0], targets) * mask
-        return LossTerms(
-            supervised=self._supervised(outputs),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight,
-            metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+        return self.burned_in(
+            LossTerms(
+                supervised=self._supervised(outputs),
+                unsupervised=losses.sum() / outputs.unlabeled_rows,
+                unsupervised_weight=self.unsupervised_weight,
+                metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
+            )
         )
 
     def _supervised(self, outputs: StudentOutputs) -> Tensor:
@@ -99,26 +90,15 @@ class AnnealedUDA(UDA):
 
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        annealing: ramps.Schedule,
-        steps: int,
-        temperature: float = 0.4,
-        threshold: float = 0.8,
-        unsupervised_weight: float = 1.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(
-            temperature=temperature, threshold=threshold, unsupervised_weight=unsupervised_weight
-        )
-        self.num_classes = num_classes
-        self.annealing: ramps.Schedule = annealing
-        self.steps = steps
-        self.state = {"step": torch.zeros((), device=device)}  # applied steps
+    num_classes: int = argument(kw_only=False)
+    steps: int = argument()
+    annealing: ramps.Schedule = option(default=REQUIRED)
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the count of applied steps, on `device`."""
+        super().start(device)
+        self.state["step"] = torch.zeros((), device=device)
         self._kept = torch.ones((), device=device)  # labelled rows of this global batch that count
-        self.discard()
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """The number of labelled rows that count."""
@@ -143,3 +123,6 @@ class AnnealedUDA(UDA):
         assert outputs.weak is not None
         losses = hard_cross_entropy(outputs.labeled, outputs.labels)  # [labeled]
         return (losses * self._keep(outputs.weak)).sum() / self._kept
+
+
+UDAConfig = UDA.Config

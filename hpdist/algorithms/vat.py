@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from hpdist.algorithms.base import (
-    AlgorithmConfig,
     LossTerms,
     Probe,
     StudentInputs,
@@ -20,43 +18,13 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     supervised_loss,
 )
+from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import ALL, Task
 
 
-class VATConfig(AlgorithmConfig):
-    """The values of the benchmark USB but for xi; the paper chooses epsilon for each data set."""
-
-    name: Literal["vat"] = "vat"
-    epsilon: float = Field(6.0, gt=0)
-    """Length of the perturbation of a row, in the units of the model's input (epsilon)."""
-    xi: float = Field(0.1, gt=0)
-    """Length of the step that the direction is found with. The paper's 1e-6 drowns in the rounding
-    of fp32 already; 0.1 shows in half precision too."""
-    power_iterations: int = Field(1, ge=1)
-    """Times that the direction is made better, each a forward and a backward (K)."""
-    unsupervised_weight: float = Field(1.0, ge=0)
-    """Weight of the smoothness term after the ramp (alpha)."""
-    entropy_weight: float = Field(0.06, ge=0)
-    """Weight of the entropy of the unlabelled rows' predictions; 0 saves their forward."""
-    ramp: float = Field(0.4, ge=0, le=1)
-    """Share of the run over which the first weight rises from 0."""
-
-    def build(self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1) -> VAT:
-        """Make the algorithm for a run of `steps`."""
-        return VAT(
-            epsilon=self.epsilon,
-            xi=self.xi,
-            power_iterations=self.power_iterations,
-            unsupervised_weight=self.unsupervised_weight,
-            entropy_weight=self.entropy_weight,
-            ramp_steps=round(self.ramp * steps),
-            device=device,
-        )
-
-
-class VAT(Ramped):
+class VAT(Ramped, name="vat"):
     """L = L_x + alpha r(t) mean_b KL(p(u_b) || p(u_b + r_b)) + w mean_b H(p(u_b), p(u_b)).
 
     Equations 5 and 8 of the paper, p(u_b) without gradient in the former. r_b = epsilon g / |g|
@@ -76,23 +44,24 @@ class VAT(Ramped):
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
     views: ClassVar[Views] = Views(weak=1, probed=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
+    shape = "linear"
+    defaults: ClassVar[str] = (
+        "The values of the benchmark USB but for xi; the paper chooses epsilon for each data set."
+    )
 
-    def __init__(
-        self,
-        *,
-        epsilon: float = 6.0,
-        xi: float = 0.1,
-        power_iterations: int = 1,
-        unsupervised_weight: float = 1.0,
-        entropy_weight: float = 0.06,
-        ramp_steps: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(unsupervised_weight, ramp_steps, "linear", device)
-        self.epsilon = epsilon
-        self.xi = xi
-        self.power_iterations = power_iterations
-        self.entropy_weight = entropy_weight
+    epsilon: float = option(default=6.0, gt=0)
+    """Length of the perturbation of a row, in the units of the model's input (epsilon)."""
+    xi: float = option(default=0.1, gt=0)
+    """Length of the step that the direction is found with. The paper's 1e-6 drowns in the rounding
+    of fp32 already; 0.1 shows in half precision too."""
+    power_iterations: int = option(default=1, ge=1)
+    """Times that the direction is made better, each a forward and a backward (K)."""
+    unsupervised_weight: float = option(default=1.0, ge=0)
+    """Weight of the smoothness term after the ramp (alpha)."""
+    entropy_weight: float = option(default=0.06, ge=0)
+    """Weight of the entropy of the unlabelled rows' predictions; 0 saves their forward."""
+    ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, ge=0, le=1)
+    """Share of the run over which the first weight rises from 0."""
 
     def take_task(self, task: Task) -> None:
         """Have the outputs mean something else; raises ConfigError where its entropy has none."""
@@ -138,6 +107,9 @@ class VAT(Ramped):
             extras=extras,
             metrics={"lost_directions": outputs.notes["lost"].sum() / outputs.unlabeled_rows},
         )
+
+
+VATConfig = VAT.Config
 
 
 def _unit(rows: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ def attribute_docstrings(kind: type[Any]) -> dict[str, str]:
 def add_descriptions(kind: type[Any], schema: dict[str, Any]) -> None:
     """Describe the properties of a class's JSON Schema by its docstrings."""
     properties = schema.get("properties", {})
-    for name, text in attribute_docstrings(kind).items():
+    texts = getattr(kind, "setting_docstrings", lambda: attribute_docstrings(kind))()
+    for name, text in texts.items():
         if name in properties:
             properties[name].setdefault("description", text)
 

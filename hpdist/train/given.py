@@ -94,12 +94,8 @@ def algorithm_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
 
 def _configs_of(kind: type[Algorithm]) -> list[str]:
     """The names of the configs that make this very class."""
-    return [
-        name
-        for name, config in components("algorithm").items()
-        if config.__module__ == kind.__module__
-        and cast(Any, config).build.__annotations__.get("return") == kind.__name__
-    ]
+    configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
+    return [name for name, config in configs.items() if config.declared_by is kind]
 
 
 def _called(kind: type[Algorithm]) -> Algorithm:
@@ -114,17 +110,17 @@ def _called(kind: type[Algorithm]) -> Algorithm:
 
 def _options_of(algorithm: Algorithm) -> dict[str, Any] | None:
     """The settings that make an algorithm just like this one, if there are any."""
-    known = components("algorithm")
+    options = algorithm.settings()
+    if options is None:
+        return None
     for name in _configs_of(type(algorithm)):
-        options = {key: getattr(algorithm, key, None) for key in known[name].model_fields}
-        given = {key: value for key, value in options.items() if value is not None}
         try:
-            config = cast(AlgorithmConfig, known[name].model_validate(given | {"name": name}))
+            config = type(algorithm).Config.model_validate(options | {"name": name})
             same = config.build(getattr(algorithm, "num_classes", 2))
         except (ValueError, ConfigError):
             continue
         if _alike(vars(same), vars(algorithm)):
-            return config.model_dump()
+            return cast(dict[str, Any], config.model_dump())
     return None
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from hpdist.algorithms.addons.base import AddOn, AddOnConfig
+from hpdist.algorithms.addons.base import AddOn
 from hpdist.algorithms.base import (
     Algorithm,
     HeadOutputs,
@@ -19,6 +18,7 @@ from hpdist.algorithms.base import (
     Sums,
     WeakOutputs,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.projections import linear
 from hpdist.algorithms.parts.ramps import linear as share_done
 from hpdist.tasks.losses import confident, hard_cross_entropy, soft_cross_entropy
@@ -26,21 +26,7 @@ from hpdist.tasks.losses import confident, hard_cross_entropy, soft_cross_entrop
 _VIEWS = 2  # strong views that the paper's loss goes over
 
 
-class ABCConfig(AddOnConfig):
-    """The paper's value."""
-
-    name: Literal["abc"] = "abc"
-    threshold: float = Field(0.95, ge=0, le=1)
-    """Confidence that the second classifier's own prediction needs (tau)."""
-
-    def build(
-        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> ABC:
-        """Put it around an algorithm, its state on `device`."""
-        return ABC(base, num_classes, threshold=self.threshold, steps=steps, device=device)
-
-
-class ABC(AddOn):
+class ABC(AddOn, name="abc"):
     """Adds mean_b M(x_b) H(y_b, p(x_b)) + mean_b M(u_b) 1[max q_b >= tau] sum_k H(q_b, p(s_k)).
 
     Here p is a linear head on the model's features, and q_b its own prediction on the first weak
@@ -58,26 +44,22 @@ class ABC(AddOn):
 
     name: ClassVar[str] = "abc"
     addon_paper: ClassVar[str] = "Lee et al. 2021, arXiv:2110.10368"
+    defaults: ClassVar[str] = "The paper's value."
 
-    def __init__(
-        self,
-        base: Algorithm,
-        num_classes: int,
-        *,
-        threshold: float = 0.95,
-        steps: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(base, {"step": torch.zeros((), device=device)})  # applied steps
-        self.num_classes = num_classes
-        self.threshold = threshold
-        self.steps = steps
-        weak, strong = max(base.views.weak, 1), max(base.views.strong, 1)
-        self.views = replace(base.views, weak=weak, strong=strong)  # type: ignore[misc]
-        self.head_names = (*base.head_names, self.name)
+    num_classes: int = argument(kw_only=False)
+    steps: int = argument(default=1)
+    threshold: float = option(default=0.95, ge=0, le=1)
+    """Confidence that the second classifier's own prediction needs (tau)."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        self.remember({"step": torch.zeros((), device=device)})  # applied steps
+        weak, strong = max(self.base.views.weak, 1), max(self.base.views.strong, 1)
+        self.views = replace(self.base.views, weak=weak, strong=strong)  # type: ignore[misc]
+        self.head_names = (*self.base.head_names, self.name)
         self.predicts = self.name
-        self._mixes = _mixes(base)
-        self.own_further = 2 if self._mixes else int(base.views.strong == 0)
+        self._mixes = _mixes(self.base)
+        self.own_further = 2 if self._mixes else int(self.base.views.strong == 0)
 
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The second classifier."""
@@ -140,6 +122,9 @@ class ABC(AddOn):
         counts = self.required_counts(like)
         smallest = counts.where(counts > 0, torch.inf).min()
         return smallest / torch.maximum(counts, smallest)
+
+
+ABCConfig = ABC.Config
 
 
 def _mixes(algorithm: Algorithm) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from hpdist.algorithms.base import (
     WeakOutputs,
     check_names,
 )
-from hpdist.config.component import Component
+from hpdist.algorithms.options import DeclaredConfig, argument
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
 
 
-class AddOnConfig(Component):
+class AddOnConfig(DeclaredConfig):
     """The options of an add-on; `build` puts it around an algorithm."""
 
     kind: ClassVar[str] = "addon"
@@ -37,7 +37,10 @@ class AddOnConfig(Component):
         self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
     ) -> AddOn:
         """Make the add-on for a run of `steps`, its state on `device`."""
-        raise NotImplementedError(f"{type(self).__name__} must define build()")
+        if self.declared_by is None:
+            raise NotImplementedError(f"{type(self).__name__} must define build()")
+        run = {"num_classes": num_classes, "device": device, "steps": steps}
+        return cast(AddOn, self.declared_by(base, **self.declared_by.arguments(self, **run)))
 
 
 class _OfBase:
@@ -62,6 +65,9 @@ class AddOn(Algorithm):
     and further inputs of its own are hidden from the inner algorithm.
     """
 
+    config_base = AddOnConfig
+    first_arguments = ("base",)
+    base: Algorithm = argument(kw_only=False)
     name: ClassVar[str] = ""
     own_further: int = 0
     """Inputs that its `mix` puts behind those of the inner algorithm."""
@@ -91,6 +97,11 @@ class AddOn(Algorithm):
         self.heads_hint = base.heads_hint
         self.predicts = base.predicts
         self.generations = base.generations
+
+    def remember(self, own_state: Mapping[str, Tensor]) -> None:
+        """Have a state of the add-on's own, fp32; for `start`."""
+        self.own = dict(own_state)
+        self.own_pending = dict(own_state)
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.addons.base import AddOn, AddOnConfig
+from hpdist.algorithms.addons.base import AddOn
 from hpdist.algorithms.base import (
-    Algorithm,
     LossTerms,
     SavedShards,
     StudentInputs,
@@ -20,6 +18,7 @@ from hpdist.algorithms.base import (
     Sums,
     WeakOutputs,
 )
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import WINDOW, MeanPrediction
 from hpdist.algorithms.parts.tables import RowTable
 from hpdist.errors import ConfigError
@@ -28,39 +27,7 @@ from hpdist.tasks.losses import hard_cross_entropy
 _SMALL = 1e-6
 
 
-class CReSTConfig(AddOnConfig):
-    """The paper's values for CIFAR10-LT, and the average of its authors' code."""
-
-    name: Literal["crest"] = "crest"
-    generations: int = Field(6, ge=2)
-    """Equal parts of the run; the student begins anew in each."""
-    alpha: float = Field(3.0, gt=0)
-    """How much of the rows of a frequent class is added: less where it is small (alpha)."""
-    smallest_power: float = Field(0.5, ge=0, le=1)
-    """To which power the labels' shares are the alignment's target in the last generation, from 1
-    in the first (t_min): the smaller, the more rows of rare classes."""
-    window: int = Field(WINDOW, ge=1)
-    """Batches whose mean prediction is what predictions are aligned by."""
-    momentum: float | None = Field(None, ge=0, lt=1)
-    """Makes that a moving average of this momentum, in place of the window."""
-
-    def build(
-        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> CReST:
-        """Put it around an algorithm, its state on `device`."""
-        return CReST(
-            base,
-            num_classes,
-            generations=self.generations,
-            alpha=self.alpha,
-            smallest_power=self.smallest_power,
-            window=self.window,
-            momentum=self.momentum,
-            device=device,
-        )
-
-
-class CReST(AddOn):
+class CReST(AddOn, name="crest"):
     """Class-rebalancing self-training with progressive alignment, section 3 of the paper.
 
     Between generations the teacher labels all unlabelled rows. With the classes ordered by their
@@ -78,40 +45,42 @@ class CReST(AddOn):
     name: ClassVar[str] = "crest"
     addon_paper: ClassVar[str] = "Wei et al. 2021, arXiv:2102.09559"
     own_further = 1
+    defaults: ClassVar[str] = (
+        "The paper's values for CIFAR10-LT, and the average of its authors' code."
+    )
 
-    def __init__(
-        self,
-        base: Algorithm,
-        num_classes: int,
-        *,
-        generations: int = 6,
-        alpha: float = 3.0,
-        smallest_power: float = 0.5,
-        window: int = WINDOW,
-        momentum: float | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if base.generations > 1:
-            raise ConfigError(f"crest: {type(base).__name__} has generations of its own")
-        self._mean = MeanPrediction("probability", window, momentum)
+    num_classes: int = argument(kw_only=False)
+    generations: int = option(default=6, ge=2)
+    """Equal parts of the run; the student begins anew in each."""
+    alpha: float = option(default=3.0, gt=0)
+    """How much of the rows of a frequent class is added: less where it is small (alpha)."""
+    smallest_power: float = option(default=0.5, ge=0, le=1)
+    """To which power the labels' shares are the alignment's target in the last generation, from 1
+    in the first (t_min): the smaller, the more rows of rare classes."""
+    window: int = option(default=WINDOW, ge=1)
+    """Batches whose mean prediction is what predictions are aligned by."""
+    momentum: float | None = option(default=None, ge=0, lt=1)
+    """Makes that a moving average of this momentum, in place of the window."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        if self.base.generations > 1:
+            raise ConfigError(f"crest: {type(self.base).__name__} has generations of its own")
+        self._mean = MeanPrediction("probability", self.window, self.momentum)
         own = {
             "generation": torch.zeros((), device=device),
-            **self._mean.start(num_classes, device),
+            **self._mean.start(self.num_classes, device),
         }
-        super().__init__(base, own)
-        if not base.views.weak:
+        self.remember(own)
+        if not self.base.views.weak:
             raise ConfigError(
                 f"crest needs an algorithm with weak views of unlabelled rows, and "
-                f"{type(base).__name__} has none"
+                f"{type(self.base).__name__} has none"
             )
-        self.num_classes = num_classes
-        self.generations = generations
-        self.alpha = alpha
-        self.smallest_power = smallest_power
         self._said = RowTable((2,), torch.float32, device)  # label + 1, confidence; being gathered
         self._chosen = RowTable((1,), torch.int16, device)  # label + 1 of the rows that have joined
         self.tables = {"chosen": self._chosen}
-        self._first = {name: value.clone() for name, value in base.state_dict().items()}
+        self._first = {name: value.clone() for name, value in self.base.state_dict().items()}
 
     @property
     def generation(self) -> int:
@@ -198,3 +167,6 @@ class CReST(AddOn):
         shares = torch.empty_like(counts)
         shares[order] = (ordered.flip(0) / ordered[0]) ** (1 / self.alpha)
         return shares
+
+
+CReSTConfig = CReST.Config

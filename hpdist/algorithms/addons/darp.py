@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator
 from torch import Tensor
 
-from hpdist.algorithms.addons.base import AddOn, AddOnConfig
-from hpdist.algorithms.base import Algorithm, LossTerms, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.addons.base import AddOn
+from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.tables import RowTable, id_words, last_places, spread
 from hpdist.errors import ConfigError
 
@@ -18,46 +19,13 @@ _NEWTON_STEPS = 10  # from the solution before; each doubles the digits
 _SMALL = 1e-6  # of a class that a row has been denied
 
 
-class DARPConfig(AddOnConfig):
-    """The values of the paper's released code; its warm-up is 200 of 500 epochs."""
-
-    name: Literal["darp"] = "darp"
-    warmup: float = Field(0.4, ge=0, le=1)
-    """Share of the run that comes before the first refinement."""
-    every: int = Field(10, ge=1)
-    """Applied steps between refinements."""
-    alpha: float = Field(2.0, gt=0)
-    """A class keeps the likeliest rows, this many times its target (delta in the paper)."""
-    iterations: int = Field(10, ge=1)
-    """Rounds of coordinate ascent of a refinement (T)."""
-    distribution: list[float] | None = Field(None, min_length=2)
-    """How the unlabelled rows divide among the classes, as numbers in any unit; by default as the
-    labelled rows do."""
-
-    @field_validator("distribution")
-    @classmethod
-    def _positive(cls, value: list[float] | None) -> list[float] | None:
-        if value is not None and min(value) <= 0:
-            raise ValueError("must be positive for every class; give a rare one a small number")
-        return value
-
-    def build(
-        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> DARP:
-        """Put it around an algorithm for a run of `steps`, its state on `device`."""
-        return DARP(
-            base,
-            num_classes,
-            warmup_steps=round(self.warmup * steps),
-            every=self.every,
-            alpha=self.alpha,
-            iterations=self.iterations,
-            distribution=self.distribution,
-            device=device,
-        )
+def _positive(value: list[float] | None) -> list[float] | None:
+    if value is not None and min(value) <= 0:
+        raise ValueError("must be positive for every class; give a rare one a small number")
+    return value
 
 
-class DARP(AddOn):
+class DARP(AddOn, name="darp"):
     """Targets are the rows x_n that minimise sum_n KL(x_n || q_n) / H(q_n), given classes' sums.
 
     q_n is what was last said of row n. Each x_n sums to 1, and of class c all rows together have
@@ -82,32 +50,37 @@ class DARP(AddOn):
 
     name: ClassVar[str] = "darp"
     addon_paper: ClassVar[str] = "Kim et al. 2020, arXiv:2007.08844"
+    defaults: ClassVar[str] = (
+        "The values of the paper's released code; its warm-up is 200 of 500 epochs."
+    )
 
-    def __init__(
-        self,
-        base: Algorithm,
-        num_classes: int,
-        *,
-        warmup_steps: int = 0,
-        every: int = 10,
-        alpha: float = 2.0,
-        iterations: int = 10,
-        distribution: list[float] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if not base.views.weak:
+    num_classes: int = argument(kw_only=False)
+    warmup_steps: int = share_of_run(setting="warmup", share=0.4, default=0, ge=0, le=1)
+    """Share of the run that comes before the first refinement."""
+    every: int = option(default=10, ge=1)
+    """Applied steps between refinements."""
+    alpha: float = option(default=2.0, gt=0)
+    """A class keeps the likeliest rows, this many times its target (delta in the paper)."""
+    iterations: int = option(default=10, ge=1)
+    """Rounds of coordinate ascent of a refinement (T)."""
+    distribution: list[float] | None = option(
+        default=None,
+        annotation=Annotated[list[float] | None, AfterValidator(_positive)],
+        min_length=2,
+    )
+    """How the unlabelled rows divide among the classes, as numbers in any unit; by default as the
+    labelled rows do."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        if not self.base.views.weak:
             raise ConfigError(
-                f"addons: darp refines pseudo-labels, and {type(base).__name__} makes none from "
-                "weak views; leave it out, or choose another algorithm"
+                f"addons: darp refines pseudo-labels, and {type(self.base).__name__} makes none "
+                "from weak views; leave it out, or choose another algorithm"
             )
-        super().__init__(base, {"step": torch.zeros((), device=device)})  # applied steps
-        self.warmup_steps = warmup_steps
-        self.every = every
-        self.alpha = alpha
-        self.iterations = iterations
-        self.distribution = distribution
-        self.predictions = RowTable((num_classes,), torch.float32, device)
-        self.refined = RowTable((num_classes,), torch.float32, device)
+        self.remember({"step": torch.zeros((), device=device)})  # applied steps
+        self.predictions = RowTable((self.num_classes,), torch.float32, device)
+        self.refined = RowTable((self.num_classes,), torch.float32, device)
         self.tables = {"predictions": self.predictions, "refined": self.refined}
         self._batch: dict[str, Tensor] = {}
 
@@ -191,6 +164,9 @@ class DARP(AddOn):
                 "classes; give one for each"
             )
         return counts / counts.sum()
+
+
+DARPConfig = DARP.Config
 
 
 def refined(said: Tensor, amounts: Tensor, alpha: float, iterations: int) -> Tensor:

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.addons.base import AddOn, AddOnConfig
-from hpdist.algorithms.base import Algorithm, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.addons.base import AddOn
+from hpdist.algorithms.base import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import moved, uniform_prior
 
 _SMALL = 1e-12
 
 
-class DebiasPLConfig(AddOnConfig):
-    """The values of the paper's released code."""
-
-    name: Literal["debiaspl"] = "debiaspl"
-    tau: float = Field(0.4, ge=0)
-    """How much of the log mean prediction is taken off, and added as a margin (lambda)."""
-    momentum: float = Field(0.999, ge=0, lt=1)
-    """Of the mean prediction (m)."""
-
-    def build(
-        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> DebiasPL:
-        """Put it around an algorithm, its state on `device`."""
-        return DebiasPL(base, num_classes, tau=self.tau, momentum=self.momentum, device=device)
-
-
-class DebiasPL(AddOn):
+class DebiasPL(AddOn, name="debiaspl"):
     """Targets from z - lambda log p^, losses on unlabelled rows of z + lambda log p^.
 
     p^_c is the moving average over steps, per class, of the mean prediction on the first weak view
@@ -44,19 +28,17 @@ class DebiasPL(AddOn):
 
     name: ClassVar[str] = "debiaspl"
     addon_paper: ClassVar[str] = "Wang et al. 2022, arXiv:2201.01490"
+    defaults: ClassVar[str] = "The values of the paper's released code."
 
-    def __init__(
-        self,
-        base: Algorithm,
-        num_classes: int,
-        *,
-        tau: float = 0.4,
-        momentum: float = 0.999,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(base, {"probability": uniform_prior(num_classes, device)})
-        self.tau = tau
-        self.momentum = momentum
+    num_classes: int = argument(kw_only=False)
+    tau: float = option(default=0.4, ge=0)
+    """How much of the log mean prediction is taken off, and added as a margin (lambda)."""
+    momentum: float = option(default=0.999, ge=0, lt=1)
+    """Of the mean prediction (m)."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        self.remember({"probability": uniform_prior(self.num_classes, device)})
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
         """Logits of the unlabelled rows' weak views, debiased."""
@@ -86,3 +68,6 @@ class DebiasPL(AddOn):
     @property
     def _shift(self) -> Tensor:
         return self.tau * (self.own["probability"] + _SMALL).log()
+
+
+DebiasPLConfig = DebiasPL.Config

@@ -7,18 +7,11 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from hpdist.algorithms.addons.base import AddOn, AddOnConfig
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    Places,
-    StudentInputs,
-    StudentOutputs,
-    WeakOutputs,
-)
+from hpdist.algorithms.addons.base import AddOn
+from hpdist.algorithms.base import LossTerms, Places, StudentInputs, StudentOutputs, WeakOutputs
+from hpdist.algorithms.options import option
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import ALL
 
@@ -27,32 +20,7 @@ Mode = Literal["masked", "denoising"]
 _LARGEST = 100_000  # numbers of a row that a decoder gives back
 
 
-class ReconstructionConfig(AddOnConfig):
-    """Values that suit standardised inputs of some hundred to a few thousand numbers."""
-
-    name: Literal["reconstruction"] = "reconstruction"
-    mode: Mode = "masked"
-    """masked: numbers are set to 0, and these are to be given back; denoising: noise is added, and
-    everything is to be given back."""
-    share: float = Field(0.5, gt=0, le=1)
-    """Chance of a number, or of a square of an image, to be masked."""
-    patch: int = Field(4, ge=1)
-    """Side of an image's squares, all channels alike; other inputs are masked number by number."""
-    scale: float = Field(0.3, gt=0)
-    """Standard deviation of the noise of `denoising`."""
-    weight: float = Field(1.0, ge=0)
-    """Weight of the term."""
-    hidden: int = Field(256, ge=1)
-    """Width of the decoder's hidden layer."""
-
-    def build(
-        self, base: Algorithm, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
-    ) -> Reconstruction:
-        """Put it around an algorithm."""
-        return Reconstruction(base, **self.model_dump(exclude={"name"}))
-
-
-class Reconstruction(AddOn):
+class Reconstruction(AddOn, name="reconstruction"):
     """Adds w mean (D(f(c(u))) - u)^2: a decoder gives back a weak view from its corrupted copy.
 
     f are the model's features, D a hidden layer with ReLU. c sets numbers to 0, each with chance s
@@ -68,27 +36,28 @@ class Reconstruction(AddOn):
     addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
     addon_tasks: ClassVar[tuple[str, ...]] = ALL
     own_further = 1
+    defaults: ClassVar[str] = (
+        "Values that suit standardised inputs of some hundred to a few thousand numbers."
+    )
 
-    def __init__(
-        self,
-        base: Algorithm,
-        *,
-        mode: Mode = "masked",
-        share: float = 0.5,
-        patch: int = 4,
-        scale: float = 0.3,
-        weight: float = 1.0,
-        hidden: int = 256,
-    ) -> None:
-        super().__init__(base)
-        self.mode = mode
-        self.share = share
-        self.patch = patch
-        self.scale = scale
-        self.weight = weight
-        self.hidden = hidden
-        self.views = replace(base.views, weak=max(base.views.weak, 1))  # type: ignore[misc]
-        self.head_names = (*base.head_names, self.name)
+    mode: Mode = option(default="masked")
+    """masked: numbers are set to 0, and these are to be given back; denoising: noise is added, and
+    everything is to be given back."""
+    share: float = option(default=0.5, gt=0, le=1)
+    """Chance of a number, or of a square of an image, to be masked."""
+    patch: int = option(default=4, ge=1)
+    """Side of an image's squares, all channels alike; other inputs are masked number by number."""
+    scale: float = option(default=0.3, gt=0)
+    """Standard deviation of the noise of `denoising`."""
+    weight: float = option(default=1.0, ge=0)
+    """Weight of the term."""
+    hidden: int = option(default=256, ge=1)
+    """Width of the decoder's hidden layer."""
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the state, on `device`."""
+        self.views = replace(self.base.views, weak=max(self.base.views.weak, 1))  # type: ignore[misc]
+        self.head_names = (*self.base.head_names, self.name)
 
     @property
     def changes_inputs(self) -> bool:
@@ -160,3 +129,6 @@ class Reconstruction(AddOn):
                 masked = masked.repeat_interleave(self.patch, dim=dim)
             masked = masked[:, None, : shape[1], : shape[2]].expand(rows.shape)
         return rows.masked_fill(masked, 0.0), masked.float()
+
+
+ReconstructionConfig = Reconstruction.Config

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,19 +64,14 @@ class Ramped(Algorithm):
     It counts applied steps; the weight is lambda_u r(t), with r one of the ramps above.
     """
 
-    def __init__(
-        self,
-        unsupervised_weight: float,
-        ramp_steps: int,
-        shape: Shape,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        self.unsupervised_weight = unsupervised_weight
-        self.ramp_steps = ramp_steps
-        self.shape = shape
-        self.state = {"step": torch.zeros((), device=device)}  # applied steps
-        self.discard()
+    shape: ClassVar[Shape] = "linear"
+    """The ramp."""
+    unsupervised_weight: float
+    ramp_steps: int
+
+    def start(self, device: torch.device | str) -> None:
+        """Make the count of applied steps, on `device`."""
+        self.state = {"step": torch.zeros((), device=device)}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Count the step."""

@@ -28,7 +28,7 @@ def test_it_runs_from_its_own_file(tmp_path: Path) -> None:
     (tmp_path / "my_algorithms.py").write_text(source())
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     write_digits(tmp_path / "demo/digits")
-    name = "python:my_algorithms:MarginMatchConfig"
+    name = "python:my_algorithms:MarginMatch"
     command = [sys.executable, "-m", "hpdist", "train", "configs/digits.yaml", "--algorithm.name"]
     command += [name, "--algorithm.momentum", "0.5", "--steps", "2", "--run.name", "own"]
     command += ["--model.width", "4", "--precision", "fp32", "--tracker.name", "none"]
@@ -44,7 +44,7 @@ def test_it_runs_from_its_own_file(tmp_path: Path) -> None:
 def test_its_threshold_is_the_average_margin() -> None:
     names: dict[str, type] = {}
     exec(compile(source(), "my_algorithms.py", "exec"), names)
-    algorithm = names["MarginMatch"](0.5, "cpu")
+    algorithm = names["MarginMatch"](momentum=0.5)
     logits = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.6, 0.4]]).log()
     weak = WeakOutputs(logits, torch.arange(3))
     rows = torch.tensor(3.0)
