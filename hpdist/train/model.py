@@ -30,7 +30,7 @@ from hpdist.tracking.console import Console
 from hpdist.train import opening
 from hpdist.train.checks import check_gradient, check_model
 from hpdist.train.config import RunConfig
-from hpdist.train.data import RunData
+from hpdist.train.sets import RunSets
 from hpdist.train.step import SemiSupervisedStep
 
 
@@ -39,7 +39,7 @@ class RunModel:
 
     Args:
         config: Of the run.
-        data: Of the run.
+        sets: Of the run; the model is checked against them.
         sharding: How the run shards.
         given: The module that was given in Python, if one was.
         main: Whether this rank speaks for all.
@@ -48,13 +48,13 @@ class RunModel:
     def __init__(
         self,
         config: RunConfig,
-        data: RunData,
+        sets: RunSets,
         sharding: Sharding,
         given: nn.Module | None,
         main: bool,
     ) -> None:
         self._config = config
-        self._data = data
+        self._sets = sets
         self._sharding = sharding
         self._given = given
         self._in_place = False  # of a module that cannot be copied
@@ -99,12 +99,12 @@ class RunModel:
         )
 
     def _made(self, algorithm: Algorithm) -> nn.Module:
-        config, data = self._config, self._data
+        config, sets = self._config, self._sets
         model = self._copied() if self._given is not None else self._built()
         opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
         model = global_batch_norm(model)
-        example = data.views.plain(data.spec.example(2))
-        trains = check_model(model, example, data.num_classes)
+        example = sets.views.plain(sets.spec.example(2))
+        trains = check_model(model, example, sets.num_classes)
         model = with_heads(model, algorithm, example, self._features)
         if not trains:
             check_gradient(model, example)
@@ -113,8 +113,8 @@ class RunModel:
         return model
 
     def _built(self) -> nn.Module:
-        config, data = self._config, self._data
-        return build_model(config.model, data.spec, data.num_classes, config.run.seed)
+        config, sets = self._config, self._sets
+        return build_model(config.model, sets.spec, sets.num_classes, config.run.seed)
 
     def _copied(self) -> nn.Module:
         """A copy of the module that was given, or itself where it cannot be copied."""
@@ -156,7 +156,7 @@ class RunModel:
     ) -> nn.Module:
         model = agreed(lambda: self._built() if self._given is None else self._copied())
         if step.algorithm.predicts is not None:  # a head predicts, so it comes along
-            example = self._data.views.plain(self._data.spec.example(2))
+            example = self._sets.views.plain(self._sets.spec.example(2))
             model = with_heads(model, step.algorithm, example, self._features)
         _fill(model, step.engine, *weights)
         return model.eval()
