@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hpdist.checkpoint.reader import SavedRun
+from hpdist.config.component import Component
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.sources.fitting import training_rows
 from hpdist.data.sources.label_encoding import Scale
@@ -17,14 +18,14 @@ from hpdist.data.views import FittedViews, TableViewsConfig, Views
 from hpdist.distributed.collectives import from_main
 from hpdist.errors import CheckpointError
 from hpdist.messages.progress import working
-from hpdist.train.config import RunConfig
 
 _VIEWS, _TARGETS = "views/", "targets/"  # their names in a checkpoint
 
 
 @working("measuring the training rows for the views")
 def fitted_views(
-    config: RunConfig,
+    config: Component,
+    seed: int,
     spec: InputSpec,
     labeled: LabeledRows,
     unlabeled: AnyUnlabeled | None,
@@ -34,7 +35,7 @@ def fitted_views(
 
     Raises CheckpointError where the run that goes on had other views.
     """
-    views = _make_views(config, spec)
+    views = _make_views(config, seed, spec)
     if not isinstance(views, FittedViews):
         return views
     if saved is not None:
@@ -42,7 +43,7 @@ def fitted_views(
         if not state:
             raise CheckpointError(
                 f"{saved.path} was trained with other views than views.name: "
-                f"{config.views.name}; choose another run.name, or make the settings agree"
+                f"{config.name}; choose another run.name, or make the settings agree"
             )
     else:
 
@@ -55,12 +56,12 @@ def fitted_views(
     return views
 
 
-def _make_views(config: RunConfig, spec: InputSpec) -> Views:
-    tokenizer, views = spec.tokenizer, cast(Any, config.views)
+def _make_views(config: Component, seed: int, spec: InputSpec) -> Views:
+    tokenizer = spec.tokenizer
     told: list[Any] = [] if tokenizer is None else [tokenizer.vocabulary]
-    if isinstance(views, TableViewsConfig) and spec.categories is not None:
+    if isinstance(config, TableViewsConfig) and spec.categories is not None:
         told.append(spec.categories.groups)
-    made: Views = views.build(config.run.seed, *told)
+    made: Views = cast(Any, config).build(seed, *told)
     return made
 
 

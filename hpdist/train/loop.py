@@ -6,6 +6,7 @@ asked to stop is saved, and one that has diverged goes back.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,8 +15,9 @@ from typing import Any, NoReturn
 
 from hpdist.data.random import reseed
 from hpdist.distributed.collectives import agreed, from_main, gathered, raise_together, world_size
-from hpdist.errors import DataError, HpdistError
+from hpdist.errors import ConfigError, DataError, HpdistError
 from hpdist.messages.progress import working
+from hpdist.messages.redaction import redacted_errors
 from hpdist.train.build import Run
 from hpdist.train.optim import learning_rate
 from hpdist.train.outcome import StepOutcome
@@ -64,6 +66,68 @@ class RunLoop:
         self._closing = ExitStack()  # closes the logs
         self._closed = False
         self._handed_back = False  # what was learnt, to the module that was given
+
+    @redacted_errors()
+    def fit(self) -> dict[str, object]:
+        """Train to the configured number of steps, evaluate, write and return the summary.
+
+        A run that has done all of them, now or before, gives its summary and changes nothing.
+        Collective: every rank must call. Raises ConfigError where the trainer was closed before.
+        """
+        if self._handed_back:
+            return dict(self._summary)
+        if self._summary:
+            self.claim.say_done(self.data.config, self._summary["steps"])
+            self.close()
+        else:
+            self._fit()
+        self._handed_back = True
+        self.run.model.give_back(self.step)
+        return dict(self._summary)
+
+    def _fit(self) -> None:
+        """Train, and close whatever comes of it. Collective."""
+        self._check_open()
+        log = self._open_log(self.files)
+        try:
+            self._summary.update(self._train())
+        except HpdistError as error:
+            log.alert(type(error).__name__, str(error))
+            raise
+        finally:
+            self.close()
+
+    @redacted_errors()
+    def save(self) -> None:
+        """Begin to write a checkpoint of the run as it stands. Every rank must call.
+
+        Raises ConfigError where the trainer is closed and the run has gone on since it was saved.
+        """
+        if self._closed and self.saving.saved:
+            return
+        self._check_open()
+        self._save()
+
+    def close(self) -> None:
+        """Stop the reading threads, and close tracker and console; any number of times.
+
+        What is being written is finished, and the run folder is free for another run.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.data.close()
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            self.saving.close()
+        self._closing.close()
+        self.run.launcher.stop()
+        self.claim.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError(
+                "this trainer is closed; make it anew, and it goes on from its checkpoint"
+            )
 
     @property
     def log(self) -> RunLog:

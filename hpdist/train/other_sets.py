@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from hpdist.config.component import Component
+from hpdist.data.config import Data, Duplicates, Loading, Unlabeled
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
@@ -22,7 +24,6 @@ from hpdist.data.stream.index import are_records
 from hpdist.distributed.collectives import agreed, from_main
 from hpdist.messages.progress import working
 from hpdist.tracking.run_folder import RunFolder
-from hpdist.train.config import RunConfig
 from hpdist.train.first_look import look_at_held_out, look_at_labeled
 
 _FILES = "unlabeled_files.json"
@@ -31,9 +32,9 @@ _DUPLICATES = "duplicates.json"
 _log = logging.getLogger("hpdist.data")
 
 
-def unlabeled_spec(config: RunConfig, spec: InputSpec) -> InputSpec:
+def unlabeled_spec(views: Component, spec: InputSpec) -> InputSpec:
     """Give how unlabelled rows are decoded: as others, or with a strong view of their own."""
-    column = getattr(config.views, "strong_column", None)
+    column = getattr(views, "strong_column", None)
     if column is None or spec.tokenizer is None:
         return spec
     return InputSpec.of_text(spec.tokenizer, column)
@@ -41,11 +42,13 @@ def unlabeled_spec(config: RunConfig, spec: InputSpec) -> InputSpec:
 
 @working("opening data.unlabeled")
 def open_unlabeled_set(
-    config: RunConfig,
+    source: Unlabeled,
     spec: InputSpec,
     labeled: LabeledRows,
     folder: RunFolder,
     *,
+    loading: Loading,
+    seed: int,
     dataset: Any,
     resumed: bool,
 ) -> AnyUnlabeled:
@@ -53,8 +56,6 @@ def open_unlabeled_set(
 
     Raises DataError or ConfigError, the same on every rank.
     """
-    source, loading = config.data.unlabeled, config.data.loading
-    assert source is not None
     found = None
     if dataset is None:
 
@@ -71,7 +72,7 @@ def open_unlabeled_set(
             dataset=dataset,
             found=found,
             loading=loading,
-            seed=config.run.seed,
+            seed=seed,
         )
     )
     if isinstance(rows, SequentialRows) and folder.main:
@@ -80,7 +81,7 @@ def open_unlabeled_set(
 
 
 def open_held_out(
-    config: RunConfig, spec: InputSpec, labeled: LabeledRows, datasets: Mapping[str, Any]
+    config: Data, spec: InputSpec, labeled: LabeledRows, datasets: Mapping[str, Any]
 ) -> dict[str, LabeledRows | None]:
     """Open the sets that the run is measured on, by name; None for one that is not named.
 
@@ -96,12 +97,12 @@ def open_held_out(
 
 
 def _open_held_out(
-    config: RunConfig, spec: InputSpec, labeled: LabeledRows, name: str, dataset: Any
+    config: Data, spec: InputSpec, labeled: LabeledRows, name: str, dataset: Any
 ) -> LabeledRows | None:
-    source = getattr(config.data, name)
+    source = getattr(config, name)
     if source is None:
         return None
-    loading, where = config.data.loading, f"data.{name}"
+    loading, where = config.loading, f"data.{name}"
     with working(f"opening {where}"):
         return open_test(source, labeled, spec, dataset=dataset, where=where, loading=loading)
 
@@ -124,7 +125,7 @@ def look_through(
 
 
 def find_repeated(
-    config: RunConfig,
+    config: Duplicates,
     labeled: LabeledRows,
     unlabeled: AnyUnlabeled | None,
     held_out: Mapping[str, LabeledRows | None],
@@ -136,14 +137,13 @@ def find_repeated(
 
     For the main process alone, which tells the others.
     """
-    duplicates = config.data.duplicates
     kept = folder.read_json(_DUPLICATES, Report.fits) if resumed else None
-    if kept is not None and kept["check"] == duplicates.check:
+    if kept is not None and kept["check"] == config.check:
         return Report(**kept)
     held = {name: rows for name, rows in held_out.items() if rows is not None}
     pools = {"labeled": labeled, "unlabeled": unlabeled}
     used = {name: rows for name, rows in pools.items() if rows is not None}
-    return find_duplicates(duplicates, held, used)
+    return find_duplicates(config, held, used)
 
 
 def record_other_sets(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hpdist.checkpoint.reader import SavedRun
+from hpdist.data.config import TaskChoice
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.sources.duplicates import Report
 from hpdist.data.sources.labeled import LabeledRows, with_categories
@@ -80,7 +81,7 @@ class RunSets:
     @property
     def unlabeled_spec(self) -> InputSpec:
         """How unlabelled rows are decoded: as others, or with a strong view of their own."""
-        return unlabeled_spec(self.config, self.spec)
+        return unlabeled_spec(self.config.views, self.spec)
 
     @property
     def unlabeled_rows(self) -> int | None:
@@ -133,23 +134,28 @@ def open_sets(
     )
     first = open_labeled_inputs(config, objects.labeled, recorded, folder, saved)
     labeled, unlabeled = first.labeled, None
-    if uses_unlabeled and config.data.unlabeled is not None:
+    data, seed = first.config.data, config.run.seed
+    if uses_unlabeled and data.unlabeled is not None:
         unlabeled = open_unlabeled_set(
-            first.config,
-            unlabeled_spec(first.config, first.spec),
+            data.unlabeled,
+            unlabeled_spec(first.config.views, first.spec),
             labeled,
             folder,
+            loading=data.loading,
+            seed=seed,
             dataset=objects.unlabeled,
             resumed=resumed,
         )
     datasets = {name: getattr(objects, name) for name in _HELD_OUT}
-    held_out = open_held_out(first.config, first.spec, labeled, datasets)
+    held_out = open_held_out(data, first.spec, labeled, datasets)
     config_now, spec, decided = _settle(first, unlabeled, held_out, recorded)
     opening.say_data(config_now, spec, labeled, unlabeled, held_out, decided, folder.main)
     lines, unreadable = look_through(labeled, held_out, spec)
     opening.say_lines(lines, folder.main)
     duplicates = from_main(
-        lambda: find_repeated(config_now, labeled, unlabeled, held_out, folder, resumed=resumed)
+        lambda: find_repeated(
+            data.duplicates, labeled, unlabeled, held_out, folder, resumed=resumed
+        )
     )
     opening.say_lines(duplicates.lines, folder.main)
     return RunSets(
@@ -162,15 +168,15 @@ def open_sets(
         validation=held_out["validation"],
         duplicates=duplicates,
         unreadable=unreadable,
-        task=_task_of(config, labeled),
-        views=fitted_views(config_now, spec, labeled, unlabeled, saved),
+        task=_task_of(config.task, labeled),
+        views=fitted_views(config_now.views, seed, spec, labeled, unlabeled, saved),
     )
 
 
-def _task_of(config: RunConfig, labeled: LabeledRows) -> Task:
+def _task_of(config: TaskChoice, labeled: LabeledRows) -> Task:
     scale = labeled.encoding.scale
     spread = None if scale is None else tuple(scale.std.tolist())
-    return make_task(config.task.name, config.task.threshold, spread)
+    return make_task(config.name, config.threshold, spread)
 
 
 def _settle(

@@ -5,7 +5,6 @@ Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, ste
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from hpdist.algorithms.base import Algorithm
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.distributed.collectives import world_size
-from hpdist.errors import ConfigError, DistributedError, HpdistError
+from hpdist.errors import DistributedError
 from hpdist.evaluate.scoring import Evaluation
 from hpdist.messages.redaction import redacted_errors
 from hpdist.train import config as configuration
@@ -85,34 +84,16 @@ class Trainer(RunLoop):
         """Make the trainer of nested settings, as a config file has them. Collective."""
         return cls.from_config(configuration.parse(settings), files=files)
 
-    @redacted_errors()
-    def fit(self) -> dict[str, object]:
-        """Train to the configured number of steps, evaluate, write and return the summary.
+    def __enter__(self) -> Trainer:
+        return self
 
-        A run that has done all of them, now or before, gives its summary and changes nothing.
-        Collective: every rank must call. Raises ConfigError where the trainer was closed before.
-        """
-        if self._handed_back:
-            return dict(self._summary)
-        if self._summary:
-            self.claim.say_done(self.data.config, self._summary["steps"])
-            self.close()
-        else:
-            self._fit()
-        self._handed_back = True
-        self.run.model.give_back(self.step)
-        return dict(self._summary)
-
-    def _fit(self) -> None:
-        self._check_open()
-        log = self._open_log(self.files)
-        try:
-            self._summary.update(self._train())
-        except HpdistError as error:
-            log.alert(type(error).__name__, str(error))
-            raise
-        finally:
-            self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @redacted_errors()
     def evaluate(self, rows: LabeledRows) -> Evaluation:
@@ -128,17 +109,6 @@ class Trainer(RunLoop):
                 "call it before that"
             )
         return self.measuring.evaluate(rows)
-
-    @redacted_errors()
-    def save(self) -> None:
-        """Begin to write a checkpoint of the run as it stands. Every rank must call.
-
-        Raises ConfigError where the trainer is closed and the run has gone on since it was saved.
-        """
-        if self._closed and self.saving.saved:
-            return
-        self._check_open()
-        self._save()
 
     @redacted_errors()
     def dry_run(self) -> StepOutcome:
@@ -169,35 +139,3 @@ class Trainer(RunLoop):
     def teacher_model(self) -> nn.Module:
         """Give such a model with the teacher's weights: what a run's scores are of. Collective."""
         return self.run.model.teacher(self.step)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError(
-                "this trainer is closed; make it anew, and it goes on from its checkpoint"
-            )
-
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the reading threads, and close tracker and console; any number of times.
-
-        What is being written is finished, and the run folder is free for another run.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        self.data.close()
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            self.saving.close()
-        self._closing.close()
-        self.run.launcher.stop()
-        self.claim.release()
