@@ -132,14 +132,15 @@ def plan_run(config: RunConfig) -> RunPlan:
     """Bring config and launcher together. Raises ConfigError where they do not fit."""
     sharding = launch.resolve(execution_request(config))
     config = config.model_copy(update={"loss_scale": sharding.loss_scale})
-    uses_unlabeled = compose(config).views.uses_unlabeled
+    algorithm = compose(config)  # to be asked; the one that trains knows the classes
+    uses_unlabeled = algorithm.views.uses_unlabeled
     if uses_unlabeled and config.data.unlabeled is None:
         raise ConfigError(
             f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
             "unlabelled rows"
         )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    count = divide_batch(config, ranks, uses_unlabeled)
+    count = divide_batch(config.batch, algorithm, ranks)
     rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
     sharding = launch.with_batch(sharding, rows // ranks // count, count, ranks)
     return RunPlan(config, sharding, uses_unlabeled, rows, count)
@@ -164,7 +165,15 @@ def _assemble(plan: RunPlan, objects: Objects, files: bool) -> Run:
         stack.callback(claim.release)
         saved = claim.open()
         sets = open_sets(config, objects, folder, saved=saved, uses_unlabeled=plan.uses_unlabeled)
-        model = RunModel(config, sets, sharding, objects.model, main)
+        model = RunModel(
+            config.model,
+            sets,
+            sharding,
+            objects.model,
+            seed=config.run.seed,
+            checkpoints_activations=config.activation_checkpointing,
+            main=main,
+        )
         algorithm = _make_algorithm(config, objects, sets, accelerator)
         step, initial = _build_step(config, sets, accelerator, plan, model, algorithm)
         engine = step.engine
@@ -233,7 +242,7 @@ def _build_step(
     sharding = plan.sharding
     model = run_model.make(algorithm)
     initial = initial_values(model, algorithm.generations)
-    opening.say_model(config, model, plan.micro_batches, accelerator.is_main_process)
+    opening.say_model(config.model.name, model, plan.micro_batches, accelerator.is_main_process)
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
     model, optimizer = prepare(accelerator, model, optimizer)
