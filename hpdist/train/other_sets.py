@@ -115,7 +115,8 @@ def look_through(
 
     Gives the lines for a person, and the ids of the held-out rows that these name, by set.
     """
-    lines, named = [look_at_labeled(labeled, spec)], {}
+    lines = [look_at_labeled(labeled, spec)]
+    named: dict[str, set[int]] = {}
     for rows in held_out.values():
         if rows is not None:
             line, ids = look_at_held_out(rows, spec)

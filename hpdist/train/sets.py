@@ -133,7 +133,8 @@ def open_sets(
         from_main(lambda: folder.read_json(_INPUTS, is_inputs_record) if resumed else None) or {}
     )
     first = open_labeled_inputs(config, objects.labeled, recorded, folder, saved)
-    labeled, unlabeled = first.labeled, None
+    labeled = first.labeled
+    unlabeled: AnyUnlabeled | None = None
     data, seed = first.config.data, config.run.seed
     if uses_unlabeled and data.unlabeled is not None:
         unlabeled = open_unlabeled_set(
@@ -190,7 +191,7 @@ def _settle(
     Gives the settings, the inputs, and lines for a person about what was decided.
     """
     config, spec, lines = first.config, first.spec, list(first.lines)
-    sets = {"labeled": first.labeled, "unlabeled": unlabeled, **held_out}
+    sets: _Sets = {"labeled": first.labeled, "unlabeled": unlabeled, **held_out}
     named = {f"data.{name}": rows for name, rows in sets.items()}
     categories = from_main(lambda: widen_categories(spec, unlabeled, recorded))
     if categories is not None:
