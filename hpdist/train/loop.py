@@ -318,7 +318,7 @@ class RunLoop:
         step = self.step
         self.saving.finish()
         summary, confusions = self.measuring.summary()
-        summary |= self.records.of_run(self.log.seconds)
+        summary |= self.records.of_run(from_main(lambda: self.log.seconds))  # alike on all ranks
         agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 
