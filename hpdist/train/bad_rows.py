@@ -19,12 +19,12 @@ class BadRows:
     """The count of unlabelled rows that could not be used, and the names of some of them.
 
     Args:
+        rank: This rank.
         most: Rows of an epoch that may be bad; None without a set of unlabelled rows.
     """
 
-    def __init__(self, most: int | None) -> None:
-        self.rank = 0
-        """This rank, once it is known."""
+    def __init__(self, rank: int, most: int | None) -> None:
+        self._rank = rank
         self.count = 0
         """Rows of the whole run, of all ranks."""
         self._most = most
@@ -56,12 +56,12 @@ class BadRows:
     def _name(self, row: BadRow) -> None:
         self._recent.append(row)
         if len(self._recent) <= _NAMED:
-            _log.warning("rank %d: an unlabelled row is left out: %s", self.rank, row)
+            _log.warning("rank %d: an unlabelled row is left out: %s", self._rank, row)
         if len(self._recent) == _NAMED:
             _log.warning(
                 "rank %d: further rows of this epoch are counted and not named here; "
                 "data.unlabeled.audit: true writes each of them down",
-                self.rank,
+                self._rank,
             )
 
     def note_named(self, name: str, ids: set[int]) -> None:
@@ -74,9 +74,9 @@ class BadRows:
         if row.id in named or len(named) == _NAMED:
             return
         named.add(row.id)
-        _log.warning("rank %d: %s: a row is left out of the scores: %s", self.rank, name, row)
+        _log.warning("rank %d: %s: a row is left out of the scores: %s", self._rank, name, row)
         if len(named) == _NAMED:
-            _log.warning("rank %d: %s: further ones are counted only", self.rank, name)
+            _log.warning("rank %d: %s: further ones are counted only", self._rank, name)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -1,44 +1,248 @@
-"""Builds a run's step from its config: algorithm, model, optimizer, and what shards them."""
+"""Assembles a run from its config: one function makes all parts, cheapest first.
+
+run = build_run(config)     # a `Run`, whose parts are finished
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
 from accelerate import Accelerator
 from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.checkpoint.reader import SavedRun
+from hpdist.distributed.collectives import agreed
+from hpdist.distributed.launcher_watch import LauncherWatch
+from hpdist.distributed.next_run import fresh_accelerate
+from hpdist.engines import launch
 from hpdist.engines.execution_plan import Sharding
 from hpdist.engines.prepare import prepare
+from hpdist.errors import ConfigError
+from hpdist.tracking.run_folder import RunFolder
 from hpdist.train import opening
-from hpdist.train.checks import check_inputs
-from hpdist.train.compose import compose
+from hpdist.train.checks import check_inputs, divide_batch
+from hpdist.train.claim import Claim
+from hpdist.train.compose import compose, execution_request
 from hpdist.train.config import RunConfig
-from hpdist.train.data import Objects, RunData
-from hpdist.train.generations import initial_values
-from hpdist.train.given import check_classes
+from hpdist.train.data import RunData
+from hpdist.train.generations import Generations, initial_values
+from hpdist.train.given import Objects, check_classes
+from hpdist.train.guard import RunGuard
+from hpdist.train.measuring import Measuring
 from hpdist.train.model import RunModel
 from hpdist.train.optim import build_optimizer
+from hpdist.train.records import Records
+from hpdist.train.recovery import Rollback
+from hpdist.train.run_name import with_fresh_name
+from hpdist.train.saving import Saving
+from hpdist.train.sets import RunSets, open_sets
+from hpdist.train.state import RunState
 from hpdist.train.step import SemiSupervisedStep
 
 
-def build_step(
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does, as config and launcher agree on it, before anything is opened."""
+
+    config: RunConfig
+    sharding: Sharding
+    uses_unlabeled: bool
+    rows: int
+    """Rows of a global batch."""
+    micro_batches: int
+    """Micro-batches of a step on each rank."""
+
+
+@dataclass(frozen=True)
+class Outset:
+    """Where a run begins: at its first step, or where a checkpoint of it says."""
+
+    facts: Mapping[str, Any] | None = None
+    """What the checkpoint says of the run; None of a run that begins."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """What came of the run, if all of its steps are done already; else empty."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training before this process."""
+        return 0.0 if self.facts is None else float(self.facts["seconds"])
+
+    @property
+    def tracker_run_id(self) -> str | None:
+        """The tracker's name for the run that goes on."""
+        found: str | None = None if self.facts is None else self.facts["tracker_run_id"]
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """The finished parts of a run, and what must be let go of at its end."""
+
+    config: RunConfig
+    """The run's settings, before the rows and the model added to them."""
+    files: bool
+    """Whether anything is written."""
+    sharding: Sharding
+    accelerator: Accelerator
+    folder: RunFolder
+    launcher: LauncherWatch
+    claim: Claim
+    data: RunData
+    model: RunModel
+    step: SemiSupervisedStep
+    generations: Generations
+    guard: RunGuard
+    state: RunState
+    saving: Saving
+    rollback: Rollback
+    measuring: Measuring
+    records: Records
+    outset: Outset
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return bool(self.accelerator.is_main_process)
+
+
+def build_run(config: RunConfig, objects: Objects | None = None, *, files: bool = True) -> Run:
+    """Check and build all parts of a run, which goes on where its folder has one.
+
+    Args:
+        config: The run's settings.
+        objects: What Python code gave in place of names.
+        files: Whether anything is written; without, no folder is owned and nothing resumed.
+
+    Collective: every rank must call. Raises ConfigError, DataError or CheckpointError, the same on
+    all ranks; what was opened until then is closed.
+    """
+    plan = plan_run(config)
+    with fresh_accelerate():
+        return _assemble(plan, objects or Objects(), files)
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """Bring config and launcher together. Raises ConfigError where they do not fit."""
+    sharding = launch.resolve(execution_request(config))
+    config = config.model_copy(update={"loss_scale": sharding.loss_scale})
+    algorithm = compose(config)  # to be asked; the one that trains knows the classes
+    uses_unlabeled = algorithm.views.uses_unlabeled
+    if uses_unlabeled and config.data.unlabeled is None:
+        raise ConfigError(
+            f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
+            "unlabelled rows"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    count = divide_batch(config.batch, algorithm, ranks)
+    rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
+    sharding = launch.with_batch(sharding, rows // ranks // count, count, ranks)
+    return RunPlan(config, sharding, uses_unlabeled, rows, count)
+
+
+def _assemble(plan: RunPlan, objects: Objects, files: bool) -> Run:
+    """Open folder and data, build model and step, and go on where the folder has a run."""
+    config, sharding = plan.config, plan.sharding
+    opening.say_run(config, sharding, plan.uses_unlabeled, files=files)
+    accelerator = launch.make_accelerator(sharding)
+    main = accelerator.is_main_process
+    opening.say_devices(main)
+    if config.run.name is None and files:
+        config = with_fresh_name(config, main)
+    if not (main and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
+    with ExitStack() as stack:
+        launcher = LauncherWatch(accelerator.process_index)
+        stack.callback(launcher.stop)
+        folder = RunFolder(config.run.folder, main)
+        claim = Claim(config, folder, files)
+        stack.callback(claim.release)
+        saved = claim.open()
+        sets = open_sets(config, objects, folder, saved=saved, uses_unlabeled=plan.uses_unlabeled)
+        model = RunModel(
+            config.model,
+            sets,
+            sharding,
+            objects.model,
+            seed=config.run.seed,
+            checkpoints_activations=config.activation_checkpointing,
+            main=main,
+        )
+        algorithm = _make_algorithm(config, objects, sets, accelerator)
+        step, initial = _build_step(config, sets, accelerator, plan, model, algorithm)
+        engine = step.engine
+        data = RunData(sets, folder, engine.rank, engine.world_size, files=files)
+        stack.callback(data.close)
+        generations = Generations(step, data, initial, config.steps)
+        guard = RunGuard(engine.rank, config.watchdog.seconds, launcher)
+        state = RunState(step, data, config)
+        saving = Saving(
+            config.checkpoint, config.steps, state, folder.checkpoints if files else None
+        )
+        rollback = Rollback(config.divergence, folder, state, saving)
+        measuring = Measuring(step, data, state)
+        records = Records(step, data, state, saving, sharding, plan.rows)
+        outset = _set_out(saved, claim, folder, data, state, saving, files)
+        if files and not outset.summary:
+            # Not before: a run that is refused must not forget what it had.
+            agreed(lambda: sets.record(folder))
+        stack.pop_all()  # all is well, and what is open stays so
+    return Run(
+        config=config,
+        files=files,
+        sharding=sharding,
+        accelerator=accelerator,
+        folder=folder,
+        launcher=launcher,
+        claim=claim,
+        data=data,
+        model=model,
+        step=step,
+        generations=generations,
+        guard=guard,
+        state=state,
+        saving=saving,
+        rollback=rollback,
+        measuring=measuring,
+        records=records,
+        outset=outset,
+    )
+
+
+def _make_algorithm(
+    config: RunConfig, objects: Objects, sets: RunSets, accelerator: Accelerator
+) -> Algorithm:
+    """The algorithm with its add-ons, told how much data there is."""
+    check_classes(objects.algorithm, sets.num_classes)
+    algorithm = compose(config, sets.num_classes, accelerator.device, sets.task)
+    algorithm.rows = sets.unlabeled_rows
+    algorithm.class_counts = sets.class_counts
+    check_inputs(algorithm, sets.unlabeled_spec)
+    return algorithm
+
+
+def _build_step(
     config: RunConfig,
-    objects: Objects,
-    data: RunData,
+    sets: RunSets,
     accelerator: Accelerator,
-    sharding: Sharding,
-    micro_batches: int,
+    plan: RunPlan,
     run_model: RunModel,
+    algorithm: Algorithm,
 ) -> tuple[SemiSupervisedStep, dict[str, Tensor]]:
     """Build what trains, and the values that every generation's student begins with.
 
     Raises ConfigError on all ranks. Collective.
     """
-    main = accelerator.is_main_process
-    algorithm = _make_algorithm(config, objects, data, accelerator)
-    check_inputs(algorithm, data.unlabeled_spec)
+    sharding = plan.sharding
     model = run_model.make(algorithm)
     initial = initial_values(model, algorithm.generations)
-    opening.say_model(config, model, micro_batches, main)
+    opening.say_model(config.model.name, model, plan.micro_batches, accelerator.is_main_process)
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
     model, optimizer = prepare(accelerator, model, optimizer)
@@ -49,8 +253,8 @@ def build_step(
         model,
         optimizer,
         algorithm,
-        data.views,
-        micro_batches=micro_batches,
+        sets.views,
+        micro_batches=plan.micro_batches,
         decay=config.teacher.decay,
         teacher_warmup=config.teacher.warmup,
         grad_clip=sharding.grad_clip,
@@ -63,12 +267,27 @@ def build_step(
     return step, initial
 
 
-def _make_algorithm(
-    config: RunConfig, objects: Objects, data: RunData, accelerator: Accelerator
-) -> Algorithm:
-    """The algorithm with its add-ons, told how much data there is."""
-    check_classes(objects.algorithm, data.num_classes)
-    algorithm = compose(config, data.num_classes, accelerator.device, data.task)
-    algorithm.rows = data.unlabeled_rows
-    algorithm.class_counts = data.class_counts
-    return algorithm
+def _set_out(
+    saved: SavedRun | None,
+    claim: Claim,
+    folder: RunFolder,
+    data: RunData,
+    state: RunState,
+    saving: Saving,
+    files: bool,
+) -> Outset:
+    """Go on from a checkpoint, or begin. Collective."""
+    if saved is None:
+        if files:
+            agreed(lambda: folder.drop_metrics_after(-1))
+            data.drop_audit_after(0)
+        return Outset()
+    facts = state.load(saved)
+    saving.take_for_saved()
+    done = state.step.applied_steps
+    summary = claim.summary(done)
+    if summary is not None:
+        return Outset(facts, summary)
+    agreed(lambda: folder.drop_metrics_after(done))
+    opening.say_resumed(saved.path, done, folder.main)
+    return Outset(facts)

@@ -15,27 +15,26 @@ from hpdist.data.decode.stored_values import InputSpec
 from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError, describe
 from hpdist.models.outputs import NO_GRADIENT, find_logits, has_gradient_in_training, on_trial
-from hpdist.train.compose import compose
-from hpdist.train.config import RunConfig
+from hpdist.train.config import Batch
 
 
-def divide_batch(config: RunConfig, ranks: int, uses_unlabeled: bool) -> int:
+def divide_batch(batch: Batch, algorithm: Algorithm, ranks: int) -> int:
     """The number of micro-batches per step and rank.
 
     Raises ConfigError where a global batch does not divide over ranks and micro-batches, or where
     too few rows are left to be mixed with one another.
     """
-    sizes = {"batch.labeled": config.batch.labeled}
+    sizes = {"batch.labeled": batch.labeled}
+    uses_unlabeled = algorithm.views.uses_unlabeled
     if uses_unlabeled:
-        sizes["batch.unlabeled"] = config.batch.unlabeled
+        sizes["batch.unlabeled"] = batch.unlabeled
     for setting, size in sizes.items():
         if size % ranks:
             raise ConfigError(
                 f"{setting}: {size} rows do not divide over {ranks} ranks; use "
                 f"{_multiples(size, ranks)}"
             )
-    count = _micro_batches(config.batch.micro, sizes, ranks)
-    algorithm = compose(config)
+    count = _micro_batches(batch.micro, sizes, ranks)
     if uses_unlabeled and algorithm.groups is not None:
         rows = {setting.removeprefix("batch."): size for setting, size in sizes.items()}
         name = type(algorithm).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import datasets
@@ -15,7 +16,6 @@ from hpdist.config.component import IN_PYTHON, Component, components
 from hpdist.config.section import Section
 from hpdist.errors import ConfigError
 from hpdist.train.checks import check_given_model
-from hpdist.train.data import Objects
 
 IN_MEMORY = "(given in Python)"
 _ALGORITHMS = (
@@ -27,6 +27,18 @@ _ROWS = (
     "settings such as {'path': 'parquet', 'data_files': 'rows.parquet'}; rows may come with "
     "settings, as (rows, {'input': 'image'})"
 )
+
+
+@dataclass
+class Objects:
+    """What Python code gives in place of a name in the config."""
+
+    model: nn.Module | None = None
+    algorithm: Algorithm | None = None
+    labeled: Any = None
+    unlabeled: Any = None
+    test: Any = None
+    validation: Any = None
 
 
 class GivenAlgorithm(AlgorithmConfig):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.config.component import Component
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.distributed.collectives import agreed
 from hpdist.distributed.fragments import Fragment
@@ -29,8 +30,7 @@ from hpdist.models.with_heads import WithHeads, with_heads
 from hpdist.tracking.console import Console
 from hpdist.train import opening
 from hpdist.train.checks import check_gradient, check_model
-from hpdist.train.config import RunConfig
-from hpdist.train.data import RunData
+from hpdist.train.sets import RunSets
 from hpdist.train.step import SemiSupervisedStep
 
 
@@ -38,23 +38,30 @@ class RunModel:
     """Makes the model of a run, and hands it out.
 
     Args:
-        config: Of the run.
-        data: Of the run.
+        config: Of the model.
+        sets: Of the run; the model is checked against them.
         sharding: How the run shards.
         given: The module that was given in Python, if one was.
+        seed: Of the run.
+        checkpoints_activations: Whether activations are computed again in the backward pass.
         main: Whether this rank speaks for all.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        data: RunData,
+        config: Component,
+        sets: RunSets,
         sharding: Sharding,
         given: nn.Module | None,
+        *,
+        seed: int,
+        checkpoints_activations: bool,
         main: bool,
     ) -> None:
         self._config = config
-        self._data = data
+        self._seed = seed
+        self._checkpoints_activations = checkpoints_activations
+        self._sets = sets
         self._sharding = sharding
         self._given = given
         self._in_place = False  # of a module that cannot be copied
@@ -99,22 +106,21 @@ class RunModel:
         )
 
     def _made(self, algorithm: Algorithm) -> nn.Module:
-        config, data = self._config, self._data
+        sets = self._sets
         model = self._copied() if self._given is not None else self._built()
         opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
         model = global_batch_norm(model)
-        example = data.views.plain(data.spec.example(2))
-        trains = check_model(model, example, data.num_classes)
+        example = sets.views.plain(sets.spec.example(2))
+        trains = check_model(model, example, sets.num_classes)
         model = with_heads(model, algorithm, example, self._features)
         if not trains:
             check_gradient(model, example)
-        if config.activation_checkpointing:
+        if self._checkpoints_activations:
             checkpoint_activations(model)
         return model
 
     def _built(self) -> nn.Module:
-        config, data = self._config, self._data
-        return build_model(config.model, data.spec, data.num_classes, config.run.seed)
+        return build_model(self._config, self._sets.spec, self._sets.num_classes, self._seed)
 
     def _copied(self) -> nn.Module:
         """A copy of the module that was given, or itself where it cannot be copied."""
@@ -140,7 +146,7 @@ class RunModel:
 
     @property
     def _features(self) -> str | None:
-        features: str | None = getattr(self._config.model, "features", None)
+        features: str | None = getattr(self._config, "features", None)
         return features
 
     def _student_of(
@@ -156,7 +162,7 @@ class RunModel:
     ) -> nn.Module:
         model = agreed(lambda: self._built() if self._given is None else self._copied())
         if step.algorithm.predicts is not None:  # a head predicts, so it comes along
-            example = self._data.views.plain(self._data.spec.example(2))
+            example = self._sets.views.plain(self._sets.spec.example(2))
             model = with_heads(model, step.algorithm, example, self._features)
         _fill(model, step.engine, *weights)
         return model.eval()

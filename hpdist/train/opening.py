@@ -55,9 +55,9 @@ def say_devices(main: bool) -> None:
     say_entries([("devices", _devices(places()))], main)
 
 
-def say_model(config: RunConfig, model: nn.Module, micro_batches: int, main: bool) -> None:
+def say_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> None:
     """Say how large the model is, and what of it is trained."""
-    say_entries([("model", f"{config.model.name}, {_parameters(model)}")], main)
+    say_entries([("model", f"{name}, {_parameters(model)}")], main)
     if micro_batches > 1 and any(batch_norms(model)):
         Console(0, 0, main).say(
             f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     trainer = make_trainer(options)
-    trainer._opened = trainer._open_log(files=False)
+    trainer._open_log(files=False)
     trainer._attempt(measure=False)
     times: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
     for number in range(options.rounds):

@@ -27,6 +27,7 @@ from hpdist.data.random import stream_id, uniform
 from hpdist.errors import ConfigError
 from hpdist.train import config as configuration
 from hpdist.train.checks import divide_batch
+from hpdist.train.compose import compose
 from tests.support.algorithm_runs import (
     GlobalBatch,
     Ran,
@@ -208,12 +209,12 @@ def test_too_few_rows_are_refused_before_the_training() -> None:
         "steps": 1,
     }
     config = configuration.parse(settings)
-    assert divide_batch(config, 2, uses_unlabeled=True) == 1
+    assert divide_batch(config.batch, compose(config), 2) == 1
     with pytest.raises(ConfigError, match=r"4 groups .* 1 labelled .* raise batch\.labeled to 32"):
-        divide_batch(config, 4, uses_unlabeled=True)
+        divide_batch(config.batch, compose(config), 4)
     own = configuration.parse(settings | {"algorithm": {"name": "mixmatch", "groups": 3}})
     with pytest.raises(ConfigError, match=r"within 3 groups .* 2 slices"):
-        divide_batch(own, 2, uses_unlabeled=True)
+        divide_batch(own.batch, compose(own), 2)
     with pytest.raises(ConfigError, match=r"algorithm\.groups"):
         configuration.parse(settings | {"algorithm": {"name": "ict", "groups": 0}})
 

@@ -44,7 +44,7 @@ def test_it_resolves_and_its_parts_can_be_made(path: Path) -> None:
     assert config.algorithm.name in path.stem or path.stem.startswith(("case_", "digits"))
     assert algorithm.views.uses_unlabeled
     if path.stem != "case_synthetic":  # of one row a step
-        assert divide_batch(config, 4, uses_unlabeled=True) == 1
+        assert divide_batch(config.batch, algorithm, 4) == 1
     assert isinstance(config.model, ModelConfig)
     if isinstance(config.views, ImageViewsConfig):
         config.views.build(0)

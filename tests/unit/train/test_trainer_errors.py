@@ -10,6 +10,7 @@ from hpdist import cli
 from hpdist.data.samples.digits import write_digits
 from hpdist.errors import ConfigError
 from hpdist.train.checks import divide_batch
+from hpdist.train.compose import compose
 from hpdist.train.config import parse
 
 CONFIG = """
@@ -171,10 +172,10 @@ def test_divide_batch(labeled, unlabeled, micro, ranks, count):
         | {"data": {"labeled": {"path": "x"}}}
     )
     if isinstance(count, int):
-        assert divide_batch(config, ranks, uses_unlabeled=True) == count
+        assert divide_batch(config.batch, compose(config), ranks) == count
     else:
         with pytest.raises(ConfigError) as caught:
-            divide_batch(config, ranks, uses_unlabeled=True)
+            divide_batch(config.batch, compose(config), ranks)
         assert str(caught.value).endswith(count)
 
 
@@ -183,4 +184,4 @@ def test_unlabelled_rows_that_are_not_used_need_not_divide():
         {"model": {"name": "mlp"}, "algorithm": {"name": "supervised"}, "steps": 1}
         | {"data": {"labeled": {"path": "x"}}, "batch": {"labeled": 8, "unlabeled": 7, "micro": 4}}
     )
-    assert divide_batch(config, 2, uses_unlabeled=False) == 1
+    assert divide_batch(config.batch, compose(config), 2) == 1

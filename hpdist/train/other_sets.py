@@ -1,0 +1,158 @@
+"""The unlabelled and the held-out sets of a run: opened, and looked through before it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from hpdist.config.component import Component
+from hpdist.data.config import Data, Duplicates, Loading, Unlabeled
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.sources.duplicates import Report, find_duplicates
+from hpdist.data.sources.labeled import LabeledRows, open_test
+from hpdist.data.sources.unlabeled import (
+    AnyUnlabeled,
+    MixedRows,
+    ParquetRows,
+    SequentialRows,
+    Survey,
+    open_unlabeled,
+    survey,
+)
+from hpdist.data.stream.index import are_records
+from hpdist.distributed.collectives import agreed, from_main
+from hpdist.messages.progress import working
+from hpdist.tracking.run_folder import RunFolder
+from hpdist.train.first_look import look_at_held_out, look_at_labeled
+
+_FILES = "unlabeled_files.json"
+_DUPLICATES = "duplicates.json"
+
+_log = logging.getLogger("hpdist.data")
+
+
+def unlabeled_spec(views: Component, spec: InputSpec) -> InputSpec:
+    """Give how unlabelled rows are decoded: as others, or with a strong view of their own."""
+    column = getattr(views, "strong_column", None)
+    if column is None or spec.tokenizer is None:
+        return spec
+    return InputSpec.of_text(spec.tokenizer, column)
+
+
+@working("opening data.unlabeled")
+def open_unlabeled_set(
+    source: Unlabeled,
+    spec: InputSpec,
+    labeled: LabeledRows,
+    folder: RunFolder,
+    *,
+    loading: Loading,
+    seed: int,
+    dataset: Any,
+    resumed: bool,
+) -> AnyUnlabeled:
+    """Open the unlabelled set; the main process finds its files for all. Collective.
+
+    Raises DataError or ConfigError, the same on every rank.
+    """
+    found = None
+    if dataset is None:
+
+        def surveyed() -> Survey:
+            recorded = folder.read_json(_FILES, are_records) if resumed else None
+            return survey(source, labeled, spec, loading, recorded)
+
+        found = from_main(surveyed)
+    rows = agreed(
+        lambda: open_unlabeled(
+            source,
+            labeled,
+            spec,
+            dataset=dataset,
+            found=found,
+            loading=loading,
+            seed=seed,
+        )
+    )
+    if isinstance(rows, SequentialRows) and folder.main:
+        _log.warning("%s", rows.warning)
+    return rows
+
+
+def open_held_out(
+    config: Data, spec: InputSpec, labeled: LabeledRows, datasets: Mapping[str, Any]
+) -> dict[str, LabeledRows | None]:
+    """Open the sets that the run is measured on, by name; None for one that is not named.
+
+    `datasets` are those that Python code gave, by the same names. Collective; raises DataError or
+    ConfigError, the same on every rank.
+    """
+    return agreed(
+        lambda: {
+            name: _open_held_out(config, spec, labeled, name, dataset)
+            for name, dataset in datasets.items()
+        }
+    )
+
+
+def _open_held_out(
+    config: Data, spec: InputSpec, labeled: LabeledRows, name: str, dataset: Any
+) -> LabeledRows | None:
+    source = getattr(config, name)
+    if source is None:
+        return None
+    loading, where = config.loading, f"data.{name}"
+    with working(f"opening {where}"):
+        return open_test(source, labeled, spec, dataset=dataset, where=where, loading=loading)
+
+
+@working("looking for rows that cannot be read")
+def look_through(
+    labeled: LabeledRows, held_out: Mapping[str, LabeledRows | None], spec: InputSpec
+) -> tuple[list[str], dict[str, set[int]]]:
+    """Decode labelled and held-out rows before the training. Collective.
+
+    Gives the lines for a person, and the ids of the held-out rows that these name, by set.
+    """
+    lines = [look_at_labeled(labeled, spec)]
+    named: dict[str, set[int]] = {}
+    for rows in held_out.values():
+        if rows is not None:
+            line, ids = look_at_held_out(rows, spec)
+            lines.append(line)
+            named[rows.name] = ids
+    return [line for line in lines if line is not None], named
+
+
+def find_repeated(
+    config: Duplicates,
+    labeled: LabeledRows,
+    unlabeled: AnyUnlabeled | None,
+    held_out: Mapping[str, LabeledRows | None],
+    folder: RunFolder,
+    *,
+    resumed: bool,
+) -> Report:
+    """Find held-out rows that are training rows too; a run that goes on has looked already.
+
+    For the main process alone, which tells the others.
+    """
+    kept = folder.read_json(_DUPLICATES, Report.fits) if resumed else None
+    if kept is not None and kept["check"] == config.check:
+        return Report(**kept)
+    held = {name: rows for name, rows in held_out.items() if rows is not None}
+    pools = {"labeled": labeled, "unlabeled": unlabeled}
+    used = {name: rows for name, rows in pools.items() if rows is not None}
+    return find_duplicates(config, held, used)
+
+
+def record_other_sets(
+    folder: RunFolder, duplicates: Report, unlabeled: AnyUnlabeled | None
+) -> None:
+    """Write down what was found, for a run that goes on to find the same."""
+    folder.write_json(_DUPLICATES, duplicates.to_json())
+    parts = unlabeled.parts if isinstance(unlabeled, MixedRows) else [unlabeled]
+    if any(isinstance(part, ParquetRows) for part in parts):
+        files = [p.index.record() if isinstance(p, ParquetRows) else None for p in parts]
+        folder.write_json(_FILES, files)

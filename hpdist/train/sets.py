@@ -1,0 +1,228 @@
+"""The sets of a run: opened one after the other, as all ranks agree, and then finished.
+
+What only costs requests once (finding files, reading footers) the main process does for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hpdist.checkpoint.reader import SavedRun
+from hpdist.data.config import TaskChoice
+from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.sources.duplicates import Report
+from hpdist.data.sources.labeled import LabeledRows, with_categories
+from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, row_count
+from hpdist.data.views import Views
+from hpdist.distributed.collectives import agreed, from_main
+from hpdist.messages.progress import working
+from hpdist.models.pixels import for_channels
+from hpdist.tasks.base import Task, make_task
+from hpdist.tracking.run_folder import RunFolder
+from hpdist.train import opening
+from hpdist.train.config import RunConfig
+from hpdist.train.fitting import fitted_state, fitted_views
+from hpdist.train.given import Objects
+from hpdist.train.input_choice import describe_categories, record_inputs, widen_categories
+from hpdist.train.inputs import (
+    ModeChoice,
+    is_inputs_record,
+    other_casts,
+    reconsider,
+    with_channels,
+    with_mode,
+)
+from hpdist.train.labeled_inputs import LabeledInputs, open_labeled_inputs
+from hpdist.train.other_sets import (
+    find_repeated,
+    look_through,
+    open_held_out,
+    open_unlabeled_set,
+    record_other_sets,
+    unlabeled_spec,
+)
+
+_INPUTS = "inputs.json"
+_HELD_OUT = ("test", "validation")
+
+_Sets: TypeAlias = "Mapping[str, LabeledRows | AnyUnlabeled | None]"
+
+
+@dataclass(frozen=True)
+class RunSets:
+    """The sets that a run trains and measures on, and how their rows become inputs."""
+
+    asked: RunConfig
+    """The run's settings before anything was chosen."""
+    config: RunConfig
+    """The run's settings, with what the views took from the rows and the model."""
+    spec: InputSpec
+    labeled: LabeledRows
+    unlabeled: AnyUnlabeled | None
+    test: LabeledRows | None
+    validation: LabeledRows | None
+    duplicates: Report
+    """The held-out rows that are training rows too."""
+    unreadable: Mapping[str, set[int]]
+    """Ids of held-out rows that were named as unreadable, by set."""
+    task: Task
+    views: Views
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the labelled set."""
+        return len(self.labeled.classes)
+
+    @property
+    def unlabeled_spec(self) -> InputSpec:
+        """How unlabelled rows are decoded: as others, or with a strong view of their own."""
+        return unlabeled_spec(self.config.views, self.spec)
+
+    @property
+    def unlabeled_rows(self) -> int | None:
+        """How many unlabelled rows there are, where that is known."""
+        return None if self.unlabeled is None else row_count(self.unlabeled)
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """The labelled rows of each class, fp32 [classes]; None where a row is not of one class."""
+        labels = torch.from_numpy(self.labeled.labels)
+        return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """What views and targets were measured to be, for the checkpoint."""
+        return fitted_state(self.views, self.labeled.encoding.scale)
+
+    def record(self, folder: RunFolder) -> None:
+        """Write down what the run has chosen, for a resume to choose the same."""
+        folder.write_json("labeled_rows.json", self.labeled.chosen)
+        folder.write_json("classes.json", self.labeled.classes.names)
+        inputs = record_inputs(self.config, self.asked, self.spec)
+        if inputs:
+            folder.write_json(_INPUTS, inputs)
+        record_other_sets(folder, self.duplicates, self.unlabeled)
+
+
+def open_sets(
+    config: RunConfig,
+    objects: Objects,
+    folder: RunFolder,
+    *,
+    saved: SavedRun | None,
+    uses_unlabeled: bool,
+) -> RunSets:
+    """Open all sets of a run, and say what they hold. Collective: every rank must call.
+
+    Args:
+        config: The run's settings.
+        objects: Rows that Python code gave.
+        folder: The run's folder; what the run chose before is read from there.
+        saved: The checkpoint that the run goes on from, or None.
+        uses_unlabeled: Whether the algorithm wants unlabelled rows.
+
+    Raises DataError or ConfigError, the same on every rank.
+    """
+    resumed = saved is not None
+    recorded = (
+        from_main(lambda: folder.read_json(_INPUTS, is_inputs_record) if resumed else None) or {}
+    )
+    first = open_labeled_inputs(config, objects.labeled, recorded, folder, saved)
+    labeled = first.labeled
+    unlabeled: AnyUnlabeled | None = None
+    data, seed = first.config.data, config.run.seed
+    if uses_unlabeled and data.unlabeled is not None:
+        unlabeled = open_unlabeled_set(
+            data.unlabeled,
+            unlabeled_spec(first.config.views, first.spec),
+            labeled,
+            folder,
+            loading=data.loading,
+            seed=seed,
+            dataset=objects.unlabeled,
+            resumed=resumed,
+        )
+    datasets = {name: getattr(objects, name) for name in _HELD_OUT}
+    held_out = open_held_out(data, first.spec, labeled, datasets)
+    config_now, spec, decided = _settle(first, unlabeled, held_out, recorded)
+    opening.say_data(config_now, spec, labeled, unlabeled, held_out, decided, folder.main)
+    lines, unreadable = look_through(labeled, held_out, spec)
+    opening.say_lines(lines, folder.main)
+    duplicates = from_main(
+        lambda: find_repeated(
+            data.duplicates, labeled, unlabeled, held_out, folder, resumed=resumed
+        )
+    )
+    opening.say_lines(duplicates.lines, folder.main)
+    return RunSets(
+        asked=config,
+        config=config_now,
+        spec=spec,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        test=held_out["test"],
+        validation=held_out["validation"],
+        duplicates=duplicates,
+        unreadable=unreadable,
+        task=_task_of(config.task, labeled),
+        views=fitted_views(config_now.views, seed, spec, labeled, unlabeled, saved),
+    )
+
+
+def _task_of(config: TaskChoice, labeled: LabeledRows) -> Task:
+    scale = labeled.encoding.scale
+    spread = None if scale is None else tuple(scale.std.tolist())
+    return make_task(config.name, config.threshold, spread)
+
+
+def _settle(
+    first: LabeledInputs,
+    unlabeled: AnyUnlabeled | None,
+    held_out: Mapping[str, LabeledRows | None],
+    recorded: Mapping[str, Any],
+) -> tuple[RunConfig, InputSpec, list[str]]:
+    """Settle what all sets say of the inputs, now that they are open. Collective.
+
+    Gives the settings, the inputs, and lines for a person about what was decided.
+    """
+    config, spec, lines = first.config, first.spec, list(first.lines)
+    sets: _Sets = {"labeled": first.labeled, "unlabeled": unlabeled, **held_out}
+    named = {f"data.{name}": rows for name, rows in sets.items()}
+    categories = from_main(lambda: widen_categories(spec, unlabeled, recorded))
+    if categories is not None:
+        spec = with_categories(spec, categories)
+        lines += from_main(lambda: describe_categories(categories, named))
+    if first.mode is not None:
+        mode, said = _settle_mode(first.mode, named)
+        spec, config = with_mode(spec, mode), with_channels(config, mode)
+        lines += said
+    pixels = [first.pixels]
+    if spec.kind == "image":
+        views, fitted = for_channels(config.views, first.views, spec.shape[0])
+        config = config.model_copy(update={"views": views})
+        pixels.append(fitted)
+    taken = "; ".join(filter(None, pixels))
+    return config, spec, [*lines, *([taken] if taken else []), *_notes(sets)]
+
+
+@working("looking at the other sets' pictures")
+def _settle_mode(choice: ModeChoice, sets: _Sets) -> tuple[str, list[str]]:
+    """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
+    others = {name: rows for name, rows in sets.items() if name != "data.labeled"}
+    settled = from_main(lambda: reconsider(choice, others))
+    casts = agreed(lambda: other_casts(settled.mode, others))
+    return settled.mode, [*filter(None, [settled.line]), *casts]
+
+
+def _notes(sets: _Sets) -> list[str]:
+    """What was decided about the rows of all sets that a person should know."""
+    found = []
+    for rows in sets.values():
+        parts = rows.parts if isinstance(rows, MixedRows) else [rows]
+        found += [note for part in parts for note in getattr(part, "notes", ())]
+    return found
