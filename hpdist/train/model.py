@@ -104,10 +104,11 @@ class RunModel:
         opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
         model = global_batch_norm(model)
         example = data.views.plain(data.spec.example(2))
-        trains = check_model(model, example, data.num_classes)
+        outputs = algorithm.task.outputs
+        trains = check_model(model, example, data.num_classes, outputs)
         model = with_heads(model, algorithm, example, self._features)
         if not trains:
-            check_gradient(model, example)
+            check_gradient(model, example, outputs)
         if config.activation_checkpointing:
             checkpoint_activations(model)
         return model

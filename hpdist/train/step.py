@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.parts.mixing import check_groups
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.structures import Structure, cat, detach, narrow, row_count, split
 from hpdist.data.views.base import Views
 from hpdist.distributed.collectives import FusedSum, apart
 from hpdist.distributed.stragglers import OwnTime
@@ -37,7 +39,8 @@ from hpdist.engines.prepare import make_engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluating
-from hpdist.models.with_heads import columns_of, require_heads
+from hpdist.models.outputs import LOGITS
+from hpdist.models.with_heads import head_names_of, require_heads
 from hpdist.train import pseudo_label_metrics as pseudo_labels
 from hpdist.train.micro_batch import Cutter, MicroBatch, by_view, channels_last
 from hpdist.train.optim import l1_norm
@@ -67,8 +70,8 @@ class SemiSupervisedStep:
 
     Args:
         accelerator: What prepared `model` and `optimizer`.
-        model: Prepared; maps inputs [rows, *] to logits [rows, classes], or to an output with
-            `.logits`.
+        model: Prepared; maps inputs, as batches have them, to logits [rows, classes], or to an
+            output with `.logits`, or to all the outputs that the algorithm's task names.
         optimizer: Prepared with the model.
         algorithm: What the loss is; its state must live on the accelerator's device.
         views: Makes weak and strong views of the inputs.
@@ -130,8 +133,8 @@ class SemiSupervisedStep:
             self.teacher.prepare_forward(teacher_model)
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
-        self._heads = columns_of(self.engine.module)
-        require_heads(algorithm, self._heads)
+        require_heads(algorithm, head_names_of(self.engine.module))
+        self.engine.want(algorithm.task.outputs, algorithm.head_names)
         self._noted = torch.zeros(4)
         alone = views_wanted.teacher or views_wanted.inputs_need_targets or views_wanted.probed
         one_pass = micro_batches == 1 and not alone
@@ -139,22 +142,21 @@ class SemiSupervisedStep:
         self._seed = seed
         join_save_state(self)
 
-    def evaluating(
-        self, *, teacher: bool = True
-    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    def evaluating(self, *, teacher: bool = True) -> AbstractContextManager[Callable[[Any], Any]]:
         """Have the model in evaluation mode for a while, with the teacher's weights if there are.
 
         with step.evaluating() as predict:
             logits = predict(inputs)        # inputs as in batches; logits fp32 [rows, classes]
 
+        Of a task that goes by more than logits, `predict` gives its outputs by name.
         Collective: every rank must enter, and under ZeRO-3 call `predict` equally often.
         """
         return evaluating(self.engine, self.teacher if teacher else None, self.views)
 
     def __call__(
         self,
-        labeled: LabeledBatch,
-        unlabeled: UnlabeledBatch | None = None,
+        labeled: LabeledBatch[Any, Any],
+        unlabeled: UnlabeledBatch[Any] | None = None,
         *,
         lr: float | None = None,
         measure: bool = False,
@@ -256,7 +258,7 @@ class SemiSupervisedStep:
                 parts = list(micro.inputs.weak)
                 if parts and self.algorithm.views.labeled_targets:
                     parts.append(micro.inputs.labeled)
-                logits = infer(channels_last(torch.cat(parts))) if parts else None
+                logits = infer(channels_last(cat(parts))) if parts else None
                 found.append(None if logits is None else self._weak_outputs(logits, micro))
         return found
 
@@ -270,57 +272,59 @@ class SemiSupervisedStep:
         told = weak if views.inputs_need_targets else None
         return replace(micro, inputs=self.algorithm.mix(inputs, told))
 
-    def _probe(self, inputs: Tensor) -> Tensor:
+    def _probe(self, inputs: Tensor) -> Any:
         """Logits of inputs outside of the step's own passes; nothing remembers that they were."""
         said = self.engine.examine(channels_last(inputs))
         self.engine.forget_norms()
         return self._columns(said)[0]
 
-    def _columns(self, said: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The logits of what the model said, and each head's outputs."""
-        widths = list(self._heads.values())
-        logits, *heads = said.split([said.shape[1] - sum(widths), *widths], dim=1)
-        return logits, dict(zip(self._heads, heads, strict=True))
+    def _columns(self, said: Structure) -> tuple[Any, dict[str, Tensor]]:
+        """The outputs that the task goes by, of what the model said, and each head's."""
+        if isinstance(said, Tensor):
+            return said, {}
+        outputs, heads = self.algorithm.task.outputs, self.algorithm.head_names
+        own = said["logits"] if outputs == LOGITS else {name: said[name] for name in outputs}
+        return own, {name: said[name] for name in heads}
 
-    def _student_pass(self, micro: MicroBatch) -> Tensor:
-        """Logits of the student's rows, and of the weak views behind them if fused."""
+    def _student_pass(self, micro: MicroBatch) -> Any:
+        """Outputs of the student's rows, and of the weak views behind them if fused."""
         parts, weak = micro.inputs.parts, micro.inputs.weak if self._fused else ()
         batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
-        rows = [sum(len(part) for part in batch) for batch in (*batches, weak) if batch]
+        rows = [sum(row_count(part) for part in batch) for batch in (*batches, weak) if batch]
         with self.engine.segments(rows):
-            return self.engine.forward(channels_last(torch.cat([*parts, *weak])))
+            return self.engine.forward(channels_last(cat([*parts, *weak])))
 
     def _split_fused(
-        self, logits: Tensor, micro: MicroBatch
-    ) -> tuple[Tensor, list[WeakOutputs | None]]:
-        weak_rows = sum(len(part) for part in micro.inputs.weak)
+        self, said: Structure, micro: MicroBatch
+    ) -> tuple[Structure, list[WeakOutputs | None]]:
+        weak_rows = sum(row_count(part) for part in micro.inputs.weak)
         if not weak_rows:
-            return logits, [None]
-        student, weak = logits.split([len(logits) - weak_rows, weak_rows])
+            return said, [None]
+        student, weak = split(said, [row_count(said) - weak_rows, weak_rows])
         if self.algorithm.views.labeled_targets:
-            weak = torch.cat([weak, student[: len(micro.inputs.labeled)]])
-        return student, [self._weak_outputs(weak.detach(), micro)]
+            weak = cat([weak, narrow(student, 0, row_count(micro.inputs.labeled))])
+        return student, [self._weak_outputs(detach(weak), micro)]
 
-    def _weak_outputs(self, said: Tensor, micro: MicroBatch) -> WeakOutputs:
+    def _weak_outputs(self, said: Structure, micro: MicroBatch) -> WeakOutputs:
         """From the rows of all weak views, and the labelled ones behind them if there are any."""
         inputs = micro.inputs
-        sizes = [len(part) for part in inputs.weak]
-        sizes.append(len(said) - sum(sizes))
+        sizes = [row_count(part) for part in inputs.weak]
+        sizes.append(row_count(said) - sum(sizes))
         logits, heads = self._columns(said)
-        first, *others, labeled = logits.split(sizes)
-        kept = len(sizes) if len(labeled) else len(sizes) - 1
+        first, *others, labeled = split(logits, sizes)
+        kept = len(sizes) if sizes[-1] else len(sizes) - 1
         return WeakOutputs(
             first,
             micro.ids,
             tuple(others),
-            labeled if len(labeled) else None,
+            labeled if sizes[-1] else None,
             inputs.labels,
             inputs.places,
-            {name: head.split(sizes)[:kept] for name, head in heads.items()},
+            {name: tuple(split(head, sizes)[:kept]) for name, head in heads.items()},
             micro.labeled_ids,
         )
 
-    def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool, save: bool) -> Tensor:
+    def _notes(self, unlabeled: UnlabeledBatch[Any] | None, stop: bool, save: bool) -> Tensor:
         """What a rank tells besides sums: unusable rows, what it asks for, gradients missed."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
         notes = [bad, stop, save, self.engine.missed_gradients]
@@ -331,7 +335,7 @@ class SemiSupervisedStep:
         self, micros: list[MicroBatch], weak: list[WeakOutputs | None], notes: Tensor
     ) -> FusedSum:
         """Start the one reduction of a step: rows, notes, and the algorithm's sums."""
-        rows = [sum(len(m.inputs.labels) for m in micros), sum(m.unlabeled_rows for m in micros)]
+        rows = [sum(m.inputs.labeled_rows for m in micros), sum(m.unlabeled_rows for m in micros)]
         sums = {"notes": notes, "rows": torch.tensor(rows, device=self.engine.device)}
         seen = [outputs for outputs in weak if outputs is not None]
         if seen:
@@ -366,7 +370,7 @@ class SemiSupervisedStep:
 
     def _outputs(
         self,
-        said: Tensor,
+        said: Structure,
         micro: MicroBatch,
         weak: WeakOutputs | None,
         rows: tuple[Tensor, Tensor],
@@ -403,7 +407,7 @@ class SemiSupervisedStep:
         """The student's global sums before its first backward, from passes without gradient."""
         parts = []
         for micro, weak_outputs in zip(micros, weak, strict=True):
-            logits = self.engine.infer(channels_last(torch.cat(micro.inputs.parts)))
+            logits = self.engine.infer(channels_last(cat(micro.inputs.parts)))
             self.engine.forget_norms()
             outputs = self._outputs(logits, micro, weak_outputs, rows)
             parts.append(self.algorithm.student_statistics(outputs))
@@ -438,13 +442,13 @@ class SemiSupervisedStep:
     def _find_culprit(self, passes: list[_Pass]) -> Culprit | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
         for done in passes:
-            inputs = channels_last(torch.cat(done.micro.inputs.parts))
+            inputs = channels_last(cat(done.micro.inputs.parts))
             culprit = find_culprit(self.engine, inputs, partial(self._terms, done=done))
             if culprit is not None:
                 return culprit
         return None
 
-    def _terms(self, logits: Tensor, done: _Pass) -> dict[str, Tensor]:
+    def _terms(self, logits: Structure, done: _Pass) -> dict[str, Tensor]:
         """The terms of a micro-batch's loss, weighted, of other logits; without communication."""
         outputs = self._outputs(logits, done.micro, done.weak, done.rows)
         sums = self._attach(self.algorithm.student_statistics(outputs), done.total)
