@@ -216,7 +216,7 @@ def _of_steps() -> dict[str, Settings]:
             task,
             "fixmatch",
             activation_checkpointing=True,
-            model={"name": "wide_resnet", "depth": 10, "widen": 1},
+            model={"name": "wide_resnet", "depth": 10, "width": 1},
         ),
         "step-adamw-clip-l1": _settings("vector", task, "softmatch", optim=adam),
         "step-dropout": _settings("vector", task, "uda", model={"dropout": 0.2}),

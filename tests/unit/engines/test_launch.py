@@ -251,7 +251,7 @@ def test_a_json_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "/nowhere/ds.json")
     message = refusal()
     assert "'/nowhere/ds.json'" in message
-    assert "No such file" in message
+    assert "there is no such file" in message
 
 
 @pytest.mark.parametrize(

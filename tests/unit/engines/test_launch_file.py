@@ -44,7 +44,7 @@ def test_the_folders_above_the_launch_file_are_searched_after_the_current_one(
     away.mkdir()
     said = launched(away, "../project/configs/accelerate/zero2_fp16.yaml")
     assert f"DeepSpeed's config: {project / NAMED} ({NAMED} is not in {away})" in said
-    assert "precision:  fp16, ZeRO-2" in said
+    assert "precision:  fp16, ZeRO stage 2" in said
     assert "nothing matches 'demo/digits/train-*.parquet'" in said, "it has got as far as the data"
 
     (project / NAMED).unlink()

@@ -217,7 +217,17 @@ def test_a_name_on_the_hub_is_asked_of_it(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "facebook" / "wav2vec").mkdir(parents=True)
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: asked.append(path))
+
+    class Builder:
+        def download_and_prepare(self) -> None: ...
+
+        def as_dataset(self, split: str) -> None: ...
+
+    def load_builder(path: str, **_: object) -> Builder:
+        asked.append(path)
+        return Builder()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
     load(Unlabeled(path=name), "data.unlabeled", streaming=False)
     assert asked == [name]
     (tmp_path / "facebook" / "voxpopuli2").mkdir()
@@ -230,7 +240,7 @@ def test_a_name_that_the_hub_has_not_may_be_a_typo_too(tmp_path, monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("no such data set")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", not_there)
+    monkeypatch.setattr(datasets, "load_dataset_builder", not_there)
     (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match=r"the Hub did not give it: .*; did you mean 'photos'\?"):
         classes_of("potos")
