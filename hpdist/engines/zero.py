@@ -160,10 +160,8 @@ class ZeroEngine(Engine):
     def saved_as(self) -> dict[str, int | str]:
         """The stage, the dtype of the weights and, where DeepSpeed shards, the number of ranks."""
         stage = int(self.deepspeed.zero_optimization_stage())
-        found: dict[str, int | str] = {
-            "stage": stage,
-            "dtype": str(self._dtype).removeprefix("torch."),
-        }
+        dtype = str(self._dtype).removeprefix("torch.")
+        found: dict[str, int | str] = {"stage": stage, "dtype": dtype}
         if stage:
             found["ranks"] = self.world_size
         return found

@@ -104,5 +104,5 @@ def _began_with(folder: RunFolder) -> dict[str, Any]:
                 "restore the file from a copy, or choose another run.name"
             ) from error
     with suppress(ConfigError):  # an earlier version knew fewer settings, whose defaults held
-        values = configuration.parse(values).model_dump(mode="json")
+        values = configuration.parse(values or {}).model_dump(mode="json")
     return flat(values or {})

@@ -28,7 +28,10 @@ from tests.invariants.curve_settings import CURVES, INPUTS
 
 FOLDER = Path(__file__).parent / "curves"
 EXACT = "HPDIST_CURVES_EXACT"
-_UNCOMPARED = {"examples_per_second", "data_wait", "checkpoint_wait"}  # times
+_UNCOMPARED = {  # times
+    *("examples_per_second", "data_wait", "checkpoint_wait"),
+    *("slowest_rank", "slowest_rank_lag", "examples_per_second_per_rank"),
+}
 _UNCOMPARED_SUMMARY = {"seconds", "peak_memory_bytes"}
 _SEEDS = 3  # to choose from
 
