@@ -29,6 +29,7 @@ from tests.support.ranks import run_ranks
 from tests.support.recipes import slice_of
 
 ROWS, UNLABELED, CLASSES = 8, 24, 3
+SCALE = LossScale(initial=1024.0)
 Named = Mapping[str, Tensor]
 
 
@@ -134,7 +135,7 @@ def make_step(
         launch.Sharding(
             precision=precision,
             stage=stage,
-            loss_scale=LossScale(initial=1024.0),
+            loss_scale=SCALE,
             micro_batch=(ROWS + UNLABELED) // ranks // parts,
             accumulation=parts,
         )
@@ -151,6 +152,7 @@ def make_step(
         Noisy(),
         micro_batches=parts,
         precision=precision,
+        loss_scale=SCALE,
         teacher_model=second,
     )
 
@@ -222,14 +224,15 @@ def test_two_ranks_are_one_under_ddp_and_every_stage() -> None:
 
 
 def overflow(stage: int | None) -> list[str]:
-    """Steps in fp16, in the second of which the second output leaves the range on rank 1."""
+    """Steps in fp16, in the second of which the second output overflows on the last rank."""
     step = make_step("fixmatch", stage=stage, precision="fp16")
     outcomes = [attempt(step, 0)]
 
     def explode(module: nn.Module, given: Any, said: Tensor) -> Tensor:
         factor = torch.ones(len(said), 1, dtype=said.dtype)
         factor[0] = 6e4
-        return said * factor * factor if step.engine.rank == 1 else said
+        last = step.engine.rank == step.engine.world_size - 1
+        return said * factor * factor if last else said
 
     handle = step.engine.module.where.register_forward_hook(explode)
     outcomes.append(attempt(step, 1))
