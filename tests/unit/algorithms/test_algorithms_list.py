@@ -3,8 +3,7 @@ from typing import ClassVar
 import torch
 
 from hpdist import cli
-from hpdist.algorithms import Algorithm, AlgorithmConfig, Views
-from hpdist.algorithms.catalogue import catalogue
+from hpdist.algorithms import Algorithm, AlgorithmConfig, Views, catalogue
 from hpdist.config.component import component_names
 
 

@@ -33,14 +33,15 @@ assert Slow.started.wait(60)
 """
 PROGRAM = """
 import atexit
-from hpdist import __main__, cli
-run, sys.argv[0] = cli._run, "hpdist"
+from hpdist import __main__
+from hpdist.cli import program
+run, sys.argv[0] = program._run, "hpdist"
 
 def run_and_open_something(arguments):
     atexit.register(print, "tidied up")
     return run(arguments)
 
-cli._run = run_and_open_something
+program._run = run_and_open_something
 __main__.program()
 """
 
@@ -96,7 +97,12 @@ def test_rank_0_is_heard_though_it_comes_to_an_error_last(tmp_path: Path) -> Non
 
 
 def test_an_unexpected_exception_is_shown_and_is_status_1() -> None:
-    script = "from hpdist import __main__, cli\ncli._run = lambda _: 1 / 0\n__main__.program()"
+    script = (
+        "from hpdist import __main__\n"
+        "from hpdist.cli import program\n"
+        "program._run = lambda _: 1 / 0\n"
+        "__main__.program()"
+    )
     found, out, err = end(script)
     assert (found, out) == (1, "")
     assert err.splitlines()[-1].startswith("ZeroDivisionError")

@@ -343,7 +343,7 @@ SCRIPT = """
 import io, sys
 from PIL import Image
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.decoders import Decoder
+from hpdist.data.decode.decoders import Decoder
 file = io.BytesIO()
 Image.new("RGB", (8, 8)).save(file, "PNG")
 decoder = Decoder(InputSpec.of(file.getvalue(), None), processes=2)
