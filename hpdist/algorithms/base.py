@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Generic, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hpdist.algorithms.options import DeclaredConfig, WithOptions, argument
 from hpdist.data.random import normal, stream_id, uniform
+from hpdist.data.structures import Inputs, Labels, Outputs, row_count, tensors_of
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
 
@@ -87,17 +88,21 @@ class Places:
 
 
 @dataclass(frozen=True)
-class WeakOutputs:
-    """What the model said of the weak views of this rank's unlabelled rows, without gradient."""
+class WeakOutputs(Generic[Outputs, Labels]):
+    """What the model said of the weak views of this rank's unlabelled rows, without gradient.
 
-    logits: Tensor  # [unlabeled, classes], fp32, of the first weak view
+    What stands here for logits is the outputs that the task names (`Task.outputs`): one tensor
+    where these are the logits alone, else tensors by name.
+    """
+
+    logits: Outputs  # [unlabeled, classes], fp32, of the first weak view
     ids: Tensor | None  # [unlabeled], int64, stable row ids, where a loop of one's own gives them
-    others: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], fp32
-    labeled: Tensor | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
-    labels: Tensor | None = None  # [labeled], int64, or what the task's are
+    others: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], fp32
+    labeled: Outputs | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
+    labels: Labels | None = None  # [labeled], int64, or what the task's are
     places: Places | None = None
     heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """By head, view by view as in `all`: [rows, width], fp32."""
+    """By head, view by view as in `all`: [rows, *], fp32."""
     labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
 
     @property
@@ -111,38 +116,47 @@ class WeakOutputs:
         return _known(self.labeled_ids, "labelled")
 
     @property
-    def probabilities(self) -> Tensor:
+    def probabilities(self: WeakOutputs[Tensor, Any]) -> Tensor:
         """Softmax of the logits, [unlabeled, classes], fp32."""
         return self.logits.softmax(dim=-1)
 
     @property
-    def all(self) -> tuple[Tensor, ...]:
+    def all(self) -> tuple[Outputs, ...]:
         """Every logit there is, view by view."""
         labeled = () if self.labeled is None else (self.labeled,)
         return (self.logits, *self.others, *labeled)
 
     @property
     def everything(self) -> tuple[Tensor, ...]:
-        """Every logit, and all that the heads said."""
-        return (*self.all, *(part for head in self.heads.values() for part in head))
+        """Every tensor of the outputs, and all that the heads said."""
+        own = [tensor for part in self.all for tensor in tensors_of(part)]
+        return (*own, *(part for head in self.heads.values() for part in head))
 
 
 @dataclass(frozen=True)
-class StudentInputs:
-    """What the student is about to see of one micro-batch."""
+class StudentInputs(Generic[Inputs, Labels]):
+    """What the student is about to see of one micro-batch; views are tensors, or tensors by name.
 
-    labeled: Tensor  # [labeled, *], weak views
-    labels: Tensor  # [labeled], int64, or what the task's are
-    student_weak: tuple[Tensor, ...]  # per further weak view [unlabeled, *]
-    strong: tuple[Tensor, ...]  # per strong view [unlabeled, *]
-    strong_labeled: tuple[Tensor, ...]  # per strong view [labeled, *]
-    weak: tuple[Tensor, ...]  # the views that the targets are made of [unlabeled, *]
+    Only plain tensors come to an algorithm that changes them (`Algorithm.changes_inputs`).
+    """
+
+    labeled: Inputs  # [labeled, *], weak views
+    labels: Labels  # [labeled], int64, or what the task's are
+    student_weak: tuple[Inputs, ...]  # per further weak view [unlabeled, *]
+    strong: tuple[Inputs, ...]  # per strong view [unlabeled, *]
+    strong_labeled: tuple[Inputs, ...]  # per strong view [labeled, *]
+    weak: tuple[Inputs, ...]  # the views that the targets are made of [unlabeled, *]
     places: Places
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` tells `Algorithm.loss`."""
     ids: Tensor | None = None  # [unlabeled], int64, stable row ids
-    further: tuple[Tensor, ...] = ()
+    further: tuple[Inputs, ...] = ()
     """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
+
+    @property
+    def labeled_rows(self) -> int:
+        """How many labelled rows there are."""
+        return row_count(self.labels)
 
     @property
     def known_ids(self) -> Tensor:
@@ -150,7 +164,7 @@ class StudentInputs:
         return _known(self.ids, "unlabelled")
 
     @property
-    def parts(self) -> list[Tensor]:
+    def parts(self) -> list[Inputs]:
         """What goes through the student, in this order."""
         return [self.labeled, *self.student_weak, *self.strong, *self.strong_labeled, *self.further]
 
@@ -166,31 +180,34 @@ def _known(ids: Tensor | None, which: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HeadOutputs:
-    """What one head said of the student's rows: fp32 [rows, width], with gradient."""
+class HeadOutputs(Generic[Outputs]):
+    """What one head said of the student's rows: fp32 [rows, *], with gradient."""
 
-    labeled: Tensor
-    student_weak: tuple[Tensor, ...]
-    strong: tuple[Tensor, ...]
-    strong_labeled: tuple[Tensor, ...]
-    further: tuple[Tensor, ...]
+    labeled: Outputs
+    student_weak: tuple[Outputs, ...]
+    strong: tuple[Outputs, ...]
+    strong_labeled: tuple[Outputs, ...]
+    further: tuple[Outputs, ...]
 
 
 @dataclass(frozen=True)
-class StudentOutputs:
-    """What the student said of one micro-batch, and what is needed to judge it. Logits are fp32."""
+class StudentOutputs(Generic[Outputs, Labels]):
+    """What the student said of one micro-batch, and what is needed to judge it. Logits are fp32.
 
-    labeled: Tensor  # [labeled, classes], logits of the weak views, with gradient
-    labels: Tensor  # [labeled], int64, or what the task's are
-    strong: tuple[Tensor, ...]  # per strong view [unlabeled, classes], logits with gradient
-    weak: WeakOutputs | None  # the same unlabelled rows
+    What stands here for logits is what `WeakOutputs` says of them.
+    """
+
+    labeled: Outputs  # [labeled, classes], logits of the weak views, with gradient
+    labels: Labels  # [labeled], int64, or what the task's are
+    strong: tuple[Outputs, ...]  # per strong view [unlabeled, classes], logits with gradient
+    weak: WeakOutputs[Outputs, Labels] | None  # the same unlabelled rows
     labeled_rows: Tensor  # [], fp32: labelled rows in the global batch
     unlabeled_rows: Tensor  # [], fp32: unlabelled rows in the global batch
-    student_weak: tuple[Tensor, ...] = ()  # per further weak view [unlabeled, classes], logits
-    strong_labeled: tuple[Tensor, ...] = ()  # per strong view [labeled, classes], logits
+    student_weak: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], logits
+    strong_labeled: tuple[Outputs, ...] = ()  # per strong view [labeled, classes], logits
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` told."""
-    further: tuple[Tensor, ...] = ()  # per `StudentInputs.further` [rows, classes], logits
+    further: tuple[Outputs, ...] = ()  # per `StudentInputs.further` [rows, classes], logits
     heads: Mapping[str, HeadOutputs] = field(default_factory=dict)
     """By head of `Algorithm.head_names`."""
 
@@ -323,7 +340,7 @@ class Algorithm(WithOptions):
         self.class_counts: Tensor | None = None
         """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
         self.input_shape: torch.Size | None = None
-        """Of one row as the model sees it; set before `heads` is asked."""
+        """Of one row as the model sees it, None where it is several tensors; set before `heads`."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 
@@ -355,7 +372,7 @@ class Algorithm(WithOptions):
         """Hold this rank's part of what is sharded; the step says so before anything else."""
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """The head of every name in `head_names`: maps features [rows, *features] to [rows, width].
+        """The head of every name in `head_names`: maps features [rows, *features] to [rows, *].
 
         They are trained with the model, by its optimizer, and left out when it is used.
         """

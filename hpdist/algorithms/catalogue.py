@@ -129,7 +129,6 @@ class _Zeros:
         for name, head in algorithm.heads(_FEATURES).items():
             with torch.no_grad():
                 self.row[name] = head(torch.zeros(1, *_FEATURES))
-        self.heads = dict.fromkeys(list(self.row)[1:], 0)
 
     def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
         """Give what is said of the weak views, and of the labelled rows where they are seen too."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ from hpdist.algorithms.base import (
     Sums,
     WeakOutputs,
 )
-from hpdist.data.structures import Structure, finite_mark, row_count, tensors_of
+from hpdist.data.structures import Outputs, Structure, finite_mark, row_count, split, tensors_of
+from hpdist.models.outputs import LOGITS
 
 # No algorithm's own sums have such names.
 _EXTRA, _ROWS, _FINITE = "(caller) {}", "(step) rows", "(step) not finite"
@@ -67,7 +68,7 @@ class OwnSums:
 class MicroBatch:
     """One micro-batch of this rank, its views made."""
 
-    inputs: StudentInputs
+    inputs: StudentInputs[Any, Any]
     ids: Tensor | None  # [unlabeled], int64
     labeled_ids: Tensor | None  # [labeled], int64
     unlabeled_rows: int
@@ -80,15 +81,10 @@ class MicroBatch:
 
 
 class Model(Protocol):
-    """What the protocol asks of the model: its outputs for rows, fp32, heads among them."""
+    """What the protocol asks of the model: its outputs for rows, fp32, heads among them.
 
-    @property
-    def heads(self) -> Mapping[str, int]:
-        """The heads by name, with the columns of each.
-
-        Where an output is one tensor, they stand behind the logits in this order.
-        """
-        ...
+    Where there is nothing but logits, they are one tensor; else tensors by name, [rows, *] each.
+    """
 
     def targets(self, micros: Sequence[MicroBatch]) -> Sequence[Structure | None] | None:
         """Give what student or teacher says of each micro-batch's weak views, without gradient.
@@ -239,7 +235,7 @@ class Attempt:
         """Give the algorithm's view of what the student says of a micro-batch's rows."""
         assert self._rows is not None, "the sums over the global batch have not been observed"
         micro = self.micros[number]
-        logits, heads = logits_and_heads(outputs, self.model.heads)
+        logits, heads = self._divided(outputs)
         views = split_views(logits, micro.inputs)
         return StudentOutputs(
             labeled=views.labeled,
@@ -258,7 +254,7 @@ class Attempt:
     @torch.no_grad()
     def _begin_reduction(self) -> PendingSums:
         """Begin the one reduction of a step: the caller's sums, rows, and the algorithm's sums."""
-        labeled = sum(row_count(micro.inputs.labels) for micro in self.micros)
+        labeled = sum(micro.inputs.labeled_rows for micro in self.micros)
         rows = [labeled, sum(micro.unlabeled_rows for micro in self.micros)]
         device = next(tensors_of(self.micros[0].inputs.labels)).device
         sums = {_EXTRA.format(name): value for name, value in self._own.items()}
@@ -281,24 +277,28 @@ class Attempt:
         return replace(micro, inputs=self.algorithm.mix(inputs, told))
 
     def _probe(self, inputs: Tensor) -> Tensor:
-        return logits_and_heads(self.model.probe(inputs), self.model.heads)[0]
+        logits: Tensor = self._divided(self.model.probe(inputs))[0]
+        return logits
+
+    def _divided(self, said: Structure) -> tuple[Any, dict[str, Tensor]]:
+        return outputs_and_heads(said, self.algorithm.task.outputs, self.algorithm.head_names)
 
     def _targets(self, outputs: Structure, micro: MicroBatch) -> WeakOutputs:
         """Cut what was said of all weak views, and of the labelled rows if they are behind them."""
         inputs = micro.inputs
-        logits, heads = logits_and_heads(outputs, self.model.heads)
+        logits, heads = self._divided(outputs)
         sizes = [row_count(part) for part in inputs.weak]
-        sizes.append(len(logits) - sum(sizes))
-        first, *others, labeled = logits.split(sizes)
-        kept = len(sizes) if len(labeled) else len(sizes) - 1
+        sizes.append(row_count(logits) - sum(sizes))
+        first, *others, labeled = split(logits, sizes)
+        kept = len(sizes) if sizes[-1] else len(sizes) - 1
         return WeakOutputs(
             first,
             micro.ids,
             tuple(others),
-            labeled if len(labeled) else None,
+            labeled if sizes[-1] else None,
             inputs.labels,
             inputs.places,
-            {name: head.split(sizes)[:kept] for name, head in heads.items()},
+            {name: tuple(split(head, sizes)[:kept]) for name, head in heads.items()},
             micro.labeled_ids,
         )
 
@@ -328,24 +328,22 @@ class Attempt:
         }
 
 
-def logits_and_heads(
-    outputs: Structure, heads: Mapping[str, int]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Divide what a model said into its logits and what each of its heads said, all [rows, *].
+def outputs_and_heads(
+    said: Structure, names: Sequence[str], heads: Sequence[str]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Divide what a model said into the outputs that the task names, and its heads'.
 
-    In one tensor [rows, columns] the heads' columns stand behind the logits'; in a structure each
-    has its name beside `logits`.
+    The outputs are one tensor where the task names nothing but `logits`, else tensors by name.
     """
-    if not isinstance(outputs, Tensor):
-        return outputs["logits"], {name: outputs[name] for name in heads}
-    widths = list(heads.values())
-    logits, *said = outputs.split([outputs.shape[1] - sum(widths), *widths], dim=1)
-    return logits, dict(zip(heads, said, strict=True))
+    if isinstance(said, Tensor):
+        return said, {}
+    own = said["logits"] if tuple(names) == LOGITS else {name: said[name] for name in names}
+    return own, {name: said[name] for name in heads}
 
 
-def split_views(rows: Tensor, inputs: StudentInputs) -> HeadOutputs:
+def split_views(rows: Outputs, inputs: StudentInputs[Any, Any]) -> HeadOutputs[Outputs]:
     """Cut the rows of the student's pass into its views."""
-    views = iter(rows.split([row_count(part) for part in inputs.parts]))
+    views = iter(split(rows, [row_count(part) for part in inputs.parts]))
     return HeadOutputs(
         next(views),
         *(

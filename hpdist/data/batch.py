@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 from torch import Tensor
 
+from hpdist.data import structures
+from hpdist.data.structures import Inputs, Labels
 from hpdist.errors import printable
 
 
@@ -24,43 +27,51 @@ class BadRow:
 
 
 @dataclass(frozen=True)
-class LabeledBatch:
-    """Rows with labels: uint8 images, float32 vectors or sound, int64 tokens; labels, row ids."""
+class LabeledBatch(Generic[Inputs, Labels]):
+    """Rows with labels: uint8 images, float32 vectors or sound, int64 tokens; labels, row ids.
 
-    inputs: Tensor  # [batch, channels, height, width], [batch, features], tokens or samples
-    labels: Tensor  # int64 [batch]; fp32 [batch, classes] of several classes, or of targets
+    Inputs and labels may each be one tensor or tensors by name, [batch, *] all of them; what has
+    another length in every row is padded, with a mask.
+    """
+
+    inputs: Inputs  # [batch, channels, height, width], [batch, features], tokens or samples
+    labels: Labels  # int64 [batch]; fp32 [batch, classes] of several classes, or of targets
     ids: Tensor | None = None  # int64 [batch]; only algorithms that remember rows ask for them
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return structures.row_count(self.inputs)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabeledBatch:
+    def to(
+        self, device: torch.device | str, non_blocking: bool = False
+    ) -> LabeledBatch[Inputs, Labels]:
         """Copy the tensors to a device."""
         return LabeledBatch(
-            self.inputs.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
+            structures.to(self.inputs, device, non_blocking=non_blocking),
+            structures.to(self.labels, device, non_blocking=non_blocking),
             None if self.ids is None else self.ids.to(device, non_blocking=non_blocking),
         )
 
-    def narrow(self, start: int, length: int) -> LabeledBatch:
+    def narrow(self, start: int, length: int) -> LabeledBatch[Inputs, Labels]:
         """View rows [start, start + length)."""
         return LabeledBatch(
-            self.inputs.narrow(0, start, length),
-            self.labels.narrow(0, start, length),
+            structures.narrow(self.inputs, start, length),
+            structures.narrow(self.labels, start, length),
             None if self.ids is None else self.ids.narrow(0, start, length),
         )
 
 
 @dataclass(frozen=True)
-class UnlabeledBatch:
+class UnlabeledBatch(Generic[Inputs]):
     """Rows without labels: uint8 images, float32 vectors or sound, int64 tokens; row ids.
+
+    Inputs may be one tensor or tensors by name, [batch, *] all of them.
 
     Rows that are not `valid` (they could not be read, or a filter leaves them out) hold a place in
     the global batch and nothing else: no model sees them, and every mean is over the valid rows of
     all ranks.
     """
 
-    inputs: Tensor  # [batch, channels, height, width], [batch, features], tokens or samples
+    inputs: Inputs  # [batch, channels, height, width], [batch, features], tokens or samples
     ids: Tensor | None = None  # int64 [batch]; only algorithms that remember rows ask for them
     valid: Tensor | None = None  # bool [batch], on the CPU; None: all of them
     epochs: Tensor | None = None  # int64 [batch], on the CPU: which epoch each row is of
@@ -68,29 +79,28 @@ class UnlabeledBatch:
     """Why, of the rows that are not valid because they could not be used."""
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return structures.row_count(self.inputs)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> UnlabeledBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> UnlabeledBatch[Inputs]:
         """Copy inputs and ids to a device; `valid` stays where it is."""
         return UnlabeledBatch(
-            self.inputs.to(device, non_blocking=non_blocking),
+            structures.to(self.inputs, device, non_blocking=non_blocking),
             None if self.ids is None else self.ids.to(device, non_blocking=non_blocking),
             self.valid,
         )
 
-    def narrow(self, start: int, length: int) -> UnlabeledBatch:
+    def narrow(self, start: int, length: int) -> UnlabeledBatch[Inputs]:
         """View rows [start, start + length)."""
         return UnlabeledBatch(
-            self.inputs.narrow(0, start, length),
+            structures.narrow(self.inputs, start, length),
             None if self.ids is None else self.ids.narrow(0, start, length),
             None if self.valid is None else self.valid.narrow(0, start, length),
         )
 
-    def only_valid(self) -> tuple[UnlabeledBatch, Tensor]:
+    def only_valid(self) -> tuple[UnlabeledBatch[Inputs], Tensor]:
         """The valid rows, and their places in this batch, int64 on the CPU."""
         if self.valid is None or bool(self.valid.all()):
             return UnlabeledBatch(self.inputs, self.ids), torch.arange(len(self))
         places = self.valid.nonzero().flatten()
-        chosen = places.to(self.inputs.device)
-        ids = None if self.ids is None else self.ids[places.to(self.ids.device)]
-        return UnlabeledBatch(self.inputs[chosen], ids), places
+        ids = None if self.ids is None else structures.index(self.ids, places)
+        return UnlabeledBatch(structures.index(self.inputs, places), ids), places

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hpdist.data.structures import Structure
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Fragment, Layout, flat_view
 from hpdist.distributed.module_names import ddp_of, named_parameters, without_wrappers
@@ -25,7 +26,7 @@ from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, scalars_of
 from hpdist.engines.reach import DdpUsage, GradientWatch, reached_nowhere, unreached_note
 from hpdist.errors import ConfigError
-from hpdist.models.outputs import NO_GRADIENT, logits_of
+from hpdist.models.outputs import LOGITS, NO_GRADIENT, outputs_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Replica(Protocol):
         """Hold these weights."""
         ...
 
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32."""
+    def infer(self, inputs: Structure) -> Any:
+        """Outputs in fp32, as those of the engine."""
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -59,6 +60,9 @@ class Replica(Protocol):
 
 class Engine(ABC):
     """Forward, backward and optimizer step of a prepared model, the same whatever shards it.
+
+    Inputs are one tensor, or tensors by name: the model is given them as they are. Its outputs are
+    what `want` has asked for, fp32: logits as one tensor, more of them by name.
 
     A loss given to `backward` is this rank's contribution: the gradient that is applied is that of
     the sum over all ranks and micro-batches.
@@ -80,6 +84,8 @@ class Engine(ABC):
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
         self.scaler: LossScaler | None = None
+        self._outputs: tuple[str, ...] = LOGITS
+        self._heads: tuple[str, ...] = ()
         self._norms = list(batch_norms(self.module))
         self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
         # What has no elements needs no place in state, teacher and checkpoint.
@@ -129,17 +135,29 @@ class Engine(ABC):
         """What the loss is multiplied by; 1 outside fp16."""
         return self.scaler.scale if self.scaler is not None else 1.0
 
-    @abstractmethod
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32 of the student, with gradient."""
+    def want(self, outputs: Sequence[str], heads: Sequence[str] = ()) -> None:
+        """Have forwards give these of the model's outputs, and in training the heads beside them.
+
+        Before this they give the logits.
+        """
+        self._outputs, self._heads = tuple(outputs), tuple(heads)
 
     @abstractmethod
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, without gradient, in whatever mode the module is."""
+    def forward(self, inputs: Structure) -> Any:
+        """Outputs in fp32 of the student, with gradient."""
 
     @abstractmethod
-    def examine(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, with gradient, outside of any step: nothing will be applied."""
+    def infer(self, inputs: Structure) -> Any:
+        """Outputs in fp32, without gradient, in whatever mode the module is."""
+
+    @abstractmethod
+    def examine(self, inputs: Structure) -> Any:
+        """Outputs in fp32, with gradient, outside of any step: nothing will be applied."""
+
+    def _wanted(self, output: Any) -> Structure:
+        """What `want` has asked for, of what the model returned; ConfigError where it lacks it."""
+        heads = self._heads if self._heads and self.module.training else ()
+        return outputs_of(output, (*self._outputs, *heads))
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """The parameters that can be differentiated by, by name; none where they are sharded."""
@@ -336,20 +354,20 @@ class ReplicatedEngine(HasWholeState, Engine):
         # Not by Accelerate's unwrap_model, which imports DeepSpeed to ask whether it is one.
         return without_wrappers(self.model)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, through DDP's wrapper."""
+    def forward(self, inputs: Structure) -> Any:
+        """Outputs in fp32, through DDP's wrapper."""
         with self._autocast():
-            return logits_of(self.model(inputs))
+            return self._wanted(self.model(inputs))
 
     @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, past DDP's wrapper, which would expect a backward."""
+    def infer(self, inputs: Structure) -> Any:
+        """Outputs in fp32, past DDP's wrapper, which would expect a backward."""
         return self.examine(inputs)
 
-    def examine(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, with gradient, past DDP's wrapper."""
+    def examine(self, inputs: Structure) -> Any:
+        """Outputs in fp32, with gradient, past DDP's wrapper."""
         with self._autocast():
-            return logits_of(self._prepared(inputs))
+            return self._wanted(self._prepared(inputs))
 
     def make_replica(self, model: nn.Module | None) -> Replica | None:
         """A second model for other weights, where lending them to the first would cost too much."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpdist.data.structures import Structure, map_tensors, tensors_of
 from hpdist.distributed.collectives import world_size
 from hpdist.engines.base import Engine, EngineStep
 from hpdist.errors import PrecisionError
@@ -69,13 +70,13 @@ class OverflowHistory:
         )
 
 
-Terms = Callable[[Tensor], Mapping[str, Tensor]]
+Terms = Callable[[Any], Mapping[str, Tensor]]
 
 
-def find_culprit(engine: Engine, inputs: Tensor, terms: Terms) -> Culprit | None:
+def find_culprit(engine: Engine, inputs: Structure, terms: Terms) -> Culprit | None:
     """Go through a micro-batch again and name what overflowed first; None if nothing does.
 
-    `terms` maps the student's logits to this rank's contributions, by term. Each is differentiated
+    `terms` maps the student's outputs to this rank's contributions, by term. Each is differentiated
     by itself at the present loss scale, without touching a parameter's gradient. What one rank
     computes can spread to the others (through global batch normalisation), so the earliest finding
     of all ranks counts. Collective: every rank must call; all get the same answer.
@@ -97,23 +98,49 @@ class _Finding:
     tick: int  # how many modules came before, forward and backward
 
 
-def _examine(engine: Engine, inputs: Tensor, name: str, terms: Terms) -> _Finding | None:
+def _examine(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Finding | None:
     """Forward and backward of one term; every rank goes through all of it, whatever it finds."""
-    inputs = inputs.detach().clone().requires_grad_()
+    inputs = map_tensors(_leaf, inputs)
+    leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
     with torch.enable_grad(), _watched(engine.module) as watch:
         term = terms(engine.examine(inputs))[name]
         scaled = term * (engine.world_size * engine.loss_scale)
         parameters = engine.whole_parameters()
-        gradients = torch.autograd.grad(scaled, [inputs, *parameters.values()], allow_unused=True)
+        # Whole numbers have no gradient: then that of the first module's output is asked for.
+        leaves = leaves or watch.first_outputs
+        gradients = _gradients(scaled, [*leaves, *parameters.values()])
     if watch.first is not None:
         tick, where, module = watch.first
         if where == "forward" and term.isfinite():
             return None  # in the rows of another term
         return _Finding(Culprit(engine.rank, name, module, where), tick)
-    for parameter, gradient in zip(parameters, gradients[1:], strict=True):
+    for parameter, gradient in zip(parameters, gradients[len(leaves) :], strict=True):
         if gradient is not None and not gradient.isfinite().all():
             return _Finding(Culprit(engine.rank, name, parameter, "weights"), watch.ticks)
     return None
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same numbers, for which a gradient can be asked where they are floating-point."""
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+
+def _gradients(loss: Tensor, towards: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The loss's gradients, None where there is none."""
+    if not towards or not loss.requires_grad:
+        return [None] * len(towards)
+    return torch.autograd.grad(loss, towards, allow_unused=True)
+
+
+def _tensors_in(output: object) -> Iterator[Tensor]:
+    """The floating-point tensors of whatever a module returns."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        parts = output.values() if isinstance(output, Mapping) else output
+        for part in parts:
+            yield from _tensors_in(part)
 
 
 class _Watch:
@@ -121,6 +148,8 @@ class _Watch:
 
     def __init__(self) -> None:
         self.ticks = 0
+        self.first_outputs: list[Tensor] = []
+        """What the first module gave that has a gradient."""
         self.first: tuple[int, Literal["forward", "backward"], str] | None = None
 
     def see(self, values: Tensor, where: Literal["forward", "backward"], name: str) -> None:
@@ -133,10 +162,13 @@ class _Watch:
         """A forward hook for a module."""
 
         def look(module: nn.Module, arguments: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                self.see(output, "forward", name)
-                if output.requires_grad:
-                    output.register_hook(lambda gradient: self.see(gradient, "backward", name))
+            with_gradient = []
+            for tensor in _tensors_in(output):
+                self.see(tensor, "forward", name)
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self.see(gradient, "backward", name))
+                    with_gradient.append(tensor)
+            self.first_outputs = self.first_outputs or with_gradient
 
         return look
 

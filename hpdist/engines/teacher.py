@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hpdist.data.structures import Structure
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
 from hpdist.engines.base import Engine, Replica
@@ -75,8 +77,8 @@ class ShardedTeacher:
         self._replica = self.engine.make_replica(model)
 
     @contextmanager
-    def forward(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Give a function from inputs to the teacher's logits, in training mode, without gradient.
+    def forward(self) -> Iterator[Callable[[Structure], Any]]:
+        """Give a function from inputs to the teacher's outputs, in training mode, no gradient.
 
         Collective: every rank must enter; one gather, none under ZeRO-3.
         """
@@ -85,10 +87,10 @@ class ShardedTeacher:
                 yield self._replica.infer
             return
 
-        def infer(inputs: Tensor) -> Tensor:
-            logits = self.engine.infer(inputs)
+        def infer(inputs: Structure) -> Any:
+            outputs = self.engine.infer(inputs)
             self.engine.forget_norms()  # the student's statistics are the student's
-            return logits
+            return outputs
 
         with self.in_student():
             yield infer

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
+from hpdist.data.structures import Structure, as_dtype
 from hpdist.distributed.collectives import raise_together
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import without_wrappers
@@ -31,7 +32,6 @@ from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, make_state
 from hpdist.engines.zero_reach import reduce_alike
 from hpdist.errors import CheckpointError, ConfigError
-from hpdist.models.outputs import logits_of
 
 
 def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
@@ -188,18 +188,18 @@ class ZeroEngine(Engine):
 
         self.deepspeed.load_checkpoint = checked
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32 of a half-precision forward."""
-        return logits_of(self.deepspeed(self._cast(inputs)))
+    def forward(self, inputs: Structure) -> Any:
+        """Outputs in fp32 of a half-precision forward."""
+        return self._wanted(self.deepspeed(as_dtype(inputs, self._dtype)))
 
     @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32; the parameters are whole, so DeepSpeed need not know."""
+    def infer(self, inputs: Structure) -> Any:
+        """Outputs in fp32; the parameters are whole, so DeepSpeed need not know."""
         return self.examine(inputs)
 
-    def examine(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, with gradient, past DeepSpeed's wrapper."""
-        return logits_of(self.deepspeed.module(self._cast(inputs)))
+    def examine(self, inputs: Structure) -> Any:
+        """Outputs in fp32, with gradient, past DeepSpeed's wrapper."""
+        return self._wanted(self.deepspeed.module(as_dtype(inputs, self._dtype)))
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over ranks and micro-batches: a contribution counts so many times."""
@@ -334,17 +334,9 @@ class ZeroEngine(Engine):
         for name, parameter in self._parameters.items():
             parameter.copy_(whole[name].view(parameter.shape))
 
-    def _cast(self, inputs: Tensor) -> Tensor:
-        return as_dtype(inputs, self._dtype)
-
 
 def _keep_scale(overflow: bool) -> None:
     """Do nothing, in the place of DeepSpeed's scaler; its checkpoints pickle it, by this name."""
-
-
-def as_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs in the weights' dtype; token ids stay whole numbers."""
-    return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 class UnshardedEngine(HasWholeState, ZeroEngine):

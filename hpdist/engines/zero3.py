@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from hpdist.data.structures import Structure, as_dtype
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_parameters
 from hpdist.engines.base import Replica
-from hpdist.engines.zero import Place, ZeroEngine, as_dtype
+from hpdist.engines.zero import Place, ZeroEngine
 from hpdist.engines.zero_shapes import unregister_empty
 from hpdist.errors import ConfigError
-from hpdist.models.outputs import logits_of
 
 
 def partition_weights(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
@@ -76,9 +76,9 @@ class PartitionedEngine(ZeroEngine):
     fuses_weak_pass = True
 
     @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32; the hooks gather the parameters."""
-        return logits_of(self.deepspeed(self._cast(inputs)))
+    def infer(self, inputs: Structure) -> Any:
+        """Outputs in fp32; the hooks gather the parameters."""
+        return self._wanted(self.deepspeed(as_dtype(inputs, self._dtype)))
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """None: every rank holds a part of each."""
@@ -130,7 +130,8 @@ class PartitionedEngine(ZeroEngine):
                 "under ZeRO-3 an algorithm whose targets come from the teacher needs a second "
                 "model; give teacher_model"
             )
-        return PartitionedReplica(model, self.deepspeed.config, self._dtype, self.device)
+        config = self.deepspeed.config
+        return PartitionedReplica(model, config, self._dtype, self.device, self._wanted)
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
@@ -195,7 +196,12 @@ class PartitionedReplica:
     """A second ZeRO-3 engine without an optimizer, partitioned like the first."""
 
     def __init__(
-        self, model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        wanted: Callable[[Any], Structure],
     ) -> None:
         import deepspeed
 
@@ -208,6 +214,7 @@ class PartitionedReplica:
             zero["offload_param"] = {"device": "cpu"}
         values["zero_optimization"] = zero
         self._dtype = dtype
+        self._wanted = wanted
         partition_weights(model, values, device)
         self._engine = deepspeed.initialize(model=model.to(dtype), config=values)[0]
         self._engine.module.train()
@@ -221,12 +228,12 @@ class PartitionedReplica:
         yield
 
     @torch.no_grad()
-    def infer(self, inputs: Tensor) -> Tensor:
-        """Logits in fp32, in training mode; what batch normalisation sees is forgotten."""
-        logits = logits_of(self._engine(as_dtype(inputs, self._dtype)))
+    def infer(self, inputs: Structure) -> Structure:
+        """Outputs in fp32, in training mode; what batch normalisation sees is forgotten."""
+        outputs = self._wanted(self._engine(as_dtype(inputs, self._dtype)))
         for norm in batch_norms(self._engine.module):
             norm.discard()
-        return logits
+        return outputs
 
     def tensors(self) -> list[Tensor]:
         """This rank's part of each weight, and the buffers."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from hpdist.data.batch import LabeledBatch
+from hpdist.data.structures import Structure, to
 from hpdist.data.views.base import Views
 from hpdist.distributed.collectives import gathered
 from hpdist.engines.base import Engine
@@ -64,16 +65,18 @@ class Evaluation:
 @contextmanager
 def evaluating(
     engine: Engine, teacher: ShardedTeacher | None, views: Views
-) -> Iterator[Callable[[Tensor], Tensor]]:
+) -> Iterator[Callable[[Any], Any]]:
     """Give a function from inputs, as batches have them, to logits in fp32 of the model in eval.
+
+    Of a task that goes by more than logits, to its outputs by name.
 
     The weights are the teacher's meanwhile, if one is given. Collective: every rank must enter, and
     under ZeRO-3 call the function equally often.
     """
     training = engine.module.training
 
-    def predict(inputs: Tensor) -> Tensor:
-        return engine.infer(views.plain(inputs.to(engine.device, non_blocking=True)))
+    def predict(inputs: Structure) -> Any:
+        return engine.infer(views.plain(to(inputs, engine.device, non_blocking=True)))
 
     with nullcontext() if teacher is None else teacher.in_student():
         engine.module.eval()

@@ -35,21 +35,23 @@ class LadderConfig(ModelConfig):
 class LadderMLP(nn.Module):
     """An MLP with ReLU whose layers are normalised over the global batch, and its decoder.
 
-    In evaluation [rows, *] to logits [rows, classes], without noise. In training to [rows, classes
-    + layers + 1]: the logits of the noisy encoder, and behind them the row's reconstruction cost
-    of the input and of every layer, mean_i (z_i - (z^_i - mu_i) / sigma_i)^2, where z is what the
-    clean encoder has, z^ the decoder's guess and mu and sigma those of the batch before it was
-    normalised to z (of the input 0 and 1). Gradient flows through both encoders, mu and sigma.
+    In evaluation [rows, *] to logits [rows, classes], without noise. In training to two tensors by
+    name: `logits`, those of the noisy encoder, and `reconstruction` [rows, layers + 1], the row's
+    reconstruction cost of the input and of every layer, mean_i (z_i - (z^_i - mu_i) / sigma_i)^2,
+    where z is what the clean encoder has, z^ the decoder's guess and mu and sigma those of the
+    batch before it was normalised to z (of the input 0 and 1). Gradient flows through both
+    encoders, mu and sigma.
 
     The running statistics are those of the clean encoder. The noise is torch's own, so that, as
     with dropout, it differs with the number of ranks.
     """
 
+    head_names = ("reconstruction",)
+
     def __init__(self, features: int, hidden: list[int], num_classes: int, noise: float = 0.3):
         super().__init__()
         sizes = [features, *hidden, num_classes]
         self.noise = noise
-        self.columns = {"reconstruction": len(sizes)}
         pairs = list(pairwise(sizes))
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairs)
         self.clean_norms = nn.ModuleList(GlobalBatchNorm(n, affine=False) for n in sizes[1:])
@@ -59,8 +61,8 @@ class LadderMLP(nn.Module):
         self.decoder_norms = nn.ModuleList(_plain_norm(n) for n in sizes)
         self.combinators = nn.ModuleList(Combinator(n) for n in sizes)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits [rows, classes], in training with the layers' costs behind them."""
+    def forward(self, inputs: Tensor) -> Tensor | dict[str, Tensor]:
+        """Logits [rows, classes], in training by name with the layers' costs beside them."""
         rows = inputs.flatten(1)
         if not self.training:
             clean, _, logits = self._encode(rows, self.clean_norms, 0.0)
@@ -73,7 +75,7 @@ class LadderMLP(nn.Module):
         for norm, raw, target, guess in layers:
             assert isinstance(norm, GlobalBatchNorm)
             costs.append((target.float() - norm.alike(raw, guess)).square().mean(dim=1))
-        return torch.cat([logits.float(), torch.stack(costs, dim=1)], dim=1)
+        return {"logits": logits.float(), "reconstruction": torch.stack(costs, dim=1)}
 
     def _encode(
         self, rows: Tensor, norms: nn.ModuleList, noise: float

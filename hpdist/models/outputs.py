@@ -1,16 +1,21 @@
-"""Asking any model for its logits."""
+"""Asking any model for its logits, or for all that it gives by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hpdist.data.structures import Structure, as_dtype, tensors_of
 from hpdist.distributed.batch_norm import batch_norms
+from hpdist.errors import ConfigError
 from hpdist.models.stored import SeenInFull
+
+LOGITS = ("logits",)
+"""The names of a model's outputs where nothing but its logits matters."""
 
 NO_GRADIENT = (
     "model: its outputs have no gradient, so nothing could be trained; look for forward() under "
@@ -34,8 +39,58 @@ def find_logits(output: Any) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a model returns (`find_logits` says which), fp32."""
-    return cast(Tensor, find_logits(output)).float()
+    """The logits of whatever a model returns (`find_logits` says which), fp32.
+
+    Raises ConfigError where there are none.
+    """
+    logits = find_logits(output)
+    if not isinstance(logits, Tensor):
+        raise _missing(LOGITS, named_outputs(output))
+    return logits.float()
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """Every tensor that a model returns, by its name.
+
+    One tensor is named `logits`; of a tuple without names the first is, and the others are
+    `output_1`, `output_2` and so on. What is no tensor, such as a cache, is left out.
+    """
+    if isinstance(output, Tensor):
+        return {"logits": output}
+    named: Mapping[Any, Any]
+    if isinstance(output, Mapping):
+        named = output
+    elif hasattr(output, "_asdict"):
+        named = output._asdict()
+    elif isinstance(output, (tuple, list)):
+        named = {f"output_{n}" if n else "logits": value for n, value in enumerate(output)}
+    else:
+        named = getattr(output, "__dict__", {})
+    found = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
+    logits = getattr(output, "logits", None)  # which a property may give
+    return {"logits": logits} | found if isinstance(logits, Tensor) else found
+
+
+def outputs_of(output: Any, names: Sequence[str] = LOGITS) -> Structure:
+    """What a model returns under these names, fp32 where it is floating-point.
+
+    Where only the logits are asked for they are a plain tensor, else it is tensors by name. Raises
+    ConfigError where one is missing.
+    """
+    if tuple(names) == LOGITS:
+        return logits_of(output)
+    found = named_outputs(output)
+    if any(name not in found for name in names):
+        raise _missing(names, found)
+    return as_dtype({name: found[name] for name in names}, torch.float32)
+
+
+def _missing(names: Sequence[str], found: Mapping[str, Tensor]) -> ConfigError:
+    missing = ", ".join(name for name in names if name not in found)
+    return ConfigError(
+        f"model: its outputs lack {missing}, which the task or the algorithm asks for; it gives "
+        f"{', '.join(found) or 'no tensor'}: return them by name, in a dict or a dataclass"
+    )
 
 
 @contextmanager
@@ -53,8 +108,10 @@ def on_trial(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
         model.train(training)
 
 
-def has_gradient_in_training(model: nn.Module, example: Tensor) -> bool:
-    """Whether what the model gives of an example in training could train it.
+def has_gradient_in_training(
+    model: nn.Module, example: Structure, names: Sequence[str] = LOGITS
+) -> bool:
+    """Whether what the model gives of an example in training, under these names, could train it.
 
     It is as it was afterwards, its running statistics and torch's generators too. Collective where
     it has batch normalisation.
@@ -63,7 +120,8 @@ def has_gradient_in_training(model: nn.Module, example: Tensor) -> bool:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            return logits_of(model.train()(example)).requires_grad
+            said = outputs_of(model.train()(example), names)
+            return any(tensor.requires_grad for tensor in tensors_of(said))
     finally:
         model.train(training)
         for norm in batch_norms(model):

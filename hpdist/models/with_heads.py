@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.config.section import nearest
+from hpdist.data.structures import Structure, describe_rows, row_count, tensors_of
 from hpdist.errors import ConfigError, describe
-from hpdist.models.outputs import logits_of, on_trial
+from hpdist.models.outputs import named_outputs, on_trial
 
 
 class WantsHeads(Protocol):
@@ -33,26 +34,26 @@ class WantsHeads(Protocol):
         ...
 
     input_shape: torch.Size | None
-    """The shape of one row as the model sees it; set before `heads` is called."""
+    """The shape of one row as the model sees it, None where it is several tensors; set before
+    `heads` is called."""
 
     def heads(self, features: torch.Size) -> Mapping[str, nn.Module]:
-        """Make the head of every name, from features [rows, *features] to [rows, width]."""
+        """Make the head of every name, from features [rows, *features] to [rows, *]."""
         ...
 
 
 class WithHeads(nn.Module):
-    """A model whose output in training has the heads' columns behind the logits.
+    """A model whose output in training has the heads' beside its own.
 
-    [rows, *] to [rows, classes + the heads' widths], by one forward; in evaluation to what the
-    model alone gives, or the head that `predicts`.
+    One forward maps inputs, as batches have them, to tensors by name: `logits`, or whatever the
+    model gives by name, and under each head's name what it says, [rows, *]. In evaluation it gives
+    what the model alone does, with the head that `predicts` in place of the logits.
 
     Args:
-        model: Maps inputs to logits, or to an output with `.logits`.
-        heads: Modules from features [rows, *features] to [rows, width].
+        model: Maps inputs to logits, or to several outputs by name.
+        heads: Modules from features [rows, *features] to [rows, *].
         features: The submodule of `model` whose output the features are; by default what its last
             linear layer is given.
-        columns: The width of every output behind the logits: the model's own, then of every head
-            in the order of `heads`.
         predicts: The head to use in evaluation in place of the logits.
     """
 
@@ -61,27 +62,26 @@ class WithHeads(nn.Module):
         model: nn.Module,
         heads: Mapping[str, nn.Module],
         features: Features,
-        columns: Mapping[str, int],
         predicts: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.heads = nn.ModuleDict(heads)
-        self.columns = dict(columns)
+        self.head_names = (*head_names_of(model), *heads)
         self.predicts = predicts
         self._features = features
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits, in training with the heads' outputs behind them."""
+    def forward(self, inputs: Structure) -> Any:
+        """Outputs by name in training, else what the model gives."""
         if not self.training and self.predicts is None:
-            return logits_of(self.model(inputs))
+            return self.model(inputs)
         with self._features.kept(self.model) as kept:
-            logits = logits_of(self.model(inputs))
-        features = kept.pop()[: len(inputs)]
-        if not self.training:
-            predictions: Tensor = self.heads[str(self.predicts)](features)
-            return predictions
-        return torch.cat([logits, *(head(features) for head in self.heads.values())], dim=1)
+            own = named_outputs(self.model(inputs))
+        features = kept.pop()[: row_count(inputs)]
+        if self.training:
+            return own | {name: head(features) for name, head in self.heads.items()}
+        predictions: Tensor = self.heads[str(self.predicts)](features)
+        return own | {"logits": predictions} if len(own) > 1 else predictions
 
 
 class Features:
@@ -115,7 +115,7 @@ class Features:
 
 
 def with_heads(
-    model: nn.Module, algorithm: WantsHeads, example: Tensor, features: str | None = None
+    model: nn.Module, algorithm: WantsHeads, example: Structure, features: str | None = None
 ) -> nn.Module:
     """The model with the heads that the algorithm wants beyond what the model has itself.
 
@@ -124,44 +124,50 @@ def with_heads(
     Args:
         model: On the CPU.
         algorithm: Its `head_names` say which.
-        example: A batch of inputs [rows, *], for the features' shape.
+        example: A batch of inputs [rows, *], one tensor or tensors by name, for the features'
+            shape.
         features: The submodule whose output the features are; by default what the last linear layer
             is given.
 
     Raises ConfigError where the model has no such submodule or no linear layer, or lacks an output
-    that only a model can make.
+    that only a model can make, or where a head does not give [rows, *].
     """
-    algorithm.input_shape = example.shape[1:]
-    missing = [name for name in algorithm.head_names if name not in columns_of(model)]
+    algorithm.input_shape = example.shape[1:] if isinstance(example, Tensor) else None
+    missing = [name for name in algorithm.head_names if name not in head_names_of(model)]
     if not missing:
         return model
+    rows = row_count(example)
     with on_trial(model):
         where = _find(model, example, features)
         with where.kept(model) as kept:
             model(example)
-        if not kept or kept[-1].shape[:1] != example.shape[:1]:
+        if not kept or kept[-1].shape[:1] != (rows,):
             found = list(kept[-1].shape) if kept else "nothing"
             raise ConfigError(
                 f"model.features: {where.module} gives {found} for inputs "
-                f"{list(example.shape)}; features must be [rows, *]"
+                f"{describe_rows(example)}; features must be [rows, *]"
             )
-        if not example.is_floating_point() and kept[-1].dim() > 2:
+        tokens = not any(tensor.is_floating_point() for tensor in tensors_of(example))
+        if tokens and kept[-1].dim() > 2:
             raise ConfigError(
                 f"model.features: {where.module} gives features of every token, "
                 f"{list(kept[-1].shape)}; name a submodule that gives [rows, features]"
             )
         feature = kept[-1].float()
         made = algorithm.heads(feature.shape[1:])
-        require_heads(algorithm, [*columns_of(model), *made])
+        require_heads(algorithm, [*head_names_of(model), *made])
         heads = {name: made[name] for name in missing}
-        columns = {name: head(feature).shape[1] for name, head in heads.items()}
-    return WithHeads(model, heads, where, columns_of(model) | columns, algorithm.predicts)
+        for name, head in heads.items():
+            _check_head(name, head(feature), rows)
+    return WithHeads(model, heads, where, algorithm.predicts)
 
 
-def columns_of(model: nn.Module) -> dict[str, int]:
-    """The width of every output that a model gives behind its logits in training, by name."""
-    columns: dict[str, int] = getattr(model, "columns", {})
-    return columns
+def head_names_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of what a model gives beside its logits in training, for algorithms to use.
+
+    A model of one's own says so by an attribute `head_names`.
+    """
+    return tuple(getattr(model, "head_names", ()))
 
 
 def require_heads(algorithm: WantsHeads, there: Collection[str]) -> None:
@@ -174,7 +180,15 @@ def require_heads(algorithm: WantsHeads, there: Collection[str]) -> None:
         )
 
 
-def _find(model: nn.Module, example: Tensor, features: str | None) -> Features:
+def _check_head(name: str, said: Any, rows: int) -> None:
+    if not isinstance(said, Tensor) or said.shape[:1] != (rows,):
+        found = list(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise ConfigError(
+            f"the head {name!r} gives {found} for {rows} rows; heads must give one tensor [rows, *]"
+        )
+
+
+def _find(model: nn.Module, example: Structure, features: str | None) -> Features:
     """Where the features are, by name or else before the linear layer that runs last."""
     if features is not None:
         try:
@@ -195,7 +209,7 @@ def _find(model: nn.Module, example: Tensor, features: str | None) -> Features:
         model(example)
     except Exception as error:
         raise ConfigError(
-            f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
+            f"model: it fails on inputs of shape {describe_rows(example)}: {describe(error)}"
         ) from error
     finally:
         for hook in hooks:

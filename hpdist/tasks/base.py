@@ -25,6 +25,9 @@ class Task:
     headline: ClassVar[str]
     """The score that the best evaluation is chosen by, and the log shows."""
     larger_is_better: ClassVar[bool] = True
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    """The model's outputs that it goes by. What is `logits` below is one tensor where they are the
+    logits alone, else these tensors by name, fp32 where floating-point."""
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of labelled rows, [rows]; `labels` as a `LabeledBatch` has them."""

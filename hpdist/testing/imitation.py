@@ -137,7 +137,6 @@ class LinearModel:
     def __init__(self, algorithm: Algorithm, batch: GlobalBatch) -> None:
         self.views = algorithm.views
         self.batch = batch
-        self.heads: Mapping[str, int] = dict.fromkeys(batch.heads, 0)
         self.leaves: dict[str, list[Tensor]] = {}
         """What the student said last, part by part; the logits under no name."""
 

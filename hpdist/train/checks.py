@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +12,17 @@ from torch.nn.parameter import UninitializedParameter
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.structures import Structure, describe_rows, row_count
 from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError, describe
-from hpdist.models.outputs import NO_GRADIENT, find_logits, has_gradient_in_training, on_trial
+from hpdist.models.outputs import (
+    LOGITS,
+    NO_GRADIENT,
+    find_logits,
+    has_gradient_in_training,
+    on_trial,
+    outputs_of,
+)
 from hpdist.train.config import Batch
 
 
@@ -88,10 +96,13 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
         )
 
 
-def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
+def check_model(
+    model: nn.Module, example: Structure, num_classes: int, outputs: Sequence[str] = LOGITS
+) -> bool:
     """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes].
 
-    Returns whether what it gives has a gradient.
+    Where `outputs` names more than the logits, each must be there, as [rows, *]. Returns whether
+    what the model gives has a gradient.
     """
     try:
         # A gradient would keep copies of weights that are seen through such.
@@ -99,13 +110,16 @@ def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
             output = model(example)
     except Exception as error:
         raise ConfigError(
-            f"model: it fails on inputs of shape {list(example.shape)}: {describe(error)}"
+            f"model: it fails on inputs of shape {describe_rows(example)}: {describe(error)}"
         ) from error
+    rows = row_count(example)
+    if tuple(outputs) != LOGITS:
+        return _check_outputs(output, outputs, rows)
     logits = find_logits(output)
-    expected = (len(example), num_classes)
+    expected = (rows, num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         raise ConfigError(
-            f"model: it maps inputs {list(example.shape)} to {_shown(output)}, "
+            f"model: it maps inputs {describe_rows(example)} to {_shown(output)}, "
             f"expected logits {list(expected)}: [rows, classes]"
         )
     if not logits.is_floating_point():
@@ -113,12 +127,24 @@ def check_model(model: nn.Module, example: Tensor, num_classes: int) -> bool:
     return logits.requires_grad
 
 
+def _check_outputs(output: Any, names: Sequence[str], rows: int) -> bool:
+    """Raise ConfigError unless a model has given each, [rows, *]; whether any has a gradient."""
+    found = outputs_of(output, names)
+    assert not isinstance(found, Tensor)
+    wrong = {n: list(tensor.shape) for n, tensor in found.items() if tensor.shape[:1] != (rows,)}
+    for name, shape in wrong.items():
+        raise ConfigError(
+            f"model: its output {name} is {shape} for {rows} rows, expected [rows, *]"
+        )
+    return any(tensor.requires_grad for tensor in found.values())
+
+
 def _is_as_stored(model: nn.Module) -> bool:
     """Whether weights are as they are stored: seen in fp32 by copies, which have no gradient."""
     return any(getattr(parameter, "as_stored", False) for parameter in model.parameters())
 
 
-def check_gradient(model: nn.Module, example: Tensor) -> None:
+def check_gradient(model: nn.Module, example: Structure, outputs: Sequence[str] = LOGITS) -> None:
     """Raise ConfigError where training could move nothing of a model.
 
     For one whose outputs have no gradient in evaluation. Every rank must call.
@@ -133,10 +159,10 @@ def check_gradient(model: nn.Module, example: Tensor) -> None:
     if _is_as_stored(model):
         return
     try:
-        trains = has_gradient_in_training(model, example)
+        trains = has_gradient_in_training(model, example, outputs)
     except Exception as error:
         raise ConfigError(
-            f"model: it fails in training on inputs of shape {list(example.shape)}: "
+            f"model: it fails in training on inputs of shape {describe_rows(example)}: "
             f"{describe(error)}"
         ) from error
     if not trains:

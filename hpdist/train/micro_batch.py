@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hpdist.algorithms.base import Algorithm, Places, StudentInputs
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.structures import Rows, map_tensors
 from hpdist.data.views.base import GradedViews, Views, unmixable
 from hpdist.errors import ConfigError
 
@@ -44,7 +46,7 @@ class Cutter:
 
     @torch.no_grad()
     def cut(
-        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, step: int
+        self, labeled: LabeledBatch[Any, Any], unlabeled: UnlabeledBatch[Any] | None, step: int
     ) -> Iterator[MicroBatch]:
         """The micro-batches of a step.
 
@@ -61,8 +63,8 @@ class Cutter:
             yield self._make(x, u, index * part, index * u_part, step)
 
     def _check(
-        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None
-    ) -> UnlabeledBatch | None:
+        self, labeled: LabeledBatch[Any, Any], unlabeled: UnlabeledBatch[Any] | None
+    ) -> UnlabeledBatch[Any] | None:
         algorithm = self.algorithm
         name = type(algorithm).__name__
         self._check_mixable(unmixable(self.views))
@@ -94,7 +96,12 @@ class Cutter:
             )
 
     def _make(
-        self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, at: int, u_at: int, step: int
+        self,
+        labeled: LabeledBatch[Any, Any],
+        unlabeled: UnlabeledBatch[Any] | None,
+        at: int,
+        u_at: int,
+        step: int,
     ) -> MicroBatch:
         wanted = self.algorithm.views
         labeled_rows = len(labeled) * self.parts * self.ranks
@@ -105,7 +112,9 @@ class Cutter:
             for make in (self.views.weak, self.views.strong)
         )
         weak_labeled = x_weak()
-        if not weak_labeled.is_floating_point():
+        if not isinstance(weak_labeled, Tensor):
+            self._check_mixable("inputs of several tensors")
+        elif not weak_labeled.is_floating_point():
             self._check_mixable(f"{str(weak_labeled.dtype).removeprefix('torch.')} values")
         strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
         if unlabeled is None:
@@ -135,9 +144,7 @@ class Cutter:
         )
         return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
 
-    def _strong(
-        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
-    ) -> Tensor:
+    def _strong(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
         """A strong view, as strong as the algorithm's authors have it where views can be graded."""
         wanted, views = self.algorithm.views.operations, self.views
         make = views.strong
@@ -151,6 +158,12 @@ def _warn_once(text: str) -> None:
     _log.warning(text)
 
 
-def channels_last(inputs: Tensor) -> Tensor:
+def channels_last(inputs: Rows) -> Rows:
     """Images as channels-last, which half-precision convolutions want; others as they are."""
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+    return map_tensors(_channels_last, inputs)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.dim() != 4 or not tensor.is_floating_point():
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)

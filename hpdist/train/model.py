@@ -111,10 +111,11 @@ class RunModel:
         opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
         model = global_batch_norm(model)
         example = sets.views.plain(sets.spec.example(2))
-        trains = check_model(model, example, sets.num_classes)
+        outputs = algorithm.task.outputs
+        trains = check_model(model, example, sets.num_classes, outputs)
         model = with_heads(model, algorithm, example, self._features)
         if not trains:
-            check_gradient(model, example)
+            check_gradient(model, example, outputs)
         if self._checkpoints_activations:
             checkpoint_activations(model)
         return model

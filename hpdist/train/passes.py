@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from hpdist.distributed.collectives import FusedSum
 from hpdist.distributed.stragglers import OwnTime
 from hpdist.engines.base import Engine
 from hpdist.engines.teacher import ShardedTeacher
-from hpdist.models.with_heads import columns_of
 from hpdist.train.micro_batch import channels_last
 
 
@@ -44,7 +44,6 @@ class Passes:
         self.algorithm = algorithm
         self.teacher = teacher if algorithm.views.teacher else None
         self.timer = timer
-        self.heads: Mapping[str, int] = columns_of(engine.module)
 
     def begin(self) -> None:
         """Begin a step."""
@@ -84,7 +83,7 @@ class Passes:
         """Begin to add up sums over all ranks. Collective: every rank must call."""
         return _TimedSum(sums, self.timer)
 
-    def _student_pass(self, micro: MicroBatch, behind: Sequence[Tensor]) -> Tensor:
+    def _student_pass(self, micro: MicroBatch, behind: Sequence[Any]) -> Any:
         """Ask the student about its rows and those put behind them, in one forward.
 
         Batch normalisation takes them for the batches that they would be in passes of their own.
@@ -120,7 +119,7 @@ class FusedPass(Passes):
         if not weak:
             return outputs, None
         weak_rows = sum(row_count(part) for part in weak)
-        student, targets = split(outputs, [len(outputs) - weak_rows, weak_rows])
+        student, targets = split(outputs, [row_count(outputs) - weak_rows, weak_rows])
         if self.algorithm.views.labeled_targets:
             targets = cat([targets, narrow(student, 0, row_count(micro.inputs.labeled))])
         return student, detach(targets)

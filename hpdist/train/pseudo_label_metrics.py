@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.data.structures import Structure, cat
 
 _FEWEST = 2  # unlabelled rows of a global batch: of one, one class always takes all
 _MOST = 1000  # classes; of more, a record would be long
 
 
-def observed(algorithm: Algorithm, logits: list[Tensor], rows: int) -> dict[str, Tensor]:
+def observed(algorithm: Algorithm, logits: Sequence[Structure], rows: int) -> dict[str, Tensor]:
     """Sums over this rank's rows, to be added up over the ranks.
 
-    `logits` are those of the weak views, [unlabeled, classes] each; `rows` is how many unlabelled
-    rows the global batch has. Nothing where a row is not of one class.
+    `logits` are those of the weak views, [unlabeled, classes] each, or the task's outputs by name;
+    `rows` is how many unlabelled rows the global batch has. Nothing where a row is not of one
+    class.
     """
     if not logits or rows < _FEWEST:
         return {}
-    said = torch.cat(logits)
+    said = cat(logits)
+    if not isinstance(said, Tensor):
+        return {}
     counts = algorithm.task.class_counts(said)
     if counts is None:
         return {}

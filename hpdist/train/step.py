@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +34,7 @@ from hpdist.engines.prepare import make_engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluating
-from hpdist.models.with_heads import require_heads
+from hpdist.models.with_heads import head_names_of, require_heads
 from hpdist.train import pseudo_label_metrics as pseudo_labels
 from hpdist.train.micro_batch import Cutter, channels_last
 from hpdist.train.optim import l1_norm
@@ -53,8 +54,8 @@ class SemiSupervisedStep:
 
     Args:
         accelerator: What prepared `model` and `optimizer`.
-        model: Prepared; maps inputs [rows, *] to logits [rows, classes], or to an output with
-            `.logits`.
+        model: Prepared; maps inputs, as batches have them, to logits [rows, classes], or to an
+            output with `.logits`, or to all the outputs that the algorithm's task names.
         optimizer: Prepared with the model.
         algorithm: What the loss is; its state must live on the accelerator's device.
         views: Makes weak and strong views of the inputs.
@@ -116,29 +117,29 @@ class SemiSupervisedStep:
             self.teacher.prepare_forward(teacher_model)
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
+        require_heads(algorithm, head_names_of(self.engine.module))
+        self.engine.want(algorithm.task.outputs, algorithm.head_names)
         self._passes = make_passes(
             self.engine, algorithm, self.teacher, self.own_time, micro_batches
         )
-        require_heads(algorithm, self._passes.heads)
         self._seed = seed
         join_save_state(self)
 
-    def evaluating(
-        self, *, teacher: bool = True
-    ) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    def evaluating(self, *, teacher: bool = True) -> AbstractContextManager[Callable[[Any], Any]]:
         """Have the model in evaluation mode for a while, with the teacher's weights if there are.
 
         with step.evaluating() as predict:
             logits = predict(inputs)        # inputs as in batches; logits fp32 [rows, classes]
 
+        Of a task that goes by more than logits, `predict` gives its outputs by name.
         Collective: every rank must enter, and under ZeRO-3 call `predict` equally often.
         """
         return evaluating(self.engine, self.teacher if teacher else None, self.views)
 
     def __call__(
         self,
-        labeled: LabeledBatch,
-        unlabeled: UnlabeledBatch | None = None,
+        labeled: LabeledBatch[Any, Any],
+        unlabeled: UnlabeledBatch[Any] | None = None,
         *,
         lr: float | None = None,
         measure: bool = False,
@@ -212,7 +213,7 @@ class SemiSupervisedStep:
             self._seed,
         )
 
-    def _notes(self, unlabeled: UnlabeledBatch | None, stop: bool, save: bool) -> Tensor:
+    def _notes(self, unlabeled: UnlabeledBatch[Any] | None, stop: bool, save: bool) -> Tensor:
         """What a rank tells besides sums: unusable rows, what it asks for, gradients missed."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
         notes = [bad, stop, save, self.engine.missed_gradients]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,8 +74,6 @@ def make_batch(
 
 class Identity:
     """A model whose inputs are its outputs."""
-
-    heads: Mapping[str, int] = {}
 
     def __init__(self, batch: Batch, views: Views) -> None:
         self.batch = batch

@@ -17,8 +17,6 @@ from hpdist.tasks.base import ALL
 
 Mode = Literal["masked", "denoising"]
 
-_LARGEST = 100_000  # numbers of a row that a decoder gives back
-
 
 class Reconstruction(AddOn, name="reconstruction"):
     """Adds w mean (D(f(c(u))) - u)^2: a decoder gives back a weak view from its corrupted copy.
@@ -27,9 +25,8 @@ class Reconstruction(AddOn, name="reconstruction"):
     (of an image: squares), and the mean is over these, their number taken as expected: s times all
     numbers of the usable unlabelled rows. Or c adds noise, and the mean is over all numbers.
 
-    The algorithm inside sees nothing of it. The decoder's outputs are columns behind the logits, as
-    many as a row has numbers, for every row that the model sees: meant for small inputs; more than
-    100,000 numbers per row are refused.
+    The algorithm inside sees nothing of it. The decoder is a head, [rows, numbers of a row], whose
+    last layer has `hidden` weights for every number of a row: meant for small inputs.
     """
 
     name: ClassVar[str] = "reconstruction"
@@ -65,19 +62,14 @@ class Reconstruction(AddOn, name="reconstruction"):
         return True
 
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """The decoder; raises ConfigError where a row has too many numbers."""
+        """The decoder; raises ConfigError where a row is not one tensor of a known shape."""
         shape = self.input_shape
         if shape is None:
             raise ConfigError(
                 "the add-on reconstruction needs to know the shape of an input; hpdist.with_heads "
-                "tells it, or set algorithm.input_shape"
+                "tells it of inputs that are one tensor, or set algorithm.input_shape"
             )
         numbers = math.prod(shape)
-        if numbers > _LARGEST:
-            raise ConfigError(
-                f"the add-on reconstruction gives back every number of an input, and {list(shape)} "
-                f"are {numbers}, above {_LARGEST}; give smaller inputs"
-            )
         decoder = nn.Sequential(
             nn.Flatten(),
             nn.Linear(math.prod(features), self.hidden),

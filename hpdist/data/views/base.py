@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hpdist.config.component import Component
 from hpdist.data.decode.encoded import Array
+from hpdist.data.structures import Rows, Structure, as_dtype, row_count
 from hpdist.data.views.geometry import identity_maps
 
 
@@ -20,24 +21,21 @@ class Views(Protocol):
     The noise of a row depends on (seed, stream, view, copy, step, position), never on the rows
     beside it: whatever ranks and micro-batches the global batch is split into, the views are equal.
 
-    `x` is a batch of raw rows on any device; the result is float32 on the same. `stream` says which
+    `x` is a batch of raw rows on any device, one tensor or tensors by name; the result, one or the
+    other too, is float32 on the same, but for whole numbers such as tokens. `stream` says which
     batch it is, "labeled" or "unlabeled"; `step` counts optimizer steps; `positions`, int64 [B] on
     the CPU, are the rows' places in that step's global batch; `copy` numbers views of one kind.
     """
 
-    def plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Any) -> Any:
         """Return the rows without noise, as evaluation sees them."""
         ...
 
-    def weak(
-        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
-    ) -> Tensor:
+    def weak(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
         """Return the rows with little noise, from which pseudo-labels are made."""
         ...
 
-    def strong(
-        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
-    ) -> Tensor:
+    def strong(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
         """Return the rows with much noise, on which the student must agree with pseudo-labels."""
         ...
 
@@ -48,14 +46,14 @@ class GradedViews(Views, Protocol):
 
     def graded(
         self,
-        x: Tensor,
+        x: Any,
         *,
         operations: int,
         stream: str,
         step: int,
         positions: Tensor,
         copy: int = 0,
-    ) -> Tensor:
+    ) -> Any:
         """Return a strong view of so many operations, unless the views' config says how many."""
         ...
 
@@ -147,11 +145,12 @@ def unmixable(views: Views) -> str | None:
     return found
 
 
-def check_positions(x: Tensor, positions: Tensor) -> None:
+def check_positions(x: Structure, positions: Tensor) -> None:
     """Raise ValueError unless the places are one for each row, and on the CPU."""
-    if positions.device.type != "cpu" or positions.shape != x.shape[:1]:
+    rows = row_count(x)
+    if positions.device.type != "cpu" or positions.shape != (rows,):
         raise ValueError(
-            f"positions must be one per row, [{len(x)}], on the CPU, "
+            f"positions must be one per row, [{rows}], on the CPU, "
             f"not {list(positions.shape)} on {positions.device}"
         )
 
@@ -168,21 +167,22 @@ class IdentityViewsConfig(Component):
 
 
 class IdentityViews:
-    """The `Views` that change nothing but the dtype."""
+    """The `Views` that change nothing but the dtype.
 
-    def plain(self, x: Tensor) -> Tensor:
+    Of tensors by name, whole numbers (tokens, masks) stay what they are.
+    """
+
+    def plain(self, x: Rows) -> Rows:
         """Return the rows in float32."""
-        return x.to(torch.float32)
+        if isinstance(x, Tensor):
+            return cast(Rows, x.to(torch.float32))
+        return as_dtype(x, torch.float32)
 
-    def weak(
-        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
-    ) -> Tensor:
+    def weak(self, x: Rows, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Rows:
         """Return the rows in float32."""
         return self.plain(x)
 
-    def strong(
-        self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
-    ) -> Tensor:
+    def strong(self, x: Rows, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Rows:
         """Return the rows in float32."""
         return self.plain(x)
 

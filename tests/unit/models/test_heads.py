@@ -17,7 +17,8 @@ from hpdist.algorithms.parts.projections import Pool, flat_linear, linear, proje
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP, WideResNet
-from hpdist.models.with_heads import columns_of, with_heads
+from hpdist.models.outputs import logits_of
+from hpdist.models.with_heads import head_names_of, with_heads
 from tests.support.recipes import global_batches, make_step
 
 
@@ -85,17 +86,17 @@ def test_features_are_found(model: nn.Module, features: str | None, shape: list[
     algorithm = TwoHeads()
     whole = with_heads(model, algorithm, IMAGES, features)
     assert list(algorithm.seen[0]) == shape
-    assert columns_of(whole) == {"projection": 6, "second": 10}
+    assert head_names_of(whole) == ("projection", "second")
     whole.train()
     said = whole(IMAGES)
-    assert said.shape == (3, 10 + 6 + 10)
-    torch.testing.assert_close(said[:, 10:16].norm(dim=1), torch.ones(3))
-    said.sum().backward()
+    shapes = {name: tuple(tensor.shape) for name, tensor in said.items()}
+    assert shapes == {"logits": (3, 10), "projection": (3, 6), "second": (3, 10)}
+    torch.testing.assert_close(said["projection"].norm(dim=1), torch.ones(3))
+    sum(tensor.sum() for tensor in said.values()).backward()
     assert all(p.grad is not None for p in whole.heads.parameters())
     whole.eval()
     model.eval()
-    expected = model(IMAGES)
-    torch.testing.assert_close(whole(IMAGES), getattr(expected, "logits", expected))
+    torch.testing.assert_close(logits_of(whole(IMAGES)), logits_of(model(IMAGES)))
 
 
 def test_a_head_can_predict() -> None:
@@ -108,13 +109,31 @@ def test_a_head_can_predict() -> None:
     said = whole(IMAGES)
     hook.remove()
     torch.testing.assert_close(said, whole.heads["second"](kept[0]))
-    assert whole.train()(IMAGES).shape == (3, 26)
+    assert list(whole.train()(IMAGES)) == ["logits", "projection", "second"]
 
 
 def test_an_algorithm_without_heads_leaves_the_model_alone() -> None:
     model = CNN(1, 8, 10)
     assert with_heads(model, FixMatch(), IMAGES) is model
-    assert columns_of(model) == {}
+    assert head_names_of(model) == ()
+
+
+class _Maps(TwoHeads):
+    """A head that gives a picture for a row, and one that gives nothing for it."""
+
+    head_names = ("map",)
+    made: nn.Module = nn.Unflatten(1, (2, 4, 4))
+
+    def heads(self, features: torch.Size) -> dict[str, nn.Module]:
+        return {"map": self.made}
+
+
+def test_a_head_may_give_any_shape_of_rows() -> None:
+    algorithm = _Maps()
+    assert with_heads(CNN(1, 8, 10), algorithm, IMAGES)(IMAGES)["map"].shape == (3, 2, 4, 4)
+    algorithm.made = nn.Flatten(0)
+    with pytest.raises(ConfigError, match=r"the head 'map' gives \[96\] for 3 rows; heads must"):
+        with_heads(CNN(1, 8, 10), algorithm, IMAGES)
 
 
 def test_what_cannot_be_is_refused() -> None:

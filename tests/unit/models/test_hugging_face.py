@@ -197,7 +197,9 @@ def test_features_are_what_the_last_linear_layer_is_given(folders, kind, feature
     with where.kept(model.model) as kept:
         model.model(ids)
     assert tuple(kept[-1].shape) == (6, features)
-    assert model(ids).shape[1] == 4 + sum(model.columns.values())
+    said = model(ids)
+    assert list(said) == ["logits", *algorithm.head_names]
+    assert tuple(said["logits"].shape) == (6, 4)
 
 
 def test_freezing(folders):

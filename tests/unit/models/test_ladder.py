@@ -16,7 +16,7 @@ from hpdist.distributed.batch_norm import GlobalBatchNorm
 from hpdist.engines.config import LossScale
 from hpdist.errors import ConfigError
 from hpdist.models import MLP, LadderMLP
-from hpdist.models.with_heads import columns_of, with_heads
+from hpdist.models.with_heads import head_names_of, with_heads
 from tests.support.algorithm_runs import cross_entropy, global_batch, run
 from tests.support.ranks import run_ranks
 from tests.support.recipes import LABELED, make_step, train
@@ -87,8 +87,9 @@ def test_costs_and_gradients_in_float64(noise: float) -> None:
     logits, costs = reference(w, exact, noises)
     torch.manual_seed(7)
     said = model(x)
-    assert said.shape == (12, 3 + 4)
-    assert model.columns == {"reconstruction": 4}
+    shapes = {name: tuple(tensor.shape) for name, tensor in said.items()}
+    assert shapes == {"logits": (12, 3), "reconstruction": (12, 4)}
+    said = torch.cat(list(said.values()), dim=1)
     torch.testing.assert_close(said.double(), torch.cat([logits, costs], 1), rtol=1e-4, atol=1e-5)
     for column in range(7):  # each by itself: no cost may be hidden by a larger one
         parts = (said[:, column], torch.cat([logits, costs], 1)[:, column])
@@ -152,7 +153,7 @@ def share(rows: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor, lis
     model = make_model(0.0).train()
     bounds = [0, rows, 12] if ranks == 2 else [0, 12]
     x = inputs()[bounds[rank] : bounds[rank + 1]].requires_grad_()
-    said = model(x)
+    said = joined(model(x))
     weights = torch.linspace(0.5, 2, 12)[bounds[rank] : bounds[rank + 1]]
     loss = (said[:, 3:] * weights[:, None]).sum() + (said[:, :3] * weights[:, None]).sin().sum()
     gradients = torch.autograd.grad(loss, [x, *model.parameters()])
@@ -230,8 +231,10 @@ def test_its_outputs_and_those_of_heads_stand_side_by_side() -> None:
 
     named = Named(Ladder(), hidden=4)
     model = with_heads(LadderMLP(64, [8], 10), named, torch.zeros(2, 1, 8, 8))
-    assert columns_of(model) == {"reconstruction": 3, "image": 64}
-    assert model.train()(torch.rand(4, 1, 8, 8)).shape == (4, 10 + 3 + 64)
+    assert head_names_of(model) == ("reconstruction", "image")
+    said = model.train()(torch.rand(4, 1, 8, 8))
+    shapes = {name: tuple(tensor.shape) for name, tensor in said.items()}
+    assert shapes == {"logits": (4, 10), "reconstruction": (4, 3), "image": (4, 64)}
     assert algorithm.heads_hint == Ladder.heads_hint
 
 
@@ -263,7 +266,12 @@ def test_curves_do_not_depend_on_ranks_and_half_precision_is_close() -> None:
 def test_other_algorithms_can_train_it_too() -> None:
     torch.manual_seed(0)
     algorithm = FixMatch(threshold=0.1)
-    assert with_heads(LadderMLP(64, [8], 10), algorithm, torch.zeros(2, 1, 8, 8)).columns
+    model = LadderMLP(64, [8], 10)
+    assert with_heads(model, algorithm, torch.zeros(2, 1, 8, 8)) is model
+
+
+def joined(said: dict[str, Tensor]) -> Tensor:
+    return torch.cat(list(said.values()), dim=1)
 
 
 def test_a_step_normalises_labelled_rows_apart() -> None:
@@ -271,7 +279,9 @@ def test_a_step_normalises_labelled_rows_apart() -> None:
     model = step.engine.module
     model.noise = 0.0
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = model.register_forward_hook(lambda _, x, y: seen.append((x[0].detach(), y.detach())))
+    hook = model.register_forward_hook(
+        lambda _, x, y: seen.append((x[0].detach(), joined(y).detach()))
+    )
     (record,) = train(step, 1)
     hook.remove()
     ((rows, said),) = seen
@@ -279,9 +289,9 @@ def test_a_step_normalises_labelled_rows_apart() -> None:
     step = make_step(Ladder((1.0, 0.1)))  # with the weights of before
     step.engine.module.noise = 0.0
     for first, last in ((0, LABELED), (LABELED, len(rows))):
-        alone = step.engine.module.train()(rows[first:last])
+        alone = joined(step.engine.module.train()(rows[first:last]))
         torch.testing.assert_close(said[first:last], alone, rtol=1e-4, atol=1e-4)
-    together = step.engine.module(rows)
+    together = joined(step.engine.module(rows))
     assert (said - together)[:LABELED].abs().max() > 0.01
     assert record["loss"] > 0
 

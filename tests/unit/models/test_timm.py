@@ -97,7 +97,9 @@ def test_features_are_those_before_the_last_layer(name):
     algorithm = configuration.ComponentOf("algorithm").choose({"name": "simmatch"}).build(4)
     example = torch.rand(2, 3, 32, 32)
     whole = with_heads(model, algorithm, example)
-    assert whole(example).shape[1] == 4 + sum(whole.columns.values())
+    said = whole(example)
+    assert list(said) == ["logits", *algorithm.head_names]
+    assert tuple(said["logits"].shape) == (2, 4)
     if name == "test_resnet":
         named = with_heads(build(name), algorithm, example, "global_pool")
         with named._features.kept(named.model) as kept:
