@@ -24,6 +24,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Call what the sample of this run leaves out slow, unless tests are asked for by name."""
+    for item in items:  # pytest-xdist wants every worker to find the same tests
+        assert " at 0x" not in item.nodeid, f"a test is named by an address: {item.nodeid}"
     if config.getoption("keyword"):
         return
     for item in sampling.left_out(items, sampling.seed()):

@@ -301,8 +301,8 @@ class Algorithm(WithOptions):
     `discard`.
     """
 
-    config_base = AlgorithmConfig
-    first_arguments = ()
+    config_base: ClassVar[type[DeclaredConfig]] = AlgorithmConfig
+    first_arguments: ClassVar[tuple[str, ...]] = ()
     device: torch.device | str = argument(default="cpu")
     """Where the state is made: of the constructor alone, for the state may be moved."""
     paper: ClassVar[str] = ""
@@ -340,7 +340,7 @@ class Algorithm(WithOptions):
         self.class_counts: Tensor | None = None
         """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
         self.input_shape: torch.Size | None = None
-        """Of one row as the model sees it, None where it is several tensors; set before `heads`."""
+        """Shape of one row as the model sees it, None of several tensors; set before `heads`."""
         self.sound: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 

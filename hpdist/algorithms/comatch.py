@@ -58,11 +58,11 @@ class CoMatch(Algorithm, name="comatch"):
     smoothing: float = option(default=0.9, ge=0, le=1)
     """What a row's own prediction counts beside those of its neighbours in the bank (alpha)."""
     temperature: float = option(default=0.2, gt=0)
-    """Of the similarity of embeddings (t)."""
+    """Temperature of the similarity of embeddings (t)."""
     graph_threshold: float = option(default=0.8, ge=0, le=1)
     """Similarity of two rows' pseudo-labels that makes them neighbours in the graph (T)."""
     width: int = option(default=64, gt=0)
-    """Of an embedding."""
+    """Numbers in an embedding."""
     bank: int = option(default=2560, gt=0)
     """Rows, labelled and unlabelled, that the memory holds (K)."""
     alignment_steps: int = option(default=32, gt=0)

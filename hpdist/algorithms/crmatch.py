@@ -53,7 +53,7 @@ class CRMatch(PseudoLabeling, name="crmatch"):
     rotation_weight: float = option(default=1.0, ge=0)
     """Weight of the rotation task. It is for square images; 0 leaves it out, for others."""
     width: int = option(default=128, gt=0)
-    """Of the vectors whose distance it is."""
+    """Numbers in the vectors whose distance is measured."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""

@@ -46,7 +46,7 @@ class Dash(Algorithm, name="dash"):
     min_threshold: float = option(default=0.05, gt=0)
     """The least threshold, and where hard labels begin (rho_min)."""
     temperature: float = option(default=0.5, gt=0)
-    """Of the soft targets before that (T)."""
+    """Temperature of the soft targets before that (T)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term after the warm-up."""
 

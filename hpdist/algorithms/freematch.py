@@ -43,7 +43,7 @@ class FreeMatch(PseudoLabeling, name="freematch"):
 
     num_classes: int = argument(kw_only=False)
     momentum: float = option(default=0.999, ge=0, lt=1)
-    """Of the moving averages (lambda)."""
+    """Momentum of the moving averages (lambda)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term (w_u)."""
     fairness_weight: float = option(default=0.001, ge=0)

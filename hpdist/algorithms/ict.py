@@ -33,7 +33,6 @@ class ICT(Ramped, name="ict"):
     paper: ClassVar[str] = "Verma et al. 2019, arXiv:1903.03825"
     views: ClassVar[Views] = Views(weak=1, teacher=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
-    groups: Groups
     mixed = ("unlabeled",)
     shape = "gaussian"
     defaults: ClassVar[str] = (
@@ -43,7 +42,7 @@ class ICT(Ramped, name="ict"):
     )
 
     alpha: float = option(default=1.0, gt=0)
-    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    """Parameter of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
     unsupervised_weight: float = option(default=100.0, ge=0)
     """Weight of the consistency term after the ramp (w)."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.25, default=0, ge=0, le=1)

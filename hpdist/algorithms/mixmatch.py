@@ -37,16 +37,15 @@ class MixMatch(Ramped, name="mixmatch"):
 
     paper: ClassVar[str] = "Berthelot et al. 2019, arXiv:1905.02249"
     views: ClassVar[Views] = Views(weak=2, inputs_need_targets=True)
-    groups: Groups
     shape = "linear"
     defaults: ClassVar[str] = (
         "The paper's values for CIFAR-10; its ramp is 16,000 steps of about a million."
     )
 
     temperature: float = option(default=0.5, gt=0)
-    """Of the guessed labels' sharpening (T)."""
+    """Temperature that sharpens the guessed labels (T)."""
     alpha: float = option(default=0.75, gt=0)
-    """Of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    """Parameter of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
     unsupervised_weight: float = option(default=75.0, ge=0)
     """Weight of the unsupervised term after the ramp (lambda_U)."""
     ramp_steps: int = share_of_run(setting="ramp", share=1 / 64, default=0, ge=0, le=1)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
-from typing import Any, ClassVar, Literal, dataclass_transform
+from typing import Any, ClassVar, Literal, cast, dataclass_transform
 
 from pydantic import Field, create_model
 
@@ -29,7 +29,7 @@ class Declaration:
     """What `option`, `share_of_run` or `argument` says of one attribute."""
 
     default: Any
-    """Of the constructor; `REQUIRED` where there is none."""
+    """Default of the constructor; `REQUIRED` where there is none."""
     kw_only: bool
     setting: str | None = ""
     """The setting of the config; empty where it has the attribute's name, None where none is."""
@@ -130,7 +130,7 @@ class WithOptions:
                 cls.Config = None
             return
         if "__init__" not in vars(cls):
-            cls.__init__ = _constructor(cls, written)  # type: ignore[assignment, misc]
+            cls.__init__ = _constructor(cls, written)  # type: ignore[method-assign]
             if "Config" not in vars(cls):
                 cls.Config = _config(cls, name)
 
@@ -235,7 +235,7 @@ def _config(cls: type[WithOptions], name: str | None) -> type[DeclaredConfig]:
     """The config class of what a class declares; known under `name`, if there is any."""
     fields: dict[str, Any] = {}
     if name is not None:
-        fields["name"] = (Literal[name], name)  # type: ignore[valid-type]
+        fields["name"] = (Literal[name], name)
     for attribute, declaration in cls.declared.items():
         if declaration.setting is None:
             continue
@@ -243,7 +243,7 @@ def _config(cls: type[WithOptions], name: str | None) -> type[DeclaredConfig]:
         kind = declaration.annotation or _annotation(cls, attribute)
         setting = declaration.setting or attribute
         fields[setting] = (kind, Field(default, **declaration.bounds))
-    config = create_model(
+    config: Any = create_model(
         f"{cls.__name__}Config",
         __base__=cls.config_base,
         __module__=cls.__module__,
@@ -251,7 +251,7 @@ def _config(cls: type[WithOptions], name: str | None) -> type[DeclaredConfig]:
         **fields,
     )
     config.declared_by = cls
-    return config
+    return cast(type[DeclaredConfig], config)
 
 
 def _annotation(cls: type, attribute: str) -> Any:

@@ -31,7 +31,7 @@ class ReFixMatch(PseudoLabeling, name="refixmatch"):
     threshold: float = option(default=0.95, ge=0, le=1)
     """Confidence from which a prediction is a hard pseudo-label (tau)."""
     temperature: float = option(default=0.5, gt=0)
-    """Of the target of a row below it (T)."""
+    """Temperature of the target of a row below it (T)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised terms (lambda_u)."""
 

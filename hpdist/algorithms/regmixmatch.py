@@ -58,7 +58,6 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
 
     paper: ClassVar[str] = "Han et al. 2025, arXiv:2412.10741"
     views: ClassVar[Views] = Views(weak=1, strong=1, inputs_need_targets=True)
-    groups: Groups
     defaults: ClassVar[str] = (
         "The values of the authors' released configs for CIFAR-10.\n"
         "\n"
@@ -67,7 +66,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     )
 
     momentum: float = option(default=0.999, ge=0, lt=1)
-    """Of FreeMatch's moving averages."""
+    """Momentum of FreeMatch's moving averages."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of FreeMatch's unsupervised term."""
     fairness_weight: float = option(default=0.01, ge=0)
@@ -77,9 +76,9 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     confident: float = option(default=0.999, ge=0, le=1)
     """Confidence from which a row is mixed with others as certain as itself (tau_m)."""
     high_alpha: float = option(default=1.0, gt=0)
-    """Of the Beta distribution that the mixture of a confident row is drawn from."""
+    """Parameter of the Beta distribution for the mixture of a confident row."""
     low_alpha: float = option(default=16.0, gt=0)
-    """The same for the other rows."""
+    """Parameter of the Beta distribution for the mixture of any other row."""
     same_class: float = option(default=0.5, ge=0, le=1)
     """Chance that the partner of a row that is not confident has to be of its likeliest class."""
     high_weight: float = option(default=1.0, ge=0)

@@ -55,15 +55,14 @@ class ReMixMatch(Ramped, name="remixmatch"):
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
-    groups: Groups
     shape = "linear"
     defaults: ClassVar[str] = "The paper's values; its ramp is that of its released code."
 
     num_classes: int = argument(kw_only=False)
     temperature: float = option(default=0.5, gt=0)
-    """Of the guessed labels' sharpening (T)."""
+    """Temperature that sharpens the guessed labels (T)."""
     alpha: float = option(default=0.75, gt=0)
-    """Of the Beta distribution that a row's share of a mixture is drawn from (Beta)."""
+    """Parameter of the Beta distribution that a row's share of a mixture is drawn from (Beta)."""
     unsupervised_weight: float = option(default=1.5, ge=0)
     """Weight of the mixed unlabelled rows after the ramp (lambda_U)."""
     strong_weight: float = option(default=0.5, ge=0)

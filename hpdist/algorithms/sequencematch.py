@@ -38,7 +38,7 @@ class SequenceMatch(FlexMatch, name="sequencematch"):
     )
 
     temperature: float = option(default=0.5, gt=0)
-    """Of the soft targets (T)."""
+    """Temperature of the soft targets (T)."""
     masking: Masking = option(default="fixed")
     """Which rows the divergences count for: fixed, where the view that teaches is as confident as
     `threshold` says, as in the released code; flexible, where FlexMatch's mask lets them pass."""

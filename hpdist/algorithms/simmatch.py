@@ -60,9 +60,9 @@ class SimMatch(Algorithm, name="simmatch"):
     smoothing: float = option(default=0.9, ge=0, le=1)
     """What a row's own prediction counts beside the labels that it is near to (alpha)."""
     temperature: float = option(default=0.1, gt=0)
-    """Of the similarity of embeddings (t)."""
+    """Temperature of the similarity of embeddings (t)."""
     width: int = option(default=128, gt=0)
-    """Of an embedding."""
+    """Numbers in an embedding."""
     bank: int = option(default=4096, gt=0)
     """Labelled rows that are remembered; where there are more, the newest (K)."""
     alignment_steps: int = option(default=256, gt=0)
@@ -128,7 +128,7 @@ class SimMatch(Algorithm, name="simmatch"):
         )
 
     def _similarities(self, embeddings: Tensor) -> Tensor:
-        """Of embeddings [rows, width] with the bank's, by the temperature; [rows, bank]."""
+        """Give the similarities of embeddings [rows, width] to the bank's, [rows, bank]."""
         return embeddings @ self.state["embeddings"].T / self.temperature
 
 

@@ -38,7 +38,7 @@ class SoftMatch(PseudoLabeling, name="softmatch"):
 
     num_classes: int = argument(kw_only=False)
     momentum: float = option(default=0.999, ge=0, lt=1)
-    """Of the moving averages (m)."""
+    """Momentum of the moving averages (m)."""
     sigmas: float = option(default=2.0, gt=0)
     """Standard deviations of the confidence that make one of the weight's Gaussian."""
     uniform_alignment: bool = option(default=True)

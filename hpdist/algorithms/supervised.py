@@ -34,7 +34,7 @@ SupervisedConfig = Supervised.Config
 
 
 class FullySupervised(Supervised, name="fully_supervised"):
-    """The same, from every label there is: what semi-supervised training is measured against."""
+    """Supervised training from every label: what semi-supervised training is measured against."""
 
     defaults: ClassVar[str] = "No options; the run's labelled data must be all there are."
 

@@ -46,7 +46,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
 
     num_classes: int = argument(kw_only=False)
     momentum: float = option(default=0.6, ge=0, lt=1)
-    """Of a row's average (alpha)."""
+    """Momentum of a row's average (alpha)."""
     unsupervised_weight: float = option(default=30.0, ge=0)
     """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
     all rows, is in the means: here each term is the mean over its own rows."""

@@ -33,7 +33,7 @@ class UDA(PseudoLabeling, name="uda"):
     defaults: ClassVar[str] = "The paper's values for images."
 
     temperature: float = option(default=0.4, gt=0)
-    """Of the targets (tau)."""
+    """Temperature of the targets (tau)."""
     threshold: float = option(default=0.8, ge=0, le=1)
     """Confidence, before sharpening, that a target needs (beta)."""
     unsupervised_weight: float = option(default=1.0, ge=0)

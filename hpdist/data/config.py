@@ -209,12 +209,12 @@ class TaskChoice(Section):
     """classification: one class of each row; multilabel: any number of them, in a list; regression:
     a number, or a list of as many in every row."""
     labels: Literal["auto", "ids", "vector"] = "auto"
-    """Of multilabel, what a list holds: the row's classes, or 0 or 1 for every class.
+    """What a list holds in multilabel: the row's classes, or 0 or 1 for every class.
 
     auto goes by the column's type and, of lists of integers, by what they hold.
     """
     threshold: float = Field(0.5, gt=0, lt=1)
-    """Of multilabel, the probability from which on a class counts as predicted in F1 and exact
+    """The probability from which on multilabel counts a class as predicted, in F1 and exact
     match."""
 
     @model_validator(mode="after")
@@ -235,7 +235,7 @@ class Duplicates(Section):
     """auto compares what lies on this machine and is no larger than most_bytes, and says what it
     left out; always reads all of it, a stream too, before the first step."""
     most_bytes: Bytes = 2**30
-    """Of a set's input columns, uncompressed, that auto reads."""
+    """Most bytes of a set's input columns, uncompressed, that auto reads."""
 
 
 class Data(Section):

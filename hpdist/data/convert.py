@@ -59,11 +59,11 @@ class Layout:
     """Sizes of what is written, in bytes before compression."""
 
     group_bytes: int = 256 * 2**10
-    """Of a row group, what a stream reads at once: small ones mix well and resume fast."""
+    """Bytes of a row group, which a stream reads at once: small ones mix well and resume fast."""
     group_rows: int = 1000
     """Most rows of a row group."""
     shard_bytes: int = 256 * 2**20
-    """Of a file, after compression."""
+    """Bytes of a file, after compression."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hpdist.distributed.collectives import world_size
 from hpdist.errors import ConfigError
 
 _Seen: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""Of one pass: elements per channel on all ranks, mean and unbiased variance."""
+"""What one pass saw: elements per channel on all ranks, mean and unbiased variance."""
 
 
 _ONE_VALUE = (
@@ -251,7 +251,7 @@ class _NormaliseGlobally(torch.autograd.Function):
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
-    """The same with timm's dropout and activation behind it."""
+    """Global batch normalisation with timm's dropout and activation behind it."""
 
     drop: nn.Module
     act: nn.Module

@@ -31,7 +31,7 @@ class Fragment:
     values: Tensor  # [elements], fp32 (of algorithms int too), a live view where it can be one
 
     def like(self, values: Tensor) -> Fragment:
-        """The same place with other values."""
+        """Give a fragment of this place with other values."""
         return Fragment(self.name, self.start, values)
 
 
@@ -165,7 +165,7 @@ def places_of(fragments: Sequence[Fragment]) -> list[PlaceOf]:
 
 
 def _cut(values: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
-    """Of flat tensors in a row, the elements from one to another; one empty tensor at least."""
+    """Cut the elements from one to another out of flat tensors in a row; one tensor at least."""
     found, at = [torch.empty(0)], 0
     for each in values:
         low, high = max(begin - at, 0), min(end - at, len(each))

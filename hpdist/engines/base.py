@@ -275,7 +275,7 @@ class Engine(ABC):
         return scalars_of(self.flat_states())
 
     def optimizer_scalars_apart(self) -> dict[str, dict[str, float]]:
-        """The same by parameter, where it is another number: of one that some steps left out."""
+        """Give these numbers by parameter where they differ, as some steps left parameters out."""
         return {}
 
     @abstractmethod

@@ -22,7 +22,7 @@ def keep_strides(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _like(shape: tuple[int, ...], strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """The same elements in the same places, with strides that say so in the other way."""
+    """Give these elements in these places, with strides that say so in the other way."""
     if gradient.stride() == strides or not gradient.is_contiguous():
         return gradient
     return gradient.as_strided(shape, strides)

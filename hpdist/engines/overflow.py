@@ -23,7 +23,7 @@ class Culprit:
 
     rank: int
     term: str
-    """Of the loss: supervised, unsupervised or the name of another."""
+    """The term of the loss: supervised, unsupervised or the name of another."""
     module: str
     """The first module, in the order of computation, whose output or gradient is not finite."""
     where: Literal["forward", "backward", "weights"]
@@ -121,7 +121,7 @@ def _examine(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Fin
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """The same numbers, for which a gradient can be asked where they are floating-point."""
+    """Give the numbers as leaves whose gradient can be asked for, where they are floating-point."""
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 

@@ -384,7 +384,7 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
         return finite and bool(self.deepspeed.was_step_applied()), norm
 
     def _take_over_scale(self) -> None:
-        """Likewise; stage 0 keeps its scale elsewhere."""
+        """Own the loss scale, which stage 0 keeps elsewhere."""
         wrapped = self.deepspeed.optimizer
         theirs = getattr(wrapped, "loss_scale_config", None)
         if self._dtype != torch.float16 or theirs is None:

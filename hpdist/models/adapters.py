@@ -22,7 +22,7 @@ class Lora(Section):
     """Low-rank adapters: only they and the classifier are trained."""
 
     rank: int = Field(8, gt=0)
-    """Of each adapter's two factors."""
+    """Rank of each adapter's two factors."""
     alpha: float = Field(16.0, gt=0)
     """The adapters' part counts alpha / rank times."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -47,7 +47,7 @@ class Rehearsal:
     trained: int
     """How many of them the optimizer steps."""
     rows: int
-    """Of one forward, labelled and unlabelled ones together."""
+    """Rows of one forward, labelled and unlabelled ones together."""
     device: str
     weights: int
     """The model's weights, or this rank's part of them, and its buffers."""
@@ -64,7 +64,7 @@ class Rehearsal:
 
     @property
     def rest(self) -> int:
-        """Of the peak: gradients, buckets of DDP or DeepSpeed, temporary tensors."""
+        """The rest of the peak: gradients, buckets of DDP or DeepSpeed, temporary tensors."""
         return self.peak - self.weights - self.optimizer - self.teacher - self.activations
 
 

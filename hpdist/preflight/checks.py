@@ -166,7 +166,7 @@ def _met(facts: Sequence[Mapping[str, Any]], seconds: float) -> Finding:
 
 
 def _versions(facts: Sequence[Mapping[str, Any]]) -> Finding:
-    """The same packages everywhere; else pickles, checkpoints or numbers may differ."""
+    """Check for equal packages everywhere; else pickles, checkpoints or numbers may differ."""
     names = list(dict.fromkeys(name for fact in facts for name in fact["versions"]))
     wrong = []
     for name in names:
@@ -227,7 +227,7 @@ def _network(peers: Rendezvous, timeout: float) -> Finding:
 
 
 def _nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: float) -> Finding:
-    """The same between the processes' GPUs, as NCCL has it, in less time than others wait.
+    """Measure the network between the GPUs, as NCCL has it, in less time than others wait.
 
     NCCL does not take two processes on one GPU, which is found before. Collective.
     """

@@ -30,7 +30,7 @@ class Task:
     logits alone, else these tensors by name, fp32 where floating-point."""
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of labelled rows, [rows]; `labels` as a `LabeledBatch` has them."""
+        """Give the loss of each labelled row, [rows]; `labels` as a `LabeledBatch` has them."""
         raise NotImplementedError
 
     def predictions(self, logits: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Task:
         raise NotImplementedError
 
     def entropy(self, logits: Tensor) -> Tensor:
-        """Of the predictions, [rows]. Raises ConfigError where they have none."""
+        """Give the entropy of the predictions, [rows]. Raises ConfigError where they have none."""
         raise ConfigError(
             f"task.name: {self.name} has no entropy; set algorithm.entropy_weight to 0, or choose "
             "another algorithm"
@@ -61,7 +61,7 @@ class Task:
         raise ConfigError(f"task.name: {self.name} has no confidence; choose another algorithm")
 
     def pseudo_label_losses(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Of pseudo-labels where `mask` holds, [rows]; the others count as 0."""
+        """Give the loss of pseudo-labels where `mask` holds, [rows]; the others count as 0."""
         raise ConfigError(f"task.name: {self.name} has no pseudo-labels; choose another algorithm")
 
     def class_counts(self, logits: Tensor) -> Tensor | None:
@@ -84,7 +84,7 @@ class Classification(Task):
         return logits.softmax(dim=-1)
 
     def squared_error(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of the probabilities."""
+        """Give the squared error of the probabilities."""
         return squared_error(logits, targets)
 
     def divergence(self, target_logits: Tensor, logits: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Classification(Task):
         return hard_cross_entropy(logits, labels) * mask
 
     def class_counts(self, logits: Tensor) -> Tensor:
-        """Of the likeliest classes."""
+        """Count the likeliest classes."""
         return logits.argmax(dim=1).bincount(minlength=logits.shape[1]).float()
 
 

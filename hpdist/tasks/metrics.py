@@ -40,7 +40,7 @@ class AnyScores(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """Of classes, from the confusion matrix."""
+    """Scores of classification, from the confusion matrix."""
 
     confusion: Tensor  # int64 [classes, classes] on the CPU: rows of a class, predicted as
     loss: float
@@ -75,7 +75,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class PlainScores:
-    """Of a task without a confusion matrix."""
+    """Scores of a task without a confusion matrix."""
 
     values: dict[str, float]
     summarized: tuple[str, ...]
@@ -95,7 +95,7 @@ class Meter(Protocol):
 
 
 class _Confusion:
-    """Of classification."""
+    """The meter of classification."""
 
     def __init__(self, task: Task, classes: int, device: torch.device | str) -> None:
         self._task = task
@@ -163,7 +163,7 @@ class _Measured:
 
 
 class _SeveralClasses(_Measured):
-    """Of multilabel; average precision keeps every prediction, and every rank gathers all."""
+    """The meter of multilabel: average precision keeps every prediction; every rank gathers all."""
 
     def _make(self) -> dict[str, Any]:
         from torchmetrics.classification import (
@@ -205,7 +205,7 @@ class _SeveralClasses(_Measured):
 
 
 class _Targets(_Measured):
-    """Of regression, in the targets' own units; the mean over the targets."""
+    """The meter of regression, in the targets' own units: the mean over the targets."""
 
     _of_several_rows = ("r2",)
 

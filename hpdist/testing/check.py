@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def _maker(
         return lambda: build_algorithm(config, addons, num_classes, steps=run_steps, task=task)
     if addons:
         raise ConfigError("addons: they are put around a config's algorithm only")
-    given = algorithm
+    given = cast(Algorithm | Callable[[], Algorithm], algorithm)
 
     def make() -> Algorithm:
         made = copy.deepcopy(given) if isinstance(given, Algorithm) else given()

@@ -17,7 +17,7 @@ CHANGES = "config_changes.jsonl"
 """Settings that a run went on with, and from which step on."""
 
 LAUNCH = ".launch.json"
-"""Of a run that was given no name: the launcher, whose restarts go on with it."""
+"""The launcher of a run that was given no name: its restarts go on with that run."""
 
 
 def _are_rows(found: Any) -> bool:

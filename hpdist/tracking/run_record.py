@@ -45,7 +45,7 @@ class RunRecord:
     picture: bytes | None = None
     """PNG of the views of some rows."""
     texts: str | None = None
-    """The same of rows that are no pictures."""
+    """Examples of rows that are no pictures."""
     notes: Sequence[str] = ()
     """What could not be read."""
 

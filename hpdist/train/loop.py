@@ -32,7 +32,7 @@ class Attempt:
     problem: HpdistError | None
     """This rank's, with the rows of the next step or with the run's folder."""
     excess: DataError | None
-    """Of rows that cannot be used, the same on every rank."""
+    """The error of too many rows that cannot be used, the same on every rank."""
 
 
 class RunLoop:

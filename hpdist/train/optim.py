@@ -23,15 +23,15 @@ class Optim(Section):
     lr: float = Field(0.03, gt=0)
     """Learning rate before the schedule."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of sgd."""
+    """Momentum of sgd."""
     nesterov: bool = True
-    """Of sgd; unused without momentum."""
+    """Whether sgd uses Nesterov's momentum; unused without momentum."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Of adam and adamw."""
+    """Decay of the averages of adam and adamw."""
     eps: float = Field(1e-8, gt=0)
-    """Of adam and adamw."""
+    """What adam and adamw add to the denominator."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Of weights; adamw decouples it from the gradient."""
+    """Decay of the weights; adamw decouples it from the gradient."""
     l1: float = Field(0.0, ge=0)
     """Adds so much times the sum of the weights' absolute values to the loss; not under ZeRO-3.
 

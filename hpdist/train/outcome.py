@@ -19,7 +19,7 @@ class StepOutcome:
     grad_norm: float | None = None
     """Global norm of the unscaled gradient before clipping."""
     culprit: Culprit | None = None
-    """Of a step that was skipped: what was not finite first."""
+    """What was not finite first in a step that was skipped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
     per_class: Mapping[str, list[float]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class StepOutcome:
 
     @property
     def overflow(self) -> str | None:
-        """Of a step that overflowed: where, and what that makes of the loss scale."""
+        """Where a step overflowed, and what that makes of the loss scale; None if it did not."""
         if not self.overflowed:
             return None
         where = str(self.culprit or "nothing that shows again")

@@ -69,13 +69,13 @@ class Passes:
 
     def preview(self, micro: MicroBatch) -> Structure:
         """Give what the student says of the same rows, without gradient or trace."""
-        outputs = self.engine.infer(channels_last(cat(micro.inputs.parts)))
+        outputs: Structure = self.engine.infer(channels_last(cat(micro.inputs.parts)))
         self.engine.forget_norms()
         return outputs
 
     def probe(self, inputs: Tensor) -> Structure:
         """Give what the student says of other inputs, with a gradient towards them alone."""
-        outputs = self.engine.examine(channels_last(inputs))
+        outputs: Structure = self.engine.examine(channels_last(inputs))
         self.engine.forget_norms()
         return outputs
 

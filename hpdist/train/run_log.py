@@ -79,7 +79,7 @@ class RunLog:
 
     @property
     def seconds(self) -> float:
-        """Of training, those before a resume included."""
+        """Seconds of training, those before a resume included."""
         return self._before + time.monotonic() - self._started
 
     def count_step(self, step: int, overflow: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -178,3 +179,32 @@ def test_the_rules_can_fail(tmp_path: Path) -> None:
     ]
     assert circles(imports) == [["hpdist.data.decode.image", "hpdist.data.decode.text"]]
     assert knows_the_whole_config(imports) == ["hpdist.data.files.open"]
+
+
+def docstrings(path: Path) -> list[str]:
+    """Every docstring of a file, those under attributes among them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(ast.get_docstring(node) or "")
+        body = getattr(node, "body", [])
+        for before, text in pairwise(body if isinstance(body, list) else []):
+            if (
+                isinstance(before, (ast.Assign, ast.AnnAssign))
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                found.append(text.value.value.strip())
+    return found
+
+
+def test_docstrings_are_sentences_with_a_subject() -> None:
+    begin = ("Of ", "Likewise", "The same ")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in PACKAGE.rglob("*.py")
+        for text in docstrings(path)
+        if text.startswith(begin)
+    ]
+    assert wrong == []

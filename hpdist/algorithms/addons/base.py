@@ -65,8 +65,8 @@ class AddOn(Algorithm):
     and further inputs of its own are hidden from the inner algorithm.
     """
 
-    config_base = AddOnConfig
-    first_arguments = ("base",)
+    config_base: ClassVar[type[DeclaredConfig]] = AddOnConfig
+    first_arguments: ClassVar[tuple[str, ...]] = ("base",)
     base: Algorithm = argument(kw_only=False)
     name: ClassVar[str] = ""
     own_further: int = 0

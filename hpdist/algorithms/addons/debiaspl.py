@@ -34,7 +34,7 @@ class DebiasPL(AddOn, name="debiaspl"):
     tau: float = option(default=0.4, ge=0)
     """How much of the log mean prediction is taken off, and added as a margin (lambda)."""
     momentum: float = option(default=0.999, ge=0, lt=1)
-    """Of the mean prediction (m)."""
+    """Momentum of the mean prediction (m)."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""

@@ -47,7 +47,7 @@ class Mixing:
         return rows * own + rows[self.partners] * (1 - own)
 
     def own_most(self) -> Mixing:
-        """The same with shares of at least a half: s = max(s, 1 - s)."""
+        """Give the mixing with shares of at least a half: s = max(s, 1 - s)."""
         return Mixing(self.partners, torch.maximum(self.shares, 1 - self.shares))
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from hpdist.messages.redaction import redacted
 
 _files: weakref.WeakKeyDictionary[Any, tuple[list[str], list[int]]] = weakref.WeakKeyDictionary()
-"""Of tables that were joined from files: the files, and the row behind the last of each."""
+"""The files of tables that were joined from files, and the row behind the last of each."""
 
 
 def remember_files(table: Any, rows: Iterable[tuple[str, int]]) -> None:

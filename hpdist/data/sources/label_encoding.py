@@ -39,7 +39,7 @@ _NUMBERS = ("int", "uint", "float", "double", "bool", "decimal")
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Of targets: the mean and standard deviation of the labelled rows in use."""
+    """The mean and standard deviation of the targets of the labelled rows in use."""
 
     mean: Float64Array  # [targets]
     std: Float64Array  # [targets], 1 where a target never changes
@@ -88,7 +88,7 @@ class Encoding(Protocol):
         ...
 
     def fitted(self, labels: Array, scale: Scale | None = None) -> Encoding:
-        """The same for good: fitted on the labels of the rows in use, or with a given scale."""
+        """Give the encoding for good: fitted on the labels in use, or with a given scale."""
         ...
 
     def finish(self, labels: Array) -> Array:

@@ -85,7 +85,7 @@ class MixedReader:
     def _shares(
         self, position: int, batch: int, start: int, stop: int
     ) -> list[tuple[int, tuple[int, int, int, int]]]:
-        """Of each part that rows [start, stop) touch: position, size of its share, and which."""
+        """Give each part that rows [start, stop) touch: position, size of its share, and which."""
         begin, end = self._taken(position), self._taken(position + batch)
         sizes = (end - begin).tolist()
         shares = []

@@ -321,7 +321,7 @@ def _average(index: Index) -> float:
 
 
 def _large(schema: pa.Schema) -> pa.Schema:
-    """The same columns with 64-bit offsets."""
+    """Give a table's columns with 64-bit offsets."""
     return pa.schema([field.with_type(_large_type(field.type)) for field in schema])
 
 

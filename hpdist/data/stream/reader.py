@@ -24,7 +24,7 @@ class Rows:
     """Why, by line, of the rows that could not be read."""
     labels: Array | None = None  # [rows, *], of labelled rows
     parts: tuple[tuple[int, Rows], ...] = ()
-    """Of several datasets that are mixed, in place of `table`: which one, and its rows."""
+    """Which of several mixed datasets it is and its rows, in place of `table`."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -81,7 +81,7 @@ class AudioViewsConfig(Component):
     sampling_rate: int = Field(default=16000, ge=1000)
     """Samples per second, Hz; rows of another rate are resampled as they are read."""
     seconds: float | None = Field(default=None, gt=0)
-    """Of a row: longer sound is cut off, shorter sound padded; by default the longest labelled
+    """Length of a row: longer sound is cut, shorter sound padded; by default the longest labelled
     sound's, and no more than 10."""
     spectrogram: bool = True
     """Give the model log-mel spectrograms [rows, 1, mels, frames], as images of one channel; false

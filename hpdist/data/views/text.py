@@ -185,7 +185,7 @@ def swapped(x: Tensor, text: Tensor, start: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _part(x: Tensor, number: int) -> Tensor:
-    """Of rows that hold two texts, [B, 2, T], the first or the second; of others their only one."""
+    """Give the first or second text of rows that hold two, [B, 2, T]; of others the only one."""
     text = x[:, number] if x.dim() == 3 else x
     _check_tokens(text)
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class Normalised(Small):
         return self.norm(super().features(inputs))
 
 
+def without_addresses(value: object) -> str:
+    """The name of a case: the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 @pytest.mark.parametrize(
     ("given", "options"),
     [
@@ -87,7 +93,7 @@ class Normalised(Small):
         (Mine(threshold=0.7), {"name": "python:(given)", "type": f"{__name__}.Mine"}),
         (Mine, {"name": "python:(given)", "type": f"{__name__}.Mine"}),
     ],
-    ids=str,
+    ids=without_addresses,
 )
 def test_an_algorithm_may_be_an_object_or_a_class(
     tmp_path: Path, given: Any, options: dict[str, Any]
@@ -126,7 +132,7 @@ def test_ones_own_algorithm_is_composed_saved_and_resumed(tmp_path: Path) -> Non
             "unlabeled: must be .* not a torch.utils.data.dataset.TensorDataset",
         ),
     ],
-    ids=str,
+    ids=without_addresses,
 )
 def test_what_cannot_be_used_is_refused(
     tmp_path: Path, settings: dict[str, Any], message: str
