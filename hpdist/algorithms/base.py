@@ -8,6 +8,7 @@ of the global batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, cast
@@ -23,7 +24,7 @@ from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
 
 Sums = Mapping[str, Tensor]
-Probe = Callable[[Tensor], Tensor]
+LogitsFn = Callable[[Tensor], Tensor]
 Groups = int | Literal["auto"]
 """Parts of a global batch within which rows are mixed; "auto" goes by the sizes of the batch."""
 
@@ -50,7 +51,7 @@ class Views:
     """Whether the targets come from the teacher's weights instead of the student's."""
     inputs_need_targets: bool = False
     """Whether `Algorithm.mix` goes by what was said of the weak views."""
-    probed: bool = False
+    needs_gradient_probe: bool = False
     """Whether `Algorithm.perturb` asks the student of inputs of its own; needs targets too."""
 
     @property
@@ -60,7 +61,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Places:
+class BatchPositions:
     """Where a micro-batch's rows stand in the global batch, and noise that depends on that alone.
 
     What an algorithm draws from it is the same however many ranks share the batch.
@@ -100,7 +101,7 @@ class WeakOutputs(Generic[Outputs, Labels]):
     others: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], fp32
     labeled: Outputs | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
     labels: Labels | None = None  # [labeled], int64, or what the task's are
-    places: Places | None = None
+    places: BatchPositions | None = None
     heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By head, view by view as in `all`: [rows, *], fp32."""
     labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
@@ -146,11 +147,11 @@ class StudentInputs(Generic[Inputs, Labels]):
     strong: tuple[Inputs, ...]  # per strong view [unlabeled, *]
     strong_labeled: tuple[Inputs, ...]  # per strong view [labeled, *]
     weak: tuple[Inputs, ...]  # the views that the targets are made of [unlabeled, *]
-    places: Places
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    places: BatchPositions
+    context: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` tells `Algorithm.loss`."""
     ids: Tensor | None = None  # [unlabeled], int64, stable row ids
-    further: tuple[Inputs, ...] = ()
+    extra_inputs: tuple[Inputs, ...] = ()
     """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
 
     @property
@@ -166,7 +167,13 @@ class StudentInputs(Generic[Inputs, Labels]):
     @property
     def parts(self) -> list[Inputs]:
         """What goes through the student, in this order."""
-        return [self.labeled, *self.student_weak, *self.strong, *self.strong_labeled, *self.further]
+        return [
+            self.labeled,
+            *self.student_weak,
+            *self.strong,
+            *self.strong_labeled,
+            *self.extra_inputs,
+        ]
 
 
 def _known(ids: Tensor | None, which: str) -> Tensor:
@@ -187,7 +194,7 @@ class HeadOutputs(Generic[Outputs]):
     student_weak: tuple[Outputs, ...]
     strong: tuple[Outputs, ...]
     strong_labeled: tuple[Outputs, ...]
-    further: tuple[Outputs, ...]
+    extra_inputs: tuple[Outputs, ...]
 
 
 @dataclass(frozen=True)
@@ -205,9 +212,11 @@ class StudentOutputs(Generic[Outputs, Labels]):
     unlabeled_rows: Tensor  # [], fp32: unlabelled rows in the global batch
     student_weak: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], logits
     strong_labeled: tuple[Outputs, ...] = ()  # per strong view [labeled, classes], logits
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    context: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` told."""
-    further: tuple[Outputs, ...] = ()  # per `StudentInputs.further` [rows, classes], logits
+    extra_inputs: tuple[
+        Outputs, ...
+    ] = ()  # per `StudentInputs.extra_inputs` [rows, classes], logits
     heads: Mapping[str, HeadOutputs] = field(default_factory=dict)
     """By head of `Algorithm.head_names`."""
 
@@ -310,7 +319,7 @@ class Algorithm(WithOptions):
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)
     """The tasks that it has a meaning for, by their names."""
     task: Task = CLASSIFICATION
-    """What the outputs mean; set by `take_task` before the first step."""
+    """What the outputs mean; set by `set_task` before the first step."""
     groups: Groups | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
     divide them, so that no row needs another rank's. None: it combines none."""
@@ -341,7 +350,7 @@ class Algorithm(WithOptions):
         """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
         self.input_shape: torch.Size | None = None
         """Shape of one row as the model sees it, None of several tensors; set before `heads`."""
-        self.sound: Tensor | None = None
+        self.is_finite: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 
     @classmethod
@@ -354,9 +363,9 @@ class Algorithm(WithOptions):
     @property
     def changes_inputs(self) -> bool:
         """Whether it mixes inputs, adds to them or gives them back: they must be plain numbers."""
-        return self.groups is not None or self.views.probed
+        return self.groups is not None or self.views.needs_gradient_probe
 
-    def take_task(self, task: Task) -> None:
+    def set_task(self, task: Task) -> None:
         """Have the outputs mean something else; before the first step.
 
         Raises ConfigError where the algorithm has no meaning for that task.
@@ -368,8 +377,21 @@ class Algorithm(WithOptions):
             )
         self.task = task
 
-    def take_place(self, rank: int, ranks: int) -> None:
-        """Hold this rank's part of what is sharded; the step says so before anything else."""
+    def bind_rank(self, rank: int, world_size: int) -> None:
+        """Hold this rank's part of what is sharded; the step says so before anything else.
+
+        An algorithm that overrides `take_place`, as this was called before, is asked by that name
+        for one release.
+        """
+        former = getattr(self, "take_place", None)
+        if former is not None:
+            warnings.warn(
+                f"{type(self).__name__}.take_place is bind_rank(rank, world_size) now; the old "
+                "name goes with the next release",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            former(rank, world_size)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The head of every name in `head_names`: maps features [rows, *features] to [rows, *].
@@ -400,8 +422,8 @@ class Algorithm(WithOptions):
         """
         return inputs
 
-    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
-        """Change what the student will see by what it says now; only if `Views.probed`.
+    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
+        """Change what the student will see by what it says now, if `Views.needs_gradient_probe`.
 
         `model` gives logits with a gradient towards its inputs. Only `torch.autograd.grad` towards
         inputs may be used: the parameters' gradients are not this method's to touch.

@@ -14,7 +14,7 @@ from hpdist.algorithms.addons.base import AddOnConfig
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
-    Places,
+    BatchPositions,
     StudentInputs,
 )
 from hpdist.algorithms.fixmatch import FixMatch
@@ -93,7 +93,7 @@ def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:
         for key in before
     ]
     for algorithm, (sums, _) in zip((small, large), reduced, strict=True):
-        algorithm.take_place(0, 2)
+        algorithm.bind_rank(0, 2)
         sums += algorithm.rank_statistics().values()
     totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
     return (
@@ -115,7 +115,7 @@ def _views(algorithm: Algorithm) -> list[str]:
     told += ["targets of labelled rows too"] if views.labeled_targets else []
     told += ["targets by the teacher"] if views.teacher else []
     told += ["mixed"] if algorithm.groups is not None else []
-    told += ["perturbed"] if views.probed else []
+    told += ["perturbed"] if views.needs_gradient_probe else []
     return told + [f"{name} head" for name in algorithm.head_names]
 
 
@@ -170,9 +170,9 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
         (unlabeled,) * views.strong,
         (labeled,) * views.strong_labeled,
         (unlabeled,) * views.weak,
-        Places(at, u_at, labeled_rows, rows, seed=0, step=0),
+        BatchPositions(at, u_at, labeled_rows, rows, seed=0, step=0),
         ids=u_at,
-        further=(unlabeled,) * _FURTHER,
+        extra_inputs=(unlabeled,) * _FURTHER,
     )
     attempt = Attempt(algorithm, [MicroBatch(inputs, u_at, at, rows)], _Zeros(algorithm, classes))
     attempt.collect()

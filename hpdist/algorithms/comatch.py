@@ -21,7 +21,7 @@ from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, uniform_prior
 from hpdist.algorithms.parts.banks import enqueued, in_use, log_shares, mean_of, with_mean
 from hpdist.algorithms.parts.projections import projection
-from hpdist.algorithms.parts.tables import spread
+from hpdist.algorithms.parts.tables import scatter_to_global
 from hpdist.tasks.losses import soft_cross_entropy
 
 _HEAD = "projection"
@@ -91,10 +91,10 @@ class CoMatch(Algorithm, name="comatch"):
         unlabeled, labeled = weak.heads[_HEAD]
         one_hot = F.one_hot(weak.labels, self.num_classes)
         return {
-            "probabilities": spread(weak, weak.probabilities),
-            "embeddings": spread(weak, unlabeled),
-            "labels": spread(weak, one_hot, labeled=True),
-            "labeled_embeddings": spread(weak, labeled, labeled=True),
+            "probabilities": scatter_to_global(weak, weak.probabilities),
+            "embeddings": scatter_to_global(weak, unlabeled),
+            "labels": scatter_to_global(weak, one_hot, labeled=True),
+            "labeled_embeddings": scatter_to_global(weak, labeled, labeled=True),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -127,7 +127,10 @@ class CoMatch(Algorithm, name="comatch"):
             return {}
         assert outputs.weak is not None
         first, second = outputs.heads[_HEAD].strong
-        return {"first": spread(outputs.weak, first), "second": spread(outputs.weak, second)}
+        return {
+            "first": scatter_to_global(outputs.weak, first),
+            "second": scatter_to_global(outputs.weak, second),
+        }
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """The three terms, and the share of unlabelled rows that passed the threshold."""

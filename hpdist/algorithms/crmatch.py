@@ -69,7 +69,7 @@ class CRMatch(PseudoLabeling, name="crmatch"):
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """The weak view too, as it is and turned."""
         if self.distance_weight > 0:
-            inputs = replace(inputs, further=(*inputs.further, inputs.weak[0]))
+            inputs = replace(inputs, extra_inputs=(*inputs.extra_inputs, inputs.weak[0]))
         if self.rotation_weight > 0:
             inputs = add_rotated(inputs, inputs.weak[0], "crmatch")
         return inputs
@@ -81,7 +81,7 @@ class CRMatch(PseudoLabeling, name="crmatch"):
         extras = {}
         if self.distance_weight > 0:
             said = outputs.heads[_DISTANCE]
-            near = F.cosine_similarity(said.strong[0], said.further[0], dim=1).clamp(min=0)
+            near = F.cosine_similarity(said.strong[0], said.extra_inputs[0], dim=1).clamp(min=0)
             distance = (near * mask).sum() / outputs.unlabeled_rows
             extras["distance_loss"] = self.distance_weight * distance
         if self.rotation_weight > 0:

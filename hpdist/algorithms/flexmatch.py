@@ -75,9 +75,9 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
         self._table = LabelTable(self.num_classes, device)
         self._told = self.state  # what the latest loss went by
 
-    def take_place(self, rank: int, ranks: int) -> None:
+    def bind_rank(self, rank: int, world_size: int) -> None:
         """Hold the labels of this rank's rows only."""
-        self._table.take_place(rank, ranks)
+        self._table.bind_rank(rank, world_size)
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Every row's id and, if it is confident, its label."""
@@ -89,7 +89,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
         """What this rank's rows have changed and no step's sums have told yet."""
         if self._table.ranks == 1:
             return {}
-        changes = self._table.unsent.float()
+        changes = self._table.pending_deltas.float()
         return {"changes": changes[:-1], "first": changes[-1]}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -120,7 +120,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
     def commit(self) -> None:
         """Make counts and labels final."""
         super().commit()
-        self._table.commit(self.sound, self.rows)
+        self._table.commit(self.is_finite, self.rows)
 
     def discard(self) -> None:
         """Forget this step's counts and labels."""

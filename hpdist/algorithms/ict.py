@@ -58,13 +58,13 @@ class ICT(Ramped, name="ict"):
         mixing = draw_mixing(
             inputs.places, "ict", self.alpha, self.groups, unlabeled=1, device=rows.device
         )
-        notes = {"partners": mixing.partners, "shares": mixing.shares}
-        return replace(inputs, student_weak=(mixing(rows),), notes=notes)
+        context = {"partners": mixing.partners, "shares": mixing.shares}
+        return replace(inputs, student_weak=(mixing(rows),), context=context)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
-        mixing = Mixing(outputs.notes["partners"], outputs.notes["shares"])
+        mixing = Mixing(outputs.context["partners"], outputs.context["shares"])
         targets = mixing(self.task.predictions(outputs.weak.logits))
         losses = self.task.squared_error(outputs.student_weak[0], targets)  # [unlabeled]
         return LossTerms(

@@ -108,19 +108,21 @@ def mixed_with_labels(
     one_hot = F.one_hot(inputs.labels, targets.shape[1]).to(targets.dtype)
     rows = mixing(torch.cat([labeled, *unlabeled])).split(sizes)
     labels = mixing(torch.cat([one_hot, *[targets] * len(unlabeled)])).split(sizes)
-    notes = {"labels": labels[0]}
-    notes |= {f"targets {number}": part for number, part in enumerate(labels[1:])}
-    return replace(inputs, labeled=rows[0], student_weak=tuple(rows[1:]), notes=notes)
+    context = {"labels": labels[0]}
+    context |= {f"targets {number}": part for number, part in enumerate(labels[1:])}
+    return replace(inputs, labeled=rows[0], student_weak=tuple(rows[1:]), context=context)
 
 
 def mixed_supervised_loss(outputs: StudentOutputs) -> Tensor:
     """Cross-entropy of the mixed labelled rows, a contribution to the mean."""
-    return soft_cross_entropy(outputs.labeled, outputs.notes["labels"]).sum() / outputs.labeled_rows
+    return (
+        soft_cross_entropy(outputs.labeled, outputs.context["labels"]).sum() / outputs.labeled_rows
+    )
 
 
 def unlabeled_pairs(outputs: StudentOutputs) -> list[tuple[Tensor, Tensor]]:
     """Logits and soft labels of each mixed unlabelled view."""
     return [
-        (logits, outputs.notes[f"targets {number}"])
+        (logits, outputs.context[f"targets {number}"])
         for number, logits in enumerate(outputs.student_weak)
     ]

@@ -73,11 +73,11 @@ class NoisyStudent(Algorithm, name="noisy_student"):
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """Look up the rows' labels, all 0 where there is none."""
         targets = self._labels.read(inputs.known_ids)  # [unlabeled, classes]
-        return replace(inputs, notes={**inputs.notes, "targets": targets})
+        return replace(inputs, context={**inputs.context, "targets": targets})
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of rows that are learnt from."""
-        targets = outputs.notes["targets"]
+        targets = outputs.context["targets"]
         confidence, labels = targets.max(dim=-1)
         mask = ((confidence >= self.threshold) & (confidence > 0)).float()
         if self.soft:

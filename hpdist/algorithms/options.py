@@ -243,12 +243,15 @@ def _config(cls: type[WithOptions], name: str | None) -> type[DeclaredConfig]:
         kind = declaration.annotation or _annotation(cls, attribute)
         setting = declaration.setting or attribute
         fields[setting] = (kind, Field(default, **declaration.bounds))
-    config: Any = create_model(
-        f"{cls.__name__}Config",
-        __base__=cls.config_base,
-        __module__=cls.__module__,
-        __doc__=cls.defaults or None,
-        **fields,
+    config = cast(
+        Any,
+        create_model(
+            f"{cls.__name__}Config",
+            __base__=cls.config_base,
+            __module__=cls.__module__,
+            __doc__=cls.defaults or None,
+            **fields,
+        ),
     )
     config.declared_by = cls
     return cast(type[DeclaredConfig], config)

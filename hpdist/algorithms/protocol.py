@@ -218,14 +218,14 @@ class Attempt:
         sums = (self._reduction or self._begin_reduction()).wait()
         self.extra = {name: sums.pop(_EXTRA.format(name)) for name in self._own}
         labeled, unlabeled = sums.pop(_ROWS).unbind()
-        sound = unlabeled > 0
+        is_finite = unlabeled > 0
         if _FINITE in sums:
-            sound = sound & (sums.pop(_FINITE) == 0)
+            is_finite = is_finite & (sums.pop(_FINITE) == 0)
         unlabeled = unlabeled.clamp(min=1)  # sums over no rows are 0, and so are their means
         algorithm.observe(sums, unlabeled)
-        algorithm.sound = sound
+        algorithm.is_finite = is_finite
         algorithm.pending = {
-            name: torch.where(sound, value, algorithm.state[name])
+            name: torch.where(is_finite, value, algorithm.state[name])
             for name, value in algorithm.pending.items()
         }
         self._rows = labeled, unlabeled
@@ -246,8 +246,8 @@ class Attempt:
             unlabeled_rows=self._rows[1],
             student_weak=views.student_weak,
             strong_labeled=views.strong_labeled,
-            notes=micro.inputs.notes,
-            further=views.further,
+            context=micro.inputs.context,
+            extra_inputs=views.extra_inputs,
             heads={name: split_views(head, micro.inputs) for name, head in heads.items()},
         )
 
@@ -270,7 +270,7 @@ class Attempt:
     def _changed(self, micro: MicroBatch, weak: WeakOutputs | None) -> MicroBatch:
         """Give the micro-batch as the algorithm wants the student to see it."""
         views, inputs = self.algorithm.views, micro.inputs
-        if views.probed and weak is not None:
+        if views.needs_gradient_probe and weak is not None:
             with torch.enable_grad():
                 inputs = self.algorithm.perturb(inputs, weak, self._probe)
         told = weak if views.inputs_need_targets else None
@@ -348,7 +348,12 @@ def split_views(rows: Outputs, inputs: StudentInputs[Any, Any]) -> HeadOutputs[O
         next(views),
         *(
             tuple(next(views) for _ in part)
-            for part in (inputs.student_weak, inputs.strong, inputs.strong_labeled, inputs.further)
+            for part in (
+                inputs.student_weak,
+                inputs.strong,
+                inputs.strong_labeled,
+                inputs.extra_inputs,
+            )
         ),
     )
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.base import (
+    BatchPositions,
     Groups,
     LossTerms,
-    Places,
     StudentInputs,
     StudentOutputs,
     Sums,
@@ -135,8 +135,8 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         )
         label = torch.where(high[:, None], self._one_hot(classes), own)
         mixed, labels = self._mixed(rows, label, pool, partners, draws)
-        further = [*inputs.further, mixed]
-        notes = {
+        extra_inputs = [*inputs.extra_inputs, mixed]
+        context = {
             "mixed labels": labels,
             "high": high.float(),
             "low": (~high).float() * (confidence**3 if self.weighting == "row" else 1.0),
@@ -147,27 +147,29 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
             draws = self._draws(inputs.places, everyone, labeled=True)
             partners = pool.open_to(labeled, labeled=True)
             mixed, labels = self._mixed(labeled, label, pool, partners, draws)
-            further.append(mixed)
-            notes["mixed labels of labelled rows"] = labels
-        return replace(inputs, further=tuple(further), notes={**inputs.notes, **notes})
+            extra_inputs.append(mixed)
+            context["mixed labels of labelled rows"] = labels
+        return replace(
+            inputs, extra_inputs=tuple(extra_inputs), context={**inputs.context, **context}
+        )
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """FreeMatch's terms and both of the mixed rows, and the share of confident rows."""
         terms = super().loss(outputs, student_sums)
-        logits, notes, rows = outputs.further[0], outputs.notes, outputs.unlabeled_rows
-        labels = notes["mixed labels"]
-        high = (notes["high"] * soft_cross_entropy(logits, labels)).sum()
-        if "mixed labels of labelled rows" in notes:
-            targets = notes["mixed labels of labelled rows"]
-            high = high + soft_cross_entropy(outputs.further[1], targets).sum()
+        logits, context, rows = outputs.extra_inputs[0], outputs.context, outputs.unlabeled_rows
+        labels = context["mixed labels"]
+        high = (context["high"] * soft_cross_entropy(logits, labels)).sum()
+        if "mixed labels of labelled rows" in context:
+            targets = context["mixed labels of labelled rows"]
+            high = high + soft_cross_entropy(outputs.extra_inputs[1], targets).sum()
         low_rows, weight = self._low
-        low = (notes["low"] * squared_error(logits, labels)).sum() / low_rows
+        low = (context["low"] * squared_error(logits, labels)).sum() / low_rows
         if self.weighting == "mean":
             low = weight * low
         mixed = replace(
             terms,
             extras={"srm_loss": self.high_weight * high / rows, "cam_loss": self.low_weight * low},
-            metrics={**terms.metrics, "confident_rate": notes["high"].sum() / rows},
+            metrics={**terms.metrics, "confident_rate": context["high"].sum() / rows},
         )
         return self.burned_in(mixed)
 
@@ -203,7 +205,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         )
         return rows, labeled, pool
 
-    def _draws(self, places: Places, high: Tensor, *, labeled: bool = False) -> _Draws:
+    def _draws(self, places: BatchPositions, high: Tensor, *, labeled: bool = False) -> _Draws:
         """What is drawn for each row, on the device of `high`, which says by which alpha."""
         noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
         plain, first, second = noise.split([4, BETA_NUMBERS, BETA_NUMBERS], dim=1)

@@ -135,8 +135,8 @@ class ReMixMatch(Ramped, name="remixmatch"):
             (*inputs.weak, *inputs.strong),
             targets,
         )
-        notes = {**mixed.notes, "targets": targets}
-        mixed = replace(mixed, strong=inputs.strong[:1], strong_labeled=(), notes=notes)
+        context = {**mixed.context, "targets": targets}
+        mixed = replace(mixed, strong=inputs.strong[:1], strong_labeled=(), context=context)
         if self.rotation_weight > 0:
             mixed = add_rotated(mixed, inputs.strong[0], "remixmatch")
         return mixed
@@ -144,7 +144,7 @@ class ReMixMatch(Ramped, name="remixmatch"):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """All terms; the log shows that of the mixed unlabelled rows without its weight."""
         losses = [soft_cross_entropy(*pair) for pair in unlabeled_pairs(outputs)]
-        strong = soft_cross_entropy(outputs.strong[0], outputs.notes["targets"])  # [unlabeled]
+        strong = soft_cross_entropy(outputs.strong[0], outputs.context["targets"])  # [unlabeled]
         weight = self.strong_weight * self.ramp
         extras = {"strong_loss": weight * strong.sum() / outputs.unlabeled_rows}
         if self.rotation_weight > 0:

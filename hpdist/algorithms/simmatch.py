@@ -21,7 +21,7 @@ from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, uniform_prior
 from hpdist.algorithms.parts.banks import enqueued, log_shares, mean_of, with_mean
 from hpdist.algorithms.parts.projections import projection
-from hpdist.algorithms.parts.tables import id_words, ids_of, spread
+from hpdist.algorithms.parts.tables import encode_ids, ids_of, scatter_to_global
 from hpdist.tasks.losses import soft_cross_entropy
 
 _HEAD = "projection"
@@ -86,9 +86,9 @@ class SimMatch(Algorithm, name="simmatch"):
         assert weak.labels is not None
         return {
             "probabilities": weak.probabilities.sum(dim=0),
-            "embeddings": spread(weak, weak.heads[_HEAD][1], labeled=True),
-            "labels": spread(weak, weak.labels + 1, labeled=True),
-            "ids": spread(weak, id_words(weak.known_labeled_ids), labeled=True),
+            "embeddings": scatter_to_global(weak, weak.heads[_HEAD][1], labeled=True),
+            "labels": scatter_to_global(weak, weak.labels + 1, labeled=True),
+            "ids": scatter_to_global(weak, encode_ids(weak.known_labeled_ids), labeled=True),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:

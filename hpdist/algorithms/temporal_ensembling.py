@@ -17,7 +17,7 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
-from hpdist.algorithms.parts.tables import RowTable, id_words, last_places, spread
+from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
 from hpdist.tasks.base import ALL
 
 _TAKEN = 1 << 24
@@ -67,8 +67,8 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """What was said of each row, at its place in the global batch: their sum is a gather."""
         return {
-            "predictions": spread(weak, self.task.predictions(weak.logits)),
-            "ids": spread(weak, id_words(weak.known_ids + _TAKEN)),
+            "predictions": scatter_to_global(weak, self.task.predictions(weak.logits)),
+            "ids": scatter_to_global(weak, encode_ids(weak.known_ids + _TAKEN)),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -96,7 +96,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     def commit(self) -> None:
         """Write the batch's predictions into the table, the last one where a row came twice."""
         super().commit()
-        if self.sound is None or self.sound:
+        if self.is_finite is None or self.is_finite:
             self._write(self._seen["predictions"], self._seen["ids"])
         self._seen = {}
 
@@ -107,7 +107,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
 
     def _write(self, predictions: Tensor, words: Tensor) -> None:
         filled = words[:, 0] > 0.5  # else no rank has a row at that place
-        ids, places = last_places(words, filled)
+        ids, places = last_occurrences(words, filled)
         ids = ids - _TAKEN
         moved = self.averages.read(ids).lerp(predictions[places], 1 - self.momentum)
         self.averages.write(ids, moved, self.rows)

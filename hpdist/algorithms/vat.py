@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import (
+    LogitsFn,
     LossTerms,
-    Probe,
     StudentInputs,
     StudentOutputs,
     Sums,
@@ -42,7 +42,7 @@ class VAT(Ramped, name="vat"):
     """
 
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
-    views: ClassVar[Views] = Views(weak=1, probed=True)
+    views: ClassVar[Views] = Views(weak=1, needs_gradient_probe=True)
     tasks: ClassVar[tuple[str, ...]] = ALL
     shape = "linear"
     defaults: ClassVar[str] = (
@@ -63,13 +63,13 @@ class VAT(Ramped, name="vat"):
     ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, ge=0, le=1)
     """Share of the run over which the first weight rises from 0."""
 
-    def take_task(self, task: Task) -> None:
+    def set_task(self, task: Task) -> None:
         """Have the outputs mean something else; raises ConfigError where its entropy has none."""
-        super().take_task(task)
+        super().set_task(task)
         if self.entropy_weight > 0:
             task.entropy(torch.zeros(1, 2))
 
-    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
+    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
         """Add the perturbed rows, and the rows as they are where their entropy counts."""
         rows = inputs.weak[0]
         if not rows.is_floating_point():
@@ -88,24 +88,26 @@ class VAT(Ramped, name="vat"):
             (gradient,) = torch.autograd.grad(divergence, direction)
             direction, lost = _unit(gradient, direction.detach())
         perturbed = (rows + self.epsilon * direction).detach()
-        further = (perturbed, rows) if self.entropy_weight > 0 else (perturbed,)
-        notes = {**inputs.notes, "lost": lost}
-        return replace(inputs, further=(*inputs.further, *further), notes=notes)
+        extra_inputs = (perturbed, rows) if self.entropy_weight > 0 else (perturbed,)
+        context = {**inputs.context, "lost": lost}
+        return replace(inputs, extra_inputs=(*inputs.extra_inputs, *extra_inputs), context=context)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """All terms, and the share of rows whose direction stayed random."""
         assert outputs.weak is not None
-        smoothness = self.task.divergence(outputs.weak.logits, outputs.further[0])  # [unlabeled]
+        smoothness = self.task.divergence(
+            outputs.weak.logits, outputs.extra_inputs[0]
+        )  # [unlabeled]
         extras = {}
         if self.entropy_weight > 0:
-            entropies = self.task.entropy(outputs.further[1]).sum() / outputs.unlabeled_rows
+            entropies = self.task.entropy(outputs.extra_inputs[1]).sum() / outputs.unlabeled_rows
             extras["entropy_loss"] = self.entropy_weight * entropies
         return LossTerms(
             supervised=supervised_loss(outputs, self.task),
             unsupervised=smoothness.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
             extras=extras,
-            metrics={"lost_directions": outputs.notes["lost"].sum() / outputs.unlabeled_rows},
+            metrics={"lost_directions": outputs.context["lost"].sum() / outputs.unlabeled_rows},
         )
 
 

@@ -37,7 +37,7 @@ from hpdist.checkpoint.manifest import (
     regular_size,
     step_of,
 )
-from hpdist.distributed.collectives import from_main, gathered, world_size
+from hpdist.distributed.collectives import gathered, run_on_main, world_size
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import with_plain_names
 from hpdist.errors import CheckpointError
@@ -61,7 +61,7 @@ def open_newest(
     format.
     """
     rank = dist.get_rank() if world_size() > 1 else 0
-    newest = from_main(lambda: [path.name for path in list_checkpoints(folder)])
+    newest = run_on_main(lambda: [path.name for path in list_checkpoints(folder)])
     newest = [name for name in newest if before is None or (step_of(name) or 0) < before]
     for name in newest:
         saved, error = None, None

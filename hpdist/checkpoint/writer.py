@@ -33,7 +33,7 @@ from hpdist.checkpoint.manifest import (
     list_checkpoints,
 )
 from hpdist.checkpoint.reader import remove
-from hpdist.distributed.collectives import from_main, gathered
+from hpdist.distributed.collectives import gathered, run_on_main
 from hpdist.distributed.fragments import Fragment
 from hpdist.errors import CheckpointError, why_not_written
 
@@ -62,7 +62,7 @@ class CheckpointWriter:
         self._ranks = ranks
         self._keep = keep
         self._background = background
-        self._token = from_main(lambda: secrets.token_hex(4))
+        self._token = run_on_main(lambda: secrets.token_hex(4))
         self._count = 0
         self._thread: threading.Thread | None = None
         self._problems: list[str] = []

@@ -38,7 +38,7 @@ class GlobalBatchNorm(_BatchNorm):
     Collective: in training mode every rank must call forward and backward the same number of times.
     """
 
-    segments: tuple[int, ...] | None = None
+    virtual_batches: tuple[int, ...] | None = None
     """Rows per independently normalised part of the input; None normalises all rows together."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,9 +73,9 @@ class GlobalBatchNorm(_BatchNorm):
             return F.batch_norm(
                 input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps
             )
-        if self.segments is None or len(self.segments) == 1:
+        if self.virtual_batches is None or len(self.virtual_batches) == 1:
             return self._normalise(input, weight, bias)
-        parts = input.split(self.segments)
+        parts = input.split(self.virtual_batches)
         return torch.cat([self._normalise(part, weight, bias) for part in parts])
 
     def _normalise(self, rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -102,8 +102,8 @@ class GlobalBatchNorm(_BatchNorm):
         Both are [rows, channels], and gradient flows to both; nothing is remembered of it. It is
         collective where forward is.
         """
-        segments = self.segments or (len(rows),)
-        pairs = zip(rows.split(segments), others.split(segments), strict=True)
+        virtual_batches = self.virtual_batches or (len(rows),)
+        pairs = zip(rows.split(virtual_batches), others.split(virtual_batches), strict=True)
         return torch.cat([_alike(*pair, self.eps) for pair in pairs])
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class GlobalBatchNorm(_BatchNorm):
                 self.num_batches_tracked += 1
         self._seen = []
 
-    def forget_pass(self) -> None:
+    def discard_pass(self) -> None:
         """Forget the latest pass."""
         if self._seen:
             self._seen.pop()

@@ -54,7 +54,7 @@ def summed(value: Tensor) -> Tensor:
     return total
 
 
-def apart(own: Tensor) -> Tensor:
+def rank_rows(own: Tensor) -> Tensor:
     """This rank's numbers [numbers] as its line of [ranks, numbers], whose sum has all of them."""
     lines = own.new_zeros(world_size(), len(own))
     lines[dist.get_rank() if world_size() > 1 else 0] = own
@@ -91,12 +91,12 @@ def gathered(value: T) -> list[T]:
     return cast(list[T], everyone)
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of all ranks' values. Collective: every rank must call."""
     return max(gathered(value))
 
 
-def from_main(function: Callable[[], T]) -> T:
+def run_on_main(function: Callable[[], T]) -> T:
     """Call a function on rank 0 alone, and give its result, or its HpdistError, to all.
 
     Collective: every rank must call; the result is pickled.
@@ -116,7 +116,7 @@ def from_main(function: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
-def agreed(function: Callable[[], T]) -> T:
+def call_on_all_ranks(function: Callable[[], T]) -> T:
     """Call a function on every rank; if it fails on any, raise the same error on all.
 
     Without this a rank that fails alone leaves the others waiting for ever. Collective: every rank

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpdist.distributed.collectives import gathered, world_size
 
-PlaceOf = tuple[str, int, int]  # a parameter's name, a fragment's start and length
+SpanOf = tuple[str, int, int]  # a parameter's name, a fragment's start and length
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed
 _PIECE = 1 << 22  # elements of all ranks that are exchanged at once
 
@@ -103,9 +103,9 @@ class Layout:
     """
 
     def __init__(
-        self, own: Sequence[Fragment], places: Sequence[Sequence[PlaceOf]] | None = None
+        self, own: Sequence[Fragment], places: Sequence[Sequence[SpanOf]] | None = None
     ) -> None:
-        self._ranks = [list(each) for each in places or gathered(places_of(own))]
+        self._ranks = [list(each) for each in places or gathered(fragment_spans(own))]
         self.sizes: dict[str, int] = {}
         for name, start, length in (place for places in self._ranks for place in places):
             self.sizes[name] = max(self.sizes.get(name, 0), start + length)
@@ -159,7 +159,7 @@ class Layout:
         return list(received.split(length))
 
 
-def places_of(fragments: Sequence[Fragment]) -> list[PlaceOf]:
+def fragment_spans(fragments: Sequence[Fragment]) -> list[SpanOf]:
     """Name, start and length of each."""
     return [(f.name, f.start, len(f.values)) for f in fragments]
 

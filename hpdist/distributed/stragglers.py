@@ -13,7 +13,7 @@ import torch
 _KEPT = 1000  # steps that a mean is over
 
 
-class OwnTime:
+class RankTimer:
     """The time of each step from its beginning until this rank first waits for the others.
 
     All ranks take equally many steps in equal time, since each waits for the slowest. How long a
@@ -56,11 +56,11 @@ class OwnTime:
         return event
 
 
-def stragglers(own_seconds: Sequence[float], rows: int, step_seconds: float) -> dict[str, Any]:
+def stragglers(compute_seconds: Sequence[float], rows: int, step_seconds: float) -> dict[str, Any]:
     """Which rank the others wait for, and how long; nothing where there is but one rank.
 
     Args:
-        own_seconds: Of each rank, a step, as `OwnTime` has them.
+        compute_seconds: Of each rank, a step, as `RankTimer` has them.
         rows: Of the global batch.
         step_seconds: What a step takes, from its beginning to the next.
 
@@ -68,15 +68,15 @@ def stragglers(own_seconds: Sequence[float], rows: int, step_seconds: float) -> 
     `slowest_rank_lag` is the share of a step's time that the slowest one works longer than the
     median of the others.
     """
-    if len(own_seconds) < 2:
+    if len(compute_seconds) < 2:
         return {}
-    each = rows / len(own_seconds)
-    slowest = max(range(len(own_seconds)), key=own_seconds.__getitem__)
-    others = [seconds for rank, seconds in enumerate(own_seconds) if rank != slowest]
+    each = rows / len(compute_seconds)
+    slowest = max(range(len(compute_seconds)), key=compute_seconds.__getitem__)
+    others = [seconds for rank, seconds in enumerate(compute_seconds) if rank != slowest]
     return {
-        "examples_per_second_per_rank": [round(each / max(s, 1e-9), 1) for s in own_seconds],
+        "examples_per_second_per_rank": [round(each / max(s, 1e-9), 1) for s in compute_seconds],
         "slowest_rank": slowest,
-        "slowest_rank_lag": (own_seconds[slowest] - statistics.median(others)) / step_seconds,
+        "slowest_rank_lag": (compute_seconds[slowest] - statistics.median(others)) / step_seconds,
     }
 
 

@@ -46,12 +46,12 @@ class Watchdog:
         """Begin to watch."""
         if self._seconds is None:
             return
-        self.beat(0, "starting")
+        self.heartbeat(0, "starting")
         self._store = _store()
         self._thread = threading.Thread(target=self._watch, name="hpdist-watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, step: int, doing: str) -> None:
+    def heartbeat(self, step: int, doing: str) -> None:
         """Tell of progress: the step that is worked at, and what comes next."""
         if self._seconds is None:
             return

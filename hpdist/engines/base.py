@@ -151,7 +151,7 @@ class Engine(ABC):
         """Outputs in fp32, without gradient, in whatever mode the module is."""
 
     @abstractmethod
-    def examine(self, inputs: Structure) -> Any:
+    def probe_forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, with gradient, outside of any step: nothing will be applied."""
 
     def _wanted(self, output: Any) -> Structure:
@@ -259,7 +259,7 @@ class Engine(ABC):
         """Set master and model weights from flat fp32 tensors by name, the same on every rank."""
 
     @abstractmethod
-    def lend_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
         """Put other weights into the model for a while. Collective."""
 
     def make_replica(self, model: nn.Module | None) -> Replica | None:
@@ -292,26 +292,26 @@ class Engine(ABC):
         """The shape of every parameter that is trained, by name."""
         return {name: p.shape for name, p in self._parameters.items()}
 
-    def finish_norms(self, applied: bool) -> None:
+    def commit_bn(self, applied: bool) -> None:
         """Move the running statistics of batch normalisation, or leave them as they were."""
         for norm in self._norms:
             norm.commit() if applied else norm.discard()
 
-    def forget_norms(self) -> None:
+    def discard_bn_pass(self) -> None:
         """Drop the latest pass from what batch normalisation saw in this step."""
         for norm in self._norms:
-            norm.forget_pass()
+            norm.discard_pass()
 
     @contextmanager
-    def segments(self, rows: Sequence[int]) -> Iterator[None]:
+    def virtual_batches(self, rows: Sequence[int]) -> Iterator[None]:
         """Have batch normalisation treat these runs of rows as separate batches."""
         for norm in self._norms:
-            norm.segments = tuple(rows)
+            norm.virtual_batches = tuple(rows)
         try:
             yield
         finally:
             for norm in self._norms:
-                norm.segments = None
+                norm.virtual_batches = None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of every parameter group, keeping the ratios between them."""
@@ -362,9 +362,9 @@ class ReplicatedEngine(HasWholeState, Engine):
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
         """Outputs in fp32, past DDP's wrapper, which would expect a backward."""
-        return self.examine(inputs)
+        return self.probe_forward(inputs)
 
-    def examine(self, inputs: Structure) -> Any:
+    def probe_forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, with gradient, past DDP's wrapper."""
         with self._autocast():
             return self._wanted(self._prepared(inputs))
@@ -430,7 +430,7 @@ class ReplicatedEngine(HasWholeState, Engine):
             flat_view(parameter).copy_(flat_view(whole[name]))
 
     @contextmanager
-    def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Gather into the weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.layout.spread(fragments, self._parameters)

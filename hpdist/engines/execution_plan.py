@@ -12,7 +12,7 @@ Offload = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True)
-class Sharding:
+class ExecutionPlan:
     """How a run computes and shards: what config and launcher agree on."""
 
     precision: Precision = "fp32"

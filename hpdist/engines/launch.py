@@ -28,7 +28,7 @@ from hpdist.distributed.collectives import keep_group
 from hpdist.distributed.mpi import adopt_mpi
 from hpdist.engines.config import ExecutionRequest, Precision
 from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working
@@ -40,7 +40,7 @@ _DEEPSPEED = "0.19.8"
 """The oldest DeepSpeed in which every stage and accumulation has been found right."""
 
 
-def resolve(request: ExecutionRequest) -> Sharding:
+def resolve(request: ExecutionRequest) -> ExecutionPlan:
     """Put hpdist's config and the launcher's together; batch sizes are left to the caller.
 
     Raises ConfigError where both name a setting and differ, saying where each stands, or where the
@@ -58,7 +58,7 @@ def resolve(request: ExecutionRequest) -> Sharding:
             f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "
             "their names"
         )
-    sharding = Sharding(
+    sharding = ExecutionPlan(
         precision=_agree(launcher, "precision", request.precision) or "fp32",
         stage=_agree(launcher, "zero.stage", request.zero.stage),
         offload=_agree(launcher, "zero.offload", request.zero.offload) or "none",
@@ -82,7 +82,7 @@ def resolve(request: ExecutionRequest) -> Sharding:
     return sharding if path is None else _with_file(sharding, request, path)
 
 
-def _with_file(sharding: Sharding, request: ExecutionRequest, path: str) -> Sharding:
+def _with_file(sharding: ExecutionPlan, request: ExecutionRequest, path: str) -> ExecutionPlan:
     """The sharding with what the DeepSpeed JSON says beside it."""
     values = read_deepspeed(path)
     base, unused = base_of_run(values, path, request.training, sharding.precision)
@@ -132,7 +132,7 @@ def _join_after_restart(backend: str) -> None:
 
 
 @working("setting up the process group")
-def make_accelerator(sharding: Sharding) -> Accelerator:
+def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
     """Make the Accelerator. Collective: it joins the process group."""
     on_cpu = not torch.cuda.is_available()
     atexit.register(keep_group)
@@ -179,7 +179,9 @@ def make_accelerator(sharding: Sharding) -> Accelerator:
         return Accelerator(mixed_precision=mixed, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
 
-def with_batch(sharding: Sharding, micro_batch: int, accumulation: int, ranks: int) -> Sharding:
+def with_batch(
+    sharding: ExecutionPlan, micro_batch: int, accumulation: int, ranks: int
+) -> ExecutionPlan:
     """The sharding of a batch that is cut so; checked against numbers that the launcher names."""
     ours = {
         "train_batch_size": micro_batch * accumulation * ranks,
@@ -229,7 +231,7 @@ def _check_precision(precision: Precision) -> None:
             warnings.warn(message, stacklevel=2)
 
 
-def _check_zero(sharding: Sharding) -> None:
+def _check_zero(sharding: ExecutionPlan) -> None:
     stage, offload = sharding.stage, sharding.offload
     if offload != "none" and not stage:
         raise ConfigError(f"zero.offload: {offload} needs zero.stage 1, 2 or 3")

@@ -136,7 +136,7 @@ class _Build:
         while not self._done.wait(_LOOK):
             now, compilers = changes(self._folder), working_in(self._folder)
             if now != before or (compilers and time.monotonic() < limit):
-                self._watchdog.beat(0, f"compiling {self._builder.name}")
+                self._watchdog.heartbeat(0, f"compiling {self._builder.name}")
             if self._loads and compilers:
                 self._tell()
             before = now

@@ -18,7 +18,7 @@ from hpdist.errors import PrecisionError
 
 
 @dataclass(frozen=True)
-class Culprit:
+class OverflowSource:
     """Where a value left the range of the number format first."""
 
     rank: int
@@ -39,9 +39,9 @@ class OverflowHistory:
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
         """Steps skipped in a row that are borne where no loss scale can fall."""
-        self._in_a_row: list[tuple[int, float, Culprit | None]] = []
+        self._in_a_row: list[tuple[int, float, OverflowSource | None]] = []
 
-    def record(self, attempt: int, step: EngineStep, culprit: Culprit | None) -> None:
+    def record(self, attempt: int, step: EngineStep, culprit: OverflowSource | None) -> None:
         """Take note of an attempt.
 
         Raises PrecisionError where the loss scale is at its minimum, or where none can fall and
@@ -53,9 +53,9 @@ class OverflowHistory:
         self._in_a_row.append((attempt, step.old_scale, culprit))
         stuck = step.new_scale == step.old_scale and len(self._in_a_row) >= self.patience
         if step.exhausted or stuck:
-            raise PrecisionError(self._story(step))
+            raise PrecisionError(self._describe(step))
 
-    def _story(self, step: EngineStep) -> str:
+    def _describe(self, step: EngineStep) -> str:
         skipped = self._in_a_row
         why = "gradients overflow though the loss scale is at its minimum"
         if not step.exhausted:
@@ -73,7 +73,7 @@ class OverflowHistory:
 Terms = Callable[[Any], Mapping[str, Tensor]]
 
 
-def find_culprit(engine: Engine, inputs: Structure, terms: Terms) -> Culprit | None:
+def find_overflow_source(engine: Engine, inputs: Structure, terms: Terms) -> OverflowSource | None:
     """Go through a micro-batch again and name what overflowed first; None if nothing does.
 
     `terms` maps the student's outputs to this rank's contributions, by term. Each is differentiated
@@ -94,7 +94,7 @@ def find_culprit(engine: Engine, inputs: Structure, terms: Terms) -> Culprit | N
 
 @dataclass(frozen=True)
 class _Finding:
-    culprit: Culprit
+    culprit: OverflowSource
     tick: int  # how many modules came before, forward and backward
 
 
@@ -103,7 +103,7 @@ def _examine(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Fin
     inputs = map_tensors(_leaf, inputs)
     leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
     with torch.enable_grad(), _watched(engine.module) as watch:
-        term = terms(engine.examine(inputs))[name]
+        term = terms(engine.probe_forward(inputs))[name]
         scaled = term * (engine.world_size * engine.loss_scale)
         parameters = engine.whole_parameters()
         # Whole numbers have no gradient: then that of the first module's output is asked for.
@@ -113,10 +113,10 @@ def _examine(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Fin
         tick, where, module = watch.first
         if where == "forward" and term.isfinite():
             return None  # in the rows of another term
-        return _Finding(Culprit(engine.rank, name, module, where), tick)
+        return _Finding(OverflowSource(engine.rank, name, module, where), tick)
     for parameter, gradient in zip(parameters, gradients[len(leaves) :], strict=True):
         if gradient is not None and not gradient.isfinite().all():
-            return _Finding(Culprit(engine.rank, name, parameter, "weights"), watch.ticks)
+            return _Finding(OverflowSource(engine.rank, name, parameter, "weights"), watch.ticks)
     return None
 
 

@@ -59,13 +59,13 @@ class ShardedTeacher:
         self.updates += 1
 
     @contextmanager
-    def in_student(self) -> Iterator[None]:
+    def teacher_weights(self) -> Iterator[None]:
         """Lend the teacher's weights and buffers to the model, for evaluation.
 
         Collective: every rank must enter; one gather, none under ZeRO-3.
         """
         buffers = {name: b.detach().clone() for name, b in named_buffers(self.engine.module)}
-        with self.engine.lend_weights(self.fragments):
+        with self.engine.swapped_weights(self.fragments):
             self._set_buffers(self.buffers)
             try:
                 yield
@@ -89,10 +89,10 @@ class ShardedTeacher:
 
         def infer(inputs: Structure) -> Any:
             outputs = self.engine.infer(inputs)
-            self.engine.forget_norms()  # the student's statistics are the student's
+            self.engine.discard_bn_pass()  # the student's statistics are the student's
             return outputs
 
-        with self.in_student():
+        with self.teacher_weights():
             yield infer
 
     def tensors(self) -> list[Tensor]:

@@ -26,7 +26,7 @@ from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import without_wrappers
 from hpdist.engines.base import Engine
 from hpdist.engines.config import LossScale
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.launcher import hide_launcher_fields
 from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, make_state
@@ -34,7 +34,7 @@ from hpdist.engines.zero_reach import reduce_alike
 from hpdist.errors import CheckpointError, ConfigError
 
 
-def make_plugin(sharding: Sharding) -> DeepSpeedPlugin:
+def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
     """Accelerate's DeepSpeed plug-in for a run; a JSON file named at launch is the base.
 
     What hpdist must decide itself (batch sizes, clipping, precision, stage) overrides the file.
@@ -121,7 +121,7 @@ def _missing(folder: Path, rank: int, sharded: bool) -> CheckpointError | None:
     return None
 
 
-class Place(NamedTuple):
+class FlatSlice(NamedTuple):
     """Elements of a parameter from `start` on lie in a flat part from `at` on."""
 
     name: str
@@ -195,9 +195,9 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
         """Outputs in fp32; the parameters are whole, so DeepSpeed need not know."""
-        return self.examine(inputs)
+        return self.probe_forward(inputs)
 
-    def examine(self, inputs: Structure) -> Any:
+    def probe_forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, with gradient, past DeepSpeed's wrapper."""
         return self._wanted(self.deepspeed.module(as_dtype(inputs, self._dtype)))
 
@@ -217,7 +217,7 @@ class ZeroEngine(Engine):
         """Views of what this rank owns of each parameter."""
         return [
             Fragment(place.name, place.start, parts[place.part].narrow(0, place.at, place.length))
-            for place in self._places()
+            for place in self._slices()
         ]
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
@@ -245,7 +245,7 @@ class ZeroEngine(Engine):
         return {
             key: [
                 Fragment(place.name, place.start, values.narrow(0, place.at, place.length))
-                for place in self._places()
+                for place in self._slices()
                 if place.part == part
             ]
             for key, values in state.items()
@@ -270,7 +270,7 @@ class ZeroEngine(Engine):
         self._load_weights(whole)
 
     @contextmanager
-    def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Gather into the half-precision weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.layout.spread(fragments, self._parameters)
@@ -318,13 +318,13 @@ class ZeroEngine(Engine):
             theirs.cur_scale = self.scaler.scale
             theirs.update_scale = _keep_scale
 
-    def _places(self) -> Iterator[Place]:
+    def _slices(self) -> Iterator[FlatSlice]:
         """Where this rank's part of each parameter lies in the flat parts."""
         for name, parameter in self._parameters.items():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-                yield Place(name, start, mapping.param_group_index, at.start, at.numel)
+                yield FlatSlice(name, start, mapping.param_group_index, at.start, at.numel)
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.single_partition_of_fp32_groups)

@@ -14,7 +14,7 @@ from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_parameters
 from hpdist.engines.base import Replica
-from hpdist.engines.zero import Place, ZeroEngine
+from hpdist.engines.zero import FlatSlice, ZeroEngine
 from hpdist.engines.zero_shapes import unregister_empty
 from hpdist.errors import ConfigError
 
@@ -103,7 +103,7 @@ class PartitionedEngine(ZeroEngine):
         """Copy into this rank's parts."""
         for number, flat in enumerate(self._flat_parts()):
             with self._in_memory(number, write=True):
-                for place in self._places():
+                for place in self._slices():
                     if place.part == number:
                         stop = place.start + place.length
                         values = whole[place.name][place.start : stop]
@@ -111,7 +111,7 @@ class PartitionedEngine(ZeroEngine):
         self._copy_into_shards(self.master_fragments())
 
     @contextmanager
-    def lend_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Copy into this rank's parts, which the forward gathers as ever: no collective here."""
         self._release_gathered()
         own = {name: read_shard(p) for name, p in self._sharded()}
@@ -152,14 +152,14 @@ class PartitionedEngine(ZeroEngine):
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         return iter(cast(dict[str, Any], self._parameters).items())
 
-    def _places(self) -> Iterator[Place]:
+    def _slices(self) -> Iterator[FlatSlice]:
         """The unpadded part of each parameter's partition; ranks hold equal runs in order."""
         wrapped = self.deepspeed.optimizer
         for name, parameter in self._sharded():
             part, at, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
             start = min(self.rank * parameter.ds_tensor.ds_numel, parameter.ds_numel)
             length = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
-            yield Place(name, start, part, at, length)
+            yield FlatSlice(name, start, part, at, length)
 
     def _is_swapped(self, part: int) -> bool:
         return bool(self.deepspeed.optimizer._swappable_optimizer_subgroup(part))

@@ -78,7 +78,7 @@ def evaluating(
     def predict(inputs: Structure) -> Any:
         return engine.infer(views.plain(to(inputs, engine.device, non_blocking=True)))
 
-    with nullcontext() if teacher is None else teacher.in_student():
+    with nullcontext() if teacher is None else teacher.teacher_weights():
         engine.module.eval()
         try:
             yield predict
@@ -180,5 +180,5 @@ def evaluate_both(
     student, rows = _measure(engine, views, batches(), task)
     if teacher is None:
         return Evaluation(student, student, rows)
-    with teacher.in_student():
+    with teacher.teacher_weights():
         return Evaluation(_measure(engine, views, batches(), task)[0], student, rows)

@@ -60,21 +60,21 @@ def _keep_segments(
     norms: list[GlobalBatchNorm],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a block's forward and of its recomputation, which sees the same segments."""
-    return nullcontext(), _with_segments(norms, [norm.segments for norm in norms])
+    return nullcontext(), _with_segments(norms, [norm.virtual_batches for norm in norms])
 
 
 @contextmanager
 def _with_segments(
-    norms: list[GlobalBatchNorm], segments: list[tuple[int, ...] | None]
+    norms: list[GlobalBatchNorm], virtual_batches: list[tuple[int, ...] | None]
 ) -> Iterator[None]:
-    own = [norm.segments for norm in norms]
-    for norm, then in zip(norms, segments, strict=True):
-        norm.segments = then
+    own = [norm.virtual_batches for norm in norms]
+    for norm, then in zip(norms, virtual_batches, strict=True):
+        norm.virtual_batches = then
     try:
         yield
     finally:
         for norm, now in zip(norms, own, strict=True):
-            norm.segments = now
+            norm.virtual_batches = now
 
 
 def peak_memory(device: torch.device) -> int:

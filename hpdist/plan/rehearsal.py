@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hpdist.data.sources.labeled import LabeledRows
-    from hpdist.distributed.fragments import Fragment, PlaceOf
+    from hpdist.distributed.fragments import Fragment, SpanOf
     from hpdist.engines.base import Engine
     from hpdist.train.data import RunData
     from hpdist.train.step import SemiSupervisedStep
@@ -166,11 +166,11 @@ def _stand_in_for_others(engine: Engine, ranks: int) -> None:
     engine.layout = Layout(own, places=_all_places(engine, own, ranks))
 
 
-def _all_places(engine: Engine, own: list[Fragment], ranks: int) -> list[list[PlaceOf]]:
+def _all_places(engine: Engine, own: list[Fragment], ranks: int) -> list[list[SpanOf]]:
     """Rank 0's fragments, and what is left in even shares for the others."""
-    from hpdist.distributed.fragments import places_of
+    from hpdist.distributed.fragments import fragment_spans
 
-    mine = places_of(own)
+    mine = fragment_spans(own)
     ends = {name: start + length for name, start, length in mine}  # rank 0's part comes first
     left = {n: (ends.get(n, 0), s.numel()) for n, s in engine.parameter_shapes().items()}
     places = [mine, *([] for _ in range(ranks - 1))]

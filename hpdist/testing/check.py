@@ -97,7 +97,7 @@ def _maker(
 
     def make() -> Algorithm:
         made = copy.deepcopy(given) if isinstance(given, Algorithm) else given()
-        made.take_task(task)
+        made.set_task(task)
         return made
 
     return make
@@ -192,7 +192,7 @@ class _Checks:
         many = [self.make() for _ in range(ranks)]
         for rank, algorithm in enumerate(many):
             if ranks > 1:
-                algorithm.take_place(rank, ranks)
+                algorithm.bind_rank(rank, ranks)
         for step, unusable in enumerate([(), some, slice_, every, ()]):
             batch = self._batch(one, step, unusable)
             wanted, found = run_step([one], batch), run_step(many, batch, micro_batches)

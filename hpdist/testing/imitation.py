@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, LossTerms, Places, StudentInputs
+from hpdist.algorithms.base import Algorithm, BatchPositions, LossTerms, StudentInputs
 from hpdist.algorithms.protocol import Attempt, MicroBatch, OwnSums, Reduce
 from hpdist.data.structures import Structure
 
@@ -57,7 +57,7 @@ class GlobalBatch:
             tuple(view[u] for view in self.strong),
             tuple(view[x] for view in self.strong_labeled),
             tuple(view[u] for view in self.weak),
-            Places(x, u, len(self.labels), len(self.ids), seed=7, step=self.step),
+            BatchPositions(x, u, len(self.labels), len(self.ids), seed=7, step=self.step),
             ids=self.ids[u],
         )
         labeled_ids = self.labeled_ids[x] if len(self.labeled_ids) else None
@@ -119,7 +119,7 @@ class Ran:
     inputs: list[Tensor] = field(default_factory=list)  # what the student saw, part by part
     logits: list[Tensor] = field(default_factory=list)  # what it said, part by part
     gradients: list[Tensor] = field(default_factory=list)  # of the loss, to the logits
-    notes: dict[str, Tensor] = field(default_factory=dict)
+    context: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     heads: dict[str, list[Tensor]] = field(default_factory=dict)  # what they said, part by part
     head_gradients: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -263,7 +263,7 @@ def _judge(attempt: Attempt, model: LinearModel, number: int) -> Ran:
         inputs.parts,
         heads.pop(""),
         gradients.pop(""),
-        dict(inputs.notes),
+        dict(inputs.context),
         {name: value.item() for name, value in terms.contributions(attempt.parts).items()},
         heads,
         gradients,
@@ -278,11 +278,11 @@ def _problems(attempt: Attempt, number: int, terms: LossTerms, again: LossTerms)
     if not torch.equal(*totals):
         problems.append(
             f"a second call of `loss` gives {totals[1]:.7g}, the first {totals[0]:.7g}: it must be "
-            "a function of its arguments, `pending` and the noise of `Places`"
+            "a function of its arguments, `pending` and the noise of `BatchPositions`"
         )
     if weak is not None and any(part.requires_grad for part in weak.everything):
         problems.append("asks for a gradient into the targets: use them as they are, or a copy")
-    if any(part.requires_grad for part in (*inputs.parts, *inputs.notes.values())):
+    if any(part.requires_grad for part in (*inputs.parts, *inputs.context.values())):
         problems.append("gives the student inputs or notes with a gradient: detach them")
     remembered = {**attempt.algorithm.state, **attempt.algorithm.pending}
     if kept := [name for name, value in remembered.items() if value.requires_grad]:
@@ -301,7 +301,7 @@ def _join(parts: Sequence[Ran]) -> Ran:
         rows(part.inputs for part in parts),
         rows(part.logits for part in parts),
         rows(part.gradients for part in parts),
-        {name: torch.cat([part.notes[name] for part in parts]) for name in first.notes},
+        {name: torch.cat([part.context[name] for part in parts]) for name in first.context},
         {name: sum(part.losses[name] for part in parts) for name in first.losses},
         {name: rows([part.heads[name] for part in parts]) for name in first.heads},
         {

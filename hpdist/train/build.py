@@ -18,11 +18,11 @@ from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.checkpoint.reader import SavedRun
-from hpdist.distributed.collectives import agreed
+from hpdist.distributed.collectives import call_on_all_ranks
 from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.next_run import fresh_accelerate
 from hpdist.engines import launch
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.prepare import prepare
 from hpdist.errors import ConfigError
 from hpdist.tracking.run_folder import RunFolder
@@ -33,7 +33,7 @@ from hpdist.train.compose import compose, execution_request
 from hpdist.train.config import RunConfig
 from hpdist.train.data import RunData
 from hpdist.train.generations import Generations, initial_values
-from hpdist.train.given import Objects, check_classes
+from hpdist.train.given import InMemoryInputs, check_classes
 from hpdist.train.guard import RunGuard
 from hpdist.train.measuring import Measuring
 from hpdist.train.model import RunModel
@@ -52,7 +52,7 @@ class RunPlan:
     """What a run does, as config and launcher agree on it, before anything is opened."""
 
     config: RunConfig
-    sharding: Sharding
+    sharding: ExecutionPlan
     uses_unlabeled: bool
     rows: int
     """Rows of a global batch."""
@@ -89,7 +89,7 @@ class Run:
     """The run's settings, before the rows and the model added to them."""
     files: bool
     """Whether anything is written."""
-    sharding: Sharding
+    sharding: ExecutionPlan
     accelerator: Accelerator
     folder: RunFolder
     launcher: LauncherWatch
@@ -112,7 +112,9 @@ class Run:
         return bool(self.accelerator.is_main_process)
 
 
-def build_run(config: RunConfig, objects: Objects | None = None, *, files: bool = True) -> Run:
+def build_run(
+    config: RunConfig, objects: InMemoryInputs | None = None, *, files: bool = True
+) -> Run:
     """Check and build all parts of a run, which goes on where its folder has one.
 
     Args:
@@ -125,7 +127,7 @@ def build_run(config: RunConfig, objects: Objects | None = None, *, files: bool 
     """
     plan = plan_run(config)
     with fresh_accelerate():
-        return _assemble(plan, objects or Objects(), files)
+        return _assemble(plan, objects or InMemoryInputs(), files)
 
 
 def plan_run(config: RunConfig) -> RunPlan:
@@ -146,7 +148,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     return RunPlan(config, sharding, uses_unlabeled, rows, count)
 
 
-def _assemble(plan: RunPlan, objects: Objects, files: bool) -> Run:
+def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
     """Open folder and data, build model and step, and go on where the folder has a run."""
     config, sharding = plan.config, plan.sharding
     opening.say_run(config, sharding, plan.uses_unlabeled, files=files)
@@ -191,7 +193,7 @@ def _assemble(plan: RunPlan, objects: Objects, files: bool) -> Run:
         outset = _set_out(saved, claim, folder, data, state, saving, files)
         if files and not outset.summary:
             # Not before: a run that is refused must not forget what it had.
-            agreed(lambda: sets.record(folder))
+            call_on_all_ranks(lambda: sets.record(folder))
         stack.pop_all()  # all is well, and what is open stays so
     return Run(
         config=config,
@@ -216,7 +218,7 @@ def _assemble(plan: RunPlan, objects: Objects, files: bool) -> Run:
 
 
 def _make_algorithm(
-    config: RunConfig, objects: Objects, sets: RunSets, accelerator: Accelerator
+    config: RunConfig, objects: InMemoryInputs, sets: RunSets, accelerator: Accelerator
 ) -> Algorithm:
     """The algorithm with its add-ons, told how much data there is."""
     check_classes(objects.algorithm, sets.num_classes)
@@ -279,7 +281,7 @@ def _set_out(
     """Go on from a checkpoint, or begin. Collective."""
     if saved is None:
         if files:
-            agreed(lambda: folder.drop_metrics_after(-1))
+            call_on_all_ranks(lambda: folder.drop_metrics_after(-1))
             data.drop_audit_after(0)
         return Outset()
     facts = state.load(saved)
@@ -288,6 +290,6 @@ def _set_out(
     summary = claim.summary(done)
     if summary is not None:
         return Outset(facts, summary)
-    agreed(lambda: folder.drop_metrics_after(done))
+    call_on_all_ranks(lambda: folder.drop_metrics_after(done))
     opening.say_resumed(saved.path, done, folder.main)
     return Outset(facts)

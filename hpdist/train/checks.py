@@ -89,7 +89,11 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
             "back, which waveforms of different lengths do not allow; set views.spectrogram: true, "
             "or choose one that does not, such as fixmatch"
         )
-    if spec.beside is not None and algorithm.views.uses_unlabeled and not algorithm.views.strong:
+    if (
+        spec.paired_column is not None
+        and algorithm.views.uses_unlabeled
+        and not algorithm.views.strong
+    ):
         raise ConfigError(
             f"views.strong_column: {type(algorithm).__name__} makes no strong view of unlabelled "
             "rows; leave it out, or choose an algorithm that does, such as fixmatch"

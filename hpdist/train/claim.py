@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpdist.checkpoint import reader as checkpoint
-from hpdist.distributed.collectives import agreed, from_main
+from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.errors import CheckpointError
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
@@ -44,10 +44,10 @@ class Claim:
         """
         if not self._files:
             return None
-        agreed(self._folder.create)
+        call_on_all_ranks(self._folder.create)
         self._lock = own_folder(self._folder.path, self._config.run.wait, self._say)
         if self._config.checkpoint.resume == "never":
-            from_main(self._folder.refuse_unless_empty)
+            run_on_main(self._folder.refuse_unless_empty)
             return None
         return checkpoint.open_newest(self._folder.checkpoints, self._say, facts=RunFacts)
 
@@ -55,12 +55,12 @@ class Claim:
         """What came of a run that has done so many steps, if these are all and it has ended."""
         if done < self._config.steps:
             return None
-        summary = from_main(self._folder.read_summary)
+        summary = run_on_main(self._folder.read_summary)
         return summary if summary is not None and summary.get("steps") == done else None
 
     def say_done(self, config: RunConfig, steps: object) -> None:
         """Say that the run is done, and which settings would have been others. Collective."""
-        found = from_main(lambda: differences(self._folder, config))
+        found = run_on_main(lambda: differences(self._folder, config))
         others = (
             f"; other settings than its own are not looked at ({told(found)}): raise steps to go "
             "on with them, or choose another run.name"
@@ -79,9 +79,9 @@ class Claim:
             return
         self._lock.busy = True
         if step is None:
-            agreed(lambda: begin_config(self._folder, config))
+            call_on_all_ranks(lambda: begin_config(self._folder, config))
             return
-        line = from_main(lambda: continue_config(self._folder, config, step))
+        line = run_on_main(lambda: continue_config(self._folder, config, step))
         if line is not None:
             self._say(line)
 
@@ -107,13 +107,13 @@ def own_folder(folder: Path, seconds: float, say: Callable[[str], None]) -> RunL
     Raises InUseError, on all ranks, where another run is at work in it all that time.
     """
     lock = RunLock(folder, say)
-    if from_main(lambda: lock.acquire(0)):
+    if run_on_main(lambda: lock.acquire(0)):
         return lock
     if seconds:
-        say(f"{from_main(lock.refusal)}; waiting {seconds:g} s for that")
+        say(f"{run_on_main(lock.refusal)}; waiting {seconds:g} s for that")
     deadline = time.monotonic() + seconds
-    while (left := from_main(lambda: deadline - time.monotonic())) > 0:
+    while (left := run_on_main(lambda: deadline - time.monotonic())) > 0:
         turn = min(left, _TURN_SECONDS)
-        if from_main(lambda: lock.acquire(turn)):  # noqa: B023
+        if run_on_main(lambda: lock.acquire(turn)):  # noqa: B023
             return lock
-    raise from_main(lock.refusal)
+    raise run_on_main(lock.refusal)

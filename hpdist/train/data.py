@@ -12,7 +12,7 @@ from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.sources.held_out import evaluation_batches
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.stream import BatchStream
-from hpdist.distributed.collectives import agreed
+from hpdist.distributed.collectives import call_on_all_ranks
 from hpdist.errors import DataError, HpdistError
 from hpdist.messages.progress import working
 from hpdist.tracking.audit import Audit
@@ -97,7 +97,7 @@ class RunData:
         labeled = next(self.labeled_stream)
         return labeled, next(self.unlabeled_stream) if self.unlabeled_stream else None
 
-    def sweep(self) -> Iterator[UnlabeledBatch]:
+    def iterate_once(self) -> Iterator[UnlabeledBatch]:
         """Every unlabelled row once: this rank's slices of batches that begin an epoch.
 
         Rows of the last batch that are not of epoch 0 are there for equal shapes only. Collective:
@@ -110,17 +110,17 @@ class RunData:
         try:
             with working("going through the unlabelled rows", rows, "rows") as work:
                 for _ in range(-(-rows // batch)):
-                    agreed(stream.look_ahead)
+                    call_on_all_ranks(stream.prefetch)
                     yield next(stream)
                     work.add(batch)
         finally:
             stream.close()
 
-    def look_ahead(self, give_up: Callable[[], bool] = lambda: False) -> HpdistError | None:
+    def prefetch(self, should_stop: Callable[[], bool] = lambda: False) -> HpdistError | None:
         """Wait for the batches that `next` will give; what stands in their way, if anything."""
         try:
             for stream in self.streams.values():
-                stream.look_ahead(give_up)
+                stream.prefetch(should_stop)
         except HpdistError as error:
             return error
         return None
@@ -135,7 +135,7 @@ class RunData:
         """Seconds that this rank has waited for rows."""
         return sum(stream.waited for stream in self.streams.values())
 
-    def account(
+    def record_consumed(
         self, batch: UnlabeledBatch | None, attempt: int, applied: bool, bad_rows: int
     ) -> DataError | None:
         """Take note of what a step consumed; `bad_rows` are those of all ranks.

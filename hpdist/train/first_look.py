@@ -12,7 +12,7 @@ from hpdist.data.sources.held_out import (
     summarize_looks,
 )
 from hpdist.data.sources.labeled import LabeledRows
-from hpdist.distributed.collectives import agreed, gathered, world_size
+from hpdist.distributed.collectives import call_on_all_ranks, gathered, world_size
 
 
 def look_at_labeled(rows: LabeledRows, spec: InputSpec) -> str | None:
@@ -21,7 +21,7 @@ def look_at_labeled(rows: LabeledRows, spec: InputSpec) -> str | None:
     Raises DataError, on all ranks, where some cannot be decoded.
     """
     looks = gathered(look_through(rows, spec, _rank(), world_size(), most=MOST_LABELED))
-    return agreed(lambda: refuse_unreadable(rows, looks))
+    return call_on_all_ranks(lambda: refuse_unreadable(rows, looks))
 
 
 def look_at_held_out(rows: LabeledRows, spec: InputSpec) -> tuple[str | None, set[int]]:

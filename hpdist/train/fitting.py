@@ -15,7 +15,7 @@ from hpdist.data.sources.label_encoding import Scale
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.sources.unlabeled import AnyUnlabeled
 from hpdist.data.views import FittedViews, TableViewsConfig, Views
-from hpdist.distributed.collectives import from_main
+from hpdist.distributed.collectives import run_on_main
 from hpdist.errors import CheckpointError
 from hpdist.messages.progress import working
 
@@ -51,7 +51,7 @@ def fitted_views(
             views.fit(training_rows(labeled, unlabeled, spec), spec.names)
             return views.state()
 
-        state = from_main(measured)
+        state = run_on_main(measured)
     views.load_state(state)
     return views
 

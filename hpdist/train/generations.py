@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hpdist.algorithms.parts.tables import id_words, ids_of
+from hpdist.algorithms.parts.tables import encode_ids, ids_of
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.distributed.collectives import FusedSum
 from hpdist.distributed.fragments import flat_view
@@ -64,15 +64,15 @@ class Generations:
         """The applied steps of a run's step `step` within its generation."""
         return step % self.steps if self.count > 1 else step
 
-    def begin(self, beat: Callable[[], None] = lambda: None) -> None:
+    def begin(self, heartbeat: Callable[[], None] = lambda: None) -> None:
         """Label all rows and reset the student; `beat` is called now and then. Collective."""
         step = self.step
         assert step.teacher is not None
-        with step.teacher.in_student():
+        with step.teacher.teacher_weights():
             step.engine.module.eval()
-            for batch in self.data.sweep():
+            for batch in self.data.iterate_once():
                 step.algorithm.take_labels(*self._label(batch))
-                beat()
+                heartbeat()
             step.engine.module.train()
         step.algorithm.begin_generation()
         self._restart()
@@ -89,7 +89,7 @@ class Generations:
             new = new & (batch.epochs == 0)
         assert moved.ids is not None  # a stream's rows have them
         told = torch.cat(
-            [new[:, None].to(engine.device), id_words(moved.ids), probabilities], dim=1
+            [new[:, None].to(engine.device), encode_ids(moved.ids), probabilities], dim=1
         )
         told = torch.where(told[:, :1] > 0, told, 0.0)
         spread = told.new_zeros(engine.world_size, *told.shape)

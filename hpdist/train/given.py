@@ -30,7 +30,7 @@ _ROWS = (
 
 
 @dataclass
-class Objects:
+class InMemoryInputs:
     """What Python code gives in place of a name in the config."""
 
     model: nn.Module | None = None
@@ -80,7 +80,7 @@ def check_classes(algorithm: Algorithm | None, num_classes: int) -> None:
         )
 
 
-def algorithm_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
+def algorithm_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Component:
     """The settings of an algorithm, however it was given; an object is put into `objects`.
 
     An object of hpdist's own stands for its options; one's own is used itself. Raises ConfigError.
@@ -147,7 +147,7 @@ def _alike(one: Any, other: Any) -> bool:
     return type(one) is type(other) and _alike(getattr(one, "__dict__", {}), vars(other))
 
 
-def model_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
+def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Component:
     """The settings of a model, however it was given; a module is put into `objects`."""
     if isinstance(value, nn.Module):
         check_given_model(value)
@@ -165,7 +165,7 @@ def model_given(value: Any, objects: Objects) -> dict[str, Any] | Component:
     )
 
 
-def rows_given(name: str, value: Any, objects: Objects) -> dict[str, Any]:
+def rows_given(name: str, value: Any, objects: InMemoryInputs) -> dict[str, Any]:
     """The settings of a set, however its rows were given; those in memory go into `objects`."""
     columns: Mapping[str, Any] = {}
     if isinstance(value, tuple):

@@ -63,9 +63,9 @@ class RunGuard:
             signal.signal(number, handler)
         self._before = {}
 
-    def beat(self, step: int, doing: str) -> None:
+    def heartbeat(self, step: int, doing: str) -> None:
         """Tell of progress."""
-        self._watchdog.beat(step, doing)
+        self._watchdog.heartbeat(step, doing)
 
     def stopping(self) -> bool:
         """Whether a signal, or the end of its launcher, asked this rank to stop."""
@@ -73,7 +73,7 @@ class RunGuard:
             self.received = _LAUNCHER_GONE
         return self.received is not None
 
-    def stopped(self, step: int) -> StoppedError:
+    def stop_error(self, step: int) -> StoppedError:
         """The error that ends a run which was asked to stop. Collective: every rank must call."""
         received = {rank: name for rank, name in enumerate(gathered(self.received)) if name}
         told = ", ".join(f"{name} on rank {rank}" for rank, name in received.items())

@@ -11,7 +11,7 @@ from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import PathRule
 from hpdist.data.sources.labeled import LabeledRows, open_labeled
 from hpdist.data.views import AudioViewsConfig, TextViewsConfig
-from hpdist.distributed.collectives import agreed, from_main
+from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
 from hpdist.models.pixels import with_model_pixels
 from hpdist.tracking.run_folder import RunFolder
@@ -62,19 +62,21 @@ def open_labeled_inputs(
 
     Raises DataError or ConfigError, the same on every rank.
     """
-    settled = agreed(lambda: settle_inputs(config, dataset, recorded))
+    settled = call_on_all_ranks(lambda: settle_inputs(config, dataset, recorded))
     asked = settled.config
-    views, pixels = agreed(lambda: with_model_pixels(asked.views, asked.model))
+    views, pixels = call_on_all_ranks(lambda: with_model_pixels(asked.views, asked.model))
     chosen = asked.model_copy(update={"views": views})
-    labeled = agreed(lambda: _open_labeled(chosen, settled.opened, folder, saved))
+    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, settled.opened, folder, saved))
     lines = list(settled.lines)
-    seconds = from_main(lambda: find_seconds(chosen, labeled, recorded))
+    seconds = run_on_main(lambda: find_seconds(chosen, labeled, recorded))
     if seconds is not None:
         chosen = with_seconds(chosen, seconds[0])
         lines.append(seconds[1])
-    spec = agreed(lambda: find_spec(chosen, labeled, find_row_categories(labeled, recorded)))
+    spec = call_on_all_ranks(
+        lambda: find_spec(chosen, labeled, find_row_categories(labeled, recorded))
+    )
     kept = None if saved is None else recorded
-    mode = from_main(lambda: _choose_mode(chosen, labeled, spec, kept))
+    mode = run_on_main(lambda: _choose_mode(chosen, labeled, spec, kept))
     if mode is not None:
         spec = with_mode(spec, mode.mode)
     return LabeledInputs(chosen, asked.views, labeled, spec, mode, tuple(lines), pixels)

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hpdist.data.random import reseed
-from hpdist.distributed.collectives import agreed, from_main, gathered, raise_together, world_size
+from hpdist.distributed.collectives import (
+    call_on_all_ranks,
+    gathered,
+    raise_together,
+    run_on_main,
+    world_size,
+)
 from hpdist.errors import ConfigError, DataError, HpdistError
 from hpdist.messages.progress import working
 from hpdist.messages.redaction import redacted_errors
@@ -168,7 +174,7 @@ class RunLoop:
     @working("reading the first rows")
     def _first_rows(self) -> None:
         """Wait for the first batches; where a rank has none, say so on all. Collective."""
-        raise_together(self.data.look_ahead(self.guard.stopping))
+        raise_together(self.data.prefetch(self.guard.stopping))
         if any(gathered(self.guard.stopping())):
             self._stop_early()
 
@@ -176,12 +182,12 @@ class RunLoop:
         """Read one global batch and do one step with it."""
         config, step = self.config, self.step
         reseed(config.run.seed, step.attempts, step.engine.rank)
-        self.guard.beat(step.applied_steps, "reading rows")
-        step.own_time.begin()
+        self.guard.heartbeat(step.applied_steps, "reading rows")
+        step.rank_timer.begin()
         labeled, unlabeled = self.data.next()
-        problem = self.data.look_ahead(self.guard.stopping) or self.claim.lost()
+        problem = self.data.prefetch(self.guard.stopping) or self.claim.lost()
         stop = problem is not None or self.guard.stopping()
-        self.guard.beat(step.applied_steps, "training")
+        self.guard.heartbeat(step.applied_steps, "training")
         if unlabeled is None:
             self.log.examples(self.data.views, self.data.spec, labeled, step.attempts)
         else:
@@ -195,7 +201,9 @@ class RunLoop:
             stop=stop,
             save=self.saving.asks(),
         )
-        excess = self.data.account(unlabeled, step.attempts, outcome.applied, outcome.bad_rows)
+        excess = self.data.record_consumed(
+            unlabeled, step.attempts, outcome.applied, outcome.bad_rows
+        )
         return Attempt(outcome, problem, excess)
 
     def _rate(self) -> float:
@@ -209,7 +217,7 @@ class RunLoop:
         done = self.step.applied_steps
         self.log.say(f"step {done}: the teacher labels all rows, and the student begins anew")
         start = time.monotonic()
-        self.generations.begin(lambda: self.guard.beat(done, "labelling rows"))
+        self.generations.begin(lambda: self.guard.heartbeat(done, "labelling rows"))
         self.log.leave_out(time.monotonic() - start)
 
     def _train_step(self) -> StepOutcome:
@@ -262,7 +270,7 @@ class RunLoop:
             self._save(pending)
         self.saving.finish()
         raise_together(error)
-        raise self.guard.stopped(self.step.applied_steps)
+        raise self.guard.stop_error(self.step.applied_steps)
 
     def _evaluate(self, record: dict[str, Any]) -> None:
         """Measure, and write what was measured with the record of this step. Collective.
@@ -270,7 +278,7 @@ class RunLoop:
         Where that fails, the run is saved before it ends.
         """
         done = self.step.applied_steps
-        self.guard.beat(done, "evaluating")
+        self.guard.heartbeat(done, "evaluating")
         if done == self.config.steps:
             self.saving.finish()
         try:
@@ -289,7 +297,7 @@ class RunLoop:
         pending, done = facts.get("pending"), self.step.applied_steps
         if pending is None:
             return
-        found = from_main(lambda: self.folder.record_of(done))
+        found = run_on_main(lambda: self.folder.record_of(done))
         if found is not None:
             self.measuring.recall(found)
         elif self.measuring.rows is not None:
@@ -318,8 +326,8 @@ class RunLoop:
         step = self.step
         self.saving.finish()
         summary, confusions = self.measuring.summary()
-        summary |= self.records.of_run(from_main(lambda: self.log.seconds))  # alike on all ranks
-        agreed(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
+        summary |= self.records.of_run(run_on_main(lambda: self.log.seconds))  # alike on all ranks
+        call_on_all_ranks(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, Places, StudentInputs
+from hpdist.algorithms.base import Algorithm, BatchPositions, StudentInputs
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
@@ -23,7 +23,7 @@ _log = logging.getLogger("hpdist.train.step")
 
 
 @dataclass(frozen=True)
-class Cutter:
+class MicroBatcher:
     """Cuts a rank's slices of the global batches.
 
     Args:
@@ -45,7 +45,7 @@ class Cutter:
     seed: int
 
     @torch.no_grad()
-    def cut(
+    def split(
         self, labeled: LabeledBatch[Any, Any], unlabeled: UnlabeledBatch[Any] | None, step: int
     ) -> Iterator[MicroBatch]:
         """The micro-batches of a step.
@@ -119,7 +119,7 @@ class Cutter:
         strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64)
-            places = Places(positions, none, labeled_rows, 0, self.seed, step)
+            places = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
             inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), places)
             return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
@@ -139,7 +139,9 @@ class Cutter:
             strong=tuple(strong(copy=copy) for copy in range(wanted.strong)),
             strong_labeled=strong_labeled,
             weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
-            places=Places(positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step),
+            places=BatchPositions(
+                positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step
+            ),
             ids=unlabeled.ids,
         )
         return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from hpdist.algorithms.base import Algorithm
 from hpdist.config.component import Component
 from hpdist.distributed.batch_norm import global_batch_norm
-from hpdist.distributed.collectives import agreed
+from hpdist.distributed.collectives import call_on_all_ranks
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
 from hpdist.engines.base import Engine
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError, describe
 from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.models.build import build_model
@@ -51,7 +51,7 @@ class RunModel:
         self,
         config: Component,
         sets: RunSets,
-        sharding: Sharding,
+        sharding: ExecutionPlan,
         given: nn.Module | None,
         *,
         seed: int,
@@ -71,7 +71,7 @@ class RunModel:
     def make(self, algorithm: Algorithm) -> nn.Module:
         """Build the model to train, or copy the one given; checked against the data. Collective."""
         with weights_as_stored(self._sharding.stage == 3):
-            model = agreed(lambda: self._made(algorithm))
+            model = call_on_all_ranks(lambda: self._made(algorithm))
         if self._sharding.compile is not None:
             model.compile(**self._sharding.compile)  # in place: the parameters keep their names
         return model
@@ -161,7 +161,7 @@ class RunModel:
         step: SemiSupervisedStep,
         weights: tuple[Sequence[Fragment], Mapping[str, Tensor]],
     ) -> nn.Module:
-        model = agreed(lambda: self._built() if self._given is None else self._copied())
+        model = call_on_all_ranks(lambda: self._built() if self._given is None else self._copied())
         if step.algorithm.predicts is not None:  # a head predicts, so it comes along
             example = self._sets.views.plain(self._sets.spec.example(2))
             model = with_heads(model, step.algorithm, example, self._features)

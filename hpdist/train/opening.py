@@ -28,7 +28,7 @@ from hpdist.data.sources.unlabeled import (
     row_count,
 )
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.messages.human import counted, duration, percent
 from hpdist.messages.progress import columns
 from hpdist.tracking.console import Console, wrapped
@@ -42,7 +42,9 @@ _LABEL = 12  # columns of an entry's label
 _CLASSES = 60  # characters that the names of classes may take
 
 
-def say_run(config: RunConfig, sharding: Sharding, uses_unlabeled: bool, *, files: bool) -> None:
+def say_run(
+    config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool, *, files: bool
+) -> None:
     """Say what the settings are, before anything is opened, built or waited for."""
     main = os.environ.get("RANK", "0") == "0"  # ranks have not met
     say = Console(0, 0, main).say
@@ -87,7 +89,7 @@ def laid_out(label: str, text: str, width: int | None) -> list[str]:
 
 
 def run_entries(
-    config: RunConfig, sharding: Sharding, uses_unlabeled: bool, *, files: bool
+    config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool, *, files: bool
 ) -> Entries:
     """What the settings say, the launcher's included."""
     names = [config.algorithm.name, *(addon.name for addon in config.addons)]
@@ -108,7 +110,7 @@ def _folder(config: RunConfig) -> str:
     return str(config.run.folder)
 
 
-def _batch(config: RunConfig, sharding: Sharding, uses_unlabeled: bool) -> str:
+def _batch(config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool) -> str:
     labeled, unlabeled = config.batch.labeled, config.batch.unlabeled if uses_unlabeled else 0
     parts = f"{labeled:,} labelled, {unlabeled:,} unlabelled" if unlabeled else "all labelled"
     rows, ranks = labeled + unlabeled, int(os.environ.get("WORLD_SIZE", "1"))
@@ -120,7 +122,7 @@ def _batch(config: RunConfig, sharding: Sharding, uses_unlabeled: bool) -> str:
     return text
 
 
-def _precision(config: RunConfig, sharding: Sharding) -> str:
+def _precision(config: RunConfig, sharding: ExecutionPlan) -> str:
     parts: list[str] = [sharding.precision]
     if sharding.stage is None:
         parts.append("not sharded")

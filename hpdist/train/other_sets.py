@@ -13,15 +13,15 @@ from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
 from hpdist.data.sources.unlabeled import (
     AnyUnlabeled,
+    DatasetIndex,
     MixedRows,
     ParquetRows,
     SequentialRows,
-    Survey,
     open_unlabeled,
-    survey,
+    scan_metadata,
 )
 from hpdist.data.stream.index import are_records
-from hpdist.distributed.collectives import agreed, from_main
+from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.first_look import look_at_held_out, look_at_labeled
@@ -59,12 +59,12 @@ def open_unlabeled_set(
     found = None
     if dataset is None:
 
-        def surveyed() -> Survey:
+        def surveyed() -> DatasetIndex:
             recorded = folder.read_json(_FILES, are_records) if resumed else None
-            return survey(source, labeled, spec, loading, recorded)
+            return scan_metadata(source, labeled, spec, loading, recorded)
 
-        found = from_main(surveyed)
-    rows = agreed(
+        found = run_on_main(surveyed)
+    rows = call_on_all_ranks(
         lambda: open_unlabeled(
             source,
             labeled,
@@ -88,7 +88,7 @@ def open_held_out(
     `datasets` are those that Python code gave, by the same names. Collective; raises DataError or
     ConfigError, the same on every rank.
     """
-    return agreed(
+    return call_on_all_ranks(
         lambda: {
             name: _open_held_out(config, spec, labeled, name, dataset)
             for name, dataset in datasets.items()

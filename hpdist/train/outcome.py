@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hpdist.engines.overflow import Culprit
+from hpdist.engines.overflow import OverflowSource
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class StepOutcome:
     new_scale: float
     grad_norm: float | None = None
     """Global norm of the unscaled gradient before clipping."""
-    culprit: Culprit | None = None
+    culprit: OverflowSource | None = None
     """What was not finite first in a step that was skipped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
     per_class: Mapping[str, list[float]] = field(default_factory=dict)
     """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
     per_rank: Mapping[str, list[float]] = field(default_factory=dict)
-    """Numbers of each rank, [ranks]: `own_seconds`, which see `OwnTime`, and what was told."""
+    """Numbers of each rank, [ranks]: `compute_seconds` (`RankTimer`), and what was told."""
     bad_rows: int = 0
     """Rows of the unlabelled global batch that could not be used."""
     stop: bool = False

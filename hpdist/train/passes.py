@@ -17,7 +17,7 @@ from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.protocol import MicroBatch, PendingSums
 from hpdist.data.structures import Structure, cat, detach, narrow, row_count, split
 from hpdist.distributed.collectives import FusedSum
-from hpdist.distributed.stragglers import OwnTime
+from hpdist.distributed.stragglers import RankTimer
 from hpdist.engines.base import Engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.train.micro_batch import channels_last
@@ -38,7 +38,7 @@ class Passes:
         engine: Engine,
         algorithm: Algorithm,
         teacher: ShardedTeacher | None,
-        timer: OwnTime,
+        timer: RankTimer,
     ) -> None:
         self.engine = engine
         self.algorithm = algorithm
@@ -70,13 +70,13 @@ class Passes:
     def preview(self, micro: MicroBatch) -> Structure:
         """Give what the student says of the same rows, without gradient or trace."""
         outputs: Structure = self.engine.infer(channels_last(cat(micro.inputs.parts)))
-        self.engine.forget_norms()
+        self.engine.discard_bn_pass()
         return outputs
 
     def probe(self, inputs: Tensor) -> Structure:
         """Give what the student says of other inputs, with a gradient towards them alone."""
-        outputs: Structure = self.engine.examine(channels_last(inputs))
-        self.engine.forget_norms()
+        outputs: Structure = self.engine.probe_forward(channels_last(inputs))
+        self.engine.discard_bn_pass()
         return outputs
 
     def reduce(self, sums: Mapping[str, Tensor]) -> PendingSums:
@@ -92,7 +92,7 @@ class Passes:
         batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
         runs = [*batches, list(behind)] if behind else batches
         rows = [sum(row_count(part) for part in run) for run in runs if run]
-        with self.engine.segments(rows):
+        with self.engine.virtual_batches(rows):
             return self.engine.forward(channels_last(cat([*parts, *behind])))
 
     def _wait_for_others(self) -> None:
@@ -129,12 +129,12 @@ def make_passes(
     engine: Engine,
     algorithm: Algorithm,
     teacher: ShardedTeacher | None,
-    timer: OwnTime,
+    timer: RankTimer,
     micro_batches: int,
 ) -> Passes:
     """Choose the passes: fused where the engine gains by it and nothing needs the targets first."""
     views = algorithm.views
-    needed_first = views.teacher or views.inputs_need_targets or views.probed
+    needed_first = views.teacher or views.inputs_need_targets or views.needs_gradient_probe
     fused = engine.fuses_weak_pass and micro_batches == 1 and not needed_first
     return (FusedPass if fused else Passes)(engine, algorithm, teacher, timer)
 
@@ -142,7 +142,7 @@ def make_passes(
 class _TimedSum(FusedSum):
     """A sum over all ranks; to wait for it is to wait for the others."""
 
-    def __init__(self, sums: Mapping[str, Tensor], timer: OwnTime) -> None:
+    def __init__(self, sums: Mapping[str, Tensor], timer: RankTimer) -> None:
         super().__init__(sums)
         self._timer = timer
 

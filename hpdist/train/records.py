@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpdist.distributed.collectives import largest, world_size
-from hpdist.engines.execution_plan import Sharding
+from hpdist.distributed.collectives import all_reduce_max, world_size
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.models.activation_checkpointing import peak_memory
 from hpdist.train.data import RunData
 from hpdist.train.outcome import StepOutcome
@@ -33,7 +33,7 @@ class Records:
         data: RunData,
         state: RunState,
         saving: Saving,
-        sharding: Sharding,
+        sharding: ExecutionPlan,
         rows: int,
     ) -> None:
         self._step = step
@@ -76,5 +76,5 @@ class Records:
             "zero_stage": sharding.stage,
             "bad_rows": self._data.bad_rows,
             **self._data.duplicates.summary,
-            "peak_memory_bytes": largest(peak_memory(step.engine.device)),
+            "peak_memory_bytes": all_reduce_max(peak_memory(step.engine.device)),
         }

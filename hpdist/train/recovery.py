@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpdist.checkpoint import reader as checkpoint
-from hpdist.distributed.collectives import agreed, from_main
+from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.errors import DivergenceError
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.divergence import Divergence, DivergenceMonitor
@@ -62,7 +62,7 @@ class Rollback:
         self._count += 1
         facts = self._state.load(saved, data=False)
         self._monitor.forget()
-        from_main(lambda: checkpoint.drop_after(checkpoints, facts["step"]))
-        agreed(lambda: self._folder.drop_metrics_after(step.applied_steps))
+        run_on_main(lambda: checkpoint.drop_after(checkpoints, facts["step"]))
+        call_on_all_ranks(lambda: self._folder.drop_metrics_after(step.applied_steps))
         log.say(f"back to step {step.applied_steps}, and on with the rows that follow")
         return facts

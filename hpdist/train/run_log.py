@@ -10,7 +10,7 @@ from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.views.base import Views
 from hpdist.distributed.stragglers import stragglers
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.tracking.console import HEADLINES, Console
 from hpdist.tracking.environment import environment
 from hpdist.tracking.examples import write_examples
@@ -43,7 +43,7 @@ class RunLog:
         seconds: float,
         run_id: str | None,
         files: bool,
-        sharding: Sharding | None = None,
+        sharding: ExecutionPlan | None = None,
         classes: Sequence[str] = (),
     ) -> None:
         self._folder = folder
@@ -110,12 +110,12 @@ class RunLog:
 
         Args:
             rows: Of the global batch.
-            per_rank: `own_seconds` of each rank, and what `since_record` has given there.
+            per_rank: `compute_seconds` of each rank, and what `since_record` has given there.
         """
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
         told = dict(per_rank)
-        own = told.pop("own_seconds")
+        own = told.pop("compute_seconds")
         shares = {name: max(0.0, *waits) / seconds for name, waits in told.items()}
         rate = self._steps * rows / seconds
         found = stragglers(own, rows, seconds / max(self._steps, 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from hpdist.distributed.collectives import from_main
+from hpdist.distributed.collectives import run_on_main
 from hpdist.distributed.launcher_watch import find_launcher
 from hpdist.errors import CheckpointError, why_not_written
 from hpdist.tracking.console import Console
@@ -28,7 +28,7 @@ def with_fresh_name(config: RunConfig, main: bool) -> RunConfig:
     A launcher that starts its processes again when one dies finds the folder that it had.
     Collective: every rank must call; raises CheckpointError, on all, where none can be made.
     """
-    name = from_main(lambda: _restarted(Path(config.run.dir)) or _fresh(Path(config.run.dir)))
+    name = run_on_main(lambda: _restarted(Path(config.run.dir)) or _fresh(Path(config.run.dir)))
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     Console(0, 0, main).say(
         f"no run.name was given: this run is {config.run.folder}; go on with it later by "

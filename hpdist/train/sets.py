@@ -19,7 +19,7 @@ from hpdist.data.sources.duplicates import Report
 from hpdist.data.sources.labeled import LabeledRows, with_categories
 from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, row_count
 from hpdist.data.views import Views
-from hpdist.distributed.collectives import agreed, from_main
+from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
 from hpdist.models.pixels import for_channels
 from hpdist.tasks.base import Task, make_task
@@ -27,7 +27,7 @@ from hpdist.tracking.run_folder import RunFolder
 from hpdist.train import opening
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import fitted_state, fitted_views
-from hpdist.train.given import Objects
+from hpdist.train.given import InMemoryInputs
 from hpdist.train.input_choice import describe_categories, record_inputs, widen_categories
 from hpdist.train.inputs import (
     ModeChoice,
@@ -111,7 +111,7 @@ class RunSets:
 
 def open_sets(
     config: RunConfig,
-    objects: Objects,
+    objects: InMemoryInputs,
     folder: RunFolder,
     *,
     saved: SavedRun | None,
@@ -130,7 +130,7 @@ def open_sets(
     """
     resumed = saved is not None
     recorded = (
-        from_main(lambda: folder.read_json(_INPUTS, is_inputs_record) if resumed else None) or {}
+        run_on_main(lambda: folder.read_json(_INPUTS, is_inputs_record) if resumed else None) or {}
     )
     first = open_labeled_inputs(config, objects.labeled, recorded, folder, saved)
     labeled = first.labeled
@@ -153,7 +153,7 @@ def open_sets(
     opening.say_data(config_now, spec, labeled, unlabeled, held_out, decided, folder.main)
     lines, unreadable = look_through(labeled, held_out, spec)
     opening.say_lines(lines, folder.main)
-    duplicates = from_main(
+    duplicates = run_on_main(
         lambda: find_repeated(
             data.duplicates, labeled, unlabeled, held_out, folder, resumed=resumed
         )
@@ -193,10 +193,10 @@ def _settle(
     config, spec, lines = first.config, first.spec, list(first.lines)
     sets: _Sets = {"labeled": first.labeled, "unlabeled": unlabeled, **held_out}
     named = {f"data.{name}": rows for name, rows in sets.items()}
-    categories = from_main(lambda: widen_categories(spec, unlabeled, recorded))
+    categories = run_on_main(lambda: widen_categories(spec, unlabeled, recorded))
     if categories is not None:
         spec = with_categories(spec, categories)
-        lines += from_main(lambda: describe_categories(categories, named))
+        lines += run_on_main(lambda: describe_categories(categories, named))
     if first.mode is not None:
         mode, said = _settle_mode(first.mode, named)
         spec, config = with_mode(spec, mode), with_channels(config, mode)
@@ -214,8 +214,8 @@ def _settle(
 def _settle_mode(choice: ModeChoice, sets: _Sets) -> tuple[str, list[str]]:
     """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
     others = {name: rows for name, rows in sets.items() if name != "data.labeled"}
-    settled = from_main(lambda: reconsider(choice, others))
-    casts = agreed(lambda: other_casts(settled.mode, others))
+    settled = run_on_main(lambda: reconsider(choice, others))
+    casts = call_on_all_ranks(lambda: other_casts(settled.mode, others))
     return settled.mode, [*filter(None, [settled.line]), *casts]
 
 

@@ -25,18 +25,18 @@ from hpdist.algorithms.protocol import Attempt, add
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.structures import cat
 from hpdist.data.views.base import Views
-from hpdist.distributed.collectives import FusedSum, apart
-from hpdist.distributed.stragglers import OwnTime
+from hpdist.distributed.collectives import FusedSum, rank_rows
+from hpdist.distributed.stragglers import RankTimer
 from hpdist.engines.base import Engine, EngineStep
 from hpdist.engines.config import LossScale, Precision
-from hpdist.engines.overflow import Culprit, OverflowHistory, find_culprit
+from hpdist.engines.overflow import OverflowHistory, OverflowSource, find_overflow_source
 from hpdist.engines.prepare import make_engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluating
 from hpdist.models.with_heads import head_names_of, require_heads
 from hpdist.train import pseudo_label_metrics as pseudo_labels
-from hpdist.train.micro_batch import Cutter, channels_last
+from hpdist.train.micro_batch import MicroBatcher, channels_last
 from hpdist.train.optim import l1_norm
 from hpdist.train.outcome import StepOutcome
 from hpdist.train.passes import make_passes
@@ -96,7 +96,7 @@ class SemiSupervisedStep:
     ) -> None:
         self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
-        algorithm.take_place(self.engine.rank, self.engine.world_size)
+        algorithm.bind_rank(self.engine.rank, self.engine.world_size)
         self.views = views
         self.micro_batches = micro_batches
         self.grad_clip = grad_clip
@@ -105,7 +105,7 @@ class SemiSupervisedStep:
             raise ConfigError("optim.l1: ZeRO-3 shards the weights; use zero.stage 0, 1 or 2")
         self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
         self.history = OverflowHistory()
-        self.own_time = OwnTime(self.engine.device)
+        self.rank_timer = RankTimer(self.engine.device)
         """Begins with a step, or before it where one begins it to count the reading of rows."""
         self.applied_steps = 0
         self.attempts = 0
@@ -120,7 +120,7 @@ class SemiSupervisedStep:
         require_heads(algorithm, head_names_of(self.engine.module))
         self.engine.want(algorithm.task.outputs, algorithm.head_names)
         self._passes = make_passes(
-            self.engine, algorithm, self.teacher, self.own_time, micro_batches
+            self.engine, algorithm, self.teacher, self.rank_timer, micro_batches
         )
         self._seed = seed
         join_save_state(self)
@@ -164,8 +164,8 @@ class SemiSupervisedStep:
         PrecisionError where overflow has no end.
         """
         self._passes.begin()
-        micros = list(self._cutter().cut(labeled, unlabeled, self.attempts))
-        notes = {"notes": self._notes(unlabeled, stop, save)}
+        micros = list(self._cutter().split(labeled, unlabeled, self.attempts))
+        notes = {"notes": self._flags(unlabeled, stop, save)}
         attempt = Attempt(
             self.algorithm, micros, self._passes, self._passes.reduce, self._parts, notes
         )
@@ -201,9 +201,9 @@ class SemiSupervisedStep:
         """How many contributions make the global loss."""
         return self.engine.world_size * self.micro_batches
 
-    def _cutter(self) -> Cutter:
+    def _cutter(self) -> MicroBatcher:
         engine = self.engine
-        return Cutter(
+        return MicroBatcher(
             self.algorithm,
             self.views,
             self.micro_batches,
@@ -213,17 +213,17 @@ class SemiSupervisedStep:
             self._seed,
         )
 
-    def _notes(self, unlabeled: UnlabeledBatch[Any] | None, stop: bool, save: bool) -> Tensor:
+    def _flags(self, unlabeled: UnlabeledBatch[Any] | None, stop: bool, save: bool) -> Tensor:
         """What a rank tells besides sums: unusable rows, what it asks for, gradients missed."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
         notes = [bad, stop, save, self.engine.missed_gradients]
         return torch.tensor([float(note) for note in notes], device=self.engine.device)
 
-    def _close(self, done: EngineStep, attempt: Attempt) -> Culprit | None:
+    def _close(self, done: EngineStep, attempt: Attempt) -> OverflowSource | None:
         """Make everything follow the optimizer: final if it was applied, undone if not."""
         culprit = None if done.applied else self._find_culprit(attempt)
         attempt.close(done.applied)
-        self.engine.finish_norms(done.applied)
+        self.engine.commit_bn(done.applied)
         if done.applied:
             self.applied_steps += 1
             if self.teacher is not None:
@@ -231,12 +231,12 @@ class SemiSupervisedStep:
         self.history.record(self.attempts, done, culprit)
         return culprit
 
-    def _find_culprit(self, attempt: Attempt) -> Culprit | None:
+    def _find_culprit(self, attempt: Attempt) -> OverflowSource | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
         for number, micro in enumerate(attempt.micros):
             inputs = channels_last(cat(micro.inputs.parts))
             terms = partial(attempt.weighted_terms, number)
-            culprit = find_culprit(self.engine, inputs, terms)
+            culprit = find_overflow_source(self.engine, inputs, terms)
             if culprit is not None:
                 return culprit
         return None
@@ -256,8 +256,8 @@ class SemiSupervisedStep:
         weak = [said.logits for said in attempt.weak if said is not None]
         rows = attempt.micros[0].inputs.places.unlabeled_rows
         seen = pseudo_labels.observed(self.algorithm, weak, rows)
-        told = {"own_seconds": self.own_time.take(), **tell}
-        own = apart(torch.tensor(list(told.values()), device=self.engine.device))
+        told = {"compute_seconds": self.rank_timer.take(), **tell}
+        own = rank_rows(torch.tensor(list(told.values()), device=self.engine.device))
         sums |= {f"seen/{name}": value for name, value in seen.items()}
         reduced = FusedSum(sums | {"ranks": own}).wait()
         ranks = dict(zip(told, reduced.pop("ranks").T.tolist(), strict=True))

@@ -28,7 +28,7 @@ from hpdist.aliases import current_name
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints, read_manifest
 from hpdist.checkpoint.writer import CheckpointWriter
-from hpdist.distributed.collectives import agreed, from_main, raise_together
+from hpdist.distributed.collectives import call_on_all_ranks, raise_together, run_on_main
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import shortened, without_wrappers
 from hpdist.engines.base import Engine
@@ -103,7 +103,7 @@ def join_save_state(step: StepParts) -> None:
         for name, each in _live(_followed[accelerator]).items():
             if each is followed():
                 own = folder / name
-                _check_engine(each, from_main(partial(_engine_of, own)), own)
+                _check_engine(each, run_on_main(partial(_engine_of, own)), own)
 
     step.engine.check_before_loading(check)
 
@@ -176,7 +176,7 @@ def load_step(step: StepParts, saved: checkpoint.SavedRun) -> None:
 def _save(step: StepParts, folder: Path) -> None:
     """Write the step's part. Collective; raises CheckpointError, on all ranks, where one fails."""
     engine = step.engine
-    from_main(lambda: _make(folder))
+    run_on_main(lambda: _make(folder))
     raise_together(_not_seen(folder, engine.rank))
     shards = step.algorithm.shards()
     writer = CheckpointWriter(
@@ -187,7 +187,7 @@ def _save(step: StepParts, folder: Path) -> None:
     writer.save(step.applied_steps, fragments_of(step, shards), common_of(step, shards), facts)
     writer.finish()
     # What another training has left there may be of a later step, so it is not told by its age.
-    from_main(lambda: _remove_others(folder, folder_name(step.applied_steps)))
+    run_on_main(lambda: _remove_others(folder, folder_name(step.applied_steps)))
 
 
 def _make(folder: Path) -> None:
@@ -241,7 +241,7 @@ def _load(step: StepParts, folder: Path) -> None:
             f"load_state: {str(folder)!r} is not there, so teacher and algorithm cannot go on; "
             "load what save_state has written with hpdist.SemiSupervisedStep made before it"
         )
-    agreed(lambda: _take_over(step, saved))
+    call_on_all_ranks(lambda: _take_over(step, saved))
 
 
 def _take_over(step: StepParts, saved: checkpoint.SavedRun) -> None:

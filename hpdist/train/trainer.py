@@ -20,7 +20,7 @@ from hpdist.messages.redaction import redacted_errors
 from hpdist.train import config as configuration
 from hpdist.train.build import build_run
 from hpdist.train.config import RunConfig
-from hpdist.train.given import Objects, algorithm_given, model_given, rows_given
+from hpdist.train.given import InMemoryInputs, algorithm_given, model_given, rows_given
 from hpdist.train.loop import RunLoop
 from hpdist.train.outcome import StepOutcome
 
@@ -60,7 +60,7 @@ class Trainer(RunLoop):
         validation: Any = None,
         **settings: Any,
     ) -> None:
-        objects = Objects()
+        objects = InMemoryInputs()
         sets = {"labeled": labeled, "unlabeled": unlabeled, "test": test, "validation": validation}
         given = {name: rows for name, rows in sets.items() if rows is not None}
         values = {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig, FlexMatch, WeakOutputs
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
-from hpdist.algorithms.base import Places
+from hpdist.algorithms.base import BatchPositions
 from hpdist.config.component import component_names, components
 from tests.benchmarks.stream_files import spread
 from tests.support.ranks import run_ranks
@@ -142,7 +142,7 @@ def update(algorithm: FlexMatch, rows: int, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(rows, (BATCH,), generator=generator)
     logits = 5 * torch.randn(BATCH, CLASSES, generator=generator)
-    places = Places(torch.arange(1), torch.arange(BATCH), 1, BATCH, 0, seed)
+    places = BatchPositions(torch.arange(1), torch.arange(BATCH), 1, BATCH, 0, seed)
     weak = WeakOutputs(logits, ids, places=places)
     start = time.perf_counter()
     sums = algorithm.statistics(weak) | algorithm.rank_statistics()
@@ -156,7 +156,7 @@ def flexmatch(rounds: int) -> None:
     made = {}
     for shape in ((ranks, rows) for ranks in RANKS for rows in SIZES):
         made[shape] = FlexMatch(CLASSES, threshold=0.8, rows=shape[1])
-        made[shape].take_place(0, shape[0])
+        made[shape].bind_rank(0, shape[0])
         update(made[shape], shape[1], 0)
     found: dict[tuple[int, int], list[float]] = {shape: [] for shape in made}
     for number in range(1, 20 * rounds + 1):

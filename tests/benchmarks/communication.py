@@ -63,7 +63,7 @@ def measure(kind: str) -> tuple[float, int]:
     precision, stage = KINDS[kind]
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    sharding = launch.Sharding(precision=precision, stage=stage, micro_batch=2 * ROWS)  # type: ignore[arg-type]
+    sharding = launch.ExecutionPlan(precision=precision, stage=stage, micro_batch=2 * ROWS)  # type: ignore[arg-type]
     accelerator = launch.make_accelerator(sharding)
     torch.manual_seed(0)
     model = MLP(FEATURES, HIDDEN, CLASSES)

@@ -62,7 +62,9 @@ def bare_loop(values: list[bytes]) -> None:
         np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
 
 
-def aside(loader: ThreadPoolExecutor, decode: Callable[..., object], values: list[bytes]) -> None:
+def run_in_thread(
+    loader: ThreadPoolExecutor, decode: Callable[..., object], values: list[bytes]
+) -> None:
     """As a stream does it: in a thread that does nothing else."""
     loader.submit(decode, values).result()
 
@@ -112,9 +114,9 @@ def compare(values: list[bytes], workers: int, rounds: int) -> list[str]:
             threads = stack.enter_context(Decoder(spec, threads=workers))
             processes = stack.enter_context(Decoder(spec, processes=workers))
             loops: dict[str, Callable[[], object]] = {
-                "bare loop": functools.partial(aside, loader, bare_loop, values),
-                "threads": functools.partial(aside, loader, threads.decode, values),
-                "processes": functools.partial(aside, loader, processes.decode, values),
+                "bare loop": functools.partial(run_in_thread, loader, bare_loop, values),
+                "threads": functools.partial(run_in_thread, loader, threads.decode, values),
+                "processes": functools.partial(run_in_thread, loader, processes.decode, values),
             }
             if workers > 1:
                 loops["bare loop"] = functools.partial(spread, pool, cut)

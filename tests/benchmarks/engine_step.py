@@ -41,7 +41,7 @@ def prepared(stage: int, precision: str, rows: int) -> tuple[Any, Any, Any, Tens
     """A DeepSpeed engine of its own, and an example of its input."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    sharding = launch.Sharding(precision=precision, stage=stage, micro_batch=rows)
+    sharding = launch.ExecutionPlan(precision=precision, stage=stage, micro_batch=rows)
     accelerator = launch.make_accelerator(sharding)
     torch.manual_seed(0)
     if torch.cuda.is_available():

@@ -73,7 +73,7 @@ def measure(stage: int | None) -> tuple[float, int]:
         json.dump({"zero_optimization": SMALL_BUFFERS}, file)
         file.flush()
         accelerator = launch.make_accelerator(
-            launch.Sharding(
+            launch.ExecutionPlan(
                 precision="fp16", stage=stage, micro_batch=2 * ROWS, deepspeed=file.name
             )
         )

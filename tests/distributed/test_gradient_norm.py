@@ -87,7 +87,7 @@ def layer_norms(stages: list[int | None], precisions: list[str]) -> dict[Any, li
             AcceleratorState._reset_state(reset_partial_state=True)
             scale = LossScale(initial=2.0**9)
             accelerator = launch.make_accelerator(
-                launch.Sharding(
+                launch.ExecutionPlan(
                     precision=precision,  # type: ignore[arg-type]
                     stage=stage,
                     micro_batch=(LABELED + UNLABELED) // 2,

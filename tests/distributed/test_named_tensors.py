@@ -63,7 +63,7 @@ class ClassAndPlace(Task):
 class Answer:
     logits: Tensor
     place: Tensor
-    further: str = "no tensor"
+    extra_inputs: str = "no tensor"
 
 
 class Both(nn.Module):
@@ -118,7 +118,7 @@ def algorithm_of(name: str) -> Algorithm:
     }
     algorithm = made[name]
     algorithm.tasks = (ClassAndPlace.name,)  # type: ignore[misc]
-    algorithm.take_task(ClassAndPlace())
+    algorithm.set_task(ClassAndPlace())
     return algorithm
 
 
@@ -132,7 +132,7 @@ def make_step(
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = launch.make_accelerator(
-        launch.Sharding(
+        launch.ExecutionPlan(
             precision=precision,
             stage=stage,
             loss_scale=SCALE,

@@ -66,7 +66,7 @@ def make_step(
 ) -> SemiSupervisedStep:
     AcceleratorState._reset_state(reset_partial_state=True)
     ranks = int(os.environ["WORLD_SIZE"])
-    sharding = launch.Sharding(
+    sharding = launch.ExecutionPlan(
         precision=precision,
         stage=3,
         offload="nvme" if nvme else "none",
@@ -115,7 +115,7 @@ def evaluate(step: SemiSupervisedStep) -> tuple[list[Tensor], Tensor]:
     inputs = step.views.plain(digits()[0][:32])
     engine.module.eval()
     outputs = [engine.infer(inputs)]
-    with step.teacher.in_student():
+    with step.teacher.teacher_weights():
         outputs.append(engine.infer(inputs))
     outputs.append(engine.infer(inputs))
     whole = MLP(64, HIDDEN, 10).eval()

@@ -38,7 +38,7 @@ def build(
     """The step of the recipes around a model that is changed as the trainer changes it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     rows = (LABELED + UNLABELED) // RANKS
-    accelerator = launch.make_accelerator(launch.Sharding(stage=stage, micro_batch=rows))
+    accelerator = launch.make_accelerator(launch.ExecutionPlan(stage=stage, micro_batch=rows))
     algorithm = FixMatch(threshold=0.15)
     model = make_model(algorithm, "batch", smooth=True)
     if checkpointed:
@@ -192,7 +192,7 @@ def traced() -> dict[bool, Traced]:
         step = build(3)
         assert type(step._passes) is FusedPass
         passes = FusedPass if fused else Passes
-        step._passes = passes(step.engine, step.algorithm, step.teacher, step.own_time)
+        step._passes = passes(step.engine, step.algorithm, step.teacher, step.rank_timer)
         phase, invalidated = "first step", []
         train(step, 1)
         phase = "training"

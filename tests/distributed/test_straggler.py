@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdist.distributed.stragglers import OwnTime, stragglers
+from hpdist.distributed.stragglers import RankTimer, stragglers
 from tests.support.parquet_files import write_numbers
 from tests.support.ranks import run_ranks
 from tests.support.run_records import read
@@ -93,7 +93,7 @@ def test_the_slowest_is_held_against_the_others_median():
 
 @pytest.mark.alone
 def test_time_is_a_step_s_own_and_is_taken_once():
-    own = OwnTime(torch.device("cpu"))
+    own = RankTimer(torch.device("cpu"))
     for _ in range(2):
         own.begin()
         time.sleep(0.01)

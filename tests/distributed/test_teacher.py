@@ -32,7 +32,7 @@ ROUNDING = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}  # of a logit
 
 def small_step(stage: int | None) -> SemiSupervisedStep:
     AcceleratorState._reset_state(reset_partial_state=True)
-    sharding = launch.Sharding(
+    sharding = launch.ExecutionPlan(
         precision="fp16",
         stage=stage,
         micro_batch=4,
@@ -164,7 +164,7 @@ def lent() -> dict[tuple[int | None, str], Lent]:
         inputs = step.views.plain(images[:64])
         engine.module.eval()
         before = engine.infer(inputs)
-        with teacher.in_student():
+        with teacher.teacher_weights():
             inside = engine.infer(inputs)
         after = engine.infer(inputs)
         batch = LabeledBatch(images[:64], labels[:64], torch.arange(64))

@@ -51,7 +51,7 @@ def write(folder, config=None, classes=2):
 def load(folder, precision, ranks):
     """MiB of the rank's own memory that loading and sharding took at most, and of fp32 weights."""
     forget_launch()
-    sharding = launch.Sharding(precision=precision, stage=3, micro_batch=1)
+    sharding = launch.ExecutionPlan(precision=precision, stage=3, micro_batch=1)
     accelerator = launch.make_accelerator(sharding)
     config = HuggingFaceConfig(name=f"hf:{folder}")
     spec = spec_of(folder)

@@ -265,17 +265,17 @@ def test_a_dataset_of_the_hub_is_read_through_faults(tmp_path: Path) -> None:
 def a_run_that_loses_a_file(config: Path, endpoint: str, name: str) -> list[object]:
     """On every rank: how the run ended, whose trouble it was, what it saved; and how it went on."""
     seen = []
-    look_ahead = RunData.look_ahead
+    prefetch = RunData.prefetch
 
     def told(self: RunData, *given: Any) -> Any:
-        seen.append(look_ahead(self, *given))
+        seen.append(prefetch(self, *given))
         return seen[-1]
 
     def switch(order: str, **args: object) -> None:
         if os.environ["RANK"] == "0":
             httpx.post(f"{endpoint}/_fault", json={"name": order, "args": args})
 
-    RunData.look_ahead = told  # type: ignore[method-assign]
+    RunData.prefetch = told  # type: ignore[method-assign]
     with at_batch(0, lambda: switch("fail", status=503, path=name)):
         first = train(config, "run", "--data.loading.patience=2")
     saved = steps_saved(config.parent / "runs/run")

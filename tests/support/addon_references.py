@@ -16,7 +16,7 @@ from hpdist.algorithms import (
     FreeMatch,
     MixMatch,
 )
-from hpdist.algorithms.base import Places
+from hpdist.algorithms.base import BatchPositions
 from hpdist.algorithms.parts.mixing import draw_mixing
 from tests.support.algorithm_runs import (
     GlobalBatch,
@@ -127,7 +127,7 @@ def mixed(batch: GlobalBatch, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Labelled part and two unlabelled ones, mixed as the draws say."""
     usable = batch.usable.nonzero().flatten()
     x = torch.arange(len(batch.labels))
-    at = Places(x, usable, len(x), len(batch.ids), seed=7, step=batch.step)
+    at = BatchPositions(x, usable, len(x), len(batch.ids), seed=7, step=batch.step)
     mixing = draw_mixing(at, "mixmatch", 0.6, 4, labeled=1, unlabeled=2)
     rows, share = np.concatenate(parts), mixing.shares.double().numpy()[:, None]
     share = np.maximum(share, 1 - share)

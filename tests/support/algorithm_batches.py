@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm, LossTerms, StudentOutputs, Views
-from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.base import BatchPositions, StudentInputs
 from hpdist.algorithms.protocol import Attempt, MicroBatch
 
 CLASSES, LABELED, UNLABELED = 5, 8, 40
@@ -110,7 +110,7 @@ def _slice(batch: Batch, views: Views, part: int, parts: int) -> MicroBatch:
     x = slice(part * x_rows // parts, (part + 1) * x_rows // parts)
     u = slice(part * u_rows // parts, (part + 1) * u_rows // parts)
     slots = int(batch.places.max()) + 1 if u_rows else 4
-    places = Places(torch.arange(x_rows)[x], batch.places[u], x_rows, slots, seed=0, step=0)
+    places = BatchPositions(torch.arange(x_rows)[x], batch.places[u], x_rows, slots, seed=0, step=0)
     inputs = StudentInputs(
         batch.labeled[x],
         batch.labels[x],

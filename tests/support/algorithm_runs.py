@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm
-from hpdist.algorithms.base import Places
+from hpdist.algorithms.base import BatchPositions
 from hpdist.testing.imitation import (
     FEATURES,
     GlobalBatch,
@@ -62,7 +62,7 @@ def check_rotation(
     Gives the turned rows, flattened, and the cross-entropy of each.
     """
     usable = batch.usable.nonzero().flatten()
-    at = Places(torch.arange(0), usable, 0, len(batch.ids), seed=7, step=batch.step)
+    at = BatchPositions(torch.arange(0), usable, 0, len(batch.ids), seed=7, step=batch.step)
     turns = np.floor(4 * at.noise(f"{name} rotation", 1)[:, 0].numpy()).astype(int)
     assert len(set(turns)) > 2
     images = view[batch.usable].double().numpy()

@@ -94,7 +94,7 @@ def make_step(
     """A step on a small CNN for digits, on however many ranks were launched."""
     if accelerator is None:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        sharding = launch.Sharding(
+        sharding = launch.ExecutionPlan(
             precision=precision,
             stage=stage,
             offload=offload,

@@ -59,7 +59,7 @@ class ABC(AddOn, name="abc"):
         self.head_names = (*self.base.head_names, self.name)
         self.predicts = self.name
         self._mixes = _mixes(self.base)
-        self.own_further = 2 if self._mixes else int(self.base.views.strong == 0)
+        self.own_extra_inputs = 2 if self._mixes else int(self.base.views.strong == 0)
 
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """The second classifier."""
@@ -78,8 +78,8 @@ class ABC(AddOn, name="abc"):
         views = self.base.views
         seen = replace(inputs, weak=inputs.weak[: views.weak], strong=inputs.strong[: views.strong])
         mixed = super().mix(seen, weak)
-        own = (inputs.labeled, inputs.strong[0])[2 - self.own_further :]
-        return replace(mixed, further=(*mixed.further, *own))
+        own = (inputs.labeled, inputs.strong[0])[2 - self.own_extra_inputs :]
+        return replace(mixed, extra_inputs=(*mixed.extra_inputs, *own))
 
     def student(self, outputs: StudentOutputs) -> StudentOutputs:
         """Without targets that the inner algorithm did not ask for."""
@@ -112,9 +112,9 @@ class ABC(AddOn, name="abc"):
 
     def _rows(self, head: HeadOutputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The head's outputs on labelled rows and on strong views, all as they are."""
-        if not self.own_further:
+        if not self.own_extra_inputs:
             return head.labeled, head.strong[:_VIEWS]
-        own = head.further[-self.own_further :]
+        own = head.extra_inputs[-self.own_extra_inputs :]
         return (own[0] if self._mixes else head.labeled), own[-1:]
 
     def _ratio(self, like: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from hpdist.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
+    LogitsFn,
     LossTerms,
-    Probe,
     SavedShards,
     Shards,
     StudentInputs,
@@ -69,7 +69,7 @@ class AddOn(Algorithm):
     first_arguments: ClassVar[tuple[str, ...]] = ("base",)
     base: Algorithm = argument(kw_only=False)
     name: ClassVar[str] = ""
-    own_further: int = 0
+    own_extra_inputs: int = 0
     """Inputs that its `mix` puts behind those of the inner algorithm."""
     addon_paper: ClassVar[str] = ""
     addon_tasks: ClassVar[tuple[str, ...]] = Algorithm.tasks
@@ -78,7 +78,7 @@ class AddOn(Algorithm):
     task: Any = _OfBase()
     class_counts: Any = _OfBase()
     input_shape: Any = _OfBase()
-    sound: Any = _OfBase()
+    is_finite: Any = _OfBase()
 
     def __init__(self, base: Algorithm, own_state: Mapping[str, Tensor] | None = None) -> None:
         self.base = base
@@ -150,9 +150,9 @@ class AddOn(Algorithm):
         """The inner algorithm's terms with the add-on's; `outputs` are what the model said."""
         return terms
 
-    def take_place(self, rank: int, ranks: int) -> None:
+    def bind_rank(self, rank: int, world_size: int) -> None:
         """Hand it on."""
-        self.base.take_place(rank, ranks)
+        self.base.bind_rank(rank, world_size)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
         """Both sets of heads."""
@@ -173,7 +173,7 @@ class AddOn(Algorithm):
         self.own_pending = self.own_observe(own, unlabeled_rows)
         self.base.observe(others, unlabeled_rows)
 
-    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: Probe) -> StudentInputs:
+    def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
         """What the inner algorithm does."""
         return self.base.perturb(inputs, self._inner(weak), model)
 
@@ -265,14 +265,14 @@ class AddOn(Algorithm):
 
     def _seen(self, outputs: StudentOutputs) -> StudentOutputs:
         """The student's outputs, and the weak ones in them, as the inner algorithm sees them."""
-        further = len(outputs.further) - self.own_further
+        extra_inputs = len(outputs.extra_inputs) - self.own_extra_inputs
         return self.student(
             replace(
                 outputs,
                 weak=None if outputs.weak is None else self._inner(outputs.weak),
-                further=outputs.further[:further],
+                extra_inputs=outputs.extra_inputs[:extra_inputs],
                 heads={
-                    name: replace(head, further=head.further[:further])
+                    name: replace(head, extra_inputs=head.extra_inputs[:extra_inputs])
                     for name, head in outputs.heads.items()
                     if name in self.base.head_names
                 },
@@ -305,8 +305,8 @@ def build_algorithm(
     Raises ConfigError where one of them has no meaning for the task.
     """
     algorithm = config.build(num_classes, device, steps)
-    algorithm.take_task(task)
+    algorithm.set_task(task)
     for addon in addons:
         algorithm = addon.build(algorithm, num_classes, device, steps)
-        algorithm.take_task(task)
+        algorithm.set_task(task)
     return algorithm

@@ -44,7 +44,7 @@ class CReST(AddOn, name="crest"):
 
     name: ClassVar[str] = "crest"
     addon_paper: ClassVar[str] = "Wei et al. 2021, arXiv:2102.09559"
-    own_further = 1
+    own_extra_inputs = 1
     defaults: ClassVar[str] = (
         "The paper's values for CIFAR10-LT, and the average of its authors' code."
     )
@@ -138,15 +138,15 @@ class CReST(AddOn, name="crest"):
         mixed = super().mix(inputs, weak)
         return replace(
             mixed,
-            further=(*mixed.further, inputs.weak[0]),
-            notes={**mixed.notes, "crest.labels": labels},
+            extra_inputs=(*mixed.extra_inputs, inputs.weak[0]),
+            context={**mixed.context, "crest.labels": labels},
         )
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The supervised term over labelled and chosen rows."""
-        labels = outputs.notes["crest.labels"]
+        labels = outputs.context["crest.labels"]
         joined = (labels > 0).float()
-        losses = hard_cross_entropy(outputs.further[-1], (labels.long() - 1).clamp(min=0))
+        losses = hard_cross_entropy(outputs.extra_inputs[-1], (labels.long() - 1).clamp(min=0))
         rows = outputs.labeled_rows + self._joined
         added = (losses * joined).sum() / rows
         supervised = terms.supervised * (outputs.labeled_rows / rows) + added

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpdist.algorithms.addons.base import AddOn
 from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.options import argument, option, share_of_run
-from hpdist.algorithms.parts.tables import RowTable, id_words, last_places, spread
+from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
 from hpdist.errors import ConfigError
 
 _NEWTON_STEPS = 10  # from the solution before; each doubles the digits
@@ -99,8 +99,8 @@ class DARP(AddOn, name="darp"):
         self._shares(weak.logits)  # what is missing is missed at once
         said = torch.stack([view.softmax(dim=-1) for view in (weak.logits, *weak.others)])
         return {
-            "predictions": spread(weak, said.mean(dim=0)),
-            "ids": spread(weak, id_words(weak.known_ids)),
+            "predictions": scatter_to_global(weak, said.mean(dim=0)),
+            "ids": scatter_to_global(weak, encode_ids(weak.known_ids)),
         }
 
     def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class DARP(AddOn, name="darp"):
     def commit(self) -> None:
         """Write the batch's predictions into the table, and refine it when it is time."""
         super().commit()
-        if self._batch and (self.sound is None or self.sound):
+        if self._batch and (self.is_finite is None or self.is_finite):
             self._write(self._batch["predictions"], self._batch["ids"])
             since = int(self.own["step"]) - self.warmup_steps
             if since >= 0 and since % self.every == 0:
@@ -137,7 +137,7 @@ class DARP(AddOn, name="darp"):
 
     def _write(self, predictions: Tensor, words: Tensor) -> None:
         filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
-        ids, places = last_places(words, filled)
+        ids, places = last_occurrences(words, filled)
         self.predictions.write(ids, predictions[places], self.rows)
         self.refined.reserve(ids, self.rows)
 

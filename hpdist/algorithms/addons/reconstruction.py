@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import LossTerms, Places, StudentInputs, StudentOutputs, WeakOutputs
+from hpdist.algorithms.base import (
+    BatchPositions,
+    LossTerms,
+    StudentInputs,
+    StudentOutputs,
+    WeakOutputs,
+)
 from hpdist.algorithms.options import option
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import ALL
@@ -32,7 +38,7 @@ class Reconstruction(AddOn, name="reconstruction"):
     name: ClassVar[str] = "reconstruction"
     addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
     addon_tasks: ClassVar[tuple[str, ...]] = ALL
-    own_further = 1
+    own_extra_inputs = 1
     defaults: ClassVar[str] = (
         "Values that suit standardised inputs of some hundred to a few thousand numbers."
     )
@@ -88,25 +94,25 @@ class Reconstruction(AddOn, name="reconstruction"):
                 f"are {rows.dtype}"
             )
         corrupted, counted = self._corrupted(rows, inputs.places)
-        notes = {"target": rows.float(), "counted": counted}
+        context = {"target": rows.float(), "counted": counted}
         return replace(
             mixed,
-            further=(*mixed.further, corrupted),
-            notes={**mixed.notes, **self._prefixed(notes)},
+            extra_inputs=(*mixed.extra_inputs, corrupted),
+            context={**mixed.context, **self._prefixed(context)},
         )
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The inner algorithm's terms, and that of the decoder."""
-        target = outputs.notes[self._key("target")].flatten(1)  # [unlabeled, numbers]
-        counted = outputs.notes[self._key("counted")].flatten(1)
-        said = outputs.heads[self.name].further[-1]
+        target = outputs.context[self._key("target")].flatten(1)  # [unlabeled, numbers]
+        counted = outputs.context[self._key("counted")].flatten(1)
+        said = outputs.heads[self.name].extra_inputs[-1]
         share = self.share if self.mode == "masked" else 1.0
         expected = share * max(said.shape[1], 1) * outputs.unlabeled_rows
         errors = (said - target).square() * counted
         term = {f"{self.name}_loss": self.weight * errors.sum() / expected}
         return replace(terms, extras={**terms.extras, **term})
 
-    def _corrupted(self, rows: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    def _corrupted(self, rows: Tensor, places: BatchPositions) -> tuple[Tensor, Tensor]:
         """The rows corrupted, and which numbers are to be given back, fp32 of the rows' shape."""
         shape = rows.shape[1:]
         if self.mode == "denoising":

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.base import Groups, Places
+from hpdist.algorithms.base import BatchPositions, Groups
 from hpdist.errors import ConfigError
 
 GroupsOption = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -52,7 +52,7 @@ class Mixing:
 
 
 def draw_mixing(
-    places: Places,
+    places: BatchPositions,
     name: str,
     alpha: float,
     groups: Groups,
@@ -155,7 +155,7 @@ def choose_groups(labeled_rows: int, unlabeled_rows: int, slices: int = 1) -> in
     return groups if groups % slices == 0 else slices
 
 
-def count_groups(groups: Groups, places: Places) -> int:
+def count_groups(groups: Groups, places: BatchPositions) -> int:
     """The number of groups of a micro-batch's global batch.
 
     Raises ConfigError where a micro-batch does not hold whole groups.
@@ -218,13 +218,13 @@ def check_group_sizes(
         raise ConfigError(
             f"{where}, in each of them {told}, which leaves none to mix with; {remedy}"
         )
-    notes = [f"in each of them {told}: hardly any to mix with; {remedy}"] if few else []
+    context = [f"in each of them {told}: hardly any to mix with; {remedy}"] if few else []
     if groups == "auto" and count != usual:
-        notes.append(
+        context.append(
             f"one for each of {slices} ranks and micro-batches, in place of {usual}: mixtures are "
             f"not those of other numbers of them; algorithm.groups: {count} keeps them the same"
         )
-    return f"{where}, {'. They are '.join(notes)}" if notes else None
+    return f"{where}, {'. They are '.join(context)}" if context else None
 
 
 def _spelled(kind: str) -> str:

@@ -43,11 +43,13 @@ def add_rotated(inputs: StudentInputs, images: Tensor, name: str) -> StudentInpu
         )
     drawn = inputs.places.noise(f"{name} rotation", 1)[:, 0]
     turns = (drawn * ANGLES).long().to(images.device, non_blocking=True)
-    notes = {**inputs.notes, "turns": turns}
-    return replace(inputs, further=(*inputs.further, rotated(images, turns)), notes=notes)
+    context = {**inputs.context, "turns": turns}
+    return replace(
+        inputs, extra_inputs=(*inputs.extra_inputs, rotated(images, turns)), context=context
+    )
 
 
 def rotation_loss(outputs: StudentOutputs) -> Tensor:
     """Cross-entropy of the angles, a contribution to the mean over the unlabelled rows."""
-    said = outputs.heads[HEAD].further[-1]
-    return hard_cross_entropy(said, outputs.notes["turns"]).sum() / outputs.unlabeled_rows
+    said = outputs.heads[HEAD].extra_inputs[-1]
+    return hard_cross_entropy(said, outputs.context["turns"]).sum() / outputs.unlabeled_rows

@@ -27,7 +27,7 @@ _FIRST_ROWS = 1024
 _LOW = 24  # bits: an fp32 holds integers of so many exactly
 
 
-def spread(weak: WeakOutputs, values: Tensor, *, labeled: bool = False) -> Tensor:
+def scatter_to_global(weak: WeakOutputs, values: Tensor, *, labeled: bool = False) -> Tensor:
     """Values [unlabeled, *] at their rows' places in the global batch, fp32 [global batch, *].
 
     Or those of labelled rows, in the labelled global batch.
@@ -41,7 +41,7 @@ def spread(weak: WeakOutputs, values: Tensor, *, labeled: bool = False) -> Tenso
     return empty.index_copy(0, at.to(values.device, non_blocking=True), values.float())
 
 
-def id_words(ids: Tensor) -> Tensor:
+def encode_ids(ids: Tensor) -> Tensor:
     """Row ids as numbers that an fp32 holds exactly, int64 [rows, 2]: id / 2^24, and the rest."""
     return torch.stack((ids >> _LOW, ids & ((1 << _LOW) - 1)), dim=1)
 
@@ -52,10 +52,10 @@ def ids_of(words: Tensor) -> Tensor:
     return (high << _LOW) | low
 
 
-def last_places(words: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+def last_occurrences(words: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
     """The row ids of a global batch, each once, and where it stands: the last place if in several.
 
-    `words` [global batch, 2] are the summed `id_words`; `filled` [global batch] says which places
+    `words` [global batch, 2] are the summed `encode_ids`; `filled` [global batch] says which places
     have a row. int64 [rows] both, on the device, which is waited for.
     """
     numbers = torch.where(filled, ids_of(words), -1).tolist()
@@ -70,7 +70,7 @@ class LabelTable:
     Ids are dealt out in blocks of `BLOCK`, one to each rank in turn, so a rank holds 2 rows / ranks
     bytes, give or take a block. Every rank sees the ids and labels of the whole global batch, but
     only the owner of a row knows its old label. So what a rank finds of the counts' change is its
-    part of a sum: `unsent`, to be summed over the ranks with the next step's statistics.
+    part of a sum: `pending_deltas`, to be summed over the ranks with the next step's statistics.
 
     `observe` works out what would change, and only `commit` changes the table. It grows by doubling
     when an id comes that is beyond its end, and covers the same ids on every rank.
@@ -89,23 +89,23 @@ class LabelTable:
         """Ids that the table covers, those of other ranks among them."""
         # The last entry belongs to no row: what must not be written anywhere is written there.
         self._labels = torch.full((1,), UNSEEN, dtype=torch.int16, device=device)
-        self.unsent = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)
+        self.pending_deltas = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)
         """This rank's part of the last committed change that no `commit` has taken over yet,
         int64 [classes + 1]; always 0 where there is one rank."""
         self._found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._largest = _HostNumber()
 
-    def take_place(self, rank: int, ranks: int) -> None:
+    def bind_rank(self, rank: int, world_size: int) -> None:
         """Hold the rows of one rank of so many; raises ConfigError where others' are missing."""
-        if (rank, ranks) == (self.rank, self.ranks):
+        if (rank, world_size) == (self.rank, self.ranks):
             return
         if self.ranks > 1:
             raise ConfigError(
                 f"the algorithm holds the rows of rank {self.rank} of {self.ranks}, so it cannot "
-                f"be that of rank {rank} of {ranks}; make another, and load what `whole_state` gave"
+                f"be that of rank {rank} of {world_size}; make another, and load what `whole_state` gave"
             )
         whole = WholeShards({"labels": self._labels[:-1].cpu()})
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks = rank, world_size
         self.load(whole)
 
     @staticmethod
@@ -115,8 +115,8 @@ class LabelTable:
         `labels` int64 [unlabeled] are classes or `NEVER`. Rows of the result: id / 2^24, the rest
         of the id, and label + 2; all 0 in a place whose row cannot be used.
         """
-        told = torch.cat((id_words(weak.known_ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
-        return spread(weak, told).T
+        told = torch.cat((encode_ids(weak.known_ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
+        return scatter_to_global(weak, told).T
 
     def observe(self, packed: Tensor) -> Tensor:
         """From the summed `pack`, what changes by the rows of this rank: int64 [classes + 1].
@@ -147,7 +147,7 @@ class LabelTable:
         self._found = (places, new, wins, change)
         return change
 
-    def commit(self, sound: Tensor | None, rows: int | None) -> None:
+    def commit(self, is_finite: Tensor | None, rows: int | None) -> None:
         """Write down what `observe` found, unless it is not sound; `rows` are expected at least.
 
         What was unsent is taken to be in the counts by now, and this step's change is so instead.
@@ -157,12 +157,14 @@ class LabelTable:
         places, labels, wins, change = self._found
         self._found = None
         self._grow(self._largest.get() + 1, rows or 0)
-        writes = wins if sound is None else wins & sound
+        writes = wins if is_finite is None else wins & is_finite
         end = len(self._labels) - 1
         places = torch.where(writes, places, end)
         self._labels[places] = torch.where(writes, labels, UNSEEN).to(torch.int16)
         if self.ranks > 1:
-            self.unsent = change if sound is None else torch.where(sound, change, self.unsent)
+            self.pending_deltas = (
+                change if is_finite is None else torch.where(is_finite, change, self.pending_deltas)
+            )
 
     def discard(self) -> None:
         """Forget what `observe` found."""
@@ -173,13 +175,13 @@ class LabelTable:
         return self._labels[:-1].clone()
 
     def shards(self) -> Shards:
-        """Labels by id, and `unsent`, [ranks, classes + 1] in a row, as far as they are here."""
+        """Give what is here of labels by id and of `pending_deltas`, [ranks, classes + 1]."""
         labels = self._labels[:-1].cpu()
         parts = labels.split(BLOCK) if self.ranks > 1 else (labels,)
         starts = range(self.rank * BLOCK, self.rows, self.ranks * BLOCK)
         return {
             "labels": list(zip(starts, parts, strict=False)),  # one rank's is in one part
-            "changes": [(self.rank * len(self.unsent), self.unsent)],
+            "changes": [(self.rank * len(self.pending_deltas), self.pending_deltas)],
         }
 
     def load(self, saved: SavedShards) -> Tensor:
@@ -193,10 +195,10 @@ class LabelTable:
         end = torch.full((1,), UNSEEN, dtype=torch.int16)
         self._labels = torch.cat([*(p.to(end) for p in parts), end]).to(self._labels.device)
         self.discard()
-        self.unsent = torch.zeros_like(self.unsent)
+        self.pending_deltas = torch.zeros_like(self.pending_deltas)
         size = saved.size("changes")
-        changes = saved.read("changes", 0, size) if size else self.unsent
-        return changes.to(self.unsent).view(-1, len(self.unsent)).sum(dim=0)
+        changes = saved.read("changes", 0, size) if size else self.pending_deltas
+        return changes.to(self.pending_deltas).view(-1, len(self.pending_deltas)).sum(dim=0)
 
     def _count(self, labels: Tensor, which: Tensor) -> Tensor:
         """How often each label occurs among some rows, int64 [classes]; integers, so exact."""

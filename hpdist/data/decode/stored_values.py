@@ -67,7 +67,9 @@ class InputSpec:
     tokenizer: Tokenizer | None = None  # of text
     sampling: Sampling | None = None  # of sound
     seen: tuple[int, ...] | None = None  # a row as the views give it to the model, if not `shape`
-    beside: str | None = None  # a column with a second text of each row; stored values are pairs
+    paired_column: str | None = (
+        None  # a column with a second text of each row; stored values are pairs
+    )
     limits: Limits = USUAL_LIMITS  # what a row may take to decode
 
     @classmethod
@@ -111,10 +113,10 @@ class InputSpec:
         return cls("image", shape, "array", modes[channels], channels_last, size)
 
     @classmethod
-    def of_text(cls, tokenizer: Tokenizer, beside: str | None = None) -> InputSpec:
+    def of_text(cls, tokenizer: Tokenizer, paired_column: str | None = None) -> InputSpec:
         """The spec of text, which no row needs to tell; with a second one in column `beside`."""
-        shape = (tokenizer.max_length,) if beside is None else (2, tokenizer.max_length)
-        return cls("text", shape, "text", tokenizer=tokenizer, beside=beside)
+        shape = (tokenizer.max_length,) if paired_column is None else (2, tokenizer.max_length)
+        return cls("text", shape, "text", tokenizer=tokenizer, paired_column=paired_column)
 
     @classmethod
     def of_audio(cls, sampling: Sampling, seen: tuple[int, ...]) -> InputSpec:
@@ -189,8 +191,8 @@ class InputSpec:
                 f"{len(values)} rows of {_by(self.shape)} do not fit into {_by(out.shape)}"
             )
         if self.tokenizer is not None:
-            if self.beside is not None:
-                return self.tokenizer.decode_pairs_into(values, out, self.beside)
+            if self.paired_column is not None:
+                return self.tokenizer.decode_pairs_into(values, out, self.paired_column)
             return self.tokenizer.decode_into(values, out)
         reasons = {}
         for line, value in enumerate(values):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from hpdist.data.files.retry import Failed, Retry, aside, is_remote
+from hpdist.data.files.retry import Failed, Retry, is_remote, run_in_thread
 from hpdist.messages.redaction import redacted
 
 _SETTING = "data.loading.paths"
@@ -249,7 +249,7 @@ def _unpacked(path: str, rule: PathRule, seconds: float) -> bytes:
             data: bytes = file.read(rule.most_bytes + 1)  # whatever the archive says that it holds
         return data
 
-    data = aside(read, None, seconds)
+    data = run_in_thread(read, None, seconds)
     if len(data) > rule.most_bytes:
         raise too_large(f"the file {redacted(path)!r}", len(data), rule.most_bytes)
     return data

@@ -24,7 +24,7 @@ from hpdist.data.files.retry import (
     Retry,
     UnreachableError,
     is_remote,
-    persist,
+    with_retries,
 )
 from hpdist.data.files.transport import Local, Source, source_of
 from hpdist.messages.redaction import redacted
@@ -54,7 +54,7 @@ def stat(path: str, retry: Retry, stop: threading.Event | None = None) -> FileVe
     not installed, and InterruptedError when `stop` is set.
     """
     source = source_of(path, None)
-    return persist(path, retry, stop, lambda: source.stat(retry, stop))
+    return with_retries(path, retry, stop, lambda: source.stat(retry, stop))
 
 
 def read_range(
@@ -91,7 +91,7 @@ def open_file(
     if found.size >= version.size and version.differs(found):
         raise FileChangedError(path, version, found)
     source = Local(path, version)
-    return persist(path, retry, stop, source.open)
+    return with_retries(path, retry, stop, source.open)
 
 
 class RemoteFile(io.RawIOBase):
@@ -187,5 +187,5 @@ def _read(
         if start + out.tell() < end:
             source.read(start + out.tell(), end, out, retry, stop)
 
-    persist(source.path, retry, stop, attempt, out.tell)
+    with_retries(source.path, retry, stop, attempt, out.tell)
     return out.getvalue()

@@ -105,7 +105,7 @@ def is_remote(path: str) -> bool:
     return "://" in path and path.partition("://")[0] not in ("file", "local")
 
 
-def persist(
+def with_retries(
     path: str,
     retry: Retry,
     stop: threading.Event | None,
@@ -117,7 +117,7 @@ def persist(
     before = tries = 0
     told: float | None = None
     while True:
-        heed(stop)
+        check_cancelled(stop)
         try:
             value = attempt()
         except Failed as failure:
@@ -145,7 +145,9 @@ def persist(
             return value
 
 
-def aside(call: Callable[[], T], stop: threading.Event | None, seconds: float = float("inf")) -> T:
+def run_in_thread(
+    call: Callable[[], T], stop: threading.Event | None, seconds: float = float("inf")
+) -> T:
     """Run what blocks; leave it behind when `stop` is set or it takes too long."""
     if stop is None and seconds == float("inf"):
         return call()
@@ -160,13 +162,13 @@ def aside(call: Callable[[], T], stop: threading.Event | None, seconds: float = 
     threading.Thread(target=run, daemon=True, name="hpdist-read").start()
     end = time.monotonic() + seconds
     while not futures.wait([outcome], _POLL).done:
-        heed(stop)
+        check_cancelled(stop)
         if time.monotonic() > end:
             raise Failed(f"no answer in {seconds:.0f} s")
     return outcome.result()
 
 
-def heed(stop: threading.Event | None) -> None:
+def check_cancelled(stop: threading.Event | None) -> None:
     """Raise InterruptedError where one is asked to stop."""
     if stop is not None and stop.is_set():
         raise InterruptedError("the read was stopped")

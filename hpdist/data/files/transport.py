@@ -29,11 +29,11 @@ from hpdist.data.files.retry import (
     FileVersion,
     Retry,
     T,
-    aside,
     cause,
-    heed,
+    check_cancelled,
     host_of,
     is_remote,
+    run_in_thread,
 )
 from hpdist.errors import DataError
 from hpdist.messages.redaction import redacted
@@ -143,7 +143,7 @@ class _Web(Source):
                 raise DataError(f"{redacted(self.path)}: the server names no size of the file")
             return found
 
-        return aside(ask, stop)
+        return run_in_thread(ask, stop)
 
     def read(
         self, start: int, end: int, out: io.BytesIO, retry: Retry, stop: threading.Event | None
@@ -164,7 +164,7 @@ class _Web(Source):
             if missing:
                 raise Failed(f"{missing} of {end - start} bytes did not come")
 
-        aside(transfer, stop)
+        run_in_thread(transfer, stop)
 
     def _offset(self, answer: httpx.Response, start: int, end: int) -> int:
         """Check an answer and say how many of its bytes come before the range."""
@@ -341,7 +341,7 @@ def _steady(chunks: Iterator[bytes], stall: float, stop: threading.Event | None)
     """Pass chunks on while they come fast enough."""
     since, size = time.monotonic(), 0
     for chunk in chunks:
-        heed(stop)
+        check_cancelled(stop)
         yield chunk
         size += len(chunk)
         seconds = time.monotonic() - since
@@ -354,7 +354,7 @@ def _steady(chunks: Iterator[bytes], stall: float, stop: threading.Event | None)
 def _outside(path: str, call: Callable[[], T], retry: Retry, stop: threading.Event | None) -> T:
     """Ask a file system that raises errors of its own, and may try again on its own."""
     try:
-        return aside(call, stop, retry.stall + _INNER)
+        return run_in_thread(call, stop, retry.stall + _INNER)
     except (InterruptedError, Failed):
         raise
     except _FINAL as error:

@@ -247,7 +247,7 @@ AnyUnlabeled: TypeAlias = "UnlabeledTable | ParquetRows | SequentialRows | Mixed
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class DatasetIndexes:
     """What was found of a Parquet dataset."""
 
     index: Index
@@ -258,22 +258,22 @@ class Surveyed:
     """Which files the rows may name."""
 
 
-Survey: TypeAlias = list[Surveyed | None]
+DatasetIndex: TypeAlias = list[DatasetIndexes | None]
 
 
-def survey(
+def scan_metadata(
     config: Unlabeled,
     like: LabeledRows,
     spec: InputSpec,
     loading: Loading,
     recorded: Sequence[Any] | None = None,
     where: str = "data.unlabeled",
-) -> Survey:
+) -> DatasetIndex:
     """Find the files of every part that is streamed from Parquet; None for any other part.
 
     One process does this and gives the others what it found. Raises DataError.
     """
-    found: Survey = []
+    found: DatasetIndex = []
     for number, (part, setting) in enumerate(_parts(config, where)):
         known = recorded[number] if recorded is not None and number < len(recorded) else None
         surveyed = None
@@ -291,7 +291,7 @@ def open_unlabeled(
     *,
     dataset: Any = None,
     where: str = "data.unlabeled",
-    found: Survey | None = None,
+    found: DatasetIndex | None = None,
     loading: Loading | None = None,
     seed: int = 0,
 ) -> AnyUnlabeled:
@@ -310,7 +310,7 @@ def open_unlabeled(
             return _open_sequential(config, config, like, spec, dataset, where, loading)
         return _open_unlabeled_table(config, like, spec, dataset, where, seed, loading)
     if found is None:
-        found = survey(config, like, spec, loading or Loading(), None, where)
+        found = scan_metadata(config, like, spec, loading or Loading(), None, where)
     parts: list[ParquetRows | UnlabeledTable] = []
     retry = _retry(loading or Loading())
     for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
@@ -345,7 +345,7 @@ def _survey_parquet(
     budget: int | None,
     where: str,
     recorded: list[list[Any]] | None,
-) -> Surveyed | None:
+) -> DatasetIndexes | None:
     files = parquet_files(part, where)
     if files is None:
         return None
@@ -371,7 +371,7 @@ def _survey_parquet(
         check_parquet_fit(reader, functions, spec, name)
     finally:
         reader.close()
-    return Surveyed(index, column, columns, recorded, rule)
+    return DatasetIndexes(index, column, columns, recorded, rule)
 
 
 def _retry(loading: Loading) -> Retry:
@@ -381,12 +381,12 @@ def _retry(loading: Loading) -> Retry:
 def _parquet_rows(
     part: UnlabeledSource,
     config: Unlabeled,
-    surveyed: Surveyed,
+    surveyed: DatasetIndexes,
     spec: InputSpec,
     retry: Retry,
     where: str,
 ) -> ParquetRows:
-    functions = row_functions(part, surveyed.column, where, spec.beside, surveyed.rule)
+    functions = row_functions(part, surveyed.column, where, spec.paired_column, surveyed.rule)
     name = source_name(part, None, where)
     return ParquetRows(
         surveyed.index,
@@ -478,7 +478,9 @@ def _columns(
     rule: PathRule,
 ) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
-    beside = [] if spec.beside is None else [text_beside(features, spec.beside, where)]
+    paired_column = (
+        [] if spec.paired_column is None else [text_beside(features, spec.paired_column, where)]
+    )
     column = input_column(
         features,
         config.input or same_input(like.column, features, where),
@@ -490,8 +492,8 @@ def _columns(
     if spec.categories is not None:
         spec.categories.check(features, names_of(column), where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
-    columns = tuple(dict.fromkeys([*names_of(column), *beside, *others]))
-    return column, columns, row_functions(config, column, where, spec.beside, rule)
+    columns = tuple(dict.fromkeys([*names_of(column), *paired_column, *others]))
+    return column, columns, row_functions(config, column, where, spec.paired_column, rule)
 
 
 def row_count(rows: AnyUnlabeled) -> int | None:

@@ -137,14 +137,14 @@ class BatchStream(Generic[BatchT]):
 
         Raises DataError when rows cannot be read, and then again on every call.
         """
-        self.look_ahead()
+        self.prefetch()
         loaded, self._next = cast(_Loaded, self._next), None
         self._rows, self._resume = loaded.rows, loaded.resume
         self._position += self._global_batch
         return cast(BatchT, loaded.batch)
 
-    def look_ahead(self, give_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait for the batch that `next` will give, until `give_up` says so; the position stays.
+    def prefetch(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the batch that `next` will give, unless `should_stop`; the position stays.
 
         Raises what `next` does.
         """
@@ -157,7 +157,7 @@ class BatchStream(Generic[BatchT]):
         if self._stop is None:
             self._start()
         start = time.monotonic()
-        item = self._wait(give_up)
+        item = self._wait(should_stop)
         self.waited += time.monotonic() - start
         if item is None:
             return
@@ -166,8 +166,8 @@ class BatchStream(Generic[BatchT]):
             raise item
         self._next = item
 
-    def _wait(self, give_up: Callable[[], bool]) -> _Item | None:
-        while not give_up():
+    def _wait(self, should_stop: Callable[[], bool]) -> _Item | None:
+        while not should_stop():
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=_GIVE_UP)
         return None

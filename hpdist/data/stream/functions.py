@@ -32,15 +32,17 @@ class RowFunctions:
     map: Callable[[Row], Row] | None = None
     rule: PathRule = NOTHING
     """Which files the rows, and what `map` makes of them, may name."""
-    beside: str | None = None
+    paired_column: str | None = None
     """A column whose value comes with the input's, as the second of a pair."""
 
     def values(self, table: pa.Table) -> Values:
         """The input column's stored values, mapped, and which rows the filter leaves out."""
         if self.keep is None and self.map is None:
             inputs = named(stored_inputs(table, self.column), self.rule)
-            if self.beside is not None:
-                inputs = list(zip(inputs, stored_values(table.column(self.beside)), strict=True))
+            if self.paired_column is not None:
+                inputs = list(
+                    zip(inputs, stored_values(table.column(self.paired_column)), strict=True)
+                )
             return Values(inputs)
         columns = {name: stored_values(table.column(name)) for name in table.column_names}
         found = Values([])
@@ -54,7 +56,7 @@ class RowFunctions:
                 kept = self.keep is None or bool(self.keep(row))
                 mapped = self.map(row) if kept and self.map is not None else row
                 (value,) = named([_stored(mapped, self.column)], self.rule)
-                pair = value if self.beside is None else (value, mapped[self.beside])
+                pair = value if self.paired_column is None else (value, mapped[self.paired_column])
                 found.values.append(pair)
             except Exception as error:  # whatever the user's function raises
                 found.values.append(Unreadable(f"filter or map failed: {describe(error)}"))
@@ -76,12 +78,12 @@ def row_functions(
     config: UnlabeledSource,
     column: Column,
     where: str,
-    beside: str | None = None,
+    paired_column: str | None = None,
     rule: PathRule = NOTHING,
 ) -> RowFunctions:
     """The functions that a config names. Raises ConfigError where one cannot be imported."""
     keep, change = (_function(getattr(config, key), f"{where}.{key}") for key in ("filter", "map"))
-    return RowFunctions(column, keep, change, rule, beside)
+    return RowFunctions(column, keep, change, rule, paired_column)
 
 
 def _function(name: str | None, where: str) -> Any:

@@ -35,15 +35,15 @@ class Rows:
         if len(parts) == 1:
             return parts[0]
         table = pa.concat_tables([part.table for part in parts])
-        return Rows.beside(parts, table)
+        return Rows.paired_column(parts, table)
 
     @staticmethod
     def mixed(parts: list[tuple[int, Rows]]) -> Rows:
         """Runs of rows of several datasets, which need not have the same columns."""
-        return Rows.beside([rows for _, rows in parts], None, tuple(parts))
+        return Rows.paired_column([rows for _, rows in parts], None, tuple(parts))
 
     @staticmethod
-    def beside(
+    def paired_column(
         runs: list[Rows], table: pa.Table | None, parts: tuple[tuple[int, Rows], ...] = ()
     ) -> Rows:
         """Put ids, epochs and reasons of runs one behind the other, under a table of all."""

@@ -20,7 +20,7 @@ from hpdist.algorithms import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.base import Places, StudentInputs, Sums, supervised_loss
+from hpdist.algorithms.base import BatchPositions, StudentInputs, Sums, supervised_loss
 from hpdist.config.component import component_names, components
 from hpdist.data.batch import LabeledBatch
 from hpdist.errors import ConfigError
@@ -86,7 +86,7 @@ def test_abc(name: str) -> None:
     for step in range(6):
         batch = abc_batch(algorithm, step)
         ran = run(algorithm, batch)
-        places = Places(
+        places = BatchPositions(
             torch.arange(8), batch.usable.nonzero().flatten(), 8, 16, seed=7, step=batch.step
         )
         outputs = [part.detach().double().numpy() for part in ran.heads["abc"]]
@@ -161,14 +161,18 @@ class Strict(Algorithm):
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         assert weak is None
         assert (len(inputs.weak), len(inputs.strong), len(inputs.student_weak)) == (0, 0, 1)
-        return replace(inputs, further=(inputs.labeled,))
+        return replace(inputs, extra_inputs=(inputs.labeled,))
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         assert outputs.weak is None
-        assert (len(outputs.strong), len(outputs.further), len(outputs.student_weak)) == (0, 1, 1)
+        assert (len(outputs.strong), len(outputs.extra_inputs), len(outputs.student_weak)) == (
+            0,
+            1,
+            1,
+        )
         for head in outputs.heads.values():
-            assert len(head.further) == 1
-        term = outputs.further[0].sum() + outputs.student_weak[0].sum()
+            assert len(head.extra_inputs) == 1
+        term = outputs.extra_inputs[0].sum() + outputs.student_weak[0].sum()
         return LossTerms(supervised_loss(outputs), term)
 
 
@@ -210,7 +214,7 @@ def test_abc_predicts_with_its_head() -> None:
     assert found["accuracy_student"] == pytest.approx(student[0])
     assert found["loss_student"] == pytest.approx(student[1], rel=1e-4)
     assert step.teacher is not None
-    with step.teacher.in_student():
+    with step.teacher.teacher_weights():
         teacher = expected()
     assert found["loss"] == pytest.approx(teacher[1], rel=1e-4)
     assert teacher[1] != pytest.approx(student[1], rel=1e-4)

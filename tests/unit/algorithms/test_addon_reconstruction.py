@@ -18,7 +18,7 @@ from hpdist.algorithms import (
     Supervised,
 )
 from hpdist.algorithms.addons.reconstruction import ReconstructionConfig
-from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.base import BatchPositions, StudentInputs
 from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP
@@ -48,7 +48,7 @@ def test_the_term_over_several_steps(mode: Any, name: str, unusable: tuple[int, 
         batch = global_batch(algorithm, step, unusable=unusable)
         ran = run(algorithm, batch)
         usable = batch.usable.nonzero().flatten()
-        places = Places(torch.arange(8), usable, 8, ROWS, seed=7, step=step)
+        places = BatchPositions(torch.arange(8), usable, 8, ROWS, seed=7, step=step)
         rows = batch.weak[0][usable].double().numpy()
         if mode == "masked":
             counted = places.noise("reconstruction", FEATURES).numpy() < 0.3
@@ -82,11 +82,11 @@ def test_the_term_over_several_steps(mode: Any, name: str, unusable: tuple[int, 
 
 
 def corrupted(algorithm: Algorithm, rows: Tensor) -> Tensor:
-    places = Places(torch.arange(0), torch.arange(len(rows)), 0, len(rows), seed=3, step=0)
+    places = BatchPositions(torch.arange(0), torch.arange(len(rows)), 0, len(rows), seed=3, step=0)
     none = torch.arange(0)
-    return algorithm.mix(StudentInputs(rows[:0], none, (), (), (), (rows,), places), None).further[
-        -1
-    ]
+    return algorithm.mix(
+        StudentInputs(rows[:0], none, (), (), (), (rows,), places), None
+    ).extra_inputs[-1]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 10)])
@@ -168,7 +168,7 @@ def test_two_of_them_around_one_another_and_around_further_inputs() -> None:
     flows = {k: [bool(g.any()) for g in v] for k, v in ran.head_gradients.items()}
     assert flows["reconstruction"] == [False, False, False, True, False]
     assert flows["other"] == [False, False, False, False, True]
-    assert set(ran.notes) >= {"reconstruction.target", "other.target", "lost"}
+    assert set(ran.context) >= {"reconstruction.target", "other.target", "lost"}
 
 
 class _Watching(VAT):
@@ -176,7 +176,7 @@ class _Watching(VAT):
 
     def loss(self, outputs, student_sums):
         weak = outputs.weak
-        self.shown = (len(outputs.further), list(outputs.heads), list(weak.heads))
+        self.shown = (len(outputs.extra_inputs), list(outputs.heads), list(weak.heads))
         return super().loss(outputs, student_sums)
 
 

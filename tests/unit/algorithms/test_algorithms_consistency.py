@@ -104,7 +104,7 @@ def test_ict_over_several_steps() -> None:
         check_supervised(ran, batch.labels)
         rows = batch.weak[0][batch.usable].double().numpy()
         groups = np.arange(16)[batch.usable.numpy()] // 4
-        partners, shares = (ran.notes[name].numpy() for name in ("partners", "shares"))
+        partners, shares = (ran.context[name].numpy() for name in ("partners", "shares"))
         np.testing.assert_array_equal(groups[partners], groups)
         np.testing.assert_array_equal(np.sort(partners), np.arange(15))
         share = shares.astype(float)[:, None]

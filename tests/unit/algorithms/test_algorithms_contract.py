@@ -21,7 +21,7 @@ VARIANTS = {name: config(name=name) for name, config in CONFIGS.items()} | {
 
 def is_plain(algorithm: Algorithm) -> bool:
     """Whether the student sees the views as they are, and says no more than logits."""
-    plain = type(algorithm).mix is Algorithm.mix and not algorithm.views.probed
+    plain = type(algorithm).mix is Algorithm.mix and not algorithm.views.needs_gradient_probe
     return plain and not algorithm.head_names
 
 

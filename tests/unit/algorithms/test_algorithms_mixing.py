@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import ICT, LogitAdjustment, MixMatch, ReMixMatch
-from hpdist.algorithms.base import Algorithm, Places
+from hpdist.algorithms.base import Algorithm, BatchPositions
 from hpdist.algorithms.parts.mixing import (
     BETA_NUMBERS,
     Mixing,
@@ -121,11 +121,11 @@ def test_mixing_by_the_formula() -> None:
     assert mixing(rows.half()).dtype == torch.float16
 
 
-def places(ranks: int, rank: int, usable: list[int], step: int = 0) -> Places:
+def places(ranks: int, rank: int, usable: list[int], step: int = 0) -> BatchPositions:
     labeled, unlabeled = 8 // ranks, 16 // ranks
     here = [u for u in usable if rank * unlabeled <= u < (rank + 1) * unlabeled]
     x = torch.arange(rank * labeled, (rank + 1) * labeled)
-    return Places(x, torch.tensor(here, dtype=torch.int64), 8, 16, seed=5, step=step)
+    return BatchPositions(x, torch.tensor(here, dtype=torch.int64), 8, 16, seed=5, step=step)
 
 
 def drawn(ranks: int, usable: list[int], step: int = 0) -> list[Tensor]:
@@ -192,7 +192,7 @@ def test_all_rows_of_a_small_batch_are_mixed_with_one_another() -> None:
     for groups in ("auto", 8):
         same = 0
         for step in range(40):
-            at = Places(torch.arange(8), torch.arange(8), 8, 8, seed=5, step=step)
+            at = BatchPositions(torch.arange(8), torch.arange(8), 8, 8, seed=5, step=step)
             mixing = draw_mixing(at, "test", 0.75, groups, labeled=1, unlabeled=1)
             same += int((mixing.partners == torch.arange(16)).sum())
         alone.append(same / (40 * 16))
@@ -244,7 +244,7 @@ def mixed(
     """Labelled and unlabelled parts, mixed as the draws say; MixUp of the MixMatch paper."""
     usable = batch.usable.nonzero().flatten()
     x = torch.arange(len(batch.labels))
-    at = Places(x, usable, len(x), len(batch.ids), seed=7, step=batch.step)
+    at = BatchPositions(x, usable, len(x), len(batch.ids), seed=7, step=batch.step)
     mixing = draw_mixing(at, name, alpha, groups, labeled=1, unlabeled=unlabeled)
     rows, share = np.concatenate(parts), mixing.shares.double().numpy()[:, None]
     share = np.maximum(share, 1 - share)

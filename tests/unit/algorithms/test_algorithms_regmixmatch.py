@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import RegMixMatch, WeakOutputs
-from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.base import BatchPositions, StudentInputs
 from hpdist.algorithms.parts.mixing import BETA_NUMBERS, beta
 from hpdist.algorithms.parts.resizemix import resize_mix
 from hpdist.algorithms.regmixmatch import RegMixMatchConfig
@@ -84,7 +84,7 @@ def test_a_pasted_image_is_the_whole_middle_made_smaller() -> None:
 
 
 def draws(
-    places: Places, high_alpha: float, low_alpha: float, labeled: bool = False
+    places: BatchPositions, high_alpha: float, low_alpha: float, labeled: bool = False
 ) -> list[np.ndarray]:
     """Uniform numbers [rows, 4], and both kinds of shares."""
     noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
@@ -130,7 +130,9 @@ class Reference:
         losses, slopes = cross_entropy(strong @ model, ONE_HOT[classes])
         fairness, fair_slopes = self._fairness(softmax(strong @ model), mask)
         strong_slopes = (mask[:, None] * slopes) / n + o["fairness_weight"] * fair_slopes
-        places = Places(torch.arange(LABELED), usable, LABELED, ROWS, seed=7, step=batch.step)
+        places = BatchPositions(
+            torch.arange(LABELED), usable, LABELED, ROWS, seed=7, step=batch.step
+        )
         x, labels = batch.labeled.double().numpy(), batch.labels.numpy()
         pool = [
             (int(u) * GROUPS // ROWS, c >= o["confident"], k, False)
@@ -316,7 +318,7 @@ def test_labelled_rows_are_mixed_from_a_hundred_per_class(
     for step in range(2):
         ran = run(algorithm, make_batch(algorithm, step))
         assert [len(part) for part in ran.inputs] == [LABELED, ROWS, ROWS, *[LABELED] * mixed]
-        assert ("mixed labels of labelled rows" in ran.notes) == mixed
+        assert ("mixed labels of labelled rows" in ran.context) == mixed
 
 
 def of_images(algorithm: RegMixMatch, logits: Tensor, ranks: int, step: int) -> StudentInputs:
@@ -328,14 +330,16 @@ def of_images(algorithm: RegMixMatch, logits: Tensor, ranks: int, step: int) -> 
     parts = []
     for rank in range(ranks):
         x, u = (torch.arange(n).chunk(ranks)[rank] for n in (LABELED, ROWS))
-        places = Places(x, u, LABELED, ROWS, seed=7, step=step)
+        places = BatchPositions(x, u, LABELED, ROWS, seed=7, step=step)
         inputs = StudentInputs(labeled[x], labels[x], (), (strong[u],), (), (weak[u],), places)
         parts.append(algorithm.mix(inputs, WeakOutputs(logits[u], u, places=places)))
     return replace(
         parts[0],
         strong=(strong,),
-        further=(torch.cat([part.further[0] for part in parts]),),
-        notes={name: torch.cat([part.notes[name] for part in parts]) for name in parts[0].notes},
+        extra_inputs=(torch.cat([part.extra_inputs[0] for part in parts]),),
+        context={
+            name: torch.cat([part.context[name] for part in parts]) for name in parts[0].context
+        },
     )
 
 
@@ -345,7 +349,9 @@ def test_images_are_pasted(step: int) -> None:
     algorithm = RegMixMatch(CLASSES, **options, groups=GROUPS)
     logits = 2.5 * torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(step))
     found = of_images(algorithm, logits, 1, step)
-    places = Places(torch.arange(LABELED), torch.arange(ROWS), LABELED, ROWS, seed=7, step=step)
+    places = BatchPositions(
+        torch.arange(LABELED), torch.arange(ROWS), LABELED, ROWS, seed=7, step=step
+    )
     noise, high_draws, low_draws = draws(places, OPTIONS["high_alpha"], OPTIONS["low_alpha"])
     p = softmax(logits.double().numpy())
     confidence, classes = p.max(axis=1), p.argmax(axis=1)
@@ -361,17 +367,17 @@ def test_images_are_pasted(step: int) -> None:
         image, share = paste(strong[row], strong[other], side, centre)
         if partner is None:
             image, share = strong[row], 1.0
-        np.testing.assert_allclose(found.further[0][row].double().numpy(), image)
+        np.testing.assert_allclose(found.extra_inputs[0][row].double().numpy(), image)
         own = ONE_HOT[classes[row]] if high else p[row]
         label = share * own + (1 - share) * ONE_HOT[classes[other]]
-        np.testing.assert_allclose(found.notes["mixed labels"][row].numpy(), label, atol=1e-6)
+        np.testing.assert_allclose(found.context["mixed labels"][row].numpy(), label, atol=1e-6)
         mixed += partner is not None
     assert mixed > 20
     for ranks in (2, 4):
         other_ranks = of_images(algorithm, logits, ranks, step)
-        assert torch.equal(other_ranks.further[0], found.further[0])
-        for name, value in found.notes.items():
-            torch.testing.assert_close(other_ranks.notes[name], value)
+        assert torch.equal(other_ranks.extra_inputs[0], found.extra_inputs[0])
+        for name, value in found.context.items():
+            torch.testing.assert_close(other_ranks.context[name], value)
 
 
 def test_accumulation_does_not_matter_in_a_real_step() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import FlexMatch, SequenceMatch, WeakOutputs
-from hpdist.algorithms.base import Places
+from hpdist.algorithms.base import BatchPositions
 from hpdist.algorithms.parts.tables import NEVER, UNSEEN, LabelTable, WholeShards
 from hpdist.errors import ConfigError
 from tests.support.algorithm_batches import (
@@ -32,14 +32,14 @@ def pack(
     ids: list[int], labels: list[int], places: list[int] | None = None, rows: int = 8
 ) -> Tensor:
     where = torch.arange(len(ids)) if places is None else torch.tensor(places, dtype=torch.int64)
-    at = Places(torch.arange(0), where, 0, rows, seed=0, step=0)
+    at = BatchPositions(torch.arange(0), where, 0, rows, seed=0, step=0)
     weak = WeakOutputs(torch.zeros(len(ids), CLASSES), torch.tensor(ids).long(), places=at)
     return LabelTable.pack(weak, torch.tensor(labels).long())
 
 
-def change(table: LabelTable, packed: Tensor, *, sound: bool = True) -> list[int]:
+def change(table: LabelTable, packed: Tensor, *, is_finite: bool = True) -> list[int]:
     found = table.observe(packed)
-    table.commit(torch.tensor(sound), None)
+    table.commit(torch.tensor(is_finite), None)
     return found[:-1].tolist()
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_written_before_commit_nor_where_it_is_not_sound() -> None:
     table.discard()
     table.commit(torch.tensor(True), None)
     assert torch.equal(table.labels(), before)
-    change(table, pack([1], [2]), sound=False)
+    change(table, pack([1], [2]), is_finite=False)
     assert torch.equal(table.labels()[:2], before[:2])
     change(table, pack([], []))
     assert torch.equal(table.labels()[:2], before[:2])

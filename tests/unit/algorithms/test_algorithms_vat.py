@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms import VAT, Algorithm, FixMatch, WeakOutputs
-from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.base import BatchPositions, StudentInputs
 from hpdist.algorithms.vat import VATConfig
 from hpdist.errors import ConfigError
 from hpdist.models import CNN
@@ -71,7 +71,7 @@ def test_vat_over_several_steps(
         model, x = batch.student.double().numpy(), batch.labeled.double().numpy()
         usable = batch.usable.nonzero().flatten()
         rows, n = batch.weak[0][usable].double().numpy(), len(usable)
-        places = Places(torch.arange(8), usable, 8, 16, seed=7, step=step)
+        places = BatchPositions(torch.arange(8), usable, 8, 16, seed=7, step=step)
         noise = places.normal("vat", FEATURES).double().numpy()
         perturbed = rows + 0.7 * virtual_adversarial(rows, noise, model, 0.5, times)
         supervised, slopes = cross_entropy(x @ model, np.eye(CLASSES)[batch.labels.numpy()])
@@ -134,8 +134,8 @@ def test_every_option_changes_the_loss(change: dict[str, float]) -> None:
 def test_without_a_gradient_the_direction_stays_random(slope: float) -> None:
     algorithm = VAT(epsilon=2.0, ramp_steps=0)
     batch = global_batch(algorithm, 0)
-    probed = inputs_of(batch.weak[0])
-    weak = WeakOutputs(torch.zeros(16, CLASSES), batch.ids, places=probed.places)
+    needs_gradient_probe = inputs_of(batch.weak[0])
+    weak = WeakOutputs(torch.zeros(16, CLASSES), batch.ids, places=needs_gradient_probe.places)
     flat = torch.arange(CLASSES) * 1.0
 
     def model(rows: Tensor) -> Tensor:
@@ -143,13 +143,13 @@ def test_without_a_gradient_the_direction_stays_random(slope: float) -> None:
         said = rows @ batch.student
         return torch.cat([said[:8], flat + slope * said[8:]])
 
-    found = algorithm.perturb(probed, weak, model)
-    noise = probed.places.normal("vat", FEATURES).double().numpy()
-    moves = (found.further[0] - batch.weak[0]).double().numpy() / 2
+    found = algorithm.perturb(needs_gradient_probe, weak, model)
+    noise = needs_gradient_probe.places.normal("vat", FEATURES).double().numpy()
+    moves = (found.extra_inputs[0] - batch.weak[0]).double().numpy() / 2
     np.testing.assert_allclose(moves[8:], unit(noise)[8:], atol=1e-5)
     assert np.abs(moves[:8] - unit(noise)[:8]).max() > 0.1
     np.testing.assert_allclose(np.linalg.norm(moves, axis=1), 1, rtol=1e-5)
-    assert found.notes["lost"].tolist() == [0.0] * 8 + [1.0] * 8
+    assert found.context["lost"].tolist() == [0.0] * 8 + [1.0] * 8
 
 
 def test_the_log_says_how_many_directions_are_lost() -> None:
@@ -172,8 +172,8 @@ def test_a_tiny_and_a_huge_gradient_have_a_direction() -> None:
             return _Scaled.apply(rows[:, :2], size)
 
         found = algorithm.perturb(inputs, weak, model)
-        assert found.notes["lost"].sum() == 0
-        moves = found.further[0] - batch.weak[0]
+        assert found.context["lost"].sum() == 0
+        moves = found.extra_inputs[0] - batch.weak[0]
         torch.testing.assert_close(moves.norm(dim=1), torch.ones(16), rtol=1e-4, atol=1e-4)
 
 
@@ -200,7 +200,7 @@ def test_inputs_of_whole_numbers_are_refused() -> None:
 def inputs_of(rows: Tensor) -> StudentInputs:
     """One micro-batch of unlabelled rows alone."""
     none = torch.arange(0)
-    places = Places(none, torch.arange(len(rows)), 0, len(rows), seed=3, step=0)
+    places = BatchPositions(none, torch.arange(len(rows)), 0, len(rows), seed=3, step=0)
     return StudentInputs(rows[:0], none, (), (), (), (rows,), places)
 
 
@@ -326,8 +326,8 @@ def directions(model: nn.Module, rows: Tensor, dtype: torch.dtype, xi: float) ->
     inputs = inputs_of(rows)
     weak = WeakOutputs(probe(rows).detach(), torch.arange(len(rows)), places=inputs.places)
     found = VAT(epsilon=1.0, xi=xi).perturb(inputs, weak, probe)
-    assert found.further[0].dtype == torch.float32
-    return (found.further[0] - rows).flatten(1)
+    assert found.extra_inputs[0].dtype == torch.float32
+    return (found.extra_inputs[0] - rows).flatten(1)
 
 
 def test_half_precision_finds_the_direction_of_fp32(trained: tuple[nn.Module, Tensor]) -> None:

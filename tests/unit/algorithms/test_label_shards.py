@@ -13,7 +13,7 @@ from torch import Tensor
 from hpdist.algorithms import FlexMatch, WeakOutputs
 from hpdist.algorithms.addons.base import AddOn, build_algorithm
 from hpdist.algorithms.addons.debiaspl import DebiasPLConfig
-from hpdist.algorithms.base import Places
+from hpdist.algorithms.base import BatchPositions
 from hpdist.algorithms.flexmatch import FlexMatchConfig
 from hpdist.algorithms.parts.tables import BLOCK, NEVER, UNSEEN, WholeShards
 from hpdist.errors import ConfigError
@@ -52,7 +52,7 @@ class Model:
 def made(ranks: int, rows: int | None) -> list[FlexMatch]:
     group = [FlexMatch(CLASSES, rows=rows) for _ in range(ranks)]
     for rank, algorithm in enumerate(group):
-        algorithm.take_place(rank, ranks)
+        algorithm.bind_rank(rank, ranks)
     return group
 
 
@@ -62,14 +62,14 @@ def step(group: list[FlexMatch], rows: list[tuple[int, int]], fate: str) -> list
     for rank, algorithm in enumerate(group):
         places = torch.arange(len(rows))[rank :: len(group)]
         ids, labels = torch.tensor(rows)[places].unbind(dim=1)
-        at = Places(torch.arange(0), places, 0, len(rows), seed=0, step=0)
+        at = BatchPositions(torch.arange(0), places, 0, len(rows), seed=0, step=0)
         weak = WeakOutputs(torch.zeros(len(places), CLASSES), ids, places=at)
         told = {"table": algorithm._table.pack(weak, labels)} | algorithm.rank_statistics()
         sums = {name: sums.get(name, 0) + value for name, value in told.items()}
     went_by = []
     for algorithm in group:
         algorithm.observe(sums, torch.tensor(float(len(rows))))
-        algorithm.sound = torch.tensor(fate != UNSOUND)
+        algorithm.is_finite = torch.tensor(fate != UNSOUND)
         if fate == UNSOUND:
             algorithm.pending = dict(algorithm.state)
         went_by.append(algorithm._told["counts"].tolist())
@@ -135,7 +135,7 @@ def test_a_state_of_one_rank_is_dealt_out_when_the_place_is_taken():
     late, early = made(2, None), [FlexMatch(CLASSES) for _ in range(2)]
     for rank in range(2):
         early[rank].load_state_dict(state)
-        early[rank].take_place(rank, 2)
+        early[rank].bind_rank(rank, 2)
         late[rank].load_state_dict(state)
         parts = [dict(group[rank].shards()["labels"]) for group in (early, late)]
         assert parts[0].keys() == parts[1].keys() == {rank * BLOCK}
@@ -145,9 +145,9 @@ def test_a_state_of_one_rank_is_dealt_out_when_the_place_is_taken():
 
 def test_a_place_cannot_change_and_a_part_is_no_whole():
     first, second = made(2, None)
-    first.take_place(0, 2)  # once more, as by another step around it
+    first.bind_rank(0, 2)  # once more, as by another step around it
     with pytest.raises(ConfigError, match=r"rank 0 of 2.*rank 1 of 3.*whole_state"):
-        first.take_place(1, 3)
+        first.bind_rank(1, 3)
     with pytest.raises(KeyError, match="whole_state"):
         second.load_state_dict(first.state_dict())
 
@@ -158,7 +158,7 @@ def test_an_add_on_hands_everything_on():
     inner = []
     for algorithm in around:
         assert isinstance(algorithm, AddOn)
-        algorithm.take_place(1, 2)
+        algorithm.bind_rank(1, 2)
         assert isinstance(algorithm.base, FlexMatch)
         inner.append(algorithm.base)
     step([made(2, None)[0], inner[0]], [(BLOCK, 1), (BLOCK + 1, 2)], APPLIED)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import ReMixMatch
-from hpdist.algorithms.base import Places, StudentInputs
+from hpdist.algorithms.base import BatchPositions, StudentInputs
 from hpdist.algorithms.parts.rotation import add_rotated, rotated
 from hpdist.errors import ConfigError
 
 
 def inputs(rows: int, step: int = 0) -> StudentInputs:
     none = torch.zeros(0)
-    places = Places(torch.arange(0), torch.arange(rows), 0, rows, seed=1, step=step)
-    return StudentInputs(none, none.long(), (), (), (), (), places, further=(none,))
+    places = BatchPositions(torch.arange(0), torch.arange(rows), 0, rows, seed=1, step=step)
+    return StudentInputs(none, none.long(), (), (), (), (), places, extra_inputs=(none,))
 
 
 def test_each_row_is_turned_by_its_own_angle() -> None:
@@ -30,14 +30,14 @@ def test_each_row_is_turned_by_its_own_angle() -> None:
 def test_angles_are_drawn_evenly_and_anew_in_each_step() -> None:
     images = torch.randn(4000, 1, 2, 2)
     found = [add_rotated(inputs(4000, step), images, "a") for step in (0, 1)]
-    counts = found[0].notes["turns"].bincount(minlength=4)
+    counts = found[0].context["turns"].bincount(minlength=4)
     assert counts.sum() == 4000
     assert (counts - 1000).abs().max() < 4.5 * (4000 * 3 / 16) ** 0.5
-    assert not torch.equal(found[0].notes["turns"], found[1].notes["turns"])
+    assert not torch.equal(found[0].context["turns"], found[1].context["turns"])
     other = add_rotated(inputs(4000), images, "b")
-    assert not torch.equal(found[0].notes["turns"], other.notes["turns"])
-    assert len(found[0].further) == 2
-    assert torch.equal(found[0].further[1], rotated(images, found[0].notes["turns"]))
+    assert not torch.equal(found[0].context["turns"], other.context["turns"])
+    assert len(found[0].extra_inputs) == 2
+    assert torch.equal(found[0].extra_inputs[1], rotated(images, found[0].context["turns"]))
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(2, 6), torch.zeros(2, 1, 4, 6), torch.zeros(2, 9, 9)])

@@ -85,7 +85,7 @@ def test_segments_equal_separate_passes() -> None:
     _, one = pair()
     _, two = pair()
     x = rows()
-    two.segments = (3, 5)
+    two.virtual_batches = (3, 5)
     torch.testing.assert_close(torch.cat([one(x[:3]), one(x[3:])]), two(x))
     one.commit()
     two.commit()

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from hpdist.distributed import fragments
-from hpdist.distributed.fragments import Fragment, Layout, partition, places_of
+from hpdist.distributed.fragments import Fragment, Layout, fragment_spans, partition
 
 
 class OneProcess(Layout):
     """Gives what an all-gather would, of fragments of all ranks that this process has itself."""
 
     def __init__(self, ranks: list[list[Fragment]]) -> None:
-        super().__init__(ranks[0], places=[places_of(own) for own in ranks])
+        super().__init__(ranks[0], places=[fragment_spans(own) for own in ranks])
         flat = [torch.cat([f.values for f in own] or [torch.empty(0)]) for own in ranks]
         self.flat = [torch.nn.functional.pad(own, (0, self._longest - len(own))) for own in flat]
         self.exchanged = 0

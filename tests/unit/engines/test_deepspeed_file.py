@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hpdist.engines import launch
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.zero import make_plugin
 from hpdist.errors import ConfigError
 from hpdist.plan.memory_plan import make_plan
@@ -21,7 +21,7 @@ from hpdist.train.compose import execution_request
 from hpdist.train.config import RunConfig, parse
 
 ON = {"stage": 1}
-Resolve = Callable[..., Sharding]
+Resolve = Callable[..., ExecutionPlan]
 
 
 def config(**settings: Any) -> RunConfig:
@@ -43,7 +43,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Resolve:
     path = tmp_path / "ds.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
 
-    def found(file: dict[str, Any] | str, **settings: Any) -> Sharding:
+    def found(file: dict[str, Any] | str, **settings: Any) -> ExecutionPlan:
         path.write_text(file if isinstance(file, str) else json.dumps(file))
         return launch.resolve(execution_request(config(**settings)))
 

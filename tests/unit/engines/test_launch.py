@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from hpdist.data.samples.digits import write_digits
 from hpdist.engines import launch
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError
 from hpdist.train.compose import execution_request
 from hpdist.train.config import RunConfig, parse
@@ -75,7 +75,7 @@ def refusal(**settings: Any) -> str:
 
 
 def test_precision_by_default_is_fp32_without_deepspeed() -> None:
-    assert launch.resolve(execution_request(config())) == Sharding()
+    assert launch.resolve(execution_request(config())) == ExecutionPlan()
 
 
 @pytest.mark.parametrize("ours", [None, "bf16"])
@@ -138,7 +138,7 @@ def test_an_initial_loss_scale_that_is_no_power_of_2(scale: float) -> None:
 
 def test_deepspeed_from_accelerates_config(launcher: Any) -> None:
     launcher(zero_stage=3, offload_optimizer_device="cpu", gradient_clipping=0.5)
-    expected = Sharding(stage=3, offload="cpu", grad_clip=0.5)
+    expected = ExecutionPlan(stage=3, offload="cpu", grad_clip=0.5)
     assert launch.resolve(execution_request(config())) == expected
     settings = {"zero": {"stage": 3, "offload": "cpu"}, "optim": {"grad_clip": 0.5}}
     assert launch.resolve(execution_request(config(**settings))) == expected
@@ -147,7 +147,7 @@ def test_deepspeed_from_accelerates_config(launcher: Any) -> None:
 def test_what_accelerates_config_leaves_open(launcher: Any) -> None:
     launcher(gradient_clipping="auto", offload_optimizer_device="none")
     settings = {"zero": {"offload": "cpu"}, "optim": {"grad_clip": 2.0}}
-    expected = Sharding(stage=2, offload="cpu", grad_clip=2.0)
+    expected = ExecutionPlan(stage=2, offload="cpu", grad_clip=2.0)
     assert launch.resolve(execution_request(config(**settings))) == expected
 
 
@@ -197,7 +197,7 @@ def test_both_offloads_in_accelerates_config(launcher: Any) -> None:
 def test_deepspeed_from_the_json(launcher: Any) -> None:
     zero = {"stage": 1, "offload_optimizer": {"device": "cpu"}, "offload_param": None}
     path = launcher({"zero_optimization": zero, "gradient_clipping": 0.5})
-    expected = Sharding(stage=1, offload="cpu", grad_clip=0.5, deepspeed=path)
+    expected = ExecutionPlan(stage=1, offload="cpu", grad_clip=0.5, deepspeed=path)
     assert launch.resolve(execution_request(config())) == expected
     settings = {"zero": {"stage": 1, "offload": "cpu"}, "optim": {"grad_clip": 0.5}}
     assert launch.resolve(execution_request(config(**settings))) == expected
@@ -207,7 +207,7 @@ def test_deepspeed_from_the_json(launcher: Any) -> None:
 def test_what_the_json_leaves_open(launcher: Any, file: dict[str, Any]) -> None:
     path = launcher(file)
     found = launch.resolve(execution_request(config(precision="bf16", optim={"grad_clip": 2})))
-    assert found == Sharding("bf16", stage=0, grad_clip=2, deepspeed=path)
+    assert found == ExecutionPlan("bf16", stage=0, grad_clip=2, deepspeed=path)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     monkeypatch.setattr(type(AsyncIOBuilder()), "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match=r"zero.offload: nvme needs libaio.* install libaio-dev"):
-        make_plugin(Sharding(stage=3, offload="nvme", nvme_path=str(tmp_path)))
+        make_plugin(ExecutionPlan(stage=3, offload="nvme", nvme_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("path", BY_DEEPSPEED, ids=lambda path: path.stem)

@@ -52,7 +52,7 @@ def make(kind: str) -> nn.Module:
     return global_batch_norm(MobileViTForImageClassification(config))
 
 
-def run(model: nn.Module, side: int, segments: tuple[int, ...] | None) -> dict[str, Any]:
+def run(model: nn.Module, side: int, virtual_batches: tuple[int, ...] | None) -> dict[str, Any]:
     """A step of the model; what it did, and how many bytes were kept for the backward."""
     kept: dict[int, int] = {}
 
@@ -62,7 +62,7 @@ def run(model: nn.Module, side: int, segments: tuple[int, ...] | None) -> dict[s
 
     norms = list(batch_norms(model))
     for norm in norms:
-        norm.segments = segments
+        norm.virtual_batches = virtual_batches
     inputs = torch.rand(12, 1, side, side, generator=torch.Generator().manual_seed(1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.train()(inputs)
@@ -70,9 +70,9 @@ def run(model: nn.Module, side: int, segments: tuple[int, ...] | None) -> dict[s
         loss = nn.functional.cross_entropy(logits, torch.arange(12) % 10)
     size = sum(kept.values())
     for norm in norms:  # as the step does, before its backward
-        norm.segments = None
+        norm.virtual_batches = None
     loss.backward()
-    assert all(norm.segments is None for norm in norms)
+    assert all(norm.virtual_batches is None for norm in norms)
     passes = [len(norm._seen) for norm in norms]
     for norm in norms:
         norm.commit()
@@ -83,18 +83,18 @@ def run(model: nn.Module, side: int, segments: tuple[int, ...] | None) -> dict[s
     }
 
 
-@pytest.mark.parametrize("segments", [None, (8, 4)])
+@pytest.mark.parametrize("virtual_batches", [None, (8, 4)])
 @pytest.mark.parametrize(
     ("kind", "side", "share"), [("cnn", 8, 0.3), ("blocks", 8, 0.6), ("hugging face", 32, 0.8)]
 )
 def test_the_same_step_from_fewer_bytes(
-    kind: str, side: int, share: float, segments: tuple[int, ...] | None
+    kind: str, side: int, share: float, virtual_batches: tuple[int, ...] | None
 ) -> None:
     plain, checkpointed = make(kind), make(kind)
     names = list(checkpointed.state_dict())
     checkpoint_activations(checkpointed)
     assert list(checkpointed.state_dict()) == names
-    expected, found = run(plain, side, segments), run(checkpointed, side, segments)
+    expected, found = run(plain, side, virtual_batches), run(checkpointed, side, virtual_batches)
     torch.testing.assert_close(found["gradients"], expected["gradients"])
     torch.testing.assert_close(found["buffers"], expected["buffers"])
     assert found["passes"] == expected["passes"]

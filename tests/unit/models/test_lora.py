@@ -133,7 +133,7 @@ def test_the_base_never_changes_and_a_checkpoint_gives_the_same_model_again(tmp_
             named[name].copy_(values.view(named[name].shape))
     ids = spec_of(folder).decode_rows(SENTENCES, range(6), "t")
     module.eval()
-    with trainer.step.teacher.in_student(), torch.no_grad():
+    with trainer.step.teacher.teacher_weights(), torch.no_grad():
         expected = module(ids)
         torch.testing.assert_close(fresh.eval()(ids), expected, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(module(ids), expected)

@@ -112,7 +112,7 @@ def mean_teacher(f: Formulas, z: list[Tensor], b: GlobalBatch, ran: Ran, step: i
 
 def ict(f: Formulas, z: list[Tensor], b: GlobalBatch, ran: Ran, step: int) -> Tensor:
     q = f.predictions(said(b, b.target))
-    partners, shares = ran.notes["partners"], ran.notes["shares"].double()[:, None]
+    partners, shares = ran.context["partners"], ran.context["shares"].double()[:, None]
     x = b.weak[0][b.usable].double()
     np.testing.assert_allclose(
         ran.arrays("inputs")[1], shares * x + (1 - shares) * x[partners], rtol=1e-5, atol=1e-6
@@ -122,9 +122,11 @@ def ict(f: Formulas, z: list[Tensor], b: GlobalBatch, ran: Ran, step: int) -> Te
 
 def vat(f: Formulas, z: list[Tensor], b: GlobalBatch, ran: Ran, step: int) -> Tensor:
     x, w = b.weak[0][b.usable].double(), b.student.double()
-    from hpdist.algorithms.base import Places
+    from hpdist.algorithms.base import BatchPositions
 
-    at = Places(torch.arange(LABELED), b.usable.nonzero()[:, 0], LABELED, 16, seed=7, step=b.step)
+    at = BatchPositions(
+        torch.arange(LABELED), b.usable.nonzero()[:, 0], LABELED, 16, seed=7, step=b.step
+    )
     d = at.normal("vat", FEATURES).double()
     d = d / d.norm(dim=1, keepdim=True)
     # Of both divergences the gradient to the outputs is a multiple of p' - p.
@@ -209,7 +211,7 @@ TASKS: dict[str, Task] = {"multilabel": Multilabel(), "regression": Regression()
 
 def made(name: str, task: str) -> Algorithm:
     algorithm = MAKERS[name][0](task)
-    algorithm.take_task(TASKS[task])
+    algorithm.set_task(TASKS[task])
     return algorithm
 
 
@@ -312,13 +314,13 @@ def test_pseudo_labels_of_several_classes_are_decided_one_by_one() -> None:
 
 def test_an_algorithm_without_a_meaning_for_a_task_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"task.name: FreeMatch .* multilabel, only .* classif"):
-        FreeMatch(CLASSES).take_task(Multilabel())
+        FreeMatch(CLASSES).set_task(Multilabel())
     with pytest.raises(ConfigError, match=r"FixMatch has no meaning for regression"):
         build_algorithm(FixMatchConfig(), task=Regression())
     with pytest.raises(ConfigError, match=r"LogitAdjustment has no meaning for multilabel"):
         build_algorithm(FixMatchConfig(), [LogitAdjustmentConfig()], task=Multilabel())
     with pytest.raises(ConfigError, match=r"regression has no entropy.*algorithm.entropy_weight"):
-        VAT().take_task(Regression())
+        VAT().set_task(Regression())
 
 
 @pytest.mark.parametrize("task", [Classification(), Multilabel(), Regression()])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.launch import make_accelerator
 from hpdist.tracking.tracker import Tracker
 from hpdist.tracking.variables import (
@@ -26,7 +26,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("WANDB_", "MLFLOW_", "TENSORBOARD_")):
             monkeypatch.delenv(name)
-    make_accelerator(Sharding())  # Accelerate's trackers ask it which process is the main one
+    make_accelerator(ExecutionPlan())  # Accelerate's trackers ask it which process is the main one
 
 
 def config(**tracker: Any) -> RunConfig:

@@ -11,7 +11,7 @@ from hpdist.algorithms import FixMatch, LogitAdjustment, SequenceMatch
 from hpdist.algorithms.base import Algorithm
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, Views
-from hpdist.train.micro_batch import Cutter
+from hpdist.train.micro_batch import MicroBatcher
 
 IMAGES = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
 IDS = torch.arange(8)
@@ -19,9 +19,9 @@ IDS = torch.arange(8)
 
 def strong_views(algorithm: Algorithm, views: Views) -> tuple[Tensor, ...]:
     """Those of the unlabelled rows of one step."""
-    cutter = Cutter(algorithm, views, 1, 0, 1, torch.device("cpu"), 0)
+    cutter = MicroBatcher(algorithm, views, 1, 0, 1, torch.device("cpu"), 0)
     batches = LabeledBatch(IMAGES, IDS % 4, IDS), UnlabeledBatch(IMAGES, IDS)
-    (micro,) = cutter.cut(*batches, 5)
+    (micro,) = cutter.split(*batches, 5)
     return micro.inputs.strong
 
 

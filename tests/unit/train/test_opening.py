@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from hpdist.cli.closing import summary_lines
-from hpdist.engines.execution_plan import Sharding
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.tracking.console import Console
 from hpdist.train.config import parse
 from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
@@ -17,19 +17,19 @@ from hpdist.version import __version__
 from tests.support.small_runs import held_out, trainer
 
 
-def entries(sharding: Sharding | None = None, files: bool = True, **settings: Any) -> Any:
+def entries(sharding: ExecutionPlan | None = None, files: bool = True, **settings: Any) -> Any:
     sets = settings.pop("sets", ("unlabeled",))
     data = {name: {"path": "parquet", "data_files": "x"} for name in ("labeled", *sets)}
     values = {"model": {"name": "mlp"}, "algorithm": {"name": "fixmatch"}, "steps": 3000}
     config = parse({"data": data, **values, **settings})
-    return dict(run_entries(config, sharding or Sharding(), "unlabeled" in sets, files=files))
+    return dict(run_entries(config, sharding or ExecutionPlan(), "unlabeled" in sets, files=files))
 
 
 def test_settings_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     found = entries(
-        Sharding("bf16", stage=3, offload="cpu", micro_batch=32, accumulation=4),
+        ExecutionPlan("bf16", stage=3, offload="cpu", micro_batch=32, accumulation=4),
         addons=[{"name": "darp"}],
         eval={"every": 500},
         checkpoint={"every": 100, "minutes": 90},

@@ -25,7 +25,7 @@ def test_a_fused_pass_gives_the_same_step(name: str) -> None:
     for kind in (Passes, FusedPass):
         step = make(name, smooth=True)
         assert type(step._passes) is Passes
-        step._passes = kind(step.engine, step.algorithm, step.teacher, step.own_time)
+        step._passes = kind(step.engine, step.algorithm, step.teacher, step.rank_timer)
         # The third step has no valid row: what is reduced must be the same all the same.
         outcomes = [step(*batches(number, number == 2), measure=True) for number in range(4)]
         assert all(outcome.applied for outcome in outcomes)

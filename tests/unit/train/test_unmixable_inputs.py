@@ -26,7 +26,7 @@ from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode.text import Vocabulary
 from hpdist.data.views import AudioViewsConfig, IdentityViewsConfig, TextViewsConfig, Views
 from hpdist.errors import ConfigError
-from hpdist.train.micro_batch import Cutter
+from hpdist.train.micro_batch import MicroBatcher
 
 CHANGING: dict[str, Callable[[], Algorithm]] = {
     "ICT": ICT,
@@ -56,7 +56,7 @@ class Ids:
 def cut(algorithm: Algorithm, views: Views, rows: Tensor) -> MicroBatch:
     """The one micro-batch of a step."""
     ids = torch.arange(len(rows))
-    cutter = Cutter(algorithm, views, 1, 0, 1, torch.device("cpu"), 0)
+    cutter = MicroBatcher(algorithm, views, 1, 0, 1, torch.device("cpu"), 0)
     batches = LabeledBatch(rows, ids % 4, ids), UnlabeledBatch(rows, ids)
     (micro,) = cutter.cut(*batches, 0)
     return micro

@@ -15,7 +15,7 @@ from hpdist.data.config import LabelColumn, Labeled, Loading, Unlabeled
 from hpdist.data.convert import convert
 from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
 from hpdist.data.sources.loading import load
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled, row_count, survey
+from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled, row_count, scan_metadata
 from hpdist.errors import DataError
 
 
@@ -290,7 +290,7 @@ def test_an_index_tells_renamed_partitions_apart(tmp_path):
     config = Unlabeled(path=str(tmp_path), input=["a", "year"], streaming=True)
 
     def fingerprint():
-        (found,) = survey(config, like, input_spec(like), Loading())
+        (found,) = scan_metadata(config, like, input_spec(like), Loading())
         return found.index.fingerprint
 
     before = fingerprint()

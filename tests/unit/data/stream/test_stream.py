@@ -213,8 +213,8 @@ def test_a_state_is_small_and_plain():
 
 def test_the_next_batch_can_be_waited_for_without_moving(rows):
     stream = BatchStream(rows, BATCH, 0, 1, 0, SPEC)
-    stream.look_ahead()
-    stream.look_ahead()
+    stream.prefetch()
+    stream.prefetch()
     assert stream.state_dict()["position"] == 0
     assert next(stream).ids.tolist() == take(rows, 1)[0][0].ids.tolist()
     stream.close()
