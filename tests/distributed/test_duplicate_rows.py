@@ -23,7 +23,7 @@ def write(folder: Path) -> None:
 
 
 def train(folder: Path, steps: int) -> dict[str, object]:
-    from hpdist.train import data as run_data
+    from hpdist.train import other_sets as run_data
 
     find = run_data.find_duplicates
 

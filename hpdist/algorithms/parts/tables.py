@@ -102,7 +102,8 @@ class LabelTable:
         if self.ranks > 1:
             raise ConfigError(
                 f"the algorithm holds the rows of rank {self.rank} of {self.ranks}, so it cannot "
-                f"be that of rank {rank} of {world_size}; make another, and load what `whole_state` gave"
+                f"be that of rank {rank} of {world_size}; make another, and load what "
+                "`whole_state` gave"
             )
         whole = WholeShards({"labels": self._labels[:-1].cpu()})
         self.rank, self.ranks = rank, world_size
