@@ -165,9 +165,9 @@ class SemiSupervisedStep:
         """
         self._passes.begin()
         micros = list(self._cutter().split(labeled, unlabeled, self.attempts))
-        notes = {"notes": self._flags(unlabeled, stop, save)}
+        flags = {"flags": self._flags(unlabeled, stop, save)}
         attempt = Attempt(
-            self.algorithm, micros, self._passes, self._passes.reduce, self._parts, notes
+            self.algorithm, micros, self._passes, self._passes.reduce, self._parts, flags
         )
         attempt.begin()
         contributions = []
@@ -180,7 +180,7 @@ class SemiSupervisedStep:
         self.attempts += 1
         culprit = self._close(done, attempt)
         measured = self._measure(attempt, contributions, tell or {}) if measure else ({}, {}, {})
-        bad_rows, stops, saves, missed = (round(note) for note in attempt.extra["notes"].tolist())
+        bad_rows, stops, saves, missed = (round(flag) for flag in attempt.extra["flags"].tolist())
         if missed:
             self.engine.share_usage()
         return StepOutcome(

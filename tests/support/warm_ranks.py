@@ -30,6 +30,9 @@ READ_ONCE = (
 )
 """How the variables begin that imports read."""
 
+SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR",)
+"""Variables that an import sets, and that ask for no other server."""
+
 RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """The environment that all ranks have in common, the server's too."""
 
@@ -39,7 +42,7 @@ def read_once() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(READ_ONCE) and name not in RANKS
+        if name.startswith(READ_ONCE) and name not in (*RANKS, *SET_BY_IMPORTS)
     }
 
 

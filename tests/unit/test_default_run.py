@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections import Counter
 from itertools import product
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import warm_ranks
 from tests.support.sampling import LEAST, SEED, SHARE, sample
 from tests.support.turns import held
 
@@ -71,3 +73,9 @@ def test_one_that_is_alone_waits_for_the_others_and_they_for_it(tmp_path: Path) 
         for worker in workers:
             if worker.pid is not None:
                 worker.join(30)
+
+
+def test_ranks_are_warm() -> None:
+    """Nothing that tests import changes what the server of ranks has read; else each is spawned."""
+    asked = os.environ.get("HPDIST_TEST_START", "forkserver")
+    assert warm_ranks.start_method(fresh=False) == asked

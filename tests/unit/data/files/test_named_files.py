@@ -303,12 +303,12 @@ def test_rows_of_a_server_name_what_is_there_and_no_more(tmp_path: Path, labeled
         ),
     ],
 )
-def test_addresses_of_a_server(address: str, server: str, below: str, paired_column: str) -> None:
+def test_addresses_of_a_server(address: str, server: str, below: str, beside: str) -> None:
     assert server_of(address) == server
     rule = PathRule(servers=(server,))
     rule.check_address(below)
     with pytest.raises(ValueError, match="own server"):
-        rule.check_address(paired_column)
+        rule.check_address(beside)
     with pytest.raises(ValueError, match="own server"):
         rule.check_address(f"file:///etc/passwd::{below}")
 
