@@ -137,7 +137,8 @@ def test_advice_where_nothing_fits(digits):
     size = 10 * 2**30
     counted = Rehearsal(100, 100, 32, "CPU", size, 4 * size, size, 5 * size, 12 * size, "step")
     stages = [StagePlan(None, None, "could not be rehearsed"), StagePlan(2, counted)]
-    plan = Plan(config.parse(settings(digits, "MLP", None)), 4, 80.0, 2.0, stages)
+    whole = config.parse(settings(digits, "MLP", None)).model_dump(mode="json")
+    plan = Plan(whole, 4, 80.0, 2.0, stages)
     assert plan.fitting is None
     *_, last = table(plan).splitlines()
     assert "no stage fits: the least, ZeRO-2, needs 122.00 GiB of 80" in last

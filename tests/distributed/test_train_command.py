@@ -108,7 +108,9 @@ def test_a_tracker_that_fails_warns_once_and_training_goes_on(tmp_path: Path) ->
     folder.write_text("where the tracker wants a folder")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tracker = Tracker(configuration.parse(settings), folder, main=True)
+        config = configuration.parse(settings)
+        whole = config.model_dump(mode="json")
+        tracker = Tracker(config.tracker, config.run.name, whole, folder, main=True)
         tracker.log({"loss": 1.0}, 1)
         tracker.finish()
     told = [str(w.message) for w in caught if "tracker tensorboard failed" in str(w.message)]

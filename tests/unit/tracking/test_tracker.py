@@ -206,8 +206,13 @@ def a_config(tracker: str = "wandb", **labeled):
     )
 
 
+def tracker_of(config, folder, **options):
+    settings = config.model_dump(mode="json")
+    return Tracker(config.tracker, config.run.name, settings, folder, **options)
+
+
 def test_lists_are_a_number_and_a_bar_for_each_class(tmp_path):
-    tracker = Tracker(a_config(), tmp_path, main=True, classes=["cat", "dog/wolf"])
+    tracker = tracker_of(a_config(), tmp_path, main=True, classes=["cat", "dog/wolf"])
     tracker.log({"thresholds": [0.5, 0.25], "examples_per_second_per_rank": [3.0, 4.0]}, 1)
     tracker.log({"pseudo_labels": [1 / 30] * 30}, 2)
     tracker.alert("divergence", "the loss has been NaN since step 2")
@@ -241,7 +246,7 @@ NAMES = ["a/b", "a b", "", "same", "same", "\u732b", "x" * 500, "histogram", "."
 
 def send_odd(name: str, folder: Path) -> None:
     """What no run should lose its tracker by; then a record like any other."""
-    tracker = Tracker(a_config(name), folder, main=True, classes=NAMES)
+    tracker = tracker_of(a_config(name), folder, main=True, classes=NAMES)
     for step, record in enumerate(ODD, 1):
         tracker.log(record, step)
     tracker.log({"thresholds": [number / 16 for number in range(len(NAMES))]}, len(ODD) + 1)
@@ -309,7 +314,7 @@ def test_curves_of_classes_have_names_that_differ_and_that_trackers_take():
 
 
 def test_a_tracker_that_is_gone_is_given_up_and_says_so_once(tmp_path, recwarn):
-    tracker = Tracker(a_config("tensorboard"), tmp_path, main=True)
+    tracker = tracker_of(a_config("tensorboard"), tmp_path, main=True)
     tracker.log({"loss": 1.0}, 1)
     tracker._tracker.writer.close()
     tracker._tracker.writer.file_writer = None
