@@ -186,7 +186,7 @@ HUB = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
 import datasets
-from hpdist.data.files import *
+from hpdist.data.files.open import *
 retry = Retry(deadline=6, first_wait=0.05, max_wait=0.2, stall=1)
 paths = list(datasets.load_dataset_builder("user/name").config.data_files["train"])
 print("PATHS", *paths)
