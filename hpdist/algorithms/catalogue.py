@@ -129,6 +129,8 @@ class _Zeros:
         for name, head in algorithm.heads(_FEATURES).items():
             with torch.no_grad():
                 self.row[name] = head(torch.zeros(1, *_FEATURES))
+        for name in algorithm.head_names:  # of the model itself, which no features are needed for
+            self.row.setdefault(name, torch.zeros(1, 1))
 
     def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
         """Give what is said of the weak views, and of the labelled rows where they are seen too."""
