@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hpdist.algorithms import FixMatch, Ladder, Reconstruction
 from hpdist.algorithms.ladder import LadderConfig
+from hpdist.data.structures import cat
 from hpdist.distributed.batch_norm import GlobalBatchNorm
 from hpdist.engines.config import LossScale
 from hpdist.errors import ConfigError
@@ -177,10 +178,10 @@ def test_two_ranks_are_one(rows: int) -> None:
 
 def test_segments_are_normalised_apart() -> None:
     model, x = make_model(0.0).train(), inputs()
-    apart = torch.cat([model(x[:5]), model(x[5:])])
+    apart = cat([model(x[:5]), model(x[5:])])
     for norm in model.modules():
         if isinstance(norm, GlobalBatchNorm):
-            norm.segments = (5, 7)
+            norm.virtual_batches = (5, 7)
     torch.testing.assert_close(model(x), apart)
 
 
@@ -285,7 +286,7 @@ def test_a_step_normalises_labelled_rows_apart() -> None:
     (record,) = train(step, 1)
     hook.remove()
     ((rows, said),) = seen
-    assert all(norm.segments is None for norm in step.engine._norms)
+    assert all(norm.virtual_batches is None for norm in step.engine._norms)
     step = make_step(Ladder((1.0, 0.1)))  # with the weights of before
     step.engine.module.noise = 0.0
     for first, last in ((0, LABELED), (LABELED, len(rows))):

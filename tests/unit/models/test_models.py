@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hpdist.config.component import IN_PYTHON, PythonComponent
+from hpdist.data.structures import tensors_of
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
 from hpdist.models.cnn import CNNConfig
@@ -29,7 +30,8 @@ SHAPES = [(1, 8, 8), (1, 28, 28), (3, 33, 47), (4, 64, 64), (1, 1, 1)]
 def test_images_of_any_size_and_channels(name, shape):
     model = build_model(CONFIGS[name], shape, 7, seed=0)
     check_model(model, torch.rand(2, *shape), 7)
-    model(torch.rand(2, *shape)).sum().backward()
+    said = model(torch.rand(2, *shape))
+    torch.stack([tensor.sum() for tensor in tensors_of(said)]).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -221,7 +221,7 @@ def test_a_sound_one_passes_however_it_is_given() -> None:
 def test_the_documents_algorithm_passes() -> None:
     names: dict[str, Any] = {}
     exec(compile(files()["my_algorithms.py"], "my_algorithms.py", "exec"), names)
-    check_algorithm(names["MarginMatchConfig"](name="margin", momentum=0.5))
+    check_algorithm(names["MarginMatch"](momentum=0.5))
 
 
 ALGORITHMS = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
