@@ -58,7 +58,7 @@ def cut(algorithm: Algorithm, views: Views, rows: Tensor) -> MicroBatch:
     ids = torch.arange(len(rows))
     cutter = MicroBatcher(algorithm, views, 1, 0, 1, torch.device("cpu"), 0)
     batches = LabeledBatch(rows, ids % 4, ids), UnlabeledBatch(rows, ids)
-    (micro,) = cutter.cut(*batches, 0)
+    (micro,) = cutter.split(*batches, 0)
     return micro
 
 
