@@ -302,7 +302,8 @@ def test_closing_and_collection_leave_nothing():
     with Decoder(spec, threads=3) as decoder:
         decoder.decode(values)
     gc.collect()
-    assert (open_files(), threading.active_count()) == (before, threads)
+    assert open_files() <= before  # fewer where something else has been let go of meanwhile
+    assert threading.active_count() <= threads
 
 
 def test_closing_ends_a_decode_of_another_thread(held):
