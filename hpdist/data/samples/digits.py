@@ -11,7 +11,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from hpdist.errors import DataError, HpdistError
+from hpdist.data.samples.program import write_samples
+from hpdist.errors import DataError
 
 TEST_ROWS = 360
 TRAIN_SHARDS = 4
@@ -80,15 +81,7 @@ def _write(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], file: Pat
 
 def main(arguments: list[str]) -> int:
     """Write the digits into a folder."""
-    if len(arguments) != 1:
-        print("usage: python -m hpdist.data.samples.digits FOLDER", file=sys.stderr)
-        return 2
-    try:
-        print(write_digits(arguments[0]))
-    except HpdistError as error:
-        print(f"hpdist: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    return write_samples("digits", arguments, write_digits)
 
 
 if __name__ == "__main__":

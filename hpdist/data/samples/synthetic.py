@@ -19,7 +19,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from hpdist.errors import DataError, HpdistError
+from hpdist.data.samples.program import write_samples
+from hpdist.errors import DataError
 
 FEATURES = 784
 _APART = 4.0  # standard deviations between the centres
@@ -80,16 +81,12 @@ def _write(folder: Path, columns: dict[str, Any], labels: np.ndarray[Any, Any]) 
 
 def main(arguments: list[str]) -> int:
     """Write both tables into a folder."""
-    if len(arguments) != 1:
-        print("usage: python -m hpdist.data.samples.synthetic FOLDER", file=sys.stderr)
-        return 2
-    try:
-        print(write_clusters(Path(arguments[0], "clusters")))
-        print(write_classification(Path(arguments[0], "classification")))
-    except HpdistError as error:
-        print(f"hpdist: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    return write_samples(
+        "synthetic",
+        arguments,
+        lambda folder: write_clusters(Path(folder, "clusters")),
+        lambda folder: write_classification(Path(folder, "classification")),
+    )
 
 
 if __name__ == "__main__":

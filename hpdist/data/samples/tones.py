@@ -18,7 +18,8 @@ import datasets
 import numpy as np
 
 from hpdist.data.decode.encoded import Array
-from hpdist.errors import DataError, HpdistError
+from hpdist.data.samples.program import write_samples
+from hpdist.errors import DataError
 
 RATE = 8000
 CLASSES = ("sine", "square", "sawtooth", "beat")
@@ -81,15 +82,7 @@ def _wav(sound: Array) -> bytes:
 
 def main(arguments: list[str]) -> int:
     """Write the sounds into a folder."""
-    if len(arguments) != 1:
-        print("usage: python -m hpdist.data.samples.tones FOLDER", file=sys.stderr)
-        return 2
-    try:
-        print(write_tones(arguments[0]))
-    except HpdistError as error:
-        print(f"hpdist: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    return write_samples("tones", arguments, write_tones)
 
 
 if __name__ == "__main__":
