@@ -155,6 +155,17 @@ MOVED = {
 """Old names to new ones, both below `hpdist`."""
 
 MOVED_NAMES = {
+    "algorithms.base": {
+        "algorithms.exchange": ("HeadOutputs",),
+        "algorithms.parts.losses": ("masked_pseudo_label_loss", "supervised_loss"),
+        "algorithms.positions": ("BatchPositions",),
+    },
+    "engines.base": {"engines.replicated": ("ReplicatedEngine",)},
+    "engines.zero": {
+        "engines.deepspeed_plugin": ("make_plugin",),
+        "engines.zero0": ("UnshardedEngine",),
+    },
+    "preflight.checks": {"preflight.findings": ("Verdict", "table")},
     "config": {
         "train.config": ("RunConfig", "load", "parse", "json_schema", "Run", "Batch"),
         "config.section": ("Section",),
@@ -188,7 +199,7 @@ MOVED_NAMES = {
         "distributed.config": ("Watchdog",),
     },
 }
-"""Names that a package held when it was one module, by where they are now."""
+"""Names that a module held before, by where they are now."""
 
 _PREFIX = "hpdist."
 

@@ -10,24 +10,19 @@ from hpdist.algorithms.addons.darp import DARP
 from hpdist.algorithms.addons.debiaspl import DebiasPL
 from hpdist.algorithms.addons.logit_adjustment import LogitAdjustment
 from hpdist.algorithms.addons.reconstruction import Reconstruction
-from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    LossTerms,
-    StudentOutputs,
-    Views,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.algorithms.comatch import CoMatch
 from hpdist.algorithms.crmatch import CRMatch
 from hpdist.algorithms.dash import Dash
 from hpdist.algorithms.defixmatch import DeFixMatch
 from hpdist.algorithms.entropy_minimization import EntropyMinimization
+from hpdist.algorithms.exchange import StudentOutputs, WeakOutputs
 from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.flexmatch import FlexMatch
 from hpdist.algorithms.freematch import FreeMatch
 from hpdist.algorithms.ict import ICT
 from hpdist.algorithms.ladder import Ladder
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.mean_teacher import MeanTeacher
 from hpdist.algorithms.mixmatch import MixMatch
 from hpdist.algorithms.noisy_student import NoisyStudent
@@ -43,6 +38,7 @@ from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.algorithms.vat import VAT
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import Classification, Multilabel, Regression, Task
 
 __all__ = [

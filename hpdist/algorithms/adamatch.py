@@ -8,16 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    SavedShards,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    masked_pseudo_label_loss,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.alignment import (
     LABELED_MOMENTUM,
@@ -27,8 +19,11 @@ from hpdist.algorithms.parts.alignment import (
     moved,
     uniform_prior,
 )
+from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.algorithms.saved_state import SavedShards
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import confident
 
 

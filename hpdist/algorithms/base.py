@@ -9,253 +9,23 @@ of the global batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, Protocol, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from hpdist.algorithms.exchange import LogitsFn, StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import DeclaredConfig, WithOptions, argument
-from hpdist.data.random import normal, stream_id, uniform
-from hpdist.data.structures import Inputs, Labels, Outputs, row_count, tensors_of
+from hpdist.algorithms.saved_state import SavedShards, Shards, Table, check_names
+from hpdist.algorithms.view_request import Views
+from hpdist.aliases import find_moved
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
 
-Sums = Mapping[str, Tensor]
-LogitsFn = Callable[[Tensor], Tensor]
 Groups = int | Literal["auto"]
 """Parts of a global batch within which rows are mixed; "auto" goes by the sizes of the batch."""
-
-
-@dataclass(frozen=True)
-class Views:
-    """How many views of a row an algorithm asks for; a labelled row is always one weak view."""
-
-    weak: int = 0
-    """Weak views of an unlabelled row, seen without gradient: they make the targets."""
-    strong: int = 0
-    """Strong views of an unlabelled row, seen with gradient."""
-    student_weak: int = 0
-    """Further weak views of an unlabelled row, seen with gradient."""
-    strong_labeled: int = 0
-    """Strong views of a labelled row, seen with gradient."""
-    labeled_targets: bool = False
-    """Whether the labelled rows' weak view is also seen without gradient, beside the unlabelled
-    rows': for statistics of the labelled global batch."""
-    operations: tuple[int, ...] = ()
-    """Operations of RandAugment in each strong view of an unlabelled image, where the authors have
-    other numbers than the run's; what the run's views say themselves goes first."""
-    teacher: bool = False
-    """Whether the targets come from the teacher's weights instead of the student's."""
-    inputs_need_targets: bool = False
-    """Whether `Algorithm.mix` goes by what was said of the weak views."""
-    needs_gradient_probe: bool = False
-    """Whether `Algorithm.perturb` asks the student of inputs of its own; needs targets too."""
-
-    @property
-    def uses_unlabeled(self) -> bool:
-        """Whether there is any view of an unlabelled row."""
-        return self.weak + self.strong + self.student_weak > 0
-
-
-@dataclass(frozen=True)
-class BatchPositions:
-    """Where a micro-batch's rows stand in the global batch, and noise that depends on that alone.
-
-    What an algorithm draws from it is the same however many ranks share the batch.
-    """
-
-    labeled: Tensor  # [labeled], int64, on the CPU
-    unlabeled: Tensor  # [unlabeled], int64, on the CPU
-    labeled_rows: int  # of the global batch
-    unlabeled_rows: int  # of the global batch, rows that cannot be used among them
-    seed: int
-    step: int
-
-    def noise(self, name: str, count: int, *, labeled: bool = False) -> Tensor:
-        """Uniform numbers in [0, 1) for each row, fp32 [rows, count], on the CPU."""
-        positions = self.labeled if labeled else self.unlabeled
-        return uniform(self.seed, self._stream(name, labeled), self.step, positions, count)
-
-    def normal(self, name: str, count: int, *, labeled: bool = False) -> Tensor:
-        """Standard normal numbers for each row, fp32 [rows, count], on the CPU."""
-        positions = self.labeled if labeled else self.unlabeled
-        return normal(self.seed, self._stream(name, labeled), self.step, positions, count)
-
-    def _stream(self, name: str, labeled: bool) -> int:
-        return stream_id("algorithm", "labeled" if labeled else "unlabeled", name)
-
-
-@dataclass(frozen=True)
-class WeakOutputs(Generic[Outputs, Labels]):
-    """What the model said of the weak views of this rank's unlabelled rows, without gradient.
-
-    What stands here for logits is the outputs that the task names (`Task.outputs`): one tensor
-    where these are the logits alone, else tensors by name.
-    """
-
-    logits: Outputs  # [unlabeled, classes], fp32, of the first weak view
-    ids: Tensor | None  # [unlabeled], int64, stable row ids, where a loop of one's own gives them
-    others: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], fp32
-    labeled: Outputs | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
-    labels: Labels | None = None  # [labeled], int64, or what the task's are
-    places: BatchPositions | None = None
-    heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """By head, view by view as in `all`: [rows, *], fp32."""
-    labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
-
-    @property
-    def known_ids(self) -> Tensor:
-        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
-        return _known(self.ids, "unlabelled")
-
-    @property
-    def known_labeled_ids(self) -> Tensor:
-        """The ids of the labelled rows; raises ConfigError where the batch came without."""
-        return _known(self.labeled_ids, "labelled")
-
-    @property
-    def probabilities(self: WeakOutputs[Tensor, Any]) -> Tensor:
-        """Softmax of the logits, [unlabeled, classes], fp32."""
-        return self.logits.softmax(dim=-1)
-
-    @property
-    def all(self) -> tuple[Outputs, ...]:
-        """Every logit there is, view by view."""
-        labeled = () if self.labeled is None else (self.labeled,)
-        return (self.logits, *self.others, *labeled)
-
-    @property
-    def everything(self) -> tuple[Tensor, ...]:
-        """Every tensor of the outputs, and all that the heads said."""
-        own = [tensor for part in self.all for tensor in tensors_of(part)]
-        return (*own, *(part for head in self.heads.values() for part in head))
-
-
-@dataclass(frozen=True)
-class StudentInputs(Generic[Inputs, Labels]):
-    """What the student is about to see of one micro-batch; views are tensors, or tensors by name.
-
-    Only plain tensors come to an algorithm that changes them (`Algorithm.changes_inputs`).
-    """
-
-    labeled: Inputs  # [labeled, *], weak views
-    labels: Labels  # [labeled], int64, or what the task's are
-    student_weak: tuple[Inputs, ...]  # per further weak view [unlabeled, *]
-    strong: tuple[Inputs, ...]  # per strong view [unlabeled, *]
-    strong_labeled: tuple[Inputs, ...]  # per strong view [labeled, *]
-    weak: tuple[Inputs, ...]  # the views that the targets are made of [unlabeled, *]
-    places: BatchPositions
-    context: Mapping[str, Tensor] = field(default_factory=dict)
-    """What `Algorithm.mix` tells `Algorithm.loss`."""
-    ids: Tensor | None = None  # [unlabeled], int64, stable row ids
-    extra_inputs: tuple[Inputs, ...] = ()
-    """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
-
-    @property
-    def labeled_rows(self) -> int:
-        """How many labelled rows there are."""
-        return row_count(self.labels)
-
-    @property
-    def known_ids(self) -> Tensor:
-        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
-        return _known(self.ids, "unlabelled")
-
-    @property
-    def parts(self) -> list[Inputs]:
-        """What goes through the student, in this order."""
-        return [
-            self.labeled,
-            *self.student_weak,
-            *self.strong,
-            *self.strong_labeled,
-            *self.extra_inputs,
-        ]
-
-
-def _known(ids: Tensor | None, which: str) -> Tensor:
-    if ids is None:
-        kind = "LabeledBatch" if which == "labelled" else "UnlabeledBatch"
-        raise ConfigError(
-            f"the algorithm remembers {which} rows by their ids, and the batch has none; give "
-            f"hpdist.{kind}(…, ids=…), int64 [rows], of every row the same in all epochs"
-        )
-    return ids
-
-
-@dataclass(frozen=True)
-class HeadOutputs(Generic[Outputs]):
-    """What one head said of the student's rows: fp32 [rows, *], with gradient."""
-
-    labeled: Outputs
-    student_weak: tuple[Outputs, ...]
-    strong: tuple[Outputs, ...]
-    strong_labeled: tuple[Outputs, ...]
-    extra_inputs: tuple[Outputs, ...]
-
-
-@dataclass(frozen=True)
-class StudentOutputs(Generic[Outputs, Labels]):
-    """What the student said of one micro-batch, and what is needed to judge it. Logits are fp32.
-
-    What stands here for logits is what `WeakOutputs` says of them.
-    """
-
-    labeled: Outputs  # [labeled, classes], logits of the weak views, with gradient
-    labels: Labels  # [labeled], int64, or what the task's are
-    strong: tuple[Outputs, ...]  # per strong view [unlabeled, classes], logits with gradient
-    weak: WeakOutputs[Outputs, Labels] | None  # the same unlabelled rows
-    labeled_rows: Tensor  # [], fp32: labelled rows in the global batch
-    unlabeled_rows: Tensor  # [], fp32: unlabelled rows in the global batch
-    student_weak: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], logits
-    strong_labeled: tuple[Outputs, ...] = ()  # per strong view [labeled, classes], logits
-    context: Mapping[str, Tensor] = field(default_factory=dict)
-    """What `Algorithm.mix` told."""
-    extra_inputs: tuple[
-        Outputs, ...
-    ] = ()  # per `StudentInputs.extra_inputs` [rows, classes], logits
-    heads: Mapping[str, HeadOutputs] = field(default_factory=dict)
-    """By head of `Algorithm.head_names`."""
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """A micro-batch's contributions to the loss of the global batch; each a 0-dim fp32 tensor."""
-
-    supervised: Tensor
-    unsupervised: Tensor
-    unsupervised_weight: float | Tensor = 1.0
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further contributions, already weighted."""
-    global_extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further terms, already weighted, that are functions of the student's global sums: not a
-    contribution but the whole term, the same everywhere."""
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further contributions to log, without gradient."""
-
-    def total(self, parts: int) -> Tensor:
-        """The one loss to differentiate, where `parts` contributions make the global loss."""
-        total = self.supervised + self.unsupervised_weight * self.unsupervised
-        for term in self.extras.values():
-            total = total + term
-        for term in self.global_extras.values():
-            total = total + term / parts
-        return total
-
-    def contributions(self, parts: int) -> dict[str, Tensor]:
-        """What to add up over all parts for the log, without gradient."""
-        named = {
-            "loss": self.total(parts),
-            "supervised_loss": self.supervised,
-            "unsupervised_loss": self.unsupervised,
-            **self.extras,
-            **{name: term / parts for name, term in self.global_extras.items()},
-            **self.metrics,
-        }
-        return {name: value.detach() for name, value in named.items()}
 
 
 class AlgorithmConfig(DeclaredConfig):
@@ -270,35 +40,6 @@ class AlgorithmConfig(DeclaredConfig):
         if self.declared_by is None:
             raise NotImplementedError(f"{type(self).__name__} must define build()")
         return cast(Algorithm, self.declared_by.from_config(self, num_classes, device, steps))
-
-
-class Table(Protocol):
-    """What is remembered of rows by their ids: too much to be copied in every step."""
-
-    @property
-    def values(self) -> Tensor:
-        """All of it, [rows, *]."""
-        ...
-
-    def load(self, values: Tensor) -> None:
-        """Take it over, of however many rows."""
-        ...
-
-
-Shards = dict[str, list[tuple[int, Tensor]]]
-"""What a rank holds alone: by name, where its parts of a flat tensor begin, and the parts."""
-
-
-class SavedShards(Protocol):
-    """What ranks held alone when it was saved: flat tensors by name, to be read in parts."""
-
-    def size(self, name: str) -> int:
-        """Elements of it; 0 where there are none."""
-        ...
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of its elements."""
-        ...
 
 
 class Algorithm(WithOptions):
@@ -501,27 +242,6 @@ class Algorithm(WithOptions):
         self.discard()
 
 
-def check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
-    """Raise KeyError unless a state has just these names."""
-    if state.keys() != set(expected):
-        raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
-
-
-def supervised_loss(outputs: StudentOutputs, task: Task = CLASSIFICATION) -> Tensor:
-    """Loss of the labelled rows (cross-entropy, if not of another task).
-
-    A contribution to the mean of the global batch.
-    """
-    return task.losses(outputs.labeled, outputs.labels).sum() / outputs.labeled_rows
-
-
-def masked_pseudo_label_loss(
-    outputs: StudentOutputs, mask: Tensor, pseudo_labels: Tensor
-) -> Tensor:
-    """Cross-entropy of the strong view with hard pseudo-labels where `mask` holds.
-
-    `mask` [unlabeled] is fp32 (weights in [0, 1]), `pseudo_labels` [unlabeled] int64. The mean is
-    over all unlabelled rows, not over those that pass.
-    """
-    losses = F.cross_entropy(outputs.strong[0], pseudo_labels, reduction="none")  # [unlabeled]
-    return (losses * mask).sum() / outputs.unlabeled_rows
+def __getattr__(name: str) -> object:
+    """Find what stood here before."""
+    return find_moved(__name__, name)

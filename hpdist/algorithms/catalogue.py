@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOnConfig
-from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    BatchPositions,
-    StudentInputs,
-)
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.fixmatch import FixMatch
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch
 from hpdist.config.component import components
 from hpdist.data.structures import Structure

@@ -8,20 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import aligned, uniform_prior
 from hpdist.algorithms.parts.banks import enqueued, in_use, log_shares, mean_of, with_mean
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.projections import projection
 from hpdist.algorithms.parts.tables import scatter_to_global
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import soft_cross_entropy
 
 _HEAD = "projection"

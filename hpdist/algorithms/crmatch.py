@@ -9,21 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    masked_pseudo_label_loss,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.algorithms.parts.projections import flat_linear
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.rotation import HEAD as ROTATION
 from hpdist.algorithms.parts.rotation import add_rotated, rotation_head, rotation_loss
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import confident
 
 _DISTANCE = "distance"

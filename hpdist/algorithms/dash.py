@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
+from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 
 

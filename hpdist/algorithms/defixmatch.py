@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    masked_pseudo_label_loss,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentOutputs, Sums
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import confident, hard_cross_entropy
 
 

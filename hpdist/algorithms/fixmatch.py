@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
+from hpdist.algorithms.exchange import StudentOutputs, Sums
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 
 

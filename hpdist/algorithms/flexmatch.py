@@ -9,20 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    SavedShards,
-    Shards,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    masked_pseudo_label_loss,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
+from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.parts.tables import NEVER, LabelTable, WholeShards
+from hpdist.algorithms.saved_state import SavedShards, Shards
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import confident
 
 Shape = Literal["concave", "linear", "convex"]

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    masked_pseudo_label_loss,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import moved, uniform_prior
+from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import confident
 
 

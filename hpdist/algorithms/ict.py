@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from hpdist.algorithms.base import (
-    Groups,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.base import Groups
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.mixing import GroupsOption, Mixing, draw_mixing
 from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import ALL
 
 

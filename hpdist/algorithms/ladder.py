@@ -7,15 +7,12 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentOutputs, Sums
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.view_request import Views
 
 
 class Ladder(Algorithm, name="ladder"):

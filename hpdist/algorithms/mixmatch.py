@@ -9,18 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    Groups,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Groups
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.mixing import GroupsOption, draw_mixing
 from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import sharpened, soft_cross_entropy, squared_error
 
 

@@ -9,18 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.tables import RowTable
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import soft_cross_entropy
 
 

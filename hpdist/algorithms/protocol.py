@@ -24,16 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    HeadOutputs,
-    LossTerms,
-    Shards,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import HeadOutputs, StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
+from hpdist.algorithms.saved_state import Shards
 from hpdist.data.structures import Outputs, Structure, finite_mark, row_count, split, tensors_of
 from hpdist.models.outputs import LOGITS
 

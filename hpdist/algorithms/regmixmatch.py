@@ -9,20 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    BatchPositions,
-    Groups,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Groups
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.freematch import FreeMatch
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.mixing import BETA_NUMBERS, GroupsOption, beta, count_groups, group_of
 from hpdist.algorithms.parts.resizemix import resize_mix
+from hpdist.algorithms.positions import BatchPositions
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import soft_cross_entropy, squared_error
 
 Weighting = Literal["mean", "row"]

@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import (
-    Groups,
-    LossTerms,
-    SavedShards,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Groups
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.mixmatch import mixed_supervised_loss, mixed_with_labels, unlabeled_pairs
 from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.alignment import (
@@ -32,6 +25,8 @@ from hpdist.algorithms.parts.alignment import (
 from hpdist.algorithms.parts.mixing import GroupsOption
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.parts.rotation import HEAD, add_rotated, rotation_head, rotation_loss
+from hpdist.algorithms.saved_state import SavedShards
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import sharpened, soft_cross_entropy
 
 _SMALL = 1e-6  # of a class that nobody has

@@ -6,9 +6,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
+from hpdist.algorithms.exchange import StudentOutputs, Sums
 from hpdist.algorithms.flexmatch import FlexMatch
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import confident, hard_cross_entropy, kl_divergence
 
 Masking = Literal["fixed", "flexible"]

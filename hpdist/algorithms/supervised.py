@@ -6,14 +6,11 @@ from typing import ClassVar
 
 import torch
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    supervised_loss,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentOutputs, Sums
+from hpdist.algorithms.loss_terms import LossTerms
+from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import ALL
 
 

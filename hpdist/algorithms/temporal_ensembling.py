@@ -7,17 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option, share_of_run
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
+from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import ALL
 
 _TAKEN = 1 << 24

@@ -7,17 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import (
-    LossTerms,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import REQUIRED, argument, option
 from hpdist.algorithms.parts import ramps
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
+from hpdist.algorithms.view_request import Views
 from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entropy
 

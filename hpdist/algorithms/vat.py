@@ -8,18 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import (
-    LogitsFn,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import LogitsFn, StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
+from hpdist.algorithms.view_request import Views
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import ALL, Task
 

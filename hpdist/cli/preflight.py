@@ -42,7 +42,9 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
     from hpdist.distributed.rendezvous import TOKEN, Endpoint
-    from hpdist.preflight.checks import Wanted, preflight, table
+    from hpdist.preflight.checks import preflight
+    from hpdist.preflight.facts import Wanted
+    from hpdist.preflight.findings import table
 
     wanted = None
     if known.config:

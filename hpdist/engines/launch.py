@@ -169,8 +169,8 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls collectives by names that torch has renamed since; nothing a user could mend.
     warnings.filterwarnings("ignore", message=r"`torch.distributed.*` is deprecated")
+    from hpdist.engines.deepspeed_plugin import make_plugin
     from hpdist.engines.operators import needed_builders, prepare_operators
-    from hpdist.engines.zero import make_plugin
 
     os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
     plugin = make_plugin(sharding)

@@ -11,8 +11,9 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from hpdist.distributed.collectives import world_size
-from hpdist.engines.base import Engine, ReplicatedEngine
+from hpdist.engines.base import Engine
 from hpdist.engines.config import LossScale, Precision
+from hpdist.engines.replicated import ReplicatedEngine
 from hpdist.errors import DistributedError
 from hpdist.messages.progress import working
 
@@ -68,7 +69,8 @@ def _zero_engine(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Engine:
     """The engine for the stage that DeepSpeed was configured with."""
-    from hpdist.engines.zero import UnshardedEngine, ZeroEngine
+    from hpdist.engines.zero import ZeroEngine
+    from hpdist.engines.zero0 import UnshardedEngine
     from hpdist.engines.zero3 import PartitionedEngine
 
     stage = int(cast(Any, model).zero_optimization_stage())

@@ -1,14 +1,11 @@
-"""DeepSpeed ZeRO behind the engine: its config, and its stages 0 to 2; stage 3 is in `zero3`.
+"""DeepSpeed ZeRO behind the engine, stages 1 and 2; `zero0` and `zero3` build on it.
 
-Only these two modules know DeepSpeed. Workarounds name the upstream report; a test fails when
-upstream has mended it.
+Only the modules of this package know DeepSpeed. Workarounds name the upstream report; a test fails
+when upstream has fixed it.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -17,94 +14,18 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
+from hpdist.aliases import find_moved
 from hpdist.data.structures import Structure, as_dtype
 from hpdist.distributed.collectives import raise_together
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import without_wrappers
 from hpdist.engines.base import Engine
-from hpdist.engines.config import LossScale
-from hpdist.engines.execution_plan import ExecutionPlan
-from hpdist.engines.launcher import hide_launcher_fields
 from hpdist.engines.loss_scale import LossScaler
-from hpdist.engines.optimizer_state import HasWholeState, SavedOptimizer, WholeState, make_state
+from hpdist.engines.optimizer_state import SavedOptimizer, make_state
 from hpdist.engines.zero_reach import reduce_alike
-from hpdist.errors import CheckpointError, ConfigError
-
-
-def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
-    """Accelerate's DeepSpeed plug-in for a run; a JSON file named at launch is the base.
-
-    What hpdist must decide itself (batch sizes, clipping, precision, stage) overrides the file.
-    """
-    values = copy.deepcopy(dict(sharding.base))
-    zero = values["zero_optimization"] = values.get("zero_optimization") or {}
-    zero["stage"] = sharding.stage
-    zero.setdefault("reduce_bucket_size", 50_000_000)  # a tenth of DeepSpeed's, which is 1 GB
-    if sharding.offload != "none" and "offload_optimizer" not in zero:  # else the file decides
-        target = {"device": sharding.offload, "nvme_path": sharding.nvme_path}
-        parts = ("optimizer", "param") if sharding.stage == 3 else ("optimizer",)
-        for part in parts:
-            zero[f"offload_{part}"] = (zero.get(f"offload_{part}") or {}) | target
-    if sharding.stage == 3:
-        # Small parameters that stay whole would keep the student's values under a lent teacher.
-        zero["stage3_param_persistence_threshold"] = 0
-        zero.setdefault("stage3_gather_16bit_weights_on_model_save", False)
-    values["train_micro_batch_size_per_gpu"] = sharding.micro_batch
-    values["gradient_accumulation_steps"] = sharding.accumulation
-    values["train_batch_size"] = "auto"
-    values["gradient_clipping"] = sharding.grad_clip or 0.0
-    values["zero_allow_untested_optimizer"] = True
-    values["zero_force_ds_cpu_optimizer"] = False  # the optimizer stays the one that was asked for
-    for half in ("fp16", "bf16"):
-        values[half] = (values.get(half) or {}) | {"enabled": half == sharding.precision}
-    _set_loss_scale(values["fp16"], sharding.loss_scale)
-    on_nvme = any(
-        (zero.get(f"offload_{part}") or {}).get("device") == "nvme"
-        for part in ("optimizer", "param")
-    )
-    if on_nvme:
-        _check_async_io()
-    if not torch.cuda.is_available() and (sharding.precision == "fp16" or on_nvme):
-        # Where a device has no fp16, parameters on NVMe become bf16, in fp32 too
-        # (https://github.com/deepspeedai/DeepSpeed/pull/8428).
-        _allow_fp16_on_cpu()
-    hide_launcher_fields()
-    logging.getLogger("DeepSpeed").addFilter(_is_news)
-    return DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=False)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a warning of DeepSpeed's is of use: it doubts optimizers that are not its own."""
-    return "untested optimizer" not in record.getMessage()
-
-
-def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
-    """Set what file and config have agreed on."""
-    fp16["loss_scale"] = config.static or 0
-    fp16["initial_scale_power"] = int(math.log2(config.initial))
-    fp16["loss_scale_window"] = config.growth_interval
-    fp16["min_loss_scale"] = config.minimum
-
-
-def _allow_fp16_on_cpu() -> None:
-    """Lift DeepSpeed's refusal; the caller has asked the user already."""
-    from deepspeed.accelerator import get_accelerator
-
-    type(get_accelerator()).is_fp16_supported = lambda self: True
-
-
-def _check_async_io() -> None:
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not installed_ops.get("async_io") and not AsyncIOBuilder().is_compatible():
-        raise ConfigError(
-            "zero.offload: nvme needs libaio, on which DeepSpeed builds its asynchronous I/O, and "
-            "finds none; install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu"
-        )
+from hpdist.errors import CheckpointError
 
 
 def _missing(folder: Path, rank: int, sharded: bool) -> CheckpointError | None:
@@ -339,67 +260,6 @@ def _keep_scale(overflow: bool) -> None:
     """Do nothing, in the place of DeepSpeed's scaler; its checkpoints pickle it, by this name."""
 
 
-class UnshardedEngine(HasWholeState, ZeroEngine):
-    """Stage 0: everything whole on every rank; DeepSpeed keeps fp32 copies of half weights."""
-
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        super().__init__(accelerator, model, optimizer)
-        self._masters: dict[str, Tensor] = {**self._parameters}
-        wrapped = self.deepspeed.optimizer
-        if hasattr(wrapped, "fp32_groups"):
-            names = {parameter: name for name, parameter in self._parameters.items()}
-            for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
-                for half, master in zip(halves, masters, strict=True):
-                    self._masters[names[half]] = master
-        self._whole = WholeState(self._masters, wrapped, self.rank, self.world_size)
-
-    @torch.no_grad()
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
-        """Copy into the fp32 copies and the half-precision weights."""
-        for name, master in self._masters.items():
-            master.copy_(whole[name].view(master.shape))
-        self._load_weights(whole)
-
-    def backward(self, loss: Tensor) -> None:
-        """Scale the loss here: DeepSpeed unscales the gradients, but forgets to scale the loss.
-
-        It is made to see a scale of 1 meanwhile, so that a version that remembers does no harm
-        (https://github.com/deepspeedai/DeepSpeed/pull/8393).
-        """
-        self._tell_scale(1.0)
-        super().backward(loss * self.loss_scale)
-
-    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
-        """Let DeepSpeed apply, unless a gradient is not finite; in fp32 it would not ask."""
-        self._tell_scale(self.loss_scale)
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
-        finite = math.isfinite(norm)
-        if not finite and self._dtype == torch.float32:
-            for parameter in self._parameters.values():
-                parameter.grad = None  # which the optimizer passes over
-        self.deepspeed.step()
-        return finite and bool(self.deepspeed.was_step_applied()), norm
-
-    def _take_over_scale(self) -> None:
-        """Own the loss scale, which stage 0 keeps elsewhere."""
-        wrapped = self.deepspeed.optimizer
-        theirs = getattr(wrapped, "loss_scale_config", None)
-        if self._dtype != torch.float16 or theirs is None:
-            return
-        self.scaler = LossScaler(
-            scale=float(theirs.cur_scale),
-            growth_interval=theirs.scale_window or 1,
-            minimum=theirs.min_loss_scale or 1,
-            dynamic=bool(theirs.dynamic_loss_scale),
-        )
-        wrapped._update_scale = lambda skip: None
-
-    def _publish_scale(self) -> None:
-        self._tell_scale(self.loss_scale)
-
-    def _tell_scale(self, scale: float) -> None:
-        if self.scaler is not None:
-            self.deepspeed.optimizer.loss_scale_config.cur_scale = scale
+def __getattr__(name: str) -> object:
+    """Find what stood here before."""
+    return find_moved(__name__, name)

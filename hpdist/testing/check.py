@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
-from hpdist.algorithms.base import Algorithm, AlgorithmConfig, StudentOutputs
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.algorithms.exchange import StudentOutputs
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.algorithms.protocol import join_shards
 from hpdist.errors import ConfigError

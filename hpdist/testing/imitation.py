@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, BatchPositions, LossTerms, StudentInputs
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentInputs
+from hpdist.algorithms.loss_terms import LossTerms
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch, OwnSums, Reduce
 from hpdist.data.structures import Structure
 

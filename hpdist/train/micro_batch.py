@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, BatchPositions, StudentInputs
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.parts.mixing import check_group_sizes
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.structures import Rows, map_tensors

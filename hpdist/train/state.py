@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Shards
+from hpdist.algorithms.saved_state import Shards
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.checkpoint.writer import CheckpointWriter
 from hpdist.data.config import CHOICES

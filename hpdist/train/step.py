@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import Algorithm, LossTerms
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.parts.mixing import check_groups
 from hpdist.algorithms.protocol import Attempt, add
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch

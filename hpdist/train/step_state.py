@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import Algorithm, Shards
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.saved_state import Shards
 from hpdist.aliases import current_name
 from hpdist.checkpoint import reader as checkpoint
 from hpdist.checkpoint.manifest import Count, folder_name, list_checkpoints, read_manifest

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hpdist.algorithms import Algorithm, AlgorithmConfig, FlexMatch, WeakOutputs
 from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
-from hpdist.algorithms.base import BatchPositions
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.config.component import component_names, components
 from tests.benchmarks.stream_files import spread
 from tests.support.ranks import run_ranks

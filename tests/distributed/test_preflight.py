@@ -15,16 +15,12 @@ import yaml
 from hpdist.data.config import Labeled, Source
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import DistributedError
-from hpdist.preflight.checks import (
-    _first_row,
-    _nccl,
-    _nccl_finding,
-    _own_gpu,
-    _shared_gpus,
-    _versions,
-    table,
-)
+from hpdist.preflight.datasets import _first_row
+from hpdist.preflight.facts import _own_gpu
+from hpdist.preflight.findings import table
+from hpdist.preflight.machines import _versions
 from hpdist.preflight.network import measure_apart
+from hpdist.preflight.network_checks import _nccl, _nccl_finding, _shared_gpus
 from tests.support.pictures import write_pictures
 from tests.support.ranks import free_port, run_ranks
 from tests.support.two_hosts import LINE, MISSING, two_hosts

@@ -138,7 +138,7 @@ def test_an_object_store_is_read_through_its_faults(store):
 
 
 def test_an_object_store_that_hangs(store, monkeypatch):
-    monkeypatch.setattr("hpdist.data.files.transport._INNER", 0.0)
+    monkeypatch.setattr("hpdist.data.files.stores._INNER", 0.0)
     store.faults = ["hang"]
     began = time.monotonic()
     assert read_range("flaky://bucket/a.bin", 0, 10, QUICK) == CONTENT[:10]
@@ -151,7 +151,7 @@ def test_an_object_store_that_hangs(store, monkeypatch):
 
 
 def test_an_object_store_s_large_ranges_come_in_pieces(store, monkeypatch):
-    monkeypatch.setattr("hpdist.data.files.transport._PIECE", 100_000)
+    monkeypatch.setattr("hpdist.data.files.stores._PIECE", 100_000)
     store.faults = [None, ConnectionError("reset"), None, None]
     assert read_range("flaky://bucket/a.bin", 50, SIZE, QUICK) == CONTENT[50:]
     assert store.calls == 11

@@ -273,7 +273,7 @@ def test_a_server_without_ranges_serves_small_files(server):
 
 
 def test_a_server_without_ranges_is_refused_large_files(server, monkeypatch):
-    monkeypatch.setattr("hpdist.data.files.transport._WHOLE", SIZE - 1)
+    monkeypatch.setattr("hpdist.data.files.web._WHOLE", SIZE - 1)
     server.ignore_ranges()
     with pytest.raises(DataError, match="serves no byte ranges"):
         read(server, 10, 20)

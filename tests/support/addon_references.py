@@ -16,8 +16,8 @@ from hpdist.algorithms import (
     FreeMatch,
     MixMatch,
 )
-from hpdist.algorithms.base import BatchPositions
 from hpdist.algorithms.parts.mixing import draw_mixing
+from hpdist.algorithms.positions import BatchPositions
 from tests.support.algorithm_runs import (
     GlobalBatch,
     Ran,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm, LossTerms, StudentOutputs, Views
-from hpdist.algorithms.base import BatchPositions, StudentInputs
+from hpdist.algorithms.exchange import StudentInputs
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch
 
 CLASSES, LABELED, UNLABELED = 5, 8, 40

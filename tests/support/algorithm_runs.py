@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import Algorithm
-from hpdist.algorithms.base import BatchPositions
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.testing.imitation import (
     FEATURES,
     GlobalBatch,

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import (
-    Algorithm,
-    HeadOutputs,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    WeakOutputs,
-)
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import HeadOutputs, StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.projections import linear
 from hpdist.algorithms.parts.ramps import linear as share_done

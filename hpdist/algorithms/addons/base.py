@@ -9,21 +9,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    LogitsFn,
-    LossTerms,
-    SavedShards,
-    Shards,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    Views,
-    WeakOutputs,
-    check_names,
-)
+from hpdist.algorithms.base import Algorithm, AlgorithmConfig
+from hpdist.algorithms.exchange import LogitsFn, StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import DeclaredConfig, argument
+from hpdist.algorithms.saved_state import SavedShards, Shards, check_names
+from hpdist.algorithms.view_request import Views
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
 

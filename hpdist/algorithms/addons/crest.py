@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import (
-    LossTerms,
-    SavedShards,
-    StudentInputs,
-    StudentOutputs,
-    Sums,
-    WeakOutputs,
-)
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import WINDOW, MeanPrediction
 from hpdist.algorithms.parts.tables import RowTable
+from hpdist.algorithms.saved_state import SavedShards
 from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy
 

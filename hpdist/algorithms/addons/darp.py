@@ -10,7 +10,8 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
 from hpdist.errors import ConfigError

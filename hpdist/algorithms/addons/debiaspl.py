@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import StudentOutputs, Sums, WeakOutputs
+from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import moved, uniform_prior
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import StudentOutputs
+from hpdist.algorithms.exchange import StudentOutputs
 from hpdist.algorithms.options import option
 
 

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.addons.base import AddOn
-from hpdist.algorithms.base import (
-    BatchPositions,
-    LossTerms,
-    StudentInputs,
-    StudentOutputs,
-    WeakOutputs,
-)
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, WeakOutputs
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import ALL
 

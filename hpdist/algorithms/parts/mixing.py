@@ -19,7 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpdist.algorithms.base import BatchPositions, Groups
+from hpdist.algorithms.base import Groups
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
 
 GroupsOption = Annotated[int, Field(ge=1)] | Literal["auto"]

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from hpdist.algorithms.base import Algorithm, LossTerms
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
 
 

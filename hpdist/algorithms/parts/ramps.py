@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.base import Algorithm, Sums
+from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import Sums
 
 Shape = Literal["linear", "gaussian", "cosine"]
 Schedule = Literal["off", "linear", "log", "exp"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hpdist.algorithms.base import StudentInputs, StudentOutputs
+from hpdist.algorithms.exchange import StudentInputs, StudentOutputs
 from hpdist.algorithms.parts.projections import linear
 from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpdist.algorithms.base import SavedShards, Shards, WeakOutputs
+from hpdist.algorithms.exchange import WeakOutputs
+from hpdist.algorithms.saved_state import SavedShards, Shards
 from hpdist.errors import ConfigError
 
 UNSEEN = -2

@@ -26,7 +26,8 @@ from hpdist.data.files.retry import (
     is_remote,
     with_retries,
 )
-from hpdist.data.files.transport import Local, Source, source_of
+from hpdist.data.files.source import Local, Source
+from hpdist.data.files.transport import source_of
 from hpdist.messages.redaction import redacted
 
 __all__ = [

@@ -20,7 +20,9 @@ from hpdist.algorithms import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.base import BatchPositions, StudentInputs, Sums, supervised_loss
+from hpdist.algorithms.exchange import StudentInputs, Sums
+from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.config.component import component_names, components
 from hpdist.data.batch import LabeledBatch
 from hpdist.errors import ConfigError

@@ -18,7 +18,8 @@ from hpdist.algorithms import (
     Supervised,
 )
 from hpdist.algorithms.addons.reconstruction import ReconstructionConfig
-from hpdist.algorithms.base import BatchPositions, StudentInputs
+from hpdist.algorithms.exchange import StudentInputs
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.config.component import components
 from hpdist.errors import ConfigError
 from hpdist.models import CNN, MLP

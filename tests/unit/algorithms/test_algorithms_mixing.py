@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import ICT, LogitAdjustment, MixMatch, ReMixMatch
-from hpdist.algorithms.base import Algorithm, BatchPositions
+from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.parts.mixing import (
     BETA_NUMBERS,
     Mixing,
@@ -22,6 +22,7 @@ from hpdist.algorithms.parts.mixing import (
     draw_mixing,
     draw_partners,
 )
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.config.component import components
 from hpdist.data.random import stream_id, uniform
 from hpdist.errors import ConfigError

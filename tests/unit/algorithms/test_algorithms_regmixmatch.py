@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import RegMixMatch, WeakOutputs
-from hpdist.algorithms.base import BatchPositions, StudentInputs
+from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.parts.mixing import BETA_NUMBERS, beta
 from hpdist.algorithms.parts.resizemix import resize_mix
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.regmixmatch import RegMixMatchConfig
 from hpdist.data.random import stream_id, uniform
 from tests.support import lockstep

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import FlexMatch, SequenceMatch, WeakOutputs
-from hpdist.algorithms.base import BatchPositions
 from hpdist.algorithms.parts.tables import NEVER, UNSEEN, LabelTable, WholeShards
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
 from tests.support.algorithm_batches import (
     CLASSES,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpdist.algorithms import VAT, Algorithm, FixMatch, WeakOutputs
-from hpdist.algorithms.base import BatchPositions, StudentInputs
+from hpdist.algorithms.exchange import StudentInputs
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.vat import VATConfig
 from hpdist.errors import ConfigError
 from hpdist.models import CNN

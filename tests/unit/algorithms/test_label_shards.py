@@ -13,9 +13,9 @@ from torch import Tensor
 from hpdist.algorithms import FlexMatch, WeakOutputs
 from hpdist.algorithms.addons.base import AddOn, build_algorithm
 from hpdist.algorithms.addons.debiaspl import DebiasPLConfig
-from hpdist.algorithms.base import BatchPositions
 from hpdist.algorithms.flexmatch import FlexMatchConfig
 from hpdist.algorithms.parts.tables import BLOCK, NEVER, UNSEEN, WholeShards
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
 
 CLASSES = 3

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms import ReMixMatch
-from hpdist.algorithms.base import BatchPositions, StudentInputs
+from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.parts.rotation import add_rotated, rotated
+from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
 
 

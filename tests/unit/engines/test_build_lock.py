@@ -23,7 +23,8 @@ from hpdist.engines import operators
 from hpdist.engines.build_lock import build_lock, in_use, left_lock, working_in
 from hpdist.engines.operators import prepare_operators
 from hpdist.errors import ConfigError
-from hpdist.preflight.checks import _builds, _left_builds
+from hpdist.preflight.facts import _left_builds
+from hpdist.preflight.machines import _builds
 
 SOURCE = """
 #include <Python.h>

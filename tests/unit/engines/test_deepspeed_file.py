@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hpdist.engines import launch
+from hpdist.engines.deepspeed_plugin import make_plugin
 from hpdist.engines.execution_plan import ExecutionPlan
-from hpdist.engines.zero import make_plugin
 from hpdist.errors import ConfigError
 from hpdist.plan.memory_plan import make_plan
 from hpdist.train.compose import execution_request

@@ -366,7 +366,7 @@ def test_nvme_without_libaio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    from hpdist.engines.zero import make_plugin
+    from hpdist.engines.deepspeed_plugin import make_plugin
 
     monkeypatch.setattr(type(AsyncIOBuilder()), "is_compatible", lambda self: False)
     with pytest.raises(ConfigError, match=r"zero.offload: nvme needs libaio.* install libaio-dev"):
@@ -382,7 +382,7 @@ def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch)
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from hpdist.engines.zero import make_plugin
+    from hpdist.engines.deepspeed_plugin import make_plugin
 
     kind = type(get_accelerator())
     monkeypatch.setattr(kind, "is_fp16_supported", kind.is_fp16_supported)  # put back at the end
@@ -408,7 +408,7 @@ def test_deepspeed_takes_every_json(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nulls_in_a_json_are_as_if_left_out(launcher: Any) -> None:
-    from hpdist.engines.zero import make_plugin
+    from hpdist.engines.deepspeed_plugin import make_plugin
 
     for file in ({"zero_optimization": None}, {"zero_optimization": {"offload_optimizer": None}}):
         launcher(file | {"fp16": None})

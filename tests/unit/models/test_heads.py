@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hpdist
 from hpdist.algorithms import Algorithm, FixMatch, LossTerms, StudentOutputs, Views
-from hpdist.algorithms.base import supervised_loss
+from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.projections import Pool, flat_linear, linear, projection
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError

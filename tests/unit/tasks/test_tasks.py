@@ -122,7 +122,7 @@ def ict(f: Formulas, z: list[Tensor], b: GlobalBatch, ran: Ran, step: int) -> Te
 
 def vat(f: Formulas, z: list[Tensor], b: GlobalBatch, ran: Ran, step: int) -> Tensor:
     x, w = b.weak[0][b.usable].double(), b.student.double()
-    from hpdist.algorithms.base import BatchPositions
+    from hpdist.algorithms.positions import BatchPositions
 
     at = BatchPositions(
         torch.arange(LABELED), b.usable.nonzero()[:, 0], LABELED, 16, seed=7, step=b.step

@@ -21,12 +21,8 @@ from hpdist.algorithms import (
     Views,
     WeakOutputs,
 )
-from hpdist.algorithms.base import (
-    StudentInputs,
-    Sums,
-    masked_pseudo_label_loss,
-    supervised_loss,
-)
+from hpdist.algorithms.exchange import StudentInputs, Sums
+from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.config.component import component_names, components
 from hpdist.errors import ConfigError
 from hpdist.testing import AlgorithmError, check_algorithm

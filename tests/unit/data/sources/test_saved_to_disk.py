@@ -10,7 +10,7 @@ from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_labeled
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
-from hpdist.preflight.checks import _data
+from hpdist.preflight.datasets import _data
 from hpdist.train.config import parse
 
 ALONE = Rendezvous(Endpoint(0, 1), None, None)

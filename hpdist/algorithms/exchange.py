@@ -1,0 +1,149 @@
+"""What the step and an algorithm hand each other: inputs and outputs of one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+from torch import Tensor
+
+from hpdist.algorithms.positions import BatchPositions
+from hpdist.data.structures import Inputs, Labels, Outputs, row_count, tensors_of
+from hpdist.errors import ConfigError
+
+Sums = Mapping[str, Tensor]
+LogitsFn = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WeakOutputs(Generic[Outputs, Labels]):
+    """What the model said of the weak views of this rank's unlabelled rows, without gradient.
+
+    What stands here for logits is the outputs that the task names (`Task.outputs`): one tensor
+    where these are the logits alone, else tensors by name.
+    """
+
+    logits: Outputs  # [unlabeled, classes], fp32, of the first weak view
+    ids: Tensor | None  # [unlabeled], int64, stable row ids, where a loop of one's own gives them
+    others: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], fp32
+    labeled: Outputs | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
+    labels: Labels | None = None  # [labeled], int64, or what the task's are
+    places: BatchPositions | None = None
+    heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By head, view by view as in `all`: [rows, *], fp32."""
+    labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
+
+    @property
+    def known_ids(self) -> Tensor:
+        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
+        return _known(self.ids, "unlabelled")
+
+    @property
+    def known_labeled_ids(self) -> Tensor:
+        """The ids of the labelled rows; raises ConfigError where the batch came without."""
+        return _known(self.labeled_ids, "labelled")
+
+    @property
+    def probabilities(self: WeakOutputs[Tensor, Any]) -> Tensor:
+        """Softmax of the logits, [unlabeled, classes], fp32."""
+        return self.logits.softmax(dim=-1)
+
+    @property
+    def all(self) -> tuple[Outputs, ...]:
+        """Every logit there is, view by view."""
+        labeled = () if self.labeled is None else (self.labeled,)
+        return (self.logits, *self.others, *labeled)
+
+    @property
+    def everything(self) -> tuple[Tensor, ...]:
+        """Every tensor of the outputs, and all that the heads said."""
+        own = [tensor for part in self.all for tensor in tensors_of(part)]
+        return (*own, *(part for head in self.heads.values() for part in head))
+
+
+@dataclass(frozen=True)
+class StudentInputs(Generic[Inputs, Labels]):
+    """What the student is about to see of one micro-batch; views are tensors, or tensors by name.
+
+    Only plain tensors come to an algorithm that changes them (`Algorithm.changes_inputs`).
+    """
+
+    labeled: Inputs  # [labeled, *], weak views
+    labels: Labels  # [labeled], int64, or what the task's are
+    student_weak: tuple[Inputs, ...]  # per further weak view [unlabeled, *]
+    strong: tuple[Inputs, ...]  # per strong view [unlabeled, *]
+    strong_labeled: tuple[Inputs, ...]  # per strong view [labeled, *]
+    weak: tuple[Inputs, ...]  # the views that the targets are made of [unlabeled, *]
+    places: BatchPositions
+    context: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `Algorithm.mix` tells `Algorithm.loss`."""
+    ids: Tensor | None = None  # [unlabeled], int64, stable row ids
+    extra_inputs: tuple[Inputs, ...] = ()
+    """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
+
+    @property
+    def labeled_rows(self) -> int:
+        """How many labelled rows there are."""
+        return row_count(self.labels)
+
+    @property
+    def known_ids(self) -> Tensor:
+        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
+        return _known(self.ids, "unlabelled")
+
+    @property
+    def parts(self) -> list[Inputs]:
+        """What goes through the student, in this order."""
+        return [
+            self.labeled,
+            *self.student_weak,
+            *self.strong,
+            *self.strong_labeled,
+            *self.extra_inputs,
+        ]
+
+
+def _known(ids: Tensor | None, which: str) -> Tensor:
+    if ids is None:
+        kind = "LabeledBatch" if which == "labelled" else "UnlabeledBatch"
+        raise ConfigError(
+            f"the algorithm remembers {which} rows by their ids, and the batch has none; give "
+            f"hpdist.{kind}(…, ids=…), int64 [rows], of every row the same in all epochs"
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class HeadOutputs(Generic[Outputs]):
+    """What one head said of the student's rows: fp32 [rows, *], with gradient."""
+
+    labeled: Outputs
+    student_weak: tuple[Outputs, ...]
+    strong: tuple[Outputs, ...]
+    strong_labeled: tuple[Outputs, ...]
+    extra_inputs: tuple[Outputs, ...]
+
+
+@dataclass(frozen=True)
+class StudentOutputs(Generic[Outputs, Labels]):
+    """What the student said of one micro-batch, and what is needed to judge it. Logits are fp32.
+
+    What stands here for logits is what `WeakOutputs` says of them.
+    """
+
+    labeled: Outputs  # [labeled, classes], logits of the weak views, with gradient
+    labels: Labels  # [labeled], int64, or what the task's are
+    strong: tuple[Outputs, ...]  # per strong view [unlabeled, classes], logits with gradient
+    weak: WeakOutputs[Outputs, Labels] | None  # the same unlabelled rows
+    labeled_rows: Tensor  # [], fp32: labelled rows in the global batch
+    unlabeled_rows: Tensor  # [], fp32: unlabelled rows in the global batch
+    student_weak: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], logits
+    strong_labeled: tuple[Outputs, ...] = ()  # per strong view [labeled, classes], logits
+    context: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `Algorithm.mix` told."""
+    extra_inputs: tuple[
+        Outputs, ...
+    ] = ()  # per `StudentInputs.extra_inputs` [rows, classes], logits
+    heads: Mapping[str, HeadOutputs] = field(default_factory=dict)
+    """By head of `Algorithm.head_names`."""

@@ -1,0 +1,29 @@
+"""Losses that several algorithms share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpdist.algorithms.exchange import StudentOutputs
+from hpdist.tasks.base import CLASSIFICATION, Task
+
+
+def supervised_loss(outputs: StudentOutputs, task: Task = CLASSIFICATION) -> Tensor:
+    """Loss of the labelled rows (cross-entropy, if not of another task).
+
+    A contribution to the mean of the global batch.
+    """
+    return task.losses(outputs.labeled, outputs.labels).sum() / outputs.labeled_rows
+
+
+def masked_pseudo_label_loss(
+    outputs: StudentOutputs, mask: Tensor, pseudo_labels: Tensor
+) -> Tensor:
+    """Cross-entropy of the strong view with hard pseudo-labels where `mask` holds.
+
+    `mask` [unlabeled] is fp32 (weights in [0, 1]), `pseudo_labels` [unlabeled] int64. The mean is
+    over all unlabelled rows, not over those that pass.
+    """
+    losses = F.cross_entropy(outputs.strong[0], pseudo_labels, reduction="none")  # [unlabeled]
+    return (losses * mask).sum() / outputs.unlabeled_rows

@@ -1,0 +1,146 @@
+"""The engine whose weights are whole on every rank: one process, or several under DDP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hpdist.data.structures import Structure
+from hpdist.distributed.fragments import Fragment, flat_view
+from hpdist.distributed.module_names import ddp_of, without_wrappers
+from hpdist.engines.base import Engine
+from hpdist.engines.config import LossScale, Precision
+from hpdist.engines.gradient_layout import keep_strides
+from hpdist.engines.loss_scale import LossScaler
+from hpdist.engines.optimizer_state import HasWholeState, WholeState
+from hpdist.engines.reach import DdpUsage, GradientWatch
+
+
+class ReplicatedEngine(HasWholeState, Engine):
+    """Weights whole and fp32 on every rank, one or under DDP; mixed precision by autocast."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        super().__init__(accelerator, model, optimizer)
+        mixed = accelerator.mixed_precision
+        self.precision = precision or ("fp32" if mixed == "no" else mixed)
+        # Accelerate wraps the model's forward in autocast, except for fp16 on a CPU.
+        self._own_autocast = self.precision == "fp16" and accelerator.mixed_precision == "no"
+        if self.precision == "fp16":
+            self.scaler = LossScaler.of(loss_scale or LossScale())
+        for parameter in self._parameters.values():  # so that a flat view of it exists
+            parameter.data = parameter.data.contiguous()
+        self._whole = WholeState(self._parameters, self.optimizer, self.rank, self.world_size)
+        self._usage: DdpUsage | None = None
+        ddp = ddp_of(model)
+        if ddp is not None:
+            keep_strides(self._trained.values())
+            self._usage = DdpUsage(ddp, self._trained)
+        # Accelerate's autocast is around its forward, which need not be that of the user's module.
+        self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's own module, not to be called: autocast may be around a wrapper's forward."""
+        # Not by Accelerate's unwrap_model, which imports DeepSpeed to ask whether it is one.
+        return without_wrappers(self.model)
+
+    def forward(self, inputs: Structure) -> Any:
+        """Outputs in fp32, through DDP's wrapper."""
+        with self._autocast():
+            return self._wanted(self.model(inputs))
+
+    @torch.no_grad()
+    def infer(self, inputs: Structure) -> Any:
+        """Outputs in fp32, past DDP's wrapper, which would expect a backward."""
+        return self.probe_forward(inputs)
+
+    def probe_forward(self, inputs: Structure) -> Any:
+        """Outputs in fp32, with gradient, past DDP's wrapper."""
+        with self._autocast():
+            return self._wanted(self._prepared(inputs))
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Keep DDP from reducing before the last micro-batch."""
+        if self._usage is None:
+            return nullcontext()
+        if last:
+            self._usage.begin_last()
+            return nullcontext()
+        return self._usage.without_reduction()
+
+    def backward(self, loss: Tensor) -> None:
+        """DDP averages over ranks, so a contribution counts world-size times."""
+        self._require_gradient(loss)
+        torch.autograd.backward(loss * (self.world_size * self.loss_scale))
+        if self._usage is not None:
+            self._usage.complete()
+
+    def _missing(self, watch: GradientWatch) -> list[str]:
+        """What the first step has not reached on this rank; DDP has been given zeros since."""
+        if self._usage is None:
+            return super()._missing(watch)
+        return [name for name in self._usage.missing if name in self._parameters]
+
+    @property
+    def missed_gradients(self) -> bool:
+        """Whether DDP's latest step has, and its ranks do not speak of them yet."""
+        usage = self._usage
+        return usage is not None and bool(usage.missing) and not usage.shared
+
+    def share_usage(self) -> None:
+        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+        if self._usage is not None:
+            self._usage.shared = True
+
+    def _apply(self, clip: float | None) -> tuple[bool, float | None]:
+        """The gradients are reduced, so every rank finds the same norm."""
+        if self._usage is not None:
+            self._usage.drop_unused()
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if self.loss_scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.loss_scale)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total)  # the step's one wait for the device
+        finite = math.isfinite(norm)
+        if finite:
+            if clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), clip, total)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return finite, norm
+
+    @torch.no_grad()
+    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+        """Copy into the parameters."""
+        for name, parameter in self._parameters.items():
+            flat_view(parameter).copy_(flat_view(whole[name]))
+
+    @contextmanager
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Gather into the weights, and put the own ones back at the end."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.layout.spread(fragments, self._parameters)
+        try:
+            yield
+        finally:
+            self.load_master(own)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if not self._own_autocast:
+            return nullcontext()
+        return cast(
+            AbstractContextManager[None], torch.autocast(self.device.type, dtype=torch.float16)
+        )

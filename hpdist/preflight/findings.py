@@ -1,0 +1,29 @@
+"""The outcome of a check, and the table of all outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "note", "FAILED"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one check."""
+
+    check: str
+    verdict: Verdict
+    told: str
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings, a line each; what goes on over several lines is indented."""
+    width = max(len(finding.check) for finding in findings)
+    lines = []
+    for finding in findings:
+        first, *rest = finding.told.splitlines()
+        lines.append(f"{finding.verdict:6}  {finding.check:{width}}  {first}")
+        lines += [" " * (width + 10) + line for line in rest]
+    return "\n".join(lines)
