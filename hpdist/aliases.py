@@ -154,7 +154,7 @@ MOVED = {
 }
 """Old names to new ones, both below `hpdist`."""
 
-MOVED_NAMES = {
+MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "algorithms.base": {
         "algorithms.exchange": ("HeadOutputs",),
         "algorithms.parts.losses": ("masked_pseudo_label_loss", "supervised_loss"),
