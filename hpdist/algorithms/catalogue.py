@@ -26,7 +26,7 @@ _LABELED = (17, 19)  # labelled ones
 _ROWS = (101, 103)  # unlabelled rows that there are
 _NAMES = {_CLASSES: "C", _ROWS: "N"}
 _FEATURES = torch.Size([3])
-_FURTHER = 2  # inputs that an algorithm may add
+_EXTRA_INPUTS = 2  # inputs that an algorithm may add
 _HEADER = ("name", "paper", "tasks", "views", "state", "reduced per step")
 _ADDON_HEADER = ("add-on", "paper", "tasks", "heads", "state", "reduced per step")
 
@@ -108,12 +108,12 @@ def _views(algorithm: Algorithm) -> list[str]:
         "strong_labeled": "strong of a labelled row",
     }
     counts = {kind: getattr(views, field) for field, kind in names.items()}
-    told = [f"{count} {kind}" for kind, count in counts.items() if count]
-    told += ["targets of labelled rows too"] if views.labeled_targets else []
-    told += ["targets by the teacher"] if views.teacher else []
-    told += ["mixed"] if algorithm.groups is not None else []
-    told += ["perturbed"] if views.needs_gradient_probe else []
-    return told + [f"{name} head" for name in algorithm.head_names]
+    needs = [f"{count} {kind}" for kind, count in counts.items() if count]
+    needs += ["targets of labelled rows too"] if views.labeled_targets else []
+    needs += ["targets by the teacher"] if views.teacher else []
+    needs += ["mixed"] if algorithm.groups is not None else []
+    needs += ["perturbed"] if views.needs_gradient_probe else []
+    return needs + [f"{name} head" for name in algorithm.head_names]
 
 
 class _Zeros:
@@ -135,7 +135,7 @@ class _Zeros:
 
     def _targets(self, inputs: StudentInputs) -> Structure | None:
         parts = [*inputs.weak, *([inputs.labeled] if self.views.labeled_targets else [])]
-        return self._say(parts) if inputs.weak else None
+        return self._outputs(parts) if inputs.weak else None
 
     def student(self, micro: MicroBatch) -> tuple[Structure, None]:
         """Give what is said of the student's rows."""
@@ -143,15 +143,15 @@ class _Zeros:
 
     def preview(self, micro: MicroBatch) -> Structure:
         """Give the same."""
-        return self._say(micro.inputs.parts)
+        return self._outputs(micro.inputs.parts)
 
     def probe(self, inputs: Tensor) -> Structure:
         """Give what is said of other inputs."""
-        return self._say([inputs])
+        return self._outputs([inputs])
 
-    def _say(self, parts: Iterable[Tensor]) -> Structure:
+    def _outputs(self, parts: Iterable[Tensor]) -> Structure:
         rows = sum(len(part) for part in parts)
-        return {name: said.expand(rows, -1) for name, said in self.row.items()}
+        return {name: value.expand(rows, -1) for name, value in self.row.items()}
 
 
 def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -171,7 +171,7 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
         (unlabeled,) * views.weak,
         BatchPositions(at, u_at, labeled_rows, rows, seed=0, step=0),
         ids=u_at,
-        extra_inputs=(unlabeled,) * _FURTHER,
+        extra_inputs=(unlabeled,) * _EXTRA_INPUTS,
     )
     attempt = Attempt(algorithm, [MicroBatch(inputs, u_at, at, rows)], _Zeros(algorithm, classes))
     attempt.collect()

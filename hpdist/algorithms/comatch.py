@@ -131,8 +131,8 @@ class CoMatch(Algorithm, name="comatch"):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """The three terms, and the share of unlabelled rows that passed the threshold."""
         assert outputs.weak is not None
-        assert outputs.weak.places is not None
-        at = outputs.weak.places.unlabeled.to(self._pseudo_labels.device, non_blocking=True)
+        assert outputs.weak.positions is not None
+        at = outputs.weak.positions.unlabeled.to(self._pseudo_labels.device, non_blocking=True)
         targets = self._pseudo_labels[at]  # [unlabeled, classes]
         mask = (targets.amax(dim=1) >= self.threshold).float()
         losses = soft_cross_entropy(outputs.strong[0], targets) * mask

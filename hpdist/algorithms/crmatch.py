@@ -74,8 +74,10 @@ class CRMatch(PseudoLabeling, name="crmatch"):
         mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
         extras = {}
         if self.distance_weight > 0:
-            said = outputs.heads[_DISTANCE]
-            near = F.cosine_similarity(said.strong[0], said.extra_inputs[0], dim=1).clamp(min=0)
+            distances = outputs.heads[_DISTANCE]
+            near = F.cosine_similarity(distances.strong[0], distances.extra_inputs[0], dim=1).clamp(
+                min=0
+            )
             distance = (near * mask).sum() / outputs.unlabeled_rows
             extras["distance_loss"] = self.distance_weight * distance
         if self.rotation_weight > 0:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from hpdist.errors import ConfigError
 
 Sums = Mapping[str, Tensor]
 LogitsFn = Callable[[Tensor], Tensor]
+_Positions = TypeVar("_Positions", bound=BatchPositions | None)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class WeakOutputs(Generic[Outputs, Labels]):
     others: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], fp32
     labeled: Outputs | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
     labels: Labels | None = None  # [labeled], int64, or what the task's are
-    places: BatchPositions | None = None
+    positions: BatchPositions | None = None
     heads: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By head, view by view as in `all`: [rows, *], fp32."""
     labeled_ids: Tensor | None = None  # [labeled], int64, stable row ids
@@ -43,6 +45,11 @@ class WeakOutputs(Generic[Outputs, Labels]):
     def known_labeled_ids(self) -> Tensor:
         """The ids of the labelled rows; raises ConfigError where the batch came without."""
         return _known(self.labeled_ids, "labelled")
+
+    @property
+    def places(self) -> BatchPositions | None:
+        """`positions` by its former name, for one release."""
+        return _renamed("WeakOutputs", self.positions)
 
     @property
     def probabilities(self: WeakOutputs[Tensor, Any]) -> Tensor:
@@ -75,12 +82,17 @@ class StudentInputs(Generic[Inputs, Labels]):
     strong: tuple[Inputs, ...]  # per strong view [unlabeled, *]
     strong_labeled: tuple[Inputs, ...]  # per strong view [labeled, *]
     weak: tuple[Inputs, ...]  # the views that the targets are made of [unlabeled, *]
-    places: BatchPositions
+    positions: BatchPositions
     context: Mapping[str, Tensor] = field(default_factory=dict)
     """What `Algorithm.mix` tells `Algorithm.loss`."""
     ids: Tensor | None = None  # [unlabeled], int64, stable row ids
     extra_inputs: tuple[Inputs, ...] = ()
     """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
+
+    @property
+    def places(self) -> BatchPositions:
+        """`positions` by its former name, for one release."""
+        return _renamed("StudentInputs", self.positions)
 
     @property
     def labeled_rows(self) -> int:
@@ -102,6 +114,15 @@ class StudentInputs(Generic[Inputs, Labels]):
             *self.strong_labeled,
             *self.extra_inputs,
         ]
+
+
+def _renamed(owner: str, positions: _Positions) -> _Positions:
+    warnings.warn(
+        f"{owner}.places is positions now; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return positions
 
 
 def _known(ids: Tensor | None, which: str) -> Tensor:

@@ -67,7 +67,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
             "seen": torch.zeros((), dtype=torch.int64, device=device),  # rows used so far
         }
         self._table = LabelTable(self.num_classes, device)
-        self._told = self.state  # what the latest loss went by
+        self._used_counts = self.state  # what the latest loss went by
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Hold the labels of this rank's rows only."""
@@ -83,8 +83,8 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
         """What this rank's rows have changed and no step's sums have told yet."""
         if self._table.ranks == 1:
             return {}
-        changes = self._table.pending_deltas.float()
-        return {"changes": changes[:-1], "first": changes[-1]}
+        deltas = self._table.pending_deltas.float()
+        return {"changes": deltas[:-1], "first": deltas[-1]}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Work out the counts: of one rank those after this step, of several those before it."""
@@ -96,7 +96,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
             "seen": self.state["seen"] + change[-1],
         }
         # Of several ranks, also where this step's sums are not sound: the changes always are.
-        self._told = self.pending if self._table.ranks > 1 else self.state
+        self._used_counts = self.pending if self._table.ranks > 1 else self.state
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms and the mask rate."""
@@ -152,10 +152,10 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
                 "each, which `hpdist.whole_state` puts together"
             )
         super().load_state_dict({k: v for k, v in state.items() if k not in _SHARDS})
-        changes = self._table.load(saved)
-        self.state["counts"] += changes[:-1]
-        self.state["seen"] += changes[-1]
-        self._told = self.state
+        deltas = self._table.load(saved)
+        self.state["counts"] += deltas[:-1]
+        self.state["seen"] += deltas[-1]
+        self._used_counts = self.state
         self.discard()
 
     @property
@@ -169,10 +169,10 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
 
     def _shares(self) -> Tensor:
         """How well each class is learned, beta, fp32 [classes]."""
-        counts = self._told["counts"]
+        counts = self._used_counts["counts"]
         most = counts.max()
         if self.warmup:
-            rows = self._told["seen"] if self.rows is None else self.rows
+            rows = self._used_counts["seen"] if self.rows is None else self.rows
             most = torch.maximum(most, rows - counts.sum())
         return counts.float() / most.clamp(min=1)
 

@@ -51,7 +51,7 @@ class ICT(Ramped, name="ict"):
         """The weak views that the teacher saw, mixed."""
         rows = inputs.weak[0]
         mixing = draw_mixing(
-            inputs.places, "ict", self.alpha, self.groups, unlabeled=1, device=rows.device
+            inputs.positions, "ict", self.alpha, self.groups, unlabeled=1, device=rows.device
         )
         context = {"partners": mixing.partners, "shares": mixing.shares}
         return replace(inputs, student_weak=(mixing(rows),), context=context)

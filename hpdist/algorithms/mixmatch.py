@@ -91,7 +91,7 @@ def mixed_with_labels(
     labels are the notes "labels" and, one for each unlabelled view, "targets 0" and on.
     """
     mixing = draw_mixing(
-        inputs.places,
+        inputs.positions,
         name,
         alpha,
         groups,

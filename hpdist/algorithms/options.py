@@ -150,12 +150,12 @@ class WithOptions:
     @classmethod
     def arguments(cls, config: Component, **run: Any) -> dict[str, Any]:
         """The constructor's arguments that a config and a run give."""
-        told = {
+        values_of = {
             name: declaration.value(config, name, run)
             for name, declaration in cls.declared.items()
             if declaration.setting is not None
         }
-        return told | {name: run[name] for name in _RUN if name in cls.declared}
+        return values_of | {name: run[name] for name in _RUN if name in cls.declared}
 
 
 class DeclaredConfig(Component):

@@ -161,10 +161,10 @@ class Attempt:
 
         Nothing is done where the student's pass gives them.
         """
-        said = self.model.targets(self.micros)
-        if said is None:
+        outputs = self.model.targets(self.micros)
+        if outputs is None:
             return
-        pairs = zip(said, self.micros, strict=True)
+        pairs = zip(outputs, self.micros, strict=True)
         self.weak = [None if out is None else self._targets(out, micro) for out, micro in pairs]
         self._reduction = self._begin_reduction()
 
@@ -183,11 +183,11 @@ class Attempt:
         A second call for the same micro-batch communicates nothing: it goes by the same sums over
         the global batch.
         """
-        seen = self.student_outputs(number, outputs)
-        local = self.algorithm.student_statistics(seen)
+        student = self.student_outputs(number, outputs)
+        local = self.algorithm.student_statistics(student)
         if number not in self._totals:
             self._totals[number] = self._student_total(local)
-        return self.algorithm.loss(seen, self._attach(local, self._totals[number]))
+        return self.algorithm.loss(student, self._attach(local, self._totals[number]))
 
     def weighted_terms(self, number: int, outputs: Structure) -> dict[str, Tensor]:
         """Give the same by name, as far as they depend on rows; each weighted as in the loss."""
@@ -253,10 +253,10 @@ class Attempt:
         device = next(tensors_of(self.micros[0].inputs.labels)).device
         sums = {_EXTRA.format(name): value for name, value in self._own.items()}
         sums[_ROWS] = torch.tensor(rows, device=device)
-        seen = [outputs for outputs in self.weak if outputs is not None]
-        if seen:
-            sums[_FINITE] = add(finite_mark(part) for said in seen for part in said.everything)
-            parts = [self.algorithm.statistics(outputs) for outputs in seen]
+        weak = [outputs for outputs in self.weak if outputs is not None]
+        if weak:
+            sums[_FINITE] = add(finite_mark(part) for each in weak for part in each.everything)
+            parts = [self.algorithm.statistics(outputs) for outputs in weak]
             sums |= {name: add(part[name] for part in parts) for name in parts[0]}
         return self._reduce(sums | self.algorithm.rank_statistics())
 
@@ -267,15 +267,15 @@ class Attempt:
         if views.needs_gradient_probe and weak is not None:
             with torch.enable_grad():
                 inputs = self.algorithm.perturb(inputs, weak, self._probe)
-        told = weak if views.inputs_need_targets else None
-        return replace(micro, inputs=self.algorithm.mix(inputs, told))
+        targets = weak if views.inputs_need_targets else None
+        return replace(micro, inputs=self.algorithm.mix(inputs, targets))
 
     def _probe(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self._divided(self.model.probe(inputs))[0]
         return logits
 
-    def _divided(self, said: Structure) -> tuple[Any, dict[str, Tensor]]:
-        return outputs_and_heads(said, self.algorithm.task.outputs, self.algorithm.head_names)
+    def _divided(self, outputs: Structure) -> tuple[Any, dict[str, Tensor]]:
+        return outputs_and_heads(outputs, self.algorithm.task.outputs, self.algorithm.head_names)
 
     def _targets(self, outputs: Structure, micro: MicroBatch) -> WeakOutputs:
         """Cut what was said of all weak views, and of the labelled rows if they are behind them."""
@@ -291,7 +291,7 @@ class Attempt:
             tuple(others),
             labeled if sizes[-1] else None,
             inputs.labels,
-            inputs.places,
+            inputs.positions,
             {name: tuple(split(head, sizes)[:kept]) for name, head in heads.items()},
             micro.labeled_ids,
         )
@@ -323,16 +323,16 @@ class Attempt:
 
 
 def outputs_and_heads(
-    said: Structure, names: Sequence[str], heads: Sequence[str]
+    outputs: Structure, names: Sequence[str], heads: Sequence[str]
 ) -> tuple[Any, dict[str, Tensor]]:
     """Divide what a model said into the outputs that the task names, and its heads'.
 
     The outputs are one tensor where the task names nothing but `logits`, else tensors by name.
     """
-    if isinstance(said, Tensor):
-        return said, {}
-    own = said["logits"] if tuple(names) == LOGITS else {name: said[name] for name in names}
-    return own, {name: said[name] for name in heads}
+    if isinstance(outputs, Tensor):
+        return outputs, {}
+    own = outputs["logits"] if tuple(names) == LOGITS else {name: outputs[name] for name in names}
+    return own, {name: outputs[name] for name in heads}
 
 
 def split_views(rows: Outputs, inputs: StudentInputs[Any, Any]) -> HeadOutputs[Outputs]:

@@ -120,13 +120,13 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         high = confidence >= self.confident  # [unlabeled]
         rows, labeled, pool = self._pool(inputs, classes, high)
         mixes_labeled = self._mixes_labeled()
-        draws = self._draws(inputs.places, high)
+        draws = self._draws(inputs.positions, high)
         same_class = (draws.coin < self.same_class)[:, None]
-        alike = classes[:, None] == pool.classes
+        same_labels = classes[:, None] == pool.classes
         partners = torch.where(
             high[:, None],
             pool.open_to(rows, labeled=mixes_labeled),
-            pool.open_to(rows, labeled=self.labeled_partners) & (alike | ~same_class),
+            pool.open_to(rows, labeled=self.labeled_partners) & (same_labels | ~same_class),
         )
         label = torch.where(high[:, None], self._one_hot(classes), own)
         mixed, labels = self._mixed(rows, label, pool, partners, draws)
@@ -139,7 +139,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         if mixes_labeled:
             everyone = torch.ones_like(labeled.classes, dtype=torch.bool)
             label = self._one_hot(labeled.classes)
-            draws = self._draws(inputs.places, everyone, labeled=True)
+            draws = self._draws(inputs.positions, everyone, labeled=True)
             partners = pool.open_to(labeled, labeled=True)
             mixed, labels = self._mixed(labeled, label, pool, partners, draws)
             extra_inputs.append(mixed)
@@ -180,13 +180,13 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         self, inputs: StudentInputs, classes: Tensor, high: Tensor
     ) -> tuple[_Rows, _Rows, _Pool]:
         """The unlabelled rows, the labelled ones, and all that may be partners."""
-        places, device = inputs.places, high.device
-        groups = count_groups(self.groups, places)
+        positions, device = inputs.positions, high.device
+        groups = count_groups(self.groups, positions)
         of_unlabeled, of_labeled = (
             group_of(positions, count, groups).to(device, non_blocking=True)
             for positions, count in (
-                (places.unlabeled, places.unlabeled_rows),
-                (places.labeled, places.labeled_rows),
+                (positions.unlabeled, positions.unlabeled_rows),
+                (positions.labeled, positions.labeled_rows),
             )
         )
         rows = _Rows(inputs.strong[0], classes, of_unlabeled)
@@ -200,9 +200,9 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         )
         return rows, labeled, pool
 
-    def _draws(self, places: BatchPositions, high: Tensor, *, labeled: bool = False) -> _Draws:
+    def _draws(self, positions: BatchPositions, high: Tensor, *, labeled: bool = False) -> _Draws:
         """What is drawn for each row, on the device of `high`, which says by which alpha."""
-        noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
+        noise = positions.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
         plain, first, second = noise.split([4, BETA_NUMBERS, BETA_NUMBERS], dim=1)
         alphas = (self.high_alpha, self.low_alpha)
         shares = [beta(part, a, a) for part, a in zip((first, second), alphas, strict=True)]

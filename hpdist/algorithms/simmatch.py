@@ -113,13 +113,15 @@ class SimMatch(Algorithm, name="simmatch"):
         mask = (targets.amax(dim=1) >= self.threshold).float()
         losses = soft_cross_entropy(outputs.strong[0], targets) * mask
         unfolded = log_shares(near + predictions.clamp(min=_TINY).log()[:, labels], known).exp()
-        said = log_shares(self._similarities(outputs.heads[_HEAD].strong[0]), known)
-        apart = -(unfolded * said).sum() * known.any()
+        strong_log_shares = log_shares(self._similarities(outputs.heads[_HEAD].strong[0]), known)
+        similarity = -(unfolded * strong_log_shares).sum() * known.any()
         return LossTerms(
             supervised=supervised_loss(outputs),
             unsupervised=losses.sum() / outputs.unlabeled_rows,
             unsupervised_weight=self.unsupervised_weight,
-            extras={"similarity_loss": self.similarity_weight * apart / outputs.unlabeled_rows},
+            extras={
+                "similarity_loss": self.similarity_weight * similarity / outputs.unlabeled_rows
+            },
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
 

@@ -58,7 +58,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
         self.averages = RowTable((self.num_classes,), dtype, device)  # Z
         self.counts = RowTable((), torch.float32, device)  # n
         self.tables = {"averages": self.averages, "counts": self.counts}
-        self._seen: dict[str, Tensor] = {}
+        self._batch: dict[str, Tensor] = {}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """What was said of each row, at its place in the global batch: their sum is a gather."""
@@ -70,7 +70,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Count the step, and keep the predictions of the global batch until `commit`."""
         super().observe(sums, unlabeled_rows)
-        self._seen = dict(sums)
+        self._batch = dict(sums)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of unlabelled rows that have a target."""
@@ -93,19 +93,19 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
         """Write the batch's predictions into the table, the last one where a row came twice."""
         super().commit()
         if self.is_finite is None or self.is_finite:
-            self._write(self._seen["predictions"], self._seen["ids"])
-        self._seen = {}
+            self._write(self._batch["predictions"], self._batch["ids"])
+        self._batch = {}
 
     def discard(self) -> None:
         """Forget the batch's predictions."""
         super().discard()
-        self._seen = {}
+        self._batch = {}
 
-    def _write(self, predictions: Tensor, words: Tensor) -> None:
-        filled = words[:, 0] > 0.5  # else no rank has a row at that place
-        ids, places = last_occurrences(words, filled)
+    def _write(self, predictions: Tensor, encoded: Tensor) -> None:
+        occupied = encoded[:, 0] > 0.5  # else no rank has a row at that place
+        ids, positions = last_occurrences(encoded, occupied)
         ids = ids - _TAKEN
-        moved = self.averages.read(ids).lerp(predictions[places], 1 - self.momentum)
+        moved = self.averages.read(ids).lerp(predictions[positions], 1 - self.momentum)
         self.averages.write(ids, moved, self.rows)
         self.counts.write(ids, self.counts.read(ids) + 1, self.rows)
 

@@ -71,14 +71,14 @@ class VAT(Ramped, name="vat"):
                 f"VAT perturbs inputs of floating-point numbers, and these are {rows.dtype}"
             )
         numbers = rows[0].numel() if len(rows) else 0
-        drawn = inputs.places.normal("vat", numbers).to(rows.device, non_blocking=True)
+        drawn = inputs.positions.normal("vat", numbers).to(rows.device, non_blocking=True)
         direction, _ = _unit(drawn.view(rows.shape), drawn.view(rows.shape))
         lost = rows.new_zeros(len(rows))
         for _ in range(self.power_iterations if len(rows) else 0):
             direction = direction.detach().requires_grad_()
-            said = model(rows + self.xi * direction)
+            logits = model(rows + self.xi * direction)
             # Divided by xi: of the size of the Jacobian, which half precision can hold.
-            divergence = self.task.divergence(weak.logits, said).sum() / self.xi
+            divergence = self.task.divergence(weak.logits, logits).sum() / self.xi
             (gradient,) = torch.autograd.grad(divergence, direction)
             direction, lost = _unit(gradient, direction.detach())
         perturbed = (rows + self.epsilon * direction).detach()

@@ -47,7 +47,7 @@ from hpdist.messages.progress import working
 @working("verifying checkpoints")
 def open_newest(
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     before: int | None = None,
     facts: type[BaseModel] | None = None,
 ) -> SavedRun | None:
@@ -77,7 +77,7 @@ def open_newest(
         if isinstance(errors[0], LaterFormatError):
             errors[0].everywhere = True
             raise errors[0]
-        say(f"checkpoint {name} is passed over: {errors[0]}")
+        log(f"checkpoint {name} is passed over: {errors[0]}")
     if newest:
         raise CheckpointError(
             f"none of the checkpoints in {folder} is whole ({', '.join(newest)}); choose another "
@@ -111,7 +111,7 @@ class SavedRun:
         self.path = path
         self.facts = read_manifest(path)
         self._verify(rank, ranks)
-        self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        self._spans: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
         self._files: dict[str, Any] = {}
         try:
             self.common = load_file(path / COMMON)
@@ -124,11 +124,11 @@ class SavedRun:
 
     def kinds(self) -> set[str]:
         """Which kinds of fragments it holds."""
-        return {kind for kind, _ in self._places}
+        return {kind for kind, _ in self._spans}
 
     def holds(self, kind: str, name: str) -> bool:
         """Whether it has fragments of a kind of a parameter."""
-        return (kind, name) in self._places
+        return (kind, name) in self._spans
 
     def read(self, kind: str, like: Fragment) -> Tensor:
         """The saved elements at a fragment's place, from however many files hold them."""
@@ -139,11 +139,11 @@ class SavedRun:
         return WholeKind(self, kind)
 
     def _read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        places = self._places.get((kind, name), [])
+        spans = self._spans.get((kind, name), [])
         parts = [torch.empty(0)][: start == stop]  # a rank may own nothing of a parameter
         at = start
         # Fragments do not overlap, so the first that is needed is the last that begins by `start`.
-        for first, length, file, key in places[max(bisect_right(places, (start + 1,)) - 1, 0) :]:
+        for first, length, file, key in spans[max(bisect_right(spans, (start + 1,)) - 1, 0) :]:
             if first >= stop:
                 break
             low, high = max(at, first), min(stop, first + length)
@@ -166,18 +166,18 @@ class SavedRun:
             kind, _, place = key.partition("/")
             name, _, start = place.rpartition("@")
             length = reader.get_slice(key).get_shape()[0]
-            self._places.setdefault((kind, name), []).append((int(start), length, file, key))
-        for places in self._places.values():
-            places.sort()
+            self._spans.setdefault((kind, name), []).append((int(start), length, file, key))
+        for spans in self._spans.values():
+            spans.sort()
 
     def _forget_wrappers(self) -> None:
         """Take out of all names what wrappers put into those of earlier versions."""
         under_ddp = self.facts["world_size"] > 1
         for kind in self.kinds() - {"algorithm"}:
-            keys = [key for key in self._places if key[0] == kind]
-            named = {key[1]: self._places.pop(key) for key in keys}
+            keys = [key for key in self._spans if key[0] == kind]
+            named = {key[1]: self._spans.pop(key) for key in keys}
             plain = with_plain_names(named, under_ddp=under_ddp)
-            self._places |= {(kind, name): places for name, places in plain.items()}
+            self._spans |= {(kind, name): spans for name, spans in plain.items()}
         for prefix in ("buffer/", "teacher/"):
             own = [key for key in self.common if key.startswith(prefix)]
             tensors = {key.removeprefix(prefix): self.common.pop(key) for key in own}
@@ -205,8 +205,8 @@ class WholeKind(Mapping[str, Tensor]):
     def __init__(self, saved: SavedRun, kind: str) -> None:
         self._saved, self._kind = saved, kind
         self._sizes = {
-            name: max(first + length for first, length, _, _ in places)
-            for (k, name), places in saved._places.items()
+            name: max(first + length for first, length, _, _ in spans)
+            for (k, name), spans in saved._spans.items()
             if k == kind
         }
 

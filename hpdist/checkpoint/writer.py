@@ -126,13 +126,13 @@ class CheckpointWriter:
         failures = dict(enumerate(gathered(self._failure)))
         if self._others:
             del failures[0]  # which only waited for them
-        told = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
+        reasons = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
         self.waited += time.monotonic() - start
-        if told:
+        if reasons:
             self.problems()  # which the error tells
             error = CheckpointError(
-                f"the latest checkpoint could not be written: {told}; make room, and start again: "
-                "the run goes on from the one before"
+                f"the latest checkpoint could not be written: {reasons}; make room, and start "
+                "again: the run goes on from the one before"
             )
             error.everywhere = True
             raise error
@@ -184,16 +184,16 @@ class CheckpointWriter:
         files = [_write_tensors(temporary / f"rank-{self._rank:05d}.safetensors", own)]
         if self._rank == 0:
             files.append(_write_tensors(temporary / COMMON, shared))
-        note = temporary / f"note-{self._rank:05d}.json"
-        _write_bytes(note.with_suffix(".tmp"), json.dumps(dict(files)).encode())
-        os.replace(note.with_suffix(".tmp"), note)
+        path = temporary / f"note-{self._rank:05d}.json"
+        _write_bytes(path.with_suffix(".tmp"), json.dumps(dict(files)).encode())
+        os.replace(path.with_suffix(".tmp"), path)
 
     def _complete(self, temporary: Path, step: int, facts: dict[str, Any]) -> None:
         """Wait for every rank's note, write the manifest, and let the checkpoint exist."""
-        notes = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
+        paths = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
         files: dict[str, Any] = {}
-        for rank, note in enumerate(notes):
-            files |= self._await(note, rank)
+        for rank, path in enumerate(paths):
+            files |= self._await(path, rank)
         manifest = {
             "version": VERSION,
             "step": step,
@@ -204,8 +204,8 @@ class CheckpointWriter:
         manifest = json.loads(json.dumps(manifest))  # as it will be read
         text = json.dumps({**manifest, "digest": digest_of(manifest)}, indent=2)
         _write_bytes(temporary / MANIFEST, text.encode())
-        for note in notes:
-            note.unlink()
+        for path in paths:
+            path.unlink()
         _sync_folder(temporary)
         final = self._folder / folder_name(step)
         replaced = self._folder / f".writing-replaced-{self._token}-{self._count}"
@@ -226,15 +226,15 @@ class CheckpointWriter:
         except OSError as error:
             self._problems.append(f"an old checkpoint could not be removed: {error}")
 
-    def _await(self, note: Path, rank: int) -> dict[str, Any]:
+    def _await(self, file: Path, rank: int) -> dict[str, Any]:
         """What a rank notes of its files, once they are safe."""
-        while not note.exists():
+        while not file.exists():
             if rank in self._others:
                 raise CheckpointError(f"rank {rank} failed: {self._others[rank]}")
-            if not note.parent.exists():
-                raise CheckpointError(f"{note.parent} is gone")
+            if not file.parent.exists():
+                raise CheckpointError(f"{file.parent} is gone")
             time.sleep(_POLL)
-        noted: dict[str, Any] = json.loads(note.read_text())
+        noted: dict[str, Any] = json.loads(file.read_text())
         return noted
 
     def _make_room(self, temporary: Path) -> None:

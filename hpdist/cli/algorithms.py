@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import say
+from hpdist.cli.output import print_text
 
 
 def add_arguments(commands: Commands) -> None:
@@ -19,5 +19,5 @@ def run(known: argparse.Namespace, settings: Sequence[str] = ()) -> int:
     from hpdist.algorithms.catalogue import catalogue
 
     for line in catalogue():
-        say(line)
+        print_text(line)
     return 0

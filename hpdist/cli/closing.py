@@ -13,7 +13,7 @@ _LABEL = 28  # columns of a key
 def summary_lines(summary: Mapping[str, object], folder: str | Path) -> Iterator[str]:
     """Lines of the keys of a summary and their values in units, the run folder last."""
     for key, value in summary.items():
-        yield _line(key, _told(key, value, summary))
+        yield _line(key, _formatted(key, value, summary))
     if summary:
         yield _line("run folder", str(folder))
 
@@ -22,7 +22,7 @@ def _line(key: str, text: str) -> str:
     return f"{key:{_LABEL}} {text}"
 
 
-def _told(key: str, value: object, summary: Mapping[str, object]) -> str:
+def _formatted(key: str, value: object, summary: Mapping[str, object]) -> str:
     name = key.rpartition("/")[2]
     if value is None:
         return "none"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import say
+from hpdist.cli.output import print_text
 
 
 def add_arguments(commands: Commands) -> None:
@@ -25,8 +25,8 @@ def run(known: argparse.Namespace, settings: Sequence[str] = ()) -> int:
     from hpdist.cli.shipped import copy_shipped, list_configs
 
     if known.copy is None:
-        say("\n".join(list_configs()))
+        print_text("\n".join(list_configs()))
         return 0
     written = copy_shipped(Path(known.copy))
-    say(f"{len(written)} files written into configs/ and launch/ of {known.copy}")
+    print_text(f"{len(written)} files written into configs/ and launch/ of {known.copy}")
     return 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hpdist.cli.arguments import load_config
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import say
+from hpdist.cli.output import print_text
 from hpdist.errors import ConfigError
 
-SETTINGS_BESIDE = ("--help", "--out")
+OWN_OPTIONS = ("--help", "--out")
 """Options of the command; every other one is a setting of the config."""
 
 
@@ -48,7 +48,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
             loading=data.loading,
             bar=bar,
         )
-    say(
+    print_text(
         f"# rows: {written.rows:,}, row groups: {written.groups:,}, files: {len(written.files)}, "
         f"together {written.bytes / 1e6:,.1f} MB\n"
         "# In place of path, name, data_files, revision, split and input:\n"

@@ -17,7 +17,7 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def say(text: str) -> None:
+def print_text(text: str) -> None:
     """Print to stdout, once whatever the number of ranks."""
     if own_rank() != 0:
         return
@@ -55,7 +55,7 @@ def begin_warnings() -> None:
     whose = f"rank {own_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     plain, own = warnings.formatwarning, str(Path(__file__).parents[1])
 
-    def told(
+    def format_warning(
         message: Warning | str,
         category: type[Warning],
         filename: str,
@@ -67,4 +67,4 @@ def begin_warnings() -> None:
             text = f"warning: {message}\n"  # hpdist's own sentences, without a line of its code
         return f"{clear}{whose}{text}"
 
-    warnings.formatwarning = told
+    warnings.formatwarning = format_warning

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from hpdist.cli.arguments import load_config
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import say
+from hpdist.cli.output import print_text
 from hpdist.errors import ConfigError
 
-SETTINGS_BESIDE = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed")
+OWN_OPTIONS = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed")
 """Options of the command; every other one is a setting of the config."""
 
 
@@ -55,7 +55,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
         known.gpu_memory,
         reserve=known.reserve,
         deepspeed=known.deepspeed,
-        tell=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    say(table(found))
+    print_text(table(found))
     return 0 if found.fitting is not None else 3

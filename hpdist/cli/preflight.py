@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hpdist.cli.arguments import load_config
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import say
+from hpdist.cli.output import print_text
 from hpdist.errors import ConfigError, DistributedError
 
-SETTINGS_BESIDE = ("--help", "--processes", "--rank", "--address", "--port", "--timeout")
+OWN_OPTIONS = ("--help", "--processes", "--rank", "--address", "--port", "--timeout")
 """Options of the command; every other one is a setting of the config."""
 
 
@@ -43,13 +43,13 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
     from hpdist.distributed.rendezvous import TOKEN, Endpoint
     from hpdist.preflight.checks import preflight
-    from hpdist.preflight.facts import Wanted
+    from hpdist.preflight.facts import Requirements
     from hpdist.preflight.findings import table
 
-    wanted = None
+    requirements = None
     if known.config:
         config = load_config(known.config, settings, run_code=False)
-        wanted = Wanted(Path(config.run.dir), config.data, config.precision)
+        requirements = Requirements(Path(config.run.dir), config.data, config.precision)
     given = (known.processes, known.rank, known.address)
     if any(value is not None for value in given):
         if None in given:
@@ -63,10 +63,10 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
         endpoint = Endpoint(known.rank, known.processes, known.address, known.port, token)
     else:
         endpoint = Endpoint.from_environment()
-    findings = preflight(wanted, endpoint, known.timeout)
+    findings = preflight(requirements, endpoint, known.timeout)
     failed = [finding.check for finding in findings if finding.verdict == "FAILED"]
     if endpoint.rank == 0:
-        say(table(findings))
+        print_text(table(findings))
     if failed:
         error = DistributedError(f"preflight: not ready to train: {', '.join(failed)}; see above")
         error.everywhere = True

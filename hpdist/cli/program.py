@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     settings: list[str] = []
     command = _COMMANDS.get(arguments[0]) if arguments else None
-    beside = getattr(command, "SETTINGS_BESIDE", None)
-    if beside is not None:
-        arguments, settings = split_settings(arguments, beside)
+    own_options = getattr(command, "OWN_OPTIONS", None)
+    if own_options is not None:
+        arguments, settings = split_settings(arguments, own_options)
     known = _parser().parse_args(arguments)
     return _COMMANDS[known.command].run(known, settings)
 

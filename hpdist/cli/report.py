@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import say
+from hpdist.cli.output import print_text
 
 
 def add_arguments(commands: Commands) -> None:
@@ -33,5 +33,5 @@ def run(known: argparse.Namespace, settings: Sequence[str] = ()) -> int:
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
     out = Path(known.out) if known.out else default
     write_report(runs, out)
-    say(str(out))
+    print_text(str(out))
     return 0

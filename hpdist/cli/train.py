@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from hpdist.cli.arguments import load_config
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import begin_warnings, own_rank, say
+from hpdist.cli.output import begin_warnings, own_rank, print_text
 from hpdist.errors import CheckpointError, ConfigError, DataError, DistributedError
 
 if TYPE_CHECKING:
     from hpdist.train.trainer import Trainer
 
 
-SETTINGS_BESIDE = ("--help", "--dry-run", "--print-config", "--print-schema")
+OWN_OPTIONS = ("--help", "--dry-run", "--print-config", "--print-schema")
 """Options of the command; every other one is a setting of the config."""
 
 
@@ -60,13 +60,13 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     from hpdist.train import config as configuration
 
     if known.print_schema:
-        say(configuration.json_schema())
+        print_text(configuration.json_schema())
         return 0
     if known.config is None:
         raise ConfigError("train needs a config file: hpdist train CONFIG [--key.sub value ...]")
     if known.print_config:
         config = load_config(known.config, settings, run_code=False)
-        say(config.to_yaml().rstrip())
+        print_text(config.to_yaml().rstrip())
         return 0
     config = load_config(known.config, settings)
     from hpdist.cli.closing import summary_lines
@@ -77,7 +77,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     trainer = Trainer.from_config(config, files=not known.dry_run)
     summary = _fit(trainer, known.dry_run)
     for line in summary_lines(summary, config.run.folder):
-        say(line)
+        print_text(line)
     leave_group()
     return 0
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hpdist.distributed.collectives import world_size
 from hpdist.errors import ConfigError
 
-_Seen: TypeAlias = tuple[Tensor, Tensor, Tensor]
+_PassStatistics: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """What one pass saw: elements per channel on all ranks, mean and unbiased variance."""
 
 
@@ -43,7 +43,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._seen: list[_Seen] = []
+        self._passes: list[_PassStatistics] = []
         _keep_from_compiler()
 
     def __setstate__(self, state: Any) -> None:
@@ -93,10 +93,10 @@ class GlobalBatchNorm(_BatchNorm):
             function: Any = _NormaliseGlobally.apply
             normalised = function(rows, weight, bias, self.eps, mean, variance, elements)
         if torch._C._current_graph_task_id() == -1:  # not when activation checkpointing recomputes
-            self._seen.append((elements, mean, variance))
+            self._passes.append((elements, mean, variance))
         return normalised
 
-    def alike(self, rows: Tensor, others: Tensor) -> Tensor:
+    def normalize_with_stats_of(self, rows: Tensor, others: Tensor) -> Tensor:
         """Normalise `others` by the global batch's statistics of `rows`, fp32 [rows, channels].
 
         Both are [rows, channels], and gradient flows to both; nothing is remembered of it. It is
@@ -104,28 +104,28 @@ class GlobalBatchNorm(_BatchNorm):
         """
         virtual_batches = self.virtual_batches or (len(rows),)
         pairs = zip(rows.split(virtual_batches), others.split(virtual_batches), strict=True)
-        return torch.cat([_alike(*pair, self.eps) for pair in pairs])
+        return torch.cat([_normalize_with_stats_of(*pair, self.eps) for pair in pairs])
 
     @torch.no_grad()
     def commit(self) -> None:
         """Move the running statistics towards those of all rows seen since the last commit."""
-        if self._seen and self.running_mean is not None and self.running_var is not None:
-            mean, variance = _combine(self._seen)
+        if self._passes and self.running_mean is not None and self.running_var is not None:
+            mean, variance = _combine(self._passes)
             momentum = 0.1 if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance, momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-        self._seen = []
+        self._passes = []
 
     def discard_pass(self) -> None:
         """Forget the latest pass."""
-        if self._seen:
-            self._seen.pop()
+        if self._passes:
+            self._passes.pop()
 
     def discard(self) -> None:
         """Forget what was seen since the last commit: the step was skipped."""
-        self._seen = []
+        self._passes = []
 
 
 @functools.cache
@@ -139,21 +139,21 @@ def _keep_from_compiler() -> None:
         setattr(GlobalBatchNorm, name, torch.compiler.disable(getattr(GlobalBatchNorm, name)))
 
 
-def _combine(seen: list[_Seen]) -> tuple[Tensor, Tensor]:
+def _combine(passes: list[_PassStatistics]) -> tuple[Tensor, Tensor]:
     """Mean and variance of several passes together, weighted by their sizes."""
-    if len(seen) == 1:
-        return seen[0][1], seen[0][2]
-    total = torch.stack([elements for elements, _, _ in seen]).sum()
-    shares = [elements / total for elements, _, _ in seen]
-    mean = sum((s * m for s, (_, m, _) in zip(shares, seen, strict=True)), torch.zeros(()))
+    if len(passes) == 1:
+        return passes[0][1], passes[0][2]
+    total = torch.stack([elements for elements, _, _ in passes]).sum()
+    shares = [elements / total for elements, _, _ in passes]
+    mean = sum((s * m for s, (_, m, _) in zip(shares, passes, strict=True)), torch.zeros(()))
     variance = sum(
-        (s * (v + (m - mean).square()) for s, (_, m, v) in zip(shares, seen, strict=True)),
+        (s * (v + (m - mean).square()) for s, (_, m, v) in zip(shares, passes, strict=True)),
         torch.zeros(()),
     )
     return mean, variance
 
 
-def _alike(rows: Tensor, others: Tensor, eps: float) -> Tensor:
+def _normalize_with_stats_of(rows: Tensor, others: Tensor, eps: float) -> Tensor:
     rows = rows.float()
     count = max(len(rows), 1)
     own_mean = rows.sum(dim=0) / count  # of no rows 0, with a gradient: all ranks go backward alike

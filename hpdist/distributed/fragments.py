@@ -94,20 +94,20 @@ class Partition:
 class Layout:
     """Where every rank's fragments lie, so that whole parameters can be put together.
 
-    Collective, unless `places` is given: every rank must construct it (once; the layout of a run
+    Collective, unless `spans` is given: every rank must construct it (once; the layout of a run
     does not change).
 
     Args:
         own: This rank's fragments.
-        places: Of every rank, name, start and length of its fragments; by default they are asked.
+        spans: Of every rank, name, start and length of its fragments; by default they are asked.
     """
 
     def __init__(
-        self, own: Sequence[Fragment], places: Sequence[Sequence[SpanOf]] | None = None
+        self, own: Sequence[Fragment], spans: Sequence[Sequence[SpanOf]] | None = None
     ) -> None:
-        self._ranks = [list(each) for each in places or gathered(fragment_spans(own))]
+        self._ranks = [list(each) for each in spans or gathered(fragment_spans(own))]
         self.sizes: dict[str, int] = {}
-        for name, start, length in (place for places in self._ranks for place in places):
+        for name, start, length in (place for spans in self._ranks for place in spans):
             self.sizes[name] = max(self.sizes.get(name, 0), start + length)
         lengths = [[length for _, _, length in each] for each in self._ranks]
         self._ends = [list(accumulate(each)) for each in lengths]
@@ -120,11 +120,11 @@ class Layout:
         """
         device = _device_of(own)
         whole = {name: torch.empty(size, device=device) for name, size in self.sizes.items()}
-        self.spread(own, whole)
+        self.gather_into(own, whole)
         return whole
 
     @torch.no_grad()
-    def spread(self, own: Sequence[Fragment], whole: Mapping[str, Tensor]) -> None:
+    def gather_into(self, own: Sequence[Fragment], whole: Mapping[str, Tensor]) -> None:
         """Copy all ranks' fragments into whole tensors of any dtype, which are contiguous.
 
         Piece by piece, so that little more is held than the tensors. Collective: every rank must
@@ -138,9 +138,9 @@ class Layout:
             cut = _cut([f.values.detach() for f in own], begin, end)
             piece = torch.cat([values.to(device, torch.float32) for values in cut])
             received = self._exchange(piece, end - begin)
-            for places, ends, piece in zip(self._ranks, self._ends, received, strict=True):
-                for number in range(bisect_right(ends, begin), len(places)):
-                    name, start, length = places[number]
+            for spans, ends, piece in zip(self._ranks, self._ends, received, strict=True):
+                for number in range(bisect_right(ends, begin), len(spans)):
+                    name, start, length = spans[number]
                     at = ends[number] - length  # where it begins, of its rank's elements in a row
                     if at >= end:
                         break

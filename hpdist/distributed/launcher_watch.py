@@ -127,14 +127,14 @@ class LauncherWatch:
         while not launcher.gone():
             if self._stop.wait(_LOOK_SECONDS):
                 return
-        self._tell(launcher)
+        self._write_state(launcher)
         self.gone = True
         # By the system, since an interpreter that is stuck or shutting down runs no thread.
         signal.alarm(int(self._grace) + 2)
         threading.Event().wait(self._grace)
         os._exit(DistributedError.exit_status)
 
-    def _tell(self, launcher: Launcher) -> None:
+    def _write_state(self, launcher: Launcher) -> None:
         line = (
             f"hpdist: rank {self._rank}: the launcher (process {launcher.pid}) is gone; the run is "
             f"saved and stops, within {self._grace:g} s\n"

@@ -142,7 +142,7 @@ class Rendezvous:
         keys = [f"gathered/{self._round}/{rank}" for rank in range(self.size)]
         try:
             self._store.set(keys[self.rank], json.dumps(value))
-            return [json.loads(said) for said in self._store.read(keys, _LATE)]
+            return [json.loads(received) for received in self._store.read(keys, _LATE)]
         except OSError as error:
             raise self._lost(error) from error
 
@@ -239,14 +239,14 @@ def _come(endpoint: Endpoint, timeout: float) -> tuple[SharedStore, dict[int, st
         raise _unreached(endpoint, timeout, error, advice) from error
     # The first process listens, so its own time has begun and ends before this does.
     try:
-        (said,) = store.read(["came"], timeout + _SLACK)
+        (received,) = store.read(["came"], timeout + _SLACK)
         store.set(f"knows/{endpoint.rank}", b"")
     except OSError as error:
         raise DistributedError(
             f"preflight: {endpoint.who}: the first process, at {endpoint.where}, has left or does "
             f"not answer ({_short(error)}); look at what it says, and whether its machine is up"
         ) from error
-    return store, {int(rank): host for rank, host in json.loads(said).items()}
+    return store, {int(rank): host for rank, host in json.loads(received).items()}
 
 
 def _open(endpoint: Endpoint) -> SharedStore:

@@ -113,9 +113,9 @@ class StoreServer:
         ours = secrets.token_hex(16)
         line.timeout(_HANDSHAKE)
         line.send({"nonce": ours})
-        said = line.receive(_LONGEST_PROOF, time.monotonic() + _HANDSHAKE)
-        theirs = str(said["nonce"])
-        if not _is_proof(said["proof"], _proof(self._token, "client", ours, theirs)):
+        answer = line.receive(_LONGEST_PROOF, time.monotonic() + _HANDSHAKE)
+        theirs = str(answer["nonce"])
+        if not _is_proof(answer["proof"], _proof(self._token, "client", ours, theirs)):
             line.send({"refused": "another token"})
             return False
         line.send({"proof": _proof(self._token, "server", theirs, ours)})
@@ -231,10 +231,10 @@ class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
             theirs = str(line.receive(_LONGEST_PROOF, end)["nonce"])
             ours = secrets.token_hex(16)
             line.send({"nonce": ours, "proof": _proof(self._token, "client", theirs, ours)})
-            said = line.receive(_LONGEST_PROOF, end)
+            answer = line.receive(_LONGEST_PROOF, end)
         except (KeyError, ValueError, RecursionError) as error:
             raise OSError(f"what listens there does not speak as hpdist does ({error})") from error
-        if not _is_proof(said.get("proof"), _proof(self._token, "server", ours, theirs)):
+        if not _is_proof(answer.get("proof"), _proof(self._token, "server", ours, theirs)):
             raise PermissionError("it has another token")
         return line
 
@@ -310,8 +310,8 @@ def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _is_proof(said: object, proof: str) -> bool:
-    return hmac.compare_digest(str(said).encode(errors="replace"), proof.encode())
+def _is_proof(answer: object, proof: str) -> bool:
+    return hmac.compare_digest(str(answer).encode(errors="replace"), proof.encode())
 
 
 def _proof(token: str, side: str, first: str, second: str) -> str:

@@ -72,11 +72,11 @@ class Watchdog:
         while not self._stop.wait(tick):
             state = self._state
             age = time.monotonic() - state.when
-            told = [state.beats, state.step, state.doing, age, time.time()]
-            self._tell(f"beat-{self._rank}", json.dumps(told))
-            alarm = age > seconds or self._ask("alarm") is not None
+            reported = [state.beats, state.step, state.doing, age, time.time()]
+            self._publish(f"beat-{self._rank}", json.dumps(reported))
+            alarm = age > seconds or self._lookup("alarm") is not None
             if alarm and not self._stop.is_set():
-                self._tell("alarm", str(self._rank))
+                self._publish("alarm", str(self._rank))
                 self._report(state, age)
                 time.sleep(_GRACE_TICKS * tick)
                 os._exit(DistributedError.exit_status)
@@ -90,7 +90,7 @@ class Watchdog:
             if found is None:
                 lines.append(f"  rank {rank} was never heard from")
                 continue
-            silent = time.time() - found.told
+            silent = time.time() - found.reported
             gone = f"; last heard from {silent:.0f} s ago" if silent > 5 * _TICK else ""
             behind = " <- behind" if found.beats < max(beats) else ""
             lines.append(
@@ -104,17 +104,17 @@ class Watchdog:
         os.write(errors if isinstance(errors, int) else errors.fileno(), text.encode())
 
     def _heard(self, rank: int) -> _Heard | None:
-        told = self._ask(f"beat-{rank}")
-        return None if told is None else _Heard(*json.loads(told))
+        reported = self._lookup(f"beat-{rank}")
+        return None if reported is None else _Heard(*json.loads(reported))
 
-    def _tell(self, key: str, value: str) -> None:
+    def _publish(self, key: str, value: str) -> None:
         try:
             if self._store is not None:
                 self._store.set(f"{_PREFIX}/{key}", value)
         except RuntimeError:  # the store's process is gone, which ends this one soon
             self._store = None
 
-    def _ask(self, key: str) -> bytes | None:
+    def _lookup(self, key: str) -> bytes | None:
         try:
             name = f"{_PREFIX}/{key}"
             if self._store is not None and self._store.check([name]):
@@ -140,7 +140,7 @@ class _Heard(NamedTuple):
     step: int
     doing: str
     age: float  # seconds since its latest beat
-    told: float  # when it said so
+    reported: float  # when it said so
 
 
 def _stacks() -> list[str]:

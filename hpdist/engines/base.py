@@ -43,7 +43,7 @@ class EngineStep:
 class Replica(Protocol):
     """A second model, without gradient, that can be filled with weights."""
 
-    def filled(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
         """Hold these weights."""
         ...
 
@@ -60,7 +60,7 @@ class Engine(ABC):
     """Forward, backward and optimizer step of a prepared model, the same whatever shards it.
 
     Inputs are one tensor, or tensors by name: the model is given them as they are. Its outputs are
-    what `want` has asked for, fp32: logits as one tensor, more of them by name.
+    what `set_outputs` has asked for, fp32: logits as one tensor, more of them by name.
 
     A loss given to `backward` is this rank's contribution: the gradient that is applied is that of
     the sum over all ranks and micro-batches.
@@ -133,7 +133,7 @@ class Engine(ABC):
         """What the loss is multiplied by; 1 outside fp16."""
         return self.scaler.scale if self.scaler is not None else 1.0
 
-    def want(self, outputs: Sequence[str], heads: Sequence[str] = ()) -> None:
+    def set_outputs(self, outputs: Sequence[str], heads: Sequence[str] = ()) -> None:
         """Have forwards give these of the model's outputs, and in training the heads beside them.
 
         Before this they give the logits.
@@ -152,8 +152,8 @@ class Engine(ABC):
     def probe_forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, with gradient, outside of any step: nothing will be applied."""
 
-    def _wanted(self, output: Any) -> Structure:
-        """What `want` has asked for, of what the model returned; ConfigError where it lacks it."""
+    def _requested(self, output: Any) -> Structure:
+        """Take what `set_outputs` names out of the model's output; ConfigError where any is not."""
         heads = self._heads if self._heads and self.module.training else ()
         return outputs_of(output, (*self._outputs, *heads))
 
@@ -173,7 +173,7 @@ class Engine(ABC):
         if lr is not None:
             self.set_learning_rate(lr)
         if self._watch is not None:
-            self._say_unreached(self._watch)
+            self._warn_unreached(self._watch)
         old_scale = self.loss_scale
         applied, norm = self._apply(clip)
         exhausted = False
@@ -183,7 +183,7 @@ class Engine(ABC):
             self._publish_scale()
         return EngineStep(applied, not applied, old_scale, self.loss_scale, norm, exhausted)
 
-    def _say_unreached(self, watch: GradientWatch) -> None:
+    def _warn_unreached(self, watch: GradientWatch) -> None:
         """After the first step's backward, name what it has given no gradient. Collective."""
         watch.close()
         self._watch = None
@@ -272,7 +272,7 @@ class Engine(ABC):
         """The optimizer's state that is one number for all parameters, such as Adam's step."""
         return scalars_of(self.flat_states())
 
-    def optimizer_scalars_apart(self) -> dict[str, dict[str, float]]:
+    def optimizer_scalars_by_parameter(self) -> dict[str, dict[str, float]]:
         """Give these numbers by parameter where they differ, as some steps left parameters out."""
         return {}
 

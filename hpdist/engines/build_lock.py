@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 QUIET = 600.0
 """Seconds without a change, after which a lock counts as left where the kernel cannot tell."""
 _POLL = 0.1  # seconds
@@ -60,15 +60,15 @@ class Process(NamedTuple):
 
 
 @contextmanager
-def build_lock(folder: Path, what: str, say: Say) -> Iterator[None]:
+def build_lock(folder: Path, what: str, log: Log) -> Iterator[None]:
     """Hold the folder of an extension alone, and free it of a lock that PyTorch has left.
 
     Waits for whoever holds it, and says for whom; the lock of a process that dies is free at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(folder, what, say)
+    descriptor = _acquire(folder, what, log)
     try:
-        _await_pytorch(folder / "lock", say)
+        _await_pytorch(folder / "lock", log)
         yield
     finally:
         os.close(descriptor)  # which releases it
@@ -111,16 +111,16 @@ def working_in(folder: Path) -> list[Process]:
     ]
 
 
-def changes(folder: Path) -> tuple[int, int]:
+def last_change(folder: Path) -> tuple[int, int]:
     """Give a mark of the folder's content that moves when a file is written."""
     times = [entry.stat().st_mtime_ns for entry in _entries(folder)]
     return len(times), max(times, default=0)
 
 
-def _acquire(folder: Path, what: str, say: Say) -> int:
+def _acquire(folder: Path, what: str, log: Log) -> int:
     path = folder / "hpdist.lock"
     descriptor = _open(path)
-    waiting = _Wait(say)
+    waiting = _Wait(log)
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,7 +136,7 @@ def _acquire(folder: Path, what: str, say: Say) -> int:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 os.close(descriptor)
                 raise
-        waiting.word(f"waiting for {_told_by(descriptor)} ({path})")
+        waiting.word(f"waiting for {_owner_of(descriptor)} ({path})")
         time.sleep(_POLL)
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "what": what, "since": time.time()}
     os.ftruncate(descriptor, 0)
@@ -144,13 +144,13 @@ def _acquire(folder: Path, what: str, say: Say) -> int:
     return descriptor
 
 
-def _await_pytorch(lock: Path, say: Say) -> None:
-    waiting = _Wait(say)
+def _await_pytorch(lock: Path, log: Log) -> None:
+    waiting = _Wait(log)
     while lock.exists():
         why = left_lock(lock)
         if why is not None:
             lock.unlink(missing_ok=True)
-            say(f"removed {lock}, which a start that was killed had left: {why}")
+            log(f"removed {lock}, which a start that was killed had left: {why}")
             return
         waiting.word(f"waiting for {lock} to go: {in_use(lock)}")
         time.sleep(_TWICE)
@@ -159,15 +159,15 @@ def _await_pytorch(lock: Path, say: Say) -> None:
 class _Wait:
     """Says what is waited for after a while, and again from time to time."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, log: Log) -> None:
+        self._log = log
         # Of the ranks of a machine one speaks for all that wait.
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         self._next = time.monotonic() + _FIRST_WORD if speaks else float("inf")
 
     def word(self, text: str) -> None:
         if time.monotonic() >= self._next:
-            self._say(text)
+            self._log(text)
             self._next = time.monotonic() + _NEXT_WORD
 
 
@@ -175,7 +175,7 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _told_by(descriptor: int) -> str:
+def _owner_of(descriptor: int) -> str:
     """Who holds a lock of ours, as it wrote into the file."""
     try:
         facts = json.loads(os.pread(descriptor, 4096, 0))

@@ -124,7 +124,7 @@ def check_file(values: Mapping[str, Any], path: str) -> None:
                 f"{key} in {path}: no key of DeepSpeed's that hpdist knows"
                 f"{nearest(key, known) or '; take it out'}"
             )
-        if key in _REFUSED and not _says_nothing(key, value):
+        if key in _REFUSED and not _is_default(key, value):
             raise ConfigError(
                 f"{key} in {path} is not for hpdist: {_REFUSED[key]}; take it out of the file"
             )
@@ -176,7 +176,7 @@ def base_of_run(
             _check_described(key, describe(values[key], path), training, path)
             unused.append(f"{key} (hpdist's own, which agrees)")
     for key, reason in _UNUSED.items():
-        if key in values and not _says_nothing(key, values[key]):
+        if key in values and not _is_default(key, values[key]):
             unused.append(f"{key} ({reason})")
     for key, forced in _FORCED.items():
         if values.get(key, forced) not in (forced, "auto", None):
@@ -254,7 +254,7 @@ def _check_described(
         )
 
 
-def _says_nothing(key: str, value: Any) -> bool:
+def _is_default(key: str, value: Any) -> bool:
     harmless = _HARMLESS.get(key, ())
     return value in harmless or (is_off(value) and not (value is False and True in harmless))
 

@@ -134,8 +134,8 @@ def _validate(model: type[BaseModel], values: dict[str, Any], key: str, path: st
         if detail["type"] != "extra_forbidden":
             message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
             shown = detail["input"]
-            told = "" if isinstance(shown, (dict, BaseModel)) else f" {shown!r}"
-            raise ConfigError(f"{where}:{told} in {path}: {message}") from None
+            value_shown = "" if isinstance(shown, (dict, BaseModel)) else f" {shown!r}"
+            raise ConfigError(f"{where}:{value_shown} in {path}: {message}") from None
         inner: Any = model
         for part in detail["loc"][:-1]:
             inner = _inner(inner, str(part))

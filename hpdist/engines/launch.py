@@ -137,7 +137,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     atexit.register(keep_group)
     for note in sharding.notes:
-        _say_once(note)
+        _print_once(note)
     if sharding.stage is not None:
         _be_one_process()
     # Our buffers are the same on every rank already. The option's new name is not in every torch.
@@ -174,7 +174,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
 
     os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
     plugin = make_plugin(sharding)
-    prepare_operators(needed_builders(plugin.deepspeed_config), _say, sharding.patience)
+    prepare_operators(needed_builders(plugin.deepspeed_config), _print_line, sharding.patience)
     with neutralised():
         return Accelerator(mixed_precision=mixed, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
@@ -188,13 +188,13 @@ def with_batch(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
     }
-    said = [
+    others = [
         (key, sharding.base.get(key), f"{key}: {sharding.base.get(key)} in {sharding.deepspeed}")
         for key in ours
     ]
     if sharding.asked_accumulation is not None:
-        said.append(("gradient_accumulation_steps", *sharding.asked_accumulation))
-    for key, theirs, place in said:
+        others.append(("gradient_accumulation_steps", *sharding.asked_accumulation))
+    for key, theirs, place in others:
         if theirs is not None and (isinstance(theirs, bool) or theirs != ours[key]):
             raise ConfigError(
                 f"{place}, but hpdist's batch sizes (labelled and unlabelled rows together, cut by "
@@ -277,12 +277,12 @@ def _be_one_process() -> None:
     )
 
 
-def _say_once(line: str) -> None:
+def _print_once(line: str) -> None:
     """Print a line from the first rank alone."""
     if os.environ.get("RANK", "0") == "0":
-        _say(line)
+        _print_line(line)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     """Print a line of what this process does; nothing has joined the ranks yet."""
     print(line, file=sys.stderr, flush=True)

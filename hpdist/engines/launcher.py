@@ -67,17 +67,21 @@ def read_launcher() -> Launcher:
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
         return found | _read_environment({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
-    beside, file = found | _read_environment({}), _read_file(find_deepspeed(path))
-    for setting in beside.keys() & file.keys():
-        if beside[setting][0] != file[setting][0]:
-            raise ConfigError(f"{beside[setting][1]}, but {file[setting][1]}; leave the first out")
-    return {"zero.stage": (0, f"no zero_optimization.stage in {file['file'][0]}")} | beside | file
+    environment, file = found | _read_environment({}), _read_file(find_deepspeed(path))
+    for setting in environment.keys() & file.keys():
+        if environment[setting][0] != file[setting][0]:
+            raise ConfigError(
+                f"{environment[setting][1]}, but {file[setting][1]}; leave the first out"
+            )
+    return (
+        {"zero.stage": (0, f"no zero_optimization.stage in {file['file'][0]}")} | environment | file
+    )
 
 
 def unused_settings() -> list[str]:
     """Name what accelerate's config sets and hpdist does not use, a line for each group."""
     lines = []
-    named = [told for variable, told in _UNUSED.items() if _is_set(variable)]
+    named = [meaning for variable, meaning in _UNUSED.items() if _is_set(variable)]
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         named.append("parallelism_config (every rank holds rows of its own)")
     if named:
@@ -184,9 +188,9 @@ def _read_dynamo() -> tuple[dict[str, Any], str] | None:
 def _read_environment(defaults: Mapping[str, str]) -> Launcher:
     """DeepSpeed's settings from accelerate's own config."""
     found: Launcher = {}
-    said = defaults | os.environ
-    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in said:
-        stage = whole_number(said["ACCELERATE_DEEPSPEED_ZERO_STAGE"], "zero_stage", _OURS)
+    variables = defaults | os.environ
+    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in variables:
+        stage = whole_number(variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"], "zero_stage", _OURS)
         found["zero.stage"] = (stage, f"zero_stage: {stage} in {_OURS}")
     names = {
         "zero.offload": "OFFLOAD_OPTIMIZER_DEVICE",

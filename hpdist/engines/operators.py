@@ -19,35 +19,35 @@ from typing import Any
 import torch
 
 from hpdist.distributed.watchdog import Watchdog
-from hpdist.engines.build_lock import Say, build_lock, changes, left_lock, working_in
+from hpdist.engines.build_lock import Log, build_lock, last_change, left_lock, working_in
 from hpdist.errors import ConfigError
 
 _LOOK = 1.0  # seconds between looks at how a build goes on
 _LONGEST = 1800.0  # seconds for which a compiler that runs counts as progress
 
 
-def prepare_operators(builders: Sequence[Any], say: Say, patience: float | None) -> None:
+def prepare_operators(builders: Sequence[Any], log: Log, patience: float | None) -> None:
     """Compile and load operators; where another process is at it, wait for it.
 
     Args:
         builders: DeepSpeed's builders, as `needed_builders` gives them.
-        say: Is given a line of what is compiled, what is waited for and how long it took.
+        log: Is given a line of what is compiled, what is waited for and how long it took.
         patience: Seconds without any progress, after which the process ends; None waits for ever.
 
     Raises ConfigError where one cannot be compiled, on the ranks of a machine that cannot.
     """
     try:
         for builder in builders:
-            _prepare(builder, say, patience)
+            _prepare(builder, log, patience)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one says it
             error.rank = int(os.environ.get("RANK", "0"))
         raise
 
 
-def _prepare(builder: Any, say: Say, patience: float | None) -> None:
+def _prepare(builder: Any, log: Log, patience: float | None) -> None:
     try:
-        _Build(builder, say, patience).run()
+        _Build(builder, log, patience).run()
     except OSError as error:
         raise ConfigError(
             f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
@@ -95,13 +95,13 @@ def left_locks() -> list[Path]:
 class _Build:
     """One operator's way from sources, or from what is compiled already, into this process."""
 
-    def __init__(self, builder: Any, say: Say, patience: float | None) -> None:
+    def __init__(self, builder: Any, log: Log, patience: float | None) -> None:
         self._builder = builder
         self._folder = extensions_folder() / builder.name
-        self._say = say
+        self._log = log
         self._watchdog = Watchdog(int(os.environ.get("RANK", "0")), patience)
         self._done = threading.Event()
-        self._loads = self._told = False
+        self._loads = self._announced = False
 
     def run(self) -> None:
         """Wait for the lock, compile and load, all of it watched."""
@@ -109,7 +109,7 @@ class _Build:
         self._watchdog.start()
         watcher.start()
         try:
-            with build_lock(self._folder, self._builder.name, self._say):
+            with build_lock(self._folder, self._builder.name, self._log):
                 self._loads = True
                 self._load()
         finally:
@@ -119,32 +119,32 @@ class _Build:
 
     def _load(self) -> None:
         if not any(self._folder.glob("*.so")):
-            self._tell()
+            self._announce()
         start = time.monotonic()
         try:
             with _own_ninja(), _quoted_libraries():
                 self._builder.load(verbose=False)
         except Exception as error:  # of ninja, the compiler or the loader
             raise ConfigError(_why_not_compiled(self._builder.name, self._folder, error)) from error
-        if self._told:
-            self._say(f"compiled {self._builder.name} in {time.monotonic() - start:.0f} s")
+        if self._announced:
+            self._log(f"compiled {self._builder.name} in {time.monotonic() - start:.0f} s")
 
     def _watch(self) -> None:
         """Tell the watchdog of a compiler at work and of new files: nothing else is progress."""
         limit = time.monotonic() + _LONGEST
-        before = changes(self._folder)
+        before = last_change(self._folder)
         while not self._done.wait(_LOOK):
-            now, compilers = changes(self._folder), working_in(self._folder)
+            now, compilers = last_change(self._folder), working_in(self._folder)
             if now != before or (compilers and time.monotonic() < limit):
                 self._watchdog.heartbeat(0, f"compiling {self._builder.name}")
             if self._loads and compilers:
-                self._tell()
+                self._announce()
             before = now
 
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
-            self._say(
+    def _announce(self) -> None:
+        if not self._announced:
+            self._announced = True
+            self._log(
                 f"compiling DeepSpeed's operator {self._builder.name} into {self._folder}; this "
                 "takes minutes, once on this machine"
             )
@@ -182,11 +182,11 @@ def _quoted_libraries() -> Iterator[None]:
 
 def _why_not_compiled(name: str, folder: Path, error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
+    reasons = [line for line in lines if "error:" in line.lower()] or lines or [""]
     with _own_ninja():
         missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
     advice = f"install {' and '.join(missing)}" if missing else f"remove {folder} and try again"
     return (
         f"DeepSpeed's operator {name} cannot be compiled ({type(error).__name__}: "
-        f"{' '.join(told.split())[:300]}); {advice}, or launch without DeepSpeed"
+        f"{' '.join(reasons[0].split())[:300]}); {advice}, or launch without DeepSpeed"
     )

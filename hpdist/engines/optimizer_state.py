@@ -39,7 +39,7 @@ class SavedOptimizer:
     """The names of the state that is per element."""
     scalars: Mapping[str, float]
     """What is one number, by its name."""
-    apart: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    by_parameter: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By its name and the parameter's, where that number is another one."""
     holds: Callable[[str, str], bool] = lambda key, name: False
     """Whether a key was saved of a parameter at all."""
@@ -53,7 +53,7 @@ class SavedOptimizer:
 
     def numbers_of(self, name: str) -> dict[str, float]:
         """What is one number, of a parameter."""
-        own = {key: values[name] for key, values in self.apart.items() if name in values}
+        own = {key: values[name] for key, values in self.by_parameter.items() if name in values}
         return {**self.scalars, **own}
 
 
@@ -157,7 +157,7 @@ class WholeState:
         """Views of this rank's share of the state that is per element, by its name."""
         return {key: self._partition.cut(found) for key, found in self._elements().items()}
 
-    def apart(self) -> dict[str, dict[str, float]]:
+    def by_parameter(self) -> dict[str, dict[str, float]]:
         """The numbers of the parameters of which they are not `scalars_of` all of them."""
         common, found = scalars_of(self.states()), dict[str, dict[str, float]]()
         for name, (_, state) in zip(self._tensors, self.states(), strict=True):
@@ -207,9 +207,9 @@ class HasWholeState:
         """Views of this rank's 1/N of every state tensor that is per element."""
         return self._whole.fragments()
 
-    def optimizer_scalars_apart(self) -> dict[str, dict[str, float]]:
+    def optimizer_scalars_by_parameter(self) -> dict[str, dict[str, float]]:
         """The numbers of parameters that some steps left out."""
-        return self._whole.apart()
+        return self._whole.by_parameter()
 
     def load_optimizer(self, saved: SavedOptimizer) -> None:
         """Take over the whole state: every rank holds all of it."""

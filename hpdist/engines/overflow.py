@@ -41,7 +41,7 @@ class OverflowHistory:
         """Steps skipped in a row that are borne where no loss scale can fall."""
         self._in_a_row: list[tuple[int, float, OverflowSource | None]] = []
 
-    def record(self, attempt: int, step: EngineStep, culprit: OverflowSource | None) -> None:
+    def record(self, attempt: int, step: EngineStep, source: OverflowSource | None) -> None:
         """Take note of an attempt.
 
         Raises PrecisionError where the loss scale is at its minimum, or where none can fall and
@@ -50,7 +50,7 @@ class OverflowHistory:
         if step.applied:
             self._in_a_row = []
             return
-        self._in_a_row.append((attempt, step.old_scale, culprit))
+        self._in_a_row.append((attempt, step.old_scale, source))
         stuck = step.new_scale == step.old_scale and len(self._in_a_row) >= self.patience
         if step.exhausted or stuck:
             raise PrecisionError(self._describe(step))
@@ -61,8 +61,8 @@ class OverflowHistory:
         if not step.exhausted:
             why = f"{len(skipped)} steps in a row had gradients that are not finite"
         scales = ", ".join(f"{scale:g}" for _, scale, _ in skipped[-6:])
-        culprits = [str(culprit) for _, _, culprit in skipped[-6:] if culprit is not None]
-        named = "; ".join(dict.fromkeys(culprits)) or "none that shows again"
+        sources = [str(source) for _, _, source in skipped[-6:] if source is not None]
+        named = "; ".join(dict.fromkeys(sources)) or "none that shows again"
         return (
             f"{why} (attempts {skipped[0][0]} to {skipped[-1][0]}; last loss scales {scales}; "
             f"culprits: {named}); try a lower optim.lr, optim.grad_clip, bf16, or fp32 to find out "
@@ -82,23 +82,23 @@ def find_overflow_source(engine: Engine, inputs: Structure, terms: Terms) -> Ove
     of all ranks counts. Collective: every rank must call; all get the same answer.
     """
     names = list(terms(engine.infer(inputs)))
-    findings = [_examine(engine, inputs, name, terms) for name in names]
+    findings = [_probe_forward(engine, inputs, name, terms) for name in names]
     everyone: list[list[_Finding | None]] = [findings]
     if world_size() > 1:
         everyone = [[] for _ in range(world_size())]
         dist.all_gather_object(everyone, findings)
     by_term = [finding for term in zip(*everyone, strict=True) for finding in term]
     found = [finding for finding in by_term if finding is not None]
-    return min(found, key=lambda f: f.tick).culprit if found else None  # the first of equals
+    return min(found, key=lambda f: f.tick).source if found else None  # the first of equals
 
 
 @dataclass(frozen=True)
 class _Finding:
-    culprit: OverflowSource
+    source: OverflowSource
     tick: int  # how many modules came before, forward and backward
 
 
-def _examine(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Finding | None:
+def _probe_forward(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Finding | None:
     """Forward and backward of one term; every rank goes through all of it, whatever it finds."""
     inputs = map_tensors(_leaf, inputs)
     leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]

@@ -18,7 +18,7 @@ from hpdist.errors import DistributedError
 from hpdist.messages.progress import working
 
 
-def ranks_are_apart(accelerator: Accelerator) -> bool:
+def ranks_train_separately(accelerator: Accelerator) -> bool:
     """Whether several processes run that the Accelerator does not join in one training."""
     launched = max(int(os.environ.get("WORLD_SIZE", "1")), world_size())
     return launched > 1 and accelerator.distributed_type == DistributedType.NO
@@ -57,7 +57,7 @@ def make_engine(
     """The engine for a model and an optimizer that `accelerator.prepare` returned."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _zero_engine(accelerator, model, optimizer)
-    if ranks_are_apart(accelerator):
+    if ranks_train_separately(accelerator):
         raise DistributedError(
             "several ranks were launched, but this Accelerator leaves each to train by itself; "
             "on CPU ranks make it with Accelerator(cpu=True)"

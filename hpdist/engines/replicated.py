@@ -60,7 +60,7 @@ class ReplicatedEngine(HasWholeState, Engine):
     def forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, through DDP's wrapper."""
         with self._autocast():
-            return self._wanted(self.model(inputs))
+            return self._requested(self.model(inputs))
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
@@ -70,7 +70,7 @@ class ReplicatedEngine(HasWholeState, Engine):
     def probe_forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, with gradient, past DDP's wrapper."""
         with self._autocast():
-            return self._wanted(self._prepared(inputs))
+            return self._requested(self._prepared(inputs))
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Keep DDP from reducing before the last micro-batch."""
@@ -132,7 +132,7 @@ class ReplicatedEngine(HasWholeState, Engine):
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Gather into the weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.layout.spread(fragments, self._parameters)
+        self.layout.gather_into(fragments, self._parameters)
         try:
             yield
         finally:

@@ -83,7 +83,7 @@ class ShardedTeacher:
         Collective: every rank must enter; one gather, none under ZeRO-3.
         """
         if self._replica is not None:
-            with self._replica.filled(self.fragments):
+            with self._replica.swapped_weights(self.fragments):
                 yield self._replica.infer
             return
 

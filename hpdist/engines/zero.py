@@ -24,7 +24,7 @@ from hpdist.distributed.module_names import without_wrappers
 from hpdist.engines.base import Engine
 from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import SavedOptimizer, make_state
-from hpdist.engines.zero_reach import reduce_alike
+from hpdist.engines.zero_reach import reduce_same_parameters
 from hpdist.errors import CheckpointError
 
 
@@ -65,7 +65,7 @@ class ZeroEngine(Engine):
         self._dtype = next(p.dtype for p in self._parameters.values() if p.is_floating_point())
         self._take_over_scale()
         if self.world_size > 1 and int(self.deepspeed.zero_optimization_stage()) in (1, 2):
-            reduce_alike(self.deepspeed.optimizer, self._parameters)
+            reduce_same_parameters(self.deepspeed.optimizer, self._parameters)
 
     @property
     def module(self) -> nn.Module:
@@ -111,7 +111,7 @@ class ZeroEngine(Engine):
 
     def forward(self, inputs: Structure) -> Any:
         """Outputs in fp32 of a half-precision forward."""
-        return self._wanted(self.deepspeed(as_dtype(inputs, self._dtype)))
+        return self._requested(self.deepspeed(as_dtype(inputs, self._dtype)))
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
@@ -120,7 +120,7 @@ class ZeroEngine(Engine):
 
     def probe_forward(self, inputs: Structure) -> Any:
         """Outputs in fp32, with gradient, past DeepSpeed's wrapper."""
-        return self._wanted(self.deepspeed.module(as_dtype(inputs, self._dtype)))
+        return self._requested(self.deepspeed.module(as_dtype(inputs, self._dtype)))
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed averages over ranks and micro-batches: a contribution counts so many times."""
@@ -194,7 +194,7 @@ class ZeroEngine(Engine):
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Gather into the half-precision weights, and put the own ones back at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.layout.spread(fragments, self._parameters)
+        self.layout.gather_into(fragments, self._parameters)
         try:
             yield
         finally:

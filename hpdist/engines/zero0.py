@@ -43,12 +43,12 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
         It is made to see a scale of 1 meanwhile, so that a version that remembers does no harm
         (https://github.com/deepspeedai/DeepSpeed/pull/8393).
         """
-        self._tell_scale(1.0)
+        self._set_scale(1.0)
         super().backward(loss * self.loss_scale)
 
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
         """Let DeepSpeed apply, unless a gradient is not finite; in fp32 it would not ask."""
-        self._tell_scale(self.loss_scale)
+        self._set_scale(self.loss_scale)
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         finite = math.isfinite(norm)
@@ -73,8 +73,8 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
         wrapped._update_scale = lambda skip: None
 
     def _publish_scale(self) -> None:
-        self._tell_scale(self.loss_scale)
+        self._set_scale(self.loss_scale)
 
-    def _tell_scale(self, scale: float) -> None:
+    def _set_scale(self, scale: float) -> None:
         if self.scaler is not None:
             self.deepspeed.optimizer.loss_scale_config.cur_scale = scale

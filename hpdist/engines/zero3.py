@@ -78,7 +78,7 @@ class PartitionedEngine(ZeroEngine):
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
         """Outputs in fp32; the hooks gather the parameters."""
-        return self._wanted(self.deepspeed(as_dtype(inputs, self._dtype)))
+        return self._requested(self.deepspeed(as_dtype(inputs, self._dtype)))
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """None: every rank holds a part of each."""
@@ -131,7 +131,7 @@ class PartitionedEngine(ZeroEngine):
                 "model; give teacher_model"
             )
         config = self.deepspeed.config
-        return PartitionedReplica(model, config, self._dtype, self.device, self._wanted)
+        return PartitionedReplica(model, config, self._dtype, self.device, self._requested)
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
@@ -214,14 +214,14 @@ class PartitionedReplica:
             zero["offload_param"] = {"device": "cpu"}
         values["zero_optimization"] = zero
         self._dtype = dtype
-        self._wanted = wanted
+        self._requested = wanted
         partition_weights(model, values, device)
         self._engine = deepspeed.initialize(model=model.to(dtype), config=values)[0]
         self._engine.module.train()
         self._parameters = dict(named_parameters(self._engine.module))
 
     @contextmanager
-    def filled(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
         """Copy this rank's part; no collective."""
         for fragment in fragments:
             write_shard(cast(Any, self._parameters[fragment.name]), fragment.values)
@@ -230,7 +230,7 @@ class PartitionedReplica:
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Structure:
         """Outputs in fp32, in training mode; what batch normalisation sees is forgotten."""
-        outputs = self._wanted(self._engine(as_dtype(inputs, self._dtype)))
+        outputs = self._requested(self._engine(as_dtype(inputs, self._dtype)))
         for norm in batch_norms(self._engine.module):
             norm.discard()
         return outputs

@@ -20,7 +20,7 @@ from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError
 
 
-def reduce_alike(wrapped: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+def reduce_same_parameters(wrapped: Any, parameters: Mapping[str, nn.Parameter]) -> None:
     """Have ranks reduce the same parameters, or end together in the first step.
 
     Args:

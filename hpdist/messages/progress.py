@@ -51,7 +51,7 @@ class Work:
         self._done = 0
         self._began = time.monotonic()
         self._ended = threading.Event()
-        self._told = False
+        self._announced = False
         self._bar: Any = None
         self._thread: threading.Thread | None = None
 
@@ -87,8 +87,8 @@ class Work:
             _live.remove(self)
         if self._bar is not None:
             self._bar.close()
-        elif self._told and well:
-            say_line(f"{self._what}: done in {duration(self._took)}")
+        elif self._announced and well:
+            print_line(f"{self._what}: done in {duration(self._took)}")
 
     def _watch(self) -> None:
         wait = _QUIET
@@ -100,8 +100,8 @@ class Work:
                     self._draw()
                     wait = _REFRESH
                 else:
-                    say_line(self.line)
-                    self._told = True
+                    print_line(self.line)
+                    self._announced = True
                     wait = _EVERY
         except (OSError, ValueError):  # nobody reads it any more
             return
@@ -152,7 +152,7 @@ def columns() -> int | None:
     return os.get_terminal_size(sys.stderr.fileno()).columns or _UNSIZED
 
 
-def say_line(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line to stderr, above whatever bars there are."""
     if sys.stderr.isatty():
         tqdm.write(line, file=sys.stderr)

@@ -157,7 +157,7 @@ _WORDED = ("filename", "filename2", "strerror", "msg", "text", "name", "path", "
 
 
 def _redact_one(error: BaseException) -> None:
-    if _tells_nothing(error):
+    if _holds_no_secret(error):
         return
     with suppress(Exception):
         error.args = tuple(redacted_settings(list(error.args)))
@@ -166,15 +166,15 @@ def _redact_one(error: BaseException) -> None:
             value = getattr(error, name)
             if redacted_settings(value) != value:
                 setattr(error, name, redacted_settings(value))
-    if _tells_nothing(error):
+    if _holds_no_secret(error):
         return
     # Its class words it of something else: another one, of the same name, says what was said.
-    kind, said, shown = type(error), redacted_text(str(error)), redacted_text(repr(error))
+    kind, text, shown = type(error), redacted_text(str(error)), redacted_text(repr(error))
     own: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__slots__": (),
-        "__str__": lambda _: said,
+        "__str__": lambda _: text,
         "__repr__": lambda _: shown,
         "__reduce__": lambda _: (RuntimeError, (shown,)),  # another process knows no such class
     }
@@ -182,12 +182,12 @@ def _redact_one(error: BaseException) -> None:
         error.__class__ = cast(Any, type(kind.__name__, (kind,), own))
 
 
-def _tells_nothing(error: BaseException) -> bool:
+def _holds_no_secret(error: BaseException) -> bool:
     try:
-        said = "\n".join([str(error), repr(error), *getattr(error, "__notes__", ())])
+        text = "\n".join([str(error), repr(error), *getattr(error, "__notes__", ())])
     except Exception:  # then Python cannot word it either
         return True
-    return redacted_text(said) == said
+    return redacted_text(text) == text
 
 
 class RedactingFilter(logging.Filter):

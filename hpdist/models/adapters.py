@@ -15,7 +15,7 @@ from torch import nn
 
 from hpdist.config.section import Section, nearest
 from hpdist.errors import ConfigError, describe
-from hpdist.models.stored import SeenInFull
+from hpdist.models.stored import FullPrecisionReads
 
 
 class Lora(Section):
@@ -66,7 +66,7 @@ def add_adapters(model: nn.Module, config: Lora, fresh: Iterable[str]) -> None:
         fan_in_fan_out=not isinstance(layers[chosen[0]], nn.Linear),
     )
     try:
-        with SeenInFull():  # adapters take the dtype of what they adapt
+        with FullPrecisionReads():  # adapters take the dtype of what they adapt
             peft.inject_adapter_in_model(settings, model)  # which freezes all but the adapters
     except Exception as error:
         raise ConfigError(f"model.lora: peft cannot: {describe(error)}") from error

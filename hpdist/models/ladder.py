@@ -74,7 +74,9 @@ class LadderMLP(nn.Module):
         layers = zip(self.clean_norms, before, clean[1:], guesses[1:], strict=True)
         for norm, raw, target, guess in layers:
             assert isinstance(norm, GlobalBatchNorm)
-            costs.append((target.float() - norm.alike(raw, guess)).square().mean(dim=1))
+            costs.append(
+                (target.float() - norm.normalize_with_stats_of(raw, guess)).square().mean(dim=1)
+            )
         return {"logits": logits.float(), "reconstruction": torch.stack(costs, dim=1)}
 
     def _encode(

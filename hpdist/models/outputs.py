@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hpdist.data.structures import Structure, as_dtype, tensors_of
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.errors import ConfigError
-from hpdist.models.stored import SeenInFull
+from hpdist.models.stored import FullPrecisionReads
 
 LOGITS = ("logits",)
 """The names of a model's outputs where nothing but its logits matters."""
@@ -102,7 +102,7 @@ def on_trial(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.set_grad_enabled(gradient), SeenInFull():
+        with torch.set_grad_enabled(gradient), FullPrecisionReads():
             yield
     finally:
         model.train(training)
@@ -120,8 +120,8 @@ def has_gradient_in_training(
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            said = outputs_of(model.train()(example), names)
-            return any(tensor.requires_grad for tensor in tensors_of(said))
+            outputs = outputs_of(model.train()(example), names)
+            return any(tensor.requires_grad for tensor in tensors_of(outputs))
     finally:
         model.train(training)
         for norm in batch_norms(model):

@@ -33,8 +33,8 @@ def with_model_pixels(views: Component, model: Component) -> tuple[Component, st
     taken = {key: getattr(found, key) for key in missing if getattr(found, key) is not None}
     if not taken:
         return views, f"note: {found.source}: views.{', views.'.join(missing)} keep their defaults"
-    said = ", ".join(f"views.{key} {_shown(value)}" for key, value in taken.items())
-    return views.model_copy(update=taken), f"{said}: taken from {found.source}"
+    settings = ", ".join(f"views.{key} {_shown(value)}" for key, value in taken.items())
+    return views.model_copy(update=taken), f"{settings}: taken from {found.source}"
 
 
 def for_channels(views: Component, given: Component, channels: int) -> tuple[Component, str | None]:
@@ -51,8 +51,8 @@ def for_channels(views: Component, given: Component, channels: int) -> tuple[Com
     }
     if not changed:
         return views, None
-    said = ", ".join(f"views.{key} {_shown(value)}" for key, value in changed.items())
-    return views.model_copy(update=changed), f"for one channel their mean: {said}"
+    settings = ", ".join(f"views.{key} {_shown(value)}" for key, value in changed.items())
+    return views.model_copy(update=changed), f"for one channel their mean: {settings}"
 
 
 def _shown(value: object) -> str:

@@ -24,7 +24,7 @@ _wanted = ContextVar("weights_as_stored", default=False)
 def weights_as_stored(wanted: bool) -> Iterator[None]:
     """Inside, models of checkpoints may be built with weights in the dtype that is stored.
 
-    Their engine makes them what it needs; `SeenInFull` runs them before.
+    Their engine makes them what it needs; `FullPrecisionReads` runs them before.
     """
     token = _wanted.set(wanted)
     try:
@@ -66,7 +66,7 @@ def mark_stored(model: nn.Module) -> None:
             buffer.data = buffer.data.float()
 
 
-class SeenInFull(TorchFunctionMode):
+class FullPrecisionReads(TorchFunctionMode):
     """Inside, every function of torch is given marked parameters in fp32, to look at only.
 
     Each gets a copy that lives as long as the function runs.

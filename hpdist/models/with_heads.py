@@ -15,7 +15,7 @@ from hpdist.errors import ConfigError, describe
 from hpdist.models.outputs import named_outputs, on_trial
 
 
-class WantsHeads(Protocol):
+class DeclaresHeads(Protocol):
     """What an algorithm says of the heads that it wants; `hpdist.Algorithm` does."""
 
     @property
@@ -115,7 +115,7 @@ class Features:
 
 
 def with_heads(
-    model: nn.Module, algorithm: WantsHeads, example: Structure, features: str | None = None
+    model: nn.Module, algorithm: DeclaresHeads, example: Structure, features: str | None = None
 ) -> nn.Module:
     """The model with the heads that the algorithm wants beyond what the model has itself.
 
@@ -170,9 +170,9 @@ def head_names_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "head_names", ()))
 
 
-def require_heads(algorithm: WantsHeads, there: Collection[str]) -> None:
+def require_heads(algorithm: DeclaresHeads, names: Collection[str]) -> None:
     """Raise ConfigError unless all heads are there that the algorithm needs."""
-    missing = [name for name in algorithm.head_names if name not in there]
+    missing = [name for name in algorithm.head_names if name not in names]
     if missing:
         raise ConfigError(
             f"{type(algorithm).__name__} needs the heads {', '.join(missing)}, which the model has "
@@ -180,9 +180,9 @@ def require_heads(algorithm: WantsHeads, there: Collection[str]) -> None:
         )
 
 
-def _check_head(name: str, said: Any, rows: int) -> None:
-    if not isinstance(said, Tensor) or said.shape[:1] != (rows,):
-        found = list(said.shape) if isinstance(said, Tensor) else type(said).__name__
+def _check_head(name: str, output: Any, rows: int) -> None:
+    if not isinstance(output, Tensor) or output.shape[:1] != (rows,):
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(
             f"the head {name!r} gives {found} for {rows} rows; heads must give one tensor [rows, *]"
         )

@@ -85,7 +85,7 @@ def make_plan(
     *,
     reserve: float = RESERVE,
     deepspeed: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Rehearse every stage.
 
@@ -97,7 +97,7 @@ def make_plan(
         memory: GiB of each.
         reserve: GiB of it that are not for tensors.
         deepspeed: A DeepSpeed JSON that the launcher would name, for its buckets and the like.
-        tell: Is given a line whenever a stage begins.
+        log: Is given a line whenever a stage begins.
 
     Raises ConfigError or DataError where the run could not start, and RehearsalError where no stage
     could be counted.
@@ -115,8 +115,8 @@ def make_plan(
     for stage in (None, 1, 2, 3):
         if stage == 1 and importlib.util.find_spec("deepspeed") is not None:
             # Here, where it can be told: what a rehearsal prints is not seen.
-            prepare_operators(needed_builders(base), tell, settings["watchdog"]["seconds"])
-        tell(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
+            prepare_operators(needed_builders(base), log, settings["watchdog"]["seconds"])
+        log(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
         stages.append(rehearsed(settings, gpus, stage, base))
         if stage is None and stages[0].kind is not None:
             break  # what is wrong without any sharding is wrong with it

@@ -115,14 +115,14 @@ def rehearse(settings: Mapping[str, Any], ranks: int) -> Rehearsal:
 def held_bytes(step: SemiSupervisedStep) -> dict[str, int]:
     """What a rank holds between steps: weights, optimizer, teacher; each storage counted once."""
     engine, teacher = step.engine, step.teacher
-    seen: set[int] = set()
+    counted: set[int] = set()
 
     def count(tensors: Iterable[Any]) -> int:
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
+            if storage.data_ptr() not in counted:
+                counted.add(storage.data_ptr())
                 total += storage.nbytes()
         return total
 
@@ -163,27 +163,27 @@ def _stand_in_for_others(engine: Engine, ranks: int) -> None:
         # It reads the result of its all-reduce, of which a fake one has none.
         engine.model.register_comm_hook(None, own_gradients)
     own = engine.master_fragments()
-    engine.layout = Layout(own, places=_all_places(engine, own, ranks))
+    engine.layout = Layout(own, spans=_all_spans(engine, own, ranks))
 
 
-def _all_places(engine: Engine, own: list[Fragment], ranks: int) -> list[list[SpanOf]]:
+def _all_spans(engine: Engine, own: list[Fragment], ranks: int) -> list[list[SpanOf]]:
     """Rank 0's fragments, and what is left in even shares for the others."""
     from hpdist.distributed.fragments import fragment_spans
 
     mine = fragment_spans(own)
     ends = {name: start + length for name, start, length in mine}  # rank 0's part comes first
     left = {n: (ends.get(n, 0), s.numel()) for n, s in engine.parameter_shapes().items()}
-    places = [mine, *([] for _ in range(ranks - 1))]
+    spans = [mine, *([] for _ in range(ranks - 1))]
     share = -(-sum(stop - start for start, stop in left.values()) // max(ranks - 1, 1))
     rank, room = 1, share
     for name, (start, stop) in left.items():
         while start < stop:
             length = min(room, stop - start)
-            places[rank].append((name, start, length))
+            spans[rank].append((name, start, length))
             start, room = start + length, room - length
             if not room:
                 rank, room = rank + 1, share
-    return places
+    return spans
 
 
 def _mark_first_backward(step: SemiSupervisedStep, meter: Any) -> None:

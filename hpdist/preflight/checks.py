@@ -14,7 +14,7 @@ from typing import Any
 from hpdist.aliases import find_moved
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.preflight.datasets import check_data
-from hpdist.preflight.facts import Wanted, own_facts
+from hpdist.preflight.facts import Requirements, own_facts
 from hpdist.preflight.findings import Finding
 from hpdist.preflight.machines import (
     check_builds,
@@ -32,7 +32,9 @@ from hpdist.preflight.network_checks import (
 from hpdist.preflight.run_folder import check_run_folder
 
 
-def preflight(wanted: Wanted | None, endpoint: Endpoint, timeout: float = 60.0) -> list[Finding]:
+def preflight(
+    requirements: Requirements | None, endpoint: Endpoint, timeout: float = 60.0
+) -> list[Finding]:
     """Meet the other processes and check everything; the same findings on each.
 
     Raises DistributedError where they do not meet in time, or one is lost on the way. Collective:
@@ -40,12 +42,12 @@ def preflight(wanted: Wanted | None, endpoint: Endpoint, timeout: float = 60.0) 
     """
     started = time.monotonic()
     with Rendezvous.of(endpoint, timeout) as peers:
-        return _findings(own_facts(wanted), wanted, peers, timeout, started)
+        return _findings(own_facts(requirements), requirements, peers, timeout, started)
 
 
 def _findings(
     own: Mapping[str, Any],
-    wanted: Wanted | None,
+    requirements: Requirements | None,
     peers: Rendezvous,
     timeout: float,
     started: float,
@@ -56,7 +58,7 @@ def _findings(
         check_versions(facts),
         check_devices(facts),
     ]
-    findings.append(check_precision(facts, wanted))
+    findings.append(check_precision(facts, requirements))
     if peers.size > 1:
         if not peers.endpoint.token:
             findings.append(note_missing_token(peers.endpoint))
@@ -66,16 +68,16 @@ def _findings(
     findings.append(check_disk(facts))
     if any(fact["builds"] is not None for fact in facts):
         findings.append(check_builds(facts))
-    if wanted is not None:
-        findings.append(check_run_folder(wanted.run_folders, facts, peers))
-        findings += check_data(wanted.data, facts, peers)
+    if requirements is not None:
+        findings.append(check_run_folder(requirements.run_folders, facts, peers))
+        findings += check_data(requirements.data, facts, peers)
     return findings
 
 
 def _met(facts: Sequence[Mapping[str, Any]], seconds: float) -> Finding:
     hosts = list(dict.fromkeys(fact["host"] for fact in facts))
-    told = f"{len(facts)} on {len(hosts)} hosts, met in {seconds:.1f} s: {', '.join(hosts)}"
-    return Finding("processes", "ok", told)
+    text = f"{len(facts)} on {len(hosts)} hosts, met in {seconds:.1f} s: {', '.join(hosts)}"
+    return Finding("processes", "ok", text)
 
 
 def __getattr__(name: str) -> object:

@@ -19,16 +19,16 @@ def check_data(data: Data, facts: Sequence[Mapping[str, Any]], peers: Rendezvous
     first = {fact["host"]: rank for rank, fact in reversed(list(enumerate(facts)))}
     for name, source in _sources(data):
         start = time.monotonic()
-        told = _first_row(source, f"data.{name}") if peers.rank in first.values() else None
-        errors = peers.gathered(told)
+        text = _first_row(source, f"data.{name}") if peers.rank in first.values() else None
+        errors = peers.gathered(text)
         seconds = max(peers.gathered(time.monotonic() - start))
         failed = {fact["host"]: e for fact, e in zip(facts, errors, strict=True) if e}
         if failed:
             lines = [f"{host}: {error}" for host, error in failed.items()]
             findings.append(Finding(f"data.{name}", "FAILED", "\n".join(lines)))
         else:
-            told = f"{source.path}: its first row in at most {seconds:.1f} s on each host"
-            findings.append(Finding(f"data.{name}", "ok", told))
+            text = f"{source.path}: its first row in at most {seconds:.1f} s on each host"
+            findings.append(Finding(f"data.{name}", "ok", text))
     return findings
 
 

@@ -19,7 +19,7 @@ _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transfor
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a run will want of the machines."""
 
     run_folders: Path
@@ -28,10 +28,10 @@ class Wanted:
     precision: str | None = None
 
 
-def own_facts(wanted: Wanted | None) -> dict[str, Any]:
+def own_facts(requirements: Requirements | None) -> dict[str, Any]:
     """What this process has to tell."""
     devices = [_device(number) for number in range(torch.cuda.device_count())]
-    folder = nearest_folder(wanted.run_folders if wanted is not None else Path())
+    folder = nearest_folder(requirements.run_folders if requirements is not None else Path())
     return {
         "host": socket.gethostname(),
         "versions": {"Python": platform.python_version(), **_installed()},

@@ -15,7 +15,7 @@ class Finding:
 
     check: str
     verdict: Verdict
-    told: str
+    text: str
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -23,7 +23,7 @@ def table(findings: Sequence[Finding]) -> str:
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:
-        first, *rest = finding.told.splitlines()
+        first, *rest = finding.text.splitlines()
         lines.append(f"{finding.verdict:6}  {finding.check:{width}}  {first}")
         lines += [" " * (width + 10) + line for line in rest]
     return "\n".join(lines)

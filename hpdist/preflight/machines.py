@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpdist.preflight.facts import Wanted
+from hpdist.preflight.facts import Requirements
 from hpdist.preflight.findings import Finding
 
 _GIB = 2**30
@@ -19,13 +19,13 @@ def check_versions(facts: Sequence[Mapping[str, Any]]) -> Finding:
     for name in names:
         by_host = {fact["host"]: fact["versions"].get(name, "missing") for fact in facts}
         if len(set(by_host.values())) > 1:
-            told = ", ".join(f"{version} on {host}" for host, version in by_host.items())
-            wrong.append(f"{name}: {told}")
+            text = ", ".join(f"{version} on {host}" for host, version in by_host.items())
+            wrong.append(f"{name}: {text}")
     if wrong:
         return Finding("versions", "FAILED", "\n".join([*wrong, "install the same everywhere"]))
     versions = facts[0]["versions"]
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return Finding("versions", "ok", told)
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Finding("versions", "ok", text)
 
 
 def check_devices(facts: Sequence[Mapping[str, Any]]) -> Finding:
@@ -48,15 +48,17 @@ def check_devices(facts: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("devices", verdict, "\n".join(lines))  # type: ignore[arg-type]
 
 
-def check_precision(facts: Sequence[Mapping[str, Any]], wanted: Wanted | None) -> Finding:
+def check_precision(
+    facts: Sequence[Mapping[str, Any]], requirements: Requirements | None
+) -> Finding:
     """What every process can compute in, held against what the config wants."""
     can = [name for name in ("bf16", "fp16") if all(fact[name] for fact in facts)]
-    told = ", ".join(["fp32", *can]) + " on all"
-    half = wanted.precision if wanted is not None else None
+    text = ", ".join(["fp32", *can]) + " on all"
+    half = requirements.precision if requirements is not None else None
     if half in ("bf16", "fp16") and half not in can:
         hosts = list(dict.fromkeys(fact["host"] for fact in facts if not fact[half]))
-        return Finding("precision", "FAILED", f"no {half} on {', '.join(hosts)}; {told}")
-    return Finding("precision", "ok", told)
+        return Finding("precision", "FAILED", f"no {half} on {', '.join(hosts)}; {text}")
+    return Finding("precision", "ok", text)
 
 
 def check_disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
@@ -64,8 +66,8 @@ def check_disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
     lines, verdict = [], "ok"
     for fact in {fact["host"]: fact for fact in facts}.values():
         free = sorted(fact["free"].items())
-        told = ", ".join(f"{size / _GIB:.1f} GiB in {path}" for path, size in free)
-        lines.append(f"{fact['host']}: {told} free")
+        text = ", ".join(f"{size / _GIB:.1f} GiB in {path}" for path, size in free)
+        lines.append(f"{fact['host']}: {text} free")
         if min(fact["free"].values()) < _LEAST_DISK:
             verdict = "note"
             lines[-1] += "; little for checkpoints or caches"

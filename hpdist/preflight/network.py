@@ -1,6 +1,6 @@
 """How fast the processes reach one another: latency and bandwidth of an all-reduce.
 
-Run as a program by `measure_apart`, it is one process of a group of its own.
+Run as a program by `measure_in_process`, it is one process of a group of its own.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _all_reduce(numbers: int, group: dist.ProcessGroup | None, device: torch.dev
     return time.perf_counter() - start
 
 
-def measure_apart(backend: str, device: str, endpoint: Endpoint, seconds: float) -> Speed | str:
+def measure_in_process(
+    backend: str, device: str, endpoint: Endpoint, seconds: float
+) -> Speed | str:
     """Measure in a process of its own beside each process that met, or say why it failed.
 
     NCCL waits without end for a process that it cannot reach, and ends its own process when
@@ -90,15 +92,15 @@ def measure_apart(backend: str, device: str, endpoint: Endpoint, seconds: float)
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        said, _ = child.communicate(timeout=seconds)
+        output, _ = child.communicate(timeout=seconds)
         why = f"it ended with status {child.returncode}"
     except subprocess.TimeoutExpired:
         child.kill()
-        said, _ = child.communicate()
+        output, _ = child.communicate()
         why = f"not done within {seconds:g} s"
     if "NCCL_DEBUG" in os.environ:  # someone wants to read it
-        print(said, file=sys.stderr, end="", flush=True)
-    lines = said.splitlines()
+        print(output, file=sys.stderr, end="", flush=True)
+    lines = output.splitlines()
     for line in lines:
         if line.startswith('{"latency"'):
             return Speed(**json.loads(line))
@@ -124,11 +126,11 @@ def _main() -> None:
             world_size=int(size),
             timeout=span,
         )
-        told = asdict(measure(None, own))
+        result = asdict(measure(None, own))
     except (OSError, RuntimeError, ValueError) as error:
-        told = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    print(json.dumps(told), flush=True)
-    os._exit("error" in told)  # to leave a broken group can hang
+        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    print(json.dumps(result), flush=True)
+    os._exit("error" in result)  # to leave a broken group can hang
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch
 
 from hpdist.distributed.rendezvous import TOKEN, Endpoint, Rendezvous
 from hpdist.preflight.findings import Finding
-from hpdist.preflight.network import Speed, measure, measure_apart
+from hpdist.preflight.network import Speed, measure, measure_in_process
 
-_APART = 1.0  # seconds between clocks, from which on log lines are hard to compare
+_MOST_OFFSET = 1.0  # seconds between clocks, from which on log lines are hard to compare
 _NCCL_ADVICE = (
     "NCCL_DEBUG=INFO shows what it tries; set NCCL_SOCKET_IFNAME to the network interface that the "
     "machines share and NCCL_IB_HCA to their InfiniBand adapters (NCCL_IB_DISABLE=1 does without); "
@@ -23,11 +23,11 @@ _NCCL_ADVICE = (
 
 def note_missing_token(endpoint: Endpoint) -> Finding:
     """Note that the rendezvous has no token."""
-    told = (
+    text = (
         f"none: whoever reached {endpoint.where} could take part; set {TOKEN} to the same secret "
         "on every machine"
     )
-    return Finding("token", "note", told)
+    return Finding("token", "note", text)
 
 
 def check_network(peers: Rendezvous, timeout: float) -> Finding:
@@ -44,13 +44,13 @@ def check_nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: f
     """
     shared = _shared_gpus(facts)
     if shared:
-        told = "\n".join([*shared, "NCCL needs a GPU for each process; it was not measured"])
-        return Finding("NCCL", "note", told)
+        text = "\n".join([*shared, "NCCL needs a GPU for each process; it was not measured"])
+        return Finding("NCCL", "note", text)
     gpu = facts[peers.rank]["gpu"]
-    own = measure_apart("nccl", f"cuda:{gpu}", peers.endpoint, 0.8 * timeout)
-    said: Any = asdict(own) if isinstance(own, Speed) else own
+    own = measure_in_process("nccl", f"cuda:{gpu}", peers.endpoint, 0.8 * timeout)
+    measured: Any = asdict(own) if isinstance(own, Speed) else own
     outcomes = [
-        Speed(**each) if isinstance(each, dict) else str(each) for each in peers.gathered(said)
+        Speed(**each) if isinstance(each, dict) else str(each) for each in peers.gathered(measured)
     ]
     return nccl_finding(outcomes, [fact["host"] for fact in facts])
 
@@ -86,9 +86,9 @@ def check_clocks(facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> Findi
     """Compare the machines' clocks. Collective."""
     peers.gathered(None)  # all look at about the same time
     times = peers.gathered(time.time())
-    apart = max(times) - min(times)
+    offset = max(times) - min(times)
     by_host = {fact["host"]: now - times[0] for fact, now in zip(facts, times, strict=True)}
-    if apart > _APART:
-        told = ", ".join(f"{host} {offset:+.1f} s" for host, offset in by_host.items())
-        return Finding("clocks", "note", f"apart: {told}; synchronise them (chrony, ntpd)")
-    return Finding("clocks", "ok", f"within {apart:.3f} s of one another")
+    if offset > _MOST_OFFSET:
+        text = ", ".join(f"{host} {offset:+.1f} s" for host, offset in by_host.items())
+        return Finding("clocks", "note", f"apart: {text}; synchronise them (chrony, ntpd)")
+    return Finding("clocks", "ok", f"within {offset:.3f} s of one another")

@@ -23,25 +23,31 @@ def check_run_folder(
     if errors[0]:
         return Finding("run folder", "FAILED", f"{folder}: {errors[0]} on {facts[0]['host']}")
     try:
-        seen = gathered(mark.is_dir())
+        visible = gathered(mark.is_dir())
         temporary, final = mark / f"{rank}.tmp", mark / str(rank)
-        errors = gathered(_try(_write_and_rename, temporary, final) if seen[rank] else None)
-        whole = gathered(seen[rank] and all((mark / str(r)).exists() for r in range(len(seen))))
+        errors = gathered(_try(_write_and_rename, temporary, final) if visible[rank] else None)
+        whole = gathered(
+            visible[rank] and all((mark / str(r)).exists() for r in range(len(visible)))
+        )
     finally:
         if rank == 0:
             shutil.rmtree(mark, ignore_errors=True)
     hosts = [fact["host"] for fact in facts]
-    blind = list(dict.fromkeys(host for host, sees in zip(hosts, seen, strict=True) if not sees))
+    blind = list(
+        dict.fromkeys(
+            host for host, is_visible in zip(hosts, visible, strict=True) if not is_visible
+        )
+    )
     if blind:
-        told = (
+        text = (
             f"{folder.absolute()} on {', '.join(blind)} is not that of {hosts[0]}; put run.dir on "
             "a file system that all machines share"
         )
-        return Finding("run folder", "FAILED", told)
+        return Finding("run folder", "FAILED", text)
     failed = {host: error for host, error in zip(hosts, errors, strict=True) if error}
     if failed or not all(whole):
-        told = ", ".join(f"{error} on {host}" for host, error in failed.items())
-        return Finding("run folder", "FAILED", f"{folder}: {told or 'files come late'}")
+        text = ", ".join(f"{error} on {host}" for host, error in failed.items())
+        return Finding("run folder", "FAILED", f"{folder}: {text or 'files come late'}")
     return Finding("run folder", "ok", f"{folder.absolute()}: all write, rename and see it")
 
 

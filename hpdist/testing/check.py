@@ -140,8 +140,8 @@ class _Checks:
         algorithm.class_counts = torch.arange(1.0, self._classes + 1)
         if algorithm.generations > 1 and algorithm.generation == 0:
             ids = torch.arange(rows)
-            said = (ids[:, None] * (1 + torch.arange(self._classes))).sin().softmax(dim=1)
-            algorithm.take_labels(ids, said)
+            probabilities = (ids[:, None] * (1 + torch.arange(self._classes))).sin().softmax(dim=1)
+            algorithm.take_labels(ids, probabilities)
             algorithm.begin_generation()
         return algorithm
 

@@ -151,14 +151,15 @@ class LinearModel:
             parts = list(micro.inputs.weak)
             if parts and self.views.labeled_targets:
                 parts.append(micro.inputs.labeled)
-            found.append(_joined_outputs(self._say(parts, model)) if parts else None)
+            found.append(_joined_outputs(self._model_outputs(parts, model)) if parts else None)
         return found
 
     def student(self, micro: MicroBatch) -> tuple[Structure, None]:
         """Give what the student says of its rows."""
-        said = self._say(micro.inputs.parts, self.batch.student)
+        outputs = self._model_outputs(micro.inputs.parts, self.batch.student)
         self.leaves = {
-            name: [part.detach().requires_grad_() for part in parts] for name, parts in said.items()
+            name: [part.detach().requires_grad_() for part in parts]
+            for name, parts in outputs.items()
         }
         return self.last_outputs(), None
 
@@ -168,7 +169,7 @@ class LinearModel:
 
     def preview(self, micro: MicroBatch) -> Structure:
         """Give what the student will say of the same rows."""
-        return _joined_outputs(self._say(micro.inputs.parts, self.batch.student))
+        return _joined_outputs(self._model_outputs(micro.inputs.parts, self.batch.student))
 
     def probe(self, inputs: Tensor) -> Structure:
         """Give what the student says of other inputs."""
@@ -177,7 +178,7 @@ class LinearModel:
         return {"logits": rows @ self.batch.student} | heads
 
     @torch.no_grad()
-    def _say(self, parts: Sequence[Tensor], model: Tensor) -> dict[str, list[Tensor]]:
+    def _model_outputs(self, parts: Sequence[Tensor], model: Tensor) -> dict[str, list[Tensor]]:
         rows = [part.flatten(1) for part in parts]
         heads = {name: [head(part) for part in rows] for name, head in self.batch.heads.items()}
         return {"": [part @ model for part in rows]} | heads
@@ -326,7 +327,7 @@ class _SharedSums:
         """Give a rank its reduction."""
         return lambda sums: _PendingShare(self, rank, OwnSums(sums).wait())
 
-    def meet(self, rank: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    def exchange(self, rank: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up what all ranks give. Raises ValueError where they give different tensors."""
         self._given[rank] = sums
         self.barrier.wait()
@@ -346,7 +347,7 @@ class _PendingShare:
 
     def wait(self) -> dict[str, Tensor]:
         """Wait for the other ranks."""
-        return self.together.meet(self.rank, self.sums)
+        return self.together.exchange(self.rank, self.sums)
 
 
 def with_nan(batch: GlobalBatch) -> GlobalBatch:

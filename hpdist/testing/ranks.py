@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
-_NOTHING_SAID = (
+_NO_MESSAGE = (
     "no rank has raised an error; where one could not even begin, its stderr says why (the "
     "function must be importable by its module's name)"
 )
@@ -80,7 +80,7 @@ def run_ranks(
                 raise
             first = _first_error(folder)
             if not isinstance(error, ProcessRaisedException):  # such as killed, or too slow
-                first = f"a rank failed: {error}\n{first or _NOTHING_SAID}"
+                first = f"a rank failed: {error}\n{first or _NO_MESSAGE}"
             raise RankError(first) from error
         return [
             torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(ranks)

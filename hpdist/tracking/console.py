@@ -9,7 +9,7 @@ from typing import Any
 
 from hpdist.errors import printable
 from hpdist.messages.human import duration, percent
-from hpdist.messages.progress import columns, make_bar, say_line
+from hpdist.messages.progress import columns, make_bar, print_line
 from hpdist.messages.redaction import redacted_text
 
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
@@ -37,14 +37,14 @@ class Console:
         if main and steps and columns():
             self._bar = make_bar(total=steps, initial=done, bar_format=_BAR)
 
-    def say(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """Print a line, above the bar where there is one; a terminal has it in several."""
         if not self.main:
             return
         line, width = printable(redacted_text(line)), columns()
         if width is not None:
             line = "\n".join(part for own in line.split("\n") for part in wrapped(own, width))
-        say_line(line)
+        print_line(line)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a step."""
@@ -53,14 +53,14 @@ class Console:
         for key, form in _SHOWN.items():
             if key in values and not (key == "loss_scale" and values[key] == 1):
                 value = values[key]
-                told = percent(value) if key == "accuracy" else form.format(value)
-                self._shown[key.replace("_", " ")] = told
+                shown = percent(value) if key == "accuracy" else form.format(value)
+                self._shown[key.replace("_", " ")] = shown
         if self._bar is not None:
             self._bar.set_postfix(self._fitting, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             numbers = ", ".join(f"{key} {value}" for key, value in self._shown.items())
-            self.say(f"step {step}/{self._steps}: {numbers}, {self._left(step)} left")
+            self.log_line(f"step {step}/{self._steps}: {numbers}, {self._left(step)} left")
 
     def close(self) -> None:
         """Leave the bar as it stands."""

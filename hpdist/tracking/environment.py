@@ -20,7 +20,7 @@ def environment() -> dict[str, object]:
     """Settings by name, beside those of the config. Collective: every rank must call."""
     found: dict[str, object] = {
         "world_size": world_size(),
-        "hosts": _hosts(places()),
+        "hosts": _hosts(hosts_and_devices()),
         "python": platform.python_version(),
         "hpdist": __version__,
         **{package: version for package in _PACKAGES if (version := _version(package))},
@@ -31,17 +31,17 @@ def environment() -> dict[str, object]:
     return found
 
 
-def places() -> list[tuple[str, str]]:
+def hosts_and_devices() -> list[tuple[str, str]]:
     """Every rank's host and device. Collective: every rank must call."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return gathered((socket.gethostname(), device))
 
 
-def _hosts(places: list[tuple[str, str]]) -> str:
+def _hosts(hosts_and_devices: list[tuple[str, str]]) -> str:
     """Every host with its ranks and their devices."""
     ranks: dict[tuple[str, str], list[int]] = {}
-    for rank, place in enumerate(places):
-        ranks.setdefault(place, []).append(rank)
+    for rank, host_and_device in enumerate(hosts_and_devices):
+        ranks.setdefault(host_and_device, []).append(rank)
     return ", ".join(
         f"{host} ({'rank' if len(own) == 1 else 'ranks'} {_span(own)}: {device})"
         for (host, device), own in ranks.items()

@@ -56,7 +56,7 @@ def write_examples(
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     if spec.kind in ("image", "audio"):
         file = folder / FOLDER / "views.png"
-        cells = _images(x, shown) if spec.kind == "image" else _sounds(shown)
+        cells = _images(x, shown) if spec.kind == "image" else _waveforms(shown)
         _sheet(cells).save(file)
         return file
     file = folder / FOLDER / "views.txt"
@@ -84,8 +84,8 @@ def _images(x: Tensor, shown: Sequence[Tensor]) -> list[list[Image.Image]]:
     per_channel = [t.reshape(len(x), channels, -1).transpose(0, 1) for t in (plain, original)]
     scaled, pixels = (t.reshape(channels, -1) for t in per_channel)
     center, middle = scaled.mean(1, keepdim=True), pixels.mean(1, keepdim=True)
-    spread = (scaled - center).square().sum(1, keepdim=True)
-    slope = ((scaled - center) * (pixels - middle)).sum(1, keepdim=True) / spread.clamp(min=1e-12)
+    variance = (scaled - center).square().sum(1, keepdim=True)
+    slope = ((scaled - center) * (pixels - middle)).sum(1, keepdim=True) / variance.clamp(min=1e-12)
     slope, offset = (t.view(1, channels, 1, 1) for t in (slope, middle - slope * center))
     views = [(view.double() * slope + offset).round().clamp(0, 255).byte() for view in shown]
     return [[_picture(view[row]) for view in views] for row in range(len(x))]
@@ -107,7 +107,7 @@ def _fitted(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _sounds(shown: Sequence[Tensor]) -> list[list[Image.Image]]:
+def _waveforms(shown: Sequence[Tensor]) -> list[list[Image.Image]]:
     """Spectrograms, low frequencies at the bottom, or else waveforms, of one scale in each row."""
     cells = []
     for row in range(len(shown[0])):

@@ -72,8 +72,8 @@ def values_of(record: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[st
             finite = [part for part in value if _is_finite(part)]
             if finite:
                 mean = math.fsum(part / len(finite) for part in finite)
-                spread = {"mean": mean, "min": min(finite), "max": max(finite)}
-                values |= {f"{name}/{what}": number for what, number in spread.items()}
+                summary = {"mean": mean, "min": min(finite), "max": max(finite)}
+                values |= {f"{name}/{what}": number for what, number in summary.items()}
     return values
 
 
@@ -104,19 +104,21 @@ def confusion_rows(confusion: Mapping[str, Any]) -> list[list[Any]]:
     classes, counts = confusion["classes"], confusion["teacher"]
     if len(classes) ** 2 <= _MOST_PAIRS:
         return [
-            [classes[true], classes[said], count]
+            [classes[true], classes[predicted], count]
             for true, row in enumerate(counts)
-            for said, count in enumerate(row)
+            for predicted, count in enumerate(row)
         ]
     pairs = sorted(_pairs(counts), key=lambda pair: (pair[0] == pair[1], -pair[2], pair))
-    return [[classes[true], classes[said], count] for true, said, count in pairs[:_MOST_PAIRS]]
+    return [
+        [classes[true], classes[predicted], count] for true, predicted, count in pairs[:_MOST_PAIRS]
+    ]
 
 
 def _pairs(counts: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
     for true, row in enumerate(counts):
-        for said, count in enumerate(row):
+        for predicted, count in enumerate(row):
             if count:
-                yield true, said, count
+                yield true, predicted, count
 
 
 def _is_finite(value: Any) -> bool:

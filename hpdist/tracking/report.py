@@ -167,11 +167,11 @@ def _summaries(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
     rows = ["".join(f"<th>{html.escape(key)}</th>" for key in ["run", *keys])]
     for run, color in zip(runs, colors, strict=True):
         swatch = f'<span class="swatch" style="background:{color}"></span>'
-        cells = "".join(f"<td>{html.escape(_told(run.summary.get(key)))}</td>" for key in keys)
+        cells = "".join(f"<td>{html.escape(_formatted(run.summary.get(key)))}</td>" for key in keys)
         last = f"at step {run.records[-1]['step']}" if run.records else "no record yet"
-        said = [] if run.summary else [f"not ended, {last}"]
-        told = html.escape("; ".join([*said, *run.notes]))
-        note = f' <span class="note">{told}</span>' if told else ""
+        remarks = [] if run.summary else [f"not ended, {last}"]
+        note_text = html.escape("; ".join([*remarks, *run.notes]))
+        note = f' <span class="note">{note_text}</span>' if note_text else ""
         rows.append(f"<td>{swatch}{html.escape(run.name)}{note}</td>{cells}")
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
@@ -204,7 +204,9 @@ def _setting_table(runs: Sequence[RunRecord], keys: Sequence[str]) -> str:
     if len(runs) > 1:
         rows.append("<th></th>" + "".join(f"<th>{html.escape(run.name)}</th>" for run in runs))
     for key in keys:
-        cells = "".join(f"<td>{html.escape(_told(run.settings.get(key)))}</td>" for run in runs)
+        cells = "".join(
+            f"<td>{html.escape(_formatted(run.settings.get(key)))}</td>" for run in runs
+        )
         rows.append(f"<th>{html.escape(key)}</th>{cells}")
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
@@ -323,7 +325,7 @@ def _short(name: str) -> str:
     return f" {line}" if line.startswith("_") else line
 
 
-def _told(value: Any) -> str:
+def _formatted(value: Any) -> str:
     """A value as a reader wants it."""
     if value is None:
         return "-"

@@ -35,7 +35,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.labeled_rows = path / "labeled_rows.json"
         self._unwritten: list[str] = []  # lines of metrics.jsonl
-        self._told = False
+        self._warned = False
 
     def create(self) -> None:
         """Make the folder; raises CheckpointError where that cannot be."""
@@ -148,15 +148,15 @@ class RunFolder:
                     file.truncate(whole)  # rather none of a line than half
                     raise
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 warnings.warn(
                     f"{self.metrics} cannot be written: {error}; the records are kept and written "
                     "when there is room",
                     stacklevel=2,
                 )
-            self._told = True
+            self._warned = True
             return
-        self._unwritten, self._told = [], False
+        self._unwritten, self._warned = [], False
 
     def drop_metrics_after(self, step: int) -> None:
         """Remove the records after a step, so that the file reads as that of one run."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from hpdist.errors import CheckpointError, why_not_written
 
 OWNER = ".owner.json"
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 """An owner on another machine that has not beaten for so long is dead."""
 _LOOK_SECONDS = 1.0
@@ -63,15 +63,15 @@ class RunLock:
 
     Args:
         folder: Of the run; it must be there.
-        say: Is given a line where finding out about an earlier owner takes its time.
+        log: Is given a line where finding out about an earlier owner takes its time.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None) -> None:
         self._path = (folder / OWNER).resolve()
-        self._say = say
+        self._log = log
         self._file: int | None = None
         self._owner: Owner | None = None
-        self._told = False
+        self._announced = False
         self._end = threading.Event()
         self.busy = False
         """Whether a run is at work here, from which no later one of this process may take it."""
@@ -159,16 +159,16 @@ class RunLock:
             return True
         if owner.boot == _boot() and owner.device == os.fstat(file).st_dev and _lock(file):
             return True  # one kernel, and it has let go of the lock
-        if not self._told:
-            self._told = True
-            self._say(
+        if not self._announced:
+            self._announced = True
+            self._log(
                 f"the run folder was {owner}'s; waiting up to {STALE_SECONDS:g} s to see whether "
                 "that is still alive"
             )
-        first, waited = _beat_of(self._path), time.monotonic()
+        first, waited = _read_heartbeat(self._path), time.monotonic()
         while time.monotonic() - waited < STALE_SECONDS:
             time.sleep(_LOOK_SECONDS)
-            if _beat_of(self._path) != first:
+            if _read_heartbeat(self._path) != first:
                 return False
         return True
 
@@ -181,11 +181,11 @@ class RunLock:
         os.pwrite(file, (json.dumps(asdict(owner)) + "\n").encode(), 0)
         self._file, self._owner = file, owner
         _HELD[self._path] = self
-        threading.Thread(target=self._beat, name="hpdist-owner", daemon=True).start()
+        threading.Thread(target=self._heartbeat, name="hpdist-owner", daemon=True).start()
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         """Touch the file now and then; notice where it is another's now, as after a long stop."""
-        while not self._end.wait(BEAT_SECONDS):
+        while not self._end.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # a full or failing disk; the next beat may pass
                 if not self._is_ours():
                     self.lost = str(self._read() or "another run")
@@ -228,7 +228,7 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _beat_of(path: Path) -> tuple[int, bytes] | None:
+def _read_heartbeat(path: Path) -> tuple[int, bytes] | None:
     """When the file was touched, and what it says, as the file system tells who opens it anew."""
     try:
         with path.open("rb") as file:

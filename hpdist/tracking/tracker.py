@@ -47,7 +47,7 @@ class Tracker:
         run_id: The tracker's, of the run that goes on.
         environment: What else is told beside the config, such as the number of ranks.
         classes: Their names, which the curves of classes get.
-        say: Is given a line of what the tracker's environment variables have decided.
+        log: Is given a line of what the tracker's environment variables have decided.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Tracker:
         run_id: str | None = None,
         environment: Mapping[str, Any] | None = None,
         classes: Sequence[str] = (),
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._say = say
+        self._log_line = log
         self.run_id = run_id
         self._classes = classes
         self._refused: set[str] = set()  # metrics
@@ -114,8 +114,8 @@ class Tracker:
     def alert(self, title: str, text: str) -> None:
         """Tell whoever watches the run; of the trackers only W&B can."""
         if self._name == "wandb":
-            said = {"title": title, "text": redacted_text(text), "level": "WARN"}
-            self._try(lambda tracker: tracker.tracker.alert(**said))
+            alert_text = {"title": title, "text": redacted_text(text), "level": "WARN"}
+            self._try(lambda tracker: tracker.tracker.alert(**alert_text))
 
     def finish(self) -> None:
         """Flush and close."""
@@ -135,7 +135,7 @@ class Tracker:
             raise ModuleNotFoundError(f'{name} is not installed; pip install "hpdist[{name}]"')
         chosen, make = self._choose(config, run, folder)
         if chosen.line is not None:
-            self._say(f"tracker {name}: {chosen.line}")
+            self._log_line(f"tracker {name}: {chosen.line}")
         if chosen.disabled:
             return None
         tracker = make(chosen)

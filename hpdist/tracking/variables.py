@@ -35,12 +35,12 @@ class Chosen:
 
     project: str = _PROJECT
     arguments: dict[str, Any] = field(default_factory=dict)
-    told: list[str] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
 
     @property
     def line(self) -> str | None:
         """What is said of it; None where no variable is set."""
-        return ", ".join(self.told) or None
+        return ", ".join(self.decisions) or None
 
     @property
     def disabled(self) -> bool:
@@ -54,18 +54,18 @@ class Chosen:
             return ours or default
         if ours is not None:
             if ours != theirs:
-                self.told.append(f"tracker.{setting}: {ours} of the config, over {variable}")
+                self.decisions.append(f"tracker.{setting}: {ours} of the config, over {variable}")
             return ours
-        self.told.append(f"{setting} {theirs} by {variable}")
+        self.decisions.append(f"{setting} {theirs} by {variable}")
         return theirs
 
     def take_run_id(self, saved: str | None, variable: str) -> str | None:
         """The run that goes on, else the one that the variable names."""
         theirs = os.environ.get(variable) or None
         if saved is not None and theirs not in (None, saved):
-            self.told.append(f"run {saved} of the checkpoint goes on, over {variable}")
+            self.decisions.append(f"run {saved} of the checkpoint goes on, over {variable}")
         elif saved is None and theirs is not None:
-            self.told.append(f"run {theirs} by {variable}")
+            self.decisions.append(f"run {theirs} by {variable}")
         return saved or theirs
 
 
@@ -78,7 +78,7 @@ def choose_wandb(config: Tracker, folder: Path, name: str | None, run_id: str | 
     mode = _MODES[mode]
     if config.mode is None and os.environ.get("WANDB_DISABLED", "").lower() in _TRUE:
         mode = "disabled"
-        chosen.told.append("disabled by WANDB_DISABLED")
+        chosen.decisions.append("disabled by WANDB_DISABLED")
     chosen.project = chosen.take("project", config.project, "WANDB_PROJECT", _PROJECT)
     chosen.arguments = {"mode": mode, "id": chosen.take_run_id(run_id, "WANDB_RUN_ID")}
     ours = {
@@ -88,12 +88,12 @@ def choose_wandb(config: Tracker, folder: Path, name: str | None, run_id: str | 
     }
     for argument, (what, variable, default) in ours.items():
         if os.environ.get(variable):  # W&B reads it, where the argument is left out
-            chosen.told.append(f"{what} {os.environ[variable]} by {variable}")
+            chosen.decisions.append(f"{what} {os.environ[variable]} by {variable}")
         else:
             chosen.arguments[argument] = default
     set_ones = [variable for variable in _BY_WANDB if os.environ.get(variable)]
     if set_ones:
-        chosen.told.append(f"and {', '.join(set_ones)}")
+        chosen.decisions.append(f"and {', '.join(set_ones)}")
     return chosen
 
 
@@ -103,7 +103,7 @@ def choose_mlflow(config: Tracker, folder: Path, run_id: str | None) -> Chosen:
     chosen.project = chosen.take("project", config.project, "MLFLOW_EXPERIMENT_NAME", _PROJECT)
     chosen.arguments = {"run_id": chosen.take_run_id(run_id, "MLFLOW_RUN_ID")}
     if os.environ.get("MLFLOW_TRACKING_URI"):
-        chosen.told.append("stored where MLFLOW_TRACKING_URI says")
+        chosen.decisions.append("stored where MLFLOW_TRACKING_URI says")
     else:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.absolute() / 'mlflow.db'}"
     return chosen
@@ -115,5 +115,5 @@ def choose_tensorboard(config: Tracker, folder: Path, name: str | None) -> Chose
     theirs = os.environ.get("TENSORBOARD_LOGGING_DIR")
     chosen.arguments = {"logging_dir": str(Path(theirs, name or "run") if theirs else folder)}
     if theirs:
-        chosen.told.append(f"folder {theirs} by TENSORBOARD_LOGGING_DIR")
+        chosen.decisions.append(f"folder {theirs} by TENSORBOARD_LOGGING_DIR")
     return chosen

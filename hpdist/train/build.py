@@ -151,10 +151,10 @@ def plan_run(config: RunConfig) -> RunPlan:
 def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
     """Open folder and data, build model and step, and go on where the folder has a run."""
     config, sharding = plan.config, plan.sharding
-    opening.say_run(config, sharding, plan.uses_unlabeled, files=files)
+    opening.log_settings(config, sharding, plan.uses_unlabeled, files=files)
     accelerator = launch.make_accelerator(sharding)
     main = accelerator.is_main_process
-    opening.say_devices(main)
+    opening.log_devices(main)
     if config.run.name is None and files:
         config = with_fresh_name(config, main)
     if not (main and sys.stderr.isatty()):
@@ -244,7 +244,7 @@ def _build_step(
     sharding = plan.sharding
     model = run_model.make(algorithm)
     initial = initial_values(model, algorithm.generations)
-    opening.say_model(config.model.name, model, plan.micro_batches, accelerator.is_main_process)
+    opening.log_model(config.model.name, model, plan.micro_batches, accelerator.is_main_process)
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
     model, optimizer = prepare(accelerator, model, optimizer)
@@ -291,5 +291,5 @@ def _set_out(
     if summary is not None:
         return Outset(facts, summary)
     call_on_all_ranks(lambda: folder.drop_metrics_after(done))
-    opening.say_resumed(saved.path, done, folder.main)
+    opening.log_resumed(saved.path, done, folder.main)
     return Outset(facts)

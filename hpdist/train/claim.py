@@ -14,7 +14,12 @@ from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.run_lock import RunLock
 from hpdist.train.config import RunConfig
-from hpdist.train.config_history import begin_config, continue_config, differences, told
+from hpdist.train.config_history import (
+    begin_config,
+    continue_config,
+    describe_differences,
+    differences,
+)
 from hpdist.train.facts import RunFacts
 
 _TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has a timeout of its own
@@ -34,7 +39,7 @@ class Claim:
         self._folder = folder
         self._files = files
         self._lock: RunLock | None = None
-        self._say = Console(0, 0, folder.main).say
+        self._log = Console(0, 0, folder.main).log_line
 
     def open(self) -> checkpoint.SavedRun | None:
         """Own the folder, and find what to continue from, if anything. Collective.
@@ -45,11 +50,11 @@ class Claim:
         if not self._files:
             return None
         call_on_all_ranks(self._folder.create)
-        self._lock = own_folder(self._folder.path, self._config.run.wait, self._say)
+        self._lock = own_folder(self._folder.path, self._config.run.wait, self._log)
         if self._config.checkpoint.resume == "never":
             run_on_main(self._folder.refuse_unless_empty)
             return None
-        return checkpoint.open_newest(self._folder.checkpoints, self._say, facts=RunFacts)
+        return checkpoint.open_newest(self._folder.checkpoints, self._log, facts=RunFacts)
 
     def summary(self, done: int) -> dict[str, Any] | None:
         """What came of a run that has done so many steps, if these are all and it has ended."""
@@ -58,14 +63,14 @@ class Claim:
         summary = run_on_main(self._folder.read_summary)
         return summary if summary is not None and summary.get("steps") == done else None
 
-    def say_done(self, config: RunConfig, steps: object) -> None:
+    def log_done(self, config: RunConfig, steps: object) -> None:
         """Say that the run is done, and which settings would have been others. Collective."""
         found = run_on_main(lambda: differences(self._folder, config))
         others = (
-            f"; other settings than its own are not looked at ({told(found)}): raise steps to go "
+            f"; changed settings have no effect ({describe_differences(found)}): raise steps to go "
             "on with them, or choose another run.name"
         )
-        self._say(
+        self._log(
             f"nothing to do: the run in {self._folder.path} has done its {steps} steps"
             f"{others if found else ''}"
         )
@@ -83,7 +88,7 @@ class Claim:
             return
         line = run_on_main(lambda: continue_config(self._folder, config, step))
         if line is not None:
-            self._say(line)
+            self._log(line)
 
     def lost(self) -> CheckpointError | None:
         """What is wrong where another run has taken the folder from this one, on the first rank."""
@@ -101,16 +106,16 @@ class Claim:
             self._folder.remove_empty()
 
 
-def own_folder(folder: Path, seconds: float, say: Callable[[str], None]) -> RunLock:
+def own_folder(folder: Path, seconds: float, log: Callable[[str], None]) -> RunLock:
     """Become the owner of a run folder, or wait for it so many seconds. Collective.
 
     Raises InUseError, on all ranks, where another run is at work in it all that time.
     """
-    lock = RunLock(folder, say)
+    lock = RunLock(folder, log)
     if run_on_main(lambda: lock.acquire(0)):
         return lock
     if seconds:
-        say(f"{run_on_main(lock.refusal)}; waiting {seconds:g} s for that")
+        log(f"{run_on_main(lock.refusal)}; waiting {seconds:g} s for that")
     deadline = time.monotonic() + seconds
     while (left := run_on_main(lambda: deadline - time.monotonic())) > 0:
         turn = min(left, _TURN_SECONDS)

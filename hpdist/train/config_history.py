@@ -50,7 +50,9 @@ def continue_config(folder: RunFolder, config: RunConfig, step: int) -> str | No
         kept.append({"step": step, "settings": found})
     if kept or path.exists():
         folder.write_text(CHANGES, "".join(json.dumps(record) + "\n" for record in kept))
-    return f"from step {step} on, other settings: {told(found)} ({CHANGES})" if found else None
+    if not found:
+        return None
+    return f"other settings from step {step} on: {describe_differences(found)} ({CHANGES})"
 
 
 def differences(
@@ -83,7 +85,7 @@ def _is_change(settings: Any) -> bool:
     )
 
 
-def told(found: dict[str, dict[str, Any]]) -> str:
+def describe_differences(found: dict[str, dict[str, Any]]) -> str:
     """Some changes, for a person."""
     named = [f"{key} {change['was']} -> {change['now']}" for key, change in found.items()]
     more = f", and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""

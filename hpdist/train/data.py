@@ -173,8 +173,8 @@ class RunData:
 
     def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
         """Every row of a measured set once, over all ranks."""
-        batch, tell = self.config.eval.batch, partial(self._bad.name_held_out, rows.name)
-        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, tell)
+        batch, report = self.config.eval.batch, partial(self._bad.name_held_out, rows.name)
+        return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, report)
 
     def close(self) -> None:
         """Stop the reading threads."""

@@ -34,16 +34,16 @@ class OverflowStorm:
 
     def __init__(self) -> None:
         self._latest: deque[bool] = deque(maxlen=_WINDOW)
-        self._told = False
+        self._announced = False
 
     def look(self, overflowed: bool) -> str | None:
         """What to say when a storm begins; None before, after and while it goes on."""
         self._latest.append(overflowed)
         count = sum(self._latest)
-        if count < _STORM or self._told:
-            self._told = self._told and count > _STORM // 2
+        if count < _STORM or self._announced:
+            self._announced = self._announced and count > _STORM // 2
             return None
-        self._told = True
+        self._announced = True
         return f"{count} of the last {len(self._latest)} steps overflowed"
 
 

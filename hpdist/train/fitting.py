@@ -58,10 +58,10 @@ def fitted_views(
 
 def _make_views(config: Component, seed: int, spec: InputSpec) -> Views:
     tokenizer = spec.tokenizer
-    told: list[Any] = [] if tokenizer is None else [tokenizer.vocabulary]
+    arguments: list[Any] = [] if tokenizer is None else [tokenizer.vocabulary]
     if isinstance(config, TableViewsConfig) and spec.categories is not None:
-        told.append(spec.categories.groups)
-    made: Views = cast(Any, config).build(seed, *told)
+        arguments.append(spec.categories.groups)
+    made: Views = cast(Any, config).build(seed, *arguments)
     return made
 
 

@@ -88,13 +88,13 @@ class Generations:
         if batch.epochs is not None:
             new = new & (batch.epochs == 0)
         assert moved.ids is not None  # a stream's rows have them
-        told = torch.cat(
+        packed = torch.cat(
             [new[:, None].to(engine.device), encode_ids(moved.ids), probabilities], dim=1
         )
-        told = torch.where(told[:, :1] > 0, told, 0.0)
-        spread = told.new_zeros(engine.world_size, *told.shape)
-        spread[engine.rank] = told
-        rows = FusedSum({"rows": spread}).wait()["rows"].flatten(0, 1)
+        packed = torch.where(packed[:, :1] > 0, packed, 0.0)
+        by_rank = packed.new_zeros(engine.world_size, *packed.shape)
+        by_rank[engine.rank] = packed
+        rows = FusedSum({"rows": by_rank}).wait()["rows"].flatten(0, 1)
         rows = rows[rows[:, 0] > 0.5]
         return ids_of(rows[:, 1:3]), rows[:, 3:]
 

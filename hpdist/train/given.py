@@ -131,20 +131,20 @@ def _options_of(algorithm: Algorithm) -> dict[str, Any] | None:
             same = config.build(getattr(algorithm, "num_classes", 2))
         except (ValueError, ConfigError):
             continue
-        if _alike(vars(same), vars(algorithm)):
+        if _equal(vars(same), vars(algorithm)):
             return cast(dict[str, Any], config.model_dump())
     return None
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         both = isinstance(one, Tensor) and isinstance(other, Tensor)
         return both and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
     if isinstance(one, (bool, int, float, str, tuple, list, type(None))):
         return type(one) is type(other) and bool(one == other)
-    return type(one) is type(other) and _alike(getattr(one, "__dict__", {}), vars(other))
+    return type(one) is type(other) and _equal(getattr(one, "__dict__", {}), vars(other))
 
 
 def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Component:

@@ -76,9 +76,9 @@ class RunGuard:
     def stop_error(self, step: int) -> StoppedError:
         """The error that ends a run which was asked to stop. Collective: every rank must call."""
         received = {rank: name for rank, name in enumerate(gathered(self.received)) if name}
-        told = ", ".join(f"{name} on rank {rank}" for rank, name in received.items())
+        signals = ", ".join(f"{name} on rank {rank}" for rank, name in received.items())
         error = StoppedError(
-            f"stopped by {told or 'another rank'} after step {step}, which is saved; start the "
+            f"stopped by {signals or 'another rank'} after step {step}, which is saved; start the "
             "same command again to go on"
         )
         error.everywhere = True

@@ -83,7 +83,7 @@ class RunLoop:
         if self._handed_back:
             return dict(self._summary)
         if self._summary:
-            self.claim.say_done(self.data.config, self._summary["steps"])
+            self.claim.log_done(self.data.config, self._summary["steps"])
             self.close()
         else:
             self._fit()
@@ -197,7 +197,7 @@ class RunLoop:
             unlabeled,
             lr=self._rate(),
             measure=measure,
-            tell=self.records.waits(self.log) if measure else None,
+            rank_metrics=self.records.waits(self.log) if measure else None,
             stop=stop,
             save=self.saving.asks(),
         )
@@ -215,7 +215,7 @@ class RunLoop:
     def _begin_generation(self) -> None:
         """Have the teacher label all rows, and a student begin anew. Collective."""
         done = self.step.applied_steps
-        self.log.say(f"step {done}: the teacher labels all rows, and the student begins anew")
+        self.log.log_line(f"step {done}: the teacher labels all rows, and the student begins anew")
         start = time.monotonic()
         self.generations.begin(lambda: self.guard.heartbeat(done, "labelling rows"))
         self.log.leave_out(time.monotonic() - start)

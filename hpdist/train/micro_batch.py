@@ -121,8 +121,8 @@ class MicroBatcher:
         strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64)
-            places = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
-            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), places)
+            at = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
+            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), at)
             return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()
@@ -141,7 +141,7 @@ class MicroBatcher:
             strong=tuple(strong(copy=copy) for copy in range(wanted.strong)),
             strong_labeled=strong_labeled,
             weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
-            places=BatchPositions(
+            positions=BatchPositions(
                 positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step
             ),
             ids=unlabeled.ids,

@@ -66,7 +66,7 @@ class RunModel:
         self._given = given
         self._in_place = False  # of a module that cannot be copied
         self._main = main
-        self._say = Console(0, 0, main).say
+        self._log_line = Console(0, 0, main).log_line
 
     def make(self, algorithm: Algorithm) -> nn.Module:
         """Build the model to train, or copy the one given; checked against the data. Collective."""
@@ -100,7 +100,7 @@ class RunModel:
         predicts = step.algorithm.predicts
         if predicts is not None:
             which += f", with the head {predicts!r} that predicts and was measured"
-        self._say(
+        self._log_line(
             "the model that was given has the student's trained weights now, in fp32, on its own "
             f"device and in evaluation mode{which}"
         )
@@ -108,7 +108,7 @@ class RunModel:
     def _made(self, algorithm: Algorithm) -> nn.Module:
         sets = self._sets
         model = self._copied() if self._given is not None else self._built()
-        opening.say_lines(filter(None, [to_full_precision(model)]), self._main)
+        opening.log_lines(filter(None, [to_full_precision(model)]), self._main)
         model = global_batch_norm(model)
         example = sets.views.plain(sets.spec.example(2))
         outputs = algorithm.task.outputs
@@ -135,7 +135,7 @@ class RunModel:
         try:
             copied = copy.deepcopy(given)
         except Exception as error:  # whatever a member of it raises
-            self._say(
+            self._log_line(
                 f"note: {type(given).__name__} cannot be copied ({describe(error)}), so it trains "
                 "itself: afterwards it is as the training has left it"
             )
@@ -193,7 +193,7 @@ def _fill(
             whole[name] = parameter.detach()
         else:
             whole[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
-    engine.layout.spread(fragments, whole)
+    engine.layout.gather_into(fragments, whole)
     for name in own.keys() & whole.keys():
         if not own[name].is_contiguous():
             own[name].copy_(whole[name])

@@ -32,7 +32,7 @@ from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.messages.human import counted, duration, percent
 from hpdist.messages.progress import columns
 from hpdist.tracking.console import Console, wrapped
-from hpdist.tracking.environment import places
+from hpdist.tracking.environment import hosts_and_devices
 from hpdist.train.config import RunConfig
 from hpdist.version import __version__
 
@@ -42,42 +42,42 @@ _LABEL = 12  # columns of an entry's label
 _CLASSES = 60  # characters that the names of classes may take
 
 
-def say_run(
+def log_settings(
     config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool, *, files: bool
 ) -> None:
     """Say what the settings are, before anything is opened, built or waited for."""
     main = os.environ.get("RANK", "0") == "0"  # ranks have not met
-    say = Console(0, 0, main).say
-    say(f"hpdist {__version__}: {config.run.name or 'a new run'}")
-    say_entries(run_entries(config, sharding, uses_unlabeled, files=files), main)
+    log_line = Console(0, 0, main).log_line
+    log_line(f"hpdist {__version__}: {config.run.name or 'a new run'}")
+    log_entries(run_entries(config, sharding, uses_unlabeled, files=files), main)
 
 
-def say_devices(main: bool) -> None:
+def log_devices(main: bool) -> None:
     """Say where the ranks are. Collective: every rank must call."""
-    say_entries([("devices", _devices(places()))], main)
+    log_entries([("devices", _devices(hosts_and_devices()))], main)
 
 
-def say_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> None:
+def log_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> None:
     """Say how large the model is, and what of it is trained."""
-    say_entries([("model", f"{name}, {_parameters(model)}")], main)
+    log_entries([("model", f"{name}, {_parameters(model)}")], main)
     if micro_batches > 1 and any(batch_norms(model)):
-        Console(0, 0, main).say(
+        Console(0, 0, main).log_line(
             f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
             "statistics are not those of the global batch; norm: group avoids that"
         )
 
 
-def say_resumed(path: Path, step: int, main: bool) -> None:
+def log_resumed(path: Path, step: int, main: bool) -> None:
     """Say what a run goes on from."""
-    Console(0, 0, main).say(f"continuing from {path} at step {step}")
+    Console(0, 0, main).log_line(f"continuing from {path} at step {step}")
 
 
-def say_entries(entries: Iterable[tuple[str, str]], main: bool) -> None:
+def log_entries(entries: Iterable[tuple[str, str]], main: bool) -> None:
     """Print entries, their texts below each other."""
-    say = Console(0, 0, main).say
+    log_line = Console(0, 0, main).log_line
     for label, text in entries:
         for line in laid_out(label, text, columns()):
-            say(line)
+            log_line(line)
 
 
 def laid_out(label: str, text: str, width: int | None) -> list[str]:
@@ -172,11 +172,11 @@ def _devices(found: Sequence[tuple[str, str]]) -> str:
     counts = [sum(device == kind for _, device in found) for kind in kinds]
     if len(found) == 1:
         return f"1 rank: {kinds[0]}"
-    told = ", ".join(
+    hosts_text = ", ".join(
         kind if len(kinds) == 1 else f"{count:,} x {kind}"
         for kind, count in zip(kinds, counts, strict=True)
     )
-    return f"{counted(len(found), 'rank')} on {counted(hosts, 'host')}: {told}"
+    return f"{counted(len(found), 'rank')} on {counted(hosts, 'host')}: {hosts_text}"
 
 
 def _parameters(model: nn.Module) -> str:
@@ -190,7 +190,7 @@ def _parameters(model: nn.Module) -> str:
     return f"{counted(total, 'parameter')}, {shares}"
 
 
-def say_data(
+def log_data(
     config: RunConfig,
     spec: InputSpec,
     labeled: LabeledRows,
@@ -200,18 +200,18 @@ def say_data(
     main: bool,
 ) -> None:
     """Say what the sets hold and how they are read; `decisions` are lines of what was decided."""
-    say_entries(data_entries(config, spec, labeled, unlabeled, measured), main)
-    say_lines(decisions, main)
+    log_entries(data_entries(config, spec, labeled, unlabeled, measured), main)
+    log_lines(decisions, main)
 
 
-def say_lines(lines: Iterable[str], main: bool) -> None:
+def log_lines(lines: Iterable[str], main: bool) -> None:
     """Print lines of which some begin as an entry does, such as `pictures: 3 channels`."""
     for line in lines:
         label, colon, text = line.partition(": ")
         if colon and label.isalpha() and label != "note":
-            say_entries([(label, text)], main)
+            log_entries([(label, text)], main)
         else:
-            Console(0, 0, main).say(line)
+            Console(0, 0, main).log_line(line)
 
 
 def data_entries(

@@ -59,11 +59,11 @@ def open_unlabeled_set(
     found = None
     if dataset is None:
 
-        def surveyed() -> DatasetIndex:
+        def scan() -> DatasetIndex:
             recorded = folder.read_json(_FILES, are_records) if resumed else None
             return scan_metadata(source, labeled, spec, loading, recorded)
 
-        found = run_on_main(surveyed)
+        found = run_on_main(scan)
     rows = call_on_all_ranks(
         lambda: open_unlabeled(
             source,

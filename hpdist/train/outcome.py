@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,14 +19,14 @@ class StepOutcome:
     new_scale: float
     grad_norm: float | None = None
     """Global norm of the unscaled gradient before clipping."""
-    culprit: OverflowSource | None = None
+    overflow_source: OverflowSource | None = None
     """What was not finite first in a step that was skipped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
     per_class: Mapping[str, list[float]] = field(default_factory=dict)
     """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
     per_rank: Mapping[str, list[float]] = field(default_factory=dict)
-    """Numbers of each rank, [ranks]: `compute_seconds` (`RankTimer`), and what was told."""
+    """Numbers of each rank, [ranks]: `compute_seconds` (`RankTimer`), and its `rank_metrics`."""
     bad_rows: int = 0
     """Rows of the unlabelled global batch that could not be used."""
     stop: bool = False
@@ -34,11 +35,21 @@ class StepOutcome:
     """Whether any rank asked for a checkpoint."""
 
     @property
+    def culprit(self) -> OverflowSource | None:
+        """`overflow_source` by its former name, for one release."""
+        warnings.warn(
+            "StepOutcome.culprit is overflow_source now; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.overflow_source
+
+    @property
     def overflow(self) -> str | None:
         """Where a step overflowed, and what that makes of the loss scale; None if it did not."""
         if not self.overflowed:
             return None
-        where = str(self.culprit or "nothing that shows again")
+        where = str(self.overflow_source or "nothing that shows again")
         if self.new_scale == self.old_scale:
             return where
         return f"{where}; loss scale {self.old_scale:g}, now {self.new_scale:g}"

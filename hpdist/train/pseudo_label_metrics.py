@@ -22,13 +22,13 @@ def observed(algorithm: Algorithm, logits: Sequence[Structure], rows: int) -> di
     """
     if not logits or rows < _FEWEST:
         return {}
-    said = cat(logits)
-    if not isinstance(said, Tensor):
+    outputs = cat(logits)
+    if not isinstance(outputs, Tensor):
         return {}
-    counts = algorithm.task.class_counts(said)
+    counts = algorithm.task.class_counts(outputs)
     if counts is None:
         return {}
-    return {"pseudo_labels": counts, "confidence": said.softmax(dim=1).amax(dim=1).sum()}
+    return {"pseudo_labels": counts, "confidence": outputs.softmax(dim=1).amax(dim=1).sum()}
 
 
 def summarized(sums: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -47,7 +47,7 @@ class Rollback:
         it has been too often.
         """
         config, step, checkpoints = self._config, self._state.step, self._folder.checkpoints
-        log.say(f"step {step.applied_steps}: {what}")
+        log.log_line(f"step {step.applied_steps}: {what}")
         log.alert("divergence", what)
         advice = "try a lower optim.lr, a higher threshold, or optim.grad_clip"
         if config.on == "stop" or not self._saving.keeps:
@@ -55,7 +55,7 @@ class Rollback:
                 f"{what}; {advice}; divergence.on: rollback goes on from a checkpoint before"
             )
         self._saving.finish()
-        saved = checkpoint.open_newest(checkpoints, log.say, before=first, facts=RunFacts)
+        saved = checkpoint.open_newest(checkpoints, log.log_line, before=first, facts=RunFacts)
         if saved is None or self._count == config.most_rollbacks:
             why = f"after {self._count} rollbacks" if saved else "no checkpoint is from before"
             raise DivergenceError(f"{what}; {why}; {advice}")
@@ -64,5 +64,5 @@ class Rollback:
         self._monitor.forget()
         run_on_main(lambda: checkpoint.drop_after(checkpoints, facts["step"]))
         call_on_all_ranks(lambda: self._folder.drop_metrics_after(step.applied_steps))
-        log.say(f"back to step {step.applied_steps}, and on with the rows that follow")
+        log.log_line(f"back to step {step.applied_steps}, and on with the rows that follow")
         return facts

@@ -48,9 +48,9 @@ class RunLog:
     ) -> None:
         self._folder = folder
         self._files = files
-        told = environment() | ({} if sharding is None else sharding.described())
+        environment_facts = environment() | ({} if sharding is None else sharding.described())
         self._console = Console(config.steps, done, folder.main)
-        say = self._console.say
+        log_line = self._console.log_line
         sends = folder.main and files
         settings = config.model_dump(mode="json")
         self._tracker = Tracker(
@@ -60,9 +60,9 @@ class RunLog:
             folder.path,
             sends,
             run_id,
-            told,
+            environment_facts,
             classes,
-            say,
+            log_line,
         )
         self._started = self._clock = time.monotonic()
         self._before = seconds
@@ -87,10 +87,10 @@ class RunLog:
         self._steps += 1
         storm = self._storm.look(overflow is not None)
         if overflow is not None:
-            self.say(f"step {step + 1} overflowed and is skipped: {overflow}")
+            self.log_line(f"step {step + 1} overflowed and is skipped: {overflow}")
             self._tracker.note("overflow", overflow, step)
         if storm is not None:
-            self.say(storm)
+            self.log_line(storm)
             self.alert("overflow storm", f"{storm}; the latest: {overflow}")
 
     def leave_out(self, seconds: float) -> None:
@@ -114,9 +114,9 @@ class RunLog:
         """
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
-        told = dict(per_rank)
-        own = told.pop("compute_seconds")
-        shares = {name: max(0.0, *waits) / seconds for name, waits in told.items()}
+        environment_facts = dict(per_rank)
+        own = environment_facts.pop("compute_seconds")
+        shares = {name: max(0.0, *waits) / seconds for name, waits in environment_facts.items()}
         rate = self._steps * rows / seconds
         found = stragglers(own, rows, seconds / max(self._steps, 1))
         self._clock, self._steps, self._waited = now, 0, self._waited_now
@@ -166,12 +166,12 @@ class RunLog:
                 self._tracker.log_picture("examples/views", file, 0)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            self.say(f"note: no examples of the views: {why}; log.examples: 0 leaves them out")
+            self.log_line(f"note: no examples of the views: {why}; log.examples: 0 leaves them out")
         self.leave_out(time.monotonic() - start)
 
-    def say(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """Print a line."""
-        self._console.say(line)
+        self._console.log_line(line)
 
     def alert(self, title: str, line: str) -> None:
         """Tell whoever watches the run by the tracker."""

@@ -30,7 +30,7 @@ def with_fresh_name(config: RunConfig, main: bool) -> RunConfig:
     """
     name = run_on_main(lambda: _restarted(Path(config.run.dir)) or _fresh(Path(config.run.dir)))
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    Console(0, 0, main).say(
+    Console(0, 0, main).log_line(
         f"no run.name was given: this run is {config.run.folder}; go on with it later by "
         f"run={{'name': {name!r}}}"
     )

@@ -90,9 +90,9 @@ class Saving:
         self.take_for_saved()
         self._saved_at = time.monotonic()
         self._state.save(self.writer, facts)
-        self._tell_problems(self.writer)
+        self._log_problems(self.writer)
 
-    def _tell_problems(self, writer: CheckpointWriter) -> None:
+    def _log_problems(self, writer: CheckpointWriter) -> None:
         for problem in writer.problems():
             warnings.warn(
                 f"{problem}; the training goes on, the checkpoints before are whole, and the next "
@@ -105,7 +105,7 @@ class Saving:
         """Wait until the latest checkpoint is safe. Collective; raises CheckpointError if not."""
         if self.writer is not None:
             self.writer.finish()
-            self._tell_problems(self.writer)
+            self._log_problems(self.writer)
 
     def close(self) -> None:
         """Give what is being written, also of a run that failed, the time to become whole."""

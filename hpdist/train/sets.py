@@ -150,15 +150,15 @@ def open_sets(
     datasets = {name: getattr(objects, name) for name in _HELD_OUT}
     held_out = open_held_out(data, first.spec, labeled, datasets)
     config_now, spec, decided = _settle(first, unlabeled, held_out, recorded)
-    opening.say_data(config_now, spec, labeled, unlabeled, held_out, decided, folder.main)
+    opening.log_data(config_now, spec, labeled, unlabeled, held_out, decided, folder.main)
     lines, unreadable = look_through(labeled, held_out, spec)
-    opening.say_lines(lines, folder.main)
+    opening.log_lines(lines, folder.main)
     duplicates = run_on_main(
         lambda: find_repeated(
             data.duplicates, labeled, unlabeled, held_out, folder, resumed=resumed
         )
     )
-    opening.say_lines(duplicates.lines, folder.main)
+    opening.log_lines(duplicates.lines, folder.main)
     return RunSets(
         asked=config,
         config=config_now,

@@ -67,7 +67,7 @@ class RunState:
                 "overflows": self.overflows,
                 "best": self.best,
                 "optimizer": engine.optimizer_scalars(),
-                "optimizer_apart": engine.optimizer_scalars_apart(),
+                "optimizer_apart": engine.optimizer_scalars_by_parameter(),
                 "streams": {name: s.state_dict() for name, s in self.data.streams.items()},
                 "data": self.data.state(),
                 "identity": self.identity,

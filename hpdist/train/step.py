@@ -119,7 +119,7 @@ class SemiSupervisedStep:
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
         require_heads(algorithm, head_names_of(self.engine.module))
-        self.engine.want(algorithm.task.outputs, algorithm.head_names)
+        self.engine.set_outputs(algorithm.task.outputs, algorithm.head_names)
         self._passes = make_passes(
             self.engine, algorithm, self.teacher, self.rank_timer, micro_batches
         )
@@ -144,7 +144,7 @@ class SemiSupervisedStep:
         *,
         lr: float | None = None,
         measure: bool = False,
-        tell: Mapping[str, float] | None = None,
+        rank_metrics: Mapping[str, float] | None = None,
         stop: bool = False,
         save: bool = False,
     ) -> StepOutcome:
@@ -155,8 +155,8 @@ class SemiSupervisedStep:
             unlabeled: The same of the unlabelled one; ignored by an algorithm that wants no views.
             lr: Learning rate of this step; by default the optimizer keeps its own.
             measure: Also say what the step did, at the cost of a wait for the device.
-            tell: Numbers of this rank that every rank's outcome holds then, under the same names
-                on all.
+            rank_metrics: Numbers of this rank, where `measure`. Every rank's outcome then holds
+                those of all ranks, under the same names on all.
             stop: Whether this rank wants the run to stop after this step, as when it cannot read
                 its next rows. Every rank's outcome says so then, at no further communication.
             save: Whether it wants a checkpoint after this step; likewise.
@@ -179,8 +179,10 @@ class SemiSupervisedStep:
                 contributions += [terms.contributions(self._parts)] if measure else []
         done = self.engine.step(lr, self.grad_clip)
         self.attempts += 1
-        culprit = self._close(done, attempt)
-        measured = self._measure(attempt, contributions, tell or {}) if measure else ({}, {}, {})
+        overflow_source = self._close(done, attempt)
+        measured = (
+            self._measure(attempt, contributions, rank_metrics or {}) if measure else ({}, {}, {})
+        )
         bad_rows, stops, saves, missed = (round(flag) for flag in attempt.extra["flags"].tolist())
         if missed:
             self.engine.share_usage()
@@ -190,7 +192,7 @@ class SemiSupervisedStep:
             done.old_scale,
             done.new_scale,
             done.grad_norm,
-            culprit,
+            overflow_source,
             *measured,
             bad_rows,
             stops > 0,
@@ -217,29 +219,29 @@ class SemiSupervisedStep:
     def _flags(self, unlabeled: UnlabeledBatch[Any] | None, stop: bool, save: bool) -> Tensor:
         """What a rank tells besides sums: unusable rows, what it asks for, gradients missed."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
-        notes = [bad, stop, save, self.engine.missed_gradients]
-        return torch.tensor([float(note) for note in notes], device=self.engine.device)
+        flags = [bad, stop, save, self.engine.missed_gradients]
+        return torch.tensor([float(flag) for flag in flags], device=self.engine.device)
 
     def _close(self, done: EngineStep, attempt: Attempt) -> OverflowSource | None:
         """Make everything follow the optimizer: final if it was applied, undone if not."""
-        culprit = None if done.applied else self._find_culprit(attempt)
+        overflow_source = None if done.applied else self._find_overflow_source(attempt)
         attempt.close(done.applied)
         self.engine.commit_bn(done.applied)
         if done.applied:
             self.applied_steps += 1
             if self.teacher is not None:
                 self.teacher.update()
-        self.history.record(self.attempts, done, culprit)
-        return culprit
+        self.history.record(self.attempts, done, overflow_source)
+        return overflow_source
 
-    def _find_culprit(self, attempt: Attempt) -> OverflowSource | None:
+    def _find_overflow_source(self, attempt: Attempt) -> OverflowSource | None:
         """Go through the micro-batches again; only ever after an overflow. Collective."""
         for number, micro in enumerate(attempt.micros):
             inputs = channels_last(cat(micro.inputs.parts))
             terms = partial(attempt.weighted_terms, number)
-            culprit = find_overflow_source(self.engine, inputs, terms)
-            if culprit is not None:
-                return culprit
+            overflow_source = find_overflow_source(self.engine, inputs, terms)
+            if overflow_source is not None:
+                return overflow_source
         return None
 
     def _penalized(self, terms: LossTerms) -> LossTerms:
@@ -250,19 +252,22 @@ class SemiSupervisedStep:
         return replace(terms, global_extras={**terms.global_extras, "l1_loss": penalty})
 
     def _measure(
-        self, attempt: Attempt, contributions: list[dict[str, Tensor]], tell: Mapping[str, float]
+        self,
+        attempt: Attempt,
+        contributions: list[dict[str, Tensor]],
+        rank_metrics: Mapping[str, float],
     ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, list[float]]]:
         """Give a step's global means, numbers of each class and of each rank. Collective."""
         sums = {name: add(part[name] for part in contributions) for name in contributions[0]}
-        weak = [said.logits for said in attempt.weak if said is not None]
-        rows = attempt.micros[0].inputs.places.unlabeled_rows
-        seen = pseudo_labels.observed(self.algorithm, weak, rows)
-        told = {"compute_seconds": self.rank_timer.take(), **tell}
-        own = rank_rows(torch.tensor(list(told.values()), device=self.engine.device))
-        sums |= {f"seen/{name}": value for name, value in seen.items()}
+        weak = [view.logits for view in attempt.weak if view is not None]
+        rows = attempt.micros[0].inputs.positions.unlabeled_rows
+        observed = pseudo_labels.observed(self.algorithm, weak, rows)
+        per_rank = {"compute_seconds": self.rank_timer.take(), **rank_metrics}
+        own = rank_rows(torch.tensor(list(per_rank.values()), device=self.engine.device))
+        sums |= {f"seen/{name}": value for name, value in observed.items()}
         reduced = FusedSum(sums | {"ranks": own}).wait()
-        ranks = dict(zip(told, reduced.pop("ranks").T.tolist(), strict=True))
-        numbers, shares = pseudo_labels.summarized({n: reduced.pop(f"seen/{n}") for n in seen})
+        ranks = dict(zip(per_rank, reduced.pop("ranks").T.tolist(), strict=True))
+        numbers, shares = pseudo_labels.summarized({n: reduced.pop(f"seen/{n}") for n in observed})
         reduced |= numbers
         values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
         classes = pseudo_labels.per_class(self.algorithm, shares)

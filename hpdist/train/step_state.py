@@ -39,7 +39,7 @@ from hpdist.errors import CheckpointError, why_not_written
 FOLDER = "hpdist"
 """Where a step's part lies in the folder of `save_state`; of a second model's step `hpdist_1`."""
 
-_SEEN_SECONDS = 30.0  # until a folder that one machine has made is there on all others
+_VISIBLE_SECONDS = 30.0  # until a folder that one machine has made is there on all others
 
 _Steps = list["weakref.ref[StepParts]"]
 _followed: weakref.WeakKeyDictionary[Accelerator, _Steps] = weakref.WeakKeyDictionary()
@@ -178,7 +178,7 @@ def _save(step: StepParts, folder: Path) -> None:
     """Write the step's part. Collective; raises CheckpointError, on all ranks, where one fails."""
     engine = step.engine
     run_on_main(lambda: _make(folder))
-    raise_together(_not_seen(folder, engine.rank))
+    raise_together(_not_visible(folder, engine.rank))
     shards = step.algorithm.shards()
     writer = CheckpointWriter(
         folder, engine.rank, engine.world_size, keep=1 << 30, background=False
@@ -200,9 +200,9 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _not_seen(folder: Path, rank: int) -> CheckpointError | None:
+def _not_visible(folder: Path, rank: int) -> CheckpointError | None:
     """What is wrong where this rank's machine has not the folder that the first rank has made."""
-    deadline = time.monotonic() + _SEEN_SECONDS
+    deadline = time.monotonic() + _VISIBLE_SECONDS
     while not folder.is_dir():
         if time.monotonic() >= deadline:
             return CheckpointError(
@@ -230,13 +230,13 @@ def _load(step: StepParts, folder: Path) -> None:
     Collective; raises CheckpointError, on all ranks, where there is none, or it is damaged or of
     another algorithm, model or teacher.
     """
-    said: list[str] = []
+    problems: list[str] = []
     try:
-        saved = checkpoint.open_newest(folder, said.append, facts=StepFacts)
+        saved = checkpoint.open_newest(folder, problems.append, facts=StepFacts)
     except CheckpointError as error:
-        if not said:  # of a later format
+        if not problems:  # of a later format
             raise
-        raise CheckpointError(f"load_state: {'; '.join(said)}; load another folder") from error
+        raise CheckpointError(f"load_state: {'; '.join(problems)}; load another folder") from error
     if saved is None:
         raise CheckpointError(
             f"load_state: {str(folder)!r} is not there, so teacher and algorithm cannot go on; "

@@ -115,7 +115,7 @@ class Trainer(RunLoop):
         """Do one step and write nothing. Collective."""
         for outcome in self.trial_steps(1):
             numbers = ", ".join(f"{k} {v:.4g}" for k, v in outcome.metrics.items())
-            self.log.say(f"dry run: one step, {numbers}; nothing was written")
+            self.log.log_line(f"dry run: one step, {numbers}; nothing was written")
         return outcome
 
     def trial_steps(self, attempts: int) -> Iterator[StepOutcome]:

@@ -238,7 +238,7 @@ def overflow(stage: int | None) -> list[str]:
     outcomes.append(attempt(step, 1))
     handle.remove()
     outcomes.append(attempt(step, 2))
-    return [f"{outcome.applied} {outcome.culprit}" for outcome in outcomes]
+    return [f"{outcome.applied} {outcome.overflow_source}" for outcome in outcomes]
 
 
 @pytest.mark.parametrize("stage", [None, 3])

@@ -117,11 +117,11 @@ def test_the_scale_is_one_number_with_one_history(runs: list[Any], stage: int | 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_culprit_is_named(runs: list[Any], stage: int | None) -> None:
     for number, (rank, term) in PLAN.items():
-        culprits = [runs[r][stage][number][0].culprit for r in range(2)]
-        assert culprits[0] == culprits[1]
-        assert (culprits[0].rank, culprits[0].term) == (rank, term)
-        assert (culprits[0].module, culprits[0].where) == ("classifier", "forward")
-        assert runs[0][stage][1][0].culprit is None
+        sources = [runs[r][stage][number][0].overflow_source for r in range(2)]
+        assert sources[0] == sources[1]
+        assert (sources[0].rank, sources[0].term) == (rank, term)
+        assert (sources[0].module, sources[0].where) == ("classifier", "forward")
+        assert runs[0][stage][1][0].overflow_source is None
 
 
 def weights(step: SemiSupervisedStep) -> Tensor:

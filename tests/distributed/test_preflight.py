@@ -19,7 +19,7 @@ from hpdist.preflight.datasets import _first_row
 from hpdist.preflight.facts import _own_gpu
 from hpdist.preflight.findings import table
 from hpdist.preflight.machines import _versions
-from hpdist.preflight.network import measure_apart
+from hpdist.preflight.network import measure_in_process
 from hpdist.preflight.network_checks import _nccl, _nccl_finding, _shared_gpus
 from tests.support.pictures import write_pictures
 from tests.support.ranks import free_port, run_ranks
@@ -96,39 +96,39 @@ def test_who_does_not_come_is_named_in_time():
 def meet_late(folder: Path, ports: list[int], delays: list[dict[int, float]]) -> list[str]:
     """What this rank is told when each rank comes so many seconds late, or not at all."""
     rank = int(os.environ["RANK"])
-    told = []
+    text = []
     for number, (port, late) in enumerate(zip(ports, delays, strict=True)):
         (folder / f"{number}-{rank}").touch()
         while len(list(folder.glob(f"{number}-*"))) < 3:
             time.sleep(0.01)
         if rank not in late:
-            told.append("")
+            text.append("")
             continue
         time.sleep(late[rank])
         try:
             Rendezvous.of(Endpoint(rank, 3, "127.0.0.1", port), timeout=4)
         except DistributedError as error:
-            told.append(str(error))
-    return told
+            text.append(str(error))
+    return text
 
 
 def test_every_process_names_the_missing_one_whenever_it_comes(tmp_path):
     delays = [{0: 0, 2: 0}, {0: 1.5, 2: 0}, {0: 0, 2: 1.5}, {0: 0, 1: 0}]
     ports = [free_port() for _ in delays]
-    told = run_ranks(3, meet_late, tmp_path, ports, delays)
+    text = run_ranks(3, meet_late, tmp_path, ports, delays)
     for number, late in enumerate(delays):
         (missing,) = {0, 1, 2} - late.keys()
         for rank in late:
-            assert f"only 2 of 3 processes came to 127.0.0.1:{ports[number]}" in told[rank][number]
-            assert f"missing: {missing}." in told[rank][number]
+            assert f"only 2 of 3 processes came to 127.0.0.1:{ports[number]}" in text[rank][number]
+            assert f"missing: {missing}." in text[rank][number]
 
 
 def test_one_that_comes_too_late_is_told(tmp_path):
     """The first process has left, or is about to and says that this one is missing."""
     port = free_port()
-    told = run_ranks(3, meet_late, tmp_path, [port], [{0: 0, 1: 0, 2: 4.5}])
-    assert all("missing: 2." in told[rank][0] for rank in (0, 1))
-    assert "missing: 2." in told[2][0] or f"no connection to 127.0.0.1:{port}" in told[2][0]
+    text = run_ranks(3, meet_late, tmp_path, [port], [{0: 0, 1: 0, 2: 4.5}])
+    assert all("missing: 2." in text[rank][0] for rank in (0, 1))
+    assert "missing: 2." in text[2][0] or f"no connection to 127.0.0.1:{port}" in text[2][0]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_other_versions_on_one_host_are_named():
     ]
     finding = _versions(facts)
     assert finding.verdict == "FAILED"
-    assert finding.told.splitlines()[0] == "torch: 2.13 on a, 2.12 on b"
-    assert "datasets" not in finding.told
+    assert finding.text.splitlines()[0] == "torch: 2.13 on a, 2.12 on b"
+    assert "datasets" not in finding.text
     assert _versions(facts[:1] * 2).verdict == "ok"
     assert len(table([finding]).splitlines()) == 2
 
@@ -230,7 +230,7 @@ def measured_apart(port: int, seconds: float, network_of_1: str) -> object:
     with Rendezvous.of(Endpoint(rank, 2, "127.0.0.1", port), 60) as peers:
         if rank == 1 and network_of_1:
             os.environ["GLOO_SOCKET_IFNAME"] = network_of_1
-        speed = measure_apart("gloo", "cpu", peers.endpoint, seconds)
+        speed = measure_in_process("gloo", "cpu", peers.endpoint, seconds)
         peers.gathered(None)
     return speed
 
@@ -242,7 +242,7 @@ def test_what_is_measured_beside_the_processes_is_what_they_reach():
         assert 0 < speed.latency < speed.seconds
     finding = _nccl_finding(found, ["a", "b"])
     assert finding.verdict == "ok"
-    assert "64 MiB in" in finding.told
+    assert "64 MiB in" in finding.text
 
 
 @pytest.mark.slow
@@ -251,10 +251,10 @@ def test_a_network_that_does_not_carry_is_found_and_ends_nobody():
     found = run_ranks(2, measured_apart, free_port(), 15, "nowhere0")
     finding = _nccl_finding(found, ["a", "b"])
     assert finding.verdict == "FAILED"
-    assert "process 0 on a: " in finding.told
-    (line,) = [line for line in finding.told.splitlines() if line.startswith("process 1 on b: ")]
+    assert "process 0 on a: " in finding.text
+    (line,) = [line for line in finding.text.splitlines() if line.startswith("process 1 on b: ")]
     assert "nowhere0" in line
-    assert "NCCL_DEBUG=INFO" in finding.told
+    assert "NCCL_DEBUG=INFO" in finding.text
 
 
 def test_measuring_that_takes_too_long_is_given_up():
@@ -294,16 +294,16 @@ def test_a_launcher_says_who_is_who():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
         (["--processes", "2"], "go together"),
         (["--processes", "2", "--rank", "2", "--address", "a"], "--rank 2 is not one of"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(arguments, told):
+def test_options_that_make_no_sense_are_refused(arguments, text):
     status, _, err = ended(start(*arguments))
     assert status == 2
-    assert told in err
+    assert text in err
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

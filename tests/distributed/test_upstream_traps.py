@@ -130,7 +130,7 @@ def test_deepspeed_forgets_the_first_of_two_backwards(traps: dict[str, Any], sta
 
 @on_cpu
 def test_accelerate_leaves_cpu_ranks_apart(traps: dict[str, Any]) -> None:
-    """launch.make_accelerator, ranks_are_apart: gloo alone joins the group, not the training."""
+    """gloo alone joins the group, not the training (see `ranks_train_separately`)."""
     assert traps["joined"] == DistributedType.NO
     assert traps["joined, cpu"] == DistributedType.MULTI_CPU
 

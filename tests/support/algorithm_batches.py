@@ -86,7 +86,7 @@ class Identity:
         for micro in micros:
             parts = list(micro.inputs.weak)
             if parts and self.views.labeled_targets:
-                parts.append(self.batch.weak_labeled[micro.inputs.places.labeled])
+                parts.append(self.batch.weak_labeled[micro.inputs.positions.labeled])
             found.append(torch.cat(parts) if parts else None)
         return found
 

@@ -70,8 +70,9 @@ class ABC(AddOn, name="abc"):
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """What the inner algorithm does with the views that it asked for; then the head's own."""
         views = self.base.views
-        seen = replace(inputs, weak=inputs.weak[: views.weak], strong=inputs.strong[: views.strong])
-        mixed = super().mix(seen, weak)
+        strong = inputs.strong[: views.strong]
+        inner = replace(inputs, weak=inputs.weak[: views.weak], strong=strong)
+        mixed = super().mix(inner, weak)
         own = (inputs.labeled, inputs.strong[0])[2 - self.own_extra_inputs :]
         return replace(mixed, extra_inputs=(*mixed.extra_inputs, *own))
 
@@ -83,16 +84,16 @@ class ABC(AddOn, name="abc"):
         """Two more terms, and the share of unlabelled rows that are in the second."""
         weak = outputs.weak
         assert weak is not None
-        assert weak.places is not None
+        assert weak.positions is not None
         labeled, strong = self._rows(outputs.heads[self.name])
         ratio = self._ratio(labeled)  # [classes]
-        drawn = weak.places.noise("abc", 1, labeled=True)[:, 0].to(labeled.device)
+        drawn = weak.positions.noise("abc", 1, labeled=True)[:, 0].to(labeled.device)
         kept = (drawn < ratio[outputs.labels]).float()  # [labeled]
         losses = hard_cross_entropy(labeled, outputs.labels) * kept
         targets = weak.heads[self.name][0].softmax(dim=-1)  # [unlabeled, classes]
         mask, classes = confident(targets, self.threshold)
         done = share_done(self.own["step"], self.steps)
-        drawn = weak.places.noise("abc", 1)[:, 0].to(labeled.device)
+        drawn = weak.positions.noise("abc", 1)[:, 0].to(labeled.device)
         mask = mask * (drawn < 1 - done * (1 - ratio[classes])).float()
         u_losses = sum((soft_cross_entropy(view, targets) * mask).sum() for view in strong)
         extras = {

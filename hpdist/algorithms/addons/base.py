@@ -179,11 +179,11 @@ class AddOn(Algorithm):
 
     def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
         """Those of the inner algorithm."""
-        return self.base.student_statistics(self._seen(outputs))
+        return self.base.student_statistics(self._inner_outputs(outputs))
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """The inner algorithm's terms, and the add-on's."""
-        return self.add(outputs, self.base.loss(self._seen(outputs), student_sums))
+        return self.add(outputs, self.base.loss(self._inner_outputs(outputs), student_sums))
 
     @property
     def class_thresholds(self) -> Tensor | None:
@@ -254,7 +254,7 @@ class AddOn(Algorithm):
         own = {name: views for name, views in weak.heads.items() if name in self.base.head_names}
         return self.targets(replace(weak, heads=own))
 
-    def _seen(self, outputs: StudentOutputs) -> StudentOutputs:
+    def _inner_outputs(self, outputs: StudentOutputs) -> StudentOutputs:
         """The student's outputs, and the weak ones in them, as the inner algorithm sees them."""
         extra_inputs = len(outputs.extra_inputs) - self.own_extra_inputs
         return self.student(

@@ -72,7 +72,7 @@ class CReST(AddOn, name="crest"):
                 f"crest needs an algorithm with weak views of unlabelled rows, and "
                 f"{type(self.base).__name__} has none"
             )
-        self._said = RowTable((2,), torch.float32, device)  # label + 1, confidence; being gathered
+        self._gathered = RowTable((2,), torch.float32, device)  # label + 1, confidence
         self._chosen = RowTable((1,), torch.int16, device)  # label + 1 of the rows that have joined
         self.tables = {"chosen": self._chosen}
         self._first = {name: value.clone() for name, value in self.base.state_dict().items()}
@@ -85,19 +85,19 @@ class CReST(AddOn, name="crest"):
     def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
         """Note class and confidence of rows."""
         confidence, labels = probabilities.max(dim=1)
-        self._said.write(ids, torch.stack([labels + 1.0, confidence], dim=1))
+        self._gathered.write(ids, torch.stack([labels + 1.0, confidence], dim=1))
 
     def begin_generation(self) -> None:
         """Choose among all rows, and have the inner algorithm forget what it knows."""
-        labels, confidence = self._said.values.unbind(dim=1)
-        chosen = self._said.values.new_zeros(len(labels))
+        labels, confidence = self._gathered.values.unbind(dim=1)
+        chosen = self._gathered.values.new_zeros(len(labels))
         for label, share in enumerate(self._shares(chosen).tolist()):
             rows = (labels == label + 1).nonzero().flatten()
             count = round(share * len(rows))
             best = confidence[rows].argsort(descending=True, stable=True)[:count]
             chosen[rows[best]] = label + 1
         self._chosen.load(chosen[:, None])
-        self._said = RowTable((2,), torch.float32, chosen.device)
+        self._gathered = RowTable((2,), torch.float32, chosen.device)
         generation = self.own["generation"] + 1
         self.own = {
             "generation": generation,

@@ -98,9 +98,9 @@ class DARP(AddOn, name="darp"):
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """What was said of each row, at its place in the global batch: their sum is a gather."""
         self._shares(weak.logits)  # what is missing is missed at once
-        said = torch.stack([view.softmax(dim=-1) for view in (weak.logits, *weak.others)])
+        probabilities = torch.stack([view.softmax(dim=-1) for view in (weak.logits, *weak.others)])
         return {
-            "predictions": scatter_to_global(weak, said.mean(dim=0)),
+            "predictions": scatter_to_global(weak, probabilities.mean(dim=0)),
             "ids": scatter_to_global(weak, encode_ids(weak.known_ids)),
         }
 
@@ -136,21 +136,21 @@ class DARP(AddOn, name="darp"):
         rows = self.refined.read(ids)
         return rows, rows.sum(dim=1) > 0.5
 
-    def _write(self, predictions: Tensor, words: Tensor) -> None:
-        filled = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
-        ids, places = last_occurrences(words, filled)
-        self.predictions.write(ids, predictions[places], self.rows)
+    def _write(self, predictions: Tensor, encoded: Tensor) -> None:
+        occupied = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
+        ids, positions = last_occurrences(encoded, occupied)
+        self.predictions.write(ids, predictions[positions], self.rows)
         self.refined.reserve(ids, self.rows)
 
     def _refine(self) -> None:
         table = self.predictions.values
-        seen = (table.sum(dim=1) > 0.5).nonzero()[:, 0]
-        if not len(seen):
+        known_rows = (table.sum(dim=1) > 0.5).nonzero()[:, 0]
+        if not len(known_rows):
             return
-        said = table[seen].double()
-        amounts = len(seen) * self._shares(said).double()
-        found = refined(said, amounts, self.alpha, self.iterations)
-        self.refined.load(torch.zeros_like(table).index_copy(0, seen, found.float()))
+        probabilities = table[known_rows].double()
+        amounts = len(known_rows) * self._shares(probabilities).double()
+        found = refined(probabilities, amounts, self.alpha, self.iterations)
+        self.refined.load(torch.zeros_like(table).index_copy(0, known_rows, found.float()))
 
     def _shares(self, like: Tensor) -> Tensor:
         """How the rows divide among the classes, fp32 [classes], summing to 1."""
@@ -170,16 +170,16 @@ class DARP(AddOn, name="darp"):
 DARPConfig = DARP.Config
 
 
-def refined(said: Tensor, amounts: Tensor, alpha: float, iterations: int) -> Tensor:
-    """Rows near to those `said` that sum to 1, with about the given sum of every class.
+def refined(probabilities: Tensor, amounts: Tensor, alpha: float, iterations: int) -> Tensor:
+    """Give rows near `probabilities` that sum to 1, with about the given sum of every class.
 
     Args:
-        said: Probabilities, fp64 [rows, classes].
+        probabilities: Probabilities, fp64 [rows, classes].
         amounts: Of each class, fp64 [classes], positive, summing to the number of rows.
         alpha: A class is taken from all but this many times its amount of rows.
         iterations: Rounds of coordinate ascent.
     """
-    logs = _without_small(said, amounts, alpha).log()
+    logs = _without_small(probabilities, amounts, alpha).log()
     entropy = -(logs.exp() * logs).sum(dim=1, keepdim=True)  # [rows, 1], 1 / w
     goal = amounts.log()
     nu = torch.zeros_like(amounts)
@@ -192,12 +192,14 @@ def refined(said: Tensor, amounts: Tensor, alpha: float, iterations: int) -> Ten
     return (logs - nu * entropy).softmax(dim=1)
 
 
-def _without_small(said: Tensor, amounts: Tensor, alpha: float) -> Tensor:
+def _without_small(probabilities: Tensor, amounts: Tensor, alpha: float) -> Tensor:
     """Rows without the classes that others have more of, each class scaled to its amount."""
-    order = said.argsort(dim=0, descending=True, stable=True)
+    order = probabilities.argsort(dim=0, descending=True, stable=True)
     kept = (alpha * amounts).floor().clamp(min=1)  # rows of each class
-    places = torch.arange(len(said), device=said.device)[:, None]
-    first = torch.zeros_like(said).scatter(0, order, (places < kept).to(said.dtype))
-    chosen = said * first
+    positions = torch.arange(len(probabilities), device=probabilities.device)[:, None]
+    first = torch.zeros_like(probabilities).scatter(
+        0, order, (positions < kept).to(probabilities.dtype)
+    )
+    chosen = probabilities * first
     chosen = chosen * amounts / chosen.sum(dim=0).clamp(min=_SMALL) + _SMALL
     return chosen / chosen.sum(dim=1, keepdim=True)

@@ -89,7 +89,7 @@ class Reconstruction(AddOn, name="reconstruction"):
                 "the add-on reconstruction gives back inputs of floating-point numbers, and these "
                 f"are {rows.dtype}"
             )
-        corrupted, counted = self._corrupted(rows, inputs.places)
+        corrupted, counted = self._corrupted(rows, inputs.positions)
         context = {"target": rows.float(), "counted": counted}
         return replace(
             mixed,
@@ -101,22 +101,22 @@ class Reconstruction(AddOn, name="reconstruction"):
         """The inner algorithm's terms, and that of the decoder."""
         target = outputs.context[self._key("target")].flatten(1)  # [unlabeled, numbers]
         counted = outputs.context[self._key("counted")].flatten(1)
-        said = outputs.heads[self.name].extra_inputs[-1]
+        predicted = outputs.heads[self.name].extra_inputs[-1]
         share = self.share if self.mode == "masked" else 1.0
-        expected = share * max(said.shape[1], 1) * outputs.unlabeled_rows
-        errors = (said - target).square() * counted
+        expected = share * max(predicted.shape[1], 1) * outputs.unlabeled_rows
+        errors = (predicted - target).square() * counted
         term = {f"{self.name}_loss": self.weight * errors.sum() / expected}
         return replace(terms, extras={**terms.extras, **term})
 
-    def _corrupted(self, rows: Tensor, places: BatchPositions) -> tuple[Tensor, Tensor]:
+    def _corrupted(self, rows: Tensor, positions: BatchPositions) -> tuple[Tensor, Tensor]:
         """The rows corrupted, and which numbers are to be given back, fp32 of the rows' shape."""
         shape = rows.shape[1:]
         if self.mode == "denoising":
-            noise = places.normal(self.name, math.prod(shape)).view(rows.shape)
+            noise = positions.normal(self.name, math.prod(shape)).view(rows.shape)
             noise = noise.to(rows.device, non_blocking=True)
             return (rows + self.scale * noise).to(rows.dtype), torch.ones_like(rows.float())
         cells = [-(-side // self.patch) for side in shape[1:]] if len(shape) == 3 else list(shape)
-        drawn = places.noise(self.name, math.prod(cells)).view(len(rows), *cells)
+        drawn = positions.noise(self.name, math.prod(cells)).view(len(rows), *cells)
         masked = (drawn < self.share).to(rows.device, non_blocking=True)
         if len(shape) == 3:
             for dim in (1, 2):

@@ -53,7 +53,7 @@ class Mixing:
 
 
 def draw_mixing(
-    places: BatchPositions,
+    positions: BatchPositions,
     name: str,
     alpha: float,
     groups: Groups,
@@ -65,7 +65,7 @@ def draw_mixing(
     """How to mix a micro-batch's rows, laid end to end; shares are Beta(alpha, alpha).
 
     Args:
-        places: Of the micro-batch.
+        positions: Of the micro-batch.
         name: Keeps what is drawn apart from other draws.
         alpha: Of the Beta distribution.
         groups: Parts of the global batch within which rows are mixed; see `count_groups`.
@@ -76,15 +76,15 @@ def draw_mixing(
     Raises ConfigError where a micro-batch does not hold whole groups.
 
     """
-    count = count_groups(groups, places)
+    count = count_groups(groups, positions)
     views = [("labeled", copy) for copy in range(labeled)]
     views += [("unlabeled", copy) for copy in range(unlabeled)]
     noise = [
-        places.noise(f"{name} {kind} {copy}", 1 + BETA_NUMBERS, labeled=kind == "labeled")
+        positions.noise(f"{name} {kind} {copy}", 1 + BETA_NUMBERS, labeled=kind == "labeled")
         for kind, copy in views
     ]
-    of_labeled = group_of(places.labeled, places.labeled_rows, count)
-    of_unlabeled = group_of(places.unlabeled, places.unlabeled_rows, count)
+    of_labeled = group_of(positions.labeled, positions.labeled_rows, count)
+    of_unlabeled = group_of(positions.unlabeled, positions.unlabeled_rows, count)
     of_rows = torch.cat([of_labeled] * labeled + [of_unlabeled] * unlabeled)
     numbers = torch.cat(noise)  # [rows, 1 + BETA_NUMBERS]
     partners = draw_partners(of_rows, numbers[:, 0])
@@ -101,9 +101,9 @@ def draw_partners(groups: Tensor, noise: Tensor) -> Tensor:
     `groups` is int64 [rows], `noise` uniform in [0, 1) [rows]. It depends on a group's own rows, in
     their order, and on nothing else.
     """
-    places = groups.argsort(stable=True)
+    positions = groups.argsort(stable=True)
     drawn = (groups + noise.double()).argsort(stable=True)  # noise has 24 bits, the sum is exact
-    return torch.empty_like(places).index_copy_(0, places, drawn)
+    return torch.empty_like(positions).index_copy_(0, positions, drawn)
 
 
 def beta(numbers: Tensor, a: float, b: float) -> Tensor:
@@ -156,15 +156,15 @@ def choose_groups(labeled_rows: int, unlabeled_rows: int, slices: int = 1) -> in
     return groups if groups % slices == 0 else slices
 
 
-def count_groups(groups: Groups, places: BatchPositions) -> int:
+def count_groups(groups: Groups, positions: BatchPositions) -> int:
     """The number of groups of a micro-batch's global batch.
 
     Raises ConfigError where a micro-batch does not hold whole groups.
     """
-    slices = places.labeled_rows // len(places.labeled) if len(places.labeled) else 1
+    slices = positions.labeled_rows // len(positions.labeled) if len(positions.labeled) else 1
     if groups == "auto":
-        return choose_groups(places.labeled_rows, places.unlabeled_rows, slices)
-    if len(places.labeled):
+        return choose_groups(positions.labeled_rows, positions.unlabeled_rows, slices)
+    if len(positions.labeled):
         check_groups(groups, slices)
     return groups
 
@@ -207,7 +207,7 @@ def check_group_sizes(
                 f"batch.{kind} or algorithm.groups"
             )
     few = {kind: sizes[kind] // count for kind in mixed if sizes[kind] // count < ENOUGH_ROWS}
-    told = " and ".join(f"{rows} {_spelled(kind)}" for kind, rows in few.items())
+    few_rows = " and ".join(f"{rows} {_spelled(kind)}" for kind, rows in few.items())
     wanted = " and ".join(f"batch.{kind} to {ENOUGH_ROWS * count} or more" for kind in few)
     if count == slices > 1:
         remedy = f"raise {wanted}, or use fewer ranks and micro-batches (here {slices} in all)"
@@ -217,9 +217,9 @@ def check_group_sizes(
         remedy = f"raise {wanted}"
     if 1 in few.values():
         raise ConfigError(
-            f"{where}, in each of them {told}, which leaves none to mix with; {remedy}"
+            f"{where}, in each of them {few_rows}, which leaves none to mix with; {remedy}"
         )
-    context = [f"in each of them {told}: hardly any to mix with; {remedy}"] if few else []
+    context = [f"in each of them {few_rows}: hardly any to mix with; {remedy}"] if few else []
     if groups == "auto" and count != usual:
         context.append(
             f"one for each of {slices} ranks and micro-batches, in place of {usual}: mixtures are "

@@ -41,7 +41,7 @@ def add_rotated(inputs: StudentInputs, images: Tensor, name: str) -> StudentInpu
             f"{name} rotates square images [rows, channels, side, side], and these are "
             f"{list(images.shape)}; set algorithm.rotation_weight to 0"
         )
-    drawn = inputs.places.noise(f"{name} rotation", 1)[:, 0]
+    drawn = inputs.positions.noise(f"{name} rotation", 1)[:, 0]
     turns = (drawn * ANGLES).long().to(images.device, non_blocking=True)
     context = {**inputs.context, "turns": turns}
     return replace(
@@ -51,5 +51,5 @@ def add_rotated(inputs: StudentInputs, images: Tensor, name: str) -> StudentInpu
 
 def rotation_loss(outputs: StudentOutputs) -> Tensor:
     """Cross-entropy of the angles, a contribution to the mean over the unlabelled rows."""
-    said = outputs.heads[HEAD].extra_inputs[-1]
-    return hard_cross_entropy(said, outputs.context["turns"]).sum() / outputs.unlabeled_rows
+    predicted = outputs.heads[HEAD].extra_inputs[-1]
+    return hard_cross_entropy(predicted, outputs.context["turns"]).sum() / outputs.unlabeled_rows

@@ -33,11 +33,11 @@ def scatter_to_global(weak: WeakOutputs, values: Tensor, *, labeled: bool = Fals
 
     Or those of labelled rows, in the labelled global batch.
     """
-    places = weak.places
-    assert places is not None
-    at, rows = places.unlabeled, places.unlabeled_rows
+    positions = weak.positions
+    assert positions is not None
+    at, rows = positions.unlabeled, positions.unlabeled_rows
     if labeled:
-        at, rows = places.labeled, places.labeled_rows
+        at, rows = positions.labeled, positions.labeled_rows
     empty = values.new_zeros(rows, *values.shape[1:], dtype=torch.float32)
     return empty.index_copy(0, at.to(values.device, non_blocking=True), values.float())
 
@@ -47,22 +47,22 @@ def encode_ids(ids: Tensor) -> Tensor:
     return torch.stack((ids >> _LOW, ids & ((1 << _LOW) - 1)), dim=1)
 
 
-def ids_of(words: Tensor) -> Tensor:
+def ids_of(encoded: Tensor) -> Tensor:
     """The ids of their words [rows, 2], int64 [rows]."""
-    high, low = words.round().long().unbind(dim=1)
+    high, low = encoded.round().long().unbind(dim=1)
     return (high << _LOW) | low
 
 
-def last_occurrences(words: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
-    """The row ids of a global batch, each once, and where it stands: the last place if in several.
+def last_occurrences(encoded: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each row id of a global batch once, with its position: the last one if it has several.
 
-    `words` [global batch, 2] are the summed `encode_ids`; `filled` [global batch] says which places
-    have a row. int64 [rows] both, on the device, which is waited for.
+    `encoded` [global batch, 2] are the summed `encode_ids`; `occupied` [global batch] marks the
+    positions that have a row. Both results are int64 [rows], on the device, which is waited for.
     """
-    numbers = torch.where(filled, ids_of(words), -1).tolist()
+    numbers = torch.where(occupied, ids_of(encoded), -1).tolist()
     last = {row: place for place, row in enumerate(numbers) if row >= 0}
-    ids, places = torch.tensor(list(last)).long(), torch.tensor(list(last.values())).long()
-    return ids.to(words.device), places.to(words.device)
+    ids, positions = torch.tensor(list(last)).long(), torch.tensor(list(last.values())).long()
+    return ids.to(encoded.device), positions.to(encoded.device)
 
 
 class LabelTable:
@@ -117,8 +117,8 @@ class LabelTable:
         `labels` int64 [unlabeled] are classes or `NEVER`. Rows of the result: id / 2^24, the rest
         of the id, and label + 2; all 0 in a place whose row cannot be used.
         """
-        told = torch.cat((encode_ids(weak.known_ids), labels[:, None] + 2), dim=1)  # [unlabeled, 3]
-        return scatter_to_global(weak, told).T
+        rows = torch.cat((encode_ids(weak.known_ids), labels[:, None] + 2), dim=1)
+        return scatter_to_global(weak, rows).T  # of [unlabeled, 3]
 
     def observe(self, packed: Tensor) -> Tensor:
         """From the summed `pack`, what changes by the rows of this rank: int64 [classes + 1].
@@ -126,11 +126,11 @@ class LabelTable:
         By how much each label's count does, and last the number of rows seen first. Of several
         places with one id, the last that has a label wins.
         """
-        told = packed[2].round().long()  # [batch]
-        used = told > 0
+        codes = packed[2].round().long()  # [batch]
+        used = codes > 0
         ids = torch.where(used, ids_of(packed[:2].T), -1)
         self._largest.set(ids.max() if len(ids) else ids.sum() - 1)
-        labels = told - 2
+        labels = codes - 2
         # Sort by id, then by whether there is a label, then by place: the last of an id wins.
         order = (labels >= 0).long().argsort(stable=True)
         order = order[ids[order].argsort(stable=True)]
@@ -139,14 +139,14 @@ class LabelTable:
         wins[:-1] = ids[1:] != ids[:-1]
         blocks = ids // BLOCK
         wins = wins & used & (blocks % self.ranks == self.rank)
-        places = blocks // self.ranks * BLOCK + ids % BLOCK  # in this rank's part
+        positions = blocks // self.ranks * BLOCK + ids % BLOCK  # in this rank's part
         end = len(self._labels) - 1
-        known = wins & (places < end)
-        old = torch.where(known, self._labels[torch.where(known, places, end)].long(), UNSEEN)
+        known = wins & (positions < end)
+        old = torch.where(known, self._labels[torch.where(known, positions, end)].long(), UNSEEN)
         new = torch.where(labels >= 0, labels, old.clamp(min=NEVER))
         counts = self._count(new, wins) - self._count(old, wins)
         change = torch.cat([counts, (wins & (old == UNSEEN)).sum().view(1)])
-        self._found = (places, new, wins, change)
+        self._found = (positions, new, wins, change)
         return change
 
     def commit(self, is_finite: Tensor | None, rows: int | None) -> None:
@@ -156,13 +156,13 @@ class LabelTable:
         """
         if self._found is None:
             return
-        places, labels, wins, change = self._found
+        positions, labels, wins, change = self._found
         self._found = None
         self._grow(self._largest.get() + 1, rows or 0)
         writes = wins if is_finite is None else wins & is_finite
         end = len(self._labels) - 1
-        places = torch.where(writes, places, end)
-        self._labels[places] = torch.where(writes, labels, UNSEEN).to(torch.int16)
+        positions = torch.where(writes, positions, end)
+        self._labels[positions] = torch.where(writes, labels, UNSEEN).to(torch.int16)
         if self.ranks > 1:
             self.pending_deltas = (
                 change if is_finite is None else torch.where(is_finite, change, self.pending_deltas)
@@ -199,8 +199,8 @@ class LabelTable:
         self.discard()
         self.pending_deltas = torch.zeros_like(self.pending_deltas)
         size = saved.size("changes")
-        changes = saved.read("changes", 0, size) if size else self.pending_deltas
-        return changes.to(self.pending_deltas).view(-1, len(self.pending_deltas)).sum(dim=0)
+        deltas = saved.read("changes", 0, size) if size else self.pending_deltas
+        return deltas.to(self.pending_deltas).view(-1, len(self.pending_deltas)).sum(dim=0)
 
     def _count(self, labels: Tensor, which: Tensor) -> Tensor:
         """How often each label occurs among some rows, int64 [classes]; integers, so exact."""

@@ -60,14 +60,14 @@ class AudioClassifier(nn.Module):
         return logits[:rows]
 
     def _waveforms(self, inputs: Tensor) -> dict[str, Tensor]:
-        sound, length = split(inputs)
+        waveform, length = split(inputs)
         if not self.masked:
-            return {self._name: sound}
+            return {self._name: waveform}
         length = length.clamp(min=self.fewest)  # of no frame, the mean is NaN
         if not torch.compiler.is_compiling():  # which would compile for every length
-            sound = sound[:, : cut(int(length.max()), sound.shape[1])]
-        mask = torch.arange(sound.shape[1], device=sound.device) < length[:, None]
-        return {self._name: sound, "attention_mask": mask.long()}
+            waveform = waveform[:, : cut(int(length.max()), waveform.shape[1])]
+        mask = torch.arange(waveform.shape[1], device=waveform.device) < length[:, None]
+        return {self._name: waveform, "attention_mask": mask.long()}
 
 
 def cut(longest: int, samples: int) -> int:
@@ -76,23 +76,23 @@ def cut(longest: int, samples: int) -> int:
     return next((length for length in lengths if length >= longest), samples)
 
 
-def check_audio(model: Any, name: str, seen: tuple[int, ...]) -> None:
+def check_audio(model: Any, name: str, input_shape: tuple[int, ...]) -> None:
     """Raise ConfigError where the views' rows have not the sides that the model takes."""
     config = model.config
-    if len(seen) == 1:
+    if len(input_shape) == 1:
         if getattr(config, "num_mel_bins", None) and not hasattr(config, "conv_kernel"):
             raise ConfigError(
                 f"model.name: {name} takes spectrograms; set views.spectrogram: true and "
                 f"views.mels: {config.num_mel_bins}"
             )
         least = _one_frame(config)
-        if seen[0] < least:
+        if input_shape[0] < least:
             raise ConfigError(
-                f"views.seconds: rows have {seen[0]} samples, and {name} needs {least} for one "
-                "frame; give more seconds"
+                f"views.seconds: rows have {input_shape[0]} samples, and {name} needs {least} for "
+                "one frame; give more seconds"
             )
         return
-    mels, frames = seen[1:]
+    mels, frames = input_shape[1:]
     wanted = getattr(config, "num_mel_bins", None)
     if wanted is None:
         raise ConfigError(f"model.name: {name} takes waveforms; set views.spectrogram: false")

@@ -120,7 +120,7 @@ class _Table(Algorithm):
     def statistics(self, weak):
         bank = torch.zeros(3, weak.logits.shape[1])
         pairs = weak.logits.T @ weak.logits
-        batch = torch.zeros(weak.places.unlabeled_rows, 2)
+        batch = torch.zeros(weak.positions.unlabeled_rows, 2)
         return {
             "batch": batch,
             "scores": weak.logits,

@@ -85,10 +85,10 @@ def test_a_pasted_image_is_the_whole_middle_made_smaller() -> None:
 
 
 def draws(
-    places: BatchPositions, high_alpha: float, low_alpha: float, labeled: bool = False
+    positions: BatchPositions, high_alpha: float, low_alpha: float, labeled: bool = False
 ) -> list[np.ndarray]:
     """Uniform numbers [rows, 4], and both kinds of shares."""
-    noise = places.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
+    noise = positions.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
     plain, *numbers = noise.split([4, BETA_NUMBERS, BETA_NUMBERS], dim=1)
     shares = [beta(n, a, a) for n, a in zip(numbers, (high_alpha, low_alpha), strict=True)]
     return [part.double().numpy() for part in (plain, *shares)]
@@ -131,7 +131,7 @@ class Reference:
         losses, slopes = cross_entropy(strong @ model, ONE_HOT[classes])
         fairness, fair_slopes = self._fairness(softmax(strong @ model), mask)
         strong_slopes = (mask[:, None] * slopes) / n + o["fairness_weight"] * fair_slopes
-        places = BatchPositions(
+        positions = BatchPositions(
             torch.arange(LABELED), usable, LABELED, ROWS, seed=7, step=batch.step
         )
         x, labels = batch.labeled.double().numpy(), batch.labels.numpy()
@@ -140,7 +140,9 @@ class Reference:
             for u, c, k in zip(usable, confidence, classes, strict=True)
         ]
         pool += [(i * GROUPS // LABELED, True, labels[i], True) for i in range(LABELED)]
-        drawn = [draws(places, o["high_alpha"], o["low_alpha"], labeled=x) for x in (False, True)]
+        drawn = [
+            draws(positions, o["high_alpha"], o["low_alpha"], labeled=x) for x in (False, True)
+        ]
         noise, high_shares, low_shares = (np.concatenate(pair) for pair in zip(*drawn, strict=True))
         inputs, low = [*strong, *x], confidence < o["confident"]
         rejected = max(low.sum(), 1)
@@ -331,9 +333,9 @@ def of_images(algorithm: RegMixMatch, logits: Tensor, ranks: int, step: int) -> 
     parts = []
     for rank in range(ranks):
         x, u = (torch.arange(n).chunk(ranks)[rank] for n in (LABELED, ROWS))
-        places = BatchPositions(x, u, LABELED, ROWS, seed=7, step=step)
-        inputs = StudentInputs(labeled[x], labels[x], (), (strong[u],), (), (weak[u],), places)
-        parts.append(algorithm.mix(inputs, WeakOutputs(logits[u], u, places=places)))
+        positions = BatchPositions(x, u, LABELED, ROWS, seed=7, step=step)
+        inputs = StudentInputs(labeled[x], labels[x], (), (strong[u],), (), (weak[u],), positions)
+        parts.append(algorithm.mix(inputs, WeakOutputs(logits[u], u, positions=positions)))
     return replace(
         parts[0],
         strong=(strong,),
@@ -350,10 +352,10 @@ def test_images_are_pasted(step: int) -> None:
     algorithm = RegMixMatch(CLASSES, **options, groups=GROUPS)
     logits = 2.5 * torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(step))
     found = of_images(algorithm, logits, 1, step)
-    places = BatchPositions(
+    positions = BatchPositions(
         torch.arange(LABELED), torch.arange(ROWS), LABELED, ROWS, seed=7, step=step
     )
-    noise, high_draws, low_draws = draws(places, OPTIONS["high_alpha"], OPTIONS["low_alpha"])
+    noise, high_draws, low_draws = draws(positions, OPTIONS["high_alpha"], OPTIONS["low_alpha"])
     p = softmax(logits.double().numpy())
     confidence, classes = p.max(axis=1), p.argmax(axis=1)
     pool = [(i * GROUPS // ROWS, confidence[i] >= 0.9, classes[i], False) for i in range(ROWS)]

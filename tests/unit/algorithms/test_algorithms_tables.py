@@ -29,11 +29,13 @@ from tests.support.algorithm_batches import (
 
 
 def pack(
-    ids: list[int], labels: list[int], places: list[int] | None = None, rows: int = 8
+    ids: list[int], labels: list[int], positions: list[int] | None = None, rows: int = 8
 ) -> Tensor:
-    where = torch.arange(len(ids)) if places is None else torch.tensor(places, dtype=torch.int64)
+    where = (
+        torch.arange(len(ids)) if positions is None else torch.tensor(positions, dtype=torch.int64)
+    )
     at = BatchPositions(torch.arange(0), where, 0, rows, seed=0, step=0)
-    weak = WeakOutputs(torch.zeros(len(ids), CLASSES), torch.tensor(ids).long(), places=at)
+    weak = WeakOutputs(torch.zeros(len(ids), CLASSES), torch.tensor(ids).long(), positions=at)
     return LabelTable.pack(weak, torch.tensor(labels).long())
 
 
@@ -250,7 +252,7 @@ def test_a_copy_of_the_state_does_not_change_with_the_run() -> None:
 
 def test_flexmatch_rows_that_cannot_be_used_hold_a_place_and_nothing_else() -> None:
     whole, gaps = make_batch(1), make_batch(1)
-    gaps.places = torch.arange(UNLABELED) + 3 + (torch.arange(UNLABELED) > 10) * 5
+    gaps.positions = torch.arange(UNLABELED) + 3 + (torch.arange(UNLABELED) > 10) * 5
     algorithms = [FlexMatch(CLASSES), FlexMatch(CLASSES)]
     for algorithm, batch in zip(algorithms, (whole, gaps), strict=True):
         run(algorithm, batch)

@@ -72,8 +72,8 @@ def test_vat_over_several_steps(
         model, x = batch.student.double().numpy(), batch.labeled.double().numpy()
         usable = batch.usable.nonzero().flatten()
         rows, n = batch.weak[0][usable].double().numpy(), len(usable)
-        places = BatchPositions(torch.arange(8), usable, 8, 16, seed=7, step=step)
-        noise = places.normal("vat", FEATURES).double().numpy()
+        positions = BatchPositions(torch.arange(8), usable, 8, 16, seed=7, step=step)
+        noise = positions.normal("vat", FEATURES).double().numpy()
         perturbed = rows + 0.7 * virtual_adversarial(rows, noise, model, 0.5, times)
         supervised, slopes = cross_entropy(x @ model, np.eye(CLASSES)[batch.labels.numpy()])
         weight, kls = 2.0 * min(step / 3, 1), divergence(rows @ model, perturbed @ model)
@@ -135,8 +135,8 @@ def test_every_option_changes_the_loss(change: dict[str, float]) -> None:
 def test_without_a_gradient_the_direction_stays_random(slope: float) -> None:
     algorithm = VAT(epsilon=2.0, ramp_steps=0)
     batch = global_batch(algorithm, 0)
-    needs_gradient_probe = inputs_of(batch.weak[0])
-    weak = WeakOutputs(torch.zeros(16, CLASSES), batch.ids, places=needs_gradient_probe.places)
+    probed = inputs_of(batch.weak[0])
+    weak = WeakOutputs(torch.zeros(16, CLASSES), batch.ids, positions=probed.positions)
     flat = torch.arange(CLASSES) * 1.0
 
     def model(rows: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ def test_without_a_gradient_the_direction_stays_random(slope: float) -> None:
         said = rows @ batch.student
         return torch.cat([said[:8], flat + slope * said[8:]])
 
-    found = algorithm.perturb(needs_gradient_probe, weak, model)
-    noise = needs_gradient_probe.places.normal("vat", FEATURES).double().numpy()
+    found = algorithm.perturb(probed, weak, model)
+    noise = probed.positions.normal("vat", FEATURES).double().numpy()
     moves = (found.extra_inputs[0] - batch.weak[0]).double().numpy() / 2
     np.testing.assert_allclose(moves[8:], unit(noise)[8:], atol=1e-5)
     assert np.abs(moves[:8] - unit(noise)[:8]).max() > 0.1
@@ -167,7 +167,7 @@ def test_a_tiny_and_a_huge_gradient_have_a_direction() -> None:
         algorithm = VAT(epsilon=1.0, xi=1e-3)
         batch = global_batch(algorithm, 0)
         inputs = inputs_of(batch.weak[0])
-        weak = WeakOutputs(torch.zeros(16, 2), batch.ids, places=inputs.places)
+        weak = WeakOutputs(torch.zeros(16, 2), batch.ids, positions=inputs.positions)
 
         def model(rows: Tensor, size: float = size) -> Tensor:
             return _Scaled.apply(rows[:, :2], size)
@@ -201,8 +201,8 @@ def test_inputs_of_whole_numbers_are_refused() -> None:
 def inputs_of(rows: Tensor) -> StudentInputs:
     """One micro-batch of unlabelled rows alone."""
     none = torch.arange(0)
-    places = BatchPositions(none, torch.arange(len(rows)), 0, len(rows), seed=3, step=0)
-    return StudentInputs(rows[:0], none, (), (), (), (rows,), places)
+    positions = BatchPositions(none, torch.arange(len(rows)), 0, len(rows), seed=3, step=0)
+    return StudentInputs(rows[:0], none, (), (), (), (rows,), positions)
 
 
 class _Watched(VAT):
@@ -212,9 +212,9 @@ class _Watched(VAT):
 
     def perturb(self, inputs, weak, model):
         before = self._model_state()
-        self.told: list[dict[str, Tensor]] = [before]
+        self.states: list[dict[str, Tensor]] = [before]
         found = super().perturb(inputs, weak, model)
-        self.told.append(self._model_state())
+        self.states.append(self._model_state())
         return found
 
     def _model_state(self) -> dict[str, Tensor]:
@@ -223,8 +223,8 @@ class _Watched(VAT):
             if parameter.grad is not None:
                 state[f"gradient of {name}"] = parameter.grad.clone()
         for name, module in self.model.named_modules():
-            if hasattr(module, "_seen"):
-                state[f"passes of {name}"] = torch.tensor(len(module._seen))
+            if hasattr(module, "_passes"):
+                state[f"passes of {name}"] = torch.tensor(len(module._passes))
         return state
 
 
@@ -234,7 +234,7 @@ def test_the_search_touches_nothing_of_the_model() -> None:
     algorithm.model = step.engine.module
     for number in range(3):
         step(*global_batches(number))
-        before, after = algorithm.told
+        before, after = algorithm.states
         assert before.keys() == after.keys()
         assert not any(name.startswith("gradient") for name in after)
         assert any(name.startswith("passes") for name in after)
@@ -249,7 +249,7 @@ def test_the_search_leaves_gradients_alone_that_are_there() -> None:
     for parameter in algorithm.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     step(*global_batches(0))
-    before, after = algorithm.told
+    before, after = algorithm.states
     assert sum(name.startswith("gradient") for name in after) > 10
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -325,7 +325,7 @@ def directions(model: nn.Module, rows: Tensor, dtype: torch.dtype, xi: float) ->
         return cast(inputs.to(dtype)).float()
 
     inputs = inputs_of(rows)
-    weak = WeakOutputs(probe(rows).detach(), torch.arange(len(rows)), places=inputs.places)
+    weak = WeakOutputs(probe(rows).detach(), torch.arange(len(rows)), positions=inputs.positions)
     found = VAT(epsilon=1.0, xi=xi).perturb(inputs, weak, probe)
     assert found.extra_inputs[0].dtype == torch.float32
     return (found.extra_inputs[0] - rows).flatten(1)

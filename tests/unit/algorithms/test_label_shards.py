@@ -60,10 +60,10 @@ def step(group: list[FlexMatch], rows: list[tuple[int, int]], fate: str) -> list
     """What each rank does with its share of the rows; the counts that its loss went by."""
     sums: dict[str, Tensor] = {}
     for rank, algorithm in enumerate(group):
-        places = torch.arange(len(rows))[rank :: len(group)]
-        ids, labels = torch.tensor(rows)[places].unbind(dim=1)
-        at = BatchPositions(torch.arange(0), places, 0, len(rows), seed=0, step=0)
-        weak = WeakOutputs(torch.zeros(len(places), CLASSES), ids, places=at)
+        positions = torch.arange(len(rows))[rank :: len(group)]
+        ids, labels = torch.tensor(rows)[positions].unbind(dim=1)
+        at = BatchPositions(torch.arange(0), positions, 0, len(rows), seed=0, step=0)
+        weak = WeakOutputs(torch.zeros(len(positions), CLASSES), ids, positions=at)
         told = {"table": algorithm._table.pack(weak, labels)} | algorithm.rank_statistics()
         sums = {name: sums.get(name, 0) + value for name, value in told.items()}
     went_by = []
@@ -72,7 +72,7 @@ def step(group: list[FlexMatch], rows: list[tuple[int, int]], fate: str) -> list
         algorithm.is_finite = torch.tensor(fate != UNSOUND)
         if fate == UNSOUND:
             algorithm.pending = dict(algorithm.state)
-        went_by.append(algorithm._told["counts"].tolist())
+        went_by.append(algorithm._used_counts["counts"].tolist())
         if fate != RAISED:
             algorithm.discard() if fate == SKIPPED else algorithm.commit()
     return went_by

@@ -109,7 +109,7 @@ def test_every_flag_of_train_is_known_where_overrides_are_split_off(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     words = capsys.readouterr().out.partition("options:")[2].partition("\n\n")[0].split()
-    assert {word for word in words if word.startswith("--")} == set(cli.train.SETTINGS_BESIDE)
+    assert {word for word in words if word.startswith("--")} == set(cli.train.OWN_OPTIONS)
 
 
 def test_version_and_module():

@@ -382,4 +382,4 @@ def test_every_flag_of_convert_is_known_where_overrides_are_split_off(capsys):
     with pytest.raises(SystemExit):
         cli.main(["convert", "--help"])
     words = capsys.readouterr().out.partition("options:")[2].split()
-    assert {word for word in words if word.startswith("--")} == set(cli.convert.SETTINGS_BESIDE)
+    assert {word for word in words if word.startswith("--")} == set(cli.convert.OWN_OPTIONS)

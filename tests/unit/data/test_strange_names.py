@@ -66,5 +66,5 @@ def test_no_name_of_a_stranger_moves_the_terminal(capsys: pytest.CaptureFixture[
     assert shortened([name, "x" * 10_000]) == f"{safe}, {'x' * 79}…"
     assert str(DataError(f"no class {name}")) == f"no class {safe}"
     assert str(BadRow(1, name, name)) == f"{safe}: {safe}"
-    Console(0, 0, True).say(name)
+    Console(0, 0, True).log_line(name)
     assert capsys.readouterr().err == f"{safe}\n"

@@ -141,4 +141,4 @@ def test_the_compiler_leaves_out_what_is_remembered() -> None:
     explained = torch._dynamo.explain(model)(rows())
     assert any("disable" in found.reason for found in explained.break_reasons)
     (norm,) = batch_norms(model)
-    assert len(norm._seen) == 1
+    assert len(norm._passes) == 1

@@ -15,7 +15,7 @@ class OneProcess(Layout):
     """Gives what an all-gather would, of fragments of all ranks that this process has itself."""
 
     def __init__(self, ranks: list[list[Fragment]]) -> None:
-        super().__init__(ranks[0], places=[fragment_spans(own) for own in ranks])
+        super().__init__(ranks[0], spans=[fragment_spans(own) for own in ranks])
         flat = [torch.cat([f.values for f in own] or [torch.empty(0)]) for own in ranks]
         self.flat = [torch.nn.functional.pad(own, (0, self._longest - len(own))) for own in flat]
         self.exchanged = 0
@@ -52,5 +52,5 @@ def test_pieces_of_any_size_give_whole_tensors(seed, monkeypatch):
 
     halves = {name: torch.zeros(len(values), 1).half() for name, values in whole.items()}
     layout.exchanged = 0
-    layout.spread(ranks[0], halves)
+    layout.gather_into(ranks[0], halves)
     assert all(torch.equal(halves[name][:, 0], whole[name].half()) for name in whole)

@@ -158,8 +158,8 @@ def test_who_waits_says_for_whom_and_goes_on_when_that_dies(
     holder.kill()
     waiter.join(30)
     assert held.is_set()
-    told = rf"waiting for process {holder.pid} on \S+, which has been compiling an_op"
-    assert re.match(told, said[0])
+    text = rf"waiting for process {holder.pid} on \S+, which has been compiling an_op"
+    assert re.match(text, said[0])
     assert len(said) == 1
 
 
@@ -218,9 +218,9 @@ def test_an_operator_that_does_not_compile_is_one_clear_line(builder: Any) -> No
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("local", "told"), [("0", "hpdist: rank 8: ConfigError: "), ("1", "")])
+@pytest.mark.parametrize(("local", "text"), [("0", "hpdist: rank 8: ConfigError: "), ("1", "")])
 def test_of_a_machine_that_cannot_compile_one_rank_says_so(
-    local: str, told: str, builder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    local: str, text: str, builder: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     ranks = {"WORLD_SIZE": "16", "RANK": str(8 + int(local)), "LOCAL_RANK": local}
     for name, value in ranks.items():
@@ -228,8 +228,8 @@ def test_of_a_machine_that_cannot_compile_one_rank_says_so(
     with pytest.raises(ConfigError) as caught:
         prepare_operators([builder("hpdist_broken", "nonsense")], print, patience=None)
     capsys.readouterr()
-    assert report_error(caught.value) is bool(told)
-    assert capsys.readouterr().err.startswith(told)
+    assert report_error(caught.value) is bool(text)
+    assert capsys.readouterr().err.startswith(text)
 
 
 def test_the_ninja_of_the_environment_compiles(
@@ -296,7 +296,7 @@ def test_preflight_reports_a_lock_that_was_left(tmp_path: Path, monkeypatch: Any
     lock.touch()
     finding = _builds([{"host": "n0", "builds": _left_builds()}, {"host": "n1", "builds": []}])
     assert finding.verdict == "note"
-    assert finding.told.startswith(f"n0: {lock} was left by a start that was killed")
+    assert finding.text.startswith(f"n0: {lock} was left by a start that was killed")
     assert lock.exists()
     assert _builds([{"host": "n1", "builds": []}]).verdict == "ok"
 

@@ -31,7 +31,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         engine = made.step.engine
         assert engine.optimizer_scalars() == {"step": 5.0}
         apart = {"now_and_then.weight": 2.0, "now_and_then.bias": 2.0}
-        assert engine.optimizer_scalars_apart() == {"step": apart}
+        assert engine.optimizer_scalars_by_parameter() == {"step": apart}
 
 
 def test_adams_step_is_no_momentum_though_it_has_the_shape_of_one() -> None:

@@ -35,7 +35,7 @@ def until(seen: Callable[[], bool]) -> None:
 
 
 def shown(work: progress.Work) -> None:
-    until(lambda: work._told or work._bar is not None)
+    until(lambda: work._announced or work._bar is not None)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -99,7 +99,7 @@ def test_a_terminal_has_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch) -> None
         with working("evaluating data.test", 500, "rows") as work:
             work.add(250)
             shown(work)
-            progress.say_line("a line above")
+            progress.print_line("a line above")
         stream.flush()
         text = os.read(master, 65536).decode()
     os.close(master)

@@ -100,7 +100,7 @@ def test_later_settings_stand_beside_the_first(
     trainer(tmp_path, 2).fit()
     config = (run / "config.yaml").read_bytes()
     trainer(tmp_path, 4, optim={"lr": 0.5}).fit()
-    assert "from step 2 on, other settings: " in capfd.readouterr().err
+    assert "other settings from step 2 on: " in capfd.readouterr().err
     first = {"optim.lr": {"was": 0.001, "now": 0.5}, "steps": {"was": 2, "now": 4}}
     assert changes() == [{"step": 2, "settings": first}]
     trainer(tmp_path, 6, optim={"lr": 0.001}).fit()

@@ -38,7 +38,7 @@ def kill(pid: int) -> None:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.6)
 

@@ -104,7 +104,7 @@ def test_nothing_is_started_where_wandb_is_disabled(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     said: list[str] = []
-    tracker = tracker_of(config(), tmp_path, True, "abc", say=said.append)
+    tracker = tracker_of(config(), tmp_path, True, "abc", log=said.append)
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert tracker.run_id == "abc"  # of the checkpoint, for a start that is not disabled
@@ -138,7 +138,7 @@ def test_wandb_is_started_as_its_variables_say(
         monkeypatch.setenv(f"WANDB_{name}", value)
     pytest.importorskip("wandb").teardown()  # it has read its variables if it was used before
     said: list[str] = []
-    tracker = tracker_of(config(), tmp_path / "run", True, say=said.append)
+    tracker = tracker_of(config(), tmp_path / "run", True, log=said.append)
     assert tracker._tracker is not None
     run = tracker._tracker.tracker
     found = (run.project, run.entity, run.name, run.group, run.tags, run.id)

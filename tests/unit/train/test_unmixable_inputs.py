@@ -84,7 +84,7 @@ def test_what_has_no_sum_is_refused(name: str) -> None:
 def test_only_square_images_are_turned(name: str) -> None:
     algorithm = CRMatch() if name == "CRMatch" else ReMixMatch(4)
     micro = cut(algorithm, IdentityViewsConfig().build(0), torch.rand(8, 6))
-    weak = WeakOutputs(torch.zeros(8, 4), micro.ids, places=micro.inputs.places)
+    weak = WeakOutputs(torch.zeros(8, 4), micro.ids, positions=micro.inputs.positions)
     with pytest.raises(
         ConfigError, match=r"rotates square images .*algorithm\.rotation_weight to 0"
     ):
