@@ -30,12 +30,12 @@ from hpdist.tasks.losses import confident
 class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
     """L = L_x + mu(t) lambda_u mean_b 1[max q_b >= c] H(argmax q_b, p(strong(u_b))).
 
-    With q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1; p_x is a moving average
-    of the mean prediction on weak labelled rows, and p_u the mean of that on weak unlabelled ones
-    over the last batches, all of them uniform at first; c = tau mean_b max p(weak(x_b)); mu(t) = (1
+    Here q_b = N(p(weak(u_b)) p_x / p_u), where N makes a vector sum to 1; p_x is a moving average
+    of the mean prediction on weak labelled rows, and p_u the mean prediction on weak unlabelled
+    rows over the last batches, both uniform at first; c = tau mean_b max p(weak(x_b)); mu(t) = (1
     - cos(pi t)) / 2. Averages are of the global batch and updated before use. Section 3.3 of the
-    paper, without what it has for domain adaptation: logits that are interpolated between two
-    passes, and strong views of the labelled rows.
+    paper, without its parts for domain adaptation: logits interpolated between two passes, and
+    strong views of the labelled rows.
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2022, arXiv:2106.04732"
@@ -47,11 +47,11 @@ class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
     threshold: float = option(default=0.9, ge=0, le=1)
     """Share of the labelled rows' mean confidence that a pseudo-label needs (tau)."""
     window: int = option(default=WINDOW, ge=1)
-    """Batches whose mean prediction on unlabelled rows is what predictions are aligned by; that on
-    labelled rows is a moving average of momentum 0.999."""
+    """Batches over which predictions on unlabelled rows are averaged for the alignment; the average
+    for labelled rows is a moving one of momentum 0.999."""
     momentum: float | None = option(default=None, ge=0, lt=1)
-    """Makes both of them moving averages of this momentum, as USB has them (0.999), in place of the
-    window; 0 goes by this batch alone."""
+    """Replaces the window: both averages become moving averages of this momentum, as in USB
+    (0.999); 0 uses this batch alone."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term after the ramp."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.5, default=0, ge=0, le=1)
@@ -70,7 +70,7 @@ class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
         self._threshold = torch.ones((), device=device)  # [], c of this step
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """Sums of both kinds' probabilities, of the labelled confidence, and labelled rows."""
+        """Sums of both kinds' probabilities and of the labelled confidence; the labelled rows."""
         assert weak.labeled is not None
         labeled = weak.labeled.softmax(dim=-1)  # [labeled, classes]
         return {
@@ -107,7 +107,7 @@ class AdaMatch(PseudoLabeling, Ramped, name="adamatch"):
     def load_state_dict(
         self, state: Mapping[str, Tensor], saved: SavedShards | None = None
     ) -> None:
-        """Take over a state; raises CheckpointError where its average is of another kind."""
+        """Take over a state; raises CheckpointError where it holds another kind of average."""
         self._mean.check(state, "algorithm")
         super().load_state_dict(state, saved)
 

@@ -1,6 +1,6 @@
-"""What an algorithm is: the views it wants, the sums it wants reduced, and its loss.
+"""The contract of an algorithm: the views it needs, the sums it has reduced, and its loss.
 
-An algorithm sees this rank's rows and the global statistics, and never communicates itself. Every
+An algorithm sees this rank's rows and the global statistics, and never communicates itself. Each
 number that it adds to the loss is a *contribution*: a sum over this rank's rows divided by the
 global number of rows, so that the contributions of all ranks and micro-batches add up to the mean
 of the global batch.
@@ -25,7 +25,7 @@ from hpdist.errors import ConfigError
 from hpdist.tasks.base import CLASSIFICATION, Task
 
 Groups = int | Literal["auto"]
-"""Parts of a global batch within which rows are mixed; "auto" goes by the sizes of the batch."""
+"""Parts of a global batch within which rows are mixed; "auto" chooses by the batch's sizes."""
 
 
 class AlgorithmConfig(DeclaredConfig):
@@ -46,35 +46,34 @@ class Algorithm(WithOptions):
     """The base of every algorithm.
 
     One optimizer step calls, in this order: `statistics`, `perturb` and `mix` per micro-batch;
-    `rank_statistics` and, with the sums over the global batch, `observe` once; where there are any,
-    `student_statistics`; `loss` per micro-batch; and `commit` if the step was applied, else
-    `discard`.
+    `rank_statistics` and, with the sums over the global batch, `observe` once; `student_statistics`
+    if it gives any; `loss` per micro-batch; and `commit` if the step was applied, else `discard`.
     """
 
     config_base: ClassVar[type[DeclaredConfig]] = AlgorithmConfig
     first_arguments: ClassVar[tuple[str, ...]] = ()
     device: torch.device | str = argument(default="cpu")
-    """Where the state is made: of the constructor alone, for the state may be moved."""
+    """Where the state is made; an argument of the constructor alone, as the state may be moved."""
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)
-    """The tasks that it has a meaning for, by their names."""
+    """Names of the tasks that it supports."""
     task: Task = CLASSIFICATION
-    """What the outputs mean; set by `set_task` before the first step."""
+    """The task that gives the outputs their meaning; set by `set_task` before the first step."""
     groups: Groups | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
-    divide them, so that no row needs another rank's. None: it combines none."""
+    divide them, so that no row needs another rank's. None: it mixes no rows."""
     mixed: tuple[str, ...] = ("labeled", "unlabeled")
-    """The kinds of rows that it combines, if any: each needs two or more in a group."""
+    """The kinds of rows that it mixes, if any: each needs two or more in a group."""
     head_names: tuple[str, ...] = ()
-    """Outputs that its loss uses beside the logits; `heads` makes what the model has not."""
+    """Outputs that its loss uses beside the logits; `heads` makes those that the model lacks."""
     generations: int = 1
-    """Equal parts of the run. Before each but the first the teacher labels every unlabelled row,
-    for `take_labels`, and the student begins anew."""
+    """Equal parts of the run. Before each but the first the teacher labels every unlabelled row
+    (`take_labels`), and the student is reset."""
     normalizes_apart: bool = False
-    """Whether batch normalisation takes labelled rows and the others for batches of their own."""
+    """Whether batch normalisation treats labelled rows and the others as separate batches."""
     heads_hint: str = "before prepare: model = hpdist.with_heads(model, algorithm, example)"
-    """What to do where a model has none of them."""
+    """What to do if the model lacks these heads."""
     predicts: str | None = None
     """The head whose outputs are the predictions after training; by default the model's own."""
 
@@ -82,15 +81,15 @@ class Algorithm(WithOptions):
         self.state: dict[str, Tensor] = {}
         """What the algorithm remembers from applied steps; fp32, the same on every rank."""
         self.pending: dict[str, Tensor] = {}
-        """The state as it will be if this step is applied; what `loss` goes by."""
+        """The state as it will be if this step is applied; `loss` uses it."""
         self.tables: dict[str, Table] = {}
-        """What else is saved and restored, under these names; written by `commit` at the most."""
+        """Other state that is saved and restored under these names; only `commit` writes it."""
         self.rows: int | None = None
         """How many unlabelled rows there are, where that is known; set before the first step."""
         self.class_counts: Tensor | None = None
         """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
         self.input_shape: torch.Size | None = None
-        """Shape of one row as the model sees it, None of several tensors; set before `heads`."""
+        """Shape of one row as the model sees it; None for several tensors; set before `heads`."""
         self.is_finite: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 
@@ -103,26 +102,26 @@ class Algorithm(WithOptions):
 
     @property
     def changes_inputs(self) -> bool:
-        """Whether it mixes inputs, adds to them or gives them back: they must be plain numbers."""
+        """Whether it mixes, adds to or reconstructs inputs: they must be plain numbers."""
         return self.groups is not None or self.views.needs_gradient_probe
 
     def set_task(self, task: Task) -> None:
-        """Have the outputs mean something else; before the first step.
+        """Set the task; before the first step.
 
-        Raises ConfigError where the algorithm has no meaning for that task.
+        Raises ConfigError where the algorithm does not support that task.
         """
         if task.name not in self.tasks:
             raise ConfigError(
-                f"task.name: {type(self).__name__} has no meaning for {task.name}, only for "
-                f"{', '.join(self.tasks)}; `hpdist algorithms` lists which do what"
+                f"task.name: {type(self).__name__} does not support {task.name}, only "
+                f"{', '.join(self.tasks)}; `hpdist algorithms` lists the tasks of each"
             )
         self.task = task
 
     def bind_rank(self, rank: int, world_size: int) -> None:
-        """Hold this rank's part of what is sharded; the step says so before anything else.
+        """Keep only this rank's part of what is sharded; called before anything else.
 
-        An algorithm that overrides `take_place`, as this was called before, is asked by that name
-        for one release.
+        An algorithm that overrides `take_place`, the former name, is still called by it for one
+        release.
         """
         former = getattr(self, "take_place", None)
         if former is not None:
@@ -135,9 +134,9 @@ class Algorithm(WithOptions):
             former(rank, world_size)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """The head of every name in `head_names`: maps features [rows, *features] to [rows, *].
+        """Make the head of every name in `head_names`: features [rows, *features] to [rows, *].
 
-        They are trained with the model, by its optimizer, and left out when it is used.
+        They are trained with the model, by its optimizer, and removed after training.
         """
         return {}
 
@@ -148,7 +147,7 @@ class Algorithm(WithOptions):
     def rank_statistics(self) -> dict[str, Tensor]:
         """Sums that a rank adds once a step, however many micro-batches it has; fp32.
 
-        For what does not follow from this step's rows, such as what shards have found since.
+        For what does not follow from this step's rows, such as changes in the shards since then.
         """
         return {}
 
@@ -157,17 +156,17 @@ class Algorithm(WithOptions):
         self.pending = dict(self.state)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """Change what the student will see; `weak` only if `Views.inputs_need_targets`.
+        """Change what the student will see; `weak` is given only if `Views.inputs_need_targets`.
 
         The number of rows must not depend on what the rows hold.
         """
         return inputs
 
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
-        """Change what the student will see by what it says now, if `Views.needs_gradient_probe`.
+        """Change the student's inputs by its present predictions, if `Views.needs_gradient_probe`.
 
         `model` gives logits with a gradient towards its inputs. Only `torch.autograd.grad` towards
-        inputs may be used: the parameters' gradients are not this method's to touch.
+        inputs may be used: the parameters' gradients must stay untouched.
         """
         return inputs
 
@@ -186,25 +185,25 @@ class Algorithm(WithOptions):
 
     @property
     def class_thresholds(self) -> Tensor | None:
-        """The confidence that each class asked for in the latest loss, fp32 [classes].
+        """The confidence that each class needed in the latest loss, fp32 [classes].
 
-        None where all ask alike.
+        None if all classes have the same threshold.
         """
         return None
 
     @property
     def generation(self) -> int:
-        """How often the student has begun anew."""
+        """How often the student has been reset."""
         return 0
 
     def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
-        """Remember what the teacher says of some rows, int64 [rows] and fp32 [rows, classes].
+        """Store the teacher's predictions for some rows, int64 [rows] and fp32 [rows, classes].
 
-        Between two generations, for all rows there are; the same on every rank.
+        Called between two generations, for all rows; the same on every rank.
         """
 
     def begin_generation(self) -> None:
-        """Go on to the next generation: all rows have their labels."""
+        """Begin the next generation: all rows have their labels."""
 
     def commit(self) -> None:
         """Make this step's pending state final; never called for a skipped step."""
@@ -215,16 +214,16 @@ class Algorithm(WithOptions):
         self.pending = dict(self.state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors, and the tables: on one rank all there is, on several no `shards`.
+        """The state as tensors, with the tables; on several ranks without the `shards`.
 
-        `hpdist.whole_state` gives all on any number of ranks.
+        `hpdist.whole_state` gives all of it on any number of ranks.
         """
         return self.state | {name: table.values for name, table in self.tables.items()}
 
     def shards(self) -> Shards:
         """What this rank holds alone, in parts of flat tensors that any number of ranks can load.
 
-        Of one rank, whole: under these names it may stand in `state_dict` too.
+        On one rank this is all of it, and `state_dict` may hold it too under the same names.
         """
         return {}
 
@@ -233,7 +232,7 @@ class Algorithm(WithOptions):
     ) -> None:
         """Take over a state; raises KeyError where the names differ.
 
-        What is sharded is read from `saved`, as far as it is this rank's, or stands in `state`.
+        What is sharded is read from `saved` (only this rank's part), or stands in `state`.
         """
         check_names(state, [*self.state, *self.tables])
         self.state = {k: state[k].to(v.device, v.dtype).clone() for k, v in self.state.items()}
@@ -243,5 +242,5 @@ class Algorithm(WithOptions):
 
 
 def __getattr__(name: str) -> object:
-    """Find what stood here before."""
+    """Find names that have moved from here."""
     return find_moved(__name__, name)

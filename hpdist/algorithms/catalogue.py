@@ -1,4 +1,4 @@
-"""The table that `hpdist algorithms` prints: read off every algorithm as its config builds it."""
+"""The table that `hpdist algorithms` prints, measured on algorithms as configs build them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hpdist.algorithms.protocol import Attempt, MicroBatch
 from hpdist.config.component import components
 from hpdist.data.structures import Structure
 
-# Two of each number: a size that follows both is a multiple of it.
+# Two values of each size: a number that follows both is a multiple of it.
 _CLASSES = (5, 7)
 _BATCHES = (11, 13)  # unlabelled rows of the global batch
 _LABELED = (17, 19)  # labelled ones
-_ROWS = (101, 103)  # unlabelled rows that there are
+_ROWS = (101, 103)  # unlabelled rows in all
 _NAMES = {_CLASSES: "C", _ROWS: "N"}
 _FEATURES = torch.Size([3])
 _EXTRA_INPUTS = 2  # inputs that an algorithm may add
@@ -32,7 +32,7 @@ _ADDON_HEADER = ("add-on", "paper", "tasks", "heads", "state", "reduced per step
 
 
 def catalogue() -> list[str]:
-    """Tables of every algorithm and add-on, as lines, read off them as their configs build them."""
+    """Return the tables of all algorithms and add-ons as lines, measured on built objects."""
     configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
     addons = cast(dict[str, type[AddOnConfig]], components("addon"))
     return [
@@ -40,13 +40,13 @@ def catalogue() -> list[str]:
         "",
         *_table([_ADDON_HEADER, *(_addon_row(name, config) for name, config in addons.items())]),
         "",
-        "Tasks (task.name) that it can do: c classification, m multilabel, r regression.",
-        "Views: of an unlabelled row, if not said otherwise. C: number of classes. N: number of",
-        "unlabelled rows, or largest row id. / ranks: each rank holds a part; all else is on every",
-        "rank. Reduced: floats summed over the ranks per optimizer step, besides the gradients and",
-        "three counts of rows; 'per row': of the unlabelled global batch, 'per labelled row': of",
-        "the labelled one; 'then' begins a second collective. An add-on goes around any algorithm,",
-        "named in the config's addons; what it has comes on top.",
+        "Tasks (task.name) that it supports: c classification, m multilabel, r regression.",
+        "Views: of an unlabelled row, unless labelled rows are named. C: number of classes.",
+        "N: number of unlabelled rows, or largest row id. / ranks: each rank holds a part; all",
+        "else is on every rank. Reduced: floats summed over the ranks per optimizer step, besides",
+        "the gradients and three counts of rows; 'per row': of the unlabelled global batch, 'per",
+        "labelled row': of the labelled one; 'then' begins a second collective. An add-on, in the",
+        "config's addons, wraps any algorithm; its state and sums are added to the algorithm's.",
     ]
 
 
@@ -64,7 +64,7 @@ def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
 
 
 def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
-    """Around FixMatch, which has no state and reduces nothing."""
+    """Add-ons around FixMatch, which has no state and reduces nothing."""
     small, large = (config(name=name).build(FixMatch(), classes) for classes in _CLASSES)
     state, reduced = _sizes(small, large)
     heads = [
@@ -80,10 +80,10 @@ def _letters(tasks: Iterable[str]) -> str:
 
 
 def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:
-    """An algorithm's state, and what it has summed, from two of them."""
+    """The state of an algorithm and the sums that it reduces, from two instances of other sizes."""
     reduced = [_reduced(small, 0), _reduced(large, 1)]
     for algorithm in (small, large):
-        algorithm.commit()  # makes every part of the state as large as it will be
+        algorithm.commit()  # brings every part of the state to its final size
     before, after = small.state_dict(), large.state_dict()
     state = [
         f"{key} [{_shape(before[key], after[key])}{' / ranks' if key in small.shards() else ''}]"
@@ -117,7 +117,7 @@ def _views(algorithm: Algorithm) -> list[str]:
 
 
 class _Zeros:
-    """A model that says zeros of every row, and whose heads are untrained."""
+    """A model that predicts zeros for every row, with untrained heads."""
 
     def __init__(self, algorithm: Algorithm, classes: int) -> None:
         algorithm.input_shape = _FEATURES
@@ -126,11 +126,11 @@ class _Zeros:
         for name, head in algorithm.heads(_FEATURES).items():
             with torch.no_grad():
                 self.row[name] = head(torch.zeros(1, *_FEATURES))
-        for name in algorithm.head_names:  # of the model itself, which no features are needed for
+        for name in algorithm.head_names:  # heads of the model itself, which need no features
             self.row.setdefault(name, torch.zeros(1, 1))
 
     def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
-        """Give what is said of the weak views, and of the labelled rows where they are seen too."""
+        """Give the outputs of the weak views, and of the labelled rows if they are needed too."""
         return [self._targets(micro.inputs) for micro in micros]
 
     def _targets(self, inputs: StudentInputs) -> Structure | None:
@@ -138,15 +138,15 @@ class _Zeros:
         return self._outputs(parts) if inputs.weak else None
 
     def student(self, micro: MicroBatch) -> tuple[Structure, None]:
-        """Give what is said of the student's rows."""
+        """Give the outputs of the student's rows."""
         return self.preview(micro), None
 
     def preview(self, micro: MicroBatch) -> Structure:
-        """Give the same."""
+        """Give the outputs of the student's rows."""
         return self._outputs(micro.inputs.parts)
 
     def probe(self, inputs: Tensor) -> Structure:
-        """Give what is said of other inputs."""
+        """Give the outputs of other inputs."""
         return self._outputs([inputs])
 
     def _outputs(self, parts: Iterable[Tensor]) -> Structure:
@@ -155,7 +155,7 @@ class _Zeros:
 
 
 def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What the algorithm has summed over the ranks: of the weak views, of the student's outputs."""
+    """The sums that the algorithm reduces: of the weak views, and of the student's outputs."""
     classes, rows, labeled_rows = _CLASSES[number], _BATCHES[number], _LABELED[number]
     algorithm.rows = _ROWS[number]
     algorithm.class_counts = torch.ones(classes)
@@ -189,7 +189,7 @@ def _shape(small: Tensor, large: Tensor) -> str:
 
 def _total(small: Iterable[Tensor], large: Iterable[Tensor]) -> str:
     """The size of several tensors in terms of C and of the batches: '2C + 1 + 3 per row'."""
-    # How many, by powers of the labelled batch, of the unlabelled one, and of C.
+    # The number of elements, by powers of the labelled batch, of the unlabelled one, and of C.
     sizes: Counter[tuple[int, int, int]] = Counter()
     for a, b in zip(small, large, strict=True):
         dims = list(zip(a.shape, b.shape, strict=True))

@@ -1,4 +1,4 @@
-"""CoMatch: pseudo-labels smoothed by a memory, and a graph of them that embeddings follow."""
+"""CoMatch: pseudo-labels smoothed by a memory, and a graph of them that trains the embeddings."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class CoMatch(Algorithm, name="comatch"):
     z'_j / t), z of the first strong view s and z' of the second. Sections 3.2 and 3.3 of the paper.
 
     The bank holds the newest rows of the steps before: z of weak views, with p_b of unlabelled rows
-    and labels of labelled ones. Empty places count for nothing; while all are, q_b = p_b. The graph
-    is of the global batch: each rank computes all of it, and all of the q.
+    and labels of labelled ones. Empty slots are ignored; while all slots are empty, q_b = p_b. The
+    graph is of the global batch: each rank computes all of it, and all of the q.
     """
 
     paper: ClassVar[str] = "Li, Xiong and Hoi 2021, arXiv:2011.11183"
@@ -52,7 +52,7 @@ class CoMatch(Algorithm, name="comatch"):
     contrast_weight: float = option(default=1.0, ge=0)
     """Weight of the graph (lambda_ctr); 0 leaves it out, with the second strong view."""
     smoothing: float = option(default=0.9, ge=0, le=1)
-    """What a row's own prediction counts beside those of its neighbours in the bank (alpha)."""
+    """Weight of a row's own prediction against those of its neighbours in the bank (alpha)."""
     temperature: float = option(default=0.2, gt=0)
     """Temperature of the similarity of embeddings (t)."""
     graph_threshold: float = option(default=0.8, ge=0, le=1)
@@ -62,7 +62,7 @@ class CoMatch(Algorithm, name="comatch"):
     bank: int = option(default=2560, gt=0)
     """Rows, labelled and unlabelled, that the memory holds (K)."""
     alignment_steps: int = option(default=32, gt=0)
-    """Steps whose mean prediction is made uniform."""
+    """Steps over which the mean prediction is made uniform."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
@@ -78,11 +78,11 @@ class CoMatch(Algorithm, name="comatch"):
         self._pseudo_labels = torch.zeros(0, self.num_classes)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """The one that makes embeddings."""
+        """The projection head that makes embeddings."""
         return {_HEAD: projection(features, self.width)}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """Predictions or labels, and embeddings, of each row at its place in the global batch."""
+        """Predictions or labels, and embeddings, at each row's position in the global batch."""
         assert weak.labels is not None
         unlabeled, labeled = weak.heads[_HEAD]
         one_hot = F.one_hot(weak.labels, self.num_classes)
@@ -94,7 +94,7 @@ class CoMatch(Algorithm, name="comatch"):
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Make the pseudo-labels of the global batch by the bank, then put it into the bank."""
+        """Make the global batch's pseudo-labels with the bank, then add its rows to the bank."""
         probabilities = sums["probabilities"]
         usable = in_use(probabilities)
         means = with_mean(self.state["means"], probabilities.sum(dim=0) / unlabeled_rows)
@@ -118,7 +118,7 @@ class CoMatch(Algorithm, name="comatch"):
         return self.contrast_weight > 0
 
     def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
-        """Embeddings of both strong views, at their rows' places in the global batch."""
+        """Embeddings of both strong views, at their rows' positions in the global batch."""
         if not self.uses_student_statistics:
             return {}
         assert outputs.weak is not None
@@ -149,7 +149,7 @@ class CoMatch(Algorithm, name="comatch"):
         )
 
     def _smoothed(self, probabilities: Tensor, embeddings: Tensor) -> Tensor:
-        """Predictions [rows, classes] mixed with those of the bank's rows that are near."""
+        """Predictions [rows, classes] smoothed with those of similar rows in the bank."""
         bank, targets = self.state["embeddings"], self.state["targets"]
         shares = log_shares(embeddings @ bank.T / self.temperature, in_use(targets)).exp()
         mixed = self.smoothing * probabilities + (1 - self.smoothing) * (shares @ targets)

@@ -1,4 +1,4 @@
-"""CRMatch: FixMatch whose features tell a row's weak and strong view apart, and a rotation task."""
+"""CRMatch: FixMatch with features that differ between a row's views, and a rotation task."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class CRMatch(PseudoLabeling, name="crmatch"):
 
     With views w and s = strong(u), q_b = p(w_b) and m_b = 1[max q_b >= tau]. L_d = mean_b m_b
     max(0, cos(g(s_b), g(w_b))) pushes the views' features apart, up to a right angle: the classes
-    are to agree while the features keep what the augmentation did. g is a linear layer on the
-    features as they are, flattened: those before the last pooling if `model.features` names them.
-    Gradient goes through both, so w is seen once more with it. L_rot = mean_b H(onehot(a_b),
-    p_rot(w_b turned by a_b)), with an angle a of 0, 90, 180 or 270 degrees drawn for each row.
+    agree while the features keep what the augmentation changed. g is a linear layer on the
+    flattened features: those before the last pooling if `model.features` names them.
+    Gradient flows through both, so w passes the model once more with gradient. L_rot =
+    mean_b H(onehot(a_b), p_rot(w_b turned by a_b)), with an angle a of 0, 90, 180 or 270 degrees
+    drawn for each row.
     """
 
     paper: ClassVar[str] = "Fan, Kukleva and Schiele 2021, arXiv:2112.05825"
@@ -43,9 +44,9 @@ class CRMatch(PseudoLabeling, name="crmatch"):
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the pseudo-labels."""
     distance_weight: float = option(default=1.0, ge=0)
-    """Weight of the distance between features; 0 leaves it out, with a forward of each row."""
+    """Weight of the distance between features; 0 leaves it out and saves a forward of each row."""
     rotation_weight: float = option(default=1.0, ge=0)
-    """Weight of the rotation task. It is for square images; 0 leaves it out, for others."""
+    """Weight of the rotation task, which needs square images; set 0 for other inputs."""
     width: int = option(default=128, gt=0)
     """Numbers in the vectors whose distance is measured."""
 
@@ -56,12 +57,12 @@ class CRMatch(PseudoLabeling, name="crmatch"):
         self.head_names = tuple(name for name, weight in weights.items() if weight > 0)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """Those of the terms that have a weight."""
+        """The heads of the terms that have a weight."""
         made = {_DISTANCE: flat_linear(features, self.width), ROTATION: rotation_head(features)}
         return {name: made[name] for name in self.head_names}
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """The weak view too, as it is and turned."""
+        """Add the weak view, as it is and rotated."""
         if self.distance_weight > 0:
             inputs = replace(inputs, extra_inputs=(*inputs.extra_inputs, inputs.weak[0]))
         if self.rotation_weight > 0:

@@ -1,4 +1,4 @@
-"""Dash: rows count whose loss is below a threshold that falls from the labelled loss on."""
+"""Dash: rows count if their loss is below a threshold that falls from the labelled loss on."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Dash(Algorithm, name="dash"):
     With rho_t = max(C gamma^-k rho, rho_min), where k counts the falls since the warm-up and rho is
     the mean labelled loss over the global batches of the last quarter of the warm-up and of the
     first step after it. The target is q_b = softmax(z(weak(u_b)) / T), or onehot(argmax z) once
-    rho_t is rho_min. During the warm-up L = L_x, though the unlabelled rows pass the model.
+    rho_t is rho_min. During the warm-up L = L_x, although the unlabelled rows pass the model.
     Algorithm 1 of the paper, which measures rho once, over labelled rows.
     """
 
     paper: ClassVar[str] = "Xu et al. 2021, arXiv:2109.00650"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True)
-    defaults: ClassVar[str] = "The paper's values, its counts of steps as shares of its run."
+    defaults: ClassVar[str] = "The paper's values; its numbers of steps are shares of its run."
 
     warmup_steps: int = share_of_run(setting="warmup", share=0.002, ge=0, le=1)
-    """Share of the run that only labels train, and whose last quarter measures their loss."""
+    """Share of the run that trains on labels only; its last quarter measures their loss."""
     decay_steps: int = share_of_run(setting="decay_every", share=0.01, at_least=1, gt=0, le=1)
-    """Share of the run after which the threshold falls again."""
+    """Share of the run between two reductions of the threshold."""
     scale: float = option(default=1.0001, gt=1)
-    """The threshold at first, in multiples of the labelled loss (C)."""
+    """The initial threshold, in multiples of the labelled loss (C)."""
     decay: float = option(default=1.27, gt=1)
-    """What the threshold is divided by each time that it falls (gamma)."""
+    """Divisor of the threshold at each reduction (gamma)."""
     min_threshold: float = option(default=0.05, gt=0)
-    """The least threshold, and where hard labels begin (rho_min)."""
+    """The lowest threshold, from which on labels are hard (rho_min)."""
     temperature: float = option(default=0.5, gt=0)
-    """Temperature of the soft targets before that (T)."""
+    """Temperature of the soft targets until then (T)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term after the warm-up."""
 
@@ -63,7 +63,7 @@ class Dash(Algorithm, name="dash"):
         return {"labeled_loss": losses.sum(), "labeled_rows": losses.new_tensor(len(losses))}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Count the step, and measure the labelled loss if it is time."""
+        """Count the step, and measure the labelled loss in the steps that do."""
         step = self.state["step"]
         first = self.warmup_steps - self.warmup_steps // 4
         measuring = (step >= first) & (step <= self.warmup_steps)

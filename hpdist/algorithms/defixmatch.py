@@ -1,4 +1,4 @@
-"""DeFixMatch: FixMatch whose bias is measured on the labelled rows and taken off."""
+"""DeFixMatch: FixMatch with its bias measured on the labelled rows and subtracted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpdist.tasks.losses import confident, hard_cross_entropy
 
 
 class DeFixMatch(PseudoLabeling, name="defixmatch"):
-    """L = L_x + lambda (L_u(U) - L_u(X)): the risk stays unbiased whatever lambda is.
+    """L = L_x + lambda (L_u(U) - L_u(X)): an unbiased risk for any lambda.
 
     L_x = 1/2 mean_b (H(y_b, p(weak(x_b))) + H(y_b, p(strong(x_b)))), and L_u is FixMatch's term
     mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))), q_b = p(weak(u_b)), of the unlabelled
@@ -31,7 +31,7 @@ class DeFixMatch(PseudoLabeling, name="defixmatch"):
     """Weight of the unsupervised terms (lambda)."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
-        """Three terms, the one that takes the bias off by itself and weighted; the mask rate."""
+        """Three terms, the debiasing one separate and weighted; the mask rate."""
         assert outputs.weak is not None
         assert outputs.weak.labeled is not None
         mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)

@@ -1,4 +1,4 @@
-"""Entropy minimisation: predictions on unlabelled rows are made certain, whatever they say."""
+"""Entropy minimisation: predictions on unlabelled rows are made certain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EntropyMinimization(Algorithm, name="entropy_minimization"):
     views: ClassVar[Views] = Views(student_weak=1)
     tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
     defaults: ClassVar[str] = (
-        "The weight that the benchmark USB has beside VAT; the paper cross-validates its own."
+        "The weight that the benchmark USB uses beside VAT; the paper cross-validates its own."
     )
 
     unsupervised_weight: float = option(default=0.06, kw_only=False, ge=0)

@@ -1,4 +1,4 @@
-"""What the step and an algorithm hand each other: inputs and outputs of one micro-batch."""
+"""What the step and an algorithm exchange: inputs and outputs of one micro-batch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _Positions = TypeVar("_Positions", bound=BatchPositions | None)
 
 @dataclass(frozen=True)
 class WeakOutputs(Generic[Outputs, Labels]):
-    """What the model said of the weak views of this rank's unlabelled rows, without gradient.
+    """The model's outputs for the weak views of this rank's unlabelled rows, without gradient.
 
-    What stands here for logits is the outputs that the task names (`Task.outputs`): one tensor
-    where these are the logits alone, else tensors by name.
+    "Logits" stands for the outputs that the task names (`Task.outputs`): one tensor if these are
+    only the logits, else tensors by name.
     """
 
     logits: Outputs  # [unlabeled, classes], fp32, of the first weak view
-    ids: Tensor | None  # [unlabeled], int64, stable row ids, where a loop of one's own gives them
+    ids: Tensor | None  # [unlabeled], int64, stable row ids, if the training loop gives them
     others: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], fp32
     labeled: Outputs | None = None  # [labeled, classes], fp32, if `Views.labeled_targets`
     labels: Labels | None = None  # [labeled], int64, or what the task's are
@@ -38,12 +38,12 @@ class WeakOutputs(Generic[Outputs, Labels]):
 
     @property
     def known_ids(self) -> Tensor:
-        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
+        """The ids of the unlabelled rows; raises ConfigError if the batch has none."""
         return _known(self.ids, "unlabelled")
 
     @property
     def known_labeled_ids(self) -> Tensor:
-        """The ids of the labelled rows; raises ConfigError where the batch came without."""
+        """The ids of the labelled rows; raises ConfigError if the batch has none."""
         return _known(self.labeled_ids, "labelled")
 
     @property
@@ -58,22 +58,22 @@ class WeakOutputs(Generic[Outputs, Labels]):
 
     @property
     def all(self) -> tuple[Outputs, ...]:
-        """Every logit there is, view by view."""
+        """All logits, view by view."""
         labeled = () if self.labeled is None else (self.labeled,)
         return (self.logits, *self.others, *labeled)
 
     @property
     def everything(self) -> tuple[Tensor, ...]:
-        """Every tensor of the outputs, and all that the heads said."""
+        """Every tensor of the outputs, and all outputs of the heads."""
         own = [tensor for part in self.all for tensor in tensors_of(part)]
         return (*own, *(part for head in self.heads.values() for part in head))
 
 
 @dataclass(frozen=True)
 class StudentInputs(Generic[Inputs, Labels]):
-    """What the student is about to see of one micro-batch; views are tensors, or tensors by name.
+    """What the student will see of one micro-batch; views are tensors, or tensors by name.
 
-    Only plain tensors come to an algorithm that changes them (`Algorithm.changes_inputs`).
+    An algorithm that changes inputs (`Algorithm.changes_inputs`) is given plain tensors only.
     """
 
     labeled: Inputs  # [labeled, *], weak views
@@ -81,13 +81,13 @@ class StudentInputs(Generic[Inputs, Labels]):
     student_weak: tuple[Inputs, ...]  # per further weak view [unlabeled, *]
     strong: tuple[Inputs, ...]  # per strong view [unlabeled, *]
     strong_labeled: tuple[Inputs, ...]  # per strong view [labeled, *]
-    weak: tuple[Inputs, ...]  # the views that the targets are made of [unlabeled, *]
+    weak: tuple[Inputs, ...]  # the views that give the targets [unlabeled, *]
     positions: BatchPositions
     context: Mapping[str, Tensor] = field(default_factory=dict)
-    """What `Algorithm.mix` tells `Algorithm.loss`."""
+    """Data that `Algorithm.mix` passes to `Algorithm.loss`."""
     ids: Tensor | None = None  # [unlabeled], int64, stable row ids
     extra_inputs: tuple[Inputs, ...] = ()
-    """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; as many rows in every step."""
+    """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; equally many in every step."""
 
     @property
     def places(self) -> BatchPositions:
@@ -101,12 +101,12 @@ class StudentInputs(Generic[Inputs, Labels]):
 
     @property
     def known_ids(self) -> Tensor:
-        """The ids of the unlabelled rows; raises ConfigError where the batch came without."""
+        """The ids of the unlabelled rows; raises ConfigError if the batch has none."""
         return _known(self.ids, "unlabelled")
 
     @property
     def parts(self) -> list[Inputs]:
-        """What goes through the student, in this order."""
+        """The inputs of the student's pass, in this order."""
         return [
             self.labeled,
             *self.student_weak,
@@ -130,14 +130,14 @@ def _known(ids: Tensor | None, which: str) -> Tensor:
         kind = "LabeledBatch" if which == "labelled" else "UnlabeledBatch"
         raise ConfigError(
             f"the algorithm remembers {which} rows by their ids, and the batch has none; give "
-            f"hpdist.{kind}(…, ids=…), int64 [rows], of every row the same in all epochs"
+            f"hpdist.{kind}(…, ids=…), int64 [rows], each row's the same in all epochs"
         )
     return ids
 
 
 @dataclass(frozen=True)
 class HeadOutputs(Generic[Outputs]):
-    """What one head said of the student's rows: fp32 [rows, *], with gradient."""
+    """One head's outputs for the student's rows: fp32 [rows, *], with gradient."""
 
     labeled: Outputs
     student_weak: tuple[Outputs, ...]
@@ -148,9 +148,9 @@ class HeadOutputs(Generic[Outputs]):
 
 @dataclass(frozen=True)
 class StudentOutputs(Generic[Outputs, Labels]):
-    """What the student said of one micro-batch, and what is needed to judge it. Logits are fp32.
+    """The student's outputs for one micro-batch, with what its loss needs. Logits are fp32.
 
-    What stands here for logits is what `WeakOutputs` says of them.
+    "Logits" stands for the same outputs as in `WeakOutputs`.
     """
 
     labeled: Outputs  # [labeled, classes], logits of the weak views, with gradient
@@ -162,7 +162,7 @@ class StudentOutputs(Generic[Outputs, Labels]):
     student_weak: tuple[Outputs, ...] = ()  # per further weak view [unlabeled, classes], logits
     strong_labeled: tuple[Outputs, ...] = ()  # per strong view [labeled, classes], logits
     context: Mapping[str, Tensor] = field(default_factory=dict)
-    """What `Algorithm.mix` told."""
+    """Data that `Algorithm.mix` passed on."""
     extra_inputs: tuple[
         Outputs, ...
     ] = ()  # per `StudentInputs.extra_inputs` [rows, classes], logits

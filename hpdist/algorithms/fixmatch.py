@@ -16,8 +16,9 @@ from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 class FixMatch(PseudoLabeling, name="fixmatch"):
     """L = L_x + lambda_u mean_b 1[max q_b >= tau] H(argmax q_b, p(strong(u_b))).
 
-    With q_b = p(weak(u_b)). Equations 3 and 4 of the paper. Of several labels each is decided
-    alone: mean_b mean_c 1[max(q_bc, 1 - q_bc) >= tau] H(1[q_bc > 1/2], p(strong(u_b))_c).
+    Here q_b = p(weak(u_b)). Equations 3 and 4 of the paper. With several labels per row each is
+    decided by itself: mean_b mean_c 1[max(q_bc, 1 - q_bc) >= tau] H(1[q_bc > 1/2],
+    p(strong(u_b))_c).
     """
 
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"

@@ -1,4 +1,4 @@
-"""FlexMatch: a lower threshold for the classes that few rows have passed for so far."""
+"""FlexMatch: a lower threshold for classes that few rows have passed so far."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
     With q_b = p(weak(u_b)) and T(c) = M(beta(c)) tau (eq. 7 and 12). sigma(c) counts the rows, of
     all N, whose latest label with confidence tau or more is c (eq. 5), and beta(c) = sigma(c) /
     max(max_c sigma(c), N - sum_c sigma(c)) (eq. 11), without the second term if there is no warm-up
-    (eq. 6). The counts are those before this step. Where N is not known, the rows seen so far
-    stand for it.
+    (eq. 6). The counts are those before this step. If N is not known, the number of rows seen so
+    far replaces it.
 
     Each rank holds the labels of its own rows: 2 N / ranks bytes. On several ranks the counts in
-    `state` are without the last applied step, of which each rank knows its rows' part alone: it is
-    summed with the next step's statistics, before that step's loss, which goes by all steps.
+    `state` lack the last applied step, of which each rank knows only its own rows' part: that is
+    summed with the next step's statistics, before that step's loss, which uses all steps.
     """
 
     paper: ClassVar[str] = "Zhang et al. 2021, arXiv:2110.08263"
@@ -51,11 +51,11 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
     num_classes: int = argument(kw_only=False)
     rows: int | None = argument(default=None)
     threshold: float = option(default=0.95, ge=0, le=1)
-    """Confidence that a pseudo-label of the best learned class needs (tau)."""
+    """Confidence that a pseudo-label of the best-learned class needs (tau)."""
     warmup: bool = option(default=True)
-    """Whether rows that have never passed hold the thresholds down while they are the most."""
+    """Whether rows that have never passed keep the thresholds low while they are the most."""
     mapping: Shape = option(default="convex")
-    """How a class's share becomes its threshold's (M): x / (2 - x), x, or ln(x + 1) / ln 2."""
+    """How a class's share scales its threshold (M): x / (2 - x), x, or ln(x + 1) / ln 2."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term (lambda)."""
 
@@ -67,27 +67,27 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
             "seen": torch.zeros((), dtype=torch.int64, device=device),  # rows used so far
         }
         self._table = LabelTable(self.num_classes, device)
-        self._used_counts = self.state  # what the latest loss went by
+        self._used_counts = self.state  # the counts that the latest loss used
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Hold the labels of this rank's rows only."""
         self._table.bind_rank(rank, world_size)
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """Every row's id and, if it is confident, its label."""
+        """Each row's id and, if it is confident, its label."""
         passed, pseudo_labels = confident(weak.probabilities, self.threshold)  # [unlabeled] both
         labels = torch.where(passed > 0, pseudo_labels, NEVER)
         return {"table": self._table.pack(weak, labels)}
 
     def rank_statistics(self) -> dict[str, Tensor]:
-        """What this rank's rows have changed and no step's sums have told yet."""
+        """The changes by this rank's rows that no step's sums have included yet."""
         if self._table.ranks == 1:
             return {}
         deltas = self._table.pending_deltas.float()
         return {"changes": deltas[:-1], "first": deltas[-1]}
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Work out the counts: of one rank those after this step, of several those before it."""
+        """Compute the counts: on one rank those after this step, on several those before it."""
         change = self._table.observe(sums["table"])  # by this rank's rows
         if self._table.ranks > 1:  # by all ranks' rows, of the step before
             change = torch.cat([sums["changes"], sums["first"].view(1)]).round().long()
@@ -95,7 +95,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
             "counts": self.state["counts"] + change[:-1],
             "seen": self.state["seen"] + change[-1],
         }
-        # Of several ranks, also where this step's sums are not sound: the changes always are.
+        # On several ranks also if this step's sums are not finite: the changes always are.
         self._used_counts = self.pending if self._table.ranks > 1 else self.state
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
@@ -124,14 +124,14 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
     def state_dict(self) -> dict[str, Tensor]:
         """The counts, and on one rank a copy of the table of labels.
 
-        On several ranks each has but its `shards`; `hpdist.whole_state` puts them together.
+        On several ranks each has only its `shards`; `hpdist.whole_state` joins them.
         """
         if self._table.ranks > 1:
             return dict(self.state)
         return {**self.state, "labels": self._table.labels()}
 
     def shards(self) -> Shards:
-        """The labels of this rank's rows, and what they have changed since the counts."""
+        """The labels of this rank's rows, and their changes since the counts."""
         return self._table.shards()
 
     def load_state_dict(
@@ -139,7 +139,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
     ) -> None:
         """Take over a state, its table of any length, saved by any number of ranks.
 
-        Raises KeyError where there are no labels in it, nor in `saved`.
+        Raises KeyError if neither it nor `saved` holds labels.
         """
         if saved is None or "labels" in state:
             saved = WholeShards({name: state[name] for name in _SHARDS if name in state})
@@ -149,7 +149,7 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
         if missing:
             raise KeyError(
                 f"state holds {sorted(state)}, expected 'labels' too; several ranks hold a part "
-                "each, which `hpdist.whole_state` puts together"
+                "each, which `hpdist.whole_state` joins"
             )
         super().load_state_dict({k: v for k, v in state.items() if k not in _SHARDS})
         deltas = self._table.load(saved)
@@ -160,11 +160,11 @@ class FlexMatch(PseudoLabeling, name="flexmatch"):
 
     @property
     def class_thresholds(self) -> Tensor:
-        """Tau M(beta) that the latest loss went by, [classes]."""
+        """The thresholds tau M(beta) of the latest loss, [classes]."""
         return self.threshold * _MAPPINGS[self.mapping](self._shares())
 
     def _mask(self, weak: WeakOutputs) -> tuple[Tensor, Tensor]:
-        """Which rows pass, fp32 [unlabeled], and their pseudo-labels."""
+        """The rows that pass, fp32 [unlabeled], and their pseudo-labels."""
         return confident(weak.probabilities, self.class_thresholds)
 
     def _shares(self) -> Tensor:

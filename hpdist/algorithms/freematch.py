@@ -1,4 +1,4 @@
-"""FreeMatch: thresholds that follow the model's own confidence, per class, and a fairness term."""
+"""FreeMatch: thresholds that follow the model's own confidence per class, and a fairness term."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from hpdist.tasks.losses import confident
 class FreeMatch(PseudoLabeling, name="freematch"):
     """FixMatch with self-adaptive thresholds and self-adaptive fairness.
 
-    With q_b = p(weak(u_b)) and EMA over steps, updated with this batch before it is used: tau = EMA
+    Here q_b = p(weak(u_b)); EMA over steps, updated with this batch before it is used: tau = EMA
     mean_b max q_b (eq. 5), p~ = EMA mean_b q_b (eq. 6), h~ = EMA histogram(argmax q_b) (eq. 11); a
     row of class c passes at tau * p~_c / max p~ (eq. 7). Over the rows that pass, with p_b of the
     strong view, L_f = sum_c N(p~ / h~)_c log N(mean p_b / histogram(argmax p_b))_c (eq. 12 to 14),
-    where N makes a vector sum to 1 and 1/0 counts as 0. All of it is of the global batch.
+    where N makes a vector sum to 1 and 1/0 counts as 0. All of this is of the global batch.
     """
 
     paper: ClassVar[str] = "Wang et al. 2023, arXiv:2205.07246"
     views: ClassVar[Views] = Views(weak=1, strong=1)
     defaults: ClassVar[str] = (
-        "The paper's values, but for the fairness weight of the benchmark USB's configs.\n"
+        "The paper's values, except the fairness weight of the benchmark USB's configs.\n"
         "\n"
         "The default of USB's code is 0.01."
     )
@@ -131,7 +131,7 @@ FreeMatchConfig = FreeMatch.Config
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, 0 where the denominator is 0; without a NaN in the gradient there."""
+    """The quotient, or 0 where the denominator is 0, without NaN in the gradient."""
     positive = denominator > 0
     return torch.where(positive, numerator / denominator.where(positive, 1.0), 0.0)
 

@@ -1,4 +1,4 @@
-"""ICT: the prediction between two rows lies between the teacher's predictions of both."""
+"""ICT: the prediction between two rows lies between the teacher's predictions for both."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hpdist.tasks.base import ALL
 class ICT(Ramped, name="ict"):
     """L = L_x + w(t) mean_{j,c} (p_theta(Mix(u_j, u_k))_c - Mix(p_theta'(u_j), p_theta'(u_k))_c)^2.
 
-    With Mix(a, b) = lambda a + (1 - lambda) b, theta' the teacher and lambda ~ Beta(alpha, alpha);
-    algorithm 1 of the paper. Weak views are mixed, each with one of its group, k
+    Here Mix(a, b) = lambda a + (1 - lambda) b, theta' is the teacher and lambda ~ Beta(alpha,
+    alpha); algorithm 1 of the paper. Weak views are mixed, each with one of its group, k
     being a permutation of j, and lambda is drawn for each row instead of once a step. The weight
     rises as exp(-5 (1 - T)^2) while T goes from 0 to 1 over `ramp_steps` applied steps.
     """
@@ -31,24 +31,24 @@ class ICT(Ramped, name="ict"):
     mixed = ("unlabeled",)
     shape = "gaussian"
     defaults: ClassVar[str] = (
-        "The upper ends of what the paper searched: alpha from 0.1, w from 1.\n"
+        "The upper ends of the paper's search: alpha from 0.1, w from 1.\n"
         "\n"
         "The teacher's decay is the run's `teacher.decay`."
     )
 
     alpha: float = option(default=1.0, gt=0)
-    """Parameter of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    """Parameter of the Beta distribution of a row's share of a mixture (alpha)."""
     unsupervised_weight: float = option(default=100.0, ge=0)
     """Weight of the consistency term after the ramp (w)."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.25, default=0, ge=0, le=1)
     """Share of the run over which that weight rises."""
     groups: Groups = option(default="auto", annotation=GroupsOption)
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
+    """Parts of the global batch within which rows are mixed. Ranks times micro-batches must divide
+    this number, and it must divide the batch. auto: at most 8, each with 8 or more rows of both
+    kinds, as far as ranks and micro-batches allow."""
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """The weak views that the teacher saw, mixed."""
+        """Add the teacher's weak views, mixed."""
         rows = inputs.weak[0]
         mixing = draw_mixing(
             inputs.positions, "ict", self.alpha, self.groups, unlabeled=1, device=rows.device

@@ -1,4 +1,4 @@
-"""Ladder network: each layer must be found again from its noisy copy and from the layer above."""
+"""Ladder network: each layer is reconstructed from its noisy copy and from the layer above."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Ladder(Algorithm, name="ladder"):
     """L = L_x + sum_l lambda_l mean_b C_l(u_b): of noisy logits, and of the decoder's costs.
 
     Algorithm 1 of the paper. C_l is a row's squared error of layer l, the mean over its units,
-    which the model `ladder` gives behind its logits. u is a weak view. A layer is normalised over
-    labelled and unlabelled rows apart.
+    which the model `ladder` gives beside its logits. u is a weak view. A layer is normalised over
+    labelled and unlabelled rows separately.
     """
 
     paper: ClassVar[str] = "Rasmus et al. 2015, arXiv:1507.02672"
@@ -36,11 +36,11 @@ class Ladder(Algorithm, name="ladder"):
         annotation=list[Annotated[float, Field(ge=0)]],
         min_length=1,
     )
-    """Weight of the cost of the input, of the first layer and so on (lambda_l); the last one is
-    also that of all further layers."""
+    """Weight of the cost of the input, of the first layer and so on (lambda_l); the last one
+    applies to all further layers too."""
 
     def start(self, device: torch.device | str) -> None:
-        """Keep the weights as they are."""
+        """Store the weights."""
         self.layer_weights = tuple(self.layer_weights)
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:

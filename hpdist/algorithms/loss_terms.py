@@ -18,13 +18,13 @@ class LossTerms:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Further contributions, already weighted."""
     global_extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further terms, already weighted, that are functions of the student's global sums: not a
-    contribution but the whole term, the same everywhere."""
+    """Further terms, already weighted, that are functions of the student's global sums: the whole
+    term instead of a contribution, the same everywhere."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """Further contributions to log, without gradient."""
 
     def total(self, parts: int) -> Tensor:
-        """The one loss to differentiate, where `parts` contributions make the global loss."""
+        """The loss to differentiate, where `parts` contributions make the global loss."""
         total = self.supervised + self.unsupervised_weight * self.unsupervised
         for term in self.extras.values():
             total = total + term
@@ -33,7 +33,7 @@ class LossTerms:
         return total
 
     def contributions(self, parts: int) -> dict[str, Tensor]:
-        """What to add up over all parts for the log, without gradient."""
+        """The values to add up over all parts for the log, without gradient."""
         named = {
             "loss": self.total(parts),
             "supervised_loss": self.supervised,

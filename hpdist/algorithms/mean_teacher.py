@@ -1,4 +1,4 @@
-"""Mean Teacher: the student's prediction follows the averaged weights' on another weak view."""
+"""Mean Teacher: the student matches the averaged weights' prediction on another weak view."""
 
 from __future__ import annotations
 

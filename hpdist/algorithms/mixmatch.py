@@ -23,10 +23,10 @@ class MixMatch(Ramped, name="mixmatch"):
     """L = mean_X' H(p, p(x)) + r(t) lambda_U mean_{U',c} (q_c - p(u)_c)^2, equations 3 to 5.
 
     A row's guess is the mean of p over K = 2 weak views (eq. 6), sharpened: q_c = guess_c^(1/T) /
-    sum (eq. 7). With W all weak views of labelled and unlabelled rows, their one-hot labels and
-    guesses, in another order, X' and U' are made of the i-th labelled or unlabelled view and the
-    i-th of W: x' = l x + (1 - l) w, alike for labels, l = max(l', 1 - l'), l' ~ Beta(alpha, alpha)
-    (eq. 8 to 11). Here W's order is drawn within each group. r rises linearly from 0 to 1 over the
+    sum (eq. 7). With W a permutation of all weak views of labelled and unlabelled rows and of their
+    one-hot labels and guesses, X' and U' are made of the i-th labelled or unlabelled view and the
+    i-th of W: x' = l x + (1 - l) w, and so for labels, l = max(l', 1 - l'), l' ~ Beta(alpha, alpha)
+    (eq. 8 to 11). Here W is permuted within each group. r rises linearly from 0 to 1 over the
     first `ramp_steps` applied steps; no gradient goes through q.
     """
 
@@ -40,18 +40,18 @@ class MixMatch(Ramped, name="mixmatch"):
     temperature: float = option(default=0.5, gt=0)
     """Temperature that sharpens the guessed labels (T)."""
     alpha: float = option(default=0.75, gt=0)
-    """Parameter of the Beta distribution that a row's share of a mixture is drawn from (alpha)."""
+    """Parameter of the Beta distribution of a row's share of a mixture (alpha)."""
     unsupervised_weight: float = option(default=75.0, ge=0)
     """Weight of the unsupervised term after the ramp (lambda_U)."""
     ramp_steps: int = share_of_run(setting="ramp", share=1 / 64, default=0, ge=0, le=1)
     """Share of the run over which that weight rises from 0."""
     groups: Groups = option(default="auto", annotation=GroupsOption)
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
+    """Parts of the global batch within which rows are mixed. Ranks times micro-batches must divide
+    this number, and it must divide the batch. auto: at most 8, each with 8 or more rows of both
+    kinds, as far as ranks and micro-batches allow."""
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """All views mixed with one another, and their soft labels as notes."""
+        """Mix all views with one another; their soft labels go into the context."""
         assert weak is not None
         targets = self._guess(weak)
         return mixed_with_labels(
@@ -88,7 +88,8 @@ def mixed_with_labels(
     """Inputs whose labelled rows and further weak views are mixtures of the given views.
 
     `targets` [unlabeled, classes] are the soft labels of every unlabelled view. The mixtures' soft
-    labels are the notes "labels" and, one for each unlabelled view, "targets 0" and on.
+    labels are the entries "labels" and, for each unlabelled view, "targets 0" and so on of the
+    context.
     """
     mixing = draw_mixing(
         inputs.positions,

@@ -1,4 +1,4 @@
-"""Noisy Student: each generation learns from what the one before says of the unlabelled rows."""
+"""Noisy Student: each generation learns from the previous one's labels of the unlabelled rows."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hpdist.tasks.losses import soft_cross_entropy
 class NoisyStudent(Algorithm, name="noisy_student"):
     """L = L_x + lambda mean_b 1[max q_b >= tau] H(q_b, p(strong(u_b))), algorithm 1 of the paper.
 
-    q_b is what the teacher of the generation before said of the row as it is, without noise; in
-    the first generation there is none, and its term is 0. Between generations the EMA of the
-    weights, the teacher, labels all rows, and a student begins anew, here of the same size. The
-    noise is the strong view's and the model's own. The paper's balancing of classes is left out.
+    q_b is the prediction of the previous generation's teacher for the row as it is, without noise;
+    the first generation has none, and its term is 0. Between generations the EMA of the weights,
+    the teacher, labels all rows, and the student is reset, here at the same size. The noise is
+    that of the strong view and of the model. The paper's balancing of classes is left out.
 
     Every rank holds the labels of all rows in fp16: 2 N C bytes. Labels are made between
     generations, so a step reduces nothing.
@@ -41,7 +41,7 @@ class NoisyStudent(Algorithm, name="noisy_student"):
     threshold: float = option(default=0.3, ge=0, le=1)
     """Confidence of the teacher that a row needs to be learnt from."""
     soft: bool = option(default=True)
-    """Whether a row's target is the teacher's whole prediction, or its likeliest class."""
+    """Whether a row's target is the teacher's whole prediction or its most likely class."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unlabelled rows' term."""
 
@@ -53,25 +53,25 @@ class NoisyStudent(Algorithm, name="noisy_student"):
 
     @property
     def generation(self) -> int:
-        """How often the student has begun anew."""
+        """How often the student has been reset."""
         return int(self.state["generation"])
 
     def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
-        """Put them into the table."""
+        """Write the predictions into the table."""
         self._labels.write(ids, probabilities)
 
     def begin_generation(self) -> None:
-        """Count it."""
+        """Count the generation."""
         self.state = {"generation": self.state["generation"] + 1}
         self.discard()
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """Look up the rows' labels, all 0 where there is none."""
+        """Look up the rows' labels; all 0 for a row without one."""
         targets = self._labels.read(inputs.known_ids)  # [unlabeled, classes]
         return replace(inputs, context={**inputs.context, "targets": targets})
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
-        """Both terms, and the share of rows that are learnt from."""
+        """Both terms, and the share of rows that the student learns from."""
         targets = outputs.context["targets"]
         confidence, labels = targets.max(dim=-1)
         mask = ((confidence >= self.threshold) & (confidence > 0)).float()

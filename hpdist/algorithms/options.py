@@ -26,19 +26,19 @@ _RUN = ("num_classes", "device", "steps")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What `option`, `share_of_run` or `argument` says of one attribute."""
+    """The declaration of one attribute by `option`, `share_of_run` or `argument`."""
 
     default: Any
-    """Default of the constructor; `REQUIRED` where there is none."""
+    """Default of the constructor; `REQUIRED` if there is none."""
     kw_only: bool
     setting: str | None = ""
-    """The setting of the config; empty where it has the attribute's name, None where none is."""
+    """The setting of the config: empty if named like the attribute, None if there is none."""
     share: float | None = None
-    """The config's default, where the setting is a share of the run and the attribute steps."""
+    """The config's default, if the setting is a share of the run and the attribute steps."""
     at_least: int = 0
-    """The fewest steps that such a share comes to."""
+    """The smallest number of steps that such a share gives."""
     annotation: Any = None
-    """The type of the setting, where it is not the attribute's."""
+    """The type of the setting, if it is not the attribute's."""
     bounds: Mapping[str, Any] = field(default_factory=dict)
     last: bool = False
 
@@ -55,8 +55,8 @@ def option(
 ) -> Any:
     """Declare an option: an argument, an attribute and a setting of one name.
 
-    `bounds` are what `pydantic.Field` takes (ge, gt, le, lt, min_length). `annotation` is the type
-    of the setting where it says more than the attribute's; `last` puts it behind the subclasses'.
+    `bounds` are those of `pydantic.Field` (ge, gt, le, lt, min_length). `annotation` is the type
+    of the setting if it is narrower than the attribute's; `last` puts it after the subclasses'.
     """
     return Declaration(default, kw_only, annotation=annotation, bounds=bounds, last=last)
 
@@ -81,27 +81,27 @@ def share_of_run(
 def argument(*, default: Any = REQUIRED, kw_only: bool = True) -> Any:
     """Declare an argument and attribute that the config does not have.
 
-    A config's `build` gives `num_classes` and `steps`, and leaves others at their defaults.
+    A config's `build` passes `num_classes` and `steps`, and leaves others at their defaults.
     """
     return Declaration(default, kw_only, setting=None)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(option, share_of_run, argument))
 class WithOptions:
-    """The base of what declares options.
+    """The base of classes that declare options.
 
-    Making an object sets the attributes and then calls `start`. A class with a constructor of its
-    own has no `Config` and its subclasses declare nothing, unless it names in `first_arguments`
-    what its constructor takes of the declared arguments.
+    Making an object sets the attributes and then calls `start`. A class with its own constructor
+    has no `Config`, and its subclasses declare nothing, unless its `first_arguments` names those
+    of the declared arguments that the constructor takes.
     """
 
     Config: ClassVar[Any] = None
     """The config class of the declared options; its `build` makes the object."""
     config_base: ClassVar[type[DeclaredConfig]]
     defaults: ClassVar[str] = ""
-    """Where the options' defaults come from; describes `Config`."""
+    """The source of the options' defaults; part of the description of `Config`."""
     declared: ClassVar[Mapping[str, Declaration]] = {}
-    """What the class and those above it declare, in order."""
+    """The declarations of the class and its bases, in order."""
     first_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
@@ -122,9 +122,9 @@ class WithOptions:
         if "first_arguments" not in vars(written):
             if own:
                 raise TypeError(
-                    f"{cls.__name__} declares {', '.join(own)}, but {written.__name__} has a "
-                    "constructor of its own, which knows nothing of them; leave it out and "
-                    "override start()"
+                    f"{cls.__name__} declares {', '.join(own)}, but {written.__name__} has its own "
+                    "constructor, which does not know them; remove that constructor and override "
+                    "start() instead"
                 )
             if "Config" not in vars(cls):
                 cls.Config = None
@@ -135,12 +135,12 @@ class WithOptions:
                 cls.Config = _config(cls, name)
 
     def start(self, device: Any) -> None:
-        """Make the state on `device`, when all declared attributes are set."""
+        """Make the state on `device`; called when all declared attributes are set."""
 
     def settings(self) -> dict[str, Any] | None:
         """The object's options, as the config has them.
 
-        None where it was given steps that the config knows as shares of a run only.
+        None if it was given steps that the config can only express as shares of a run.
         """
         declared = {name: d for name, d in self.declared.items() if d.setting is not None}
         if any(declaration.share is not None for declaration in declared.values()):
@@ -149,7 +149,7 @@ class WithOptions:
 
     @classmethod
     def arguments(cls, config: Component, **run: Any) -> dict[str, Any]:
-        """The constructor's arguments that a config and a run give."""
+        """The constructor's arguments that follow from a config and a run."""
         values_of = {
             name: declaration.value(config, name, run)
             for name, declaration in cls.declared.items()
@@ -159,14 +159,14 @@ class WithOptions:
 
 
 class DeclaredConfig(Component):
-    """The base of configs whose options may be declared on what they build."""
+    """The base of configs whose options may be declared on the class that they build."""
 
     declared_by: ClassVar[Any] = None
-    """The class that declares the options, and that `build` makes an object of."""
+    """The class that declares the options; `build` makes an object of it."""
 
     @classmethod
     def setting_docstrings(cls) -> dict[str, str]:
-        """What describes the settings."""
+        """The object whose docstrings describe the settings."""
         declared = {} if cls.declared_by is None else option_docstrings(cls.declared_by)
         return declared | attribute_docstrings(cls)
 
@@ -182,7 +182,7 @@ def option_docstrings(kind: type[WithOptions]) -> dict[str, str]:
 
 
 def _written_constructor(cls: type) -> type:
-    """The nearest class whose constructor is not made from declarations."""
+    """The nearest class with a constructor that is not made from declarations."""
     return next(
         base
         for base in cls.__mro__
@@ -191,7 +191,7 @@ def _written_constructor(cls: type) -> type:
 
 
 def _constructor(cls: type[WithOptions], written: Any) -> Callable[..., None]:
-    """The constructor of a class, from what it declares."""
+    """Make the constructor of a class from its declarations."""
     parameters = [
         Parameter(
             name,
@@ -232,7 +232,7 @@ def _constructor(cls: type[WithOptions], written: Any) -> Callable[..., None]:
 
 
 def _config(cls: type[WithOptions], name: str | None) -> type[DeclaredConfig]:
-    """The config class of what a class declares; known under `name`, if there is any."""
+    """Make the config class for the declarations of a class, known under `name` if given."""
     fields: dict[str, Any] = {}
     if name is not None:
         fields["name"] = (Literal[name], name)
@@ -258,7 +258,7 @@ def _config(cls: type[WithOptions], name: str | None) -> type[DeclaredConfig]:
 
 
 def _annotation(cls: type, attribute: str) -> Any:
-    """The type that a class, or one above it, gives an attribute."""
+    """The type annotation of an attribute in a class or its bases."""
     owner = next(base for base in cls.__mro__ if attribute in inspect.get_annotations(base))
     found = inspect.get_annotations(owner)[attribute]
     if not isinstance(found, str):

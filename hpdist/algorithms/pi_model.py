@@ -1,4 +1,4 @@
-"""Pi-model: two looks at the same row agree."""
+"""Pi-model: predictions for two weak views of the same row agree."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PiModel(Ramped, name="pi_model"):
 
     Here u1 and u2 are weak views, with the model's own noise in both, and w(t) = w_max exp(-5 (1 -
     T)^2) with T rising from 0 to 1 over the first `ramp_steps` applied steps. No gradient goes
-    through p(u1), as in common benchmarks; where both have one, as in the paper, the gradient is
-    on average twice that. The term is of unlabelled rows only, the paper's also of labelled ones.
+    through p(u1), as in common benchmarks; with a gradient in both, as in the paper, it would be
+    twice that on average. The term covers unlabelled rows only, the paper's also labelled ones.
     """
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
@@ -29,8 +29,8 @@ class PiModel(Ramped, name="pi_model"):
     defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 
     unsupervised_weight: float = option(default=100.0, kw_only=False, ge=0)
-    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
-    all rows, is in the means: here each term is the mean over its own rows."""
+    """Weight of the consistency term after the ramp (w_max). The paper's factor M / N, labelled by
+    all rows, is part of the means: here each term is the mean over its own rows."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.27, default=0, kw_only=False, ge=0, le=1)
     """Share of the run over which that weight rises."""
 

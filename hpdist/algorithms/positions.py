@@ -11,15 +11,15 @@ from hpdist.data.random import normal, stream_id, uniform
 
 @dataclass(frozen=True)
 class BatchPositions:
-    """Where a micro-batch's rows stand in the global batch, and noise that depends on that alone.
+    """Where a micro-batch's rows stand in the global batch, and noise that depends only on that.
 
-    What an algorithm draws from it is the same however many ranks share the batch.
+    The noise is the same however many ranks share the batch.
     """
 
     labeled: Tensor  # [labeled], int64, on the CPU
     unlabeled: Tensor  # [unlabeled], int64, on the CPU
     labeled_rows: int  # of the global batch
-    unlabeled_rows: int  # of the global batch, rows that cannot be used among them
+    unlabeled_rows: int  # of the global batch, including rows that cannot be used
     seed: int
     step: int
 

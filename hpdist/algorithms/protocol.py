@@ -1,12 +1,12 @@
-"""The protocol between an algorithm and an optimizer step: its one implementation.
+"""The protocol between an algorithm and an optimizer step: its only implementation.
 
-Statistics of the weak views are reduced over the global batch and observed; the student is asked;
-its own statistics, where there are any, are reduced; the loss is computed; and what the algorithm
-remembers is committed, or discarded with a skipped step. Before, the algorithm may perturb and mix
-what the student sees.
+Statistics of the weak views are reduced over the global batch and observed; the student runs; its
+own statistics, if any, are reduced; the loss is computed; and what the algorithm remembers is
+committed, or discarded with a skipped step. Before the student runs, the algorithm may perturb
+and mix its inputs.
 
-There is no engine, optimizer or process group in it: whoever does a step gives the micro-batches,
-a `Model` to ask and a reduction, and differentiates the terms of the loss.
+No engine, optimizer or process group is involved: the caller gives the micro-batches, a `Model`
+and a reduction, and differentiates the terms of the loss.
 
     attempt = Attempt(algorithm, micros, model, reduce, parts=ranks * len(micros))
     attempt.begin()
@@ -31,12 +31,12 @@ from hpdist.algorithms.saved_state import Shards
 from hpdist.data.structures import Outputs, Structure, finite_mark, row_count, split, tensors_of
 from hpdist.models.outputs import LOGITS
 
-# No algorithm's own sums have such names.
+# No algorithm's own sums have names like these.
 _EXTRA, _ROWS, _FINITE = "(caller) {}", "(step) rows", "(step) not finite"
 
 
 class PendingSums(Protocol):
-    """A reduction that has begun."""
+    """A reduction in flight."""
 
     def wait(self) -> dict[str, Tensor]:
         """Give the sums over the global batch, fp32, under their names."""
@@ -44,11 +44,11 @@ class PendingSums(Protocol):
 
 
 Reduce = Callable[[Mapping[str, Tensor]], PendingSums]
-"""Begins to add up what every rank gives: tensors of the same names and shapes, in one order."""
+"""Begins to sum tensors over the ranks: the same names and shapes in the same order on each."""
 
 
 class OwnSums:
-    """The reduction where there is only one rank: its sums are those of the global batch."""
+    """The reduction on a single rank: its sums are those of the global batch."""
 
     def __init__(self, sums: Mapping[str, Tensor]) -> None:
         self._sums = {name: value.detach().float() for name, value in sums.items()}
@@ -60,7 +60,7 @@ class OwnSums:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of this rank, its views made."""
+    """One micro-batch of this rank, with its views."""
 
     inputs: StudentInputs[Any, Any]
     ids: Tensor | None  # [unlabeled], int64
@@ -75,33 +75,33 @@ class MicroBatch:
 
 
 class Model(Protocol):
-    """What the protocol asks of the model: its outputs for rows, fp32, heads among them.
+    """The model as the protocol uses it: its outputs for rows, fp32, including heads.
 
-    Where there is nothing but logits, they are one tensor; else tensors by name, [rows, *] each.
+    If there are only logits, they are one tensor; else tensors by name, [rows, *] each.
     """
 
     def targets(self, micros: Sequence[MicroBatch]) -> Sequence[Structure | None] | None:
-        """Give what student or teacher says of each micro-batch's weak views, without gradient.
+        """Give student's or teacher's outputs for each micro-batch's weak views, without gradient.
 
-        The rows of all weak views lie end to end; with `Views.labeled_targets`, the labelled ones
-        behind them. None stands for a micro-batch without weak views; None in place of the list
-        says that `student` gives them, which only a step of one micro-batch can do.
+        The rows of all weak views are concatenated; with `Views.labeled_targets`, the labelled ones
+        follow. None stands for a micro-batch without weak views; None in place of the list means
+        that `student` gives them, which only works in a step of one micro-batch.
         """
         ...
 
     def student(self, micro: MicroBatch) -> tuple[Structure, Structure | None]:
-        """Give what the student says of `StudentInputs.parts`, end to end, with gradient.
+        """Give the student's outputs for `StudentInputs.parts`, concatenated, with gradient.
 
-        Behind it stands what `targets` left to this pass, if it did.
+        The second value holds the targets if `targets` left them to this pass.
         """
         ...
 
     def preview(self, micro: MicroBatch) -> Structure:
-        """Give what `student` will say of the same rows, without gradient."""
+        """Give the outputs that `student` will give for the same rows, without gradient."""
         ...
 
     def probe(self, inputs: Tensor) -> Structure:
-        """Give what the student says of other inputs, with a gradient towards them."""
+        """Give the student's outputs for other inputs, with a gradient towards these."""
         ...
 
 
@@ -109,12 +109,12 @@ class Attempt:
     """One optimizer step of an algorithm, which is applied or skipped in the end.
 
     Args:
-        algorithm: Bound to its rank already.
-        micros: This rank's micro-batches; every rank has equally many.
-        model: Is asked in the order that the protocol has.
+        algorithm: Already bound to its rank.
+        micros: This rank's micro-batches; every rank has the same number.
+        model: Is called in the order of the protocol.
         reduce: Called equally often, with the same names, on every rank.
         parts: Ranks times micro-batches: how many contributions make the global loss.
-        extra: Sums of the caller's own that travel with the first reduction.
+        extra: The caller's own sums, which travel with the first reduction.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class Attempt:
     ) -> None:
         self.algorithm = algorithm
         self.micros = list(micros)
-        """As they came; after `begin`, as the student sees them."""
+        """The micro-batches; after `begin`, as the student sees them."""
         self.model = model
         self.parts = parts
         self.weak: list[WeakOutputs | None] = [None] * len(self.micros)
-        """What was said of each micro-batch's weak views, as far as it has been asked."""
+        """The outputs of each micro-batch's weak views, as far as they have been computed."""
         self.extra: dict[str, Tensor] = {}
         """The caller's own sums over all ranks, once `judge` has been called."""
         self._own = dict(extra or {})
@@ -143,7 +143,7 @@ class Attempt:
         self._totals: dict[int, dict[str, Tensor]] = {}
 
     def begin(self) -> None:
-        """Ask for the targets, begin to reduce their statistics, and make the student's inputs.
+        """Compute the targets, begin to reduce their statistics, and make the student's inputs.
 
         The reduction is in flight until the first `judge` needs it.
         """
@@ -152,14 +152,14 @@ class Attempt:
         self.micros = [self._changed(micro, weak) for micro, weak in pairs]
         several = len(self.micros) > 1 and self.algorithm.uses_student_statistics
         if several and self._reduction is not None:
-            # A micro-batch's loss depends on what the student says of the later ones.
+            # A micro-batch's loss depends on the student's outputs for the later ones.
             self.observe()
             self._ahead = self._sums_ahead()
 
     def collect(self) -> None:
-        """Ask for the targets and begin to reduce their statistics.
+        """Compute the targets and begin to reduce their statistics.
 
-        Nothing is done where the student's pass gives them.
+        Does nothing if the student's pass gives them.
         """
         outputs = self.model.targets(self.micros)
         if outputs is None:
@@ -169,7 +169,7 @@ class Attempt:
         self._reduction = self._begin_reduction()
 
     def judge(self, number: int) -> LossTerms:
-        """Ask the student about a micro-batch, and give its contributions to the loss."""
+        """Run the student on a micro-batch, and return its contributions to the loss."""
         outputs, targets = self.model.student(self.micros[number])
         if targets is not None:
             self.weak[number] = self._targets(targets, self.micros[number])
@@ -178,10 +178,10 @@ class Attempt:
         return self.terms(number, outputs)
 
     def terms(self, number: int, outputs: Structure) -> LossTerms:
-        """Give the contributions of a micro-batch of which the student says `outputs`.
+        """Return the contributions of a micro-batch for which the student gives `outputs`.
 
-        A second call for the same micro-batch communicates nothing: it goes by the same sums over
-        the global batch.
+        A second call for the same micro-batch communicates nothing: it uses the same sums over the
+        global batch.
         """
         student = self.student_outputs(number, outputs)
         local = self.algorithm.student_statistics(student)
@@ -190,7 +190,7 @@ class Attempt:
         return self.algorithm.loss(student, self._attach(local, self._totals[number]))
 
     def weighted_terms(self, number: int, outputs: Structure) -> dict[str, Tensor]:
-        """Give the same by name, as far as they depend on rows; each weighted as in the loss."""
+        """Return those that depend on rows, by name; each weighted as in the loss."""
         terms = self.terms(number, outputs)
         weighted = {"supervised": terms.supervised}
         if self.micros[number].uses_unlabeled:
@@ -199,11 +199,11 @@ class Attempt:
         return weighted | dict(terms.extras) | shared
 
     def close(self, applied: bool) -> None:
-        """Make what the algorithm remembers of this step final, or have it forget the step."""
+        """Commit what the algorithm remembers of this step, or discard it."""
         self.algorithm.commit() if applied else self.algorithm.discard()
 
     def observe(self) -> dict[str, Tensor]:
-        """Wait for the sums, show them to the algorithm, and give what it was shown.
+        """Wait for the sums, pass them to the algorithm, and return them.
 
         A NaN in any weak view of any rank leaves every statistic as it was, and so does a global
         batch without a valid row.
@@ -226,7 +226,7 @@ class Attempt:
         return sums
 
     def student_outputs(self, number: int, outputs: Structure) -> StudentOutputs:
-        """Give the algorithm's view of what the student says of a micro-batch's rows."""
+        """Return the algorithm's view of the student's outputs for a micro-batch."""
         assert self._rows is not None, "the sums over the global batch have not been observed"
         micro = self.micros[number]
         logits, heads = self._divided(outputs)
@@ -262,7 +262,7 @@ class Attempt:
 
     @torch.no_grad()
     def _changed(self, micro: MicroBatch, weak: WeakOutputs | None) -> MicroBatch:
-        """Give the micro-batch as the algorithm wants the student to see it."""
+        """Return the micro-batch as the algorithm has the student see it."""
         views, inputs = self.algorithm.views, micro.inputs
         if views.needs_gradient_probe and weak is not None:
             with torch.enable_grad():
@@ -278,7 +278,7 @@ class Attempt:
         return outputs_and_heads(outputs, self.algorithm.task.outputs, self.algorithm.head_names)
 
     def _targets(self, outputs: Structure, micro: MicroBatch) -> WeakOutputs:
-        """Cut what was said of all weak views, and of the labelled rows if they are behind them."""
+        """Split the outputs of all weak views, and of the labelled rows if they follow."""
         inputs = micro.inputs
         logits, heads = self._divided(outputs)
         sizes = [row_count(part) for part in inputs.weak]
@@ -298,7 +298,7 @@ class Attempt:
 
     @torch.no_grad()
     def _sums_ahead(self) -> dict[str, Tensor]:
-        """Give the student's global sums before its first backward."""
+        """Reduce the student's global sums before its first backward."""
         parts = []
         for number, micro in enumerate(self.micros):
             outputs = self.student_outputs(number, self.model.preview(micro))
@@ -311,7 +311,7 @@ class Attempt:
         return self._reduce(local).wait() if local else {}
 
     def _attach(self, local: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> Sums:
-        """Give the student's global sums the gradient of this micro-batch's part of them.
+        """Attach to the student's global sums the gradient of this micro-batch's part of them.
 
         Every part computes the same function f of the sums and contributes f / parts, so the
         gradient of a part is scaled up by the number of parts.
@@ -325,9 +325,9 @@ class Attempt:
 def outputs_and_heads(
     outputs: Structure, names: Sequence[str], heads: Sequence[str]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Divide what a model said into the outputs that the task names, and its heads'.
+    """Split a model's output into the outputs that the task names, and those of heads.
 
-    The outputs are one tensor where the task names nothing but `logits`, else tensors by name.
+    The former are one tensor if the task names only `logits`, else tensors by name.
     """
     if isinstance(outputs, Tensor):
         return outputs, {}
@@ -336,7 +336,7 @@ def outputs_and_heads(
 
 
 def split_views(rows: Outputs, inputs: StudentInputs[Any, Any]) -> HeadOutputs[Outputs]:
-    """Cut the rows of the student's pass into its views."""
+    """Split the rows of the student's pass into its views."""
     views = iter(split(rows, [row_count(part) for part in inputs.parts]))
     return HeadOutputs(
         next(views),
@@ -353,7 +353,7 @@ def split_views(rows: Outputs, inputs: StudentInputs[Any, Any]) -> HeadOutputs[O
 
 
 def join_shards(state: Mapping[str, Tensor], ranks: Sequence[Shards]) -> dict[str, Tensor]:
-    """Give an algorithm's state whole, from one rank's `state_dict` and every rank's `shards`."""
+    """Return an algorithm's whole state, from one rank's `state_dict` and every rank's `shards`."""
     whole = dict(state)
     for name in ranks[0]:
         parts = sorted((part for rank in ranks for part in rank[name]), key=lambda part: part[0])
@@ -362,7 +362,7 @@ def join_shards(state: Mapping[str, Tensor], ranks: Sequence[Shards]) -> dict[st
 
 
 def add(values: Iterable[Tensor]) -> Tensor:
-    """Give the sum of one or more tensors."""
+    """Return the sum of one or more tensors."""
     first, *rest = values
     for value in rest:
         first = first + value

@@ -1,4 +1,4 @@
-"""Pseudo-Label: the model's own confident predictions are labels of the same view."""
+"""Pseudo-Label: the model's confident predictions become labels of the same view."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
 class PseudoLabel(Ramped, name="pseudo_label"):
     """L = L_x + alpha(t) mean_b 1[max p_b >= tau] H(argmax p_b, p_b), with p_b = p(weak(u_b)).
 
-    One view gives label and loss; no gradient goes through the label. alpha rises linearly from 0
-    over the first `ramp_steps` applied steps. Equations 15 and 16 of the paper.
+    One view gives both label and loss; no gradient goes through the label. alpha rises linearly
+    from 0 over the first `ramp_steps` applied steps. Equations 15 and 16 of the paper.
     """
 
     paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
@@ -29,7 +29,7 @@ class PseudoLabel(Ramped, name="pseudo_label"):
     )
 
     threshold: float = option(default=0.95, ge=0, le=1)
-    """Confidence that a pseudo-label needs; 0 is the paper's."""
+    """Confidence that a pseudo-label needs; the paper has none (0)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term after the ramp (alpha_f)."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, ge=0, le=1)

@@ -1,4 +1,4 @@
-"""The page of every algorithm's and add-on's options, read off their declarations.
+"""The page of all algorithms' and add-ons' options, made from their declarations.
 
 `python -m hpdist.algorithms.reference > docs/algorithm-options.md` writes it.
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import hpdist.algorithms  # noqa: F401  # makes all of them known
+import hpdist.algorithms  # noqa: F401  # registers all of them
 from hpdist.algorithms.options import DeclaredConfig
 from hpdist.config.component import components
 
@@ -19,9 +19,9 @@ _HEAD = """\
 [All pages](../README.md#where-to-go) · [Glossary](glossary.md)
 
 This page is written by `python -m hpdist.algorithms.reference` from the declarations in
-`hpdist/algorithms`; a test holds it to them. Options stand beside `name` in the config's
+`hpdist/algorithms`, and a test keeps it up to date. Options stand beside `name` in the config's
 `algorithm`, those of add-ons beside their names in `addons`. [Choose an
-algorithm](algorithms.md) says which is for what.
+algorithm](algorithms.md) says when to use which.
 """
 _TYPES = {
     "integer": "whole number",
@@ -42,7 +42,7 @@ def reference() -> str:
 def _sections(kind: str) -> Iterator[str]:
     for name, config in cast(dict[str, type[DeclaredConfig]], components(kind)).items():
         if not config.__module__.startswith("hpdist.algorithms."):
-            continue  # somebody's own
+            continue  # registered by somebody else
         yield from (f"### `{name}`", "")
         made = config.declared_by
         paper = made.paper if kind == "algorithm" else made.addon_paper
@@ -64,7 +64,7 @@ def _rows(config: type[DeclaredConfig]) -> Iterator[str]:
 
 
 def _allowed(field: Mapping[str, Any]) -> str:
-    """What a value may be, from its JSON Schema."""
+    """The allowed values, from the JSON Schema."""
     if "anyOf" in field:
         return " or ".join(_allowed(choice) for choice in field["anyOf"])
     if "const" in field or "enum" in field:

@@ -1,4 +1,4 @@
-"""ReFixMatch: FixMatch that also learns from the rows below the threshold, softly."""
+"""ReFixMatch: FixMatch that also learns, from soft targets, from rows below the threshold."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ReFixMatch(PseudoLabeling, name="refixmatch"):
     threshold: float = option(default=0.95, ge=0, le=1)
     """Confidence from which a prediction is a hard pseudo-label (tau)."""
     temperature: float = option(default=0.5, gt=0)
-    """Temperature of the target of a row below it (T)."""
+    """Temperature of the target of a row below the threshold (T)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised terms (lambda_u)."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
-        """Three terms, the one of the rejected rows by itself and weighted; the mask rate."""
+        """Three terms, that of the rejected rows separate and weighted; the mask rate."""
         assert outputs.weak is not None
         mask, pseudo_labels = confident(outputs.weak.probabilities, self.threshold)
         divergences = kl_divergence(

@@ -1,4 +1,4 @@
-"""RegMixMatch: FreeMatch, and each unlabelled row mixed with one that the model is certain of."""
+"""RegMixMatch: FreeMatch with each unlabelled row mixed with one the model is certain of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpdist.tasks.losses import soft_cross_entropy, squared_error
 
 Weighting = Literal["mean", "row"]
 
-_MANY_LABELS = 100  # per class: from there on labelled rows are mixed like confident ones
+_MANY_LABELS = 100  # per class: from this on labelled rows are mixed like confident ones
 _SIDES = (0.1, 0.8)  # of a pasted box, as shares of the image's
 
 
@@ -35,20 +35,20 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     L_SRM = mean_b [u_b confident] H(l onehot(y_b) + (1 - l) onehot(y_v), p(mix_b)),
     L_CAM = mean_r (max p_r)^3 mean_r mean_c (l p_r + (1 - l) onehot(y_v) - p(mix_r))_c^2,
 
-    r being the rows that are not confident. v is drawn anew for each row from its group of the
-    global batch: from the confident rows, and where r is mixed also from the labelled ones, in
-    their weak view; with a chance of `same_class` it has to be of class y_r, and where none is, the
-    row stays unmixed. With many labels (`labeled_mixed`) labelled rows are partners of confident
-    ones too, and each is itself mixed: their cross-entropies count in L_SRM's sum, not in its
+    r being the rows that are not confident. v is drawn for each row from its group of the global
+    batch: from the confident rows, and where r is mixed also from the labelled ones, in their weak
+    view; with probability `same_class` it must be of class y_r, and if there is none, the row
+    stays unmixed. With many labels (`labeled_mixed`) labelled rows are also partners of confident
+    ones, and each is itself mixed: their cross-entropies count in L_SRM's sum, but not in its
     number of rows. All means are over the global batch.
 
     Images [rows, C, H, W] are mixed by ResizeMix: v, cut to the middle 0.9, shrunk to the share 0.1
     + 0.7 sqrt(b) of its sides and pasted at a random place, with b ~ Beta(alpha, alpha) and l the
     area left; anything else by Mixup, u l + v (1 - l) with l ~ Beta(alpha, alpha).
 
-    That is the authors' released code, but for what is drawn: there one coin for `same_class`, one
-    share and one place for a whole batch, here one for each row. Where the number of labels is not
-    known (`class_counts` unset in a loop of one's own), there are not many.
+    This follows the authors' released code except for the draws: there one coin for `same_class`,
+    one share and one place serve a whole batch, here each row has its own. If the number of labels
+    is not known (`class_counts` is not set), it counts as small.
     """
 
     paper: ClassVar[str] = "Han et al. 2025, arXiv:2412.10741"
@@ -69,30 +69,30 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     max_threshold: float = option(default=1.0, gt=0, le=1)
     """Upper bound of FreeMatch's global threshold."""
     confident: float = option(default=0.999, ge=0, le=1)
-    """Confidence from which a row is mixed with others as certain as itself (tau_m)."""
+    """Confidence from which a row is mixed with equally certain ones (tau_m)."""
     high_alpha: float = option(default=1.0, gt=0)
     """Parameter of the Beta distribution for the mixture of a confident row."""
     low_alpha: float = option(default=16.0, gt=0)
     """Parameter of the Beta distribution for the mixture of any other row."""
     same_class: float = option(default=0.5, ge=0, le=1)
-    """Chance that the partner of a row that is not confident has to be of its likeliest class."""
+    """Chance that the partner of a row that is not confident must be of its most likely class."""
     high_weight: float = option(default=1.0, ge=0)
     """Weight of the term of mixed confident rows (SRM)."""
     low_weight: float = option(default=1.0, ge=0)
     """Weight of the term of the other mixed rows (CAM)."""
     weighting: Weighting = option(default="mean")
-    """Whose confidence, cubed, weighs a row of that term: the mean over its rows, as in the
+    """Which confidence, cubed, weights a row of that term: the mean over its rows, as in the
     released code, or the row's own."""
     labeled_partners: bool = option(default=True)
     """Whether labelled rows are partners in that term (CAM), as in the released code."""
     labeled_mixed: bool | None = option(default=None)
-    """Whether labelled rows are mixed, with confident ones and one another, in the term of the
-    confident rows (SRM). By default from 100 labelled rows per class on, as in the released code,
-    unless they are no partners in CAM either."""
+    """Whether labelled rows are mixed, with confident ones and with one another, in the term of the
+    confident rows (SRM). By default if there are 100 or more labelled rows per class, as in the
+    released code, unless labelled rows are no partners in CAM either."""
     groups: Groups = option(default="auto", annotation=GroupsOption)
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
+    """Parts of the global batch within which rows are mixed. Ranks times micro-batches must divide
+    this number, and it must divide the batch. auto: at most 8, each with 8 or more rows of both
+    kinds, as far as ranks and micro-batches allow."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
@@ -100,14 +100,14 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         self._low = (torch.ones((), device=device),) * 2  # [] each, of this step; see `observe`
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """FreeMatch's sums; how many rows are not confident, and their confidence cubed."""
+        """FreeMatch's sums; the number of unconfident rows, and their confidence cubed."""
         confidence = weak.probabilities.amax(dim=-1)
         low = (confidence < self.confident).float()
         own = {"low_rows": low.sum(), "low_cubes": (low * confidence**3).sum()}
         return super().statistics(weak) | own
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Move FreeMatch's averages; take this batch's rows of CAM and their mean weight."""
+        """Move FreeMatch's averages; store the number of CAM rows and their mean weight."""
         super().observe(sums, unlabeled_rows)
         rows = sums["low_rows"].clamp(min=1)
         self._low = rows, sums["low_cubes"] / rows
@@ -149,7 +149,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         )
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
-        """FreeMatch's terms and both of the mixed rows, and the share of confident rows."""
+        """FreeMatch's terms, both terms of the mixed rows, and the share of confident rows."""
         terms = super().loss(outputs, student_sums)
         logits, context, rows = outputs.extra_inputs[0], outputs.context, outputs.unlabeled_rows
         labels = context["mixed labels"]
@@ -169,7 +169,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         return self.burned_in(mixed)
 
     def _mixes_labeled(self) -> bool:
-        """Whether labelled rows are mixed too; the same in every step."""
+        """Whether labelled rows are mixed too; constant over a run."""
         if self.labeled_mixed is None:
             counts = self.class_counts if self.labeled_partners else None
             labels = 0.0 if counts is None else float(counts.sum())
@@ -179,7 +179,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     def _pool(
         self, inputs: StudentInputs, classes: Tensor, high: Tensor
     ) -> tuple[_Rows, _Rows, _Pool]:
-        """The unlabelled rows, the labelled ones, and all that may be partners."""
+        """The unlabelled rows, the labelled ones, and all possible partners."""
         positions, device = inputs.positions, high.device
         groups = count_groups(self.groups, positions)
         of_unlabeled, of_labeled = (
@@ -201,7 +201,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         return rows, labeled, pool
 
     def _draws(self, positions: BatchPositions, high: Tensor, *, labeled: bool = False) -> _Draws:
-        """What is drawn for each row, on the device of `high`, which says by which alpha."""
+        """The draws for each row, on the device of `high`, which chooses alpha."""
         noise = positions.noise("regmixmatch", 4 + 2 * BETA_NUMBERS, labeled=labeled)
         plain, first, second = noise.split([4, BETA_NUMBERS, BETA_NUMBERS], dim=1)
         alphas = (self.high_alpha, self.low_alpha)
@@ -216,7 +216,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
     ) -> tuple[Tensor, Tensor]:
         """Rows mixed with one of their `partners` each, bool [rows, pool], and their soft labels.
 
-        A row without any stays as it is.
+        A row without partners stays as it is.
         """
         chosen, found = _drawn(partners, draws.partner)
         mixed, shares = _mix(rows.inputs, pool.inputs[chosen], draws)
@@ -248,14 +248,14 @@ class _Pool(_Rows):
     labeled: Tensor  # [rows], bool
 
     def open_to(self, rows: _Rows, *, labeled: bool) -> Tensor:
-        """Which of the pool each row may have, of its own group: bool [rows, pool]."""
+        """The rows of its group in the pool that each row may be mixed with: bool [rows, pool]."""
         allowed = self.confident | self.labeled if labeled else self.confident
         return (rows.groups[:, None] == self.groups) & allowed
 
 
 @dataclass(frozen=True)
 class _Draws:
-    """What is drawn for each row."""
+    """The draws for each row."""
 
     partner: Tensor  # [rows], uniform
     coin: Tensor  # [rows], uniform
@@ -264,7 +264,7 @@ class _Draws:
 
 
 def _drawn(candidates: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """One candidate of each row, int64 [rows], and whether it had any; without, the first."""
+    """One candidate of each row, int64 [rows], and whether it has any; if not, the first."""
     before = candidates.cumsum(dim=1)  # [rows, pool]
     counts = candidates.sum(dim=1)
     number = (noise * counts).long()  # below the count: a product of fp32 could round up to it

@@ -1,4 +1,4 @@
-"""ReMixMatch: MixMatch with aligned guesses that anchor strong views, and a rotation task."""
+"""ReMixMatch: MixMatch with aligned guesses as targets of strong views, and a rotation task."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from hpdist.algorithms.saved_state import SavedShards
 from hpdist.algorithms.view_request import Views
 from hpdist.tasks.losses import sharpened, soft_cross_entropy
 
-_SMALL = 1e-6  # of a class that nobody has
+_SMALL = 1e-6  # for a class that never occurs
 
 
 class ReMixMatch(Ramped, name="remixmatch"):
     """L = mean_X' H(p, p(x)) + r(t) [lambda_U L_U' + lambda_U1 L_s] + lambda_r L_rot.
 
-    With L_U' = mean_U' H(q, p(u)), L_s = mean_b H(q_b, p(s1_b)) and L_rot = mean_b H(onehot(a_b),
+    Here L_U' = mean_U' H(q, p(u)), L_s = mean_b H(q_b, p(s1_b)) and L_rot = mean_b H(onehot(a_b),
     p_rot(s1_b turned by a_b)): algorithm 1, equations 3 and 4 of the paper. A row's guess is p of
     its weak view, aligned: times p(y) / p~(y), made to sum to 1, with averages over steps of the
     labelled rows' classes and of these predictions (section 3.1); and sharpened: q_c =
     guess_c^(1/T) / sum. X' and U' mix the strong view of labelled rows with the weak and all K
     strong views of unlabelled ones, as MixMatch does, within groups. s1, the first strong view, is
-    also seen as it is, and turned by an angle a of 0, 90, 180 or 270 degrees that is drawn for each
-    row and that a linear head on the features has to say. r rises linearly from 0 to 1 over the
+    also used unmixed, and rotated by an angle a of 0, 90, 180 or 270 degrees that is drawn for each
+    row and that a linear head on the features predicts. r rises linearly from 0 to 1 over the
     first `ramp_steps` applied steps; lambda_r has no ramp.
 
-    p(y) is a moving average and p~(y) the mean of the last batches, each of the global batch as it
-    was in the applied steps before, uniform at first. Strong views are the run's, not CTAugment.
+    p(y) is a moving average and p~(y) the mean of the last batches, both of the global batches of
+    earlier applied steps, and uniform at first. Strong views are the run's, not CTAugment.
     """
 
     paper: ClassVar[str] = "Berthelot et al. 2020, arXiv:1911.09785"
@@ -57,27 +57,27 @@ class ReMixMatch(Ramped, name="remixmatch"):
     temperature: float = option(default=0.5, gt=0)
     """Temperature that sharpens the guessed labels (T)."""
     alpha: float = option(default=0.75, gt=0)
-    """Parameter of the Beta distribution that a row's share of a mixture is drawn from (Beta)."""
+    """Parameter of the Beta distribution of a row's share of a mixture (Beta)."""
     unsupervised_weight: float = option(default=1.5, ge=0)
     """Weight of the mixed unlabelled rows after the ramp (lambda_U)."""
     strong_weight: float = option(default=0.5, ge=0)
     """Weight of the strong view that is not mixed, after the ramp (lambda_U1)."""
     rotation_weight: float = option(default=0.5, ge=0)
-    """Weight of the rotation task, which has no ramp (lambda_r). It is for square images; 0 leaves
-    it out, for others."""
+    """Weight of the rotation task, which has no ramp and needs square images (lambda_r); set 0 for
+    other inputs."""
     ramp_steps: int = share_of_run(setting="ramp", share=1 / 64, default=0, ge=0, le=1)
     """Share of the run over which the first two weights rise from 0."""
     strong_views: int = option(default=8, ge=1)
     """Strong views of an unlabelled row (K). A row costs K + 4 forwards; 1 or 2 are common."""
     window: int = option(default=WINDOW, ge=1)
-    """Batches whose mean prediction is what predictions are aligned by; the average of the labels
-    is a moving one of momentum 0.999, as in the released code."""
+    """Batches over which predictions are averaged for the alignment; the average of the labels is a
+    moving one of momentum 0.999, as in the released code."""
     momentum: float | None = option(default=None, ge=0, lt=1)
-    """Makes both of them moving averages of this momentum, in place of the window."""
+    """Replaces the window: both averages become moving averages of this momentum."""
     groups: Groups = option(default="auto", annotation=GroupsOption)
-    """Parts of the global batch within which rows are mixed: ranks times micro-batches must divide
-    them, and they the batch. auto: at most 8, each of 8 rows of both kinds or more, as far as ranks
-    and micro-batches allow."""
+    """Parts of the global batch within which rows are mixed. Ranks times micro-batches must divide
+    this number, and it must divide the batch. auto: at most 8, each with 8 or more rows of both
+    kinds, as far as ranks and micro-batches allow."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
@@ -93,7 +93,7 @@ class ReMixMatch(Ramped, name="remixmatch"):
         self.state |= self._mean.start(self.num_classes, device)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """That of the rotation task, if there is one."""
+        """The head of the rotation task, if there is one."""
         return {name: rotation_head(features) for name in self.head_names}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
@@ -114,9 +114,9 @@ class ReMixMatch(Ramped, name="remixmatch"):
         self.pending |= self._mean.after(self.state, predictions)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """Strong views of labelled, all views of unlabelled rows mixed; the first strong one too.
+        """Mix strong labelled views and all unlabelled views; add the first strong view unmixed.
 
-        It goes by the state, for this batch's sums are still under way.
+        The alignment uses the state, as this batch's sums are still in flight.
         """
         assert weak is not None
         ratio = (_SMALL + self.state["labels"]) / (_SMALL + self._mean.value(self.state))
@@ -154,7 +154,7 @@ class ReMixMatch(Ramped, name="remixmatch"):
     def load_state_dict(
         self, state: Mapping[str, Tensor], saved: SavedShards | None = None
     ) -> None:
-        """Take over a state; raises CheckpointError where its average is of another kind."""
+        """Take over a state; raises CheckpointError where it holds another kind of average."""
         self._mean.check(state, "algorithm")
         super().load_state_dict(state, saved)
 

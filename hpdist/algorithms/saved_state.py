@@ -1,4 +1,4 @@
-"""State that is too large to be copied in every step, or that each rank holds a part of."""
+"""State that is too large to be copied in every step, or of which each rank holds a part."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 class Table(Protocol):
-    """What is remembered of rows by their ids: too much to be copied in every step."""
+    """Values of rows by their ids: too many to be copied in every step."""
 
     @property
     def values(self) -> Tensor:
-        """All of it, [rows, *]."""
+        """All values, [rows, *]."""
         ...
 
     def load(self, values: Tensor) -> None:
-        """Take it over, of however many rows."""
+        """Take over values, of any number of rows."""
         ...
 
 
 Shards = dict[str, list[tuple[int, Tensor]]]
-"""What a rank holds alone: by name, where its parts of a flat tensor begin, and the parts."""
+"""What only this rank holds: by name, where its parts of a flat tensor begin, and the parts."""
 
 
 class SavedShards(Protocol):
-    """What ranks held alone when it was saved: flat tensors by name, to be read in parts."""
+    """The shards of all ranks as they were saved: flat tensors by name, to be read in parts."""
 
     def size(self, name: str) -> int:
-        """Elements of it; 0 where there are none."""
+        """The number of elements; 0 if there are none."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of its elements."""
+        """Some of the elements."""
         ...
 
 

@@ -24,12 +24,12 @@ class SequenceMatch(FlexMatch, name="sequencematch"):
     The views of u_b are w (weak), m (medium) and s (strong), y_b = argmax p(w_b), and k_b is
     FlexMatch's mask. D(v, v') = 1[max p(v) >= tau] KL(softmax(z(v) / T) || softmax(z(v'))), with no
     gradient through its first view; with `masking` flexible it has k_b in place of the indicator.
-    Where it is asked for, a row below FlexMatch's threshold gives r_b = rho (1 - k_b) KL(softmax(
-    z(w_b) / T) || softmax(z(s_b))).
+    If `rejected_weight` is set, a row below FlexMatch's threshold adds r_b = rho (1 - k_b)
+    KL(softmax(z(w_b) / T) || softmax(z(s_b))).
 
-    Of images the medium view has one operation of RandAugment and the strong one three, as in the
-    released code, unless `views.strong.ops` says how many both have. Of other rows both are drawn
-    from the run's strong policy.
+    For images the medium view has one operation of RandAugment and the strong one three, as in the
+    released code, unless `views.strong.ops` sets the number for both. For other rows both use the
+    run's strong policy.
     """
 
     paper: ClassVar[str] = "Nguyen 2024, arXiv:2310.15787"
@@ -37,19 +37,19 @@ class SequenceMatch(FlexMatch, name="sequencematch"):
     defaults: ClassVar[str] = (
         "The values of the author's released configs.\n"
         "\n"
-        "They leave out what the paper says of rows below their threshold: `rejected_weight: 1`."
+        "They leave out the paper's term for rows below their threshold: `rejected_weight: 1`."
     )
 
     temperature: float = option(default=0.5, gt=0)
     """Temperature of the soft targets (T)."""
     masking: Masking = option(default="fixed")
-    """Which rows the divergences count for: fixed, where the view that teaches is as confident as
-    `threshold` says, as in the released code; flexible, where FlexMatch's mask lets them pass."""
+    """Which rows the divergences count for: fixed, if the teaching view is as confident as
+    `threshold`, as in the released code; flexible, if FlexMatch's mask lets them pass."""
     rejected_weight: float = option(default=0.0, ge=0)
-    """Weight, among the unsupervised terms, of the one of the rows below FlexMatch's threshold."""
+    """Weight, among the unsupervised terms, of the rows below FlexMatch's threshold."""
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
-        """Each unsupervised term but the first by itself and weighted; the mask rate."""
+        """Each unsupervised term but the first separate and weighted; the mask rate."""
         assert outputs.weak is not None
         mask, pseudo_labels = self._mask(outputs.weak)  # [unlabeled] both
         medium, strong = outputs.strong
@@ -75,7 +75,7 @@ class SequenceMatch(FlexMatch, name="sequencematch"):
         )
 
     def _teaches(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """For which rows a view's prediction is a target, fp32 [unlabeled]."""
+        """The rows for which a view's prediction is a target, fp32 [unlabeled]."""
         if self.masking == "flexible":
             return mask
         return confident(logits.softmax(dim=-1), self.threshold)[0]

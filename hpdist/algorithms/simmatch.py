@@ -1,4 +1,4 @@
-"""SimMatch: views agree on their class, and on which labelled rows they are near to."""
+"""SimMatch: views agree on their class, and on the labelled rows that they are similar to."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class SimMatch(Algorithm, name="simmatch"):
     last steps, this one with them, and made to sum to 1. With z an embedding of length 1 and (z_k,
     y_k) the labelled rows in the bank, t(v)_k = softmax_k(z(v) z_k / t). Aggregated: q_bc = alpha
     p_bc + (1 - alpha) sum of t(w_b)_k over y_k = c. Unfolded: t'_bk = t(w_b)_k p_b,y_k, made to sum
-    to 1. Section 3 of the paper. What is said of weak views is the teacher's, and so are the z_k.
+    to 1. Section 3 of the paper. Outputs of weak views are the teacher's, and so are the z_k.
 
     The bank holds each labelled row once, as it was when last seen in the steps before. Empty
-    places count for nothing; while all are, q_b = p_b and there is no third term.
+    slots are ignored; while all slots are empty, q_b = p_b and there is no third term.
     """
 
     paper: ClassVar[str] = "Zheng et al. 2022, arXiv:2203.06915"
     views: ClassVar[Views] = Views(weak=1, strong=1, labeled_targets=True, teacher=True)
     head_names = (_HEAD,)
     defaults: ClassVar[str] = (
-        "The paper's values for CIFAR-10, but for the steps that are aligned.\n"
+        "The paper's values for CIFAR-10, except the number of steps that are aligned.\n"
         "\n"
         "Their number is the default of the benchmark USB, whose configs for CIFAR have 32."
     )
@@ -54,31 +54,31 @@ class SimMatch(Algorithm, name="simmatch"):
     similarity_weight: float = option(default=1.0, ge=0)
     """Weight of the agreement on labelled rows (lambda_in)."""
     smoothing: float = option(default=0.9, ge=0, le=1)
-    """What a row's own prediction counts beside the labels that it is near to (alpha)."""
+    """Weight of a row's own prediction against the labels of similar rows (alpha)."""
     temperature: float = option(default=0.1, gt=0)
     """Temperature of the similarity of embeddings (t)."""
     width: int = option(default=128, gt=0)
     """Numbers in an embedding."""
     bank: int = option(default=4096, gt=0)
-    """Labelled rows that are remembered; where there are more, the newest (K)."""
+    """Labelled rows that are remembered; if there are more, the newest (K)."""
     alignment_steps: int = option(default=256, gt=0)
-    """Steps whose mean prediction is made uniform."""
+    """Steps over which the mean prediction is made uniform."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
         self.state = {
             "embeddings": torch.zeros(self.bank, self.width, device=device),
-            "labels": torch.zeros(self.bank, device=device),  # + 1; 0 is an empty place
-            "ids": torch.zeros(self.bank, 2, device=device),  # in words
+            "labels": torch.zeros(self.bank, device=device),  # + 1; 0 is an empty slot
+            "ids": torch.zeros(self.bank, 2, device=device),  # encoded
             "means": torch.zeros(self.alignment_steps, self.num_classes, device=device),
         }
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """The one that makes embeddings."""
+        """The projection head that makes embeddings."""
         return {_HEAD: projection(features, self.width)}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """The sum of predictions, and what there is of each labelled row at its place."""
+        """The sum of predictions, and the data of each labelled row at its position."""
         assert weak.labels is not None
         return {
             "probabilities": weak.probabilities.sum(dim=0),
@@ -88,12 +88,12 @@ class SimMatch(Algorithm, name="simmatch"):
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Take the batch's mean prediction and its labelled rows into the banks."""
+        """Put the batch's mean prediction and its labelled rows into the banks."""
         means = with_mean(self.state["means"], sums["probabilities"] / unlabeled_rows)
         names = ("embeddings", "labels", "ids")
         old, new = [self.state[name] for name in names], [sums[name] for name in names]
         ids = ids_of(sums["ids"])
-        again = (ids[:, None] == ids).triu(1).any(dim=1)  # comes once more in this batch
+        again = (ids[:, None] == ids).triu(1).any(dim=1)  # occurs again later in this batch
         kept = (self.state["labels"] > 0) & ~torch.isin(ids_of(self.state["ids"]), ids)
         bank = enqueued(old, kept, new, ~again)
         self.pending = {**dict(zip(names, bank, strict=True)), "means": means}
@@ -126,7 +126,7 @@ class SimMatch(Algorithm, name="simmatch"):
         )
 
     def _similarities(self, embeddings: Tensor) -> Tensor:
-        """Give the similarities of embeddings [rows, width] to the bank's, [rows, bank]."""
+        """Return the similarities of embeddings [rows, width] to the bank's, [rows, bank]."""
         return embeddings @ self.state["embeddings"].T / self.temperature
 
 

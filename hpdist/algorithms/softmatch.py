@@ -1,4 +1,4 @@
-"""SoftMatch: every row counts, the less the further its confidence is below the average."""
+"""SoftMatch: every row counts, less the further its confidence is below the average."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SoftMatch(PseudoLabeling, name="softmatch"):
     sigmas: float = option(default=2.0, gt=0)
     """Standard deviations of the confidence that make one of the weight's Gaussian."""
     uniform_alignment: bool = option(default=True)
-    """Whether the weight goes by predictions whose mean is made uniform (UA)."""
+    """Whether the weight uses predictions whose mean is made uniform (UA)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the unsupervised term (lambda_u)."""
 
@@ -66,7 +66,7 @@ class SoftMatch(PseudoLabeling, name="softmatch"):
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Move every average towards this batch's value; one row alone has no variance."""
+        """Move every average towards this batch's value; a single row has no variance."""
         before = self.state
         shift = sums["confidence"] / unlabeled_rows
         squares = (sums["square"] - sums["confidence"] * shift).clamp(min=0)
@@ -95,7 +95,7 @@ class SoftMatch(PseudoLabeling, name="softmatch"):
         )
 
     def _weights(self, weak: WeakOutputs) -> Tensor:
-        """How much each row counts, in [0, 1], [unlabeled]."""
+        """The weight of each row, in [0, 1], [unlabeled]."""
         probabilities = weak.probabilities
         if self.uniform_alignment:
             probabilities = aligned(weak.logits, self.pending["probability"], self._prior)

@@ -1,4 +1,4 @@
-"""Supervised training on the labels alone: what every other algorithm is measured against."""
+"""Supervised training on the labels alone: the baseline of every other algorithm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpdist.tasks.base import ALL
 
 
 class Supervised(Algorithm, name="supervised"):
-    """L = mean_b H(y_b, p(weak(x_b))), with H what the task says."""
+    """L = mean_b H(y_b, p(weak(x_b))), with the task's loss H."""
 
     views: ClassVar[Views] = Views()
     tasks: ClassVar[tuple[str, ...]] = ALL
@@ -31,7 +31,7 @@ SupervisedConfig = Supervised.Config
 
 
 class FullySupervised(Supervised, name="fully_supervised"):
-    """Supervised training from every label: what semi-supervised training is measured against."""
+    """Supervised training with every label: the upper baseline of semi-supervised training."""
 
     defaults: ClassVar[str] = "No options; the run's labelled data must be all there are."
 

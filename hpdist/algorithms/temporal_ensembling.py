@@ -17,21 +17,21 @@ from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import ALL
 
 _TAKEN = 1 << 24
-"""Added to a row's id on its way, so that the first of its words is never 0."""
+"""Added to a row's id while it is encoded, so that the first number is never 0."""
 
 
 class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     """L = L_x + w(t) mean_{b,c} (p(u2_b)_c - z~_b,c)^2, algorithm 2 of the paper.
 
     Whenever a row is seen, Z_i <- alpha Z_i + (1 - alpha) p(u1_i), from zero; its target is that of
-    the times before, z~_i = Z_i / (1 - alpha^n_i) after n_i of them. A row that was never seen has
-    no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
+    the earlier times, z~_i = Z_i / (1 - alpha^n_i) after n_i of them. A row seen for the first time
+    has no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
 
-    Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB, or
-    200 MB in fp16, and up to twice that where the number of rows is not known, for it grows by
-    doubling then. Checkpoints hold it too. A step's predictions reach all ranks with its other
-    sums, as C + 2 floats for each unlabelled row of the global batch. Which rows they are is waited
-    for once a step.
+    Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB,
+    or 200 MB in fp16, and up to twice that if the number of rows is not known, as it then grows by
+    doubling. Checkpoints hold it too. A step's predictions reach all ranks with its other sums, as
+    C + 2 floats for each unlabelled row of the global batch. Once a step the host waits for the
+    ids of these rows.
     """
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
@@ -44,8 +44,8 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     momentum: float = option(default=0.6, ge=0, lt=1)
     """Momentum of a row's average (alpha)."""
     unsupervised_weight: float = option(default=30.0, ge=0)
-    """Weight of the consistency term after the ramp (w_max). The paper's M / N, labelled rows by
-    all rows, is in the means: here each term is the mean over its own rows."""
+    """Weight of the consistency term after the ramp (w_max). The paper's factor M / N, labelled by
+    all rows, is part of the means: here each term is the mean over its own rows."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.27, default=0, ge=0, le=1)
     """Share of the run over which that weight rises."""
     half_table: bool = option(default=False)
@@ -61,7 +61,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
         self._batch: dict[str, Tensor] = {}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """What was said of each row, at its place in the global batch: their sum is a gather."""
+        """Each row's prediction at its position in the global batch; the sum is a gather."""
         return {
             "predictions": scatter_to_global(weak, self.task.predictions(weak.logits)),
             "ids": scatter_to_global(weak, encode_ids(weak.known_ids + _TAKEN)),
@@ -90,7 +90,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
         )
 
     def commit(self) -> None:
-        """Write the batch's predictions into the table, the last one where a row came twice."""
+        """Write the batch's predictions into the table; of a repeated row, the last."""
         super().commit()
         if self.is_finite is None or self.is_finite:
             self._write(self._batch["predictions"], self._batch["ids"])
@@ -102,7 +102,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
         self._batch = {}
 
     def _write(self, predictions: Tensor, encoded: Tensor) -> None:
-        occupied = encoded[:, 0] > 0.5  # else no rank has a row at that place
+        occupied = encoded[:, 0] > 0.5  # else no rank has a row at that position
         ids, positions = last_occurrences(encoded, occupied)
         ids = ids - _TAKEN
         moved = self.averages.read(ids).lerp(predictions[positions], 1 - self.momentum)

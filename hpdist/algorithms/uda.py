@@ -1,4 +1,4 @@
-"""UDA: sharpened soft targets for the confident rows, and labels let in slowly."""
+"""UDA: sharpened soft targets for confident rows, and gradual release of the labelled ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpdist.tasks.losses import hard_cross_entropy, sharpened, soft_cross_entrop
 class UDA(PseudoLabeling, name="uda"):
     """L = L_x + lambda mean_b 1[max p(weak(u_b)) > beta] H(q_b, p(strong(u_b))).
 
-    With q_b = softmax(z(weak(u_b)) / tau) of the logits z.
+    Here q_b = softmax(z(weak(u_b)) / tau) of the logits z.
     """
 
     paper: ClassVar[str] = "Xie et al. 2020, arXiv:1904.12848"
@@ -36,24 +36,24 @@ class UDA(PseudoLabeling, name="uda"):
     """Weight of the unsupervised term (lambda)."""
     annealing: ramps.Schedule = option(default="off")
     """How the confidence up to which labelled rows count rises from 1/C to 1 (training signal
-    annealing): `log` for many labels, `exp` for few. Other than `off` it costs a second pass over
+    annealing): `log` for many labels, `exp` for few. Any value but `off` costs a second pass over
     the labelled rows."""
 
     @classmethod
     def from_config(
         cls, config: Any, num_classes: int, device: torch.device | str, steps: int
     ) -> UDA:
-        """Make the algorithm, or the one that anneals."""
+        """Make the algorithm, or its annealing variant."""
         kind = UDA if config.annealing == "off" else AnnealedUDA
         run = {"num_classes": num_classes, "device": device, "steps": steps}
         return kind(**kind.arguments(config, **run))
 
     def start(self, device: torch.device | str) -> None:
-        """Refuse what this class does not do."""
+        """Refuse annealing, which only the subclass implements."""
         super().start(device)
         if self.annealing != "off" and not isinstance(self, AnnealedUDA):
             raise ConfigError(
-                f"UDA(annealing={self.annealing!r}) needs to know the run; give "
+                f"UDA(annealing={self.annealing!r}) needs the length of the run; use "
                 f"hpdist.algorithms.AnnealedUDA(num_classes, annealing={self.annealing!r}, steps=…)"
             )
 

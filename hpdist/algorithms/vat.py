@@ -1,4 +1,4 @@
-"""Virtual adversarial training: the prediction holds in the direction where it changes most."""
+"""Virtual adversarial training: predictions hold in the direction in which they change most."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class VAT(Ramped, name="vat"):
 
     Equations 5 and 8 of the paper, p(u_b) without gradient in the former. r_b = epsilon g / |g|
     with g the gradient of KL(p(u_b) || p(u_b + xi d)) towards d, which begins as a random unit
-    vector and is g / |g| for the next of the power iterations (eq. 10 to 12, algorithm 1). u is a
-    weak view. Where g is zero or not finite, d stays what it was; the share of such rows is in
-    the log. r rises linearly from 0 to 1 over the first `ramp_steps` applied steps.
+    vector and becomes g / |g| after each power iteration (eq. 10 to 12, algorithm 1). u is a weak
+    view. Where g is zero or not finite, d stays as it was; the log has the share of such rows. r
+    rises linearly from 0 to 1 over the first `ramp_steps` applied steps.
 
     The directions are found with `torch.autograd.grad` towards them alone, so no parameter's
-    gradient is touched and nothing is reduced. In a model with batch normalisation its statistics
-    in that pass are those of the unlabelled rows.
+    gradient is touched and nothing is reduced. Batch normalisation uses the statistics of the
+    unlabelled rows in that pass.
 
-    Of several labels the divergence is that of Bernoulli distributions, mean_c; of numbers it is
-    the squared error, and they have no entropy.
+    With several labels per row the divergence is that of Bernoulli distributions, mean_c; in
+    regression it is the squared error, and there is no entropy.
     """
 
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
@@ -40,31 +40,31 @@ class VAT(Ramped, name="vat"):
     tasks: ClassVar[tuple[str, ...]] = ALL
     shape = "linear"
     defaults: ClassVar[str] = (
-        "The values of the benchmark USB but for xi; the paper chooses epsilon for each data set."
+        "The values of the benchmark USB except xi; the paper chooses epsilon for each data set."
     )
 
     epsilon: float = option(default=6.0, gt=0)
     """Length of the perturbation of a row, in the units of the model's input (epsilon)."""
     xi: float = option(default=0.1, gt=0)
-    """Length of the step that the direction is found with. The paper's 1e-6 drowns in the rounding
-    of fp32 already; 0.1 shows in half precision too."""
+    """Length of the step that finds the direction. The paper's 1e-6 is lost in the rounding even of
+    fp32; 0.1 is large enough for half precision."""
     power_iterations: int = option(default=1, ge=1)
-    """Times that the direction is made better, each a forward and a backward (K)."""
+    """Power iterations, each a forward and a backward (K)."""
     unsupervised_weight: float = option(default=1.0, ge=0)
     """Weight of the smoothness term after the ramp (alpha)."""
     entropy_weight: float = option(default=0.06, ge=0)
-    """Weight of the entropy of the unlabelled rows' predictions; 0 saves their forward."""
+    """Weight of the entropy of the unlabelled rows' predictions; 0 saves a forward of them."""
     ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, ge=0, le=1)
     """Share of the run over which the first weight rises from 0."""
 
     def set_task(self, task: Task) -> None:
-        """Have the outputs mean something else; raises ConfigError where its entropy has none."""
+        """Set the task; raises ConfigError if it has no entropy and `entropy_weight` is set."""
         super().set_task(task)
         if self.entropy_weight > 0:
             task.entropy(torch.zeros(1, 2))
 
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
-        """Add the perturbed rows, and the rows as they are where their entropy counts."""
+        """Add the perturbed rows, and the unperturbed ones if their entropy counts."""
         rows = inputs.weak[0]
         if not rows.is_floating_point():
             raise ConfigError(
@@ -77,7 +77,7 @@ class VAT(Ramped, name="vat"):
         for _ in range(self.power_iterations if len(rows) else 0):
             direction = direction.detach().requires_grad_()
             logits = model(rows + self.xi * direction)
-            # Divided by xi: of the size of the Jacobian, which half precision can hold.
+            # Divided by xi, it is of the size of the Jacobian, which half precision can hold.
             divergence = self.task.divergence(weak.logits, logits).sum() / self.xi
             (gradient,) = torch.autograd.grad(divergence, direction)
             direction, lost = _unit(gradient, direction.detach())
@@ -109,7 +109,7 @@ VATConfig = VAT.Config
 
 
 def _unit(rows: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, or else their fallback; and which needed it, fp32 [rows]."""
+    """Rows scaled to length 1, or their fallback; and which needed it, fp32 [rows]."""
     flat = rows.float().flatten(1)
     largest = flat.abs().amax(dim=1, keepdim=True) if flat.shape[1] else flat.new_ones(len(flat), 1)
     fits = (largest > 0) & largest.isfinite()

@@ -1,1 +1,1 @@
-"""Add-ons: what changes an algorithm's targets or adds to its loss, whichever it is."""
+"""Add-ons: changes of an algorithm's targets, or terms for its loss, for any algorithm."""

@@ -1,4 +1,4 @@
-"""ABC: a second classifier, trained on a balanced part of the rows, predicts in the end."""
+"""ABC: a second classifier, trained on a balanced part of the rows, gives the predictions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpdist.algorithms.parts.projections import linear
 from hpdist.algorithms.parts.ramps import linear as share_done
 from hpdist.tasks.losses import confident, hard_cross_entropy, soft_cross_entropy
 
-_VIEWS = 2  # strong views that the paper's loss goes over
+_VIEWS = 2  # strong views in the paper's loss
 
 
 class ABC(AddOn, name="abc"):
@@ -28,12 +28,12 @@ class ABC(AddOn, name="abc"):
     r_y = min_c N_c / N_y, where N_c are the labelled rows of class c; for an unlabelled one with
     1 - (e/E) (1 - r_y), y = argmax q_b, e of E steps applied before (section 3 of the paper). A
     class without labelled rows has r = 1. s_k are the first two strong views, or the only one where
-    the inner algorithm has no more. The head's outputs are the predictions after training. It
-    trains the model beneath it too.
+    the inner algorithm has no more. The head's outputs are the predictions after training. Its
+    gradient also trains the model below it.
 
-    Where the inner algorithm lacks a weak or a strong view, the head has one that it does not see.
-    Where it mixes rows, the head sees the labelled rows and one strong view as they are, in further
-    forwards. Where its targets come from the teacher, so does q.
+    If the inner algorithm lacks a weak or a strong view, the head has one that the inner algorithm
+    does not see. If it mixes rows, the head sees the labelled rows and one strong view unmixed, in
+    further forwards. If its targets come from the teacher, so does q.
     """
 
     name: ClassVar[str] = "abc"
@@ -64,11 +64,11 @@ class ABC(AddOn, name="abc"):
         return {"step": self.own["step"] + 1}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """Those of the inner algorithm, if it asked for weak views."""
+        """Run the inner algorithm's probe, if it needs weak views."""
         return super().statistics(weak) if self.base.views.weak else {}
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """What the inner algorithm does with the views that it asked for; then the head's own."""
+        """Mix with the views that the inner algorithm needs, then add the head's own."""
         views = self.base.views
         strong = inputs.strong[: views.strong]
         inner = replace(inputs, weak=inputs.weak[: views.weak], strong=strong)
@@ -77,11 +77,11 @@ class ABC(AddOn, name="abc"):
         return replace(mixed, extra_inputs=(*mixed.extra_inputs, *own))
 
     def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """Without targets that the inner algorithm did not ask for."""
+        """Remove targets that the inner algorithm did not ask for."""
         return outputs if self.base.views.weak else replace(outputs, weak=None)
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
-        """Two more terms, and the share of unlabelled rows that are in the second."""
+        """Two more terms, and the share of unlabelled rows that count in the second."""
         weak = outputs.weak
         assert weak is not None
         assert weak.positions is not None
@@ -106,14 +106,14 @@ class ABC(AddOn, name="abc"):
         )
 
     def _rows(self, head: HeadOutputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The head's outputs on labelled rows and on strong views, all as they are."""
+        """The head's outputs for labelled rows and strong views, all unmixed."""
         if not self.own_extra_inputs:
             return head.labeled, head.strong[:_VIEWS]
         own = head.extra_inputs[-self.own_extra_inputs :]
         return (own[0] if self._mixes else head.labeled), own[-1:]
 
     def _ratio(self, like: Tensor) -> Tensor:
-        """The smallest class's labelled rows over each class's, [classes]."""
+        """The smallest class's number of labelled rows over each class's, [classes]."""
         counts = self.required_counts(like)
         smallest = counts.where(counts > 0, torch.inf).min()
         return smallest / torch.maximum(counts, smallest)
@@ -123,7 +123,7 @@ ABCConfig = ABC.Config
 
 
 def _mixes(algorithm: Algorithm) -> bool:
-    """Whether the rows that the student sees may be mixtures."""
+    """Whether the student's rows may be mixtures."""
     while isinstance(algorithm, AddOn):
         algorithm = algorithm.base
     return type(algorithm).mix is not Algorithm.mix

@@ -1,4 +1,4 @@
-"""An add-on: changes what an algorithm sees or adds to its loss, whichever algorithm it is."""
+"""The base of add-ons: they change what an algorithm sees or add to its loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpdist.tasks.base import CLASSIFICATION, Task
 
 
 class AddOnConfig(DeclaredConfig):
-    """The options of an add-on; `build` puts it around an algorithm."""
+    """The options of an add-on; `build` wraps an algorithm."""
 
     kind: ClassVar[str] = "addon"
 
@@ -35,7 +35,7 @@ class AddOnConfig(DeclaredConfig):
 
 
 class _OfBase:
-    """An attribute that the step sets from outside: it is the inner algorithm's."""
+    """An attribute that the step sets from outside; it belongs to the inner algorithm."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -48,12 +48,12 @@ class _OfBase:
 
 
 class AddOn(Algorithm):
-    """The base of every add-on: passes everything on to the algorithm inside.
+    """The base of every add-on: passes everything on to the inner algorithm.
 
-    An add-on overrides `targets` and `student`, through which the inner algorithm sees what the
-    model said, and `own_statistics`, `own_observe` and `add` for sums, state and terms of its own.
-    Its state and sums carry the name as a prefix, so add-ons can be put around one another. Heads
-    and further inputs of its own are hidden from the inner algorithm.
+    An add-on overrides `targets` and `student`, which change the outputs that the inner algorithm
+    sees, and `own_statistics`, `own_observe` and `add` for sums, state and terms of its own.
+    Its state and sums carry the name as a prefix, so add-ons can be nested. Heads and further
+    inputs of its own are hidden from the inner algorithm.
     """
 
     config_base: ClassVar[type[DeclaredConfig]] = AddOnConfig
@@ -61,10 +61,10 @@ class AddOn(Algorithm):
     base: Algorithm = argument(kw_only=False)
     name: ClassVar[str] = ""
     own_extra_inputs: int = 0
-    """Inputs that its `mix` puts behind those of the inner algorithm."""
+    """Inputs that its `mix` adds behind those of the inner algorithm."""
     addon_paper: ClassVar[str] = ""
     addon_tasks: ClassVar[tuple[str, ...]] = Algorithm.tasks
-    """The tasks that the add-on has a meaning for, around an algorithm that has."""
+    """The tasks that the add-on supports, around an algorithm that supports them."""
     rows: Any = _OfBase()
     task: Any = _OfBase()
     class_counts: Any = _OfBase()
@@ -77,7 +77,7 @@ class AddOn(Algorithm):
         """The add-on's own state, fp32; without the prefix."""
         self.own_pending = dict(self.own)
         self.tables = {}
-        """The add-on's own; without the prefix."""
+        """The add-on's own pending state; without the prefix."""
         self.views: Views = base.views  # type: ignore[misc]
         self.paper = base.paper  # type: ignore[misc]
         self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
@@ -90,7 +90,7 @@ class AddOn(Algorithm):
         self.generations = base.generations
 
     def remember(self, own_state: Mapping[str, Tensor]) -> None:
-        """Have a state of the add-on's own, fp32; for `start`."""
+        """Register state of the add-on's own, fp32; called by `start`."""
         self.own = dict(own_state)
         self.own_pending = dict(own_state)
 
@@ -114,23 +114,23 @@ class AddOn(Algorithm):
 
     @property
     def changes_inputs(self) -> bool:
-        """Whether the inner algorithm does."""
+        """Whether the inner algorithm changes inputs."""
         return self.base.changes_inputs
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
-        """The weak views' outputs as the inner algorithm is to see them."""
+        """Return the weak views' outputs as the inner algorithm is to see them."""
         return weak
 
     def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """The student's outputs as the inner algorithm is to see them."""
+        """Return the student's outputs as the inner algorithm is to see them."""
         return outputs
 
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """Sums over this rank's rows for the add-on itself, of what the model really said."""
+        """Sums over this rank's rows for the add-on itself, of the model's unchanged outputs."""
         return {}
 
     def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
-        """From the global sums, the add-on's own state if this step is applied."""
+        """Make, from the global sums, the add-on's own state if this step is applied."""
         return dict(self.own)
 
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
@@ -138,11 +138,11 @@ class AddOn(Algorithm):
         return {}
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
-        """The inner algorithm's terms with the add-on's; `outputs` are what the model said."""
+        """The inner algorithm's terms with the add-on's; `outputs` are the model's, unchanged."""
         return terms
 
     def bind_rank(self, rank: int, world_size: int) -> None:
-        """Hand it on."""
+        """Pass the task on."""
         self.base.bind_rank(rank, world_size)
 
     def heads(self, features: torch.Size) -> dict[str, nn.Module]:
@@ -155,30 +155,30 @@ class AddOn(Algorithm):
         return self.base.statistics(self._inner(weak)) | own
 
     def rank_statistics(self) -> dict[str, Tensor]:
-        """Those of the inner algorithm."""
+        """The inner algorithm's rank statistics."""
         return self.base.rank_statistics()
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
-        """Give each its sums."""
+        """Pass each its sums."""
         own, others = self._divide(sums)
         self.own_pending = self.own_observe(own, unlabeled_rows)
         self.base.observe(others, unlabeled_rows)
 
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
-        """What the inner algorithm does."""
+        """Mix as the inner algorithm does."""
         return self.base.perturb(inputs, self._inner(weak), model)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """What the inner algorithm does."""
+        """Perturb as the inner algorithm does."""
         return self.base.mix(inputs, None if weak is None else self._inner(weak))
 
     @property
     def uses_student_statistics(self) -> bool:
-        """Whether the inner algorithm has any."""
+        """Whether the inner algorithm has student statistics."""
         return self.base.uses_student_statistics
 
     def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
-        """Those of the inner algorithm."""
+        """The inner algorithm's student statistics."""
         return self.base.student_statistics(self._inner_outputs(outputs))
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
@@ -187,20 +187,20 @@ class AddOn(Algorithm):
 
     @property
     def class_thresholds(self) -> Tensor | None:
-        """Those of the inner algorithm."""
+        """The inner algorithm's thresholds."""
         return self.base.class_thresholds
 
     @property
     def generation(self) -> int:
-        """That of the inner algorithm."""
+        """The inner algorithm's generation."""
         return self.base.generation
 
     def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
-        """Hand them on."""
+        """Pass the labels on."""
         self.base.take_labels(ids, probabilities)
 
     def begin_generation(self) -> None:
-        """Hand it on."""
+        """Pass the new generation on."""
         self.base.begin_generation()
 
     def commit(self) -> None:
@@ -219,7 +219,7 @@ class AddOn(Algorithm):
         return self.base.state_dict() | self._prefixed(self.own | tables)
 
     def shards(self) -> Shards:
-        """Those of the inner algorithm."""
+        """The inner algorithm's shards."""
         return self.base.shards()
 
     def load_state_dict(
@@ -242,7 +242,7 @@ class AddOn(Algorithm):
         """
         if self.class_counts is None:
             raise ConfigError(
-                f"{type(self).__name__} needs to know how many labelled rows each class has; set "
+                f"{type(self).__name__} needs the number of labelled rows of each class; set "
                 "algorithm.class_counts = torch.bincount(labels) before the first step"
             )
         self.class_counts = self.class_counts.to(like.device, torch.float32)  # copied only once
@@ -277,7 +277,7 @@ class AddOn(Algorithm):
         return {self._key(name): value for name, value in values.items()}
 
     def _divide(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values of this add-on, without the prefix, and those of the algorithm inside."""
+        """Split values into those of this add-on, without the prefix, and the inner algorithm's."""
         prefix = self._key("")
         own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         return own, {k: v for k, v in values.items() if not k.startswith(prefix)}
@@ -291,9 +291,9 @@ def build_algorithm(
     steps: int = 1,
     task: Task = CLASSIFICATION,
 ) -> Algorithm:
-    """An algorithm with its add-ons around it, the first innermost.
+    """Wrap an algorithm in its add-ons, the first innermost.
 
-    Raises ConfigError where one of them has no meaning for the task.
+    Raises ConfigError if one of them does not support the task.
     """
     algorithm = config.build(num_classes, device, steps)
     algorithm.set_task(task)

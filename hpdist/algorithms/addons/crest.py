@@ -1,4 +1,4 @@
-"""CReST+: each generation adds pseudo-labelled rows to the labels, of rare classes the most."""
+"""CReST+: each generation adds pseudo-labelled rows to the labels, most of them of rare classes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class CReST(AddOn, name="crest"):
     """Class-rebalancing self-training with progressive alignment, section 3 of the paper.
 
     Between generations the teacher labels all unlabelled rows. With the classes ordered by their
-    labelled rows, N_1 >= ... >= N_C, of the rows that are given the l-th class the share mu_l =
-    (N_{C+1-l} / N_1)^(1/alpha) joins the labelled set, the most confident first: all of the rarest
-    class. A generation begins with a new student and chooses anew among all rows.
+    labelled rows, N_1 >= ... >= N_C, the share mu_l = (N_{C+1-l} / N_1)^(1/alpha) of the rows that
+    get the l-th class joins the labelled set, the most confident first: all of the rarest class. A
+    generation begins with a new student and chooses anew among all rows.
 
-    A row that has joined counts in the supervised term as a labelled one does: it becomes (sum over
+    A row that has joined counts in the supervised term like a labelled one: it becomes (sum over
     the labelled rows + sum over the chosen rows, on their weak view) / (labelled + chosen rows),
     of the global batch. Targets are aligned: q p^t / mean q, made to sum to 1, with p the labels'
     shares, the mean of the predictions over the batches before, and t = 1 - (1 - t_min) g / (G - 1)
@@ -48,19 +48,19 @@ class CReST(AddOn, name="crest"):
     generations: int = option(default=6, ge=2)
     """Equal parts of the run; the student begins anew in each."""
     alpha: float = option(default=3.0, gt=0)
-    """How much of the rows of a frequent class is added: less where it is small (alpha)."""
+    """How many rows of a frequent class are added: fewer if it is small (alpha)."""
     smallest_power: float = option(default=0.5, ge=0, le=1)
-    """To which power the labels' shares are the alignment's target in the last generation, from 1
+    """The power of the labels' shares that is the alignment's target in the last generation, from 1
     in the first (t_min): the smaller, the more rows of rare classes."""
     window: int = option(default=WINDOW, ge=1)
-    """Batches whose mean prediction is what predictions are aligned by."""
+    """Batches over which predictions are averaged for the alignment."""
     momentum: float | None = option(default=None, ge=0, lt=1)
-    """Makes that a moving average of this momentum, in place of the window."""
+    """Replaces the window: a moving average of this momentum."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
         if self.base.generations > 1:
-            raise ConfigError(f"crest: {type(self.base).__name__} has generations of its own")
+            raise ConfigError(f"crest: {type(self.base).__name__} already has generations")
         self._mean = MeanPrediction("probability", self.window, self.momentum)
         own = {
             "generation": torch.zeros((), device=device),
@@ -79,16 +79,16 @@ class CReST(AddOn, name="crest"):
 
     @property
     def generation(self) -> int:
-        """How often the student has begun anew."""
+        """How often the student has been reset."""
         return int(self.own["generation"])
 
     def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
-        """Note class and confidence of rows."""
+        """Store class and confidence of rows."""
         confidence, labels = probabilities.max(dim=1)
         self._gathered.write(ids, torch.stack([labels + 1.0, confidence], dim=1))
 
     def begin_generation(self) -> None:
-        """Choose among all rows, and have the inner algorithm forget what it knows."""
+        """Choose among all rows, and reset the inner algorithm."""
         labels, confidence = self._gathered.values.unbind(dim=1)
         chosen = self._gathered.values.new_zeros(len(labels))
         for label, share in enumerate(self._shares(chosen).tolist()):
@@ -107,7 +107,7 @@ class CReST(AddOn, name="crest"):
         self.discard()
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
-        """Logits of the weak views, aligned."""
+        """Align the logits of the weak views."""
         counts = self.required_counts(weak.logits)
         power = 1 - (1 - self.smallest_power) * self.own["generation"] / (self.generations - 1)
         prior = (counts / counts.sum() + _SMALL).pow(power)
@@ -117,7 +117,7 @@ class CReST(AddOn, name="crest"):
         )
 
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """Sums of the predictions, and how many of the rows have joined."""
+        """Sums of the predictions, and the number of rows that have joined."""
         joined = self._chosen.read(weak.known_ids)[:, 0] > 0
         return {"probability": weak.probabilities.sum(dim=0), "joined": joined.sum().float()}
 
@@ -128,7 +128,7 @@ class CReST(AddOn, name="crest"):
         return self.own | self._mean.after(self.own, mean)
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """What the inner algorithm does, and the weak view as a further input."""
+        """Mix as the inner algorithm does, and add the weak view as a further input."""
         labels = self._chosen.read(inputs.known_ids)[:, 0]
         mixed = super().mix(inputs, weak)
         return replace(
@@ -151,12 +151,12 @@ class CReST(AddOn, name="crest"):
     def load_state_dict(
         self, state: Mapping[str, Tensor], saved: SavedShards | None = None
     ) -> None:
-        """Take over both states; raises CheckpointError where the average is of another kind."""
+        """Take over both states; raises CheckpointError if the average is of another kind."""
         self._mean.check(self._divide(state)[0], "addons: crest")
         super().load_state_dict(state, saved)
 
     def _shares(self, like: Tensor) -> Tensor:
-        """How much of each class joins, mu, [classes]."""
+        """The share of each class that joins, mu, [classes]."""
         counts = self.required_counts(like).clamp(min=1)
         ordered, order = counts.sort(descending=True, stable=True)
         shares = torch.empty_like(counts)

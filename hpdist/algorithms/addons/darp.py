@@ -1,4 +1,4 @@
-"""DARP: all pseudo-labels are moved as little as may be until their classes have given shares."""
+"""DARP: pseudo-labels are changed as little as possible until their classes have given shares."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
 from hpdist.errors import ConfigError
 
-_NEWTON_STEPS = 10  # from the solution before; each doubles the digits
-_SMALL = 1e-6  # of a class that a row has been denied
+_NEWTON_STEPS = 10  # from the previous solution; each doubles the number of exact digits
+_SMALL = 1e-6  # for a class that was removed from a row
 
 
 def _positive(value: list[float] | None) -> list[float] | None:
@@ -29,24 +29,23 @@ def _positive(value: list[float] | None) -> list[float] | None:
 class DARP(AddOn, name="darp"):
     """Targets are the rows x_n that minimise sum_n KL(x_n || q_n) / H(q_n), given classes' sums.
 
-    q_n is what was last said of row n. Each x_n sums to 1, and of class c all rows together have
-    M_c, its share of the rows. Before, a class is taken from all rows but the alpha M_c that have
-    most of it, and q_n^c is multiplied by M_c / sum of those; rows sum to 1 again. The minimum is
-    found by coordinate ascent of the dual: x_n^c ~ q_n^c exp(-nu_c H(q_n)), each round every row's
-    sum, then every class's by Newton's method, here of its logarithm. After the last round rows
-    sum to 1, and classes nearly to M_c. (Section 3 and algorithm 1 of the paper, and its released
-    code.)
+    q_n is the latest prediction for row n. Each x_n sums to 1, and all rows together have M_c of
+    class c, its share of the rows. First, a class is removed from all rows but the alpha M_c that
+    have most of it, and q_n^c is multiplied by M_c / sum of those; rows sum to 1 again. The minimum
+    is found by coordinate ascent of the dual: x_n^c ~ q_n^c exp(-nu_c H(q_n)), each round first
+    every row's sum, then every class's by Newton's method, here of its logarithm. After the last
+    round rows sum to 1, and classes nearly to M_c. (Section 3 and algorithm 1 of the paper, and its
+    released code.)
 
-    All rows are those seen so far. From the end of the warm-up on they are refined after every so
-    many applied steps, and a row that was in the last refinement has its x_n as target, in place
-    of each weak view; the paper's refinement has the batch of the same step in it. With several
-    weak views q_n is their mean. The inner algorithm sharpens, aligns or cuts off x_n as it would
-    the prediction.
+    All rows are those seen so far. After the warm-up they are refined every `every` applied steps,
+    and a row that was in the last refinement has its x_n as target, in place of each weak view; the
+    paper's refinement includes the batch of the same step. With several weak views q_n is their
+    mean. The inner algorithm sharpens, aligns or thresholds x_n as it would the prediction.
 
-    Every rank holds two tables, rows by classes, and refines them in fp64, alike. For a million
-    rows and 100 classes they are 800 MB, and a refinement takes several times that for a while.
-    Checkpoints hold them. A step's predictions reach all ranks with its other sums, as C + 2 floats
-    for each unlabelled row of the global batch. Which rows they are is waited for once a step.
+    Every rank holds two tables, rows by classes, and refines them identically in fp64. For a
+    million rows and 100 classes they are 800 MB, and a refinement temporarily takes several times
+    that. Checkpoints hold them. A step's predictions reach all ranks with its other sums, as C + 2
+    floats for each unlabelled row of the global batch. Once a step the host waits for the ids.
     """
 
     name: ClassVar[str] = "darp"
@@ -57,20 +56,20 @@ class DARP(AddOn, name="darp"):
 
     num_classes: int = argument(kw_only=False)
     warmup_steps: int = share_of_run(setting="warmup", share=0.4, default=0, ge=0, le=1)
-    """Share of the run that comes before the first refinement."""
+    """Share of the run before the first refinement."""
     every: int = option(default=10, ge=1)
     """Applied steps between refinements."""
     alpha: float = option(default=2.0, gt=0)
-    """A class keeps the likeliest rows, this many times its target (delta in the paper)."""
+    """A class keeps its likeliest rows, up to this many times its target (delta in the paper)."""
     iterations: int = option(default=10, ge=1)
-    """Rounds of coordinate ascent of a refinement (T)."""
+    """Rounds of coordinate ascent in a refinement (T)."""
     distribution: list[float] | None = option(
         default=None,
         annotation=Annotated[list[float] | None, AfterValidator(_positive)],
         min_length=2,
     )
-    """How the unlabelled rows divide among the classes, as numbers in any unit; by default as the
-    labelled rows do."""
+    """How the unlabelled rows divide among the classes, as numbers in any unit; by default like the
+    labelled rows."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
@@ -86,7 +85,7 @@ class DARP(AddOn, name="darp"):
         self._batch: dict[str, Tensor] = {}
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
-        """Every weak view's logits replaced by log x, where there is an x."""
+        """Replace every weak view's logits by log x, where there is an x."""
         refined, known = self._look_up(weak.known_ids)
         logits = refined.clamp(min=torch.finfo(torch.float32).tiny).log()
         return replace(
@@ -96,8 +95,8 @@ class DARP(AddOn, name="darp"):
         )
 
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """What was said of each row, at its place in the global batch: their sum is a gather."""
-        self._shares(weak.logits)  # what is missing is missed at once
+        """Each row's prediction at its position in the global batch; the sum is a gather."""
+        self._shares(weak.logits)  # so that missing counts raise in the first step
         probabilities = torch.stack([view.softmax(dim=-1) for view in (weak.logits, *weak.others)])
         return {
             "predictions": scatter_to_global(weak, probabilities.mean(dim=0)),
@@ -117,7 +116,7 @@ class DARP(AddOn, name="darp"):
         return replace(terms, metrics={**terms.metrics, "refined_rate": rate})
 
     def commit(self) -> None:
-        """Write the batch's predictions into the table, and refine it when it is time."""
+        """Write the batch's predictions into the table, and refine it if it is due."""
         super().commit()
         if self._batch and (self.is_finite is None or self.is_finite):
             self._write(self._batch["predictions"], self._batch["ids"])
@@ -132,12 +131,12 @@ class DARP(AddOn, name="darp"):
         self._batch = {}
 
     def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Refined rows [rows, classes], and which of them there are, bool [rows]."""
+        """Refined rows [rows, classes], and which of them exist, bool [rows]."""
         rows = self.refined.read(ids)
         return rows, rows.sum(dim=1) > 0.5
 
     def _write(self, predictions: Tensor, encoded: Tensor) -> None:
-        occupied = predictions.sum(dim=1) > 0.5  # else no rank has a row at that place
+        occupied = predictions.sum(dim=1) > 0.5  # else no rank has a row at that position
         ids, positions = last_occurrences(encoded, occupied)
         self.predictions.write(ids, predictions[positions], self.rows)
         self.refined.reserve(ids, self.rows)
@@ -176,7 +175,7 @@ def refined(probabilities: Tensor, amounts: Tensor, alpha: float, iterations: in
     Args:
         probabilities: Probabilities, fp64 [rows, classes].
         amounts: Of each class, fp64 [classes], positive, summing to the number of rows.
-        alpha: A class is taken from all but this many times its amount of rows.
+        alpha: Keeps a class only in this many times its amount of rows.
         iterations: Rounds of coordinate ascent.
     """
     logs = _without_small(probabilities, amounts, alpha).log()
@@ -193,7 +192,7 @@ def refined(probabilities: Tensor, amounts: Tensor, alpha: float, iterations: in
 
 
 def _without_small(probabilities: Tensor, amounts: Tensor, alpha: float) -> Tensor:
-    """Rows without the classes that others have more of, each class scaled to its amount."""
+    """Remove a class from rows when others have more of it; scale each class to its amount."""
     order = probabilities.argsort(dim=0, descending=True, stable=True)
     kept = (alpha * amounts).floor().clamp(min=1)  # rows of each class
     positions = torch.arange(len(probabilities), device=probabilities.device)[:, None]

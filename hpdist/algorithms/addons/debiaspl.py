@@ -1,4 +1,4 @@
-"""DebiasPL: pseudo-labels freed of the classes that the model favours anyway."""
+"""DebiasPL: pseudo-labels corrected for the classes that the model favours anyway."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class DebiasPL(AddOn, name="debiaspl"):
     """Targets from z - lambda log p^, losses on unlabelled rows of z + lambda log p^.
 
     p^_c is the moving average over steps, per class, of the mean prediction on the first weak view
-    of the global batch, from the logits as they are; uniform at first. The first is the paper's
-    debiased pseudo-label, the second its adaptive marginal loss. p^ is that before the step, in
-    both; the released code's margin has this batch in it already. Labelled rows, and inputs of the
-    inner algorithm's own making, are left as they are.
+    of the global batch, from the unchanged logits; uniform at first. The first is the paper's
+    debiased pseudo-label, the second its adaptive marginal loss. Both use p^ from before the step;
+    the released code's margin already includes this batch. Labelled rows, and inputs that the inner
+    algorithm makes itself, are left unchanged.
     """
 
     name: ClassVar[str] = "debiaspl"
@@ -32,7 +32,7 @@ class DebiasPL(AddOn, name="debiaspl"):
 
     num_classes: int = argument(kw_only=False)
     tau: float = option(default=0.4, ge=0)
-    """How much of the log mean prediction is taken off, and added as a margin (lambda)."""
+    """How much of the log mean prediction is subtracted, and added as a margin (lambda)."""
     momentum: float = option(default=0.999, ge=0, lt=1)
     """Momentum of the mean prediction (m)."""
 
@@ -41,7 +41,7 @@ class DebiasPL(AddOn, name="debiaspl"):
         self.remember({"probability": uniform_prior(self.num_classes, device)})
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
-        """Logits of the unlabelled rows' weak views, debiased."""
+        """Debias the logits of the unlabelled rows' weak views."""
         return replace(
             weak,
             logits=weak.logits - self._shift,
@@ -49,7 +49,7 @@ class DebiasPL(AddOn, name="debiaspl"):
         )
 
     def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """Logits of the unlabelled rows, with the margin."""
+        """Add the margin to the logits of the unlabelled rows."""
         return replace(
             outputs,
             strong=tuple(view + self._shift for view in outputs.strong),
@@ -57,7 +57,7 @@ class DebiasPL(AddOn, name="debiaspl"):
         )
 
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
-        """The sum of the predictions as they are."""
+        """The sum of the unchanged predictions."""
         return {"probability": weak.probabilities.sum(dim=0)}
 
     def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Logit adjustment: the labelled loss expects of a class what its share of the labels says."""
+"""Logit adjustment: the labelled loss accounts for each class's share of the labels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hpdist.algorithms.options import option
 class LogitAdjustment(AddOn, name="logit_adjustment"):
     """Logits of labelled rows become z_c + tau log pi_c in the loss, equation 10 of the paper.
 
-    pi_c is the share of class c among all labelled rows (of a class without any, half a row).
-    Predictions, pseudo-labels included, are those of z as it is, which is then balanced.
+    pi_c is the share of class c among all labelled rows (a class without any counts as half a row).
+    Predictions, pseudo-labels included, use the unchanged z, which is then balanced.
     """
 
     name: ClassVar[str] = "logit_adjustment"
@@ -27,7 +27,7 @@ class LogitAdjustment(AddOn, name="logit_adjustment"):
     """How much of the log share is added (tau)."""
 
     def student(self, outputs: StudentOutputs) -> StudentOutputs:
-        """Labelled logits adjusted."""
+        """Adjust the labelled logits."""
         shift = self._shift(outputs.labeled)
         return replace(
             outputs,

@@ -1,4 +1,4 @@
-"""Reconstruction: the features of a corrupted row must say what the whole row was."""
+"""Reconstruction: the features of a corrupted row must determine the whole row."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Mode = Literal["masked", "denoising"]
 
 
 class Reconstruction(AddOn, name="reconstruction"):
-    """Adds w mean (D(f(c(u))) - u)^2: a decoder gives back a weak view from its corrupted copy.
+    """Adds w mean (D(f(c(u))) - u)^2: a decoder reconstructs a weak view from its corrupted copy.
 
-    f are the model's features, D a hidden layer with ReLU. c sets numbers to 0, each with chance s
-    (of an image: squares), and the mean is over these, their number taken as expected: s times all
-    numbers of the usable unlabelled rows. Or c adds noise, and the mean is over all numbers.
+    f are the model's features, D has one hidden layer with ReLU. c sets numbers to 0, each with
+    chance s (for images, squares), and the mean is over these, with their expected number: s times
+    all numbers of the usable unlabelled rows. Or c adds noise, and the mean is over all numbers.
 
-    The algorithm inside sees nothing of it. The decoder is a head, [rows, numbers of a row], whose
-    last layer has `hidden` weights for every number of a row: meant for small inputs.
+    The inner algorithm sees nothing of it. The decoder is a head, [rows, numbers of a row], whose
+    last layer has `hidden` weights for every number of a row: it suits small inputs.
     """
 
     name: ClassVar[str] = "reconstruction"
@@ -40,8 +40,8 @@ class Reconstruction(AddOn, name="reconstruction"):
     )
 
     mode: Mode = option(default="masked")
-    """masked: numbers are set to 0, and these are to be given back; denoising: noise is added, and
-    everything is to be given back."""
+    """masked: numbers are set to 0 and must be reconstructed; denoising: noise is added and all
+    numbers must be reconstructed."""
     share: float = option(default=0.5, gt=0, le=1)
     """Chance of a number, or of a square of an image, to be masked."""
     patch: int = option(default=4, ge=1)
@@ -60,16 +60,16 @@ class Reconstruction(AddOn, name="reconstruction"):
 
     @property
     def changes_inputs(self) -> bool:
-        """It sets numbers of them to 0, or adds noise."""
+        """Whether inputs change: it masks them or adds noise."""
         return True
 
     def own_heads(self, features: torch.Size) -> dict[str, nn.Module]:
-        """The decoder; raises ConfigError where a row is not one tensor of a known shape."""
+        """The decoder; raises ConfigError unless a row is one tensor of a known shape."""
         shape = self.input_shape
         if shape is None:
             raise ConfigError(
-                "the add-on reconstruction needs to know the shape of an input; hpdist.with_heads "
-                "tells it of inputs that are one tensor, or set algorithm.input_shape"
+                "the add-on reconstruction needs the shape of an input; hpdist.with_heads "
+                "sets it for inputs of one tensor, or set algorithm.input_shape"
             )
         numbers = math.prod(shape)
         decoder = nn.Sequential(
@@ -81,12 +81,12 @@ class Reconstruction(AddOn, name="reconstruction"):
         return {self.name: decoder}
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
-        """What the inner algorithm does; the corrupted rows behind all that it adds."""
+        """Mix as the inner algorithm does, then add the corrupted rows behind its inputs."""
         mixed = super().mix(inputs, weak)
         rows = inputs.weak[0]
         if not rows.is_floating_point():
             raise ConfigError(
-                "the add-on reconstruction gives back inputs of floating-point numbers, and these "
+                "the add-on reconstruction reconstructs floating-point inputs, and these "
                 f"are {rows.dtype}"
             )
         corrupted, counted = self._corrupted(rows, inputs.positions)
@@ -98,7 +98,7 @@ class Reconstruction(AddOn, name="reconstruction"):
         )
 
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
-        """The inner algorithm's terms, and that of the decoder."""
+        """The inner algorithm's terms, and the decoder's."""
         target = outputs.context[self._key("target")].flatten(1)  # [unlabeled, numbers]
         counted = outputs.context[self._key("counted")].flatten(1)
         predicted = outputs.heads[self.name].extra_inputs[-1]
@@ -109,7 +109,7 @@ class Reconstruction(AddOn, name="reconstruction"):
         return replace(terms, extras={**terms.extras, **term})
 
     def _corrupted(self, rows: Tensor, positions: BatchPositions) -> tuple[Tensor, Tensor]:
-        """The rows corrupted, and which numbers are to be given back, fp32 of the rows' shape."""
+        """The corrupted rows, and which numbers to reconstruct, fp32 of the rows' shape."""
         shape = rows.shape[1:]
         if self.mode == "denoising":
             noise = positions.normal(self.name, math.prod(shape)).view(rows.shape)

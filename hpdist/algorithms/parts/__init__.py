@@ -1,1 +1,1 @@
-"""What several algorithms are made of: thresholds, alignment, mixing, tables, banks."""
+"""Building blocks of algorithms: thresholds, alignment, mixing, tables, banks."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from hpdist.errors import CheckpointError
 
 WINDOW = 128
-"""Batches whose mean ReMixMatch's, AdaMatch's and CReST's own code aligns predictions by."""
+"""Batches over which ReMixMatch's, AdaMatch's and CReST's own code averages predictions."""
 LABELED_MOMENTUM = 0.999
-"""What the same code moves its average of the labelled rows with."""
+"""Momentum of the same code's average of the labelled rows."""
 
 
 def uniform_prior(num_classes: int, device: torch.device | str = "cpu") -> Tensor:
@@ -22,7 +22,7 @@ def uniform_prior(num_classes: int, device: torch.device | str = "cpu") -> Tenso
 
 
 def moved(average: Tensor, mean: Tensor, momentum: float) -> Tensor:
-    """A moving average one step on: momentum * average + (1 - momentum) * mean."""
+    """A moving average after one more step: momentum * average + (1 - momentum) * mean."""
     return average.lerp(mean, 1 - momentum)
 
 
@@ -30,8 +30,8 @@ def aligned(logits: Tensor, mean: Tensor, prior: Tensor) -> Tensor:
     """N(p * prior / mean) of each row, [rows, classes], where N makes a row sum to 1.
 
     `mean` [classes] is the moving average of p over the unlabelled rows. Computed as the softmax of
-    z + log prior - log mean, which neither overflows nor divides by 0 for a class that nobody
-    predicts.
+    z + log prior - log mean, which neither overflows nor divides by 0 for a class that is never
+    predicted.
     """
     tiny = torch.finfo(torch.float32).tiny
     shift = prior.clamp(min=tiny).log() - mean.clamp(min=tiny).log()
@@ -43,9 +43,9 @@ class MeanPrediction:
     """The mean prediction over steps: of the last batches, or a moving average.
 
     Args:
-        name: Of the moving average in an algorithm's state; the last batches are "recent" and it.
-        window: Batches that the mean is of; before the first step each of them is uniform.
-        momentum: Makes it a moving average instead, which begins as uniform.
+        name: Of the moving average in an algorithm's state; a window is stored as "recent" + name.
+        window: Number of batches of the mean; before the first step each of them is uniform.
+        momentum: Replaces the window by a moving average, which begins as uniform.
     """
 
     name: str
@@ -65,7 +65,7 @@ class MeanPrediction:
         return {self.key: uniform.clone()}
 
     def after(self, state: Mapping[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
-        """The state one step on, whose global batch has this mean prediction [classes]."""
+        """The state after one more step, whose global batch has this mean prediction [classes]."""
         old = state[self.key]
         if self.momentum is None:
             return {self.key: torch.cat([old[1:], mean[None]])}
@@ -77,25 +77,25 @@ class MeanPrediction:
         return held.mean(dim=0) if self.momentum is None else held
 
     def check(self, state: Mapping[str, Tensor], setting: str) -> None:
-        """Raise CheckpointError where a state holds the other kind of mean, or another window.
+        """Raise CheckpointError if a state holds the other kind of mean, or another window.
 
-        `setting` is the part of a config that `momentum` and `window` stand in.
+        `setting` is the part of a config that holds `momentum` and `window`.
         """
         if self.key in state:
             held = len(state[self.key])
             if self.momentum is None and held != self.window:
                 raise CheckpointError(
                     f"the checkpoint holds the mean predictions of {held} batches, and "
-                    f"{setting}.window is {self.window}; set it to {held} to go on from there"
+                    f"{setting}.window is {self.window}; set it to {held} to continue from there"
                 )
         elif self.name in state and self.momentum is None:
             raise CheckpointError(
-                f"the checkpoint holds a moving average of the predictions, and {setting} now goes "
-                f"by the mean of the last {self.window} batches; set {setting}.momentum to what it "
-                "was (by default 0.999, of remixmatch 0.984) to go on from there"
+                f"the checkpoint holds a moving average of the predictions, and {setting} now uses "
+                f"the mean of the last {self.window} batches; set {setting}.momentum to what it "
+                "was (by default 0.999, of remixmatch 0.984) to continue from there"
             )
         elif f"recent_{self.name}" in state and self.momentum is not None:
             raise CheckpointError(
                 f"the checkpoint holds the mean predictions of the last batches, and "
-                f"{setting}.momentum asks for a moving average; leave it out to go on from there"
+                f"{setting}.momentum asks for a moving average; leave it out to continue from there"
             )

@@ -10,9 +10,9 @@ from hpdist.tasks.base import CLASSIFICATION, Task
 
 
 def supervised_loss(outputs: StudentOutputs, task: Task = CLASSIFICATION) -> Tensor:
-    """Loss of the labelled rows (cross-entropy, if not of another task).
+    """Loss of the labelled rows by the task (cross-entropy by default).
 
-    A contribution to the mean of the global batch.
+    The result is a contribution to the mean of the global batch.
     """
     return task.losses(outputs.labeled, outputs.labels).sum() / outputs.labeled_rows
 

@@ -1,11 +1,11 @@
-"""Rows mixed with others: whom with, by how much, and the mixing itself.
+"""Mixing of rows: partners, shares, and the mixing itself.
 
-A row's partner is drawn within its group of the global batch, its share of the mixture by its place
-in that batch. Where every group lies whole in a micro-batch, mixed rows are therefore the same on
-any number of ranks and micro-batches, and none needs another rank's.
+A row's partner is drawn within its group of the global batch, its share of the mixture by its
+position in that batch. If every group lies within a micro-batch, mixed rows are therefore the
+same on any number of ranks and micro-batches, and no row needs another rank's.
 
-How many groups there are is an option, or follows from the sizes of the global batch alone
-(`choose_groups`), as far as ranks and micro-batches do not cut it finer.
+The number of groups is an option, or follows from the sizes of the global batch alone
+(`choose_groups`), unless ranks and micro-batches divide it further.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
 
 GroupsOption = Annotated[int, Field(ge=1)] | Literal["auto"]
-"""What `groups` may be in a config."""
+"""The allowed values of `groups` in a config."""
 ENOUGH_ROWS = 8
-"""Rows of each kind that a group has, where nothing forces it to be smaller."""
+"""Rows of each kind that a group has, unless something forces it to be smaller."""
 _MOST_GROUPS = 8
 
 _TRIES = 6  # even; each is refused with a chance below 0.05, all of them below 2e-8
 _GAMMA_NUMBERS = 2 * _TRIES + 1
 BETA_NUMBERS = 2 * _GAMMA_NUMBERS
-"""Uniform numbers that a Beta draw is made of."""
+"""Uniform numbers per Beta draw."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Mixing:
         return rows * own + rows[self.partners] * (1 - own)
 
     def own_most(self) -> Mixing:
-        """Give the mixing with shares of at least a half: s = max(s, 1 - s)."""
+        """Return the mixing with shares of at least a half: s = max(s, 1 - s)."""
         return Mixing(self.partners, torch.maximum(self.shares, 1 - self.shares))
 
 
@@ -62,16 +62,16 @@ def draw_mixing(
     unlabeled: int = 0,
     device: torch.device | str = "cpu",
 ) -> Mixing:
-    """How to mix a micro-batch's rows, laid end to end; shares are Beta(alpha, alpha).
+    """Draw how a micro-batch's concatenated rows are mixed; shares are Beta(alpha, alpha).
 
     Args:
         positions: Of the micro-batch.
-        name: Keeps what is drawn apart from other draws.
+        name: Separates these draws from others.
         alpha: Of the Beta distribution.
         groups: Parts of the global batch within which rows are mixed; see `count_groups`.
         labeled: How many views of the labelled rows come first.
-        unlabeled: How many views of the unlabelled rows come behind them.
-        device: Where the result is to be.
+        unlabeled: How many views of the unlabelled rows follow.
+        device: The device of the result.
 
     Raises ConfigError where a micro-batch does not hold whole groups.
 
@@ -96,10 +96,10 @@ def draw_mixing(
 
 
 def draw_partners(groups: Tensor, noise: Tensor) -> Tensor:
-    """Give every row one of its group's rows: a permutation of each group, int64 [rows].
+    """Return one row of its group for every row: a permutation of each group, int64 [rows].
 
-    `groups` is int64 [rows], `noise` uniform in [0, 1) [rows]. It depends on a group's own rows, in
-    their order, and on nothing else.
+    `groups` is int64 [rows], `noise` uniform in [0, 1) [rows]. The result depends only on a group's
+    own rows, in their order.
     """
     positions = groups.argsort(stable=True)
     drawn = (groups + noise.double()).argsort(stable=True)  # noise has 24 bits, the sum is exact
@@ -110,7 +110,7 @@ def beta(numbers: Tensor, a: float, b: float) -> Tensor:
     """Beta(a, b) draws, fp32 [rows], as a pure function of uniform ones.
 
     `numbers` is in [0, 1) [rows, BETA_NUMBERS]. With X ~ Gamma(a), Y ~ Gamma(b) it is X / (X + Y),
-    computed in logarithms, for with a small a both may be too small for a float.
+    computed in logarithms, as with a small a both may underflow.
     """
     first, second = numbers.double().split(_GAMMA_NUMBERS, dim=1)
     return (_log_gamma_draw(first, a) - _log_gamma_draw(second, b)).sigmoid().float()
@@ -142,11 +142,11 @@ def group_of(positions: Tensor, rows: int, groups: int) -> Tensor:
 
 
 def choose_groups(labeled_rows: int, unlabeled_rows: int, slices: int = 1) -> int:
-    """How many groups a global batch of these sizes is cut into where no option says so.
+    """Choose the number of groups for a global batch of these sizes, if no option gives it.
 
     A power of two, at most 8, that leaves at least `ENOUGH_ROWS` rows of each kind in a group: it
-    depends on nothing but the global batch. Only where the slices (ranks times micro-batches) are
-    no divisor of it, each slice is a group of its own.
+    depends on nothing but the global batch. Only if the slices (ranks times micro-batches) do not
+    divide it, each slice is a group.
     """
     sizes, groups = (labeled_rows, unlabeled_rows), 1
     while groups < _MOST_GROUPS and all(
@@ -181,7 +181,7 @@ def check_groups(groups: Groups, slices: int) -> None:
 def check_group_sizes(
     name: str, groups: Groups, sizes: Mapping[str, int], slices: int, mixed: tuple[str, ...]
 ) -> str | None:
-    """What a user should know of the groups that rows are mixed in; None where all is well.
+    """What a user should know of the groups in which rows are mixed; None if all is well.
 
     Args:
         name: Of the algorithm.
@@ -190,8 +190,8 @@ def check_group_sizes(
         slices: Ranks times micro-batches.
         mixed: The kinds of rows that are mixed.
 
-    Raises ConfigError where a batch does not divide into groups, where slices cut one apart, or
-    where a group has but one row of a kind, which then has no partner.
+    Raises ConfigError if a batch does not divide into groups, if slices cut one apart, or if a
+    group has only one row of a kind, which then has no partner.
 
     """
     check_groups(groups, slices)
@@ -203,7 +203,7 @@ def check_group_sizes(
     for kind, size in sizes.items():
         if size % count:
             raise ConfigError(
-                f"{where}, and {size} {_spelled(kind)} rows do not divide into as many; change "
+                f"{where}, and {size} {_spelled(kind)} rows do not divide into that many; change "
                 f"batch.{kind} or algorithm.groups"
             )
     few = {kind: sizes[kind] // count for kind in mixed if sizes[kind] // count < ENOUGH_ROWS}
@@ -217,13 +217,13 @@ def check_group_sizes(
         remedy = f"raise {wanted}"
     if 1 in few.values():
         raise ConfigError(
-            f"{where}, in each of them {few_rows}, which leaves none to mix with; {remedy}"
+            f"{where} with only {few_rows} each, which leaves none to mix with; {remedy}"
         )
-    context = [f"in each of them {few_rows}: hardly any to mix with; {remedy}"] if few else []
+    context = [f"with only {few_rows} each there is little to mix; {remedy}"] if few else []
     if groups == "auto" and count != usual:
         context.append(
-            f"one for each of {slices} ranks and micro-batches, in place of {usual}: mixtures are "
-            f"not those of other numbers of them; algorithm.groups: {count} keeps them the same"
+            f"one for each of {slices} ranks and micro-batches, not {usual}: mixtures differ "
+            f"from those of other numbers of them; algorithm.groups: {count} keeps them the same"
         )
     return f"{where}, {'. They are '.join(context)}" if context else None
 

@@ -1,4 +1,4 @@
-"""What the heads of algorithms are made of: from a model's features to vectors."""
+"""Building blocks of algorithms' heads: from a model's features to vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pool(nn.Module):
 
 
 def pooled_size(features: torch.Size) -> int:
-    """How long `Pool`'s vectors are, for features of a shape without the rows."""
+    """The length of `Pool`'s vectors, for features of a shape without the rows."""
     return features[1] if len(features) == 2 else features[0]
 
 
@@ -39,7 +39,7 @@ def linear(features: torch.Size, width: int) -> nn.Module:
 
 
 def flat_linear(features: torch.Size, width: int) -> nn.Module:
-    """Features as they are, flattened, through one linear layer to [rows, width]."""
+    """Flattened features through one linear layer to [rows, width]."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(features), width))
 
 

@@ -1,4 +1,4 @@
-"""Whose predictions become pseudo-labels, and from which step on they count."""
+"""The base of pseudo-labelling: whose predictions become labels, and from which step on."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hpdist.algorithms.options import option
 
 
 class PseudoLabeling(Algorithm):
-    """The base of those that learn strong views from predictions on weak ones.
+    """The base of algorithms that learn strong views from predictions on weak ones.
 
-    During the first `burn_in` applied steps every term but the supervised one has weight 0, so that
+    During the first `burn_in` applied steps every term but the supervised one has weight 0, so
     only labels train: `loss` passes its terms through `burned_in`. The steps are counted in the
     state, which checkpoints hold; without a burn-in there is no such count.
     """
 
     targets: Literal["student", "teacher"] = option(default="student", last=True)
-    """Whose weights predict on the weak views: the student's own, as in the paper, or the moving
-    average's (`teacher`)."""
+    """Whose weights predict on the weak views: the student's own, as in the paper, or their moving
+    average (`teacher`)."""
     burn_in: int = option(default=0, last=True, ge=0)
-    """Applied steps, from the first, in which only the labelled rows train; thresholds and averages
-    go on meanwhile."""
+    """Applied steps at the start that train on labelled rows only; thresholds and averages are
+    updated meanwhile."""
 
     def start(self, device: torch.device | str) -> None:
-        """Ask for the teacher's targets, and make the count of applied steps, where wanted."""
+        """Request the teacher's targets and make the count of applied steps, if needed."""
         super().start(device)
         if self.targets == "teacher":
             self.views = replace(self.views, teacher=True)  # type: ignore[misc]  # an option
@@ -36,7 +36,7 @@ class PseudoLabeling(Algorithm):
             self.state = {**self.state, "burn_in": torch.zeros((), device=device)}
 
     def burned_in(self, terms: LossTerms) -> LossTerms:
-        """Return the terms, during the burn-in with weight 0 but for the supervised one."""
+        """Return the terms; during the burn-in all but the supervised one have weight 0."""
         if self.burn_in == 0:
             return terms
         done = (self.state["burn_in"] >= self.burn_in).float()

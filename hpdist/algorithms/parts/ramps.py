@@ -1,8 +1,8 @@
-"""Weights and thresholds that follow the run: functions of the applied steps so far.
+"""Weights and thresholds that change over the run: functions of the applied steps so far.
 
 Each takes `step`, an fp32 tensor [] of applied steps, and `steps`, over which it goes from its
-first to its last value; with `steps` = 0 it has its last value from the start. A step that is
-skipped moves nothing, for an algorithm counts the steps in its state.
+first to its last value; with `steps` = 0 it has its last value from the start. A skipped step
+changes nothing, as an algorithm counts applied steps in its state.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _RAMPS: dict[Shape, Callable[[Tensor, int], Tensor]] = {
 
 
 class Ramped(Algorithm):
-    """The base of those whose unsupervised weight rises over the first steps.
+    """The base of algorithms whose unsupervised weight rises over the first steps.
 
     It counts applied steps; the weight is lambda_u r(t), with r one of the ramps above.
     """
@@ -80,5 +80,5 @@ class Ramped(Algorithm):
 
     @property
     def ramp(self) -> Tensor:
-        """How much of the weight applies in this step, [], fp32."""
+        """The share of the weight that applies in this step, [], fp32."""
         return _RAMPS[self.shape](self.state["step"], self.ramp_steps)

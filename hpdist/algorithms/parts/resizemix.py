@@ -1,4 +1,4 @@
-"""ResizeMix: an image shrunk and pasted into another, a batch at a time."""
+"""ResizeMix: an image is shrunk and pasted into another, for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def resize_mix(
 
     Args:
         images: [rows, channels, height, width].
-        others: What is pasted, of the same shape.
+        others: The images that are pasted, of the same shape.
         sides: Of the pasted box, as a share of the image's sides, in [0, 1]: [rows].
         centres: Of the box, in [0, 1) of height and width: [rows, 2]. What reaches beyond the image
-            is cut off, and the rest holds the whole of what is pasted.
+        is cut off; the rest shows the whole pasted image.
         crop: Share of the sides of `others` that the middle has.
 
     The pasted pixels are the nearest ones. A share is 1 - box / image, fp32 [rows].
@@ -34,7 +34,7 @@ def resize_mix(
 
 
 def _span(length: int, sides: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a box begins along one side of an image, and how long it is there, int64 [rows]."""
+    """The start and length of a box along one side of an image, int64 [rows]."""
     wanted = (sides * length).long()
     begin = (centres * length).long() - wanted // 2
     end = (begin + wanted).clamp(max=length)
@@ -43,7 +43,7 @@ def _span(length: int, sides: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _source(length: int, begin: Tensor, size: Tensor, crop: float) -> tuple[Tensor, Tensor]:
-    """Which places of one side lie in the box, and where each takes its pixel from."""
+    """The places of one side that lie in the box, and the source pixel of each."""
     cropped = max(int(length * crop), 1)
     offsets = torch.arange(length, device=begin.device) - begin[:, None]  # [rows, length]
     inside = (offsets >= 0) & (offsets < size[:, None])

@@ -1,4 +1,4 @@
-"""The rotation task: rows are turned by 0, 90, 180 or 270 degrees, and a head says by which."""
+"""The rotation task: rows are rotated by 0, 90, 180 or 270 degrees, and a head predicts which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rotation_head(features: torch.Size) -> nn.Module:
 
 
 def rotated(images: Tensor, turns: Tensor) -> Tensor:
-    """Each image [rows, channels, side, side] turned left by its quarter turns, int64 [rows]."""
+    """Rotate each image [rows, channels, side, side] left by its quarter turns, int64 [rows]."""
     turned = images
     for number in range(1, ANGLES):
         chosen = (turns == number).view(-1, 1, 1, 1)
@@ -31,10 +31,10 @@ def rotated(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def add_rotated(inputs: StudentInputs, images: Tensor, name: str) -> StudentInputs:
-    """The inputs with a view of the unlabelled rows as the last further one, each row turned.
+    """Add a view of the unlabelled rows, each rotated, as the last further input.
 
-    By how much is drawn for each row, under the algorithm's name, and is the note "turns". Raises
-    ConfigError where the rows are no square images.
+    The turns are drawn for each row under the algorithm's name, and stored in the context as
+    "turns". Raises ConfigError unless the rows are square images.
     """
     if images.dim() != 4 or images.shape[2] != images.shape[3]:
         raise ConfigError(

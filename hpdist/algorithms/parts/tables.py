@@ -1,7 +1,7 @@
-"""What is remembered of every unlabelled row by its id.
+"""Values remembered of every unlabelled row by its id.
 
-What ranks find of their rows travels in the algorithm's sums: each fills in its own rows' places in
-a tensor of the global batch and leaves the others 0, so that the sum over ranks is a gather.
+What ranks find of their rows travels in the algorithm's sums: each fills in its own rows'
+positions in a tensor of the global batch and leaves the others 0, so the sum is a gather.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _LOW = 24  # bits: an fp32 holds integers of so many exactly
 
 
 def scatter_to_global(weak: WeakOutputs, values: Tensor, *, labeled: bool = False) -> Tensor:
-    """Values [unlabeled, *] at their rows' places in the global batch, fp32 [global batch, *].
+    """Values [unlabeled, *] at their rows' positions in the global batch, fp32 [global batch, *].
 
-    Or those of labelled rows, in the labelled global batch.
+    With `labeled`, those of labelled rows in the labelled global batch.
     """
     positions = weak.positions
     assert positions is not None
@@ -43,12 +43,12 @@ def scatter_to_global(weak: WeakOutputs, values: Tensor, *, labeled: bool = Fals
 
 
 def encode_ids(ids: Tensor) -> Tensor:
-    """Row ids as numbers that an fp32 holds exactly, int64 [rows, 2]: id / 2^24, and the rest."""
+    """Encode row ids as numbers exact in fp32, int64 [rows, 2]: id / 2^24 and the rest."""
     return torch.stack((ids >> _LOW, ids & ((1 << _LOW) - 1)), dim=1)
 
 
 def ids_of(encoded: Tensor) -> Tensor:
-    """The ids of their words [rows, 2], int64 [rows]."""
+    """Decode ids from [rows, 2] to int64 [rows]."""
     high, low = encoded.round().long().unbind(dim=1)
     return (high << _LOW) | low
 
@@ -66,19 +66,19 @@ def last_occurrences(encoded: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]
 
 
 class LabelTable:
-    """Labels by row id in int16, each held by one rank alone; a step costs O(its global batch).
+    """Labels by row id in int16, each held by only one rank; a step costs O(its global batch).
 
     Ids are dealt out in blocks of `BLOCK`, one to each rank in turn, so a rank holds 2 rows / ranks
     bytes, give or take a block. Every rank sees the ids and labels of the whole global batch, but
-    only the owner of a row knows its old label. So what a rank finds of the counts' change is its
-    part of a sum: `pending_deltas`, to be summed over the ranks with the next step's statistics.
+    only the owner of a row knows its old label. So a rank knows its part of the change of the
+    counts: `pending_deltas`, which is summed over the ranks with the next step's statistics.
 
-    `observe` works out what would change, and only `commit` changes the table. It grows by doubling
-    when an id comes that is beyond its end, and covers the same ids on every rank.
+    `observe` computes the change, and only `commit` changes the table. It grows by doubling when
+    an id is beyond its end, and covers the same ids on every rank.
 
     Args:
         num_classes: Labels are 0 up to it, at most 2^15 - 1.
-        device: Where the table lives.
+        device: Of the table.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
@@ -87,23 +87,23 @@ class LabelTable:
         self.num_classes = num_classes
         self.rank, self.ranks = 0, 1
         self.rows = 0
-        """Ids that the table covers, those of other ranks among them."""
-        # The last entry belongs to no row: what must not be written anywhere is written there.
+        """Ids that the table covers, including those of other ranks."""
+        # The last entry belongs to no row: writes that must have no effect go there.
         self._labels = torch.full((1,), UNSEEN, dtype=torch.int16, device=device)
         self.pending_deltas = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)
-        """This rank's part of the last committed change that no `commit` has taken over yet,
+        """This rank's part of the last committed change that no `commit` has included yet,
         int64 [classes + 1]; always 0 where there is one rank."""
         self._found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._largest = _HostNumber()
 
     def bind_rank(self, rank: int, world_size: int) -> None:
-        """Hold the rows of one rank of so many; raises ConfigError where others' are missing."""
+        """Keep the rows of one rank; raises ConfigError if those of others are missing."""
         if (rank, world_size) == (self.rank, self.ranks):
             return
         if self.ranks > 1:
             raise ConfigError(
-                f"the algorithm holds the rows of rank {self.rank} of {self.ranks}, so it cannot "
-                f"be that of rank {rank} of {world_size}; make another, and load what "
+                f"the algorithm holds the rows of rank {self.rank} of {self.ranks} and cannot be "
+                f"rank {rank} of {world_size}; make a new one, and load what "
                 "`whole_state` gave"
             )
         whole = WholeShards({"labels": self._labels[:-1].cpu()})
@@ -112,26 +112,26 @@ class LabelTable:
 
     @staticmethod
     def pack(weak: WeakOutputs, labels: Tensor) -> Tensor:
-        """What this rank says of its rows, to be summed over the ranks: fp32 [3, global batch].
+        """This rank's ids and labels, to be summed over the ranks: fp32 [3, global batch].
 
         `labels` int64 [unlabeled] are classes or `NEVER`. Rows of the result: id / 2^24, the rest
-        of the id, and label + 2; all 0 in a place whose row cannot be used.
+        of the id, and label + 2; all 0 at a position whose row cannot be used.
         """
         rows = torch.cat((encode_ids(weak.known_ids), labels[:, None] + 2), dim=1)
         return scatter_to_global(weak, rows).T  # of [unlabeled, 3]
 
     def observe(self, packed: Tensor) -> Tensor:
-        """From the summed `pack`, what changes by the rows of this rank: int64 [classes + 1].
+        """Compute from the summed `pack` the change by this rank's rows: int64 [classes + 1].
 
-        By how much each label's count does, and last the number of rows seen first. Of several
-        places with one id, the last that has a label wins.
+        The change of each label's count, and last the number of rows seen first. Of several
+        positions with one id, the last that has a label wins.
         """
         codes = packed[2].round().long()  # [batch]
         used = codes > 0
         ids = torch.where(used, ids_of(packed[:2].T), -1)
         self._largest.set(ids.max() if len(ids) else ids.sum() - 1)
         labels = codes - 2
-        # Sort by id, then by whether there is a label, then by place: the last of an id wins.
+        # Sort by id, then by whether there is a label, then by position: the last of an id wins.
         order = (labels >= 0).long().argsort(stable=True)
         order = order[ids[order].argsort(stable=True)]
         ids, labels, used = ids[order], labels[order], used[order]
@@ -150,9 +150,9 @@ class LabelTable:
         return change
 
     def commit(self, is_finite: Tensor | None, rows: int | None) -> None:
-        """Write down what `observe` found, unless it is not sound; `rows` are expected at least.
+        """Write what `observe` found, unless it is not finite; at least `rows` are expected.
 
-        What was unsent is taken to be in the counts by now, and this step's change is so instead.
+        The former deltas are in the counts by now; this step's change replaces them.
         """
         if self._found is None:
             return
@@ -177,7 +177,7 @@ class LabelTable:
         return self._labels[:-1].clone()
 
     def shards(self) -> Shards:
-        """Give what is here of labels by id and of `pending_deltas`, [ranks, classes + 1]."""
+        """Return this rank's labels by id and `pending_deltas`, [ranks, classes + 1]."""
         labels = self._labels[:-1].cpu()
         parts = labels.split(BLOCK) if self.ranks > 1 else (labels,)
         starts = range(self.rank * BLOCK, self.rows, self.ranks * BLOCK)
@@ -187,9 +187,9 @@ class LabelTable:
         }
 
     def load(self, saved: SavedShards) -> Tensor:
-        """Take over this rank's part of labels, of however many rows, that any ranks saved.
+        """Take over this rank's part of labels, of any number of rows, saved by any ranks.
 
-        Gives the sum of what was unsent then, int64 [classes + 1]: the same on every rank.
+        Returns the sum of the pending deltas, int64 [classes + 1]: the same on every rank.
         """
         self.rows = saved.size("labels")
         starts = range(self.rank * BLOCK, self.rows, self.ranks * BLOCK)
@@ -203,13 +203,13 @@ class LabelTable:
         return deltas.to(self.pending_deltas).view(-1, len(self.pending_deltas)).sum(dim=0)
 
     def _count(self, labels: Tensor, which: Tensor) -> Tensor:
-        """How often each label occurs among some rows, int64 [classes]; integers, so exact."""
+        """How often each label occurs among some rows, int64 [classes]; exact integers."""
         counted = (which & (labels >= 0)).long()
         counts = torch.zeros(self.num_classes, dtype=torch.int64, device=labels.device)
         return counts.index_add(0, labels.clamp(min=0), counted)
 
     def _grow(self, needed: int, expected: int) -> None:
-        """Cover so many ids: as many on every rank, so that what they save has no holes."""
+        """Cover this many ids, the same on every rank, so that what they save has no holes."""
         if max(needed, expected) > self.rows:
             more = max(needed if needed <= expected else max(needed, 2 * self.rows), expected)
             labels = self._labels.new_full((self._own(more) + 1,), UNSEEN)
@@ -217,28 +217,28 @@ class LabelTable:
             self._labels, self.rows = labels, more
 
     def _own(self, rows: int) -> int:
-        """How many of the ids below `rows` are this rank's."""
+        """The number of ids below `rows` that are this rank's."""
         rounds, rest = divmod(rows, BLOCK * self.ranks)
         return rounds * BLOCK + min(max(rest - self.rank * BLOCK, 0), BLOCK)
 
 
 class WholeShards:
-    """What ranks held alone, put together: flat tensors by name."""
+    """Shards of all ranks, joined: flat tensors by name."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._values = values
 
     def size(self, name: str) -> int:
-        """Elements of it; 0 where there are none."""
+        """The number of elements; 0 if there are none."""
         return len(self._values[name]) if name in self._values else 0
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Some of its elements."""
+        """Some of the elements."""
         return self._values[name][start:stop]
 
 
 class RowTable:
-    """Numbers by row id, [rows, *shape], 0 where none were written; the same on every rank."""
+    """Numbers by row id, [rows, *shape], 0 if never written; the same on every rank."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -246,7 +246,7 @@ class RowTable:
         self.values = torch.zeros(0, *shape, dtype=dtype, device=device)
 
     def reserve(self, ids: Tensor, expected: int | None = None) -> None:
-        """Have room for these rows: for as many as are `expected`, and beyond that by doubling.
+        """Make room for these rows: for the `expected` number, and beyond that by doubling.
 
         Waits for the device.
         """
@@ -271,12 +271,12 @@ class RowTable:
         return rows * inside.view(-1, *[1] * (rows.dim() - 1))
 
     def load(self, values: Tensor) -> None:
-        """Take over a table, of however many rows."""
+        """Take over a table, of any number of rows."""
         self.values = values.to(self.values.device, self.values.dtype).clone()
 
 
 class _HostNumber:
-    """A number on its way from the device: waiting for it waits for no later work."""
+    """A number on its way from the device: reading it waits for no later work."""
 
     def __init__(self) -> None:
         self._value: Tensor | None = None
