@@ -106,14 +106,14 @@ class Algorithm(WithOptions):
         return self.groups is not None or self.views.needs_gradient_probe
 
     def set_task(self, task: Task) -> None:
-        """Set the task; before the first step.
+        """Have the outputs mean something else; before the first step.
 
-        Raises ConfigError where the algorithm does not support that task.
+        Raises ConfigError where the algorithm has no meaning for that task.
         """
         if task.name not in self.tasks:
             raise ConfigError(
-                f"task.name: {type(self).__name__} does not support {task.name}, only "
-                f"{', '.join(self.tasks)}; `hpdist algorithms` lists the tasks of each"
+                f"task.name: {type(self).__name__} has no meaning for {task.name}, only for "
+                f"{', '.join(self.tasks)}; `hpdist algorithms` lists which do what"
             )
         self.task = task
 

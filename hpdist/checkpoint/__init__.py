@@ -1,1 +1,1 @@
-"""Checkpoints: what is written, whole or not at all, and what is read back."""
+"""Checkpoints: written completely or not at all, and read back."""

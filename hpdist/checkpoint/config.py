@@ -1,4 +1,4 @@
-"""What a config says of saving and resuming."""
+"""The config of saving and resuming."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Checkpoint(Section):
     """Saving and resuming."""
 
     every: int | None = Field(None, gt=0)
-    """Optimizer steps between checkpoints; by default time decides. The last step has one, too."""
+    """Optimizer steps between checkpoints; by default time decides. The last step has one too."""
     minutes: float | None = Field(15.0, gt=0)
-    """Minutes between checkpoints, on the first rank's clock; null where `every` is given alone.
+    """Minutes between checkpoints, by the first rank's clock; null if only `every` counts.
 
     With both, whichever comes first; without either, only the last step has a checkpoint.
     """
     keep: int = Field(2, ge=2)
-    """How many checkpoints stay."""
+    """How many checkpoints are kept."""
     background: bool = True
-    """Train on while a checkpoint is written; costs a copy of the state in the host's memory."""
+    """Continue training while a checkpoint is written; needs a copy of the state in host memory."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest whole checkpoint; never refuses a folder that is not empty."""
+    """auto continues from the newest intact checkpoint; never refuses a non-empty folder."""
 
     @model_validator(mode="before")
     @classmethod

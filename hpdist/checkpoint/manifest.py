@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself, and which folders are checkpoints at all.
+"""The manifest of a checkpoint, and which folders are checkpoints at all.
 
-Anybody may have touched what lies in a run folder, so nothing in it is believed before it is
-checked: only names that hpdist writes count, only regular files right below a checkpoint's folder
-are opened (a device or a pipe would never end), and a manifest has the types that hpdist gives it.
+Anybody may have changed the content of a run folder, so nothing in it is trusted before it is
+checked: only names that hpdist writes count, only regular files directly in a checkpoint's folder
+are opened (reading a device or a pipe might never end), and a manifest must have hpdist's types.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ COMMON = "common.safetensors"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"rank-\d{5,}\.safetensors|common\.safetensors")
-_MOST_BYTES = 256 << 20  # of a manifest: 100,000 ranks make one of 20 MB
+_MOST_BYTES = 256 << 20  # of a manifest: 100,000 ranks need 20 MB
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class LaterFormatError(CheckpointError):
-    """A checkpoint that a later version of hpdist wrote."""
+    """A checkpoint written by a later version of hpdist."""
 
 
 class _File(BaseModel):
-    """What is known of one file."""
+    """The facts of one file."""
 
     model_config = ConfigDict(strict=True)
 
@@ -44,7 +44,7 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What every manifest holds; a run adds facts of its own."""
+    """The facts in every manifest; a run adds its own."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -55,19 +55,19 @@ class _Manifest(BaseModel):
 
 
 def folder_name(step: int) -> str:
-    """The name of a step's checkpoint."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint of this name; None where hpdist gives no such name."""
+    """The step of a checkpoint of this name; None if hpdist does not use such names."""
     found = _STEP.fullmatch(name)
     step = None if found is None else int(found[1])
     return step if step is not None and folder_name(step) == name else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints, newest first: folders with hpdist's names, or links to such."""
+    """The finished checkpoints, newest first: folders with hpdist's names, or links to them."""
     steps = {path: step_of(path.name) for path in folder.glob("step-*")}
     found = [p for p, step in steps.items() if step is not None and (p / MANIFEST).exists()]
     return sorted(found, key=lambda path: steps[path] or 0, reverse=True)
@@ -76,8 +76,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check the manifest of the checkpoint at `path`.
 
-    Raises CheckpointError where it is damaged, has other types or names other files than hpdist
-    writes, and LaterFormatError where a later version of hpdist wrote it.
+    Raises CheckpointError if it is damaged, has other types or names files that hpdist does not
+    write, and LaterFormatError if a later version of hpdist wrote it.
     """
     file = path / MANIFEST
     try:
@@ -109,7 +109,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_types(model: type[BaseModel], facts: Mapping[str, Any], file: Path) -> None:
-    """Raise CheckpointError where facts of a manifest are not of a model's types."""
+    """Raise CheckpointError if facts of a manifest do not have a model's types."""
     try:
         model.model_validate(facts)
     except (ValidationError, RecursionError) as error:
@@ -123,15 +123,15 @@ def check_types(model: type[BaseModel], facts: Mapping[str, Any], file: Path) ->
 def regular_size(file: Path) -> int:
     """The size of a regular file.
 
-    Raises CheckpointError where it is missing or anything else: a link out of the folder, a
-    device, a pipe, on which a read might wait for ever.
+    Raises CheckpointError if it is missing or anything else: a link out of the folder, a device
+    or a pipe, whose reading might never end.
     """
     try:
         found = file.lstat()
     except OSError as error:
         raise CheckpointError(f"{file} is missing: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{file} is no regular file, and hpdist writes only such")
+        raise CheckpointError(f"{file} is no regular file, and hpdist only writes those")
     return found.st_size
 
 

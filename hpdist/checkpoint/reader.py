@@ -1,14 +1,14 @@
 """Checkpoints in fragments: the same files however a run is sharded, for any number of ranks.
 
-`checkpoint_writer` writes them; here they are found, verified and read.
+`writer` writes them; here they are found, verified and read.
 
     step-00000100/
       manifest.json             counters, topology, size and SHA-256 of every file; written last
-      rank-00000.safetensors    what the rank owns of master weights, teacher, optimizer and
+      rank-00000.safetensors    the rank's part of master weights, teacher, optimizer and
                               algorithm state
-      common.safetensors        what every rank holds alike: buffers, algorithm state
+      common.safetensors        what is equal on every rank: buffers, algorithm state
 
-Nothing is pickled. A checkpoint is written under a temporary name and renamed when it is whole.
+Nothing is pickled. A checkpoint is written under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def open_newest(
     before: int | None = None,
     facts: type[BaseModel] | None = None,
 ) -> SavedRun | None:
-    """Open the newest checkpoint that verifies; what is wrong with a newer one is said.
+    """Open the newest checkpoint that verifies; problems of newer ones are logged.
 
-    With `before`, only checkpoints of earlier steps count. `facts` are the types of what the run
-    has added to a manifest: one of other types does not verify.
+    With `before`, only checkpoints of earlier steps count. `facts` are the types of the facts that
+    the run adds to a manifest: a manifest with other types does not verify.
 
     Each rank verifies its share of the files, and all agree. Collective: every rank must call.
-    Raises CheckpointError where there are checkpoints and none is whole, or one is of a later
+    Raises CheckpointError if there are checkpoints but none is intact, or one is of a later
     format.
     """
     rank = dist.get_rank() if world_size() > 1 else 0
@@ -77,7 +77,7 @@ def open_newest(
         if isinstance(errors[0], LaterFormatError):
             errors[0].everywhere = True
             raise errors[0]
-        log(f"checkpoint {name} is passed over: {errors[0]}")
+        log(f"checkpoint {name} is skipped: {errors[0]}")
     if newest:
         raise CheckpointError(
             f"none of the checkpoints in {folder} is whole ({', '.join(newest)}); choose another "
@@ -87,14 +87,14 @@ def open_newest(
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps; for one rank to do."""
+    """Remove the checkpoints of later steps; to be called on one rank."""
     for path in list_checkpoints(folder):
         if (step_of(path.name) or 0) > step:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; of one that lies elsewhere only the link to it. Raises OSError."""
+    """Remove a checkpoint, or only the link if it lies elsewhere. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -102,9 +102,9 @@ def remove(path: Path) -> None:
 
 
 class SavedRun:
-    """A checkpoint opened for reading; of its files, rank r of `ranks` verifies every ranks-th.
+    """A checkpoint opened for reading; rank r of `ranks` verifies every ranks-th of its files.
 
-    Raises CheckpointError where a file is missing, damaged, or of a later format.
+    Raises CheckpointError if a file is missing, damaged, or of a later format.
     """
 
     def __init__(self, path: Path, rank: int = 0, ranks: int = 1) -> None:
@@ -123,26 +123,26 @@ class SavedRun:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def kinds(self) -> set[str]:
-        """Which kinds of fragments it holds."""
+        """The kinds of fragments that it holds."""
         return {kind for kind, _ in self._spans}
 
     def holds(self, kind: str, name: str) -> bool:
-        """Whether it has fragments of a kind of a parameter."""
+        """Whether it has fragments of a kind for a parameter."""
         return (kind, name) in self._spans
 
     def read(self, kind: str, like: Fragment) -> Tensor:
-        """The saved elements at a fragment's place, from however many files hold them."""
+        """The saved elements at a fragment's place, from any number of files."""
         return self._read(kind, like.name, like.start, like.start + len(like.values))
 
     def whole(self, kind: str) -> WholeKind:
-        """Every parameter's saved elements, read when asked for."""
+        """Every parameter's saved elements, read on access."""
         return WholeKind(self, kind)
 
     def _read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         spans = self._spans.get((kind, name), [])
         parts = [torch.empty(0)][: start == stop]  # a rank may own nothing of a parameter
         at = start
-        # Fragments do not overlap, so the first that is needed is the last that begins by `start`.
+        # Fragments do not overlap, so the first one needed is the last that begins by `start`.
         for first, length, file, key in spans[max(bisect_right(spans, (start + 1,)) - 1, 0) :]:
             if first >= stop:
                 break
@@ -155,7 +155,7 @@ class SavedRun:
         return torch.cat(parts)
 
     def _open(self, file: str) -> Any:
-        """A file, opened once: its header has an entry for every fragment."""
+        """Open a file once: its header has an entry for every fragment."""
         if file not in self._files:
             self._files[file] = safe_open(self.path / file, framework="pt")
         return self._files[file]
@@ -171,7 +171,7 @@ class SavedRun:
             spans.sort()
 
     def _forget_wrappers(self) -> None:
-        """Take out of all names what wrappers put into those of earlier versions."""
+        """Remove from all names the segments of wrappers that earlier versions wrote."""
         under_ddp = self.facts["world_size"] > 1
         for kind in self.kinds() - {"algorithm"}:
             keys = [key for key in self._spans if key[0] == kind]
@@ -189,7 +189,7 @@ class SavedRun:
             identity["parameters"] = shapes
 
     def _verify(self, rank: int, ranks: int) -> None:
-        """Sizes of all files, hashes of a share of them."""
+        """Check the sizes of all files, and the hashes of a share of them."""
         for number, (name, entry) in enumerate(sorted(self.facts["files"].items())):
             file = self.path / name
             size = regular_size(file)
@@ -200,7 +200,7 @@ class SavedRun:
 
 
 class WholeKind(Mapping[str, Tensor]):
-    """All fragments of a kind, by name: whole, or a part of them."""
+    """All fragments of a kind, by name: whole, or in part."""
 
     def __init__(self, saved: SavedRun, kind: str) -> None:
         self._saved, self._kind = saved, kind
@@ -216,7 +216,7 @@ class WholeKind(Mapping[str, Tensor]):
         return self._saved._read(self._kind, name, 0, self._sizes[name])
 
     def size(self, name: str) -> int:
-        """Elements that are saved under a name; 0 where there are none."""
+        """The number of elements saved under a name; 0 if there are none."""
         return self._sizes.get(name, 0)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Writes checkpoints so that a process may die at any instant, in the background of the training.
+"""Writes checkpoints in the background, such that a process may die at any instant.
 
 Each rank writes its own shard under a temporary name, and a note when it is safe on disk. The first
-rank waits for all notes, writes the manifest, and renames the folder: only then does it exist. The
-writing needs no collective, so it cannot get into the way of the training's; that a rank has failed
-is told when the next checkpoint is due, and by a collective, since a full disk may hold no note.
+rank waits for all notes, writes the manifest, and renames the folder: only then the checkpoint
+exists. Writing needs no collective, so it cannot interfere with the training's; a rank's failure
+is reported when the next checkpoint is due, by a collective, since a full disk may hold no note.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _POLL = 0.02  # seconds
 class CheckpointWriter:
     """Writes one checkpoint at a time. Collective: every rank must construct it.
 
-    A write that fails (the disk is full, the folder is gone) leaves the older checkpoints as they
-    are; `problems` tells of it, and the next `save` tries anew.
+    A write that fails (the disk is full, the folder is gone) leaves the older checkpoints
+    unchanged; `problems` reports it, and the next `save` tries again.
 
     Args:
         folder: Of the run's checkpoints.
-        rank: This one.
-        ranks: How many there are.
-        keep: How many checkpoints stay.
+        rank: This rank.
+        ranks: The number of ranks.
+        keep: How many checkpoints are kept.
         background: Whether `save` returns once the state is copied.
     """
 
@@ -67,12 +67,12 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._problems: list[str] = []
         self._failure: str | None = None  # of the latest write
-        self._others: dict[int, str] = {}  # what kept other ranks from writing, as far as is known
+        self._others: dict[int, str] = {}  # the known failures of other ranks
         self.waited = 0.0
         """Seconds that the training has waited for `save` and `finish`."""
         if rank == 0:
             for left in folder.glob(".writing-*"):  # of a process that was killed
-                with suppress(OSError):  # it is in nobody's way
+                with suppress(OSError):  # it does no harm
                     remove(left)
 
     def save(
@@ -83,11 +83,11 @@ class CheckpointWriter:
         facts: Mapping[str, Any],
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the state and begin to write it; first an unfinished write is waited for.
+        """Copy the state and begin to write it, after waiting for an unfinished write.
 
-        `fragments` are this rank's, by kind; `common` and `facts` (JSON) are the same on every
-        rank. `before` writes what must be safe before the checkpoint exists. Collective: every
-        rank must call.
+        `fragments` are this rank's, by kind; `common` and `facts` (JSON) are equal on every rank.
+        `before` writes what must be safe before the checkpoint exists. Collective: every rank must
+        call.
         """
         start = time.monotonic()
         self._settle()
@@ -117,19 +117,19 @@ class CheckpointWriter:
         return found
 
     def finish(self) -> None:
-        """Wait until the latest checkpoint is whole. Collective: every rank must call.
+        """Wait until the latest checkpoint is complete. Collective: every rank must call.
 
-        Raises CheckpointError on all ranks where it is not.
+        Raises CheckpointError on all ranks if it is not.
         """
         start = time.monotonic()
         self._settle()
         failures = dict(enumerate(gathered(self._failure)))
         if self._others:
-            del failures[0]  # which only waited for them
+            del failures[0]  # it only waited for them
         reasons = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
         self.waited += time.monotonic() - start
         if reasons:
-            self.problems()  # which the error tells
+            self.problems()  # part of the error already
             error = CheckpointError(
                 f"the latest checkpoint could not be written: {reasons}; make room, and start "
                 "again: the run goes on from the one before"
@@ -138,12 +138,12 @@ class CheckpointWriter:
             raise error
 
     def close(self, seconds: float) -> None:
-        """Give this rank's part of the latest checkpoint some time to be written, asking nobody."""
+        """Wait some time for this rank's part of the latest checkpoint, without communication."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def _settle(self) -> None:
-        """Wait for the latest write; where a rank's part will not come, the first need not wait."""
+        """Wait for the latest write; if a rank's part will not come, the first need not wait."""
         if self._rank != 0:
             self._join()
         failures = enumerate(gathered(self._failure))
@@ -189,7 +189,7 @@ class CheckpointWriter:
         os.replace(path.with_suffix(".tmp"), path)
 
     def _complete(self, temporary: Path, step: int, facts: dict[str, Any]) -> None:
-        """Wait for every rank's note, write the manifest, and let the checkpoint exist."""
+        """Wait for every rank's note, write the manifest, and rename the folder."""
         paths = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
         files: dict[str, Any] = {}
         for rank, path in enumerate(paths):
@@ -218,7 +218,7 @@ class CheckpointWriter:
         self._retain()
 
     def _retain(self) -> None:
-        """Remove what is older than the checkpoints to keep; links are not this run's to count."""
+        """Remove checkpoints beyond those to keep; links do not count."""
         own = [path for path in list_checkpoints(self._folder) if not path.is_symlink()]
         try:
             for path in own[self._keep :]:
@@ -227,7 +227,7 @@ class CheckpointWriter:
             self._problems.append(f"an old checkpoint could not be removed: {error}")
 
     def _await(self, file: Path, rank: int) -> dict[str, Any]:
-        """What a rank notes of its files, once they are safe."""
+        """The content of a rank's note, once its files are safe."""
         while not file.exists():
             if rank in self._others:
                 raise CheckpointError(f"rank {rank} failed: {self._others[rank]}")
@@ -238,7 +238,7 @@ class CheckpointWriter:
         return noted
 
     def _make_room(self, temporary: Path) -> None:
-        """Remove what was written of a checkpoint that will not be whole."""
+        """Remove the parts of a checkpoint that cannot be completed."""
         if self._rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
@@ -253,7 +253,7 @@ def _copy(values: Tensor) -> Tensor:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
     save_file(tensors, path)
-    # safetensors makes its files for their owner alone, whatever the umask; a folder follows it.
+    # safetensors makes its files readable by the owner only; they get the mode of other files.
     path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as file:
         os.fsync(file.fileno())

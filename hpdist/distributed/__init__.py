@@ -1,1 +1,1 @@
-"""What ranks say to one another: collectives, rendezvous, global statistics, watchdogs."""
+"""Communication between ranks: collectives, rendezvous, global statistics, watchdogs."""

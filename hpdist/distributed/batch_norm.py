@@ -1,10 +1,10 @@
 """Batch normalisation over the global batch, in fp32, in step with the optimizer.
 
 `torch.nn.SyncBatchNorm` needs a GPU, and in a half-precision engine its running statistics lose
-their precision. Here the batch statistics are those of all ranks, all arithmetic is fp32, and
-running statistics move once per *applied* optimizer step, towards the statistics of every row that
-the step saw: the weak views and the student's own rows alike, whether they went through the model
-in one pass or two.
+precision. Here the batch statistics are those of all ranks, all arithmetic is fp32, and running
+statistics move once per *applied* optimizer step, towards the statistics of all rows of the step:
+those of the weak views and the student's own, whether they passed the model together or in two
+passes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hpdist.distributed.collectives import world_size
 from hpdist.errors import ConfigError
 
 _PassStatistics: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""What one pass saw: elements per channel on all ranks, mean and unbiased variance."""
+"""One pass: elements per channel on all ranks, mean and unbiased variance."""
 
 
 _ONE_VALUE = (
-    "model: batch normalisation is given one row at a time, of which it makes zeros; give it more: "
-    "batch.labeled or batch.micro, or use another normalisation (LayerNorm, GroupNorm)"
+    "model: batch normalisation receives one row at a time, which becomes all zeros; use a larger "
+    "batch.labeled or batch.micro, or another normalisation (LayerNorm, GroupNorm)"
 )
 
 
@@ -47,7 +47,7 @@ class GlobalBatchNorm(_BatchNorm):
         _keep_from_compiler()
 
     def __setstate__(self, state: Any) -> None:
-        """Take what was pickled, perhaps in another process."""
+        """Restore what was pickled, perhaps in another process."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _keep_from_compiler()
 
@@ -99,8 +99,8 @@ class GlobalBatchNorm(_BatchNorm):
     def normalize_with_stats_of(self, rows: Tensor, others: Tensor) -> Tensor:
         """Normalise `others` by the global batch's statistics of `rows`, fp32 [rows, channels].
 
-        Both are [rows, channels], and gradient flows to both; nothing is remembered of it. It is
-        collective where forward is.
+        Both are [rows, channels], and gradient flows to both; running statistics do not change.
+        It is collective where forward is.
         """
         virtual_batches = self.virtual_batches or (len(rows),)
         pairs = zip(rows.split(virtual_batches), others.split(virtual_batches), strict=True)
@@ -108,7 +108,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Move the running statistics towards those of all rows seen since the last commit."""
+        """Move the running statistics towards those of all rows since the last commit."""
         if self._passes and self.running_mean is not None and self.running_var is not None:
             mean, variance = _combine(self._passes)
             momentum = 0.1 if self.momentum is None else self.momentum
@@ -119,21 +119,21 @@ class GlobalBatchNorm(_BatchNorm):
         self._passes = []
 
     def discard_pass(self) -> None:
-        """Forget the latest pass."""
+        """Discard the latest pass."""
         if self._passes:
             self._passes.pop()
 
     def discard(self) -> None:
-        """Forget what was seen since the last commit: the step was skipped."""
+        """Discard all passes since the last commit: the step was skipped."""
         self._passes = []
 
 
 @functools.cache
 def _keep_from_compiler() -> None:
-    """Have the compiler leave out what communicates and keeps what it saw.
+    """Exclude from compilation the methods that communicate or store statistics.
 
     Not by decorators: they would import torch's compiler wherever this module is imported, which
-    takes as long as torch itself.
+    takes as long as importing torch itself.
     """
     for name in ("_normalise", "alike"):
         setattr(GlobalBatchNorm, name, torch.compiler.disable(getattr(GlobalBatchNorm, name)))
@@ -156,7 +156,7 @@ def _combine(passes: list[_PassStatistics]) -> tuple[Tensor, Tensor]:
 def _normalize_with_stats_of(rows: Tensor, others: Tensor, eps: float) -> Tensor:
     rows = rows.float()
     count = max(len(rows), 1)
-    own_mean = rows.sum(dim=0) / count  # of no rows 0, with a gradient: all ranks go backward alike
+    own_mean = rows.sum(dim=0) / count  # 0 for no rows, with a gradient: all ranks run backward
     own_variance = (rows - own_mean).square().sum(dim=0) / count
     own = torch.cat([own_mean, own_variance, own_mean.new_tensor([float(len(rows))])])
     means, variances, counts = _gathered(own).split([len(own_mean), len(own_mean), 1], dim=1)
@@ -209,7 +209,7 @@ class _NormaliseGlobally(torch.autograd.Function):
         count = rows.numel() // rows.shape[1]
         if count:
             variance, mean = torch.var_mean(rows.float(), dims, correction=0)  # [channels] each
-        else:  # no rows on this rank: weighs nothing
+        else:  # no rows on this rank: weight 0
             variance, mean = torch.zeros(2, rows.shape[1], device=rows.device)
         own = torch.cat([mean, variance, mean.new_tensor([float(count)])])
         everyone = [torch.empty_like(own) for _ in range(world_size())]
@@ -262,7 +262,7 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 
 
 def _replacement_of(model: _BatchNorm) -> type[GlobalBatchNorm]:
-    """Which class does globally what a BatchNorm does. Raises ConfigError for unknown forwards."""
+    """The class that replaces a BatchNorm globally. Raises ConfigError for unknown forwards."""
     kind = type(model)
     if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return GlobalBatchNorm
@@ -270,16 +270,16 @@ def _replacement_of(model: _BatchNorm) -> type[GlobalBatchNorm]:
     if kind.__module__.startswith("timm.") and parts == {"drop", "act"}:
         return GlobalBatchNormAct
     raise ConfigError(
-        f"model: {kind.__module__}.{kind.__name__} is a BatchNorm with a forward of its own, which "
-        "cannot be made one over the global batch; use torch's, or another normalisation"
+        f"model: {kind.__module__}.{kind.__name__} is a BatchNorm with its own forward, which "
+        "cannot be made global; use torch's, or another normalisation"
     )
 
 
 def global_batch_norm(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm in `model` by a `GlobalBatchNorm` with the same tensors.
 
-    Call it before the model is prepared. Returns the model (another one if it is itself a
-    BatchNorm). Raises ConfigError for a BatchNorm that computes something else than torch's.
+    Call it before the model is prepared. Returns the model (a new one if it is itself a
+    BatchNorm). Raises ConfigError for a BatchNorm that does not compute the same as torch's.
     """
     if isinstance(model, _BatchNorm) and not isinstance(model, GlobalBatchNorm):
         replacement = _replacement_of(model)(

@@ -1,4 +1,4 @@
-"""Sums over ranks, many small tensors in one collective."""
+"""Sums over ranks: many small tensors in one collective."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """The number of ranks; 1 where nothing was launched."""
+    """The number of ranks; 1 if nothing was launched."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -55,7 +55,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def rank_rows(own: Tensor) -> Tensor:
-    """This rank's numbers [numbers] as its line of [ranks, numbers], whose sum has all of them."""
+    """Place this rank's numbers [numbers] in its row of [ranks, numbers]; the sum has all rows."""
     lines = own.new_zeros(world_size(), len(own))
     lines[dist.get_rank() if world_size() > 1 else 0] = own
     return lines
@@ -72,11 +72,11 @@ def keep_group() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         _kept.append(dist.group.WORLD)
-        time.sleep(0.1)  # gloo's thread lets go of its last work
+        time.sleep(0.1)  # gloo's thread releases its last work
 
 
 def leave_group() -> None:
-    """Leave the process group after a run that went well. Collective: every rank must call."""
+    """Leave the process group after a successful run. Collective: every rank must call."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         keep_group()
@@ -97,7 +97,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def run_on_main(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 alone, and give its result, or its HpdistError, to all.
+    """Call a function on rank 0 only, and return its result, or raise its HpdistError, on all.
 
     Collective: every rank must call; the result is pickled.
     """
@@ -119,8 +119,8 @@ def run_on_main(function: Callable[[], T]) -> T:
 def call_on_all_ranks(function: Callable[[], T]) -> T:
     """Call a function on every rank; if it fails on any, raise the same error on all.
 
-    Without this a rank that fails alone leaves the others waiting for ever. Collective: every rank
-    must call; only HpdistErrors are agreed on.
+    Otherwise a rank that fails alone would leave the others waiting for ever. Collective: every
+    rank must call; only HpdistErrors are shared.
     """
     result, error = None, None
     try:
@@ -132,7 +132,7 @@ def call_on_all_ranks(function: Callable[[], T]) -> T:
 
 
 def raise_together(error: HpdistError | None) -> None:
-    """Raise the first error that any rank has on all of them. Collective: every rank must call."""
+    """Raise on all ranks the first error that any has. Collective: every rank must call."""
     error = next((e for e in gathered(error) if e is not None), None)
     if error is not None:
         error.everywhere = True

@@ -1,4 +1,4 @@
-"""What a config says of a run that hangs."""
+"""The config of the watchdog."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from hpdist.config.section import Section
 
 
 class Watchdog(Section):
-    """The end of a run that hangs."""
+    """The watchdog, which ends a run that hangs."""
 
     seconds: float | None = Field(900.0, gt=0)
-    """Without progress for so long, every rank prints its stacks and exits; null waits for ever.
+    """Seconds without progress after which every rank prints its stacks and exits; null never.
 
-    Longer than any evaluation batch, the compilation of the model, and `data.loading.patience`.
+    Choose more than any evaluation batch, the compilation of the model, and
+    `data.loading.patience` take.
     """

@@ -1,7 +1,7 @@
-"""Which elements of which parameter a rank owns: the common language of DDP and every ZeRO stage.
+"""The elements of each parameter that a rank owns: common to DDP and every ZeRO stage.
 
-A fragment is a run of one parameter's elements, in row-major order. Teacher and checkpoints speak
-of fragments only, so neither knows how an engine shards.
+A fragment is a range of one parameter's elements, in row-major order. Teacher and checkpoints use
+only fragments, so neither depends on how an engine shards.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Fragment:
 
     name: str
     start: int
-    values: Tensor  # [elements], fp32 (of algorithms int too), a live view where it can be one
+    values: Tensor  # [elements], fp32 (of algorithms int too), a live view if possible
 
     def like(self, values: Tensor) -> Fragment:
-        """Give a fragment of this place with other values."""
+        """Return a fragment at this place with other values."""
         return Fragment(self.name, self.start, values)
 
 
@@ -41,14 +41,14 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """All numbers of a contiguous tensor in a row, live: of a complex one real parts and others."""
+    """All numbers of a contiguous tensor as one dimension, live; complex ones as pairs."""
     return real(tensor.detach()).view(-1)
 
 
 def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, int, int]]:
-    """Cut tensors of these sizes, laid end to end, into `ranks` even parts; give part `rank`.
+    """Split concatenated tensors of these sizes into `ranks` equal parts; return part `rank`.
 
-    Returns (index, start, stop) per tensor that the part overlaps.
+    Returns (index, start, stop) for each tensor that the part overlaps.
     """
     total = sum(sizes)
     share = -(-total // ranks)
@@ -63,7 +63,7 @@ def partition(sizes: Sequence[int], rank: int, ranks: int) -> list[tuple[int, in
 
 
 class Partition:
-    """Even shares of tensors that are whole on every rank; each rank takes its own."""
+    """Equal shares of tensors that are whole on every rank; each rank takes its own."""
 
     def __init__(self, tensors: Mapping[str, Tensor], rank: int, ranks: int) -> None:
         self._names = list(tensors)
@@ -79,7 +79,7 @@ class Partition:
         return pieces
 
     def named(self, parts: Sequence[Tensor]) -> list[Fragment]:
-        """The values of a whole cut, as fragments again."""
+        """Make fragments of the values of a whole part."""
         return [
             Fragment(self._names[index], start, values)
             for (index, start, _), values in zip(self._pieces, parts, strict=True)
@@ -87,19 +87,19 @@ class Partition:
 
     @staticmethod
     def uncut(tensors: Mapping[str, Tensor]) -> list[Fragment]:
-        """Views of tensors as they are, whole."""
+        """Views of whole tensors as fragments."""
         return [Fragment(name, 0, flat_view(tensor)) for name, tensor in tensors.items()]
 
 
 class Layout:
-    """Where every rank's fragments lie, so that whole parameters can be put together.
+    """The layout of every rank's fragments, from which whole parameters are assembled.
 
-    Collective, unless `spans` is given: every rank must construct it (once; the layout of a run
-    does not change).
+    Collective, unless `spans` is given: every rank must construct it once, as the layout of a run
+    does not change.
 
     Args:
         own: This rank's fragments.
-        spans: Of every rank, name, start and length of its fragments; by default they are asked.
+        spans: Name, start and length of every rank's fragments; by default they are gathered.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Layout:
         self._longest = max(sum(each) for each in lengths)
 
     def gather(self, own: Sequence[Fragment]) -> dict[str, Tensor]:
-        """Put every parameter together from all ranks' fragments: name -> [elements], fp32.
+        """Assemble every parameter from all ranks' fragments: name -> [elements], fp32.
 
         Collective: every rank must call; an all-gather for every 4 million elements.
         """
@@ -127,7 +127,7 @@ class Layout:
     def gather_into(self, own: Sequence[Fragment], whole: Mapping[str, Tensor]) -> None:
         """Copy all ranks' fragments into whole tensors of any dtype, which are contiguous.
 
-        Piece by piece, so that little more is held than the tensors. Collective: every rank must
+        Works piece by piece, so that little extra memory is needed. Collective: every rank must
         call; an all-gather for every 4 million elements.
         """
         device = _device_of(own)
@@ -141,7 +141,7 @@ class Layout:
             for spans, ends, piece in zip(self._ranks, self._ends, received, strict=True):
                 for number in range(bisect_right(ends, begin), len(spans)):
                     name, start, length = spans[number]
-                    at = ends[number] - length  # where it begins, of its rank's elements in a row
+                    at = ends[number] - length  # its start among its rank's elements
                     if at >= end:
                         break
                     low, high = max(at, begin), min(ends[number], end)
@@ -155,7 +155,7 @@ class Layout:
         if dist.get_backend() == "nccl":  # offloaded parts are on the CPU
             padded = padded.cuda()
         received = padded.new_empty(world_size() * length)
-        _all_gather(received, padded)  # of a list of tensors the backends would make a copy
+        _all_gather(received, padded)  # with a list of tensors the backends would make a copy
         return list(received.split(length))
 
 
@@ -165,7 +165,7 @@ def fragment_spans(fragments: Sequence[Fragment]) -> list[SpanOf]:
 
 
 def _cut(values: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
-    """Cut the elements from one to another out of flat tensors in a row; one tensor at least."""
+    """Select a range of elements from flat tensors in a row; at least one tensor."""
     found, at = [torch.empty(0)], 0
     for each in values:
         low, high = max(begin - at, 0), min(end - at, len(each))
@@ -176,5 +176,5 @@ def _cut(values: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
 
 
 def _device_of(fragments: Sequence[Fragment]) -> torch.device | None:
-    """That of the first; offload may keep some of the others elsewhere."""
+    """The device of the first fragment; offload may keep others elsewhere."""
     return fragments[0].values.device if fragments else None

@@ -1,7 +1,7 @@
-"""Notices that a rank's launcher is gone: one that is killed cannot end the ranks that it started.
+"""Notices that a rank's launcher has ended: when killed, it cannot end the ranks that it started.
 
 Each rank that torchrun or Accelerate starts has a session of its own, so nothing else would end it:
-it would hold its GPU and train on, beside the run that a scheduler has put into its place.
+it would hold its GPU and train on, beside the run that a scheduler has started in its place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import psutil
 from hpdist.errors import DistributedError
 
 _LOOK_SECONDS = 1.0
-_GRACE_SECONDS = 25.0  # for a step to end and the run to be saved
+_GRACE_SECONDS = 25.0  # for the step to end and the run to be saved
 ELASTIC = "TORCHELASTIC_RUN_ID"
-"""The variable that torchrun sets in every rank, and Accelerate where it starts several."""
+"""The variable that torchrun sets in every rank, and Accelerate if it starts several."""
 _PROGRAMS = {
     "accelerate",
     "accelerate-launch",
@@ -27,9 +27,9 @@ _PROGRAMS = {
     "accelerate.commands.launch",
     "deepspeed.launcher.launch",
 }
-"""What starts ranks without that variable, as a file or as a module."""
+"""Programs that start ranks without that variable, as a file or as a module."""
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-"""Python's own options that another word follows."""
+"""Python's own options that take an argument."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Launcher:
 
     pid: int
     child: psutil.Process
-    """What it has started: the rank, or a script that the rank stands in."""
+    """The process that it started: the rank, or a script around the rank."""
 
     def gone(self) -> bool:
-        """Whether it has ended, also where nobody has yet taken note of its end."""
+        """Whether it has ended, even if its parent has not collected its status."""
         try:
             return bool(self.child.ppid() != self.pid)
         except psutil.NoSuchProcess:
@@ -49,7 +49,7 @@ class Launcher:
 
 
 def find_launcher() -> Launcher | None:
-    """The launcher that this process is a rank of; None where a person or a script started it."""
+    """The launcher of this rank; None if a person or a script started it."""
     run = os.environ.get(ELASTIC)
     child = psutil.Process()
     try:
@@ -58,13 +58,13 @@ def find_launcher() -> Launcher | None:
             if found:
                 return Launcher(parent.pid, child)
             child = parent
-    except psutil.Error:  # it ended as it was looked at, or is another user's
+    except psutil.Error:  # it ended meanwhile, or belongs to another user
         return None
     return None
 
 
 def _is_within(process: psutil.Process, run: str) -> bool:
-    """Whether the launcher has started this process too: a script around the rank."""
+    """Whether the launcher started this process too: a script around the rank."""
     try:
         return bool(process.environ().get(ELASTIC) == run)
     except psutil.AccessDenied:
@@ -76,9 +76,9 @@ def _launches(process: psutil.Process) -> bool:
 
 
 def _program(command: list[str]) -> str:
-    """What a command line runs: a program, or the script or module that Python is given.
+    """What a command line runs: a program, or the script or module given to Python.
 
-    Nothing that follows counts: an editor may have a folder open that is called as a launcher is.
+    Later arguments do not count: an editor may have opened a folder named like a launcher.
     """
     words = iter(command)
     name = Path(next(words, "")).name
@@ -92,18 +92,18 @@ def _program(command: list[str]) -> str:
         elif not word.startswith("-"):
             return Path(word).name
         elif not word.startswith("--") and "c" in word[1:]:
-            return name  # its code follows
+            return name  # its code is the next argument
     return name
 
 
 class LauncherWatch:
-    """Looks for the launcher from construction until `stop`, where there is one.
+    """Watches the launcher from construction until `stop`, if there is one.
 
-    Once it is gone `gone` says so, for the run to be saved and stopped; a process that has not
-    ended by itself within 25 seconds is ended.
+    Once it has ended, `gone` is true, so that the run can be saved and stopped; a process that has
+    not ended by itself within 25 seconds is killed.
 
     Args:
-        rank: This one.
+        rank: This rank.
         grace: Those seconds.
     """
 
@@ -120,7 +120,7 @@ class LauncherWatch:
             ).start()
 
     def stop(self) -> None:
-        """Watch no longer; of a launcher that is gone already, the grace stays what it is."""
+        """Stop watching; if the launcher has already ended, the time limit stays."""
         self._stop.set()
 
     def _watch(self, launcher: Launcher) -> None:
@@ -141,7 +141,7 @@ class LauncherWatch:
         )
         try:
             os.write(2, line.encode())
-        except OSError:  # whoever read what the ranks print is gone as well
+        except OSError:  # the reader of the output has ended as well
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)

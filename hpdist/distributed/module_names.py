@@ -1,7 +1,7 @@
-"""What weights are called: as in the user's own model, whatever wraps it or parts of it.
+"""Names of weights as in the user's own model, whatever wraps it or parts of it.
 
-`torch.compile(model)`, DDP and checkpointing wrappers put a segment of their own into every name.
-A checkpoint must not depend on them, or it could not be continued from without them.
+`torch.compile(model)`, DDP and checkpointing wrappers insert a segment into every name. A
+checkpoint must not depend on them, or it could not be continued without them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def plain_name(name: str) -> str:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The user's own module inside of DDP and `torch.compile`, in whatever order they lie."""
+    """The user's own module inside DDP and `torch.compile`, in any order."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else None
-        inner = inner or model._modules.get(_COMPILED)  # not getattr: it would ask the module
+        inner = inner or model._modules.get(_COMPILED)  # not getattr, which would call the module
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -50,12 +50,12 @@ def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def with_plain_names(values: Mapping[str, T], *, under_ddp: bool) -> dict[str, T]:
-    """What a checkpoint holds by name, without the wrappers that an earlier version left in.
+    """The content of a checkpoint by name, without the wrappers that an earlier version left in.
 
     Args:
         values: By a parameter's or buffer's name.
-        under_ddp: Whether several ranks wrote it. Then `_orig_mod.module` begins every name where
-            a launcher compiled DDP's wrapper, whose segment is `module`.
+        under_ddp: Whether several ranks wrote it. Then every name begins with `_orig_mod.module`
+        if a launcher compiled DDP's wrapper, whose segment is `module`.
     """
     wrapped = f"{_COMPILED}.module."
     if under_ddp and values and all(name.startswith(wrapped) for name in values):
@@ -64,14 +64,14 @@ def with_plain_names(values: Mapping[str, T], *, under_ddp: bool) -> dict[str, T
 
 
 def shortened(names: Iterable[str], most: int = 8) -> str:
-    """A list of names for a message: the first of them, and how many more there are."""
+    """Shorten a list of names for a message: the first of them, and how many more there are."""
     names = list(names)
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def collapsed(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Parameters by name, but a module's name alone where all that it trains is among them."""
+    """Names of parameters; one module name if all that it trains is among them."""
     wanted = set(names)
     found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Ranks that mpirun has started: its variables, under the names that torchrun gives them."""
+"""Ranks started by mpirun: its variables, under the names that torchrun uses."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NAMES = {  # torchrun's name -> that of Open MPI, MVAPICH and Intel MPI's hydra
 
 
 def adopt_mpi() -> None:
-    """Take over rank and world size from mpirun, unless a launcher has said them.
+    """Use mpirun's rank and world size, unless a launcher has set them.
 
-    Else every rank would take itself for the only one. `srun` sets the PMI variables alone, also
-    for a launcher's own process, so those count only beside those of a local rank.
+    Otherwise every rank would take itself for the only one. `srun` sets the PMI variables alone,
+    also for a launcher's own process, so those count only beside those of a local rank.
     """
     if "WORLD_SIZE" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""A second run in one process: Accelerate remembers the first one's settings for good."""
+"""A second run in one process: Accelerate keeps the first one's settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState, GradientState
 def fresh_accelerate() -> Iterator[None]:
     """Inside, an Accelerator can be made and prepare a model as if it were the process's first.
 
-    Its state is shared by all Accelerators of a process, and refuses another precision; and some of
-    what it is told it writes into the environment, where the next run would take it for the
-    launcher's word. The process group stays.
+    Its state is shared by all Accelerators of a process, and refuses another precision; and it
+    writes some arguments into the environment, where the next run would take them for the
+    launcher's. The process group stays.
     """
     launched = _environment()
     AcceleratorState._reset_state(reset_partial_state=True)

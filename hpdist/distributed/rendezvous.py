@@ -1,7 +1,7 @@
-"""Processes that meet at the address of the first one, and say who does not come.
+"""Processes that meet at the address of the first one, and report which are missing.
 
 with Rendezvous.of(Endpoint.from_environment(), timeout=60) as peers:
-    hosts = peers.gathered(socket.gethostname())        # JSON, so that nobody's bytes are run
+    hosts = peers.gathered(socket.gethostname())        # JSON, so no received code is run
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hpdist.distributed.shared_store import SharedStore, StoreServer, wait_for_l
 from hpdist.errors import DistributedError
 
 TOKEN = "HPDIST_PREFLIGHT_TOKEN"
-"""The environment variable of what only the processes that belong together know."""
-_SLACK = 5.0  # seconds beyond the timeout in which the first process says who came
+"""The environment variable of a secret that only the processes of one run know."""
+_SLACK = 5.0  # seconds beyond the timeout in which the first process reports who came
 _GRACE = 5.0  # seconds that it stays so that the others can read that
 _LATE = 120.0  # seconds that the others may take for a check
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """This process among those that meet, and where they do."""
+    """This process among those that meet, and their address."""
 
     rank: int
     size: int
@@ -43,10 +43,10 @@ class Endpoint:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Endpoint:
-        """What a launcher says: torchrun's or Accelerate's variables, else SLURM's, else alone.
+        """Read the variables of torchrun, Accelerate or SLURM; without them there is one process.
 
-        Raises DistributedError where SLURM has started several tasks and nothing says where the
-        first one is.
+        Raises DistributedError if SLURM has started several tasks and the address of the first is
+        unknown.
         """
         token = environment.get(TOKEN, "")
         if "WORLD_SIZE" in environment and "MASTER_ADDR" in environment:
@@ -67,17 +67,17 @@ class Endpoint:
 
     @property
     def where(self) -> str:
-        """Where all meet."""
+        """The address at which all meet."""
         return f"{self.address}:{self.port}"
 
     @property
     def who(self) -> str:
-        """This process, for an error."""
+        """This process, for a message."""
         return f"process {self.rank} of {self.size}, on {socket.gethostname()}"
 
 
 class Rendezvous:
-    """The processes that met; each may be asked for JSON, and all wait for one another."""
+    """The processes that have met; they can exchange JSON and wait for one another."""
 
     def __init__(
         self, endpoint: Endpoint, store: SharedStore | None, server: StoreServer | None
@@ -91,11 +91,11 @@ class Rendezvous:
     def of(cls, endpoint: Endpoint, timeout: float) -> Rendezvous:
         """Meet the others.
 
-        The first process decides who has come within `timeout` seconds and tells it to the others,
-        so that every one names the same missing ones; it leaves once they know.
+        The first process decides who has come within `timeout` seconds and informs the others, so
+        that all name the same missing ones; it leaves once they know.
 
-        Raises DistributedError, on every process, where some do not come in time or the first one
-        is lost. Collective: every process must call.
+        Raises DistributedError, on every process, if some do not come in time or the first one is
+        lost. Collective: every process must call.
         """
         if endpoint.size == 1:
             return cls(endpoint, None, None)
@@ -111,30 +111,30 @@ class Rendezvous:
                 raise DistributedError(
                     f"preflight: within {timeout:g} s only {len(came)} of {endpoint.size} "
                     f"processes came to {endpoint.where}: {hosts}; missing: "
-                    f"{', '.join(map(str, missing))}. Look whether they were started, and whether "
-                    "they reach that address"
+                    f"{', '.join(map(str, missing))}. Check whether they were started, and whether "
+                    "they can reach that address"
                 )
         except DistributedError as error:
             if server is not None:
                 server.close()
-            error.rank = endpoint.rank  # each host's log must say it
+            error.rank = endpoint.rank  # each host's log must have it
             raise
         return cls(endpoint, store, server)
 
     @property
     def size(self) -> int:
-        """How many processes met."""
+        """The number of processes that met."""
         return self.endpoint.size
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """The rank of this process."""
         return self.endpoint.rank
 
     def gathered(self, value: T) -> list[T]:
-        """Every process's value, in rank order, as JSON gives it back.
+        """Every process's value, in rank order, after a round trip through JSON.
 
-        Raises DistributedError where a process is lost. Collective: every process must call.
+        Raises DistributedError if a process is lost. Collective: every process must call.
         """
         if self._store is None:
             return [value]
@@ -148,9 +148,9 @@ class Rendezvous:
 
     @contextmanager
     def process_group(self, timeout: float) -> Iterator[None]:
-        """Have a process group of gloo for a while; torch's own groups know no token.
+        """Provide a gloo process group for a while; torch's own groups have no token.
 
-        Raises DistributedError where the processes cannot connect to one another, or one is lost.
+        Raises DistributedError if the processes cannot connect to one another, or one is lost.
         Collective: every process must call.
         """
         if self._store is None:
@@ -170,16 +170,16 @@ class Rendezvous:
             ) from error
         try:
             yield
-        except RuntimeError as error:  # what a collective raises
+        except RuntimeError as error:  # raised by collectives
             raise self._lost(error) from error
-        self.gathered(None)  # nobody leaves while another one measures
+        self.gathered(None)  # no process leaves while another one measures
         dist.destroy_process_group()
 
     def close(self) -> None:
         """Leave; the first process stays until the others have what they need."""
         if self._store is None:
             return
-        with suppress(OSError):  # one that was lost has been told of
+        with suppress(OSError):  # a lost process has already been reported
             if self._server is None:
                 self._store.set(f"leaves/{self.rank}", b"")
                 return
@@ -201,7 +201,7 @@ class Rendezvous:
     def _lost(self, error: Exception) -> DistributedError:
         lost = DistributedError(
             f"preflight: {self.endpoint.who}: lost another process during the checks "
-            f"({_short(error)}); look at what the others say, and whether their machines are up"
+            f"({_short(error)}); look at the others' output, and whether their machines are up"
         )
         lost.rank = self.rank
         return lost
@@ -213,38 +213,37 @@ def _receive(endpoint: Endpoint, timeout: float) -> tuple[StoreServer, SharedSto
     try:
         server = StoreServer(endpoint.address, endpoint.port, endpoint.token)
     except OSError as error:
-        advice = "give --address one of this machine's own, and a --port that is free"
+        advice = "give --address one of this machine's own addresses, and --port a free port"
         raise _unreached(endpoint, timeout, error, advice) from error
     store = _open(endpoint)
     came = _gather(store, range(endpoint.size), "here", deadline)
     store.set("came", json.dumps(came))
-    if len(came) < endpoint.size:  # else the store is needed, and stays, for what follows
+    if len(came) < endpoint.size:  # otherwise the store stays, for what follows
         _gather(store, came.keys() - {0}, "knows", time.monotonic() + _GRACE)
     return server, store, came
 
 
 def _come(endpoint: Endpoint, timeout: float) -> tuple[SharedStore, dict[int, str]]:
-    """Be one of the others: go to the first process, and be told who came."""
+    """Be one of the others: connect to the first process, and learn who came."""
     advice = (
-        "start preflight on the first machine too, give all the address by which they reach it, "
-        "and open the port"
+        "start preflight on the first machine too, give all machines its address, and open the port"
     )
     try:
         wait_for_listener(endpoint.address, endpoint.port, time.monotonic() + timeout)
         store = _open(endpoint)
     except PermissionError as error:
-        advice = f"set {TOKEN} to the same on every machine"
+        advice = f"set {TOKEN} to the same value on every machine"
         raise _unreached(endpoint, timeout, error, advice) from error
     except OSError as error:
         raise _unreached(endpoint, timeout, error, advice) from error
-    # The first process listens, so its own time has begun and ends before this does.
+    # The first process is listening, so its timeout began, and ends, before this one's.
     try:
         (received,) = store.read(["came"], timeout + _SLACK)
         store.set(f"knows/{endpoint.rank}", b"")
     except OSError as error:
         raise DistributedError(
             f"preflight: {endpoint.who}: the first process, at {endpoint.where}, has left or does "
-            f"not answer ({_short(error)}); look at what it says, and whether its machine is up"
+            f"not answer ({_short(error)}); look at its output, and whether its machine is up"
         ) from error
     return store, {int(rank): host for rank, host in json.loads(received).items()}
 

@@ -1,4 +1,4 @@
-"""Time that a rank works by itself: what differs between ranks that wait for one another."""
+"""Compute time of a rank: what differs between ranks that wait for one another."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-_KEPT = 1000  # steps that a mean is over
+_KEPT = 1000  # steps of a mean
 
 
 class RankTimer:
     """The time of each step from its beginning until this rank first waits for the others.
 
-    All ranks take equally many steps in equal time, since each waits for the slowest. How long a
-    rank takes until then says which one that is. On a GPU the device's own clock tells, which
-    nothing waits for until the time is taken.
+    All ranks take the same number of steps in the same time, since each waits for the slowest. The
+    compute time before that shows which rank it is. On a GPU it is measured by the device's own
+    clock, which nothing waits for until the time is read.
 
     Args:
-        device: Where the work is done.
+        device: The device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,18 +32,18 @@ class RankTimer:
         )
 
     def begin(self) -> None:
-        """A step begins, unless it has begun already."""
+        """Begin a step, unless it has begun already."""
         if self._begun is None:
             self._begun = self._now()
 
     def end(self) -> None:
-        """The own part of the step is over, unless it was already."""
+        """End the rank's own part of the step, unless it has ended already."""
         if self._begun is not None:
             self._steps.append((self._begun, self._now()))
             self._begun = None
 
     def take(self) -> float:
-        """Mean seconds of the steps since the last call; 0 where there were none."""
+        """Return the mean seconds of the steps since the last call; 0 if there were none."""
         seconds = [_between(*step) for step in self._steps]
         self._steps.clear()
         return sum(seconds) / len(seconds) if seconds else 0.0
@@ -57,16 +57,16 @@ class RankTimer:
 
 
 def stragglers(compute_seconds: Sequence[float], rows: int, step_seconds: float) -> dict[str, Any]:
-    """Which rank the others wait for, and how long; nothing where there is but one rank.
+    """The rank that the others wait for, and how long; nothing if there is only one rank.
 
     Args:
-        compute_seconds: Of each rank, a step, as `RankTimer` has them.
+        compute_seconds: Of each rank, per step, from `RankTimer`.
         rows: Of the global batch.
-        step_seconds: What a step takes, from its beginning to the next.
+        step_seconds: Duration of a step, from its beginning to the next.
 
-    `examples_per_second_per_rank` is how fast each would be if its own work were all;
-    `slowest_rank_lag` is the share of a step's time that the slowest one works longer than the
-    median of the others.
+    `examples_per_second_per_rank` is each rank's speed if its own work were all; `slowest_rank_lag`
+    is the share of a step's time by which the slowest rank computes longer than the median of the
+    others.
     """
     if len(compute_seconds) < 2:
         return {}

@@ -1,8 +1,8 @@
-"""Ends a run that hangs: every rank prints its stacks, and who was last heard from where.
+"""Ends a run that hangs: every rank prints its stacks, and where each was last heard from.
 
-A rank that deadlocks, waits for one that died, or is stuck in a read leaves all others waiting in
-their next collective. Each rank tells a key-value store what it is at; whoever has seen no progress
-for too long says so, and all of them print and exit, so that a launcher can start them again.
+A rank that deadlocks, waits for a dead one, or is stuck in a read leaves all others waiting in
+their next collective. Each rank reports its state to a key-value store; one that sees no progress
+for too long raises an alarm, and all print and exit, so that a launcher can restart them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch.distributed as dist
 from hpdist.distributed.collectives import world_size
 from hpdist.errors import DistributedError
 
-_PREFIX = "hpdist/watchdog"  # within the names of the process group, which are an attempt's own
+_PREFIX = "hpdist/watchdog"  # among the names of the process group, which are per attempt
 _TICK = 1.0  # seconds
 _GRACE_TICKS = 4  # for the others to see the alarm and print, before the launcher ends them
-_BLOCKED = 1.5  # times the patience, after which a process whose interpreter is stuck ends
+_BLOCKED = 1.5  # times the limit, after which a process with a stuck interpreter ends
 
 
 class Watchdog:
     """Watches the main thread's progress from another one, between `start` and `stop`.
 
     Args:
-        rank: This one.
-        seconds: How long a step may take; `None` watches nothing.
+        rank: This rank.
+        seconds: How long a step may take; `None` disables the watchdog.
     """
 
     def __init__(self, rank: int, seconds: float | None) -> None:
@@ -43,7 +43,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         if self._seconds is None:
             return
         self.heartbeat(0, "starting")
@@ -52,7 +52,7 @@ class Watchdog:
         self._thread.start()
 
     def heartbeat(self, step: int, doing: str) -> None:
-        """Tell of progress: the step that is worked at, and what comes next."""
+        """Report progress: the step in progress, and what comes next."""
         if self._seconds is None:
             return
         self._state = _State(time.monotonic(), self._state.beats + 1, step, doing)
@@ -60,7 +60,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(_BLOCKED * self._seconds + 60, exit=True, file=_errors())
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * _TICK)
@@ -84,7 +84,7 @@ class Watchdog:
     def _report(self, state: _State, age: float) -> None:
         lines = [f"no progress for {age:.0f} s in step {state.step} ({state.doing})"]
         heard = {rank: self._heard(rank) for rank in range(world_size())}
-        # All ranks beat alike, so who has beaten least is behind, also within a step.
+        # All ranks beat equally often, so the rank with the fewest beats is behind, even in a step.
         beats = [found.beats for found in heard.values() if found is not None]
         for rank, found in heard.items():
             if found is None:
@@ -111,7 +111,7 @@ class Watchdog:
         try:
             if self._store is not None:
                 self._store.set(f"{_PREFIX}/{key}", value)
-        except RuntimeError:  # the store's process is gone, which ends this one soon
+        except RuntimeError:  # the store's process has ended, and this one will soon
             self._store = None
 
     def _lookup(self, key: str) -> bytes | None:
@@ -125,22 +125,22 @@ class Watchdog:
 
 
 class _State(NamedTuple):
-    """What the main thread is at."""
+    """The state of the main thread."""
 
-    when: float  # of the clock that only goes forward
+    when: float  # on the monotonic clock
     beats: int
     step: int
     doing: str
 
 
 class _Heard(NamedTuple):
-    """What a rank has told of itself."""
+    """The latest report of a rank."""
 
     beats: int
     step: int
     doing: str
     age: float  # seconds since its latest beat
-    reported: float  # when it said so
+    reported: float  # time of the report
 
 
 def _stacks() -> list[str]:
@@ -151,13 +151,13 @@ def _stacks() -> list[str]:
 
 
 def _store() -> Any:
-    """The ranks' own key-value store, over a connection that no waiting call of theirs blocks."""
-    if world_size() == 1 or dist.get_backend() == "fake":  # a rehearsal's, which has no others
+    """The ranks' own key-value store, over a connection of its own, which no other call blocks."""
+    if world_size() == 1 or dist.get_backend() == "fake":  # a rehearsal's backend has no others
         return None
     store = dist.distributed_c10d._get_default_store()
     return store.clone() if hasattr(store, "clone") else store
 
 
 def _errors() -> Any:
-    """Where stacks go: the real stderr, whatever stands in for it."""
+    """Where stacks are printed: the real stderr, even if it was replaced."""
     return sys.__stderr__ or 2

@@ -1,1 +1,1 @@
-"""What computes and shards: one process, DDP or ZeRO, the loss scale, the sharded teacher."""
+"""Engines compute and shard: one process, DDP or ZeRO, the loss scale, the sharded teacher."""

@@ -29,7 +29,7 @@ from hpdist.models.outputs import LOGITS, NO_GRADIENT, outputs_of
 
 @dataclass(frozen=True)
 class EngineStep:
-    """How the engine's optimizer step went."""
+    """The outcome of the engine's optimizer step."""
 
     applied: bool
     overflowed: bool
@@ -37,40 +37,40 @@ class EngineStep:
     new_scale: float
     grad_norm: float | None
     exhausted: bool = False
-    """Whether it overflowed with the loss scale at its minimum already."""
+    """Whether it overflowed when the loss scale was already at its minimum."""
 
 
 class Replica(Protocol):
-    """A second model, without gradient, that can be filled with weights."""
+    """A second model, without gradient, whose weights can be replaced."""
 
     def swapped_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
-        """Hold these weights."""
+        """Hold these weights for a while."""
         ...
 
     def infer(self, inputs: Structure) -> Any:
-        """Outputs in fp32, as those of the engine."""
+        """Outputs in fp32, like those of the engine."""
         ...
 
     def tensors(self) -> list[Tensor]:
-        """All that this rank keeps of it."""
+        """All tensors of it that this rank keeps."""
         ...
 
 
 class Engine(ABC):
     """Forward, backward and optimizer step of a prepared model, the same whatever shards it.
 
-    Inputs are one tensor, or tensors by name: the model is given them as they are. Its outputs are
-    what `set_outputs` has asked for, fp32: logits as one tensor, more of them by name.
+    Inputs are one tensor, or tensors by name, and reach the model unchanged. Its outputs are those
+    set by `set_outputs`, fp32: logits as one tensor, several outputs by name.
 
-    A loss given to `backward` is this rank's contribution: the gradient that is applied is that of
-    the sum over all ranks and micro-batches.
+    A loss given to `backward` is this rank's contribution: the applied gradient is that of the sum
+    over all ranks and micro-batches.
     """
 
     fuses_weak_pass = False
-    """Whether a second forward in a step is better avoided."""
+    """Whether a second forward in a step should be avoided."""
 
     unreached = "stays as it is"
-    """What becomes of a parameter that no step reaches."""
+    """What happens to a parameter that no step reaches; part of a message."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -86,7 +86,7 @@ class Engine(ABC):
         self._heads: tuple[str, ...] = ()
         self._norms = list(batch_norms(self.module))
         self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
-        # What has no elements needs no place in state, teacher and checkpoint.
+        # Parameters without elements have no place in state, teacher and checkpoint.
         self._parameters = {name: p for name, p in self._trained.items() if _whole_size(p)}
         self._watch: GradientWatch | None = GradientWatch(self._parameters)  # of the first step
 
@@ -97,30 +97,30 @@ class Engine(ABC):
 
     @property
     def has_stepped(self) -> bool:
-        """Whether the optimizer has done a step already, here or in what was loaded."""
+        """Whether the optimizer has done a step, here or in what was loaded."""
         return any(self.optimizer.state.values())
 
     @property
     def saved_as(self) -> dict[str, int | str]:
-        """What the files that Accelerate saves of this engine can only be loaded by; here nothing.
+        """Facts of the files that Accelerate saves of this engine, which a later load must match.
 
-        What another engine has saved cannot be loaded at all.
+        Files of another engine cannot be loaded at all.
         """
         return {}
 
     @property
     def saved_steps(self) -> int | None:
-        """The steps that such files count, if they do."""
+        """The number of steps that such files record, if they do."""
         return None
 
     def check_before_loading(  # noqa: B027 - most engines load after those hooks
         self, check: Callable[[Path], None]
     ) -> None:
-        """Have `check(folder)` called where the engine would load before Accelerate's hooks."""
+        """Have `check(folder)` called first if the engine loads before Accelerate's hooks."""
 
     @cached_property
     def layout(self) -> Layout:
-        """Where every rank's fragments lie. Collective on first use: every rank must ask."""
+        """The layout of every rank's fragments. Collective on first use."""
         return Layout(self.master_fragments())
 
     @property
@@ -130,13 +130,13 @@ class Engine(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by; 1 outside fp16."""
+        """The factor of the loss; 1 outside fp16."""
         return self.scaler.scale if self.scaler is not None else 1.0
 
     def set_outputs(self, outputs: Sequence[str], heads: Sequence[str] = ()) -> None:
-        """Have forwards give these of the model's outputs, and in training the heads beside them.
+        """Set the outputs of the model that forwards return, and heads to add in training.
 
-        Before this they give the logits.
+        By default they return the logits.
         """
         self._outputs, self._heads = tuple(outputs), tuple(heads)
 
@@ -150,15 +150,15 @@ class Engine(ABC):
 
     @abstractmethod
     def probe_forward(self, inputs: Structure) -> Any:
-        """Outputs in fp32, with gradient, outside of any step: nothing will be applied."""
+        """Outputs in fp32, with gradient, outside of any step: nothing is applied."""
 
     def _requested(self, output: Any) -> Structure:
-        """Take what `set_outputs` names out of the model's output; ConfigError where any is not."""
+        """Select the outputs of `set_outputs` from the model's; ConfigError if one is missing."""
         heads = self._heads if self._heads and self.module.training else ()
         return outputs_of(output, (*self._outputs, *heads))
 
     def whole_parameters(self) -> dict[str, Tensor]:
-        """The parameters that can be differentiated by, by name; none where they are sharded."""
+        """The parameters by name, for gradients towards them; empty if they are sharded."""
         return dict(self._parameters)
 
     @abstractmethod
@@ -166,9 +166,9 @@ class Engine(ABC):
         """Differentiate a contribution to the loss."""
 
     def step(self, lr: float | None, clip: float | None) -> EngineStep:
-        """Apply the gradients, unless one is not finite; then let the loss scale change.
+        """Apply the gradients, unless one is not finite; then update the loss scale.
 
-        Collective: every rank must call, and all skip alike.
+        Collective: every rank must call; all apply or all skip.
         """
         if lr is not None:
             self.set_learning_rate(lr)
@@ -184,7 +184,7 @@ class Engine(ABC):
         return EngineStep(applied, not applied, old_scale, self.loss_scale, norm, exhausted)
 
     def _warn_unreached(self, watch: GradientWatch) -> None:
-        """After the first step's backward, name what it has given no gradient. Collective."""
+        """After the first step's backward, warn of parameters without gradient. Collective."""
         watch.close()
         self._watch = None
         nowhere, anywhere = reached_nowhere(self._missing(watch))
@@ -194,44 +194,44 @@ class Engine(ABC):
             warnings.warn(unreached_note(self.module, nowhere, self.unreached), stacklevel=3)
 
     def _missing(self, watch: GradientWatch) -> list[str]:
-        """What the first step has not reached on this rank."""
+        """The parameters that the first step has not reached on this rank."""
         return [name for name in self._parameters if name not in watch.reached]
 
     @property
     def missed_gradients(self) -> bool:
-        """Whether a step has missed gradients here and the ranks do not speak of them yet."""
+        """Whether gradients were missing in a step here, and the ranks do not share usage yet."""
         return False
 
     def share_usage(self) -> None:  # noqa: B027 (only DDP has to)
-        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+        """Agree in each step from now on what has no gradient. Every rank must call."""
 
     @staticmethod
     def _require_gradient(loss: Tensor) -> None:
-        """Raise ConfigError where nothing can be learnt from a loss."""
+        """Raise ConfigError if a loss has no gradient."""
         if not loss.requires_grad:
             raise ConfigError(NO_GRADIENT)
 
     @abstractmethod
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
-        """Unscale, clip and apply the gradients; whether that was done, and their global norm."""
+        """Unscale, clip and apply the gradients; return whether it did, and the global norm."""
 
     def _publish_scale(self) -> None:  # noqa: B027 (only DeepSpeed keeps a copy)
-        """Tell whoever else scales the loss of the new scale."""
+        """Pass the new scale to other code that scales the loss."""
 
     @abstractmethod
     def master_parts(self) -> list[Tensor]:
         """The tensors that hold this rank's part of the fp32 master weights.
 
-        Few, flat and live where the engine allows it; ask anew after every step, since an engine
-        may move them. Between the fragments there may be padding.
+        Few, flat and live if the engine allows it; read them again after every step, since an
+        engine may move them. There may be padding between the fragments.
         """
 
     @abstractmethod
     def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
-        """Views of tensors laid out like `master_parts`, as fragments."""
+        """Views of tensors that are laid out like `master_parts`, as fragments."""
 
     def master_fragments(self) -> list[Fragment]:
-        """This rank's part of the fp32 master weights; live where the engine allows it."""
+        """This rank's part of the fp32 master weights; live if the engine allows it."""
         return self.fragments_of(self.master_parts())
 
     @abstractmethod
@@ -261,7 +261,7 @@ class Engine(ABC):
         """Put other weights into the model for a while. Collective."""
 
     def make_replica(self, model: nn.Module | None) -> Replica | None:
-        """A second model for other weights, where lending them to the first would cost too much."""
+        """A second model for other weights, if swapping them into the first would cost too much."""
         return None
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
@@ -269,11 +269,11 @@ class Engine(ABC):
         return nullcontext()
 
     def optimizer_scalars(self) -> dict[str, float]:
-        """The optimizer's state that is one number for all parameters, such as Adam's step."""
+        """State of the optimizer that is one number for all parameters, such as Adam's step."""
         return scalars_of(self.flat_states())
 
     def optimizer_scalars_by_parameter(self) -> dict[str, dict[str, float]]:
-        """Give these numbers by parameter where they differ, as some steps left parameters out."""
+        """These numbers by parameter if they differ, because some steps left parameters out."""
         return {}
 
     @abstractmethod
@@ -281,22 +281,22 @@ class Engine(ABC):
         """Take over the optimizer's state."""
 
     def restart(self, whole: Mapping[str, Tensor]) -> None:
-        """Set the weights, flat fp32 by name, and have the optimizer forget what it has seen."""
+        """Set the weights, flat fp32 by name, and reset the optimizer's state."""
         self.load_master(whole)
         scalars = dict.fromkeys(self.optimizer_scalars(), 0.0)
         self.load_optimizer(SavedOptimizer(sorted(self.optimizer_fragments()), scalars))
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
-        """The shape of every parameter that is trained, by name."""
+        """The shape of every trained parameter, by name."""
         return {name: p.shape for name, p in self._parameters.items()}
 
     def commit_bn(self, applied: bool) -> None:
-        """Move the running statistics of batch normalisation, or leave them as they were."""
+        """Update the running statistics of batch normalisation, or discard those of this step."""
         for norm in self._norms:
             norm.commit() if applied else norm.discard()
 
     def discard_bn_pass(self) -> None:
-        """Drop the latest pass from what batch normalisation saw in this step."""
+        """Discard the latest pass from this step's batch statistics."""
         for norm in self._norms:
             norm.discard_pass()
 
@@ -318,10 +318,10 @@ class Engine(ABC):
 
 
 def _whole_size(parameter: nn.Parameter) -> int:
-    """A parameter's elements; of one that is sharded there are fewer here."""
+    """A parameter's total number of elements; a shard of it has fewer."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def __getattr__(name: str) -> object:
-    """Find what stood here before."""
+    """Find names that have moved from here."""
     return find_moved(__name__, name)

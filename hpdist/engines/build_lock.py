@@ -1,9 +1,9 @@
-"""A lock around the compilation of an extension that ends with the process that holds it.
+"""A lock around the compilation of an extension; it ends with the process that holds it.
 
-PyTorch's own lock is a file named `lock` in the extension's folder: who is killed while compiling
-leaves it, and every later start waits for it for ever, without a word
+PyTorch's own lock is a file named `lock` in the extension's folder: a process that is killed while
+compiling leaves it, and every later start waits for it for ever, without a message
 (https://github.com/pytorch/pytorch/issues/189245). Here one process of a machine compiles under
-`flock`, the others notice when it dies, and a file that nobody holds any more is removed.
+`flock`, the others notice when it dies, and a file that no process holds is removed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 Log = Callable[[str], None]
 QUIET = 600.0
-"""Seconds without a change, after which a lock counts as left where the kernel cannot tell."""
+"""Seconds without a change after which a lock counts as abandoned if the kernel cannot tell."""
 _POLL = 0.1  # seconds
-_FIRST_WORD = 5.0  # seconds of waiting before it is said
+_FIRST_WORD = 5.0  # seconds of waiting before the first message
 _NEXT_WORD = 60.0
-_TWICE = 0.5  # seconds between two looks: PyTorch closes its file a moment before it removes it
+_TWICE = 0.5  # seconds between two checks: PyTorch closes its file a moment before it removes it
 _SHARED = (
     "nfs",
     "cifs",
@@ -50,7 +50,7 @@ _COMPILER = re.compile(
 
 
 class Process(NamedTuple):
-    """A process of this machine that works in a folder."""
+    """A process of this machine that works in the folder."""
 
     pid: int
     name: str
@@ -61,9 +61,9 @@ class Process(NamedTuple):
 
 @contextmanager
 def build_lock(folder: Path, what: str, log: Log) -> Iterator[None]:
-    """Hold the folder of an extension alone, and free it of a lock that PyTorch has left.
+    """Hold the folder of an extension exclusively, and remove an abandoned lock of PyTorch's.
 
-    Waits for whoever holds it, and says for whom; the lock of a process that dies is free at once.
+    Waits for the holder and logs who that is; the lock of a process that dies is free at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(folder, what, log)
@@ -75,7 +75,7 @@ def build_lock(folder: Path, what: str, log: Log) -> Iterator[None]:
 
 
 def left_lock(lock: Path) -> str | None:
-    """Say why a lock file of PyTorch's cannot be anybody's any more; None where it may be."""
+    """Explain why nobody can hold a lock file of PyTorch's any more; None if somebody may."""
     if not lock.exists() or in_use(lock) is not None:
         return None
     time.sleep(_TWICE)
@@ -85,7 +85,7 @@ def left_lock(lock: Path) -> str | None:
 
 
 def in_use(lock: Path) -> str | None:
-    """Say who is, or may be, using a lock file of PyTorch's; None where nobody is."""
+    """Name who holds, or may hold, a lock file of PyTorch's; None if nobody does."""
     compiling = working_in(lock.parent)
     if compiling:
         return f"{compiling[0]} compiles there"
@@ -97,7 +97,7 @@ def in_use(lock: Path) -> str | None:
         return f"{holders[0] if holders else 'a process'} has it open"
     age = time.time() - _latest_change(lock.parent)
     if age < QUIET:
-        return f"the folder changed {max(age, 0):.0f} s ago; it is given {QUIET:.0f} s"
+        return f"the folder changed {max(age, 0):.0f} s ago; hpdist waits {QUIET:.0f} s"
     return None
 
 
@@ -112,7 +112,7 @@ def working_in(folder: Path) -> list[Process]:
 
 
 def last_change(folder: Path) -> tuple[int, int]:
-    """Give a mark of the folder's content that moves when a file is written."""
+    """Return a fingerprint of the folder's content that changes when a file is written."""
     times = [entry.stat().st_mtime_ns for entry in _entries(folder)]
     return len(times), max(times, default=0)
 
@@ -127,7 +127,7 @@ def _acquire(folder: Path, what: str, log: Log) -> int:
             break
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
-                # A file system without it: lock this machine alone.
+                # The file system has no locks: lock on this machine only.
                 os.close(descriptor)
                 digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
                 path = Path(tempfile.gettempdir(), f"hpdist-build-{os.getuid()}-{digest}.lock")
@@ -157,11 +157,11 @@ def _await_pytorch(lock: Path, log: Log) -> None:
 
 
 class _Wait:
-    """Says what is waited for after a while, and again from time to time."""
+    """Logs what is waited for after a while, and repeats it from time to time."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        # Of the ranks of a machine one speaks for all that wait.
+        # One rank of a machine logs for all that wait.
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         self._next = time.monotonic() + _FIRST_WORD if speaks else float("inf")
 
@@ -176,7 +176,7 @@ def _open(path: Path) -> int:
 
 
 def _owner_of(descriptor: int) -> str:
-    """Who holds a lock of ours, as it wrote into the file."""
+    """Name the holder of our lock, as it wrote into the file."""
     try:
         facts = json.loads(os.pread(descriptor, 4096, 0))
         since = max(time.time() - facts["since"], 0)
@@ -184,14 +184,14 @@ def _owner_of(descriptor: int) -> str:
             f"process {facts['pid']} on {facts['host']}, which has been compiling {facts['what']} "
             f"for {since:.0f} s"
         )
-    except (ValueError, KeyError, TypeError):  # it has not written yet
+    except (ValueError, KeyError, TypeError):  # it has written nothing yet
         return "another process"
 
 
 def _opened(lock: Path) -> bool | None:
-    """Ask the kernel whether any process has a file open; None where it cannot tell.
+    """Ask the kernel whether any process has a file open; None if it cannot tell.
 
-    It grants a write lease on a file that nobody else has open, whatever namespace they are in.
+    It grants a write lease only on a file that nobody else has open, in any namespace.
     """
     if not hasattr(fcntl, "F_SETLEASE"):
         return None
@@ -202,7 +202,7 @@ def _opened(lock: Path) -> bool | None:
     except OSError:
         return None
     try:
-        # Who opens it meanwhile makes the kernel send us a signal, which by default would kill.
+        # Whoever opens it meanwhile makes the kernel send a signal, which by default would kill us.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -230,7 +230,7 @@ def _holders(lock: Path) -> list[Process]:
 
 
 def _is_shared(folder: Path) -> bool:
-    """Whether other machines may write there too."""
+    """Whether other machines may write to the folder too."""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -251,7 +251,7 @@ def _latest_change(folder: Path) -> float:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The files of a folder that are there when they are looked at, our own lock left out."""
+    """The files of a folder that still exist when they are examined, except our own lock."""
     try:
         return [p for p in folder.iterdir() if p.name != "hpdist.lock" and p.exists()]
     except OSError:

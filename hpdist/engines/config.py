@@ -1,4 +1,4 @@
-"""What a config says of precision, sharding, the loss scale and the teacher."""
+"""The config of precision, sharding, the loss scale and the teacher."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Zero(Section):
-    """How DeepSpeed shards; by default whatever the accelerate config file says."""
+    """How DeepSpeed shards; by default as the accelerate config file says."""
 
     stage: int | None = Field(None, ge=0, le=3)
-    """What is sharded: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters.
+    """What is sharded: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters.
 
     Unset means no DeepSpeed.
     """
     offload: Literal["none", "cpu", "nvme"] | None = None
-    """Where the optimizer's state lives (from stage 1 on), and the parameters too in stage 3."""
+    """Where the optimizer's state is kept (from stage 1), and in stage 3 the parameters too."""
     nvme_path: str | None = None
     """A folder on the local NVMe disk, for `offload: nvme`."""
 
@@ -49,7 +49,7 @@ class LossScale(Section):
     growth_interval: int = Field(1000, gt=0)
     """Steps without overflow after which the dynamic scale doubles."""
     minimum: int = Field(1, ge=1)
-    """Where the dynamic scale stops falling: a further overflow ends the run."""
+    """Where the dynamic scale stops falling: another overflow then ends the run."""
 
     @field_validator("initial")
     @classmethod
@@ -63,14 +63,14 @@ class Teacher(Section):
     """The exponential moving average of the weights, used for evaluation."""
 
     decay: float = Field(0.999, ge=0, lt=1)
-    """Share of the average that a step keeps."""
+    """Share of the average that each step keeps."""
     warmup: bool = True
     """Start with the smaller decay (1 + t) / (10 + t), so that early weights are forgotten."""
 
 
 @dataclass(frozen=True)
 class ExecutionRequest:
-    """What a run asks of the engine, to be agreed with what the launcher and its files say."""
+    """A run's requirements of the engine, to be merged with those of the launcher and its files."""
 
     precision: Precision | None = None
     zero: Zero = field(default_factory=Zero)
@@ -83,4 +83,4 @@ class ExecutionRequest:
     """Seconds without progress after which the compilation of an operator ends the run."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The run's settings by dotted name that a DeepSpeed JSON's optimizer and scheduler sections
-    are held against: `optim.…`, `schedule.…` and `steps`."""
+    are compared with: `optim.…`, `schedule.…` and `steps`."""

@@ -1,7 +1,7 @@
-"""What a DeepSpeed JSON says: passed on, agreed with hpdist's config, named as unused, or refused.
+"""The keys of a DeepSpeed JSON: passed on, compared with hpdist's config, unused, or refused.
 
-Every key has a verdict here, so that no file says one thing while the run does another. What a
-section may hold, DeepSpeed's own models say.
+Every key is handled here, so that no file says one thing while the run does another. DeepSpeed's
+own models define what a section may hold.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _PASSED = (
     "log_level",
     "timers",
 )
-_CHECKPOINTS = "hpdist writes checkpoints of its own"
+_CHECKPOINTS = "hpdist writes its own checkpoints"
 _TRACKER = "hpdist's tracker section sends the numbers"
 _UNUSED = {
-    "steps_per_print": "hpdist prints by log.every",
+    "steps_per_print": "hpdist prints at log.every",
     "activation_checkpointing": "hpdist's own setting of that name does it",
-    "flops_profiler": "it would take a step's several forwards for one",
+    "flops_profiler": "it would count several forwards of a step as one",
     "tensorboard": _TRACKER,
     "wandb": _TRACKER,
     "csv_monitor": "metrics.jsonl has the numbers",
@@ -53,11 +53,11 @@ _UNUSED = {
     "pipeline": "hpdist has no pipeline",
     "seq_parallel_communication_data_type": "hpdist has no sequence parallelism",
     "use_data_before_expert_parallelism": "hpdist has no expert parallelism",
-    "vocabulary_size": "it changes nothing",
+    "vocabulary_size": "it has no effect",
 }
-_PRECISION = "choose precision: bf16 or fp16, with fp32 master weights, in its place"
+_PRECISION = "choose precision: bf16 or fp16, with fp32 master weights, instead"
 _MEAN = "gradients are the mean over the global batch, whatever the number of ranks"
-_BATCH = "hpdist's batch section and data decide what a step learns from"
+_BATCH = "hpdist's batch section and data decide what a step trains on"
 _REFUSED = {
     "amp": _PRECISION,
     "torch_autocast": _PRECISION,
@@ -82,7 +82,7 @@ _REFUSED = {
     "gradient_predivide_factor": _MEAN,
     "gradient_allreduce_op": _MEAN,
     "fp32_allreduce": "write communication_data_type: fp32",
-    "managed_gradient_accumulation": "batch.micro in hpdist's config cuts a step",
+    "managed_gradient_accumulation": "batch.micro in hpdist's config splits a step",
     "disable_allgather": "every rank needs the updated weights",
     "allgather_size": "write zero_optimization.allgather_bucket_size",
 }
@@ -93,7 +93,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {  # values that change nothing
     "managed_gradient_accumulation": (True,),
     "steps_per_print": (float("inf"),),
 }
-_FORCED = {  # what hpdist sets, whatever the file says
+_FORCED = {  # set by hpdist, whatever the file says
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
 }
@@ -116,12 +116,12 @@ def read_deepspeed(path: str | None) -> dict[str, Any]:
 
 
 def check_file(values: Mapping[str, Any], path: str) -> None:
-    """Refuse what no run can do as the file says. Raises ConfigError that names the key."""
+    """Refuse keys and values that no run supports. Raises ConfigError that names the key."""
     known = [*_AGREED, *_PASSED, *_UNUSED, *_REFUSED, *_FORCED, *_TYPES]
     for key, value in values.items():
         if key not in known:
             raise ConfigError(
-                f"{key} in {path}: no key of DeepSpeed's that hpdist knows"
+                f"{key} in {path}: hpdist knows no such key of DeepSpeed's"
                 f"{nearest(key, known) or '; take it out'}"
             )
         if key in _REFUSED and not _is_default(key, value):
@@ -131,13 +131,13 @@ def check_file(values: Mapping[str, Any], path: str) -> None:
     enabled = [half for half in _HALVES if is_enabled(values, half, path)]
     if len(enabled) > 1:
         raise ConfigError(
-            f"fp16.enabled and bf16.enabled are both true in {path}; a run computes in one of them"
+            f"fp16.enabled and bf16.enabled are both true in {path}; a run uses only one of them"
         )
     check_sections(values, path)
 
 
 def is_enabled(values: Mapping[str, Any], half: str, path: str) -> bool | None:
-    """Whether the file turns a half precision on; None where it leaves that open."""
+    """Whether the file enables a half precision; None if it does not say."""
     value = section(values, half, path).get("enabled", "auto")
     if value in ("auto", None):
         return None
@@ -147,7 +147,7 @@ def is_enabled(values: Mapping[str, Any], half: str, path: str) -> bool | None:
 
 
 def section(values: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
-    """Give an object in the JSON, empty where it is left out, null or `"auto"`."""
+    """Return an object of the JSON; empty if it is missing, null or `"auto"`."""
     found = values.get(key)
     if found in (None, False, "auto"):
         return {}
@@ -159,11 +159,11 @@ def section(values: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
 def base_of_run(
     values: Mapping[str, Any], path: str, training: Mapping[str, Any], precision: Precision
 ) -> tuple[dict[str, Any], list[str]]:
-    """Give what DeepSpeed is to see of the file, and what of it is not used.
+    """Return the part of the file for DeepSpeed, and the names of its unused parts.
 
     `training` are the run's own settings by dotted name (`ExecutionRequest.training`).
 
-    Raises ConfigError where the file and hpdist's config differ.
+    Raises ConfigError if the file and hpdist's config differ.
     """
     if precision in _HALVES and is_enabled(values, precision, path) is False:
         raise ConfigError(
@@ -174,7 +174,7 @@ def base_of_run(
     for key, describe in (("optimizer", described_optimizer), ("scheduler", described_schedule)):
         if section(values, key, path):
             _check_described(key, describe(values[key], path), training, path)
-            unused.append(f"{key} (hpdist's own, which agrees)")
+            unused.append(f"{key} (hpdist's own setting agrees)")
     for key, reason in _UNUSED.items():
         if key in values and not _is_default(key, values[key]):
             unused.append(f"{key} ({reason})")
@@ -198,7 +198,7 @@ def base_of_run(
 
 
 def agreed_loss_scale(values: Mapping[str, Any], path: str, ours: LossScale) -> LossScale:
-    """Lay the file's loss scale under hpdist's. Raises ConfigError where they differ."""
+    """Combine the file's loss scale with hpdist's. Raises ConfigError if they differ."""
     fp16 = section(values, "fp16", path)
     read: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "static": ("loss_scale", lambda value: float(value) or None),
@@ -221,7 +221,7 @@ def agreed_loss_scale(values: Mapping[str, Any], path: str, ours: LossScale) -> 
 
 
 def _check_types(values: Mapping[str, Any], path: str, precision: Precision) -> None:
-    """Refuse dtypes that would lose what the precision promises."""
+    """Refuse dtypes that would lose precision."""
     communicated = values.get("communication_data_type")
     if communicated not in (None, "fp32", precision):
         raise ConfigError(
@@ -240,7 +240,7 @@ def _check_types(values: Mapping[str, Any], path: str, precision: Precision) -> 
 def _check_described(
     key: str, described: Mapping[str, Any], training: Mapping[str, Any], path: str
 ) -> None:
-    """Hold what a section means, as settings of hpdist's, against the run's own."""
+    """Compare a section, translated into hpdist's settings, with the run's own."""
     differing = []
     for setting, theirs in described.items():
         ours = training[setting]
@@ -249,8 +249,8 @@ def _check_described(
             differing.append(f"{setting}: {shown} (now {ours})")
     if differing:
         raise ConfigError(
-            f"{key} in {path} is not that of hpdist's config, which decides; to train as the file "
-            f"says, set {', '.join(differing)} there; else take the section out"
+            f"{key} in {path} differs from hpdist's config, which decides; to train as the file "
+            f"says, set {', '.join(differing)} there; else remove the section"
         )
 
 
@@ -260,7 +260,7 @@ def _is_default(key: str, value: Any) -> bool:
 
 
 def _with_new_names(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Drop comments, and give what has two names the one that hpdist looks for."""
+    """Remove comments, and rename keys that have two names."""
     found = {k: v for k, v in values.items() if not k.startswith(("_", "//", "#"))}
     if "bfloat16" in found:
         if "bf16" in found:
@@ -273,6 +273,6 @@ def _without_doubles(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key} is there twice")
+            raise ValueError(f"{key} occurs twice")
         found[key] = value
     return found

@@ -17,7 +17,7 @@ from hpdist.errors import ConfigError
 
 
 def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
-    """Accelerate's DeepSpeed plug-in for a run; a JSON file named at launch is the base.
+    """Make Accelerate's DeepSpeed plug-in for a run; a JSON file named at launch is the base.
 
     What hpdist must decide itself (batch sizes, clipping, precision, stage) overrides the file.
     """
@@ -31,7 +31,7 @@ def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
         for part in parts:
             zero[f"offload_{part}"] = (zero.get(f"offload_{part}") or {}) | target
     if sharding.stage == 3:
-        # Small parameters that stay whole would keep the student's values under a lent teacher.
+        # Small parameters that stay whole would keep the student's values under swapped weights.
         zero["stage3_param_persistence_threshold"] = 0
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", False)
     values["train_micro_batch_size_per_gpu"] = sharding.micro_batch
@@ -39,7 +39,7 @@ def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
     values["train_batch_size"] = "auto"
     values["gradient_clipping"] = sharding.grad_clip or 0.0
     values["zero_allow_untested_optimizer"] = True
-    values["zero_force_ds_cpu_optimizer"] = False  # the optimizer stays the one that was asked for
+    values["zero_force_ds_cpu_optimizer"] = False  # keep the optimizer that the config names
     for half in ("fp16", "bf16"):
         values[half] = (values.get(half) or {}) | {"enabled": half == sharding.precision}
     _set_loss_scale(values["fp16"], sharding.loss_scale)
@@ -59,12 +59,12 @@ def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a warning of DeepSpeed's is of use: it doubts optimizers that are not its own."""
+    """Whether a warning of DeepSpeed's is useful: it warns of optimizers that are not its own."""
     return "untested optimizer" not in record.getMessage()
 
 
 def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
-    """Set what file and config have agreed on."""
+    """Set the loss scale on which file and config agree."""
     fp16["loss_scale"] = config.static or 0
     fp16["initial_scale_power"] = int(math.log2(config.initial))
     fp16["loss_scale_window"] = config.growth_interval
@@ -72,7 +72,7 @@ def _set_loss_scale(fp16: dict[str, Any], config: LossScale) -> None:
 
 
 def _allow_fp16_on_cpu() -> None:
-    """Lift DeepSpeed's refusal; the caller has asked the user already."""
+    """Lift DeepSpeed's refusal; the caller has already checked the user's consent."""
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
@@ -85,5 +85,5 @@ def _check_async_io() -> None:
     if not installed_ops.get("async_io") and not AsyncIOBuilder().is_compatible():
         raise ConfigError(
             "zero.offload: nvme needs libaio, on which DeepSpeed builds its asynchronous I/O, and "
-            "finds none; install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu"
+            "it is missing; install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu"
         )

@@ -1,4 +1,4 @@
-"""The sections of a DeepSpeed JSON, held against DeepSpeed's own models and hpdist's promises."""
+"""The sections of a DeepSpeed JSON, checked by DeepSpeed's own models and hpdist's promises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpdist.errors import ConfigError
 _MASTERS = "master weights, gradients of a step and optimizer state stay fp32"
 _QUANTISED = "quantised communication makes results depend on the number of ranks"
 _PARTS = "hpdist shards teacher and checkpoints by DeepSpeed's plain partitions"
-_REFUSED = {  # key -> (values that change nothing, why others are not for hpdist)
+_REFUSED = {  # key -> (values without effect, why hpdist refuses others)
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTERS),
     "bf16.bf16_master_weights_and_grads": ((False,), _MASTERS),
     "bf16.bf16_optimizer_states": ((False,), _MASTERS),
@@ -34,7 +34,7 @@ _REFUSED = {  # key -> (values that change nothing, why others are not for hpdis
     "zero_optimization.offload_optimizer.ratio": ((1, 1.0), _PARTS),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _PARTS),
 }
-_GONE = {  # what older DeepSpeeds knew; the newer ones raise on it, whatever the value
+_GONE = {  # keys of older DeepSpeeds; newer ones raise on them, whatever the value
     "zero_optimization.mics_shard_size": (-1, 0, 1),
     "zero_optimization.mics_hierarchical_params_gather": (False,),
     "zero_optimization.zeropp_loco_param": (),
@@ -51,7 +51,7 @@ _NAMES = {
     "timers": ("throughput",),
     "timers.throughput": ("enabled", "synchronized"),
 }
-_DROPPED = (  # said by hpdist itself, or about checkpoints that it does not write
+_DROPPED = (  # set by hpdist itself, or about checkpoints that it does not write
     "stage3_gather_fp16_weights_on_model_save",
     "cpu_offload",
     "cpu_offload_param",
@@ -61,7 +61,7 @@ _DROPPED = (  # said by hpdist itself, or about checkpoints that it does not wri
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value or section turns nothing on: null, false, auto, or all of it so."""
+    """Whether a value or section enables nothing: null, false, auto, or only such values."""
     if isinstance(value, Mapping):
         if "enabled" in value:
             return is_off(value["enabled"])
@@ -72,12 +72,12 @@ def is_off(value: Any) -> bool:
 def check_sections(values: Mapping[str, Any], path: str) -> None:
     """Refuse unknown keys, wrong values, and what breaks a promise. Raises ConfigError.
 
-    Imports DeepSpeed where a section is there that it has a model of.
+    Imports DeepSpeed if there is a section for which it has a model.
     """
     for key, (harmless, reason) in _REFUSED.items():
         value = _at(values, key)
         if value not in (None, "auto", {}, *harmless):
-            raise ConfigError(f"{key}: {value!r} in {path} is not for hpdist: {reason}")
+            raise ConfigError(f"{key}: {value!r} in {path} is not supported: {reason}")
     for key, harmless in _GONE.items():
         value = _at(values, key)
         if value not in (None, "auto", *harmless):
@@ -87,7 +87,7 @@ def check_sections(values: Mapping[str, Any], path: str) -> None:
         value = values.get(key)
         if isinstance(value, dict):
             checked = plain_section(value)
-            checked.pop("stage", None)  # which the launcher's settings are agreed on
+            checked.pop("stage", None)  # merged with the launcher's settings elsewhere
             _validate(model, checked, key, path)
     for key in _NAMES:
         _check_names(_at(values, key), key, path)
@@ -96,7 +96,7 @@ def check_sections(values: Mapping[str, Any], path: str) -> None:
 
 
 def plain_section(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A section without what it leaves open, and without what no DeepSpeed reads any more."""
+    """Return a section without open values, and without keys that DeepSpeed no longer reads."""
     return {
         key: plain_section(part) if isinstance(part, Mapping) else part
         for key, part in value.items()
@@ -105,7 +105,7 @@ def plain_section(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def one_name_each(zero: Mapping[str, Any]) -> dict[str, Any]:
-    """The `zero_optimization` section with the names that hpdist sets, where a key has two."""
+    """Return the `zero_optimization` section, with hpdist's name for a key that has two."""
     fields = _models()["zero_optimization"].model_fields if zero else {}
     names = {name: field.alias for name, field in fields.items() if field.alias}
     return {names.get(key) or key: value for key, value in zero.items()}
@@ -151,7 +151,7 @@ def _inner(model: Any, name: str) -> Any:
 
 
 def _check_names(value: Any, key: str, path: str) -> None:
-    """Refuse a misspelt key of a section whose unknown keys DeepSpeed passes over."""
+    """Refuse a misspelt key of a section whose unknown keys DeepSpeed ignores."""
     if not isinstance(value, Mapping):
         return
     known = _NAMES[key]
@@ -164,7 +164,7 @@ def _check_names(value: Any, key: str, path: str) -> None:
 
 
 def _at(values: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where any part of it is not there."""
+    """The value at a dotted key; None if any part of it is missing."""
     found: Any = values
     for part in key.split("."):
         if not isinstance(found, Mapping):

@@ -1,4 +1,4 @@
-"""An optimizer or scheduler section of a DeepSpeed JSON, told as settings of hpdist's config."""
+"""An optimizer or scheduler section of a DeepSpeed JSON, translated into hpdist's settings."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SCHEDULES = {
         {"warmup_num_steps": "schedule.warmup_steps", "total_num_steps": "steps"},
     ),
 }
-_NO_MATTER = {  # values with which a parameter changes nothing
+_NO_MATTER = {  # values with which a parameter has no effect
     "torch_adam": (True, False),
     "fused": (True, False),
-    "adam_w_mode": (True, False),  # it names the optimizer
+    "adam_w_mode": (True, False),  # already in the name of the optimizer
     "bias_correction": (True,),
     "amsgrad": (False,),
     "dampening": (0, 0.0),
@@ -40,27 +40,27 @@ _NO_MATTER = {  # values with which a parameter changes nothing
 
 
 def described_optimizer(section: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Give the settings of hpdist's that mean the same. Raises ConfigError where there are none."""
+    """Return hpdist's equivalent settings. Raises ConfigError if there are none."""
     kind, params = _parts(section, "optimizer", path)
     if kind.lower() not in _OPTIMIZERS:
         raise ConfigError(
             f"optimizer.type: {kind} in {path}: hpdist has {', '.join(_OPTIMIZERS)}; set "
-            "optim.name to one of them, and take the section out"
+            "optim.name to one of them, and remove the section"
         )
     name = kind.lower()
     if name == "adam" and params.get("adam_w_mode", True) is not False:
-        name = "adamw"  # which is what DeepSpeed's Adam is by default
+        name = "adamw"  # the default of DeepSpeed's Adam
     names = {**_OPTIMIZERS[name], "weight_decay": "optim.weight_decay"}
     return {"optim.name": name} | _settings("optimizer", params, names, path)
 
 
 def described_schedule(section: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Give the settings of hpdist's that mean the same. Raises ConfigError where there are none."""
+    """Return hpdist's equivalent settings. Raises ConfigError if there are none."""
     kind, params = _parts(section, "scheduler", path)
     if kind.lower() not in _SCHEDULES:
         raise ConfigError(
             f"scheduler.type: {kind} in {path}: hpdist has no such schedule; choose schedule.name, "
-            "and take the section out"
+            "and remove the section"
         )
     name, names = _SCHEDULES[kind.lower()]
     return {"schedule.name": name} | _settings("scheduler", params, names, path)
@@ -73,7 +73,7 @@ def _parts(section: Mapping[str, Any], key: str, path: str) -> tuple[str, dict[s
             raise ConfigError(f"{key}.{name} in {path}: unknown{nearest(name, allowed)}")
     kind, params = section.get("type"), section.get("params") or {}
     if not isinstance(kind, str) or not isinstance(params, dict):
-        raise ConfigError(f"{key} in {path} must have a type, a name, and params, an object")
+        raise ConfigError(f"{key} in {path} must have a type (a name) and params (an object)")
     return kind, params
 
 
@@ -87,8 +87,8 @@ def _settings(
         if name not in names:
             hint = nearest(name, [*names, *_NO_MATTER]) if name not in _NO_MATTER else ""
             raise ConfigError(
-                f"{key}.params.{name}: {value!r} in {path}: hpdist has nothing like it{hint}; take "
-                "it out"
+                f"{key}.params.{name}: {value!r} in {path}: hpdist has no equivalent{hint}; remove "
+                "it"
             )
         found[names[name]] = tuple(value) if isinstance(value, list) else value
     return found

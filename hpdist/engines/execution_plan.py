@@ -1,4 +1,4 @@
-"""How a run computes and shards: what config and launcher have agreed on."""
+"""How a run computes and shards: the merged settings of config and launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Offload = Literal["none", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a run computes and shards: what config and launcher agree on."""
+    """How a run computes and shards: the merged settings of config and launcher."""
 
     precision: Precision = "fp32"
     stage: int | None = None
@@ -29,20 +29,20 @@ class ExecutionPlan:
     deepspeed: str | None = None
     """The DeepSpeed JSON that the launcher named."""
     base: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What of it DeepSpeed is to see, the base of the run's own."""
+    """The part of it for DeepSpeed: the base of the run's own config."""
     compile: Mapping[str, Any] | None = None
-    """The arguments of `torch.compile`; None where the model is not compiled."""
+    """The arguments of `torch.compile`; None if the model is not compiled."""
     find_unused: bool = False
     """Whether DDP looks for parameters that a backward will not reach."""
     asked_accumulation: tuple[int, str] | None = field(default=None, compare=False)
-    """The micro-batches of a step that the launcher wants, and where it says so."""
+    """The micro-batches of a step that the launcher asks for, and where it does."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What the run does otherwise than a launcher's setting says, a line each."""
+    """A line for each launcher setting that the run does not follow."""
     patience: float | None = field(default=None, compare=False)
     """Seconds without progress after which the compilation of an operator ends the run."""
 
     def described(self) -> dict[str, object]:
-        """Give what a tracker keeps of it, by name."""
+        """Return the parts that a tracker records, by name."""
         return {
             "precision": self.precision,
             "zero_stage": "none" if self.stage is None else self.stage,

@@ -1,9 +1,9 @@
 """Gradients laid out as DDP's buckets expect them.
 
-A weight with a dimension of 1, such as that of a 1 x 1 convolution, lies in memory the same way in
-channels-last order as in the usual one; only its strides are written differently. Where inputs are
-channels-last its gradient has those of that order, and DDP warns in every run that they are not
-those of its bucket, and copies them slowly.
+A weight with a dimension of 1, such as that of a 1 x 1 convolution, has the same memory layout in
+channels-last order as in the usual one; only its strides are written differently. If inputs are
+channels-last, its gradient has the strides of that order, and DDP warns in every run that they
+differ from its bucket's, and copies the gradients slowly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def keep_strides(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _like(shape: tuple[int, ...], strides: tuple[int, ...], gradient: Tensor) -> Tensor:
-    """Give these elements in these places, with strides that say so in the other way."""
+    """Return the same elements with the strides of the other order."""
     if gradient.stride() == strides or not gradient.is_contiguous():
         return gradient
     return gradient.as_strided(shape, strides)

@@ -1,4 +1,4 @@
-"""Makes the Accelerator of a run from hpdist's config and what `accelerate launch` said."""
+"""Makes the Accelerator of a run from hpdist's config and the settings of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
 T = TypeVar("T")
 _DEEPSPEED = "0.19.8"
-"""The oldest DeepSpeed in which every stage and accumulation has been found right."""
+"""The oldest DeepSpeed in which every stage and accumulation was verified to be correct."""
 
 
 def resolve(request: ExecutionRequest) -> ExecutionPlan:
-    """Put hpdist's config and the launcher's together; batch sizes are left to the caller.
+    """Merge hpdist's config and the launcher's; batch sizes are left to the caller.
 
-    Raises ConfigError where both name a setting and differ, saying where each stands, or where the
-    device or the installation cannot do it.
+    Raises ConfigError if both set a value and differ, naming both places, or if the device or the
+    installation does not support it.
     """
     adopt_mpi()
     launcher = read_launcher()
@@ -83,7 +83,7 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
 
 
 def _with_file(sharding: ExecutionPlan, request: ExecutionRequest, path: str) -> ExecutionPlan:
-    """The sharding with what the DeepSpeed JSON says beside it."""
+    """Add the settings of the DeepSpeed JSON to the plan."""
     values = read_deepspeed(path)
     base, unused = base_of_run(values, path, request.training, sharding.precision)
     parameters = section(section(base, "zero_optimization", path), "offload_param", path)
@@ -100,7 +100,7 @@ def _with_file(sharding: ExecutionPlan, request: ExecutionRequest, path: str) ->
 
 
 def _compilation(launcher: Launcher, wanted: bool) -> Mapping[str, Any] | None:
-    """Give how the model is compiled: as the launcher says, else as the config does."""
+    """Return how the model is compiled: as the launcher says, else as the config does."""
     if "compile" in launcher:
         arguments: Mapping[str, Any] = launcher["compile"][0]
         return arguments
@@ -108,10 +108,10 @@ def _compilation(launcher: Launcher, wanted: bool) -> Mapping[str, Any] | None:
 
 
 def _join_after_restart(backend: str) -> None:
-    """Join the process group under names of this attempt, where the launcher has restarted us.
+    """Join the process group under names of this attempt if the launcher has restarted us.
 
-    The launcher's static rendezvous keeps one store for all attempts, and torch takes it for a new
-    one: ranks would connect to the addresses of those that died. Several machines need
+    The launcher's static rendezvous keeps one store for all attempts, which torch takes for a new
+    one: ranks would connect to the addresses of dead processes. Several machines need
     `--rdzv_backend c10d`, which makes a store for every attempt.
     """
     environment = os.environ
@@ -140,7 +140,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
         _print_once(note)
     if sharding.stage is not None:
         _be_one_process()
-    # Our buffers are the same on every rank already. The option's new name is not in every torch.
+    # Our buffers are already equal on every rank. The option's new name is not in every torch.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
@@ -150,7 +150,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
         )
     ]
     if "LOCAL_RANK" in os.environ:
-        # Without a named backend every CPU rank under DeepSpeed believes that it is rank 0 of 1.
+        # Without a named backend every CPU rank under DeepSpeed takes itself for rank 0 of 1.
         backend = "gloo" if on_cpu else "nccl"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=_TIMEOUT))
         _join_after_restart(backend)
@@ -158,7 +158,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     if sharding.stage is None:
         if precision == "fp16" and on_cpu:
-            # Accelerate would compute in fp32 without a word; the engine does it instead.
+            # Accelerate would silently compute in fp32; the engine does it instead.
             mixed = "no"
         os.environ["ACCELERATE_MIXED_PRECISION"] = mixed
         # Without cpu=True Accelerate joins CPU ranks to a group, but lets each train by itself.
@@ -167,7 +167,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
 
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls collectives by names that torch has renamed since; nothing a user could mend.
+    # DeepSpeed calls collectives by names that torch has renamed; users cannot change that.
     warnings.filterwarnings("ignore", message=r"`torch.distributed.*` is deprecated")
     from hpdist.engines.deepspeed_plugin import make_plugin
     from hpdist.engines.operators import needed_builders, prepare_operators
@@ -182,7 +182,7 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
 def with_batch(
     sharding: ExecutionPlan, micro_batch: int, accumulation: int, ranks: int
 ) -> ExecutionPlan:
-    """The sharding of a batch that is cut so; checked against numbers that the launcher names."""
+    """Return the plan for this split of the batch; checked against the launcher's numbers."""
     ours = {
         "train_batch_size": micro_batch * accumulation * ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -197,14 +197,14 @@ def with_batch(
     for key, theirs, place in others:
         if theirs is not None and (isinstance(theirs, bool) or theirs != ours[key]):
             raise ConfigError(
-                f"{place}, but hpdist's batch sizes (labelled and unlabelled rows together, cut by "
+                f"{place}, but hpdist's batch sizes (labelled and unlabelled rows, split by "
                 f"batch.micro) make it {ours[key]}; write auto there"
             )
     return replace(sharding, micro_batch=micro_batch, accumulation=accumulation)
 
 
 def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
-    """The value of a setting that may stand in two places."""
+    """Return the value of a setting that may stand in two places."""
     if setting not in launcher:
         return ours
     theirs, place = launcher[setting]
@@ -219,7 +219,7 @@ def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
 def _check_precision(precision: Precision) -> None:
     on_gpu = torch.cuda.is_available()
     if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision: bf16, but this GPU has none; use fp16")
+        raise ConfigError("precision: bf16, but this GPU does not support it; use fp16")
     if precision == "fp16" and not on_gpu:
         if os.environ.get(ALLOW_CPU_FP16) != "1":
             raise ConfigError(
@@ -242,8 +242,8 @@ def _check_zero(sharding: ExecutionPlan) -> None:
     if stage is None:
         return
     if stage not in range(4):
-        raise ConfigError(f"zero.stage: {stage} is none of 0, 1, 2 and 3")
-    for package in ("deepspeed", "transformers"):  # Accelerate's plug-in asks for the latter
+        raise ConfigError(f"zero.stage: {stage} must be 0, 1, 2 or 3")
+    for package in ("deepspeed", "transformers"):  # Accelerate's plug-in needs the latter
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"zero.stage: {stage} needs {package}, which is not installed; "
@@ -253,7 +253,7 @@ def _check_zero(sharding: ExecutionPlan) -> None:
     if compare_versions("deepspeed", "<", _DEEPSPEED):
         raise ConfigError(
             f"zero.stage: {stage} needs deepspeed {_DEEPSPEED} or newer, and {installed} is "
-            "installed: older ones lose a part of the gradients without a word (ZeRO-2 with "
+            "installed: older ones silently lose a part of the gradients (ZeRO-2 with "
             f'accumulation, ZeRO-0 in bf16); pip install "deepspeed>={_DEEPSPEED}"'
         )
 
@@ -278,11 +278,11 @@ def _be_one_process() -> None:
 
 
 def _print_once(line: str) -> None:
-    """Print a line from the first rank alone."""
+    """Print a line on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         _print_line(line)
 
 
 def _print_line(line: str) -> None:
-    """Print a line of what this process does; nothing has joined the ranks yet."""
+    """Print a line on this process, before any ranks have joined."""
     print(line, file=sys.stderr, flush=True)

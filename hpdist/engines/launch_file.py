@@ -1,6 +1,6 @@
-"""Where a launch file's own paths begin: Accelerate's config is read by the launcher, not by ranks.
+"""Resolves paths in a launch file: the launcher reads Accelerate's config, the ranks do not.
 
-Accelerate has a relative `deepspeed_config_file` begin at the current folder alone, so that a
+Accelerate resolves a relative `deepspeed_config_file` from the current folder only, so that a
 launch file could only be used from the folder that it was written for.
 """
 
@@ -18,11 +18,11 @@ _OPTION = "--config_file"
 
 
 def find_deepspeed(given: str) -> str:
-    """Find the DeepSpeed JSON that a launch file names, from whatever folder it was launched.
+    """Find the DeepSpeed JSON that a launch file names, whatever the current folder.
 
-    A relative path begins at the current folder; where it is not there, at the nearest folder above
-    the launch file (`accelerate launch --config_file`) that has it. Raises ConfigError where no
-    such file is found.
+    A relative path is resolved from the current folder; if it does not exist, from the nearest
+    folder above the launch file (`accelerate launch --config_file`) that has it. Raises
+    ConfigError if no such file is found.
     """
     path = Path(given).expanduser()
     if path.exists():
@@ -42,7 +42,7 @@ def find_deepspeed(given: str) -> str:
 
 
 def _launch_file() -> Path | None:
-    """The config file that the launcher of this rank was given, if it was and one can tell."""
+    """The config file given to the launcher of this rank, if it can be found out."""
     launcher = find_launcher()
     if launcher is None:
         return None

@@ -1,4 +1,4 @@
-"""What `accelerate launch` has put into the environment: read, refused, or named as unused."""
+"""The environment that `accelerate launch` sets: read, refused, or reported as unused."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hpdist.engines.launch_file import find_deepspeed
 from hpdist.errors import ConfigError
 
 N = TypeVar("N", int, float)
-Launcher = dict[str, tuple[Any, str]]  # setting -> (value, where it stands)
+Launcher = dict[str, tuple[Any, str]]  # setting -> (value, where it was set)
 _OURS = "accelerate's config"
-_REFUSED = {  # variable -> what stands in the config, and what to do instead
+_REFUSED = {  # variable -> what the config says, and what to do instead
     "ACCELERATE_USE_FSDP": (
         "distributed_type: FSDP",
         "hpdist shards by DeepSpeed's ZeRO; set distributed_type: DEEPSPEED with zero_stage: 3, or "
@@ -34,19 +34,19 @@ _REFUSED = {  # variable -> what stands in the config, and what to do instead
     ),
 }
 _PARALLEL = ("DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE")
-_UNUSED = {  # variables that change nothing in a run of hpdist's
+_UNUSED = {  # variables without effect in a run of hpdist's
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag (weights are sharded one by one anyway)",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "zero3_save_16bit_model (hpdist writes the "
     "model itself)",
     "ACCELERATE_USE_IPEX": "ipex (hpdist does not optimise by IPEX)",
-    "ACCELERATE_DEBUG_MODE": "debug (hpdist uses none of Accelerate's checked operations)",
+    "ACCELERATE_DEBUG_MODE": "debug (hpdist does not use Accelerate's checked operations)",
 }
 
 
 def read_launcher() -> Launcher:
-    """Read what `accelerate launch` has set, and where; nothing that it leaves open.
+    """Read the settings of `accelerate launch`, and where they stand; omit those left open.
 
-    Raises ConfigError for what hpdist cannot do.
+    Raises ConfigError for what hpdist does not support.
     """
     _refuse()
     found: Launcher = {}
@@ -79,7 +79,7 @@ def read_launcher() -> Launcher:
 
 
 def unused_settings() -> list[str]:
-    """Name what accelerate's config sets and hpdist does not use, a line for each group."""
+    """Name the settings in accelerate's config that hpdist does not use, a line for each group."""
     lines = []
     named = [meaning for variable, meaning in _UNUSED.items() if _is_set(variable)]
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
@@ -93,7 +93,7 @@ def unused_settings() -> list[str]:
     alone = "WORLD_SIZE" not in os.environ
     if _is_set("ACCELERATE_USE_CPU") and several and alone:
         lines.append(
-            "accelerate has started one process, although it was told of several: on CPUs it needs "
+            "accelerate has started one process, although several were requested: on CPUs it needs "
             "mpirun for that; distributed_type: MULTI_GPU with use_cpu: false starts them "
             "(configs/accelerate/cpu_bf16.yaml)"
         )
@@ -101,9 +101,9 @@ def unused_settings() -> list[str]:
 
 
 def neutralised() -> AbstractContextManager[None]:
-    """Keep Accelerate from doing what hpdist does itself, or has said that it leaves undone.
+    """Keep Accelerate from doing what hpdist does itself, or has reported as not done.
 
-    A model that Accelerate compiles would have other names of its weights in checkpoints.
+    The weights of a model that Accelerate compiles would have other names in checkpoints.
     """
     return cast(
         AbstractContextManager[None],
@@ -117,7 +117,7 @@ def neutralised() -> AbstractContextManager[None]:
 
 
 def hide_launcher_fields() -> None:
-    """Keep Accelerate from holding its own config against the one that hpdist made of it."""
+    """Keep Accelerate from comparing its own config with the one that hpdist made from it."""
     for name in ("ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         os.environ.pop(name, None)
 
@@ -161,14 +161,14 @@ def _refuse() -> None:
 
 
 def _read_dynamo() -> tuple[dict[str, Any], str] | None:
-    """How the launcher wants the model compiled, as arguments of `torch.compile`."""
+    """The launcher's settings for compilation, as arguments of `torch.compile`."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend == "no":
         return None
     place = f"dynamo_backend: {backend.upper()} in {_OURS}"
     known = torch.compiler.list_backends(exclude_tags=None)
     if backend not in known:
-        raise ConfigError(f"{place}: torch has no such backend here; it has {', '.join(known)}")
+        raise ConfigError(f"{place}: torch does not have this backend; it has {', '.join(known)}")
     if _is_set("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"):
         raise ConfigError(
             f"dynamo_use_regional_compilation: true in {_OURS}: hpdist compiles the model whole; "
@@ -180,7 +180,7 @@ def _read_dynamo() -> tuple[dict[str, Any], str] | None:
         arguments["mode"] = mode
     if _is_set("ACCELERATE_DYNAMO_USE_FULLGRAPH"):
         arguments["fullgraph"] = True
-    if _is_set("ACCELERATE_DYNAMO_USE_DYNAMIC"):  # launchers write False where nobody has said so
+    if _is_set("ACCELERATE_DYNAMO_USE_DYNAMIC"):  # launchers write False if it was not set
         arguments["dynamic"] = True
     return arguments, place
 
@@ -204,7 +204,7 @@ def _read_environment(defaults: Mapping[str, str]) -> Launcher:
     if params not in ("none", found.get("zero.offload", ("none", ""))[0]):
         raise ConfigError(
             f"offload_param_device: {params} in {_OURS} without the same offload_optimizer_device; "
-            "hpdist offloads both alike, unless a DeepSpeed JSON (deepspeed_config_file) says more"
+            "hpdist offloads both or neither; a DeepSpeed JSON (deepspeed_config_file) may differ"
         )
     clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
     if clip not in ("auto", "none"):

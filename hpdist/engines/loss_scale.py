@@ -1,4 +1,4 @@
-"""Loss scaling: one number, the same on every rank and for every term of the loss."""
+"""Loss scaling: one number for every rank and for every term of the loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpdist.engines.config import LossScale
 
 @dataclass
 class LossScaler:
-    """Halves on overflow, doubles after `growth_interval` steps without one; or stays as it is.
+    """Halves on overflow and doubles after `growth_interval` steps without one; or stays fixed.
 
     The scale changes only after the update was computed with the old one. Source: Micikevicius et
     al. 2018, "Mixed Precision Training", section 3.2.
@@ -26,7 +26,7 @@ class LossScaler:
 
     @classmethod
     def of(cls, config: LossScale) -> LossScaler:
-        """Make the scaler of a config."""
+        """Make the scaler from a config."""
         return cls(
             scale=config.static or config.initial,
             growth_interval=config.growth_interval,
@@ -36,11 +36,11 @@ class LossScaler:
 
     @property
     def at_minimum(self) -> bool:
-        """Whether a dynamic scale can fall no further."""
+        """Whether a dynamic scale cannot fall further."""
         return self.dynamic and self.scale <= self.minimum
 
     def update(self, overflowed: bool) -> None:
-        """Take note of how a step went."""
+        """Update the scale after a step."""
         if not self.dynamic:
             return
         if overflowed:
@@ -53,7 +53,7 @@ class LossScaler:
             self.good_steps = 0
 
     def state(self) -> dict[str, Any]:
-        """The numbers that a checkpoint keeps."""
+        """The numbers for a checkpoint."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

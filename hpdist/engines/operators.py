@@ -1,4 +1,4 @@
-"""The operators that DeepSpeed compiles at its first start: compiled here, in words, under a lock.
+"""The operators that DeepSpeed compiles at its first start: compiled here, logged, under a lock.
 
 Only the `zero` modules and this one know DeepSpeed.
 """
@@ -22,25 +22,25 @@ from hpdist.distributed.watchdog import Watchdog
 from hpdist.engines.build_lock import Log, build_lock, last_change, left_lock, working_in
 from hpdist.errors import ConfigError
 
-_LOOK = 1.0  # seconds between looks at how a build goes on
-_LONGEST = 1800.0  # seconds for which a compiler that runs counts as progress
+_LOOK = 1.0  # seconds between checks of a build's progress
+_LONGEST = 1800.0  # seconds for which a running compiler counts as progress
 
 
 def prepare_operators(builders: Sequence[Any], log: Log, patience: float | None) -> None:
-    """Compile and load operators; where another process is at it, wait for it.
+    """Compile and load operators; if another process is compiling, wait for it.
 
     Args:
         builders: DeepSpeed's builders, as `needed_builders` gives them.
-        log: Is given a line of what is compiled, what is waited for and how long it took.
-        patience: Seconds without any progress, after which the process ends; None waits for ever.
+        log: Receives a line on what is compiled, what is waited for and how long it took.
+        patience: Seconds without progress after which the process ends; None waits for ever.
 
-    Raises ConfigError where one cannot be compiled, on the ranks of a machine that cannot.
+    Raises ConfigError if one cannot be compiled, on the ranks of that machine.
     """
     try:
         for builder in builders:
             _prepare(builder, log, patience)
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine's ranks one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of a machine reports it
             error.rank = int(os.environ.get("RANK", "0"))
         raise
 
@@ -51,12 +51,12 @@ def _prepare(builder: Any, log: Log, patience: float | None) -> None:
     except OSError as error:
         raise ConfigError(
             f"DeepSpeed's operator {builder.name} cannot be compiled or loaded: {error}; set "
-            "TORCH_EXTENSIONS_DIR to a folder of this machine's that can be written to"
+            "TORCH_EXTENSIONS_DIR to a writable folder on this machine"
         ) from error
 
 
 def needed_builders(config: Mapping[str, Any]) -> list[Any]:
-    """Give the builders of the operators that DeepSpeed would compile in a run of this config."""
+    """Return the builders of the operators that DeepSpeed would compile for this config."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -64,7 +64,7 @@ def needed_builders(config: Mapping[str, Any]) -> list[Any]:
     from deepspeed.git_version_info import installed_ops
 
     found = []
-    kind = get_accelerator().create_op_builder("ShareMemCommBuilder")  # for CPU ranks alone
+    kind = get_accelerator().create_op_builder("ShareMemCommBuilder")  # for CPU ranks only
     if kind is not None and deepspeed.ops.__compatible_ops__.get(kind.name, False):
         found.append(kind)
     zero = config.get("zero_optimization") or {}
@@ -81,19 +81,19 @@ def needed_builders(config: Mapping[str, Any]) -> list[Any]:
 
 
 def extensions_folder() -> Path:
-    """Give the folder below which PyTorch compiles extensions, a folder for each."""
+    """Return the folder in which PyTorch compiles extensions, each in a folder of its own."""
     from torch.utils import cpp_extension
 
     return Path(cpp_extension._get_build_directory("", verbose=False))
 
 
 def left_locks() -> list[Path]:
-    """Find the locks of PyTorch's that a killed start has left on this machine."""
+    """Find locks of PyTorch's on this machine that a killed start has left."""
     return [lock for lock in sorted(extensions_folder().glob("*/lock")) if left_lock(lock)]
 
 
 class _Build:
-    """One operator's way from sources, or from what is compiled already, into this process."""
+    """Compiles one operator, or loads a compiled one, into this process."""
 
     def __init__(self, builder: Any, log: Log, patience: float | None) -> None:
         self._builder = builder
@@ -104,7 +104,7 @@ class _Build:
         self._loads = self._announced = False
 
     def run(self) -> None:
-        """Wait for the lock, compile and load, all of it watched."""
+        """Wait for the lock, compile and load, under the watchdog."""
         watcher = threading.Thread(target=self._watch, name="hpdist-build", daemon=True)
         self._watchdog.start()
         watcher.start()
@@ -124,13 +124,13 @@ class _Build:
         try:
             with _own_ninja(), _quoted_libraries():
                 self._builder.load(verbose=False)
-        except Exception as error:  # of ninja, the compiler or the loader
+        except Exception as error:  # from ninja, the compiler or the loader
             raise ConfigError(_why_not_compiled(self._builder.name, self._folder, error)) from error
         if self._announced:
             self._log(f"compiled {self._builder.name} in {time.monotonic() - start:.0f} s")
 
     def _watch(self) -> None:
-        """Tell the watchdog of a compiler at work and of new files: nothing else is progress."""
+        """Report running compilers and new files as progress to the watchdog."""
         limit = time.monotonic() + _LONGEST
         before = last_change(self._folder)
         while not self._done.wait(_LOOK):
@@ -152,9 +152,9 @@ class _Build:
 
 @contextmanager
 def _own_ninja() -> Iterator[None]:
-    """Have the ninja of this environment found first, also where nobody has activated it.
+    """Put the ninja of this environment first, even if the environment is not activated.
 
-    One of another version takes everything for changed, and compiles it anew.
+    Another version would consider everything changed, and compile it anew.
     """
     before = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
@@ -166,14 +166,14 @@ def _own_ninja() -> Iterator[None]:
 
 @contextmanager
 def _quoted_libraries() -> Iterator[None]:
-    """Have PyTorch hand the linker its folder of libraries in quotes, as it does with headers.
+    """Have PyTorch quote its folder of libraries for the linker, as it does for headers.
 
-    Else nothing links where the environment lies in a folder with a space in its name.
+    Otherwise nothing links if the environment's path contains a space.
     """
     from torch.utils import cpp_extension
 
     plain = cpp_extension.TORCH_LIB_PATH
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain).replace("$", "$$")  # ninja's own mark
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain).replace("$", "$$")  # ninja's escape
     try:
         yield
     finally:

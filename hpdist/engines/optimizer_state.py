@@ -1,8 +1,8 @@
-"""An optimizer's state between an engine and a checkpoint.
+"""An optimizer's state as engines and checkpoints exchange it.
 
-Some of it is per element, such as momentum, and cut into fragments like the weights. Some is one
-number for a parameter, such as Adam's step: nearly always the same for all of them. A parameter
-that no step has reached has neither, and gets neither when the run goes on.
+Some of it is per element, such as momentum, and split into fragments like the weights. Some is one
+number per parameter, such as Adam's step: nearly always the same for all of them. A parameter
+that no step has reached has neither, and gets neither when the run resumes.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ if TYPE_CHECKING:
     from hpdist.checkpoint.reader import SavedRun
 
 States = Iterable[tuple[Tensor, Mapping[str, Any]]]
-"""What the optimizer steps, each with its state."""
+"""The tensors that the optimizer steps, each with its state."""
 _STEP = "step"
-"""What torch's optimizers call the number of a parameter's steps: of a parameter without dimensions
-it looks as its momentum does."""
+"""The key under which torch's optimizers count a parameter's steps; for a parameter without
+dimensions it looks like its momentum."""
 _KIND = "optimizer."
-"""How the kinds of a checkpoint's fragments begin that are the optimizer's."""
+"""The prefix of the optimizer's kinds of fragments in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """A state to take over.
+    """A state to load.
 
-    `read` gives the elements of a key at a fragment's place; without it all are zero.
+    `read` returns the elements of a key at a fragment's place; without it all are zero.
     """
 
     keys: Collection[str]
-    """The names of the state that is per element."""
+    """The names of the state per element."""
     scalars: Mapping[str, float]
-    """What is one number, by its name."""
+    """The state that is one number, by its name."""
     by_parameter: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By its name and the parameter's, where that number is another one."""
+    """That state by its name and the parameter's, for parameters with another number."""
     holds: Callable[[str, str], bool] = lambda key, name: False
-    """Whether a key was saved of a parameter at all."""
+    """Whether a key was saved for a parameter at all."""
     elements: Callable[[str, Fragment], Tensor] | None = None
 
     def read(self, key: str, like: Fragment) -> Tensor:
-        """The elements of a key at a fragment's place; zeros where none were saved."""
+        """The elements of a key at a fragment's place; zeros if none were saved."""
         if self.elements is None or not self.holds(key, like.name):
             return torch.zeros_like(like.values)
         return self.elements(key, like)
 
     def numbers_of(self, name: str) -> dict[str, float]:
-        """What is one number, of a parameter."""
+        """The state of a parameter that is one number."""
         own = {key: values[name] for key, values in self.by_parameter.items() if name in values}
         return {**self.scalars, **own}
 
 
 def saved_optimizer(saved: SavedRun, used: Collection[str]) -> SavedOptimizer:
-    """The state in a checkpoint, as far as the optimizer goes by it (`used`)."""
+    """The state in a checkpoint, as far as the optimizer uses it (`used`)."""
     keys = _element_keys(saved)
     scalars = {k: v for k, v in saved.facts["optimizer"].items() if k not in keys}
     if "exp_avg" in keys:
-        # An earlier version has left it out where no step had reached the first parameter.
+        # An earlier version left it out if no step had reached the first parameter.
         scalars.setdefault(_STEP, saved.facts["step"])
     return SavedOptimizer(
         sorted(keys & set(used)),
@@ -74,7 +74,7 @@ def saved_optimizer(saved: SavedRun, used: Collection[str]) -> SavedOptimizer:
 
 
 def optimizer_of(saved: SavedRun, if_unknown: str) -> str:
-    """The name of the optimizer that wrote a checkpoint which does not say it."""
+    """The name of the optimizer that wrote a checkpoint without that name."""
     keys = _element_keys(saved)
     if "momentum_buffer" in keys:
         return "sgd"
@@ -85,7 +85,7 @@ def optimizer_of(saved: SavedRun, if_unknown: str) -> str:
 
 def _element_keys(saved: SavedRun) -> set[str]:
     keys = {kind.removeprefix(_KIND) for kind in saved.kinds() if kind.startswith(_KIND)}
-    return keys - {_STEP}  # which an earlier version wrote so, of parameters without dimensions
+    return keys - {_STEP}  # an earlier version wrote it for parameters without dimensions
 
 
 def scalar_keys(states: States) -> set[str]:
@@ -100,7 +100,7 @@ def scalar_keys(states: States) -> set[str]:
 
 
 def scalars_of(states: States) -> dict[str, float]:
-    """What is one number: the largest of all parameters', which differ if some had fewer steps."""
+    """The state that is one number: the largest of all, as some may have had fewer steps."""
     states = list(states)
     found: dict[str, float] = {}
     for key in sorted(scalar_keys(states)):
@@ -116,7 +116,7 @@ def make_state(
     keys: Iterable[str],
     numbers: Mapping[str, float],
 ) -> None:
-    """Give a tensor all the state that it has after the first step; elements it has it keeps."""
+    """Create the state that a tensor has after the first step; existing elements stay."""
     for key in keys:
         if state.get(key) is None:
             state[key] = torch.zeros_like(tensor, requires_grad=False)
@@ -124,13 +124,13 @@ def make_state(
 
 
 class WholeState:
-    """The optimizer's state of tensors that are whole on every rank; each owns an even share.
+    """The optimizer's state of tensors that are whole on every rank; each owns an equal share.
 
     Args:
-        tensors: What the optimizer steps, by name.
+        tensors: The tensors that the optimizer steps, by name.
         optimizer: Has `state` by tensor, then by name.
-        rank: This one.
-        ranks: How many there are.
+        rank: This rank.
+        ranks: The number of ranks.
     """
 
     def __init__(
@@ -154,11 +154,11 @@ class WholeState:
         return [(tensor, state[tensor]) for tensor in self._tensors.values()]
 
     def fragments(self) -> dict[str, list[Fragment]]:
-        """Views of this rank's share of the state that is per element, by its name."""
+        """Views of this rank's share of the state per element, by its name."""
         return {key: self._partition.cut(found) for key, found in self._elements().items()}
 
     def by_parameter(self) -> dict[str, dict[str, float]]:
-        """The numbers of the parameters of which they are not `scalars_of` all of them."""
+        """The numbers of parameters for which `scalars_of` is not right."""
         common, found = scalars_of(self.states()), dict[str, dict[str, float]]()
         for name, (_, state) in zip(self._tensors, self.states(), strict=True):
             for key, value in common.items():
@@ -168,7 +168,7 @@ class WholeState:
 
     @torch.no_grad()
     def load(self, saved: SavedOptimizer) -> None:
-        """Take over a state; a parameter of which nothing was saved is left without any."""
+        """Load a state; a parameter without saved state gets none."""
         for name, (tensor, state) in zip(self._tensors, self.states(), strict=True):
             held = [key for key in saved.keys if saved.holds(key, name)]
             if saved.keys and not held:
@@ -191,7 +191,7 @@ class WholeState:
 
 
 class HasWholeState:
-    """What an engine gives of weights and state that are whole on every rank."""
+    """The methods of an engine whose weights and state are whole on every rank."""
 
     _whole: WholeState
 
@@ -204,7 +204,7 @@ class HasWholeState:
         return self._whole.fragments_of(parts)
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """Views of this rank's 1/N of every state tensor that is per element."""
+        """Views of this rank's 1/N of every state tensor per element."""
         return self._whole.fragments()
 
     def optimizer_scalars_by_parameter(self) -> dict[str, dict[str, float]]:
@@ -212,7 +212,7 @@ class HasWholeState:
         return self._whole.by_parameter()
 
     def load_optimizer(self, saved: SavedOptimizer) -> None:
-        """Take over the whole state: every rank holds all of it."""
+        """Load the whole state: every rank holds all of it."""
         self._whole.load(saved)
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:

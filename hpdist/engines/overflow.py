@@ -1,4 +1,4 @@
-"""What overflowed: found after the fact, so that a step without overflow pays nothing."""
+"""The source of an overflow: found afterwards, so that a step without overflow costs nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hpdist.errors import PrecisionError
 
 @dataclass(frozen=True)
 class OverflowSource:
-    """Where a value left the range of the number format first."""
+    """Where a value first left the range of the number format."""
 
     rank: int
     term: str
-    """The term of the loss: supervised, unsupervised or the name of another."""
+    """The term of the loss: supervised, unsupervised or another's name."""
     module: str
     """The first module, in the order of computation, whose output or gradient is not finite."""
     where: Literal["forward", "backward", "weights"]
@@ -34,18 +34,18 @@ class OverflowSource:
 
 
 class OverflowHistory:
-    """The latest skipped steps, to tell the story when they end the run."""
+    """The latest skipped steps, for the message when they end the run."""
 
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
-        """Steps skipped in a row that are borne where no loss scale can fall."""
+        """Steps skipped in a row that are tolerated if no loss scale can fall."""
         self._in_a_row: list[tuple[int, float, OverflowSource | None]] = []
 
     def record(self, attempt: int, step: EngineStep, source: OverflowSource | None) -> None:
-        """Take note of an attempt.
+        """Record an attempt.
 
-        Raises PrecisionError where the loss scale is at its minimum, or where none can fall and
-        too many steps in a row were skipped.
+        Raises PrecisionError if the loss scale is at its minimum, or if none can fall and too many
+        steps in a row were skipped.
         """
         if step.applied:
             self._in_a_row = []
@@ -57,7 +57,7 @@ class OverflowHistory:
 
     def _describe(self, step: EngineStep) -> str:
         skipped = self._in_a_row
-        why = "gradients overflow though the loss scale is at its minimum"
+        why = "gradients overflow although the loss scale is at its minimum"
         if not step.exhausted:
             why = f"{len(skipped)} steps in a row had gradients that are not finite"
         scales = ", ".join(f"{scale:g}" for _, scale, _ in skipped[-6:])
@@ -65,7 +65,7 @@ class OverflowHistory:
         named = "; ".join(dict.fromkeys(sources)) or "none that shows again"
         return (
             f"{why} (attempts {skipped[0][0]} to {skipped[-1][0]}; last loss scales {scales}; "
-            f"culprits: {named}); try a lower optim.lr, optim.grad_clip, bf16, or fp32 to find out "
+            f"sources: {named}); try a lower optim.lr, optim.grad_clip, bf16, or fp32 to find out "
             "why, and look at the rows of these steps"
         )
 
@@ -74,12 +74,12 @@ Terms = Callable[[Any], Mapping[str, Tensor]]
 
 
 def find_overflow_source(engine: Engine, inputs: Structure, terms: Terms) -> OverflowSource | None:
-    """Go through a micro-batch again and name what overflowed first; None if nothing does.
+    """Repeat a micro-batch and find what overflowed first; None if nothing does.
 
     `terms` maps the student's outputs to this rank's contributions, by term. Each is differentiated
-    by itself at the present loss scale, without touching a parameter's gradient. What one rank
-    computes can spread to the others (through global batch normalisation), so the earliest finding
-    of all ranks counts. Collective: every rank must call; all get the same answer.
+    by itself at the present loss scale, without touching a parameter's gradient. A value on one
+    rank can spread to the others (through global batch normalisation), so the earliest finding of
+    all ranks counts. Collective: every rank must call; all get the same answer.
     """
     names = list(terms(engine.infer(inputs)))
     findings = [_probe_forward(engine, inputs, name, terms) for name in names]
@@ -89,30 +89,30 @@ def find_overflow_source(engine: Engine, inputs: Structure, terms: Terms) -> Ove
         dist.all_gather_object(everyone, findings)
     by_term = [finding for term in zip(*everyone, strict=True) for finding in term]
     found = [finding for finding in by_term if finding is not None]
-    return min(found, key=lambda f: f.tick).source if found else None  # the first of equals
+    return min(found, key=lambda f: f.tick).source if found else None  # the first of several
 
 
 @dataclass(frozen=True)
 class _Finding:
     source: OverflowSource
-    tick: int  # how many modules came before, forward and backward
+    tick: int  # the number of modules before, forward and backward
 
 
 def _probe_forward(engine: Engine, inputs: Structure, name: str, terms: Terms) -> _Finding | None:
-    """Forward and backward of one term; every rank goes through all of it, whatever it finds."""
+    """Run forward and backward of one term; every rank runs all of it, whatever it finds."""
     inputs = map_tensors(_leaf, inputs)
     leaves = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
     with torch.enable_grad(), _watched(engine.module) as watch:
         term = terms(engine.probe_forward(inputs))[name]
         scaled = term * (engine.world_size * engine.loss_scale)
         parameters = engine.whole_parameters()
-        # Whole numbers have no gradient: then that of the first module's output is asked for.
+        # Integer inputs have no gradient: then use that of the first module's output.
         leaves = leaves or watch.first_outputs
         gradients = _gradients(scaled, [*leaves, *parameters.values()])
     if watch.first is not None:
         tick, where, module = watch.first
         if where == "forward" and term.isfinite():
-            return None  # in the rows of another term
+            return None  # it is in the rows of another term
         return _Finding(OverflowSource(engine.rank, name, module, where), tick)
     for parameter, gradient in zip(parameters, gradients[len(leaves) :], strict=True):
         if gradient is not None and not gradient.isfinite().all():
@@ -121,12 +121,12 @@ def _probe_forward(engine: Engine, inputs: Structure, name: str, terms: Terms) -
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """Give the numbers as leaves whose gradient can be asked for, where they are floating-point."""
+    """Return the numbers as leaves that require a gradient, if they are floating-point."""
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
 def _gradients(loss: Tensor, towards: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The loss's gradients, None where there is none."""
+    """The loss's gradients; None if there is none."""
     if not towards or not loss.requires_grad:
         return [None] * len(towards)
     return torch.autograd.grad(loss, towards, allow_unused=True)
@@ -144,16 +144,16 @@ def _tensors_in(output: object) -> Iterator[Tensor]:
 
 
 class _Watch:
-    """Notes the first leaf module, in the order of computation, that yields what is not finite."""
+    """Records the first leaf module, in the order of computation, whose result is not finite."""
 
     def __init__(self) -> None:
         self.ticks = 0
         self.first_outputs: list[Tensor] = []
-        """What the first module gave that has a gradient."""
+        """The first module's output that has a gradient."""
         self.first: tuple[int, Literal["forward", "backward"], str] | None = None
 
     def see(self, values: Tensor, where: Literal["forward", "backward"], name: str) -> None:
-        """Look at a module's output, or at the gradient of it."""
+        """Check a module's output, or the gradient of it."""
         self.ticks += 1
         if self.first is None and not values.isfinite().all():
             self.first = (self.ticks, where, name)

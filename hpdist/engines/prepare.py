@@ -1,4 +1,4 @@
-"""Prepare model and optimizer, and make the engine that fits how they were prepared."""
+"""Prepare model and optimizer, and make the engine for how they were prepared."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def ranks_train_separately(accelerator: Accelerator) -> bool:
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, to which ZeRO-3's weights come sharded already.
+    """Call `accelerator.prepare`, with weights that are already sharded under ZeRO-3.
 
-    It would itself cast the whole model, and move it to the device, before it shards it.
+    It would itself cast the whole model and move it to the device before sharding.
     Collective: every rank must call.
     """
     plugin = accelerator.state.deepspeed_plugin
@@ -54,7 +54,7 @@ def make_engine(
     precision: Precision | None = None,
     loss_scale: LossScale | None = None,
 ) -> Engine:
-    """The engine for a model and an optimizer that `accelerator.prepare` returned."""
+    """Make the engine for a model and an optimizer that `accelerator.prepare` returned."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _zero_engine(accelerator, model, optimizer)
     if ranks_train_separately(accelerator):
@@ -68,7 +68,7 @@ def make_engine(
 def _zero_engine(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Engine:
-    """The engine for the stage that DeepSpeed was configured with."""
+    """Make the engine for the stage that DeepSpeed was configured with."""
     from hpdist.engines.zero import ZeroEngine
     from hpdist.engines.zero0 import UnshardedEngine
     from hpdist.engines.zero3 import PartitionedEngine

@@ -1,10 +1,10 @@
-"""Which parameters a step's backward passes reach, and DDP though one reaches them not.
+"""The parameters that a step's backward passes reach, and DDP when one does not reach them all.
 
-DDP waits for a gradient of every parameter on every rank. It can look for those that will get none
-before each backward (`find_unused_parameters`), which costs a walk over the graph in every step;
-without that, a parameter that no loss depends on ends the run, and one that some ranks reach and
-others do not leaves ranks waiting. Here a rank's missing gradients are zeros, given to DDP when its
-own backward is over.
+DDP waits for a gradient of every parameter on every rank. It can search for those that will get
+none before each backward (`find_unused_parameters`), which costs a walk over the graph in every
+step; without that, a parameter that no loss depends on ends the run, and one that only some ranks
+reach leaves ranks waiting. Here a rank's missing gradients are zeros, given to DDP when its own
+backward is over.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpdist.distributed.module_names import collapsed, shortened
 
 
 class GradientWatch:
-    """Notes by hooks which parameters have been given a gradient."""
+    """Records by hooks which parameters have received a gradient."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.reached: set[str] = set()
@@ -34,7 +34,7 @@ class GradientWatch:
         ]
 
     def close(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -44,7 +44,7 @@ class GradientWatch:
 
 
 def reached_nowhere(missing: list[str]) -> tuple[list[str], bool]:
-    """What every rank misses, and whether any rank misses anything.
+    """Return what no rank reaches, and whether any rank misses anything.
 
     Collective: every rank must call.
     """
@@ -54,46 +54,46 @@ def reached_nowhere(missing: list[str]) -> tuple[list[str], bool]:
 
 
 def unreached_note(model: nn.Module, names: list[str], then: str) -> str:
-    """What to say of parameters that the first step has given no gradient on any rank.
+    """The warning about parameters that the first step has given no gradient on any rank.
 
-    `then` says what the optimizer does with what no step reaches.
+    `then` says what the optimizer does with parameters that no step reaches.
     """
     return (
         f"model: the loss of the first step does not reach {shortened(collapsed(model, names))}; "
-        f"what no step reaches {then}. If that is meant, freeze it (requires_grad = False); else "
+        f"what no step reaches {then}. If intended, freeze it (requires_grad = False); else "
         "look for a layer that forward() leaves out, a detach(), no_grad(), or a "
         "torch.utils.checkpoint that needs use_reentrant=False"
     )
 
 
 class DdpUsage:
-    """Completes DDP's reduction where a rank's backward has not reached every parameter.
+    """Completes DDP's reduction if a rank's backward has not reached every parameter.
 
-    A parameter that no rank reaches in a step has no gradient then, as with one process, so that
-    the optimizer leaves it alone. For that the ranks must tell each other, in one small all-reduce
-    a step, which they do from the step on after one has missed a gradient; in the first step they
-    ask one another. Until they do a missing gradient is zero.
+    A parameter that no rank reaches in a step then has no gradient, as with one process, so the
+    optimizer leaves it alone. For that the ranks must inform each other, in one small all-reduce
+    a step. They do so in the first step, and in every step after one has missed a gradient. Until
+    then a missing gradient is zero.
 
     Args:
         ddp: The wrapper.
-        parameters: All that are trained.
+        parameters: All trained parameters.
     """
 
     def __init__(
         self, ddp: DistributedDataParallel, parameters: Mapping[str, nn.Parameter]
     ) -> None:
         self.shared = False
-        """Whether the ranks tell each other; the same on all."""
+        """Whether the ranks inform each other; the same on all."""
         self.missing: list[str] = []
-        """What this rank's loss of the latest step does not reach."""
+        """The parameters that this rank's loss of the latest step does not reach."""
         self._ddp = ddp
         self._parameters = parameters
         self._watch: GradientWatch | None = None
-        # Then it does all of this by itself, and would take a second gradient for an error.
+        # Then it does all of this itself, and would take a second gradient for an error.
         self._leave_it = bool(ddp.find_unused_parameters or ddp.static_graph)
 
     def without_reduction(self) -> AbstractContextManager[None]:
-        """Wrap a micro-batch that others follow in the step."""
+        """Wrap a micro-batch that is not the last of the step."""
         if self._watch is None:
             # Its gradients hide which parameters the last one reaches.
             self._watch = GradientWatch(self._parameters)
@@ -105,7 +105,7 @@ class DdpUsage:
             self._watch.reached.clear()
 
     def complete(self) -> None:
-        """Give DDP what is missing, after a backward; it reduces in the last one of a step."""
+        """Give DDP the missing gradients after a backward; it reduces in a step's last one."""
         if not self._ddp.require_backward_grad_sync:
             return
         self.missing = [name for name, p in self._parameters.items() if p.grad is None]
@@ -117,7 +117,7 @@ class DdpUsage:
             torch.autograd.backward(parameters, [torch.zeros_like(p) for p in parameters])
 
     def drop_unused(self) -> None:
-        """Let go of the zeros that stand for no gradient anywhere. Collective where `shared`."""
+        """Drop the zeros that stand for no gradient anywhere. Collective if `shared`."""
         if not self.shared or self._leave_it:
             return
         missing = set(self.missing)

@@ -40,7 +40,7 @@ class ReplicatedEngine(HasWholeState, Engine):
         self._own_autocast = self.precision == "fp16" and accelerator.mixed_precision == "no"
         if self.precision == "fp16":
             self.scaler = LossScaler.of(loss_scale or LossScale())
-        for parameter in self._parameters.values():  # so that a flat view of it exists
+        for parameter in self._parameters.values():  # so that a flat view is possible
             parameter.data = parameter.data.contiguous()
         self._whole = WholeState(self._parameters, self.optimizer, self.rank, self.world_size)
         self._usage: DdpUsage | None = None
@@ -48,13 +48,13 @@ class ReplicatedEngine(HasWholeState, Engine):
         if ddp is not None:
             keep_strides(self._trained.values())
             self._usage = DdpUsage(ddp, self._trained)
-        # Accelerate's autocast is around its forward, which need not be that of the user's module.
+        # Accelerate's autocast wraps its forward, which need not be the one of the user's module.
         self._prepared = model if ddp is None else cast(nn.Module, ddp.module)
 
     @property
     def module(self) -> nn.Module:
-        """The user's own module, not to be called: autocast may be around a wrapper's forward."""
-        # Not by Accelerate's unwrap_model, which imports DeepSpeed to ask whether it is one.
+        """The user's own module; do not call it: autocast may wrap a wrapper's forward."""
+        # Not by Accelerate's unwrap_model, which imports DeepSpeed to check for it.
         return without_wrappers(self.model)
 
     def forward(self, inputs: Structure) -> Any:
@@ -64,11 +64,11 @@ class ReplicatedEngine(HasWholeState, Engine):
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
-        """Outputs in fp32, past DDP's wrapper, which would expect a backward."""
+        """Outputs in fp32, bypassing DDP's wrapper, which would expect a backward."""
         return self.probe_forward(inputs)
 
     def probe_forward(self, inputs: Structure) -> Any:
-        """Outputs in fp32, with gradient, past DDP's wrapper."""
+        """Outputs in fp32, with gradient, bypassing DDP's wrapper."""
         with self._autocast():
             return self._requested(self._prepared(inputs))
 
@@ -89,19 +89,19 @@ class ReplicatedEngine(HasWholeState, Engine):
             self._usage.complete()
 
     def _missing(self, watch: GradientWatch) -> list[str]:
-        """What the first step has not reached on this rank; DDP has been given zeros since."""
+        """The parameters that the first step has not reached here; DDP has received zeros since."""
         if self._usage is None:
             return super()._missing(watch)
         return [name for name in self._usage.missing if name in self._parameters]
 
     @property
     def missed_gradients(self) -> bool:
-        """Whether DDP's latest step has, and its ranks do not speak of them yet."""
+        """Whether DDP's latest step missed gradients and the ranks do not share usage yet."""
         usage = self._usage
         return usage is not None and bool(usage.missing) and not usage.shared
 
     def share_usage(self) -> None:
-        """Have the ranks agree in each step on what gets no gradient. Every rank must call."""
+        """Agree in each step from now on what has no gradient. Every rank must call."""
         if self._usage is not None:
             self._usage.shared = True
 
@@ -113,7 +113,7 @@ class ReplicatedEngine(HasWholeState, Engine):
         if self.loss_scale != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scale)
         total = torch.nn.utils.get_total_norm(gradients)
-        norm = float(total)  # the step's one wait for the device
+        norm = float(total)  # the step's only wait for the device
         finite = math.isfinite(norm)
         if finite:
             if clip is not None:
@@ -130,7 +130,7 @@ class ReplicatedEngine(HasWholeState, Engine):
 
     @contextmanager
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Gather into the weights, and put the own ones back at the end."""
+        """Gather into the weights, and restore them at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.layout.gather_into(fragments, self._parameters)
         try:

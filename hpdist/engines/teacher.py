@@ -19,9 +19,9 @@ class ShardedTeacher:
     """theta' <- d theta' + (1 - d) theta, after every applied step t.
 
     While it warms up, d = min(decay, (1 + t) / (10 + t)), so that early weights are forgotten.
-    Every rank holds its own 1/N of the average and feeds it from its own part of the fp32 master
-    weights, so an update communicates nothing. Floating-point buffers (running statistics, the same
-    on every rank) are averaged alike, other buffers copied. Source: Tarvainen and Valpola 2017,
+    Every rank holds its own 1/N of the average and updates it from its own part of the fp32 master
+    weights, so an update communicates nothing. Floating-point buffers (running statistics, equal
+    on every rank) are averaged too, other buffers copied. Source: Tarvainen and Valpola 2017,
     arXiv:1703.01780, section 2.
     """
 
@@ -47,7 +47,7 @@ class ShardedTeacher:
     def update(self) -> None:
         """Move towards the student; call it after every applied step, and only then."""
         decay = self.decay_now
-        student = self.engine.master_parts()  # whole parts: one operation, however many parameters
+        student = self.engine.master_parts()  # whole parts: one operation for all parameters
         if student:
             torch._foreach_lerp_(self._parts, student, 1 - decay)
         for name, (owner, attribute) in self._owners.items():
@@ -60,7 +60,7 @@ class ShardedTeacher:
 
     @contextmanager
     def teacher_weights(self) -> Iterator[None]:
-        """Lend the teacher's weights and buffers to the model, for evaluation.
+        """Swap the teacher's weights and buffers into the model, for evaluation.
 
         Collective: every rank must enter; one gather, none under ZeRO-3.
         """
@@ -73,12 +73,12 @@ class ShardedTeacher:
                 self._set_buffers(buffers)
 
     def prepare_forward(self, model: nn.Module | None) -> None:
-        """Make ready for a forward in each step. `model`, a second one, is used under ZeRO-3."""
+        """Prepare for a forward in each step. `model`, a second one, is used under ZeRO-3."""
         self._replica = self.engine.make_replica(model)
 
     @contextmanager
     def forward(self) -> Iterator[Callable[[Structure], Any]]:
-        """Give a function from inputs to the teacher's outputs, in training mode, no gradient.
+        """Return a function from inputs to the teacher's outputs, in training mode, no gradient.
 
         Collective: every rank must enter; one gather, none under ZeRO-3.
         """
@@ -89,19 +89,19 @@ class ShardedTeacher:
 
         def infer(inputs: Structure) -> Any:
             outputs = self.engine.infer(inputs)
-            self.engine.discard_bn_pass()  # the student's statistics are the student's
+            self.engine.discard_bn_pass()  # running statistics follow the student only
             return outputs
 
         with self.teacher_weights():
             yield infer
 
     def tensors(self) -> list[Tensor]:
-        """All that this rank keeps for the teacher, a second model's parts too."""
+        """All tensors that this rank keeps for the teacher, including those of a second model."""
         replica = [] if self._replica is None else self._replica.tensors()
         return [*self._parts, *self.buffers.values(), *replica]
 
     def whole(self) -> dict[str, Tensor]:
-        """The teacher's parameters that have elements, in their shapes, fp32, and its buffers.
+        """The teacher's parameters that have elements, with their shapes, fp32, and its buffers.
 
         Collective: every rank must call; one gather.
         """
@@ -117,7 +117,7 @@ class ShardedTeacher:
         return whole | self.buffers
 
     def load(self, fragments: list[Fragment], buffers: dict[str, Tensor], updates: int) -> None:
-        """Take over a saved teacher, already cut to this rank's fragments."""
+        """Load a saved teacher, already split into this rank's fragments."""
         for own, saved in zip(self.fragments, fragments, strict=True):
             own.values.copy_(saved.values)
         for name, buffer in buffers.items():
@@ -126,7 +126,7 @@ class ShardedTeacher:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin anew from the student's weights and buffers."""
+        """Restart from the student's weights and buffers."""
         for own, student in zip(self._parts, self.engine.master_parts(), strict=True):
             own.copy_(student)
         for name, buffer in named_buffers(self.engine.module):
@@ -140,9 +140,9 @@ class ShardedTeacher:
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Which module holds a buffer and as what: walking over all modules costs more than copying.
+    """The modules that hold buffers, with their names: walking over all modules would be slow.
 
-    Not the buffers themselves, which a module may replace.
+    It does not hold the buffers themselves, which a module may replace.
     """
     found = {}
     for name, _ in model.named_buffers():

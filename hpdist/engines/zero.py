@@ -29,14 +29,14 @@ from hpdist.errors import CheckpointError
 
 
 def _missing(folder: Path, rank: int, sharded: bool) -> CheckpointError | None:
-    """What is wrong where a rank's files of DeepSpeed's are not in the folder of a state."""
+    """The error if a rank's files of DeepSpeed's are missing from the folder of a state."""
     needed = ["*model_states.pt"]
     if sharded:
         needed.append(f"*zero_pp_rank_{rank}_mp_rank_*optim_states.pt")
     for pattern in needed:
         if next(folder.glob(pattern), None) is None:
             return CheckpointError(
-                f"load_state: rank {rank} finds no {pattern} of DeepSpeed's in {str(folder)!r}; "
+                f"load_state: rank {rank} finds no {pattern} from DeepSpeed in {str(folder)!r}; "
                 "load a folder that all ranks have saved to and that all machines share"
             )
     return None
@@ -55,7 +55,7 @@ class FlatSlice(NamedTuple):
 class ZeroEngine(Engine):
     """ZeRO 1 and 2: half-precision weights whole on every rank, fp32 master and state sharded."""
 
-    unreached = "is moved by weight decay alone under DeepSpeed, which takes its gradient for zero"
+    unreached = "changes only by weight decay under DeepSpeed, which treats its gradient as zero"
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -74,7 +74,7 @@ class ZeroEngine(Engine):
 
     @property
     def has_stepped(self) -> bool:
-        """Whether DeepSpeed has; it gives its optimizer a state before the first step."""
+        """Whether DeepSpeed has stepped; it creates optimizer state before the first step."""
         return int(self.deepspeed.global_steps) > 0
 
     @property
@@ -95,8 +95,8 @@ class ZeroEngine(Engine):
     def check_before_loading(self, check: Callable[[Path], None]) -> None:
         """Have `check(folder)` called by each rank before DeepSpeed loads anything.
 
-        Then CheckpointError is raised, on every rank, where one does not find DeepSpeed's files: it
-        would raise an error of its own on that rank alone, which names none.
+        Then CheckpointError is raised, on every rank, if one does not find DeepSpeed's files:
+        DeepSpeed would raise its own error on that rank only, without the name of a file.
         """
         load = partial(type(self.deepspeed).load_checkpoint, self.deepspeed)
 
@@ -115,15 +115,15 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:
-        """Outputs in fp32; the parameters are whole, so DeepSpeed need not know."""
+        """Outputs in fp32; the parameters are whole, so DeepSpeed is not involved."""
         return self.probe_forward(inputs)
 
     def probe_forward(self, inputs: Structure) -> Any:
-        """Outputs in fp32, with gradient, past DeepSpeed's wrapper."""
+        """Outputs in fp32, with gradient, bypassing DeepSpeed's wrapper."""
         return self._requested(self.deepspeed.module(as_dtype(inputs, self._dtype)))
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed averages over ranks and micro-batches: a contribution counts so many times."""
+        """Scale the contribution: DeepSpeed averages over ranks and micro-batches."""
         self._require_gradient(loss)
         parts = self.world_size * self.deepspeed.gradient_accumulation_steps()
         self.deepspeed.backward(loss * parts)
@@ -135,14 +135,14 @@ class ZeroEngine(Engine):
         return [flat.detach() for flat in self._flat_parts()]
 
     def fragments_of(self, parts: Sequence[Tensor]) -> list[Fragment]:
-        """Views of what this rank owns of each parameter."""
+        """Views of this rank's part of each parameter."""
         return [
             Fragment(place.name, place.start, parts[place.part].narrow(0, place.at, place.length))
             for place in self._slices()
         ]
 
     def optimizer_fragments(self) -> dict[str, list[Fragment]]:
-        """Views of the optimizer state that this rank owns, live; copies of what is on NVMe."""
+        """Views of this rank's part of the optimizer state, live; copies of what is on NVMe."""
         found: dict[str, list[Fragment]] = {}
         for part in range(len(self._flat_parts())):
             with self._in_memory(part):
@@ -151,7 +151,7 @@ class ZeroEngine(Engine):
         return found
 
     def load_optimizer(self, saved: SavedOptimizer) -> None:
-        """Take over the optimizer's state, one flat part after the other."""
+        """Load the optimizer's state, one flat part after the other."""
         for part in range(len(self._flat_parts())):
             with self._in_memory(part, write=True):
                 make_state(*self.flat_states()[part], saved.keys, saved.scalars)
@@ -174,7 +174,7 @@ class ZeroEngine(Engine):
         }
 
     def _in_memory(self, part: int, *, write: bool = False) -> AbstractContextManager[None]:
-        """Have a flat part and its state in memory for a while; keep changes if `write`."""
+        """Hold a flat part and its state in memory for a while; keep changes if `write`."""
         return nullcontext()
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -192,7 +192,7 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Gather into the half-precision weights, and put the own ones back at the end."""
+        """Gather into the half-precision weights, and restore them at the end."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.layout.gather_into(fragments, self._parameters)
         try:
@@ -208,9 +208,9 @@ class ZeroEngine(Engine):
         return bool(self.deepspeed.was_step_applied()), None if norm is None else float(norm)
 
     def _forget_gradients(self) -> None:
-        """Clear the gradients that DeepSpeed keeps of what is offloaded.
+        """Clear the gradients that DeepSpeed keeps for offloaded parts.
 
-        It writes there what a backward has reached, and would apply the rest again.
+        A backward overwrites only what it reaches, and DeepSpeed would apply the rest again.
         """
         for flat in self._flat_parts():
             if flat.grad is not None:
@@ -235,7 +235,7 @@ class ZeroEngine(Engine):
 
     def _publish_scale(self) -> None:
         if self.scaler is not None:
-            theirs = self.deepspeed.optimizer.loss_scaler  # another one after `load_checkpoint`
+            theirs = self.deepspeed.optimizer.loss_scaler  # another object after `load_checkpoint`
             theirs.cur_scale = self.scaler.scale
             theirs.update_scale = _keep_scale
 
@@ -257,9 +257,9 @@ class ZeroEngine(Engine):
 
 
 def _keep_scale(overflow: bool) -> None:
-    """Do nothing, in the place of DeepSpeed's scaler; its checkpoints pickle it, by this name."""
+    """Do nothing, in place of DeepSpeed's scaler; its checkpoints pickle it, by this name."""
 
 
 def __getattr__(name: str) -> object:
-    """Find what stood here before."""
+    """Find names that have moved from here."""
     return find_moved(__name__, name)

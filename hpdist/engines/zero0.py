@@ -40,21 +40,21 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
     def backward(self, loss: Tensor) -> None:
         """Scale the loss here: DeepSpeed unscales the gradients, but forgets to scale the loss.
 
-        It is made to see a scale of 1 meanwhile, so that a version that remembers does no harm
+        DeepSpeed sees a scale of 1 meanwhile, so that a version without this bug still works
         (https://github.com/deepspeedai/DeepSpeed/pull/8393).
         """
         self._set_scale(1.0)
         super().backward(loss * self.loss_scale)
 
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
-        """Let DeepSpeed apply, unless a gradient is not finite; in fp32 it would not ask."""
+        """Let DeepSpeed apply, unless a gradient is not finite; in fp32 it would not check."""
         self._set_scale(self.loss_scale)
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         finite = math.isfinite(norm)
         if not finite and self._dtype == torch.float32:
             for parameter in self._parameters.values():
-                parameter.grad = None  # which the optimizer passes over
+                parameter.grad = None  # so that the optimizer skips it
         self.deepspeed.step()
         return finite and bool(self.deepspeed.was_step_applied()), norm
 

@@ -20,10 +20,10 @@ from hpdist.errors import ConfigError
 
 
 def partition_weights(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
-    """Leave this rank's part of every weight, by DeepSpeed's config, in the dtype that it trains.
+    """Partition every weight by DeepSpeed's config, in the dtype that it trains.
 
-    One weight after the other is copied, onto the device, and let go of. So weights that are pages
-    of a checkpoint's files, which ranks share, never are memory of a rank's own: DeepSpeed alone
+    One weight after the other is copied onto the device and released. So weights that are pages of
+    a checkpoint's files, which ranks share, never become a rank's own memory: DeepSpeed alone
     would write into the pages. Buffers stay whole. Collective: every rank must call.
     """
     import deepspeed
@@ -38,12 +38,12 @@ def partition_weights(model: nn.Module, config: dict[str, Any], device: torch.de
     deepspeed.zero.Init(module=_OneByOne(model, dtype, device), config_dict_or_path=values)
     for parameter in scalars:
         parameter.ds_shape = torch.Size([])  # type: ignore[attr-defined]
-    for buffer in model.buffers():  # which DeepSpeed takes to be on the device as well
+    for buffer in model.buffers():  # DeepSpeed assumes that they are on the device as well
         buffer.data = buffer.data.to(device)
 
 
 class _OneByOne(nn.Module):
-    """Copies each parameter when its turn comes, all into the same memory."""
+    """Copies each parameter when it is needed, all into the same memory."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class _OneByOne(nn.Module):
         self._device = device
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's, each to be partitioned before the next is asked for."""
+        """The model's parameters, each to be partitioned before the next is requested."""
         sizes = [p.numel() for p in self.model.parameters() if p.is_floating_point()]
-        # Copies of their own would leave holes in the heap, together as large as a shard.
+        # Separate copies would leave holes in the heap, together as large as a shard.
         shared = torch.empty(max(sizes, default=0), dtype=self._dtype, device=self._device)
         last = None
         for parameter in self.model.parameters(recurse):
             if last is not None and last.data_ptr() == shared.data_ptr():
-                shared = torch.empty_like(shared)  # DeepSpeed has asked for this one too early
+                shared = torch.empty_like(shared)  # DeepSpeed has requested this one too early
             shape = parameter.shape or (1,)  # DeepSpeed sends it as bytes, so it needs a dimension
             if parameter.is_floating_point():
                 whole = shared[: parameter.numel()].view(shape)
@@ -71,7 +71,7 @@ class _OneByOne(nn.Module):
 
 
 class PartitionedEngine(ZeroEngine):
-    """ZeRO 3: every rank holds a part of each weight; a second forward a step is avoided."""
+    """ZeRO 3: every rank holds a part of each weight; a second forward in a step is avoided."""
 
     fuses_weak_pass = True
 
@@ -81,7 +81,7 @@ class PartitionedEngine(ZeroEngine):
         return self._requested(self.deepspeed(as_dtype(inputs, self._dtype)))
 
     def whole_parameters(self) -> dict[str, Tensor]:
-        """None: every rank holds a part of each."""
+        """Empty: every rank holds only a part of each parameter."""
         return {}
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
@@ -89,9 +89,9 @@ class PartitionedEngine(ZeroEngine):
         return {name: p.ds_shape for name, p in self._sharded()}
 
     def master_parts(self) -> list[Tensor]:
-        """This rank's flat fp32 part of each sub-group, live; of one on NVMe a copy."""
-        # Not by DeepSpeed's getters: they give copies of what is offloaded, and wait for the device
-        # once per parameter.
+        """This rank's flat fp32 part of each sub-group, live; a copy if it is on NVMe."""
+        # Not by DeepSpeed's getters: they copy what is offloaded, and wait for the device once per
+        # parameter.
         parts = []
         for number, flat in enumerate(self._flat_parts()):
             with self._in_memory(number):
@@ -112,7 +112,7 @@ class PartitionedEngine(ZeroEngine):
 
     @contextmanager
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Copy into this rank's parts, which the forward gathers as ever: no collective here."""
+        """Copy into this rank's parts, which the forward gathers as usual: no collective here."""
         self._release_gathered()
         own = {name: read_shard(p) for name, p in self._sharded()}
         self._copy_into_shards(fragments)
@@ -124,7 +124,7 @@ class PartitionedEngine(ZeroEngine):
                 write_shard(parameter, own[name])
 
     def make_replica(self, model: nn.Module | None) -> Replica | None:
-        """A second engine: lending to the first would break its prefetch order in every step."""
+        """Make a second engine: swapping in the first would break its prefetch order every step."""
         if model is None:
             raise ConfigError(
                 "under ZeRO-3 an algorithm whose targets come from the teacher needs a second "
@@ -139,21 +139,21 @@ class PartitionedEngine(ZeroEngine):
     def _forget_gradients(self) -> None:
         """Clear the partitioned gradients too.
 
-        Of a parameter that a step's backward does not reach, stage 3 would apply the gradient of an
-        earlier step again, and after a restart none.
+        For a parameter that a step's backward does not reach, stage 3 would otherwise apply the
+        gradient of an earlier step again, but not after a restart.
         """
         super()._forget_gradients()
         self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
 
     def _release_gathered(self) -> None:
-        """Let go of parameters that an earlier forward has left whole, with their old values."""
+        """Release parameters that an earlier forward has left whole, with their old values."""
         self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
 
     def _sharded(self) -> Iterator[tuple[str, Any]]:
         return iter(cast(dict[str, Any], self._parameters).items())
 
     def _slices(self) -> Iterator[FlatSlice]:
-        """The unpadded part of each parameter's partition; ranks hold equal runs in order."""
+        """The unpadded part of each parameter's partition; ranks hold equal ranges in order."""
         wrapped = self.deepspeed.optimizer
         for name, parameter in self._sharded():
             part, at, _ = wrapped.grad_position[wrapped.get_param_id(parameter)]
@@ -166,7 +166,7 @@ class PartitionedEngine(ZeroEngine):
 
     @contextmanager
     def _in_memory(self, part: int, *, write: bool = False) -> Iterator[None]:
-        """Read a sub-group from NVMe, if it is there; the buffers it comes in are used again."""
+        """Read a sub-group from NVMe, if it is there; its buffers are reused."""
         wrapped = self.deepspeed.optimizer
         if not self._is_swapped(part):
             yield
@@ -210,7 +210,7 @@ class PartitionedReplica:
         zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
         offload = config["zero_optimization"].get("offload_param") or {}
         if offload.get("device", "none") != "none":
-            # Of NVMe to the CPU: every step fills it anew, and it would delete the first's files.
+            # From NVMe to the CPU: every step overwrites it, and it would delete the first's files.
             zero["offload_param"] = {"device": "cpu"}
         values["zero_optimization"] = zero
         self._dtype = dtype
@@ -229,7 +229,7 @@ class PartitionedReplica:
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Structure:
-        """Outputs in fp32, in training mode; what batch normalisation sees is forgotten."""
+        """Outputs in fp32, in training mode; batch statistics are discarded."""
         outputs = self._requested(self._engine(as_dtype(inputs, self._dtype)))
         for norm in batch_norms(self._engine.module):
             norm.discard()
@@ -263,7 +263,7 @@ def write_shard(parameter: Any, values: Tensor) -> None:
 
 
 def _is_on_nvme(parameter: Any) -> bool:
-    """Whether a shard's home is NVMe; if so, a copy that was read ahead is dropped."""
+    """Whether a shard is stored on NVMe; if so, a prefetched copy is dropped."""
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
     from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 

@@ -1,10 +1,10 @@
-"""ZeRO 1 and 2 where the ranks' losses do not reach the same parameters.
+"""ZeRO 1 and 2 when the ranks' losses do not reach the same parameters.
 
-DeepSpeed lays the gradients that a rank has one behind the other and adds up what the ranks have
-laid so. Where one rank has a gradient that another has not, elements of different parameters are
-added, or a rank waits for more than comes. Stage 1 does so when the backward is over, and is given
-zeros for what is missing; stage 2 does so during the backward, in its order, so that all that can
-be done is to notice it, which the first step does.
+DeepSpeed concatenates a rank's gradients and sums the results over ranks. If one rank has a
+gradient that another lacks, elements of different parameters are added, or a rank waits for data
+that never comes. Stage 1 sums when the backward is over, and is given zeros for missing
+gradients; stage 2 sums during the backward, in its order, so the difference can only be detected,
+which the first step does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hpdist.errors import ConfigError
 
 
 def reduce_same_parameters(wrapped: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Have ranks reduce the same parameters, or end together in the first step.
+    """Have all ranks reduce the same parameters, or raise on all in the first step.
 
     Args:
         wrapped: DeepSpeed's optimizer of stage 1 or 2.
-        parameters: What it trains, by name.
+        parameters: The trained parameters, by name.
     """
     if wrapped.partition_gradients or wrapped.overlap_comm:
         _check_first(wrapped, {wrapped.get_param_id(p): name for name, p in parameters.items()})
@@ -55,7 +55,7 @@ def _set_zero(wrapped: Any, parameter: Any) -> None:
 
 
 def _check_first(wrapped: Any, names: Mapping[int, str]) -> None:
-    """Compare what the ranks lay in their buckets before it is reduced, in the first backward."""
+    """Compare the contents of the ranks' buckets before reduction, in the first backward."""
     reduce, end = wrapped.reduce_ipg_grads, wrapped.overlapping_partition_gradients_reduce_epilogue
 
     def compared(comm_dtype: torch.dtype | None = None) -> None:
@@ -72,7 +72,7 @@ def _check_first(wrapped: Any, names: Mapping[int, str]) -> None:
 
 
 def _compare(laid: Sequence[Sequence[str]]) -> None:
-    """Raise ConfigError, on all ranks, where they have not laid the same."""
+    """Raise ConfigError on all ranks if their buckets differ."""
     if all(other == laid[0] for other in laid):
         return
     everywhere = set(laid[0]).intersection(*laid)
@@ -85,7 +85,7 @@ def _compare(laid: Sequence[Sequence[str]]) -> None:
     error = ConfigError(
         f"model: in the first step {what}; ZeRO-2 cannot add up such gradients. Have forward() use "
         "the same layers on every rank, or set zero.stage: 1 (without overlap_comm), or leave it "
-        "out, which takes what is missing for zero"
+        "out: both treat missing gradients as zero"
     )
     error.everywhere = True
     raise error

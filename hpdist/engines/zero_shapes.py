@@ -1,4 +1,4 @@
-"""Parameters of shapes and kinds that DeepSpeed does not take as they are."""
+"""Parameters with shapes or dtypes that DeepSpeed cannot handle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpdist.errors import ConfigError
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Raise ConfigError for what DeepSpeed cannot train: it would cast it and lose half of it."""
+    """Raise ConfigError for complex parameters: DeepSpeed would cast them and lose half."""
     unfit = [name for name, p in named_parameters(model) if p.is_complex() and p.requires_grad]
     if unfit:
         raise ConfigError(
@@ -24,9 +24,9 @@ def check_shardable(model: nn.Module) -> None:
 
 @contextmanager
 def with_dimensions(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters without dimensions have one, of one element, in the same memory.
+    """Inside, parameters without dimensions have one of size 1, in the same memory.
 
-    DeepSpeed sends every parameter as bytes when it starts, and torch views no tensor without
+    DeepSpeed sends every parameter as bytes when it starts, and torch cannot view tensors without
     dimensions as bytes.
     """
     scalars = [parameter for parameter in model.parameters() if parameter.dim() == 0]
@@ -41,9 +41,9 @@ def with_dimensions(model: nn.Module) -> Iterator[None]:
 
 
 def unregister_empty(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Make parameters without elements plain attributes: there is nothing to shard or train.
+    """Turn parameters without elements into plain attributes: there is nothing to shard or train.
 
-    ZeRO-3 waits for ever for what it thinks is not gathered yet.
+    ZeRO-3 would wait for ever, as it thinks that they are not gathered yet.
     """
     for module in model.modules():
         empty = [name for name, p in module._parameters.items() if p is not None and not p.numel()]
@@ -55,7 +55,7 @@ def unregister_empty(model: nn.Module, dtype: torch.dtype, device: torch.device)
 
 
 def leave_out_empty(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimizer step nothing that has no elements."""
+    """Remove parameters without elements from an optimizer."""
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.numel()]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -18,9 +18,9 @@ from hpdist.errors import DistributedError
 from hpdist.preflight.datasets import _first_row
 from hpdist.preflight.facts import _own_gpu
 from hpdist.preflight.findings import table
-from hpdist.preflight.machines import _versions
+from hpdist.preflight.machines import check_versions
 from hpdist.preflight.network import measure_in_process
-from hpdist.preflight.network_checks import _nccl, _nccl_finding, _shared_gpus
+from hpdist.preflight.network_checks import _shared_gpus, check_nccl, nccl_finding
 from tests.support.pictures import write_pictures
 from tests.support.ranks import free_port, run_ranks
 from tests.support.two_hosts import LINE, MISSING, two_hosts
@@ -217,11 +217,11 @@ def test_other_versions_on_one_host_are_named():
         {"host": "a", "versions": {"torch": "2.13", "datasets": "5.2"}},
         {"host": "b", "versions": {"torch": "2.12", "datasets": "5.2"}},
     ]
-    finding = _versions(facts)
+    finding = check_versions(facts)
     assert finding.verdict == "FAILED"
     assert finding.text.splitlines()[0] == "torch: 2.13 on a, 2.12 on b"
     assert "datasets" not in finding.text
-    assert _versions(facts[:1] * 2).verdict == "ok"
+    assert check_versions(facts[:1] * 2).verdict == "ok"
     assert len(table([finding]).splitlines()) == 2
 
 
@@ -240,7 +240,7 @@ def test_what_is_measured_beside_the_processes_is_what_they_reach():
     for speed in found:
         assert (speed.processes, speed.size) == (2, 64 << 20)
         assert 0 < speed.latency < speed.seconds
-    finding = _nccl_finding(found, ["a", "b"])
+    finding = nccl_finding(found, ["a", "b"])
     assert finding.verdict == "ok"
     assert "64 MiB in" in finding.text
 
@@ -249,7 +249,7 @@ def test_what_is_measured_beside_the_processes_is_what_they_reach():
 def test_a_network_that_does_not_carry_is_found_and_ends_nobody():
     """The process beside rank 1 fails at once; the one beside rank 0 waits for it in vain."""
     found = run_ranks(2, measured_apart, free_port(), 15, "nowhere0")
-    finding = _nccl_finding(found, ["a", "b"])
+    finding = nccl_finding(found, ["a", "b"])
     assert finding.verdict == "FAILED"
     assert "process 0 on a: " in finding.text
     (line,) = [line for line in finding.text.splitlines() if line.startswith("process 1 on b: ")]
@@ -270,7 +270,7 @@ def test_processes_that_share_a_gpu_are_noted():
     assert _shared_gpus(facts) == []
     facts.append({"host": "n0", "devices": gpus, "gpu": 1})
     assert _shared_gpus(facts) == ["processes 1, 2 share GPU 1 of n0"]
-    assert _nccl(facts, Rendezvous(Endpoint(0, 3), None, None), 60).verdict == "note"
+    assert check_nccl(facts, Rendezvous(Endpoint(0, 3), None, None), 60).verdict == "note"
 
 
 def test_a_process_has_the_gpu_of_its_number(monkeypatch):

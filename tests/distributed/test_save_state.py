@@ -229,7 +229,7 @@ def test_what_deepspeed_would_lose_without_a_word_is_refused(tmp_path: Path) -> 
     assert "and this is under ZeRO-2 in float32" in dtype
     assert "ZeRO-2 in bfloat16 on 1 process, and this is without DeepSpeed" in to_ddp
     assert "was saved without DeepSpeed, and this is under ZeRO-2" in to_zero
-    assert "finds no *model_states.pt of DeepSpeed's in" in lost
+    assert "finds no *model_states.pt from DeepSpeed in" in lost
     assert "rank 0 finds no *zero_pp_rank_0_mp_rank_*optim_states.pt" in part
     assert "after 1 steps, and the weights beside it after 2" in torn
     assert "save to a new one each time" in torn

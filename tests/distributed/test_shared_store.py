@@ -243,7 +243,7 @@ def test_a_token_that_differs_is_told_on_both_sides() -> None:
     status, _, err = ended(second)
     assert status == 3
     assert "has another token" in err
-    assert f"set {TOKEN} to the same on every machine" in err
+    assert f"set {TOKEN} to the same value on every machine" in err
     status, _, err = ended(first)
     assert status == 3
     assert "missing: 1." in err

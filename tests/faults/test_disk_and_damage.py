@@ -105,7 +105,7 @@ def test_a_damaged_file_of_any_kind_leads_to_the_one_before(
     told = capfd.readouterr().err
     assert "continuing from" in told
     if not (name == "manifest.json" and harm is Path.unlink):  # then it is no checkpoint at all
-        assert "checkpoint step-00000004 is passed over" in told
+        assert "checkpoint step-00000004 is skipped" in told
         assert name in told
     resumed.fit()
     assert records(folder) == [1, 2, 3, 4, 5, 6]

@@ -153,8 +153,8 @@ def test_what_hpdist_did_not_write_leads_to_the_one_before(
     assert resumed.step.applied_steps == 2
     resumed.data.close()
     told = capfd.readouterr().err
-    (line,) = [line for line in told.splitlines() if "is passed over" in line]
-    assert line.startswith("checkpoint step-00000004 is passed over: ")
+    (line,) = [line for line in told.splitlines() if "is skipped" in line]
+    assert line.startswith("checkpoint step-00000004 is skipped: ")
     assert len(line) < 1000
     fault.survived(steps_repeated=2)
 

@@ -217,9 +217,9 @@ def check_group_sizes(
         remedy = f"raise {wanted}"
     if 1 in few.values():
         raise ConfigError(
-            f"{where} with only {few_rows} each, which leaves none to mix with; {remedy}"
+            f"{where}, each with only {few_rows}, which leaves none to mix with; {remedy}"
         )
-    context = [f"with only {few_rows} each there is little to mix; {remedy}"] if few else []
+    context = [f"each with only {few_rows}: hardly any to mix with; {remedy}"] if few else []
     if groups == "auto" and count != usual:
         context.append(
             f"one for each of {slices} ranks and micro-batches, not {usual}: mixtures differ "

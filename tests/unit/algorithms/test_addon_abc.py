@@ -224,5 +224,5 @@ def test_abc_predicts_with_its_head() -> None:
 
 def test_abc_needs_to_know_the_labels() -> None:
     algorithm = ABC(FixMatch(), CLASSES)
-    with pytest.raises(ConfigError, match="ABC needs to know how many labelled rows"):
+    with pytest.raises(ConfigError, match="ABC needs the number of labelled rows"):
         run(algorithm, global_batch(algorithm, 0))

@@ -180,5 +180,5 @@ def test_darp_says_what_it_cannot_do() -> None:
     with pytest.raises(ConfigError, match="distribution: 3 numbers for 5 classes"):
         run(algorithm, global_batch(algorithm, 0))
     missing = DARP(FixMatch(), CLASSES)
-    with pytest.raises(ConfigError, match="DARP needs to know how many labelled rows"):
+    with pytest.raises(ConfigError, match="DARP needs the number of labelled rows"):
         run(missing, global_batch(missing, 0))

@@ -159,7 +159,7 @@ def test_class_counts_that_are_missing_are_asked_for() -> None:
     algorithm = LogitAdjustment(DebiasPL(FixMatch(), CLASSES))
     with pytest.raises(
         ConfigError,
-        match=r"LogitAdjustment needs to know .* algorithm.class_counts = torch\.bincount",
+        match=r"LogitAdjustment needs the number .* algorithm.class_counts = torch\.bincount",
     ):
         run(algorithm, global_batch(algorithm, 0))
     inner = DebiasPL(LogitAdjustment(FixMatch()), CLASSES)

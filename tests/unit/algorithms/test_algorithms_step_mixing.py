@@ -61,9 +61,9 @@ def test_a_group_of_few_rows_is_told_once(caplog: pytest.LogCaptureFixture) -> N
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     for part in (
-        "MixMatch mixes rows within 4 groups of the batch, in each of them 4 labelled: hardly",
+        "MixMatch mixes rows within 4 groups of the batch, each with only 4 labelled: hardly",
         "raise batch.labeled to 32 or more, or use fewer ranks and micro-batches (here 4 in all)",
-        "in place of 2: mixtures are not those of other numbers",
+        "not 2: mixtures differ from those of other numbers",
     ):
         assert part in record.getMessage()
     train(make_step(MixMatch(), micro_batches=2), 1)  # 8 rows of each kind

@@ -131,7 +131,7 @@ class Scaled(nn.BatchNorm2d):
 
 def test_a_batch_norm_that_computes_something_else_is_refused() -> None:
     assert isinstance(global_batch_norm(nn.SyncBatchNorm(4)), GlobalBatchNorm)
-    with pytest.raises(ConfigError, match=r"Scaled is a BatchNorm with a forward of its own"):
+    with pytest.raises(ConfigError, match=r"Scaled is a BatchNorm with its own forward"):
         global_batch_norm(nn.Sequential(Scaled(4)))
 
 

@@ -24,7 +24,7 @@ from hpdist.engines.build_lock import build_lock, in_use, left_lock, working_in
 from hpdist.engines.operators import prepare_operators
 from hpdist.errors import ConfigError
 from hpdist.preflight.facts import _left_builds
-from hpdist.preflight.machines import _builds
+from hpdist.preflight.machines import check_builds
 
 SOURCE = """
 #include <Python.h>
@@ -294,11 +294,11 @@ def test_preflight_reports_a_lock_that_was_left(tmp_path: Path, monkeypatch: Any
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    finding = _builds([{"host": "n0", "builds": _left_builds()}, {"host": "n1", "builds": []}])
+    finding = check_builds([{"host": "n0", "builds": _left_builds()}, {"host": "n1", "builds": []}])
     assert finding.verdict == "note"
     assert finding.text.startswith(f"n0: {lock} was left by a start that was killed")
     assert lock.exists()
-    assert _builds([{"host": "n1", "builds": []}]).verdict == "ok"
+    assert check_builds([{"host": "n1", "builds": []}]).verdict == "ok"
 
 
 def test_an_environment_in_a_folder_with_a_space_can_be_linked(

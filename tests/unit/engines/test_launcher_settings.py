@@ -53,7 +53,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "AMAZON_SAGEMAKER",
         ),
         ({"MIXED_PRECISION": "fp8"}, "mixed_precision is 'fp8'; use no, bf16 or fp16"),
-        ({"DYNAMO_BACKEND": "NONSENSE"}, "dynamo_backend: NONSENSE .* no such backend"),
+        ({"DYNAMO_BACKEND": "NONSENSE"}, "dynamo_backend: NONSENSE .* does not have this backend"),
         (
             {"DYNAMO_BACKEND": "EAGER", "DYNAMO_USE_REGIONAL_COMPILATION": "True"},
             "dynamo_use_regional_compilation",
@@ -196,7 +196,7 @@ def test_one_process_in_place_of_several_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     (note,) = launch.resolve(execution_request(config())).notes
-    assert "accelerate has started one process, although it was told of several" in note
+    assert "accelerate has started one process, although several were requested" in note
 
 
 MPI = """

@@ -199,7 +199,7 @@ def test_rows_may_be_a_data_frame_or_a_list(tmp_path: Path) -> None:
 def test_batch_normalisation_of_one_row_says_what_to_do(tmp_path: Path) -> None:
     for batch in ({"labeled": 1}, {"labeled": 2, "micro": 1}):
         settings = {"algorithm": "supervised", "unlabeled": None, "batch": batch}
-        with pytest.raises(ConfigError, match=r"given one row at a time, .*batch.labeled or batch"):
+        with pytest.raises(ConfigError, match=r"one row at a time, .*batch.labeled or batch"):
             trainer(Normalised(), tmp_path, f"run{len(batch)}", 1, **settings).fit()
 
 

@@ -10,7 +10,7 @@ from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_labeled
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
-from hpdist.preflight.datasets import _data
+from hpdist.preflight.datasets import check_data
 from hpdist.train.config import parse
 
 ALONE = Rendezvous(Endpoint(0, 1), None, None)
@@ -120,7 +120,8 @@ def test_preflight_opens_every_set_that_is_mixed(tmp_path):
         }
     )
     found = {
-        finding.check: finding.verdict for finding in _data(config.data, [{"host": "here"}], ALONE)
+        finding.check: finding.verdict
+        for finding in check_data(config.data, [{"host": "here"}], ALONE)
     }
     assert found == {
         "data.labeled": "ok",
