@@ -1,7 +1,7 @@
-"""An algorithm's state put together from all ranks, for a loop of one's own.
+"""An algorithm's state, assembled from all ranks, for a training loop of one's own.
 
 state = hpdist.whole_state(step.algorithm)     # every rank
-step.algorithm.load_state_dict(state)          # every rank, of any number
+step.algorithm.load_state_dict(state)          # every rank, any number of them
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hpdist.distributed.collectives import gathered
 
 
 def whole_state(algorithm: Algorithm) -> dict[str, Tensor]:
-    """The state, and whole what each rank holds a part of; alike on every rank, on the CPU.
+    """Return the state with all shards, equal on every rank, on the CPU.
 
     Collective: every rank must call, between two steps.
     """

@@ -49,25 +49,25 @@ from hpdist.train.step import SemiSupervisedStep
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run does, as config and launcher agree on it, before anything is opened."""
+    """What a run does, by config and launcher, before anything is opened."""
 
     config: RunConfig
     sharding: ExecutionPlan
     uses_unlabeled: bool
     rows: int
-    """Rows of a global batch."""
+    """Rows in a global batch."""
     micro_batches: int
-    """Micro-batches of a step on each rank."""
+    """Micro-batches per step on each rank."""
 
 
 @dataclass(frozen=True)
 class Outset:
-    """Where a run begins: at its first step, or where a checkpoint of it says."""
+    """Where a run begins: at its first step, or at a checkpoint."""
 
     facts: Mapping[str, Any] | None = None
-    """What the checkpoint says of the run; None of a run that begins."""
+    """The facts of the checkpoint; None for a new run."""
     summary: Mapping[str, Any] = field(default_factory=dict)
-    """What came of the run, if all of its steps are done already; else empty."""
+    """The summary of the run, if all of its steps are done already; else empty."""
 
     @property
     def seconds(self) -> float:
@@ -76,17 +76,17 @@ class Outset:
 
     @property
     def tracker_run_id(self) -> str | None:
-        """The tracker's name for the run that goes on."""
+        """The tracker's name for a continued run."""
         found: str | None = None if self.facts is None else self.facts["tracker_run_id"]
         return found
 
 
 @dataclass(frozen=True)
 class Run:
-    """The finished parts of a run, and what must be let go of at its end."""
+    """The finished parts of a run, and what must be released at its end."""
 
     config: RunConfig
-    """The run's settings, before the rows and the model added to them."""
+    """The run's settings, before those of the rows and the model are added."""
     files: bool
     """Whether anything is written."""
     sharding: ExecutionPlan
@@ -108,22 +108,22 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this rank is the main one."""
         return bool(self.accelerator.is_main_process)
 
 
 def build_run(
     config: RunConfig, objects: InMemoryInputs | None = None, *, files: bool = True
 ) -> Run:
-    """Check and build all parts of a run, which goes on where its folder has one.
+    """Check and build all parts of a run, which continues if its folder holds one.
 
     Args:
         config: The run's settings.
-        objects: What Python code gave in place of names.
-        files: Whether anything is written; without, no folder is owned and nothing resumed.
+        objects: The objects that Python code gave instead of names.
+        files: Whether anything is written; if not, no folder is owned and nothing is resumed.
 
     Collective: every rank must call. Raises ConfigError, DataError or CheckpointError, the same on
-    all ranks; what was opened until then is closed.
+    all ranks, after closing what was opened.
     """
     plan = plan_run(config)
     with fresh_accelerate():
@@ -131,10 +131,10 @@ def build_run(
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """Bring config and launcher together. Raises ConfigError where they do not fit."""
+    """Merge config and launcher. Raises ConfigError if they conflict."""
     sharding = launch.resolve(execution_request(config))
     config = config.model_copy(update={"loss_scale": sharding.loss_scale})
-    algorithm = compose(config)  # to be asked; the one that trains knows the classes
+    algorithm = compose(config)  # only for its properties; the one that trains knows the classes
     uses_unlabeled = algorithm.views.uses_unlabeled
     if uses_unlabeled and config.data.unlabeled is None:
         raise ConfigError(
@@ -149,7 +149,7 @@ def plan_run(config: RunConfig) -> RunPlan:
 
 
 def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
-    """Open folder and data, build model and step, and go on where the folder has a run."""
+    """Open folder and data, build model and step, and continue a run in the folder."""
     config, sharding = plan.config, plan.sharding
     opening.log_settings(config, sharding, plan.uses_unlabeled, files=files)
     accelerator = launch.make_accelerator(sharding)
@@ -192,9 +192,9 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         records = Records(step, data, state, saving, sharding, plan.rows)
         outset = _set_out(saved, claim, folder, data, state, saving, files)
         if files and not outset.summary:
-            # Not before: a run that is refused must not forget what it had.
+            # Not earlier: a run that is refused must not lose its history.
             call_on_all_ranks(lambda: sets.record(folder))
-        stack.pop_all()  # all is well, and what is open stays so
+        stack.pop_all()  # success: everything stays open
     return Run(
         config=config,
         files=files,
@@ -220,7 +220,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
 def _make_algorithm(
     config: RunConfig, objects: InMemoryInputs, sets: RunSets, accelerator: Accelerator
 ) -> Algorithm:
-    """The algorithm with its add-ons, told how much data there is."""
+    """Make the algorithm with its add-ons, and set how much data there is."""
     check_classes(objects.algorithm, sets.num_classes)
     algorithm = compose(config, sets.num_classes, accelerator.device, sets.task)
     algorithm.rows = sets.unlabeled_rows
@@ -237,7 +237,7 @@ def _build_step(
     run_model: RunModel,
     algorithm: Algorithm,
 ) -> tuple[SemiSupervisedStep, dict[str, Tensor]]:
-    """Build what trains, and the values that every generation's student begins with.
+    """Build what trains, and the initial values of every generation's student.
 
     Raises ConfigError on all ranks. Collective.
     """
@@ -248,7 +248,7 @@ def _build_step(
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
     model, optimizer = prepare(accelerator, model, optimizer)
-    # Not before: ZeRO-3 has by now let go of the first model's whole weights.
+    # Not earlier: by now ZeRO-3 has released the first model's whole weights.
     replica = run_model.make(algorithm) if replicated else None
     step = SemiSupervisedStep(
         accelerator,
@@ -278,7 +278,7 @@ def _set_out(
     saving: Saving,
     files: bool,
 ) -> Outset:
-    """Go on from a checkpoint, or begin. Collective."""
+    """Continue from a checkpoint, or begin. Collective."""
     if saved is None:
         if files:
             call_on_all_ranks(lambda: folder.drop_metrics_after(-1))

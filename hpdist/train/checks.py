@@ -1,4 +1,4 @@
-"""Checks that need the whole run: does the batch divide, does the model fit the data."""
+"""Checks that need the whole run: whether the batch divides and the model fits the data."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from hpdist.train.config import Batch
 def divide_batch(batch: Batch, algorithm: Algorithm, ranks: int) -> int:
     """The number of micro-batches per step and rank.
 
-    Raises ConfigError where a global batch does not divide over ranks and micro-batches, or where
-    too few rows are left to be mixed with one another.
+    Raises ConfigError if a global batch does not divide over ranks and micro-batches, or if too few
+    rows are left for mixing.
     """
     sizes = {"batch.labeled": batch.labeled}
     uses_unlabeled = algorithm.views.uses_unlabeled
@@ -51,7 +51,7 @@ def divide_batch(batch: Batch, algorithm: Algorithm, ranks: int) -> int:
 
 
 def _micro_batches(micro: int | None, sizes: Mapping[str, int], ranks: int) -> int:
-    """How many micro-batches a rank's rows make; raises ConfigError where they are not equal."""
+    """The number of micro-batches of a rank's rows; raises ConfigError if they are not equal."""
     per_rank = sum(sizes.values()) // ranks
     if micro is None or micro >= per_rank:
         return 1
@@ -76,17 +76,17 @@ def _multiples(size: int, ranks: int) -> str:
 
 
 def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
-    """Raise ConfigError where the algorithm cannot use inputs such as the unlabelled ones."""
+    """Raise ConfigError if the algorithm cannot use inputs like the unlabelled ones."""
     if spec.kind == "text" and algorithm.changes_inputs:
         raise ConfigError(
-            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
-            "back, which text does not allow; choose one that does not, such as fixmatch"
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to or reconstructs "
+            "them, which text does not allow; choose one that does not, such as fixmatch"
         )
     waveforms = spec.kind == "audio" and spec.seen == spec.shape
     if waveforms and algorithm.changes_inputs:
         raise ConfigError(
-            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to them or gives them "
-            "back, which waveforms of different lengths do not allow; set views.spectrogram: true, "
+            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to or reconstructs "
+            "them, which waveforms of different lengths do not allow; set views.spectrogram: true, "
             "or choose one that does not, such as fixmatch"
         )
     if (
@@ -95,8 +95,8 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
         and not algorithm.views.strong
     ):
         raise ConfigError(
-            f"views.strong_column: {type(algorithm).__name__} makes no strong view of unlabelled "
-            "rows; leave it out, or choose an algorithm that does, such as fixmatch"
+            f"views.strong_column: {type(algorithm).__name__} does not use strong views of "
+            "unlabelled rows; leave it out, or choose an algorithm that does, such as fixmatch"
         )
 
 
@@ -105,11 +105,11 @@ def check_model(
 ) -> bool:
     """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes].
 
-    Where `outputs` names more than the logits, each must be there, as [rows, *]. Returns whether
-    what the model gives has a gradient.
+    If `outputs` names more than the logits, each must exist, as [rows, *]. Returns whether the
+    model's outputs have a gradient.
     """
     try:
-        # A gradient would keep copies of weights that are seen through such.
+        # A gradient would keep alive the fp32 copies of half-precision weights.
         with on_trial(model, gradient=not _is_as_stored(model)):
             output = model(example)
     except Exception as error:
@@ -132,7 +132,7 @@ def check_model(
 
 
 def _check_outputs(output: Any, names: Sequence[str], rows: int) -> bool:
-    """Raise ConfigError unless a model has given each, [rows, *]; whether any has a gradient."""
+    """Raise ConfigError unless each output is [rows, *]; return whether any has a gradient."""
     found = outputs_of(output, names)
     assert not isinstance(found, Tensor)
     wrong = {n: list(tensor.shape) for n, tensor in found.items() if tensor.shape[:1] != (rows,)}
@@ -144,20 +144,20 @@ def _check_outputs(output: Any, names: Sequence[str], rows: int) -> bool:
 
 
 def _is_as_stored(model: nn.Module) -> bool:
-    """Whether weights are as they are stored: seen in fp32 by copies, which have no gradient."""
+    """Whether weights are in half precision: read as fp32 copies, which have no gradient."""
     return any(getattr(parameter, "as_stored", False) for parameter in model.parameters())
 
 
 def check_gradient(model: nn.Module, example: Structure, outputs: Sequence[str] = LOGITS) -> None:
-    """Raise ConfigError where training could move nothing of a model.
+    """Raise ConfigError if training could not change a model.
 
-    For one whose outputs have no gradient in evaluation. Every rank must call.
+    For a model whose outputs have no gradient in evaluation. Every rank must call.
     """
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         raise ConfigError(
             f"model: none of the {len(parameters)} parameters of {type(model).__name__} is trained "
-            "(requires_grad is False), so there is nothing to learn; leave at least the last layer "
+            "(requires_grad is False), so there is nothing to train; leave at least the last layer "
             "trained"
         )
     if _is_as_stored(model):
@@ -174,7 +174,7 @@ def check_gradient(model: nn.Module, example: Structure, outputs: Sequence[str] 
 
 
 def _shown(output: Any) -> object:
-    """What a model gave, for a message: a tensor's shape, or what it is and has."""
+    """Describe a model's output for a message: a tensor's shape, or its type and names."""
     found = find_logits(output)
     if isinstance(found, Tensor):
         return list(found.shape)
@@ -187,14 +187,14 @@ def check_given_model(model: nn.Module) -> None:
     """Raise ConfigError for a module that cannot be trained as it was given in Python."""
     if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         raise ConfigError(
-            f"model: it is wrapped in {type(model).__name__} already; give the module inside, "
-            "model.module: hpdist wraps it by itself"
+            f"model: it is already wrapped in {type(model).__name__}; give the module inside, "
+            "model.module: hpdist wraps it itself"
         )
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ConfigError(
             f"model: {shortened(lazy)} has no shape yet (a lazy layer); call the model once on a "
-            "batch of your data before you give it, or use a layer that is given its sizes"
+            "batch of your data first, or use a layer whose sizes are given"
         )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     unmade = [name for name, tensor in tensors if tensor.is_meta]

@@ -1,4 +1,4 @@
-"""A run's claim to its folder: that nobody else trains in it, and what it says of the run."""
+"""A run's claim to its folder: no other run trains in it, and the state of the run in it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from hpdist.train.config_history import (
 )
 from hpdist.train.facts import RunFacts
 
-_TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has a timeout of its own
+_TURN_SECONDS = 60.0  # the other ranks wait in a collective, which has its own timeout
 
 
 class Claim:
-    """The folder of a run, from before anything is read there to the run's end.
+    """The folder of a run, owned before anything is read there until the run's end.
 
     Args:
         config: Of the run.
         folder: Of the run.
-        files: Whether anything is written; without, the folder is neither owned nor read.
+        files: Whether anything is written; if not, the folder is neither owned nor read.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, files: bool) -> None:
@@ -42,10 +42,10 @@ class Claim:
         self._log = Console(0, 0, folder.main).log_line
 
     def open(self) -> checkpoint.SavedRun | None:
-        """Own the folder, and find what to continue from, if anything. Collective.
+        """Own the folder, and find the checkpoint to continue from, if any. Collective.
 
-        Raises CheckpointError, on all ranks, where another run is at work in it, it cannot be
-        written, or it holds what must not or cannot be continued from.
+        Raises CheckpointError, on all ranks, if another run uses it, cannot be written, or holds
+        something that must not or cannot be continued.
         """
         if not self._files:
             return None
@@ -57,18 +57,18 @@ class Claim:
         return checkpoint.open_newest(self._folder.checkpoints, self._log, facts=RunFacts)
 
     def summary(self, done: int) -> dict[str, Any] | None:
-        """What came of a run that has done so many steps, if these are all and it has ended."""
+        """The summary of a run that has done this many steps, if these are all and it has ended."""
         if done < self._config.steps:
             return None
         summary = run_on_main(self._folder.read_summary)
         return summary if summary is not None and summary.get("steps") == done else None
 
     def log_done(self, config: RunConfig, steps: object) -> None:
-        """Say that the run is done, and which settings would have been others. Collective."""
+        """Log that the run is done, and which settings differ from it. Collective."""
         found = run_on_main(lambda: differences(self._folder, config))
         others = (
             f"; changed settings have no effect ({describe_differences(found)}): raise steps to go "
-            "on with them, or choose another run.name"
+            "with them, or choose another run.name"
         )
         self._log(
             f"nothing to do: the run in {self._folder.path} has done its {steps} steps"
@@ -76,9 +76,9 @@ class Claim:
         )
 
     def begin(self, config: RunConfig, step: int | None) -> None:
-        """Write down the settings, or in which they differ where a run goes on from a step.
+        """Record the settings, or their differences if a run continues from a step.
 
-        Nobody else of this process can take the folder from now on. Collective.
+        No other run of this process can take the folder from now on. Collective.
         """
         if self._lock is None:
             return
@@ -91,25 +91,25 @@ class Claim:
             self._log(line)
 
     def lost(self) -> CheckpointError | None:
-        """What is wrong where another run has taken the folder from this one, on the first rank."""
+        """The error, on the first rank, if another run has taken the folder from this one."""
         if self._lock is None or self._lock.lost is None:
             return None
         return CheckpointError(
             f"the run folder {str(self._folder.path)!r} was taken by {self._lock.lost} while this "
-            "run did not answer; it ends and leaves the folder as it is"
+            "run did not respond; this run ends and leaves the folder unchanged"
         )
 
     def release(self) -> None:
-        """Give the folder back to whoever wants it next; a folder that is empty goes."""
+        """Release the folder; it is removed if it is empty."""
         if self._lock is not None:
             self._lock.release()
             self._folder.remove_empty()
 
 
 def own_folder(folder: Path, seconds: float, log: Callable[[str], None]) -> RunLock:
-    """Become the owner of a run folder, or wait for it so many seconds. Collective.
+    """Become the owner of a run folder, or wait for it this many seconds. Collective.
 
-    Raises InUseError, on all ranks, where another run is at work in it all that time.
+    Raises InUseError, on all ranks, if another run uses it all that time.
     """
     lock = RunLock(folder, log)
     if run_on_main(lambda: lock.acquire(0)):

@@ -1,4 +1,4 @@
-"""A run's config as the lower rooms take it: its algorithm, and what it asks of the engine."""
+"""Parts of a run's config for the lower packages: its algorithm, and its engine's requirements."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def compose(
     device: torch.device | str = "cpu",
     task: Task | None = None,
 ) -> Algorithm:
-    """The algorithm of a run, with its add-ons; raises what `build_algorithm` does."""
+    """Make the algorithm of a run, with its add-ons; raises what `build_algorithm` does."""
     algorithm, addons = (cast(Any, part) for part in (config.algorithm, config.addons))
     task = task or make_task(config.task.name)
     return build_algorithm(algorithm, addons, num_classes, device, config.steps, task)
 
 
 def execution_request(config: RunConfig) -> ExecutionRequest:
-    """Give what a run asks of the engine."""
+    """Return a run's requirements of the engine."""
     training = {"steps": config.steps}
     for name in ("optim", "schedule"):
         section = getattr(config, name)

@@ -39,7 +39,7 @@ from hpdist.train.optim import Optim, Schedule
 
 
 class Run(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Where a run is stored, and what makes it reproducible."""
 
     dir: str = "runs"
     """Folder that holds the run folders."""
@@ -48,7 +48,7 @@ class Run(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the data order, the choice of labels and every view's noise."""
     wait: float = Field(0.0, ge=0)
-    """Seconds to wait for the end of another run that is at work in the run folder."""
+    """Seconds to wait for another run in the run folder to end."""
 
     @property
     def folder(self) -> Path:
@@ -57,12 +57,12 @@ class Run(Section):
 
 
 class Batch(Section):
-    """Global batch sizes: summed over all ranks, whatever their number."""
+    """Global batch sizes: sums over all ranks, whatever their number."""
 
     labeled: int = Field(64, gt=0)
     """Labelled rows of a step."""
     unlabeled: int = Field(448, gt=0)
-    """Unlabelled rows of a step; unused by an algorithm that has no unlabelled views."""
+    """Unlabelled rows of a step; unused by an algorithm without unlabelled views."""
     micro: int | None = Field(None, gt=0)
     """Rows (labelled and unlabelled together) per device per forward; all at once by default."""
 
@@ -77,13 +77,13 @@ class RunConfig(Section):
     views: Annotated[SerializeAsAny[Component], ComponentOf("views")] = Field(
         default_factory=lambda: ComponentOf("views").choose({})
     )
-    """By default what the columns of the labelled rows ask for."""
+    """By default chosen by the columns of the labelled rows."""
     batch: Batch = Batch()
     algorithm: Annotated[SerializeAsAny[Component], ComponentOf("algorithm")]
     addons: list[Annotated[SerializeAsAny[Component], ComponentOf("addon")]] = Field([])
-    """What is put around the algorithm, the first innermost; each at most once."""
+    """Wrappers of the algorithm, the first innermost; each at most once."""
     precision: Precision | None = None
-    """fp32, bf16 or fp16; by default what the launcher says, else fp32."""
+    """fp32, bf16 or fp16; by default the launcher's setting, else fp32."""
     loss_scale: LossScale = LossScale()
     zero: Zero = Zero()
     activation_checkpointing: bool = False
@@ -93,7 +93,7 @@ class RunConfig(Section):
     find_unused_parameters: bool = False
     """Have DDP itself look, before every backward, for parameters that it will not reach.
 
-    Nothing needs it: what a step does not reach is found after the backward, at no such cost.
+    Nothing needs it: hpdist finds them after the backward, without that cost.
     """
     optim: Annotated[Optim, ByName()] = Optim()
     schedule: Annotated[Schedule, ByName()] = Schedule()
@@ -113,7 +113,7 @@ class RunConfig(Section):
         names = [addon.name for addon in value]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"{', '.join(sorted(twice))} is there twice; name each add-on once")
+            raise ValueError(f"{', '.join(sorted(twice))} occurs twice; name each add-on once")
         return value
 
     @model_validator(mode="after")
@@ -121,8 +121,8 @@ class RunConfig(Section):
         seconds, patience = self.watchdog.seconds, self.data.loading.patience
         if seconds is not None and seconds <= patience:
             raise ValueError(
-                f"watchdog.seconds: {seconds:g} must be more than data.loading.patience, which is "
-                f"{patience:g}; lower that, or raise this"
+                f"watchdog.seconds: {seconds:g} must be more than data.loading.patience "
+                f"({patience:g}); lower that, or raise this"
             )
         return self
 
@@ -132,14 +132,14 @@ class RunConfig(Section):
         chosen = [name for name in CHOICES if getattr(labeled, name) is not None]
         if self.algorithm.name == "fully_supervised" and chosen:
             raise ValueError(
-                f"data.labeled.{chosen[0]}: fully_supervised learns from every label; set it to "
+                f"data.labeled.{chosen[0]}: fully_supervised trains on every label; set it to "
                 "null, or choose algorithm.name: supervised"
             )
         return self
 
     @model_validator(mode="after")
     def _by_class(self) -> RunConfig:
-        """What goes by a row's class needs rows that have one."""
+        """Refuse settings that need a class for every row if the task has none."""
         if self.task.name == "classification":
             return self
         unlabeled = self.data.unlabeled
@@ -151,15 +151,15 @@ class RunConfig(Section):
         for setting, value in used.items():
             if value is not None:
                 raise ValueError(
-                    f"{setting}: goes by the class of a row, and of task.name: {self.task.name} a "
-                    "row has not one; use data.labeled.rows or indices"
+                    f"{setting}: needs the class of each row, and with task {self.task.name} rows "
+                    "have none; use data.labeled.rows or indices"
                 )
         return self
 
     def to_yaml(self) -> str:
-        """The resolved configuration, as YAML that `load` takes.
+        """Return the resolved configuration as YAML that `load` can read.
 
-        Passwords and signatures are left out; of such a file `load` asks for them.
+        Passwords and signatures are left out; `load` then asks for them.
         """
         values = redacted_settings(self.model_dump(mode="json"))
         left_out = redacted_parts(values)
@@ -175,7 +175,7 @@ def parse(values: Mapping[str, Any], where: str = "config", given: Sequence[str]
     left_out = redacted_parts(values)
     if left_out:
         raise ConfigError(
-            f"{where}: {', '.join(left_out)}: a password or signature was left out where it says "
+            f"{where}: {', '.join(left_out)}: a password or signature was replaced by "
             f"{MARK}; write the whole value there, or give it again: --{left_out[0]} …"
         )
     try:
@@ -188,25 +188,25 @@ def parse(values: Mapping[str, Any], where: str = "config", given: Sequence[str]
 
 
 def named(value: str | Mapping[str, Any] | Component) -> dict[str, Any]:
-    """The settings of a section that may be given by its name alone."""
+    """Return the settings of a section that may be given by its name only."""
     if isinstance(value, Component):
         return value.model_dump()
     return {"name": value} if isinstance(value, str) else dict(value)
 
 
 def _spelt(path: str, given: Sequence[str]) -> str:
-    """A setting's path, with dashes where the command line gave it or a part of it."""
+    """Spell a setting's path, with dashes if it came from the command line."""
     typed = (f"{key}." for key in given)
     own = f"{path}."
     return f"--{path}" if any(own.startswith(key) or key.startswith(own) for key in typed) else path
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = True) -> RunConfig:
-    """Read a YAML file, lay the command line's overrides over it, and validate.
+    """Read a YAML file, apply the command line's overrides, and validate.
 
-    `overrides` are `--key.sub value` or `--key.sub=value`; values are read as YAML. Without
-    `run_code` no module of a `python:` name is imported, and its settings are taken as they are:
-    such a config can be looked at, and nothing can be built from it. Raises ConfigError.
+    `overrides` are `--key.sub value` or `--key.sub=value`; values are parsed as YAML. Without
+    `run_code` no module of a `python:` name is imported, and its settings are not checked: such a
+    config can be inspected, but nothing can be built from it. Raises ConfigError.
     """
     path = Path(path)
     if not path.exists():
@@ -225,7 +225,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, run_code: bool = Tr
 
 
 def _default_name(path: Path) -> str:
-    """The config file's; in a sweep of W&B with the run's id, since each is a run of its own."""
+    """The config file's name; in a W&B sweep with the run's id, since each is a run of its own."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run"
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         name = f"{name}-{os.environ['WANDB_RUN_ID']}"
@@ -233,5 +233,5 @@ def _default_name(path: Path) -> str:
 
 
 def json_schema() -> str:
-    """The JSON Schema of a config file, for editors: every component's options included."""
+    """Return the JSON Schema of a config file, for editors, with every component's options."""
     return json.dumps(RunConfig.model_json_schema(), indent=2)

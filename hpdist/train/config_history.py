@@ -1,7 +1,7 @@
-"""What a run folder says of its settings: those that it began with, and what has changed since.
+"""The settings in a run folder: those at the beginning, and the changes since.
 
-`config.yaml` is never rewritten: it says how the weights began. Where a run goes on with other
-settings, a line of `config_changes.jsonl` says from which step on they hold:
+`config.yaml` is never rewritten: it describes how the weights began. If a run continues with other
+settings, a line of `config_changes.jsonl` records from which step on they hold:
 
     {"step": 200, "settings": {"optim.lr": {"was": 0.03, "now": 0.003}}}
 """
@@ -23,22 +23,22 @@ from hpdist.train import config as configuration
 from hpdist.train.config import RunConfig
 
 CONFIG = "config.yaml"
-_ELSEWHERE = ("run.dir", "run.name", "run.wait")  # where a run lies and who waits for it is no part
-_SHOWN = 5  # settings that a line for a person names
+_ELSEWHERE = ("run.dir", "run.name", "run.wait")  # not settings of the training
+_SHOWN = 5  # settings named in a message
 
 
 def begin_config(folder: RunFolder, config: RunConfig) -> None:
-    """Write down the settings of a run that begins. Raises CheckpointError where that cannot be."""
+    """Record the settings of a new run. Raises CheckpointError if that fails."""
     folder.write_text(CONFIG, config.to_yaml())
     if folder.main:
         (folder.path / CHANGES).unlink(missing_ok=True)  # of a run without a checkpoint
 
 
 def continue_config(folder: RunFolder, config: RunConfig, step: int) -> str | None:
-    """Write down what differs in a run that goes on from a step; give it as a line for a person.
+    """Record what differs in a run that continues from a step; return it as a message.
 
-    What was noted of this step and later ones is dropped, since those steps are done again. For the
-    main process alone. Raises CheckpointError where that cannot be.
+    Earlier records of this step and later ones are dropped, since those steps are repeated. For the
+    main process only. Raises CheckpointError if that fails.
     """
     if not (folder.path / CONFIG).exists():
         folder.write_text(CONFIG, config.to_yaml())
@@ -58,7 +58,7 @@ def continue_config(folder: RunFolder, config: RunConfig, step: int) -> str | No
 def differences(
     folder: RunFolder, config: RunConfig, changes: list[dict[str, Any]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The settings that are not those of the run so far, by their dotted names."""
+    """The settings that differ from those of the run so far, by their dotted names."""
     if changes is None:
         changes = _recorded(folder.path / CHANGES)
     before = _began_with(folder)
@@ -74,7 +74,7 @@ def differences(
 
 
 def _recorded(path: Path) -> list[dict[str, Any]]:
-    """The changes that were noted, as far as they are what this module writes."""
+    """The recorded changes, as far as this module wrote them."""
     records = [record for _, record in read_records(path)] if path.exists() else []
     return [record for record in records if _is_change(record.get("settings"))]
 
@@ -86,7 +86,7 @@ def _is_change(settings: Any) -> bool:
 
 
 def describe_differences(found: dict[str, dict[str, Any]]) -> str:
-    """Some changes, for a person."""
+    """Describe changes in a message."""
     named = [f"{key} {change['was']} -> {change['now']}" for key, change in found.items()]
     more = f", and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     return ", ".join(named[:_SHOWN]) + more
@@ -102,9 +102,9 @@ def _began_with(folder: RunFolder) -> dict[str, Any]:
                 raise ValueError("it holds no settings")
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(
-                f"{path}: what the run recorded cannot be read: {' '.join(str(error).split())}; "
+                f"{path}: the run's settings cannot be read: {' '.join(str(error).split())}; "
                 "restore the file from a copy, or choose another run.name"
             ) from error
-    with suppress(ConfigError):  # an earlier version knew fewer settings, whose defaults held
+    with suppress(ConfigError):  # an earlier version had fewer settings; defaults applied
         values = configuration.parse(values or {}).model_dump(mode="json")
     return flat(values or {})

@@ -1,4 +1,4 @@
-"""The data of a run: dealt out batch by batch, and accounted for."""
+"""The data of a run: read batch by batch, and tracked."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from hpdist.train.sets import RunSets
 
 
 class RunData:
-    """This rank's batches of the sets that a run trains and measures on.
+    """This rank's batches of the sets for training and evaluation.
 
     Args:
         sets: The sets of the run, opened.
         folder: The folder of the run.
         rank: This rank.
-        world_size: How many ranks there are.
-        files: Whether the audit of unlabelled rows is written, where the settings ask for one.
+        world_size: The number of ranks.
+        files: Whether the audit of unlabelled rows is written, if the settings ask for one.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class RunData:
         self.rank = rank
         self.world_size = world_size
         self.config = sets.config
-        """The run's settings, with what the views took from the rows and the model."""
+        """The run's settings, with those that views took from the rows and the model."""
         self.spec = sets.spec
         self.unlabeled_spec = sets.unlabeled_spec
         self.labeled = sets.labeled
@@ -52,7 +52,7 @@ class RunData:
         self.views = sets.views
         self.num_classes = sets.num_classes
         self.unlabeled_rows = sets.unlabeled_rows
-        """How many unlabelled rows there are, where that is known."""
+        """The number of unlabelled rows, if it is known."""
         source, batch = self.config.data.unlabeled, self.config.batch
         self._bad = BadRows(rank, None if source is None else source.max_bad_rows)
         for name, ids in sets.unreadable.items():
@@ -89,23 +89,23 @@ class RunData:
 
     @property
     def fitted(self) -> dict[str, Tensor]:
-        """What views and targets were measured to be, for the checkpoint."""
+        """Numbers that views and targets measured, for the checkpoint."""
         return self.sets.fitted
 
     def next(self) -> tuple[LabeledBatch, UnlabeledBatch | None]:
-        """Give this rank's slices of the next global batches."""
+        """Return this rank's slices of the next global batches."""
         labeled = next(self.labeled_stream)
         return labeled, next(self.unlabeled_stream) if self.unlabeled_stream else None
 
     def iterate_once(self) -> Iterator[UnlabeledBatch]:
-        """Every unlabelled row once: this rank's slices of batches that begin an epoch.
+        """Iterate once over all unlabelled rows: this rank's slices, from the start of an epoch.
 
-        Rows of the last batch that are not of epoch 0 are there for equal shapes only. Collective:
-        every rank must go through all of them; raises DataError on all ranks alike.
+        Rows of the last batch that are not of epoch 0 only pad it. Collective: every rank must
+        iterate over all of them; raises the same DataError on all ranks.
         """
         rows, batch = self.unlabeled_rows, self.config.batch.unlabeled
         if rows is None:
-            raise DataError("data.unlabeled: how many rows there are is not known")
+            raise DataError("data.unlabeled: the number of rows is not known")
         stream = self._unlabeled_stream()
         try:
             with working("going through the unlabelled rows", rows, "rows") as work:
@@ -117,7 +117,7 @@ class RunData:
             stream.close()
 
     def prefetch(self, should_stop: Callable[[], bool] = lambda: False) -> HpdistError | None:
-        """Wait for the batches that `next` will give; what stands in their way, if anything."""
+        """Wait for the batches that `next` will return; return the error if there is one."""
         try:
             for stream in self.streams.values():
                 stream.prefetch(should_stop)
@@ -127,7 +127,7 @@ class RunData:
 
     @property
     def epoch(self) -> int:
-        """How often the unlabelled rows, or else the labelled ones, have been gone through."""
+        """The number of passes over the unlabelled rows, or without those the labelled ones."""
         return (self.unlabeled_stream or self.labeled_stream).epoch
 
     @property
@@ -138,9 +138,9 @@ class RunData:
     def record_consumed(
         self, batch: UnlabeledBatch | None, attempt: int, applied: bool, bad_rows: int
     ) -> DataError | None:
-        """Take note of what a step consumed; `bad_rows` are those of all ranks.
+        """Record what a step consumed; `bad_rows` are those of all ranks.
 
-        Gives an error, on all ranks alike, where an epoch has had too many.
+        Returns an error, the same on all ranks, if an epoch has had too many.
         """
         if batch is None:
             return None
@@ -150,29 +150,29 @@ class RunData:
 
     @property
     def bad_rows(self) -> int:
-        """Rows of the whole run that could not be used, of all ranks."""
+        """Rows of the whole run, on all ranks, that could not be used."""
         return self._bad.count
 
     def take_audit(self) -> Callable[[], None]:
-        """A call that writes the audit up to here, for the checkpoint that it belongs to."""
+        """Return a call that writes the audit up to now, for the checkpoint that includes it."""
         return self._audit.take() if self._audit is not None else lambda: None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the streams' positions."""
+        """Return the state for a checkpoint, besides the streams' positions."""
         return self._bad.state()
 
     def load_state(self, state: Mapping[str, Any], attempts: int) -> None:
-        """Go on from a checkpoint; what was written after it is dropped."""
+        """Continue from a checkpoint; later audit records are dropped."""
         self._bad.load_state(state)
         self.drop_audit_after(attempts)
 
     def drop_audit_after(self, attempts: int) -> None:
-        """Remove what an earlier process wrote of later attempts."""
+        """Remove what an earlier process recorded about later attempts."""
         if self._audit is not None and self.folder.main:
             self._audit.drop_after(attempts)
 
     def evaluation_batches(self, rows: LabeledRows) -> Iterator[tuple[LabeledBatch, Tensor]]:
-        """Every row of a measured set once, over all ranks."""
+        """All rows of a measured set once, over all ranks."""
         batch, report = self.config.eval.batch, partial(self._bad.name_held_out, rows.name)
         return evaluation_batches(rows, self.spec, batch, self.rank, self.world_size, report)
 

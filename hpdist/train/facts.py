@@ -1,4 +1,4 @@
-"""The types of what a run adds to a checkpoint's manifest: its counters and its positions."""
+"""The types of a run's facts in a checkpoint's manifest: its counters and its positions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class StreamFacts(BaseModel):
-    """Where a stream of batches goes on; its reader checks what `order` and `resume` hold."""
+    """The position of a stream of batches; its reader checks `order` and `resume`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -23,7 +23,7 @@ class StreamFacts(BaseModel):
 
 
 class DataFacts(BaseModel):
-    """Counts of the rows that could not be used: of the run, and of an epoch (epoch, rows)."""
+    """Numbers of unusable rows: in the run, and in an epoch (epoch, rows)."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -32,7 +32,7 @@ class DataFacts(BaseModel):
 
 
 class RunFacts(BaseModel):
-    """What `RunState.save` hands to the writer of checkpoints, for `open_newest` to check."""
+    """The facts that `RunState.save` gives the writer of checkpoints; `open_newest` checks them."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

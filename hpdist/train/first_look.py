@@ -1,4 +1,4 @@
-"""Looks at the labelled rows of a run before it trains: which of them cannot be decoded."""
+"""Checks before training which labelled rows of a run cannot be decoded."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hpdist.distributed.collectives import call_on_all_ranks, gathered, world_si
 
 
 def look_at_labeled(rows: LabeledRows, spec: InputSpec) -> str | None:
-    """Decode the labelled rows, or many of them; say what was not looked at. Collective.
+    """Decode the labelled rows, or many of them; report which were not checked. Collective.
 
-    Raises DataError, on all ranks, where some cannot be decoded.
+    Raises DataError, on all ranks, if some cannot be decoded.
     """
     looks = gathered(look_through(rows, spec, _rank(), world_size(), most=MOST_LABELED))
     return call_on_all_ranks(lambda: refuse_unreadable(rows, looks))
 
 
 def look_at_held_out(rows: LabeledRows, spec: InputSpec) -> tuple[str | None, set[int]]:
-    """Say which rows that are measured on cannot be read, as far as time allows. Collective.
+    """Report which held-out rows cannot be read, as far as time allows. Collective.
 
-    Also gives the ids of the rows that the line names.
+    Returns the ids of the rows in the message too.
     """
     looks = gathered(look_through(rows, spec, _rank(), world_size()))
     named = [row.id for look in looks for row in look.bad][:1]

@@ -1,4 +1,4 @@
-"""What a run measures on its training rows and keeps: the views' numbers, and the targets'."""
+"""Numbers that a run measures on its training rows and keeps: the views', and the targets'."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hpdist.distributed.collectives import run_on_main
 from hpdist.errors import CheckpointError
 from hpdist.messages.progress import working
 
-_VIEWS, _TARGETS = "views/", "targets/"  # their names in a checkpoint
+_VIEWS, _TARGETS = "views/", "targets/"  # prefixes in a checkpoint
 
 
 @working("measuring the training rows for the views")
@@ -31,9 +31,9 @@ def fitted_views(
     unlabeled: AnyUnlabeled | None,
     saved: SavedRun | None,
 ) -> Views:
-    """Make the views, with what they measure on the training rows or had measured. Collective.
+    """Make the views, with numbers measured on the training rows or restored. Collective.
 
-    Raises CheckpointError where the run that goes on had other views.
+    Raises CheckpointError if the continued run had other views.
     """
     views = _make_views(config, seed, spec)
     if not isinstance(views, FittedViews):
@@ -66,7 +66,7 @@ def _make_views(config: Component, seed: int, spec: InputSpec) -> Views:
 
 
 def fitted_state(views: Views, scale: Scale | None) -> dict[str, Tensor]:
-    """Give what views and targets were measured to be, for the checkpoint."""
+    """Return the measured numbers of views and targets, for the checkpoint."""
     state = views.state() if isinstance(views, FittedViews) else {}
     found = {f"{_VIEWS}{name}": value for name, value in state.items()}
     if scale is not None:
@@ -76,7 +76,7 @@ def fitted_state(views: Views, scale: Scale | None) -> dict[str, Tensor]:
 
 
 def saved_scale(saved: SavedRun | None) -> Scale | None:
-    """Give what a run that goes on standardised its targets by."""
+    """Return the numbers by which a continued run standardised its targets."""
     if saved is None or f"{_TARGETS}mean" not in saved.common:
         return None
     return Scale(*(saved.common[f"{_TARGETS}{name}"].numpy() for name in ("mean", "std")))

@@ -1,4 +1,4 @@
-"""Self-training: the teacher labels every unlabelled row, and a student begins anew."""
+"""Self-training: the teacher labels every unlabelled row, and the student is reset."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hpdist.train.step import SemiSupervisedStep
 
 
 class Generations:
-    """The generations of a run, each as long as the others.
+    """The generations of a run, all of the same length.
 
     Args:
-        step: Of the run; its algorithm says how many there are.
+        step: Of the run; its algorithm gives the number of generations.
         data: Of the run.
-        initial: The weights and buffers that every student begins with, by name, on the CPU.
+        initial: The initial weights and buffers of every student, by name, on the CPU.
         steps: Of the whole run.
 
-    Raises ConfigError where the steps do not divide, or the rows are not known beforehand.
+    Raises ConfigError if the steps do not divide, or the number of rows is not known.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Generations:
             raise ConfigError(f"{name} needs a teacher; give its decay")
         if data.unlabeled_rows is None:
             raise ConfigError(
-                f"data.unlabeled: {name} labels every row between generations, and how many rows "
-                "there are is not known; convert them to Parquet: hpdist convert"
+                f"data.unlabeled: {name} labels every row between generations, and the number of "
+                "rows is not known; convert them to Parquet: hpdist convert"
             )
 
     @property
@@ -65,7 +65,7 @@ class Generations:
         return step % self.steps if self.count > 1 else step
 
     def begin(self, heartbeat: Callable[[], None] = lambda: None) -> None:
-        """Label all rows and reset the student; `beat` is called now and then. Collective."""
+        """Label all rows and reset the student; `heartbeat` is called regularly. Collective."""
         step = self.step
         assert step.teacher is not None
         with step.teacher.teacher_weights():
@@ -79,7 +79,7 @@ class Generations:
 
     @torch.no_grad()
     def _label(self, batch: UnlabeledBatch) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities of the global batch's rows that are new and can be used."""
+        """Ids and probabilities of the global batch's rows that are new and usable."""
         engine = self.step.engine
         moved = batch.to(engine.device, non_blocking=True)
         logits = engine.infer(self.step.views.plain(moved.inputs))
@@ -87,7 +87,7 @@ class Generations:
         new = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
         if batch.epochs is not None:
             new = new & (batch.epochs == 0)
-        assert moved.ids is not None  # a stream's rows have them
+        assert moved.ids is not None  # rows of a stream have them
         packed = torch.cat(
             [new[:, None].to(engine.device), encode_ids(moved.ids), probabilities], dim=1
         )
@@ -110,7 +110,7 @@ class Generations:
 
 
 def initial_values(model: nn.Module, generations: int) -> dict[str, Tensor]:
-    """A copy of a model's weights and buffers on the CPU, where it will be needed."""
+    """Copy a model's weights and buffers to the CPU, if they will be needed."""
     if generations == 1:
         return {}
     named = [*named_parameters(model), *named_buffers(model)]

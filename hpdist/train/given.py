@@ -1,4 +1,4 @@
-"""What Python code may give `Trainer` in place of names: modules, algorithms, rows in memory."""
+"""Objects that Python code may give `Trainer` instead of names: modules, algorithms, rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ROWS = (
 
 @dataclass
 class InMemoryInputs:
-    """What Python code gives in place of a name in the config."""
+    """Objects that Python code gave instead of names in the config."""
 
     model: nn.Module | None = None
     algorithm: Algorithm | None = None
@@ -42,16 +42,16 @@ class InMemoryInputs:
 
 
 class GivenAlgorithm(AlgorithmConfig):
-    """Stands for an algorithm that is an object in Python; its options are in that object."""
+    """Stands for an algorithm that is a Python object, which holds its options."""
 
     name: Literal["python:(given)"]
     type: str
-    """Its class."""
+    """The class of the object."""
     _algorithm: Algorithm
 
     @classmethod
     def of(cls, algorithm: Algorithm) -> GivenAlgorithm:
-        """The config of an object."""
+        """Make the config of an object."""
         kind = type(algorithm)
         config = cls(name=IN_PYTHON, type=f"{kind.__module__}.{kind.__qualname__}")
         config._algorithm = algorithm
@@ -60,7 +60,7 @@ class GivenAlgorithm(AlgorithmConfig):
     def build(
         self, num_classes: int, device: torch.device | str = "cpu", steps: int = 1
     ) -> Algorithm:
-        """Give the object, with its tensors on `device`."""
+        """Return the object, with its tensors on `device`."""
         for name, value in vars(self._algorithm).items():
             if isinstance(value, Tensor):
                 setattr(self._algorithm, name, value.to(device))
@@ -71,7 +71,7 @@ class GivenAlgorithm(AlgorithmConfig):
 
 
 def check_classes(algorithm: Algorithm | None, num_classes: int) -> None:
-    """Raise ConfigError where an algorithm that was given was made for other classes."""
+    """Raise ConfigError if a given algorithm was made for another number of classes."""
     made_for = getattr(algorithm, "num_classes", num_classes)
     if made_for != num_classes:
         raise ConfigError(
@@ -81,9 +81,9 @@ def check_classes(algorithm: Algorithm | None, num_classes: int) -> None:
 
 
 def algorithm_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Component:
-    """The settings of an algorithm, however it was given; an object is put into `objects`.
+    """Return the settings of an algorithm, however it was given; an object goes into `objects`.
 
-    An object of hpdist's own stands for its options; one's own is used itself. Raises ConfigError.
+    An object of hpdist's classes becomes settings; any other is used itself. Raises ConfigError.
     """
     if isinstance(value, str):
         return {"name": value}
@@ -121,7 +121,7 @@ def _called(kind: type[Algorithm]) -> Algorithm:
 
 
 def _options_of(algorithm: Algorithm) -> dict[str, Any] | None:
-    """The settings that make an algorithm just like this one, if there are any."""
+    """The settings that make an algorithm equal to this one, if there are any."""
     options = algorithm.settings()
     if options is None:
         return None
@@ -148,7 +148,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Component:
-    """The settings of a model, however it was given; a module is put into `objects`."""
+    """Return the settings of a model, however it was given; a module goes into `objects`."""
     if isinstance(value, nn.Module):
         check_given_model(value)
         objects.model = value
@@ -166,7 +166,7 @@ def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Compone
 
 
 def rows_given(name: str, value: Any, objects: InMemoryInputs) -> dict[str, Any]:
-    """The settings of a set, however its rows were given; those in memory go into `objects`."""
+    """Return the settings of a set, however it was given; rows in memory go into `objects`."""
     columns: Mapping[str, Any] = {}
     if isinstance(value, tuple):
         if len(value) != 2 or not isinstance(value[1], Mapping):
@@ -186,7 +186,7 @@ _DICTS = (datasets.DatasetDict, datasets.IterableDatasetDict)
 
 
 def _rows(name: str, value: Any) -> Any:
-    """Rows as `datasets` has them."""
+    """Convert rows into a `datasets` object."""
     if isinstance(value, _DICTS):
         if len(value) != 1:
             splits = ", ".join(map(str, value)) or "none"
@@ -202,15 +202,15 @@ def _rows(name: str, value: Any) -> Any:
             return datasets.Dataset.from_pandas(value, preserve_index=False)
         if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
             return datasets.Dataset.from_list(value)
-    except Exception as error:  # pyarrow raises many
+    except Exception as error:  # pyarrow raises many types
         raise ConfigError(
-            f"{name}: no table can be made of it: {type(error).__name__}: {error}"
+            f"{name}: cannot be made a table: {type(error).__name__}: {error}"
         ) from error
     raise ConfigError(f"{name}: must be {_ROWS}, not {_what(value)}")
 
 
 def _what(value: Any) -> str:
-    """A value that was given, for a message."""
+    """Describe a given value for a message."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     kind = type(value)

@@ -1,4 +1,4 @@
-"""What stands between a run and its end: signals that ask it to stop, and a watch for hangs."""
+"""Handling of signals that ask a run to stop, and a watchdog for hangs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LAUNCHER_GONE = "the end of the launcher"
 
 
 class RunGuard:
-    """While it is entered, signals that ask the run to stop are noted, and a hang ends the run.
+    """Inside, signals that ask the run to stop are noted, and a hang ends the run.
 
-    These are SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C). Further ones change nothing, since
-    schedulers and launchers often send several, but for a second SIGINT, which ends the process at
-    once, or in a notebook raises KeyboardInterrupt. torchrun hands a second Ctrl-C on as SIGTERM,
-    so under it a SIGTERM after SIGINT ends the process too. SIGHUP and SIGINT stay ignored where
-    they are, as under `nohup` or in a shell's background job; the others do not, since a launcher
-    that ignores SIGUSR1 itself (`launch/slurm.sbatch`) hands that down to the ranks.
+    These are SIGTERM, SIGUSR1, SIGHUP and SIGINT (Ctrl-C). Repetitions have no effect, since
+    schedulers and launchers often send several, except a second SIGINT, which ends the process at
+    once, or in a notebook raises KeyboardInterrupt. torchrun passes a second Ctrl-C on as SIGTERM,
+    so under it a SIGTERM after SIGINT ends the process too. SIGHUP and SIGINT stay ignored if they
+    are, as under `nohup` or in a shell's background job; the others do not, since a launcher
+    that ignores SIGUSR1 itself (`launch/slurm.sbatch`) passes that on to the ranks.
 
     Args:
-        rank: This one.
-        seconds: How long a step may take; `None` watches nothing.
-        launcher: Says whether the launcher is gone, which asks the run to stop as well.
+        rank: This rank.
+        seconds: How long a step may take; `None` disables the watchdog.
+        launcher: Knows whether the launcher has ended, which also asks the run to stop.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RunGuard:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunGuard:
-        if threading.current_thread() is threading.main_thread():  # else Python allows no handler
+        if threading.current_thread() is threading.main_thread():  # else Python allows no handlers
             heard = [s for s in _SIGNALS if not _stays_as_it_is(s)]
             self._before = {number: signal.signal(number, self._note) for number in heard}
         self._watchdog.start()
@@ -64,7 +64,7 @@ class RunGuard:
         self._before = {}
 
     def heartbeat(self, step: int, doing: str) -> None:
-        """Tell of progress."""
+        """Report progress."""
         self._watchdog.heartbeat(step, doing)
 
     def stopping(self) -> bool:
@@ -74,12 +74,12 @@ class RunGuard:
         return self.received is not None
 
     def stop_error(self, step: int) -> StoppedError:
-        """The error that ends a run which was asked to stop. Collective: every rank must call."""
+        """Return the error that ends a run asked to stop. Collective: every rank must call."""
         received = {rank: name for rank, name in enumerate(gathered(self.received)) if name}
         signals = ", ".join(f"{name} on rank {rank}" for rank, name in received.items())
         error = StoppedError(
             f"stopped by {signals or 'another rank'} after step {step}, which is saved; start the "
-            "same command again to go on"
+            "same command again to continue"
         )
         error.everywhere = True
         return error
@@ -87,8 +87,8 @@ class RunGuard:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
-            # The system's own way also ends a process that waits in a collective; a notebook's must
-            # not end.
+            # The system's default also ends a process that waits in a collective; a notebook's
+            # process must not end.
             interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
             before = self._before[signal.SIGINT]
             signal.signal(signal.SIGINT, before if interactive else signal.SIG_DFL)
@@ -100,7 +100,7 @@ class RunGuard:
 
 
 def _stays_as_it_is(number: signal.Signals) -> bool:
-    """Return whether a signal is left to who handles, or rightly ignores, it already."""
+    """Return whether a signal should be left to its present handler, or rightly is ignored."""
     handler = signal.getsignal(number)
     ignored = handler is signal.SIG_IGN and number in _MAY_BE_IGNORED
     return handler is None or ignored  # None: a handler that C code has installed

@@ -1,7 +1,7 @@
 """The loop of a run around `SemiSupervisedStep`, and its recovery.
 
-A step is attempted; what is due after it (record, checkpoint, evaluation) is done; a run that is
-asked to stop is saved, and one that has diverged goes back.
+A step is attempted; then follows what is due (record, checkpoint, evaluation); a run that is asked
+to stop is saved, and one that has diverged is rolled back.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from hpdist.train.run_log import RunLog
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a step, and what keeps the run from going on after it."""
+    """One attempt at a step, and the errors that keep the run from continuing."""
 
     outcome: StepOutcome
     problem: HpdistError | None
-    """This rank's, with the rows of the next step or with the run's folder."""
+    """This rank's error, with the rows of the next step or with the run's folder."""
     excess: DataError | None
-    """The error of too many rows that cannot be used, the same on every rank."""
+    """The error of too many unusable rows, the same on every rank."""
 
 
 class RunLoop:
@@ -71,14 +71,14 @@ class RunLoop:
         self._logs: list[RunLog] = []
         self._closing = ExitStack()  # closes the logs
         self._closed = False
-        self._handed_back = False  # what was learnt, to the module that was given
+        self._handed_back = False  # whether the given module has the trained weights
 
     @redacted_errors()
     def fit(self) -> dict[str, object]:
         """Train to the configured number of steps, evaluate, write and return the summary.
 
-        A run that has done all of them, now or before, gives its summary and changes nothing.
-        Collective: every rank must call. Raises ConfigError where the trainer was closed before.
+        A run that has done all of them, now or before, returns its summary and changes nothing.
+        Collective: every rank must call. Raises ConfigError if the trainer was closed before.
         """
         if self._handed_back:
             return dict(self._summary)
@@ -92,7 +92,7 @@ class RunLoop:
         return dict(self._summary)
 
     def _fit(self) -> None:
-        """Train, and close whatever comes of it. Collective."""
+        """Train, and close in any case. Collective."""
         self._check_open()
         log = self._open_log(self.files)
         try:
@@ -105,9 +105,9 @@ class RunLoop:
 
     @redacted_errors()
     def save(self) -> None:
-        """Begin to write a checkpoint of the run as it stands. Every rank must call.
+        """Begin to write a checkpoint of the run's present state. Every rank must call.
 
-        Raises ConfigError where the trainer is closed and the run has gone on since it was saved.
+        Raises ConfigError if the trainer is closed and the run has advanced since it was saved.
         """
         if self._closed and self.saving.saved:
             return
@@ -115,9 +115,9 @@ class RunLoop:
         self._save()
 
     def close(self) -> None:
-        """Stop the reading threads, and close tracker and console; any number of times.
+        """Stop the reading threads, and close tracker and console; may be called repeatedly.
 
-        What is being written is finished, and the run folder is free for another run.
+        Pending writes are finished, and the run folder is released.
         """
         if self._closed:
             return
@@ -132,12 +132,12 @@ class RunLoop:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError(
-                "this trainer is closed; make it anew, and it goes on from its checkpoint"
+                "this trainer is closed; make a new one, and it continues from its checkpoint"
             )
 
     @property
     def log(self) -> RunLog:
-        """Where the run's numbers go, while it trains."""
+        """The log of the run's numbers, while it trains."""
         return self._logs[-1]
 
     def _open_log(self, files: bool) -> RunLog:
@@ -157,7 +157,7 @@ class RunLoop:
         return log
 
     def _train(self) -> dict[str, object]:
-        """Do all steps that are left; give the summary. Collective."""
+        """Do all remaining steps; return the summary. Collective."""
         config, step, facts = self.config, self.step, self.run.outset.facts
         self.claim.begin(self.data.config, None if facts is None else step.applied_steps)
         with self.guard:
@@ -173,13 +173,13 @@ class RunLoop:
 
     @working("reading the first rows")
     def _first_rows(self) -> None:
-        """Wait for the first batches; where a rank has none, say so on all. Collective."""
+        """Wait for the first batches; if a rank has none, raise on all. Collective."""
         raise_together(self.data.prefetch(self.guard.stopping))
         if any(gathered(self.guard.stopping())):
             self._stop_early()
 
     def _attempt(self, measure: bool) -> Attempt:
-        """Read one global batch and do one step with it."""
+        """Read one global batch and attempt one step with it."""
         config, step = self.config, self.step
         reseed(config.run.seed, step.attempts, step.engine.rank)
         self.guard.heartbeat(step.applied_steps, "reading rows")
@@ -213,15 +213,15 @@ class RunLoop:
         return learning_rate(config.schedule, config.optim.lr, done, generations.steps)
 
     def _begin_generation(self) -> None:
-        """Have the teacher label all rows, and a student begin anew. Collective."""
+        """Have the teacher label all rows, and reset the student. Collective."""
         done = self.step.applied_steps
-        self.log.log_line(f"step {done}: the teacher labels all rows, and the student begins anew")
+        self.log.log_line(f"step {done}: the teacher labels all rows, and the student is reset")
         start = time.monotonic()
         self.generations.begin(lambda: self.guard.heartbeat(done, "labelling rows"))
         self.log.leave_out(time.monotonic() - start)
 
     def _train_step(self) -> StepOutcome:
-        """One attempt at a step, and whatever is due after it."""
+        """Attempt one step, and do whatever is due after it."""
         config, step = self.config, self.step
         lr = self._rate()
         measure = _due(config.log.every, step.applied_steps + 1, config.steps)
@@ -240,10 +240,10 @@ class RunLoop:
     def _close_step(
         self, outcome: StepOutcome, lr: float, measure: bool, stopping: bool
     ) -> dict[str, Any] | None:
-        """Record, save and evaluate a step, in this order: no evaluation may cost what was trained.
+        """Record, save and evaluate a step, in this order: no evaluation may lose trained steps.
 
-        An evaluation of a run that is stopping waits for the next start, and so does the record
-        that it is part of, which comes back. Collective.
+        If the run is stopping, an evaluation waits for the next start, and so does the record
+        that it belongs to, which is restored. Collective.
         """
         config, done = self.config, self.step.applied_steps
         record = self.records.of_step(outcome, lr, self.log) if measure else {}
@@ -264,8 +264,8 @@ class RunLoop:
     def _stop_early(
         self, pending: dict[str, Any] | None = None, error: HpdistError | None = None
     ) -> NoReturn:
-        """Save and raise what keeps a rank from going on, or asked it to stop. Collective."""
-        raise_together(self.claim.lost())  # whoever has the folder now is let be
+        """Save and raise what keeps a rank from continuing, or asked it to stop. Collective."""
+        raise_together(self.claim.lost())  # the folder's new owner is left alone
         if not self.saving.saved:
             self._save(pending)
         self.saving.finish()
@@ -273,9 +273,9 @@ class RunLoop:
         raise self.guard.stop_error(self.step.applied_steps)
 
     def _evaluate(self, record: dict[str, Any]) -> None:
-        """Measure, and write what was measured with the record of this step. Collective.
+        """Evaluate, and write the results with the record of this step. Collective.
 
-        Where that fails, the run is saved before it ends.
+        If that fails, the run is saved before it ends.
         """
         done = self.step.applied_steps
         self.guard.heartbeat(done, "evaluating")
@@ -285,7 +285,7 @@ class RunLoop:
             found = self.measuring.measure(self.log)
         except Exception as error:
             known = isinstance(error, HpdistError) and error.everywhere
-            if known or world_size() == 1:  # else the other ranks do not know of it
+            if known or world_size() == 1:  # else the other ranks do not know of the error
                 if not self.saving.saved:
                     self._save(record)
                 self.saving.finish()
@@ -293,7 +293,7 @@ class RunLoop:
         self.log.write(done, self.step.attempts, {**record, **found})
 
     def _catch_up(self, facts: Mapping[str, Any]) -> None:
-        """Do an evaluation that a checkpoint came before, unless it is on record. Collective."""
+        """Do an evaluation that was due at a checkpoint, unless it is on record. Collective."""
         pending, done = facts.get("pending"), self.step.applied_steps
         if pending is None:
             return
@@ -309,7 +309,7 @@ class RunLoop:
         """Begin to write a checkpoint. Every rank must call.
 
         Args:
-            pending: The record of this step, where an evaluation that belongs to it comes later.
+            pending: The record of this step, if an evaluation that belongs to it follows.
         """
         outset = self.run.outset
         log = self._logs[-1] if self._logs else None
@@ -322,7 +322,7 @@ class RunLoop:
         )
 
     def _finish(self) -> dict[str, object]:
-        """Evaluate, and write and give the summary. Collective."""
+        """Evaluate, and write and return the summary. Collective."""
         step = self.step
         self.saving.finish()
         summary, confusions = self.measuring.summary()
@@ -332,5 +332,5 @@ class RunLoop:
 
 
 def _due(every: int | None, step: int, last: int) -> bool:
-    """Whether something due every so many steps is due now; at the last step everything is."""
+    """Whether something with an interval of steps is due; at the last step everything is."""
     return step == last or (every is not None and step % every == 0)

@@ -1,4 +1,4 @@
-"""Measures the held-out sets of a run, for its records and its summary; nothing of it steers."""
+"""Evaluates the held-out sets of a run, for its records and its summary only."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _Batch: TypeAlias = tuple[LabeledBatch, Tensor]
 
 
 class Measuring:
-    """What a run is measured on, and what was measured last.
+    """The evaluation of a run, and its latest result.
 
     Args:
-        step: Of the run; its student and its teacher are measured.
-        data: Of the run; during the training its validation set counts, else its test set.
-        state: Of the run, which remembers the best score on the validation set.
+        step: Of the run; its student and its teacher are evaluated.
+        data: Of the run; during the training its validation set is used, else its test set.
+        state: Of the run, which keeps the best score on the validation set.
     """
 
     def __init__(self, step: SemiSupervisedStep, data: RunData, state: RunState) -> None:
@@ -38,10 +38,10 @@ class Measuring:
         self._latest: tuple[str, int, Evaluation] | None = None  # set and step
         self.name = "validation" if data.validation else "test"
         self.rows = data.validation or data.test
-        """What is measured during the training, if there is anything."""
+        """The set for evaluations during the training, if there is one."""
 
     def evaluate(self, rows: LabeledRows) -> Evaluation:
-        """Measure teacher and student on all rows of a set. Collective."""
+        """Evaluate teacher and student on all rows of a set. Collective."""
         step, data = self._step, self._data
         passes = 1 if step.teacher is None else 2
         with working(f"evaluating {rows.name}", passes * len(rows), "rows") as work:
@@ -49,7 +49,7 @@ class Measuring:
             return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
 
     def measure(self, log: RunLog) -> dict[str, float]:
-        """Measure during the training, for the record of this step. Collective."""
+        """Evaluate during the training, for the record of this step. Collective."""
         rows, done = self.rows, self._step.applied_steps
         if rows is None:
             return {}
@@ -64,13 +64,13 @@ class Measuring:
         return found
 
     def recall(self, record: Mapping[str, Any]) -> None:
-        """Take note of a record's score on the validation set, if it has one."""
+        """Store a record's score on the validation set, if it has one."""
         score = record.get(f"eval/validation/{self._data.task.headline}")
         if score is not None:
             self._state.note_validation(score)
 
     def summary(self) -> tuple[dict[str, object], dict[str, Any]]:
-        """What the summary says of all sets, and their confusion matrices. Collective."""
+        """Return the summary's scores of all sets, and their confusion matrices. Collective."""
         summary: dict[str, object] = {}
         confusions = {}
         for name, rows in (("test", self._data.test), ("validation", self._data.validation)):
@@ -88,13 +88,13 @@ class Measuring:
 
 
 def _counted(batches: Callable[[], Iterator[_Batch]], work: Work) -> Iterator[_Batch]:
-    """Batches of a rank, counted as all ranks' are that are measured meanwhile."""
+    """Batches of a rank, counted as those of all ranks, which are evaluated together."""
     for batch, valid in batches():
         yield batch, valid
         work.add(int(valid.sum()) * world_size())
 
 
 def _counts(rows: LabeledRows, measured: Evaluation) -> dict[str, int]:
-    """Over how many rows the scores are, and how many could not be read."""
+    """The number of rows in the scores, and of those that could not be read."""
     count = len(rows) if measured.rows is None else measured.rows
     return {"rows": count, "bad_rows": len(rows) - count}

@@ -1,4 +1,4 @@
-"""A step's batches cut into micro-batches, with the views that an algorithm wants of them."""
+"""Splits a step's batches into micro-batches, with the views that an algorithm needs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _log = logging.getLogger("hpdist.train.step")
 
 @dataclass(frozen=True)
 class MicroBatcher:
-    """Cuts a rank's slices of the global batches.
+    """Splits a rank's slices of the global batches.
 
     Args:
-        algorithm: Says which views there are to be.
+        algorithm: Gives the views to make.
         views: Makes them.
-        parts: Micro-batches of a step.
+        parts: Micro-batches per step.
         rank: This process.
-        ranks: How many share a global batch.
-        device: Where the views are made.
+        ranks: The number of ranks that share a global batch.
+        device: The device of the views.
         seed: Of the algorithm's own noise.
     """
 
@@ -50,10 +50,10 @@ class MicroBatcher:
     def split(
         self, labeled: LabeledBatch[Any, Any], unlabeled: UnlabeledBatch[Any] | None, step: int
     ) -> Iterator[MicroBatch]:
-        """The micro-batches of a step.
+        """Return the micro-batches of a step.
 
-        Raises ConfigError where rows are missing or left over, where a group of rows that are mixed
-        has too few, or where the algorithm changes inputs that have no sum.
+        Raises ConfigError if rows are missing or left over, if a group of rows to mix has too few,
+        or if the algorithm changes inputs that cannot be added.
         """
         unlabeled = self._check(labeled, unlabeled)
         part = len(labeled) // self.parts
@@ -90,10 +90,10 @@ class MicroBatcher:
         return unlabeled
 
     def _check_mixable(self, what: str | None) -> None:
-        """Raise ConfigError where there is something that the algorithm cannot change."""
+        """Raise ConfigError if the algorithm cannot change such inputs."""
         if what is not None and self.algorithm.changes_inputs:
             raise ConfigError(
-                f"{type(self.algorithm).__name__} mixes inputs, adds to them or gives them back, "
+                f"{type(self.algorithm).__name__} mixes inputs, adds to them or reconstructs them, "
                 f"which {what} do not allow; choose an algorithm that does not, such as FixMatch"
             )
 
@@ -149,7 +149,7 @@ class MicroBatcher:
         return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
 
     def _strong(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
-        """A strong view, as strong as the algorithm's authors have it where views can be graded."""
+        """Make a strong view, with the algorithm's number of operations if views can be graded."""
         wanted, views = self.algorithm.views.operations, self.views
         make = views.strong
         if copy < len(wanted) and isinstance(views, GradedViews):
@@ -163,7 +163,7 @@ def _warn_once(text: str) -> None:
 
 
 def channels_last(inputs: Rows) -> Rows:
-    """Images as channels-last, which half-precision convolutions want; others as they are."""
+    """Images as channels-last, which suits half-precision convolutions; others unchanged."""
     return map_tensors(_channels_last, inputs)
 
 

@@ -1,8 +1,8 @@
-"""The model of a run: as it trains, and as it is handed out with what was learnt.
+"""The model of a run: as it trains, and as it is returned with the trained weights.
 
-A module that was given is not what trains: a copy does, which gets heads, batch normalisation over
-the global batch, a device, half precision, partitions. The one given is as it was until the run has
-ended, and has the trained weights then.
+A given module does not train itself: a copy does, which gets heads, batch normalisation over the
+global batch, a device, half precision, partitions. The given module is unchanged until the run has
+ended, and then receives the trained weights.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from hpdist.train.step import SemiSupervisedStep
 
 
 class RunModel:
-    """Makes the model of a run, and hands it out.
+    """Makes the model of a run, and returns trained copies.
 
     Args:
         config: Of the model.
         sets: Of the run; the model is checked against them.
         sharding: How the run shards.
-        given: The module that was given in Python, if one was.
+        given: The module given in Python, if any.
         seed: Of the run.
-        checkpoints_activations: Whether activations are computed again in the backward pass.
-        main: Whether this rank speaks for all.
+        checkpoints_activations: Whether activations are recomputed in the backward pass.
+        main: Whether this rank is the main one.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class RunModel:
         self._sets = sets
         self._sharding = sharding
         self._given = given
-        self._in_place = False  # of a module that cannot be copied
+        self._in_place = False  # for a module that cannot be copied
         self._main = main
         self._log_line = Console(0, 0, main).log_line
 
     def make(self, algorithm: Algorithm) -> nn.Module:
-        """Build the model to train, or copy the one given; checked against the data. Collective."""
+        """Build the model to train, or copy the given one; check it with the data. Collective."""
         with weights_as_stored(self._sharding.stage == 3):
             model = call_on_all_ranks(lambda: self._made(algorithm))
         if self._sharding.compile is not None:
@@ -77,11 +77,11 @@ class RunModel:
         return model
 
     def student(self, step: SemiSupervisedStep) -> nn.Module:
-        """A model of its own with the student's weights. Collective: every rank must call."""
+        """Make a separate model with the student's weights. Collective: every rank must call."""
         return self._handed_out(step, self._student_of(step))
 
     def teacher(self, step: SemiSupervisedStep) -> nn.Module:
-        """A model of its own with the teacher's weights, or the student's without a teacher.
+        """Make a separate model with the teacher's weights, or the student's without a teacher.
 
         Collective: every rank must call.
         """
@@ -90,7 +90,7 @@ class RunModel:
         return self._handed_out(step, (step.teacher.fragments, step.teacher.buffers))
 
     def give_back(self, step: SemiSupervisedStep) -> None:
-        """Put the student's weights into the module that was given, if one was. Collective."""
+        """Copy the student's weights into the given module, if any. Collective."""
         given = self._given
         if given is None or self._in_place:
             return
@@ -101,7 +101,7 @@ class RunModel:
         if predicts is not None:
             which += f", with the head {predicts!r} that predicts and was measured"
         self._log_line(
-            "the model that was given has the student's trained weights now, in fp32, on its own "
+            "the given model now has the student's trained weights, in fp32, on its own "
             f"device and in evaluation mode{which}"
         )
 
@@ -124,7 +124,7 @@ class RunModel:
         return build_model(self._config, self._sets.spec, self._sets.num_classes, self._seed)
 
     def _copied(self) -> nn.Module:
-        """A copy of the module that was given, or itself where it cannot be copied."""
+        """Copy the given module, or return it if it cannot be copied."""
         given = self._given
         assert given is not None
         if self._in_place:
@@ -134,10 +134,10 @@ class RunModel:
             )
         try:
             copied = copy.deepcopy(given)
-        except Exception as error:  # whatever a member of it raises
+        except Exception as error:  # a member of it may raise anything
             self._log_line(
                 f"note: {type(given).__name__} cannot be copied ({describe(error)}), so it trains "
-                "itself: afterwards it is as the training has left it"
+                "itself and stays as the training leaves it"
             )
             self._in_place = True
             return given
@@ -162,7 +162,7 @@ class RunModel:
         weights: tuple[Sequence[Fragment], Mapping[str, Tensor]],
     ) -> nn.Module:
         model = call_on_all_ranks(lambda: self._built() if self._given is None else self._copied())
-        if step.algorithm.predicts is not None:  # a head predicts, so it comes along
+        if step.algorithm.predicts is not None:  # a head predicts, so it is kept
             example = self._sets.views.plain(self._sets.spec.example(2))
             model = with_heads(model, step.algorithm, example, self._features)
         _fill(model, step.engine, *weights)
@@ -176,9 +176,9 @@ def _fill(
     fragments: Sequence[Fragment],
     buffers: Mapping[str, Tensor],
 ) -> None:
-    """Copy what was trained into a plain model, as fp32. Collective: every rank must call.
+    """Copy the trained weights into a plain model, as fp32. Collective: every rank must call.
 
-    What is not trained stays: an engine may have rounded it to half precision.
+    Untrained ones stay: an engine may have rounded them to half precision.
     """
     to_full_precision(model)
     beside_heads = isinstance(engine.module, WithHeads) and not isinstance(model, WithHeads)
@@ -187,7 +187,7 @@ def _fill(
     whole = {}
     for name, size in engine.layout.sizes.items():
         parameter = own.get(name)
-        if parameter is None:  # a head's, which is left out
+        if parameter is None:  # of a head that is left out
             whole[name] = torch.empty(size)
         elif parameter.is_contiguous():
             whole[name] = parameter.detach()

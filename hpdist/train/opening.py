@@ -1,11 +1,11 @@
-"""What a run is, said at its start: each entry as soon as it is known, on rank 0 alone.
+"""The description of a run at its start: each entry as soon as it is known, on rank 0 only.
 
     algorithm:  fixmatch, 300 steps
     batch:      256 rows a step (32 labelled, 224 unlabelled), 128 on each of 2 ranks
     precision:  bf16, not sharded
     ...
 
-A terminal gets lines of its width. A log gets one line for an entry, however long: it is searched.
+A terminal gets lines of its width. A log file gets one line per entry, for easy searching.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _CLASSES = 60  # characters that the names of classes may take
 def log_settings(
     config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool, *, files: bool
 ) -> None:
-    """Say what the settings are, before anything is opened, built or waited for."""
+    """Log the settings, before anything is opened, built or waited for."""
     main = os.environ.get("RANK", "0") == "0"  # ranks have not met
     log_line = Console(0, 0, main).log_line
     log_line(f"hpdist {__version__}: {config.run.name or 'a new run'}")
@@ -53,12 +53,12 @@ def log_settings(
 
 
 def log_devices(main: bool) -> None:
-    """Say where the ranks are. Collective: every rank must call."""
+    """Log the ranks' hosts and devices. Collective: every rank must call."""
     log_entries([("devices", _devices(hosts_and_devices()))], main)
 
 
 def log_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> None:
-    """Say how large the model is, and what of it is trained."""
+    """Log the size of the model, and how much of it is trained."""
     log_entries([("model", f"{name}, {_parameters(model)}")], main)
     if micro_batches > 1 and any(batch_norms(model)):
         Console(0, 0, main).log_line(
@@ -68,12 +68,12 @@ def log_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> No
 
 
 def log_resumed(path: Path, step: int, main: bool) -> None:
-    """Say what a run goes on from."""
+    """Log the checkpoint that a run continues from."""
     Console(0, 0, main).log_line(f"continuing from {path} at step {step}")
 
 
 def log_entries(entries: Iterable[tuple[str, str]], main: bool) -> None:
-    """Print entries, their texts below each other."""
+    """Print entries with their texts aligned."""
     log_line = Console(0, 0, main).log_line
     for label, text in entries:
         for line in laid_out(label, text, columns()):
@@ -81,7 +81,7 @@ def log_entries(entries: Iterable[tuple[str, str]], main: bool) -> None:
 
 
 def laid_out(label: str, text: str, width: int | None) -> list[str]:
-    """An entry in lines of at most so many columns; None is one line."""
+    """Format an entry in lines of at most so many columns; None: in one line."""
     head = f"{label}:".ljust(_LABEL)
     if width is None:
         return [head + text]
@@ -91,7 +91,7 @@ def laid_out(label: str, text: str, width: int | None) -> list[str]:
 def run_entries(
     config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool, *, files: bool
 ) -> Entries:
-    """What the settings say, the launcher's included."""
+    """The entries of the settings, including the launcher's."""
     names = [config.algorithm.name, *(addon.name for addon in config.addons)]
     return [
         ("algorithm", f"{' + '.join(names)}, {counted(config.steps, 'step')}"),
@@ -180,7 +180,7 @@ def _devices(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _parameters(model: nn.Module) -> str:
-    # ZeRO-3's are shards whose whole size stands beside them.
+    # Under ZeRO-3 parameters are shards, which have their whole size as an attribute.
     sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
     total = sum(size for size, _ in sizes)
     trained = sum(size for size, trained in sizes if trained)
@@ -199,13 +199,13 @@ def log_data(
     decisions: Iterable[str],
     main: bool,
 ) -> None:
-    """Say what the sets hold and how they are read; `decisions` are lines of what was decided."""
+    """Log the content of the sets and how they are read; `decisions` are further lines."""
     log_entries(data_entries(config, spec, labeled, unlabeled, measured), main)
     log_lines(decisions, main)
 
 
 def log_lines(lines: Iterable[str], main: bool) -> None:
-    """Print lines of which some begin as an entry does, such as `pictures: 3 channels`."""
+    """Print lines; some begin like an entry, such as `pictures: 3 channels`."""
     for line in lines:
         label, colon, text = line.partition(": ")
         if colon and label.isalpha() and label != "note":
@@ -221,7 +221,7 @@ def data_entries(
     unlabeled: AnyUnlabeled | None,
     measured: Mapping[str, LabeledRows | None],
 ) -> Entries:
-    """Give rows, classes and inputs of every set of a run; `measured` are its test sets by name."""
+    """The entries of rows, classes and inputs; `measured` are the held-out sets by name."""
     known, rows = len(labeled.dataset), len(labeled)
     of = f" of {known:,}" if known != rows else ""
     kind = {"multilabel": "labels", "regression": "targets"}.get(config.task.name, "classes")
@@ -236,7 +236,7 @@ def data_entries(
 
 
 def _names(names: Sequence[str]) -> str:
-    """The first names, as many as there is room for."""
+    """The first names, as many as fit."""
     shown: list[str] = []
     for name in names:
         if sum(len(other) + 2 for other in shown) + len(name) > _CLASSES:
@@ -258,12 +258,12 @@ def _unlabeled(rows: AnyUnlabeled, batch: int) -> str:
     else:
         how = "in a table"
     if count is None:
-        return f"rows {how}; how many, only reading says"
+        return f"rows {how}; their number is not known"
     return f"{count:,} rows {how}; an epoch is {counted(max(round(count / batch), 1), 'step')}"
 
 
 def describe_input(spec: InputSpec) -> str:
-    """What a row is for the model."""
+    """Describe a row as the model sees it."""
     shape = " x ".join(map(str, spec.shape))
     if spec.kind == "image":
         channels, height, width = spec.shape

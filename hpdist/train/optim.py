@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate, both owned here, so that a skipped step moves neither."""
+"""The optimizer and the learning rate, both owned here, so that a skipped step changes neither."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Optim(Section):
     """The optimizer."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Which of torch's optimizers."""
+    """Name of an optimizer of torch's."""
     lr: float = Field(0.03, gt=0)
     """Learning rate before the schedule."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -29,16 +29,16 @@ class Optim(Section):
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of the averages of adam and adamw."""
     eps: float = Field(1e-8, gt=0)
-    """What adam and adamw add to the denominator."""
+    """Constant that adam and adamw add to the denominator."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Decay of the weights; adamw decouples it from the gradient."""
+    """Weight decay; adamw decouples it from the gradient."""
     l1: float = Field(0.0, ge=0)
-    """Adds so much times the sum of the weights' absolute values to the loss; not under ZeRO-3.
+    """Adds this multiple of the weights' summed absolute values to the loss; not under ZeRO-3.
 
-    Biases and normalisation weights are left out. Weights come close to zero, and are seldom it.
+    Biases and normalisation weights are left out. Weights approach zero, but seldom reach it.
     """
     decay_all: bool = False
-    """Decay biases and normalisation weights as well."""
+    """Apply weight decay to biases and normalisation weights as well."""
     grad_clip: float | None = Field(None, gt=0)
     """Largest global gradient norm; no clipping by default."""
 
@@ -80,7 +80,7 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
 
 
 def state_keys(config: Optim) -> tuple[str, ...]:
-    """The names of the state that the optimizer keeps of each element, and goes by."""
+    """The names of the optimizer's state per element that it uses."""
     if config.name == "sgd":
         return ("momentum_buffer",) if config.momentum > 0 else ()
     return ("exp_avg", "exp_avg_sq")

@@ -1,4 +1,4 @@
-"""The unlabelled and the held-out sets of a run: opened, and looked through before it trains."""
+"""The unlabelled and the held-out sets of a run: opened, and checked before it trains."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("hpdist.data")
 
 
 def unlabeled_spec(views: Component, spec: InputSpec) -> InputSpec:
-    """Give how unlabelled rows are decoded: as others, or with a strong view of their own."""
+    """Return how unlabelled rows are decoded: like others, or with a strong view of their own."""
     column = getattr(views, "strong_column", None)
     if column is None or spec.tokenizer is None:
         return spec
@@ -83,7 +83,7 @@ def open_unlabeled_set(
 def open_held_out(
     config: Data, spec: InputSpec, labeled: LabeledRows, datasets: Mapping[str, Any]
 ) -> dict[str, LabeledRows | None]:
-    """Open the sets that the run is measured on, by name; None for one that is not named.
+    """Open the sets for evaluation, by name; None for one that is not configured.
 
     `datasets` are those that Python code gave, by the same names. Collective; raises DataError or
     ConfigError, the same on every rank.
@@ -113,7 +113,7 @@ def look_through(
 ) -> tuple[list[str], dict[str, set[int]]]:
     """Decode labelled and held-out rows before the training. Collective.
 
-    Gives the lines for a person, and the ids of the held-out rows that these name, by set.
+    Returns messages, and the ids of the held-out rows in them, by set.
     """
     lines = [look_at_labeled(labeled, spec)]
     named: dict[str, set[int]] = {}
@@ -134,9 +134,9 @@ def find_repeated(
     *,
     resumed: bool,
 ) -> Report:
-    """Find held-out rows that are training rows too; a run that goes on has looked already.
+    """Find held-out rows that are also training rows; a continued run has already done so.
 
-    For the main process alone, which tells the others.
+    For the main process only, which informs the others.
     """
     kept = folder.read_json(_DUPLICATES, Report.fits) if resumed else None
     if kept is not None and kept["check"] == config.check:
@@ -150,7 +150,7 @@ def find_repeated(
 def record_other_sets(
     folder: RunFolder, duplicates: Report, unlabeled: AnyUnlabeled | None
 ) -> None:
-    """Write down what was found, for a run that goes on to find the same."""
+    """Record what was found, so that a continued run finds the same."""
     folder.write_json(_DUPLICATES, duplicates.to_json())
     parts = unlabeled.parts if isinstance(unlabeled, MixedRows) else [unlabeled]
     if any(isinstance(part, ParquetRows) for part in parts):

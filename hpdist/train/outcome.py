@@ -1,4 +1,4 @@
-"""What an optimizer step did."""
+"""The outcome of an optimizer step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpdist.engines.overflow import OverflowSource
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step did, the same on every rank."""
+    """The outcome of a step, the same on every rank."""
 
     applied: bool
     overflowed: bool
@@ -20,11 +20,11 @@ class StepOutcome:
     grad_norm: float | None = None
     """Global norm of the unscaled gradient before clipping."""
     overflow_source: OverflowSource | None = None
-    """What was not finite first in a step that was skipped."""
+    """The first value that was not finite, in a step that was skipped."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over the global batch; only when measured."""
     per_class: Mapping[str, list[float]] = field(default_factory=dict)
-    """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; likewise."""
+    """Numbers of each class, [classes]: shares of the pseudo-labels, thresholds; if measured."""
     per_rank: Mapping[str, list[float]] = field(default_factory=dict)
     """Numbers of each rank, [ranks]: `compute_seconds` (`RankTimer`), and its `rank_metrics`."""
     bad_rows: int = 0
@@ -46,7 +46,7 @@ class StepOutcome:
 
     @property
     def overflow(self) -> str | None:
-        """Where a step overflowed, and what that makes of the loss scale; None if it did not."""
+        """Where a step overflowed, and the change of the loss scale; None if it did not."""
         if not self.overflowed:
             return None
         where = str(self.overflow_source or "nothing that shows again")

@@ -1,7 +1,7 @@
-"""How an optimizer step asks the model: one pass or two, and what must be kept in order meanwhile.
+"""How an optimizer step runs the model: in one pass or two, with everything that depends on it.
 
-A pass in training mode moves batch normalisation, makes other ranks wait and, under ZeRO-3, gathers
-the weights; the algorithm's protocol knows of none of it.
+A pass in training mode updates batch normalisation, makes other ranks wait and, under ZeRO-3,
+gathers the weights; the algorithm's protocol is independent of that.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hpdist.train.micro_batch import channels_last
 
 
 class Passes:
-    """Asks for the targets in passes of their own, before the student's.
+    """Computes the targets in passes of their own, before the student's.
 
     Args:
-        engine: Has the model.
-        algorithm: Says which views there are.
-        teacher: Makes the targets, where the algorithm wants it to.
-        timer: Is stopped where this rank first waits for the others.
+        engine: Holds the model.
+        algorithm: Gives the number of views.
+        teacher: Makes the targets, if the algorithm uses it.
+        timer: Is stopped when this rank first waits for the others.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Passes:
 
     def begin(self) -> None:
         """Begin a step."""
-        if not self.engine.module.training:  # setting it walks over all modules
+        if not self.engine.module.training:  # setting it visits all modules
             self.engine.module.train()
         self.timer.begin()
 
     def targets(self, micros: Sequence[MicroBatch]) -> Sequence[Structure | None] | None:
-        """Give what student or teacher says of the weak views, without gradient."""
+        """Return student's or teacher's outputs for the weak views, without gradient."""
         self._wait_for_others()
         teacher, found = self.teacher, list[Structure | None]()
         with nullcontext(self.engine.infer) if teacher is None else teacher.forward() as infer:
@@ -64,17 +64,17 @@ class Passes:
         return found
 
     def student(self, micro: MicroBatch) -> tuple[Structure, Structure | None]:
-        """Give what the student says of its rows, with gradient."""
+        """Return the student's outputs for its rows, with gradient."""
         return self._student_pass(micro, ()), None
 
     def preview(self, micro: MicroBatch) -> Structure:
-        """Give what the student says of the same rows, without gradient or trace."""
+        """Return the student's outputs for the same rows, without gradient or side effects."""
         outputs: Structure = self.engine.infer(channels_last(cat(micro.inputs.parts)))
         self.engine.discard_bn_pass()
         return outputs
 
     def probe(self, inputs: Tensor) -> Structure:
-        """Give what the student says of other inputs, with a gradient towards them alone."""
+        """Return the student's outputs for other inputs, with a gradient towards these only."""
         outputs: Structure = self.engine.probe_forward(channels_last(inputs))
         self.engine.discard_bn_pass()
         return outputs
@@ -84,9 +84,9 @@ class Passes:
         return _TimedSum(sums, self.timer)
 
     def _student_pass(self, micro: MicroBatch, behind: Sequence[Any]) -> Any:
-        """Ask the student about its rows and those put behind them, in one forward.
+        """Run the student on its rows and those added behind them, in one forward.
 
-        Batch normalisation takes them for the batches that they would be in passes of their own.
+        Batch normalisation treats them as the batches of separate passes.
         """
         parts = micro.inputs.parts
         batches = [[parts[0]], parts[1:]] if self.algorithm.normalizes_apart else [parts]
@@ -96,24 +96,24 @@ class Passes:
             return self.engine.forward(channels_last(cat([*parts, *behind])))
 
     def _wait_for_others(self) -> None:
-        """Stop the timer if the passes to come wait for other ranks."""
+        """Stop the timer if the next passes wait for other ranks."""
         if self.engine.forward_communicates or self.teacher is not None:
             self.timer.end()
 
 
 class FusedPass(Passes):
-    """Asks about the weak views in the student's own forward, behind its rows.
+    """Computes the targets in the student's own forward, behind its rows.
 
-    Under ZeRO-3 a second forward would gather all weights again, and in another order than the
-    prefetch goes by.
+    Under ZeRO-3 a second forward would gather all weights again, in an order that the prefetch
+    does not expect.
     """
 
     def targets(self, micros: Sequence[MicroBatch]) -> None:
-        """Leave them to the student's pass."""
+        """Leave the targets to the student's pass."""
         self._wait_for_others()
 
     def student(self, micro: MicroBatch) -> tuple[Structure, Structure | None]:
-        """Give what the student says of its rows, with gradient, and of the weak views, without."""
+        """Return outputs for the student's rows, with gradient, and the weak views', without."""
         weak = micro.inputs.weak
         outputs = self._student_pass(micro, weak)
         if not weak:
@@ -132,7 +132,7 @@ def make_passes(
     timer: RankTimer,
     micro_batches: int,
 ) -> Passes:
-    """Choose the passes: fused where the engine gains by it and nothing needs the targets first."""
+    """Choose the passes: fused if the engine benefits and nothing needs the targets first."""
     views = algorithm.views
     needed_first = views.teacher or views.inputs_need_targets or views.needs_gradient_probe
     fused = engine.fuses_weak_pass and micro_batches == 1 and not needed_first
@@ -140,13 +140,13 @@ def make_passes(
 
 
 class _TimedSum(FusedSum):
-    """A sum over all ranks; to wait for it is to wait for the others."""
+    """A sum over all ranks in flight; waiting for it is waiting for the other ranks."""
 
     def __init__(self, sums: Mapping[str, Tensor], timer: RankTimer) -> None:
         super().__init__(sums)
         self._timer = timer
 
     def wait(self) -> dict[str, torch.Tensor]:
-        """Stop the timer, and give the sums."""
+        """Stop the timer, and return the sums."""
         self._timer.end()
         return super().wait()

@@ -1,4 +1,4 @@
-"""What a step's pseudo-labels are like, for the log: their classes, confidence and thresholds."""
+"""Metrics of a step's pseudo-labels: their classes, confidence and thresholds."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from hpdist.algorithms.base import Algorithm
 from hpdist.data.structures import Structure, cat
 
-_FEWEST = 2  # unlabelled rows of a global batch: of one, one class always takes all
-_MOST = 1000  # classes; of more, a record would be long
+_FEWEST = 2  # unlabelled rows of a global batch: with one row, one class has all
+_MOST = 1000  # classes; with more, a record would be too long
 
 
 def observed(algorithm: Algorithm, logits: Sequence[Structure], rows: int) -> dict[str, Tensor]:
     """Sums over this rank's rows, to be added up over the ranks.
 
     `logits` are those of the weak views, [unlabeled, classes] each, or the task's outputs by name;
-    `rows` is how many unlabelled rows the global batch has. Nothing where a row is not of one
-    class.
+    `rows` is the number of unlabelled rows of the global batch. Empty if a row does not have
+    exactly one class.
     """
     if not logits or rows < _FEWEST:
         return {}
@@ -32,7 +32,7 @@ def observed(algorithm: Algorithm, logits: Sequence[Structure], rows: int) -> di
 
 
 def summarized(sums: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is said of them: one number each, and one of each class."""
+    """Summarize them: single numbers, and one number for each class."""
     if not sums:
         return {}, {}
     counts = sums["pseudo_labels"]  # [classes]
@@ -45,9 +45,9 @@ def summarized(sums: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def per_class(algorithm: Algorithm, shares: dict[str, Tensor]) -> dict[str, list[float]]:
-    """A number for each class by name: `shares`, and the thresholds of an algorithm that has some.
+    """Numbers of each class by name: `shares`, and the algorithm's thresholds if it has any.
 
-    Waits for the device; nothing where there are too many classes for a record.
+    Waits for the device; empty if there are too many classes for a record.
     """
     thresholds = algorithm.class_thresholds
     found = shares if thresholds is None else shares | {"thresholds": thresholds}

@@ -1,4 +1,4 @@
-"""What a run writes down: the record of a step, and the summary at its end."""
+"""The records of a run: one per logged step, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpdist.train.step import SemiSupervisedStep
 
 
 class Records:
-    """Puts together the numbers of a run.
+    """Assembles the numbers of a run.
 
     Args:
         step: Of the run.
@@ -44,11 +44,11 @@ class Records:
         self._rows = rows
 
     def waits(self, log: RunLog) -> dict[str, float]:
-        """Seconds since the last record that this rank has waited, by what for."""
+        """Seconds since the last record that this rank has waited, by reason."""
         return log.since_record({"data_wait": self._data.waited, **self._saving.waited})
 
     def of_step(self, outcome: StepOutcome, lr: float, log: RunLog) -> dict[str, Any]:
-        """The record of a step that was measured."""
+        """Return the record of a measured step."""
         teacher = self._step.teacher
         return {
             **outcome.metrics,
@@ -64,7 +64,7 @@ class Records:
         }
 
     def of_run(self, seconds: float) -> dict[str, object]:
-        """What the summary says beside scores. Collective."""
+        """Return the summary's entries beside scores. Collective."""
         step, sharding = self._step, self._sharding
         return {
             "steps": step.applied_steps,

@@ -1,4 +1,4 @@
-"""What happens when a training has diverged: it ends, or goes on from before."""
+"""The reaction to a diverged training: the run ends, or resumes from an earlier checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hpdist.train.state import RunState
 
 
 class Rollback:
-    """Looks at the records of a run, and takes one that has diverged back to a checkpoint.
+    """Checks the records of a run, and rolls a diverged one back to a checkpoint.
 
     Args:
-        config: What counts as a divergence, and how often to go back.
+        config: What counts as a divergence, and the number of rollbacks.
         folder: Of the run.
-        state: What is taken back.
+        state: The state to restore.
         saving: Of the run.
     """
 
@@ -37,14 +37,14 @@ class Rollback:
         self._count = 0
 
     def look(self, record: Mapping[str, Any]) -> tuple[int, str] | None:
-        """The first step of what has gone wrong, and what it is; None while all is well."""
+        """The first step of a divergence, and its description; None if there is none."""
         return self._monitor.look(self._state.step.applied_steps, record)
 
     def go_back(self, first: int, what: str, log: RunLog) -> dict[str, Any]:
-        """Take the run to before a divergence that began at step `first`, or end it. Collective.
+        """Roll the run back to before a divergence that began at `first`, or end it. Collective.
 
-        Gives what the checkpoint says of the run; raises DivergenceError where there is none, or
-        it has been too often.
+        Returns the facts of the checkpoint; raises DivergenceError if there is none, or after too
+        many rollbacks.
         """
         config, step, checkpoints = self._config, self._state.step, self._folder.checkpoints
         log.log_line(f"step {step.applied_steps}: {what}")
@@ -52,17 +52,17 @@ class Rollback:
         advice = "try a lower optim.lr, a higher threshold, or optim.grad_clip"
         if config.on == "stop" or not self._saving.keeps:
             raise DivergenceError(
-                f"{what}; {advice}; divergence.on: rollback goes on from a checkpoint before"
+                f"{what}; {advice}; divergence.on: rollback resumes from a checkpoint before"
             )
         self._saving.finish()
         saved = checkpoint.open_newest(checkpoints, log.log_line, before=first, facts=RunFacts)
         if saved is None or self._count == config.most_rollbacks:
-            why = f"after {self._count} rollbacks" if saved else "no checkpoint is from before"
+            why = f"after {self._count} rollbacks" if saved else "no earlier checkpoint"
             raise DivergenceError(f"{what}; {why}; {advice}")
         self._count += 1
         facts = self._state.load(saved, data=False)
         self._monitor.forget()
         run_on_main(lambda: checkpoint.drop_after(checkpoints, facts["step"]))
         call_on_all_ranks(lambda: self._folder.drop_metrics_after(step.applied_steps))
-        log.log_line(f"back to step {step.applied_steps}, and on with the rows that follow")
+        log.log_line(f"back at step {step.applied_steps}, continuing with the rows that follow")
         return facts

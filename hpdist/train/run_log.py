@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, the tracker, the console; and how fast it is."""
+"""The log of a run's numbers: metrics.jsonl, the tracker, the console; and its speed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from hpdist.train.divergence import OverflowStorm
 
 
 class RunLog:
-    """Writes global numbers from the main process, and keeps the time. Collective to construct.
+    """Writes global numbers from the main process, and measures time. Collective to construct.
 
     Args:
         config: Of the run.
         folder: Of the run.
         done: Steps that were applied before.
-        seconds: That were trained before.
-        run_id: The tracker's, of the run that goes on.
+        seconds: Seconds of training before.
+        run_id: The tracker's id of a continued run.
         files: Whether anything is written.
-        sharding: How the run shards, which the tracker is told beside the config.
+        sharding: How the run shards, which the tracker gets beside the config.
         classes: Their names, for the tracker's curves of classes.
     """
 
@@ -83,7 +83,7 @@ class RunLog:
         return self._before + time.monotonic() - self._started
 
     def count_step(self, step: int, overflow: str | None) -> None:
-        """Count an attempted step; of one that overflowed, say where, and alert where many do."""
+        """Count an attempted step; log where it overflowed, and alert if many do."""
         self._steps += 1
         storm = self._storm.look(overflow is not None)
         if overflow is not None:
@@ -94,23 +94,23 @@ class RunLog:
             self.alert("overflow storm", f"{storm}; the latest: {overflow}")
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count this time as the training's."""
+        """Exclude this time from the training's."""
         self._clock += seconds
 
     def since_record(self, waited: Mapping[str, float]) -> dict[str, float]:
-        """What has been added to seconds, which count from the process's beginning."""
+        """Return the growth since the last record of totals that count from the process's start."""
         self._waited_now = dict(waited)
         return {name: total - self._waited.get(name, 0.0) for name, total in waited.items()}
 
     def speed(self, rows: int, per_rank: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        """How fast the steps since the last record were, of `rows` each.
+        """Return the speed of the steps since the last record, of `rows` each.
 
         Examples per second of all ranks, the largest share of time that a rank has waited, and
-        which of several ranks is the slowest.
+        the slowest of several ranks.
 
         Args:
             rows: Of the global batch.
-            per_rank: `compute_seconds` of each rank, and what `since_record` has given there.
+            per_rank: `compute_seconds` of each rank, and the values of `since_record` there.
         """
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
@@ -134,7 +134,7 @@ class RunLog:
     def write_summary(
         self, step: int, summary: Mapping[str, object], confusions: Mapping[str, Any]
     ) -> None:
-        """Write what came of the run, and the confusion matrices of the sets that have one."""
+        """Write the summary of the run, and the confusion matrices of the sets that have one."""
         if self._files:
             for name, confusion in confusions.items():
                 if not confusion:
@@ -155,7 +155,7 @@ class RunLog:
         batch: LabeledBatch | UnlabeledBatch,
         attempt: int,
     ) -> None:
-        """Write what the views make of a run's first rows; a failure costs nothing but them."""
+        """Write views of a run's first rows; a failure has no other consequence."""
         if not (self._files and self._folder.main and self._rows_shown and attempt == 0):
             return
         start = time.monotonic()
@@ -174,7 +174,7 @@ class RunLog:
         self._console.log_line(line)
 
     def alert(self, title: str, line: str) -> None:
-        """Tell whoever watches the run by the tracker."""
+        """Alert the user through the tracker."""
         self._tracker.alert(title, line)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A name for a run that was given none: it must not go on with another's by chance."""
+"""A name for a run without one, such that it never continues another run by accident."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _RESTARTED = "TORCHELASTIC_RESTART_COUNT"
 
 
 def with_fresh_name(config: RunConfig, main: bool) -> RunConfig:
-    """The config with the name of a run folder that is made here and now.
+    """Return the config with the name of a run folder that is made now.
 
-    A launcher that starts its processes again when one dies finds the folder that it had.
-    Collective: every rank must call; raises CheckpointError, on all, where none can be made.
+    If a launcher restarts its processes after a failure, they find the folder that they had.
+    Collective: every rank must call; raises CheckpointError, on all, if none can be made.
     """
     name = run_on_main(lambda: _restarted(Path(config.run.dir)) or _fresh(Path(config.run.dir)))
     config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     Console(0, 0, main).log_line(
-        f"no run.name was given: this run is {config.run.folder}; go on with it later by "
+        f"no run.name was given: this run is {config.run.folder}; continue it later with "
         f"run={{'name': {name!r}}}"
     )
     return config
 
 
 def _fresh(folder: Path) -> str:
-    """Make the first folder that is not there yet; two processes never get the same."""
+    """Make the first folder that does not exist yet; two processes never get the same."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -58,7 +58,7 @@ def _fresh(folder: Path) -> str:
 
 
 def _restarted(folder: Path) -> str | None:
-    """The folder that the processes had which this launcher started before, if there is one."""
+    """The folder of the processes that this launcher started before, if there is one."""
     launch = _launch()
     if launch is None or os.environ.get(_RESTARTED, "0") == "0":
         return None
@@ -70,7 +70,7 @@ def _restarted(folder: Path) -> str | None:
 
 
 def _launch() -> dict[str, object] | None:
-    """Which launcher this process is of; one of another time has another start."""
+    """Identify the launcher of this process; a launcher of another time has another start."""
     launcher = find_launcher()
     if launcher is None:
         return None

@@ -1,4 +1,4 @@
-"""When a run is saved, and its checkpoints on their way to the disk."""
+"""When a run is saved, and the writing of its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hpdist.checkpoint.writer import CheckpointWriter
 from hpdist.messages.progress import working
 from hpdist.train.state import RunState
 
-_LAST_SECONDS = 20.0  # that a run which failed waits for its latest checkpoint
+_LAST_SECONDS = 20.0  # that a failed run waits for its latest checkpoint
 
 
 class Saving:
     """The checkpoints of a run, begun when they are due and written one at a time.
 
     Args:
-        config: How often.
+        config: The intervals.
         steps: Of the whole run, the last of which is always saved.
         state: What is saved.
-        folder: Of the checkpoints; a run without has none.
+        folder: Of the checkpoints; None for a run without any.
 
     Collective: every rank must construct it.
     """
@@ -39,7 +39,7 @@ class Saving:
         self._steps = steps
         self._state = state
         engine = state.step.engine
-        self._main = engine.rank == 0  # its clock counts
+        self._main = engine.rank == 0  # its clock decides
         self.writer: CheckpointWriter | None = None
         if folder is not None:
             self.writer = CheckpointWriter(
@@ -64,15 +64,15 @@ class Saving:
 
     @property
     def saved(self) -> bool:
-        """Whether the run is saved as it stands."""
+        """Whether the run's present state is saved."""
         return self.writer is None or self._saved_attempt == self._state.step.attempts
 
     def take_for_saved(self) -> None:
-        """Take note that the run stands as a checkpoint has it."""
+        """Note that the run's present state is that of a checkpoint."""
         self._saved_attempt = self._state.step.attempts
 
     def asks(self) -> bool:
-        """Whether it is time for a checkpoint: on the first rank, for all to be told of it."""
+        """Whether it is time for a checkpoint: on the first rank, which informs all."""
         minutes = self._config.minutes
         if not self._main or self.writer is None or minutes is None:
             return False
@@ -95,7 +95,7 @@ class Saving:
     def _log_problems(self, writer: CheckpointWriter) -> None:
         for problem in writer.problems():
             warnings.warn(
-                f"{problem}; the training goes on, the checkpoints before are whole, and the next "
+                f"{problem}; the training continues, earlier checkpoints are intact, and the next "
                 "one is tried when it is due",
                 stacklevel=2,
             )
@@ -108,6 +108,6 @@ class Saving:
             self._log_problems(self.writer)
 
     def close(self) -> None:
-        """Give what is being written, also of a run that failed, the time to become whole."""
+        """Give a pending write, also of a failed run, the time to finish."""
         if self.writer is not None:
             self.writer.close(_LAST_SECONDS)

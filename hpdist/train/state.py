@@ -1,4 +1,4 @@
-"""Everything that a run must remember, to and from a checkpoint."""
+"""The state of a run, to and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunState:
         """The best score on the validation set, and its step."""
 
     def note_validation(self, score: float) -> None:
-        """Remember the best evaluation, by the task's headline; one that is NaN is none."""
+        """Keep the best evaluation, by the task's headline; NaN does not count."""
         if math.isnan(score):
             return
         sign = 1 if self.step.algorithm.task.larger_is_better else -1
@@ -55,7 +55,7 @@ class RunState:
             self.best = (score, self.step.applied_steps)
 
     def save(self, writer: CheckpointWriter, facts: Mapping[str, Any]) -> None:
-        """Hand a checkpoint to the writer; `facts` come back from `load`. Every rank must call."""
+        """Give a checkpoint to the writer; `load` returns `facts`. Every rank must call."""
         step, engine = self.step, self.step.engine
         shards = step.algorithm.shards()
         writer.save(
@@ -78,11 +78,11 @@ class RunState:
 
     @torch.no_grad()
     def load(self, saved: checkpoint.SavedRun, *, data: bool = True) -> dict[str, Any]:
-        """Take everything over from a checkpoint; give its facts.
+        """Load everything from a checkpoint; return its facts.
 
-        Without `data`, the rows used since stay used: the streams go on where they are, and the
-        attempts, which key the views' noise, count on. Raises CheckpointError where it is one of
-        another run.
+        Without `data`, the rows used since stay used: the streams keep their positions, and the
+        attempts, which key the views' noise, count on. Raises CheckpointError if it is of another
+        run.
         """
         facts, step, engine = saved.facts, self.step, self.step.engine
         self._check_identity(saved)
@@ -106,7 +106,7 @@ class RunState:
                 stream.load_state_dict(states[name])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{saved.path} does not say where the {name} rows go on: {describe(error)}"
+                f"{saved.path} lacks the position of the {name} rows: {describe(error)}"
             ) from error
 
     def _fragments(self, shards: Shards) -> dict[str, list[Fragment]]:
@@ -117,13 +117,13 @@ class RunState:
         return fragments | fragments_of(self.step, shards)
 
     def _common(self, shards: Shards) -> dict[str, Tensor]:
-        """What every rank holds alike."""
+        """What is equal on every rank."""
         buffers = named_buffers(self.step.engine.module)
         common = {f"buffer/{name}": buffer for name, buffer in buffers}
         return common | common_of(self.step, shards) | self.data.fitted
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
-        """What a checkpoint must share with the run that continues from it."""
+        """What a checkpoint must have in common with the run that continues from it."""
         shapes = self.step.engine.parameter_shapes()
         return {
             "model": config.model.model_dump(mode="json"),
@@ -141,7 +141,7 @@ class RunState:
 
     def _check_identity(self, saved: checkpoint.SavedRun) -> None:
         chosen = {key: value for key, value in self.identity.items() if key.startswith("data.")}
-        # What earlier versions did not write down.
+        # Earlier versions did not record it.
         theirs = {
             "task.name": "classification",
             "optim.name": optimizer_of(saved, self.identity["optim.name"]),
@@ -161,7 +161,7 @@ class RunState:
 
 
 def _choice(config: RunConfig) -> dict[str, Any]:
-    """Which of the labelled rows are used: what a run drew once, it keeps."""
+    """Which of the labelled rows are used: they stay the same over a run."""
     labeled = config.data.labeled
     found = {name: getattr(labeled, name) for name in (*CHOICES, "imbalance")}
     if found["indices"] is not None:
@@ -171,14 +171,14 @@ def _choice(config: RunConfig) -> dict[str, Any]:
 
 
 def _difference(key: str, there: Any, here: Any) -> str:
-    """What differs between a checkpoint and the run that would go on from it."""
+    """Describe the difference between a checkpoint and the run that would continue from it."""
     if key == "parameters" and isinstance(there, Mapping):
         return "; ".join(_parameters_differ(there, here))
     return f"{key}: {_short(there)} there, {_short(here)} here"
 
 
 def _parameters_differ(there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> list[str]:
-    """Which parameters are trained only there or only here, and which have another shape."""
+    """The parameters that are trained only there or only here, or have another shape."""
     only = {"there": there.keys() - here.keys(), "here": here.keys() - there.keys()}
     found = [
         f"parameters trained only {where}: {shortened(sorted(names))}"
@@ -196,7 +196,7 @@ def _parameters_differ(there: Mapping[str, list[int]], here: Mapping[str, list[i
 
 
 def _same_state(key: str, there: Any, here: Any) -> bool:
-    """Whether a setting that differs leaves all of the state with its meaning."""
+    """Whether a different setting leaves the meaning of all state unchanged."""
     return key == "optim.name" and {there, here} == {"adam", "adamw"}
 
 

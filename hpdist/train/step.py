@@ -49,32 +49,32 @@ __all__ = ["SemiSupervisedStep", "StepOutcome"]
 class SemiSupervisedStep:
     """Views, weak pass, one reduction, student pass, loss, backward, optimizer, teacher, commit.
 
-    The batches given to it are this rank's slices, in rank order, of the global batches; every
-    rank must give slices of the same size. Collective: every rank must call it equally often.
-    `accelerator.save_state` and `load_state` save and load all that it remembers.
+    The batches are this rank's slices, in rank order, of the global batches; every rank must give
+    slices of the same size. Collective: every rank must call it equally often.
+    `accelerator.save_state` and `load_state` save and load all of its state.
 
     Args:
-        accelerator: What prepared `model` and `optimizer`.
+        accelerator: The one that prepared `model` and `optimizer`.
         model: Prepared; maps inputs, as batches have them, to logits [rows, classes], or to an
             output with `.logits`, or to all the outputs that the algorithm's task names.
         optimizer: Prepared with the model.
-        algorithm: What the loss is; its state must live on the accelerator's device.
+        algorithm: Gives the loss; its state must be on the accelerator's device.
         views: Makes weak and strong views of the inputs.
-        micro_batches: Forwards and backwards that a step is cut into. Under DeepSpeed it must equal
+        micro_batches: Micro-batches of a step. Under DeepSpeed it must equal
             `gradient_accumulation_steps`.
-        decay: The teacher's; `None` keeps no teacher.
+        decay: Of the teacher; `None`: there is no teacher.
         teacher_warmup: Whether the teacher's decay starts small.
         grad_clip: Largest global gradient norm. Under DeepSpeed its own config decides.
         precision: Only for fp16 on a CPU, where Accelerate does not know it.
-        loss_scale: Of fp16 without DeepSpeed, whose own config decides otherwise.
+        loss_scale: For fp16 without DeepSpeed; with it, its own config decides.
         teacher_model: A second, unprepared model like the first: needed under ZeRO-3 by an
             algorithm whose targets come from the teacher.
-        seed: Of what the algorithm draws, such as how it mixes rows.
+        seed: For the algorithm's draws, such as how it mixes rows.
         l1: Weight of the L1 norm of the weights, a term of the loss.
 
-    Raises ConfigError where `l1` is given and ZeRO-3 shards the weights, or where the algorithm
-    wants a teacher that there is none of, or heads that the model has not (`hpdist.with_heads` adds
-    them), or mixes rows within groups that ranks and micro-batches cut apart.
+    Raises ConfigError if `l1` is given and ZeRO-3 shards the weights, or if the algorithm needs a
+    teacher and there is none, or heads that the model lacks (`hpdist.with_heads` adds them), or
+    mixes rows within groups that ranks and micro-batches cut apart.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SemiSupervisedStep:
         self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
         self.history = OverflowHistory()
         self.rank_timer = RankTimer(self.engine.device)
-        """Begins with a step, or before it where one begins it to count the reading of rows."""
+        """Begins with a step, or earlier if the caller begins it to include the reading of rows."""
         self.applied_steps = 0
         self.attempts = 0
         """Steps begun, skipped ones included; the views' noise is keyed by it."""
@@ -127,12 +127,12 @@ class SemiSupervisedStep:
         join_save_state(self)
 
     def evaluating(self, *, teacher: bool = True) -> AbstractContextManager[Callable[[Any], Any]]:
-        """Have the model in evaluation mode for a while, with the teacher's weights if there are.
+        """Set evaluation mode for a while, with the teacher's weights if there is a teacher.
 
         with step.evaluating() as predict:
             logits = predict(inputs)        # inputs as in batches; logits fp32 [rows, classes]
 
-        Of a task that goes by more than logits, `predict` gives its outputs by name.
+        For a task with more outputs than logits, `predict` returns them by name.
         Collective: every rank must enter, and under ZeRO-3 call `predict` equally often.
         """
         return evaluating(self.engine, self.teacher if teacher else None, self.views)
@@ -152,17 +152,17 @@ class SemiSupervisedStep:
 
         Args:
             labeled: This rank's slice of the labelled global batch.
-            unlabeled: The same of the unlabelled one; ignored by an algorithm that wants no views.
+            unlabeled: Likewise the unlabelled one; ignored by an algorithm that needs no views.
             lr: Learning rate of this step; by default the optimizer keeps its own.
-            measure: Also say what the step did, at the cost of a wait for the device.
+            measure: Also return metrics of the step, at the cost of a wait for the device.
             rank_metrics: Numbers of this rank, where `measure`. Every rank's outcome then holds
                 those of all ranks, under the same names on all.
             stop: Whether this rank wants the run to stop after this step, as when it cannot read
-                its next rows. Every rank's outcome says so then, at no further communication.
+            its next rows. Every rank's outcome then has it, without further communication.
             save: Whether it wants a checkpoint after this step; likewise.
 
-        Raises ConfigError where rows are missing or do not divide into micro-batches, and
-        PrecisionError where overflow has no end.
+        Raises ConfigError if rows are missing or do not divide into micro-batches, and
+        PrecisionError if overflow does not end.
         """
         self._passes.begin()
         micros = list(self._cutter().split(labeled, unlabeled, self.attempts))
@@ -201,7 +201,7 @@ class SemiSupervisedStep:
 
     @property
     def _parts(self) -> int:
-        """How many contributions make the global loss."""
+        """The number of contributions that make the global loss."""
         return self.engine.world_size * self.micro_batches
 
     def _cutter(self) -> MicroBatcher:
@@ -217,13 +217,13 @@ class SemiSupervisedStep:
         )
 
     def _flags(self, unlabeled: UnlabeledBatch[Any] | None, stop: bool, save: bool) -> Tensor:
-        """What a rank tells besides sums: unusable rows, what it asks for, gradients missed."""
+        """A rank's flags: unusable rows, requests to stop or save, missed gradients."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
         flags = [bad, stop, save, self.engine.missed_gradients]
         return torch.tensor([float(flag) for flag in flags], device=self.engine.device)
 
     def _close(self, done: EngineStep, attempt: Attempt) -> OverflowSource | None:
-        """Make everything follow the optimizer: final if it was applied, undone if not."""
+        """Commit everything if the step was applied, and discard it if not."""
         overflow_source = None if done.applied else self._find_overflow_source(attempt)
         attempt.close(done.applied)
         self.engine.commit_bn(done.applied)
@@ -235,7 +235,7 @@ class SemiSupervisedStep:
         return overflow_source
 
     def _find_overflow_source(self, attempt: Attempt) -> OverflowSource | None:
-        """Go through the micro-batches again; only ever after an overflow. Collective."""
+        """Repeat the micro-batches to find an overflow's source; only after one. Collective."""
         for number, micro in enumerate(attempt.micros):
             inputs = channels_last(cat(micro.inputs.parts))
             terms = partial(attempt.weighted_terms, number)
@@ -257,7 +257,7 @@ class SemiSupervisedStep:
         contributions: list[dict[str, Tensor]],
         rank_metrics: Mapping[str, float],
     ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, list[float]]]:
-        """Give a step's global means, numbers of each class and of each rank. Collective."""
+        """Return a step's global means, numbers of each class and of each rank. Collective."""
         sums = {name: add(part[name] for part in contributions) for name in contributions[0]}
         weak = [view.logits for view in attempt.weak if view is not None]
         rows = attempt.micros[0].inputs.positions.unlabeled_rows
@@ -269,6 +269,6 @@ class SemiSupervisedStep:
         ranks = dict(zip(per_rank, reduced.pop("ranks").T.tolist(), strict=True))
         numbers, shares = pseudo_labels.summarized({n: reduced.pop(f"seen/{n}") for n in observed})
         reduced |= numbers
-        values = torch.stack(list(reduced.values())).tolist()  # one wait for the device
+        values = torch.stack(list(reduced.values())).tolist()  # a single wait for the device
         classes = pseudo_labels.per_class(self.algorithm, shares)
         return dict(zip(reduced, values, strict=True)), classes, ranks

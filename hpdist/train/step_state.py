@@ -1,11 +1,11 @@
-"""What a step remembers beside model and optimizer: to and from checkpoints, Accelerate's too.
+"""The state of a step beside model and optimizer: in checkpoints, and in Accelerate's.
 
 accelerator.save_state("saved")     # every rank; saved/hpdist has the step's part
 accelerator.load_state("saved")     # every rank, with the step made as before
 
-Accelerate saves and loads model, optimizer and random numbers. It would have registered objects
-saved by its main process alone, in which a gather would wait for ever; its hooks run on every rank,
-so there each writes what it holds, in the format of `hpdist.checkpoint.reader`.
+Accelerate saves and loads model, optimizer and random numbers. It would save registered objects on
+its main process only, where a gather would wait for ever; its hooks run on every rank, so each
+rank writes its part there, in the format of `hpdist.checkpoint.reader`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import CheckpointError, why_not_written
 
 FOLDER = "hpdist"
-"""Where a step's part lies in the folder of `save_state`; of a second model's step `hpdist_1`."""
+"""The folder of a step in that of `save_state`; a second model's step has `hpdist_1`."""
 
-_VISIBLE_SECONDS = 30.0  # until a folder that one machine has made is there on all others
+_VISIBLE_SECONDS = 30.0  # until a folder made on one machine is visible on all others
 
 _Steps = list["weakref.ref[StepParts]"]
 _followed: weakref.WeakKeyDictionary[Accelerator, _Steps] = weakref.WeakKeyDictionary()
 
 
 class StepParts(Protocol):
-    """What of a `SemiSupervisedStep` is saved and restored."""
+    """The parts of a `SemiSupervisedStep` that are saved and restored."""
 
     engine: Engine
     algorithm: Algorithm
@@ -56,7 +56,7 @@ class StepParts(Protocol):
 
 
 class StepFacts(BaseModel):
-    """What `save_state` has of a step in its manifest."""
+    """The facts of a step in the manifest of `save_state`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -71,16 +71,15 @@ class StepFacts(BaseModel):
 
 
 def join_save_state(step: StepParts) -> None:
-    """Have the Accelerator's `save_state` and `load_state` save and load the step as well.
+    """Have the Accelerator's `save_state` and `load_state` include the step.
 
-    A later step of the same model takes the place of an earlier one; a step that nobody holds any
-    longer is not saved.
+    A later step of the same model replaces an earlier one; a step without references is not saved.
     """
     accelerator = step.engine.accelerator
     if step.engine.has_stepped:
         warnings.warn(
             "the optimizer has done steps before this SemiSupervisedStep was made, which begins "
-            "with step 0 and a teacher like the student; to go on with a saved one, make it before "
+            "with step 0 and a teacher like the student; to continue a saved one, make it before "
             "accelerator.load_state",
             stacklevel=3,
         )
@@ -110,7 +109,7 @@ def join_save_state(step: StepParts) -> None:
 
 
 def _live(steps: _Steps) -> dict[str, StepParts]:
-    """The steps that there still are, by their folders, which number the models as Accelerate's."""
+    """The steps that still exist, by their folders, which number the models as Accelerate does."""
     found = {}
     for step in (each for reference in steps if (each := reference()) is not None):
         engine = step.engine
@@ -118,7 +117,7 @@ def _live(steps: _Steps) -> dict[str, StepParts]:
             if model is engine.model or without_wrappers(model) is engine.module:
                 found[f"{FOLDER}_{number}" if number else FOLDER] = step
                 break
-        else:  # `free_memory` has had it forgotten
+        else:  # `free_memory` has removed it
             warnings.warn(
                 "the Accelerator does not know the model of a SemiSupervisedStep any longer, so it "
                 "saves and loads neither of them",
@@ -128,7 +127,7 @@ def _live(steps: _Steps) -> dict[str, StepParts]:
 
 
 def fragments_of(step: StepParts, shards: Shards) -> dict[str, list[Fragment]]:
-    """This rank's share of the teacher and of what the algorithm remembers, by kind."""
+    """This rank's share of the teacher and of the algorithm's state, by kind."""
     fragments = {
         "algorithm": [
             Fragment(name, start, values)
@@ -142,7 +141,7 @@ def fragments_of(step: StepParts, shards: Shards) -> dict[str, list[Fragment]]:
 
 
 def common_of(step: StepParts, shards: Shards) -> dict[str, Tensor]:
-    """What every rank holds alike of teacher and algorithm."""
+    """What is equal on every rank in teacher and algorithm."""
     common = {
         f"algorithm/{name}": value
         for name, value in step.algorithm.state_dict().items()
@@ -164,7 +163,7 @@ def facts_of(step: StepParts) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_step(step: StepParts, saved: checkpoint.SavedRun) -> None:
-    """Take over teacher, algorithm, loss scale and applied steps; not the attempts."""
+    """Load teacher, algorithm, loss scale and applied steps; not the attempts."""
     facts = saved.facts
     step.engine.load_scale_state(facts["loss_scale"])
     step.algorithm.load_state_dict(_under(saved.common, "algorithm/"), saved.whole("algorithm"))
@@ -175,7 +174,7 @@ def load_step(step: StepParts, saved: checkpoint.SavedRun) -> None:
 
 
 def _save(step: StepParts, folder: Path) -> None:
-    """Write the step's part. Collective; raises CheckpointError, on all ranks, where one fails."""
+    """Write the step's part. Collective; raises CheckpointError, on all ranks, if one fails."""
     engine = step.engine
     run_on_main(lambda: _make(folder))
     raise_together(_not_visible(folder, engine.rank))
@@ -187,7 +186,7 @@ def _save(step: StepParts, folder: Path) -> None:
     facts = {**facts_of(step), **_identity(step), **engine_facts}
     writer.save(step.applied_steps, fragments_of(step, shards), common_of(step, shards), facts)
     writer.finish()
-    # What another training has left there may be of a later step, so it is not told by its age.
+    # What another training left there may be of a later step, so its age does not identify it.
     run_on_main(lambda: _remove_others(folder, folder_name(step.applied_steps)))
 
 
@@ -201,7 +200,7 @@ def _make(folder: Path) -> None:
 
 
 def _not_visible(folder: Path, rank: int) -> CheckpointError | None:
-    """What is wrong where this rank's machine has not the folder that the first rank has made."""
+    """The error if the folder that the first rank has made is not visible to this rank."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while not folder.is_dir():
         if time.monotonic() >= deadline:
@@ -220,26 +219,26 @@ def _remove_others(folder: Path, kept: str) -> None:
                 checkpoint.remove(path)
     except OSError as error:
         raise CheckpointError(
-            f"save_state: what {str(folder)!r} had of an earlier state cannot be removed: {error}"
+            f"save_state: the earlier state in {str(folder)!r} cannot be removed: {error}"
         ) from error
 
 
 def _load(step: StepParts, folder: Path) -> None:
     """Read the step's part, on any number of ranks.
 
-    Collective; raises CheckpointError, on all ranks, where there is none, or it is damaged or of
+    Collective; raises CheckpointError, on all ranks, if there is none, or it is damaged or of
     another algorithm, model or teacher.
     """
     problems: list[str] = []
     try:
         saved = checkpoint.open_newest(folder, problems.append, facts=StepFacts)
     except CheckpointError as error:
-        if not problems:  # of a later format
+        if not problems:  # it is of a later format
             raise
         raise CheckpointError(f"load_state: {'; '.join(problems)}; load another folder") from error
     if saved is None:
         raise CheckpointError(
-            f"load_state: {str(folder)!r} is not there, so teacher and algorithm cannot go on; "
+            f"load_state: {str(folder)!r} does not exist, and teacher and algorithm need it; "
             "load what save_state has written with hpdist.SemiSupervisedStep made before it"
         )
     call_on_all_ranks(lambda: _take_over(step, saved))
@@ -281,7 +280,7 @@ def _take_over(step: StepParts, saved: checkpoint.SavedRun) -> None:
 
 
 def _engine_of(folder: Path) -> dict[str, int | str] | None:
-    """How the newest state in a folder was saved; None where that is not known, or nothing is."""
+    """How the newest state in a folder was saved; None if that is not known, or there is none."""
     for path in list_checkpoints(folder):
         found: dict[str, int | str] | None = read_manifest(path).get("engine")
         return found
@@ -289,7 +288,7 @@ def _engine_of(folder: Path) -> dict[str, int | str] | None:
 
 
 def _check_engine(step: StepParts, saved: Mapping[str, int | str] | None, path: Path) -> None:
-    """Raise CheckpointError where the weights beside the step's part cannot be loaded here."""
+    """Raise CheckpointError if the weights beside the step's part cannot be loaded here."""
     here = step.engine.saved_as
     if saved is not None and saved != here:
         raise CheckpointError(
@@ -308,7 +307,7 @@ def _described(engine: Mapping[str, int | str]) -> str:
 
 
 def _identity(step: StepParts) -> dict[str, Any]:
-    """What a step must share with the one that was saved."""
+    """What a step must have in common with the one that was saved."""
     kind = type(step.algorithm)
     shapes = step.engine.parameter_shapes()
     return {

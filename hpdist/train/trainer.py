@@ -1,4 +1,4 @@
-"""Trains from labelled and unlabelled rows: the door to everything that a run is.
+"""Trains from labelled and unlabelled rows: the entry point from Python.
 
 Trainer("wide_resnet", "fixmatch", labeled=train, unlabeled=more, test=test, steps=10_000).fit()
 """
@@ -26,7 +26,7 @@ from hpdist.train.outcome import StepOutcome
 
 
 class Trainer(RunLoop):
-    """Trains a model from labelled and unlabelled rows, on however many ranks were launched.
+    """Trains a model from labelled and unlabelled rows, on any number of launched ranks.
 
     Its methods may be called in any order: `save`, `evaluate` and `close` before `fit`, `evaluate`
     after it. As a context manager it closes itself at the end.
@@ -42,8 +42,8 @@ class Trainer(RunLoop):
         test: Likewise.
         validation: Likewise.
         settings: Any other section of the config by its name: `batch={"labeled": 64}`,
-            `steps=1000`. With `run={"name": …}` the run goes on where its folder has one; without,
-            it is a new one, `run-0001` or the next that is free.
+        `steps=1000`. With `run={"name": …}` the run continues if its folder has one; without,
+        it is a new one, `run-0001` or the next that is free.
 
     Raises ConfigError or DataError before training. Collective: every rank must construct it.
     """
@@ -81,7 +81,7 @@ class Trainer(RunLoop):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], *, files: bool = True) -> Trainer:
-        """Make the trainer of nested settings, as a config file has them. Collective."""
+        """Make the trainer from nested settings, as in a config file. Collective."""
         return cls.from_config(configuration.parse(settings), files=files)
 
     def __enter__(self) -> Trainer:
@@ -97,10 +97,10 @@ class Trainer(RunLoop):
 
     @redacted_errors()
     def evaluate(self, rows: LabeledRows) -> Evaluation:
-        """Measure teacher and student on all rows of a set, such as `trainer.data.test`.
+        """Evaluate teacher and student on all rows of a set, such as `trainer.data.test`.
 
-        At any time, after `close` too. Collective: every rank must call. Raises DistributedError
-        where the ranks that trained have left their process group.
+        Works at any time, also after `close`. Collective: every rank must call. Raises
+        DistributedError if the ranks that trained have left their process group.
         """
         trained_on = self.step.engine.world_size
         if world_size() != trained_on:
@@ -119,7 +119,7 @@ class Trainer(RunLoop):
         return outcome
 
     def trial_steps(self, attempts: int) -> Iterator[StepOutcome]:
-        """Attempt a step whenever one is asked for, and write nothing. Collective."""
+        """Attempt a step on each request, and write nothing. Collective."""
         self._check_open()
         self._open_log(files=False)
         try:
@@ -130,12 +130,12 @@ class Trainer(RunLoop):
             self.close()
 
     def student_model(self) -> nn.Module:
-        """Give a plain model with the student's weights, on the CPU, in fp32 and evaluation mode.
+        """Return a plain model with the student's weights, on the CPU, in fp32 and evaluation mode.
 
         It needs neither hpdist nor other ranks. Collective: every rank must call.
         """
         return self.run.model.student(self.step)
 
     def teacher_model(self) -> nn.Module:
-        """Give such a model with the teacher's weights: what a run's scores are of. Collective."""
+        """Return such a model with the teacher's weights, which scores refer to. Collective."""
         return self.run.model.teacher(self.step)

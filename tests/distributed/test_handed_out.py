@@ -105,7 +105,7 @@ def test_heads_of_the_training_are_left_out(
     weights = made.step.engine.module.get_submodule("model").state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in given.state_dict().items())
     assert type(made.teacher_model()) is Small
-    assert "has the student's trained weights now" in capfd.readouterr().err
+    assert "now has the student's trained weights" in capfd.readouterr().err
     # A run that is done gives what it learnt to a module that is given later, too.
     later = Small()
     trainer(later, tmp_path, "run", 2, algorithm="simmatch").fit()

@@ -115,4 +115,4 @@ def test_a_tracker_that_fails_warns_once_and_training_goes_on(tmp_path: Path) ->
         tracker.finish()
     told = [str(w.message) for w in caught if "tracker tensorboard failed" in str(w.message)]
     assert len(told) == 1
-    assert "training goes on" in told[0]
+    assert "training continues" in told[0]

@@ -217,7 +217,7 @@ def test_a_full_disk_costs_checkpoints_and_no_training(
     told = [str(w.message) for w in caught if "could not be written" in str(w.message)]
     assert told, [str(w.message) for w in caught]
     assert "No space left" in told[0]
-    assert "the checkpoints before are whole" in told[0]
+    assert "earlier checkpoints are intact" in told[0]
     assert records(small_disk) == list(range(1, 13))  # not one is lost, not one is cut
     kept = sorted(path.name for path in (small_disk / "run/checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000012"]
@@ -295,7 +295,7 @@ def test_full_inodes_cost_checkpoints_and_no_training(
     (line,) = [line for line in told if line.startswith(wanted)]
     assert "No space left" in line
     assert "has no free inodes" in line
-    assert "the training goes on, the checkpoints before are whole" in line
+    assert "the training continues, earlier checkpoints are intact" in line
     assert records(few_inodes) == list(range(1, 13))
     kept = sorted(path.name for path in (few_inodes / "run/checkpoints").iterdir())
     assert kept == ["step-00000010", "step-00000012"]
@@ -376,7 +376,7 @@ def test_a_rollback_goes_on_from_before_with_later_rows(
 ) -> None:
     settings = {**COLLAPSE, "on": "rollback"}
     summary = trainer(folder, 12, model=Collapses(7, 10), divergence=settings).fit()
-    assert "back to step 6, and on with the rows that follow" in capfd.readouterr().err
+    assert "back at step 6, continuing with the rows that follow" in capfd.readouterr().err
     assert records(folder) == list(range(1, 13))
     assert summary["steps"] == 12
     rows = pq.read_table(folder / "run/audit/rank-00000.parquet").to_pylist()
@@ -390,5 +390,5 @@ def test_a_rollback_goes_on_from_before_with_later_rows(
 def test_without_an_earlier_checkpoint_there_is_no_going_back(folder: Path) -> None:
     settings = {**COLLAPSE, "on": "rollback"}
     training = trainer(folder, 20, model=Collapses(1, 99), divergence=settings)
-    with pytest.raises(DivergenceError, match="no checkpoint is from before"):
+    with pytest.raises(DivergenceError, match="no earlier checkpoint"):
         training.fit()

@@ -100,7 +100,7 @@ def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path, tracker):
     assert leaks(run, cache, text=again.stdout + again.stderr) == []
     alone = start(run / "config.yaml", cache, "--run.name=copy")
     assert alone.returncode == 2
-    assert "data.unlabeled.data_files: a password or signature was left out" in alone.stderr
+    assert "data.unlabeled.data_files: a password or signature was replaced" in alone.stderr
     assert {file.stat().st_mode & 0o077 for file in run.rglob("*")} == {0o044, 0o055}  # the umask's
 
 

@@ -52,7 +52,7 @@ def save_and_come_back(make: Make) -> Any:
     first.save()
     first.close()
     first.save()
-    with pytest.raises(ConfigError, match="this trainer is closed; make it anew"):
+    with pytest.raises(ConfigError, match="this trainer is closed; make a new one"):
         first.fit()
     with pytest.raises(ConfigError, match="this trainer is closed"):
         first.dry_run()

@@ -146,7 +146,7 @@ def config(**changes: Any) -> RunConfig:
 
 
 def test_settings_that_go_by_a_rows_class_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.labeled.labels_per_class: goes by the class"):
+    with pytest.raises(ConfigError, match=r"data.labeled.labels_per_class: needs the class"):
         config(labeled={"labels_per_class": 4}, task={"name": "multilabel"})
     with pytest.raises(ConfigError, match=r"threshold is only used with name: multilabel"):
         config(task={"name": "regression", "threshold": 0.3})
