@@ -8,31 +8,31 @@ from typing import NoReturn
 
 
 class _Leaving:
-    """Ends the process with its status once everything that wants to tidy up has done so.
+    """Ends the process with its status after all exit handlers have run.
 
-    Arrow reads ahead and gloo listens in threads of their own, which no call ends. One of them
-    that asks for the interpreter's lock while the interpreter is being taken apart is unwound
-    through C++ code that cannot be, and the process aborts (SIGABRT), whatever its status was to
-    be: https://github.com/python/cpython/issues/87135, mended in Python 3.14.
+    Arrow reads ahead and gloo listens in threads of their own, which no call ends. If one of them
+    requests the interpreter's lock while the interpreter shuts down, it is unwound through C++
+    code that does not allow it, and the process aborts (SIGABRT), whatever its status:
+    https://github.com/python/cpython/issues/87135, fixed in Python 3.14.
     """
 
-    status = 1  # of an exception that nobody expected; Python has printed it by then
+    status = 1  # of an unexpected exception; Python has printed it by then
 
     def __call__(self) -> None:
         try:
             for stream in (sys.stderr, sys.stdout):
                 stream.flush()
-        except (AttributeError, OSError, ValueError):  # there is none, or nobody reads it
-            self.status = self.status or 120  # what Python says of this
+        except (AttributeError, OSError, ValueError):  # it does not exist, or has no reader
+            self.status = self.status or 120  # as Python does
         if os.name == "posix":
-            ctypes.CDLL(None).fflush(None)  # what C code has printed
+            ctypes.CDLL(None).fflush(None)  # the output of C code
         os._exit(self.status)
 
 
 def program() -> NoReturn:
     """Run the command line, and end the process."""
     leaving = _Leaving()
-    atexit.register(leaving)  # before any other is imported: the first one registered goes last
+    atexit.register(leaving)  # before any other is imported: the first one registered runs last
     from hpdist.cli import main
 
     try:

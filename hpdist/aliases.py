@@ -1,6 +1,6 @@
-"""Modules by the names that they had before, for one release.
+"""Former names of modules and of their content, for one release.
 
-Old checkpoints of `accelerator.save_state` name some of them, and so may users' code.
+Old checkpoints of `accelerator.save_state` use some of them, and users' code may too.
 """
 
 from __future__ import annotations
@@ -199,13 +199,13 @@ MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "distributed.config": ("Watchdog",),
     },
 }
-"""Names that a module held before, by where they are now."""
+"""Names that a module held before, by their present module."""
 
 _PREFIX = "hpdist."
 
 
 def current_name(name: str) -> str:
-    """Give the name of today for the dotted name of a module, or of something in one."""
+    """Return the present name for the dotted name of a module, or of something in one."""
     old = name.removeprefix(_PREFIX)
     while old:
         if old in MOVED:
@@ -215,9 +215,9 @@ def current_name(name: str) -> str:
 
 
 def find_moved(package: str, name: str) -> object:
-    """Give what a package held under a name before, with a warning that says where it is now.
+    """Return what a module held under a name before, with a warning that gives its new place.
 
-    Raises AttributeError where it held no such thing.
+    Raises AttributeError if it held no such thing.
     """
     for home, names in MOVED_NAMES.get(package.removeprefix(_PREFIX), {}).items():
         if name in names:
@@ -233,7 +233,7 @@ def find_moved(package: str, name: str) -> object:
 
 
 class _Alias(importlib.abc.InspectLoader):
-    """Loads the module that has another name now."""
+    """Loads a module under its former name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -245,21 +245,21 @@ class _Alias(importlib.abc.InspectLoader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # it has run, and keeps the name that it has now
+        module.__spec__ = self._spec  # it is loaded already, and keeps its present name
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """Give the code of the module, for `python -m`."""
+        """Return the code of the module, for `python -m`."""
         spec = importlib.util.find_spec(self._name)
         assert spec is not None
         return cast(importlib.abc.InspectLoader, spec.loader).get_code(self._name)
 
     def get_source(self, fullname: str) -> str | None:
-        """Give none: tracebacks name the file that has it."""
+        """Return None: tracebacks name the actual file."""
         return None
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds modules by their old names, with a warning that names the new one."""
+    """Finds modules by their former names, with a warning that gives the new one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -276,6 +276,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Have the old names found from here on; any number of times."""
+    """Enable the former names; may be called repeatedly."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

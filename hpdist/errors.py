@@ -1,9 +1,9 @@
-"""What hpdist raises: one root, a handful of children.
+"""The errors that hpdist raises: one base class with a few subclasses.
 
 A message says what is wrong, where (setting, file, rank, step) and what to do. The command line
-prints it as one line and exits with `exit_status`. Whatever text it was made of, from a library's
-error or a setting, it holds no password and no signature of a URL; nor does the error that it was
-raised from, which a traceback shows as well.
+prints it as one line and exits with `exit_status`. It holds no password and no signature of a URL,
+even if it includes a library's error or a setting; nor does its cause, which a traceback shows as
+well.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from hpdist.messages.redaction import redact_error, redacted_text
 
 
 class HpdistError(Exception):
-    """The root of every error that hpdist raises on purpose."""
+    """The base of every error that hpdist raises on purpose."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
     exit_status = 3
     rank: int | None = None
-    """The rank that raised it, where the others may not have."""
+    """The rank that raised it, if the others may not have."""
     everywhere = False
-    """Whether every rank raises it, so that one may speak for all."""
+    """Whether every rank raises it, so that one may report it."""
 
     def __init__(self, *parts: object) -> None:
         super().__init__(*(redacted_text(p) if isinstance(p, str) else p for p in parts))
-        redact_error(sys.exc_info()[1])  # which this one is raised from
+        redact_error(sys.exc_info()[1])  # the cause of this one
 
 
 class ConfigError(HpdistError):
@@ -61,23 +61,23 @@ class DistributedError(HpdistError):
 
 
 class DivergenceError(HpdistError):
-    """Training went wrong without an error of its own: NaN, or collapsed pseudo-labels."""
+    """Training failed without an error of its own: NaN, or collapsed pseudo-labels."""
 
 
 class RehearsalError(HpdistError):
-    """What a rank needs could not be counted here."""
+    """The memory of a rank could not be counted here."""
 
 
 class StoppedError(HpdistError):
-    """A signal asked the run to stop; it is saved and can go on."""
+    """A signal asked the run to stop; it is saved and can continue."""
 
     exit_status = 4
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Give a text without control characters, which a terminal would obey; cut where too long.
+    """Remove control characters, which a terminal would execute; truncate long texts.
 
-    Names of classes, columns and files may be a stranger's.
+    Names of classes, columns and files may come from strangers.
     """
     if not text.isprintable():
         text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -85,19 +85,19 @@ def printable(text: str, most: int | None = None) -> str:
 
 
 def why_not_written(error: Exception, folder: Path) -> str:
-    """What kept something from being written into a folder; a system names no lack of inodes."""
+    """Why nothing could be written to a folder; the system does not name a lack of inodes."""
     text = str(error)
     if "No space left" in text and hasattr(os, "statvfs"):
         while not folder.exists():
             folder = folder.parent
         disk = os.statvfs(folder)
-        if disk.f_files > 0 and disk.f_favail == 0:  # some file systems count none
+        if disk.f_files > 0 and disk.f_favail == 0:  # some file systems have no limit
             return f"{text} ({folder} has no free inodes; remove files, however small)"
     return text
 
 
 def describe(error: BaseException) -> str:
-    """An error of somebody's own code on one line: `TypeError: … (models.py, line 12)`."""
+    """Describe an error in a user's code on one line: `TypeError: … (models.py, line 12)`."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith(_NOT_THEIRS)]
     where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

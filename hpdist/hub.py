@@ -1,4 +1,4 @@
-"""Checkpoint folders and models of the Hub: what `transformers` raises about them, in one line."""
+"""Checkpoint folders and models of the Hub: errors of `transformers` in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LENGTH = 300
 
 
 def require_transformers(setting: str) -> Any:
-    """The `transformers` module; raises ConfigError where it is not installed."""
+    """Import `transformers`; raises ConfigError if it is not installed."""
     try:
         import transformers
     except ImportError as error:
@@ -29,7 +29,7 @@ def require_transformers(setting: str) -> Any:
 
 @contextmanager
 def checkpoint_folder(path: str, setting: str) -> Iterator[str]:
-    """Check a folder or a Hub's id and give it; what is raised inside becomes a ConfigError."""
+    """Check a folder or an id of the Hub and return it; errors inside become ConfigErrors."""
     place = os.path.expanduser(path)
     local = os.path.isdir(place)
     if not local and path.startswith(("/", "./", "../", "~")):
@@ -42,17 +42,14 @@ def checkpoint_folder(path: str, setting: str) -> Iterator[str]:
         yield place if local else path
     except ConfigError:
         raise
-    except Exception as error:  # every file format and transport has its own
+    except Exception as error:  # every file format and transport has its own errors
         raise ConfigError(f"{setting}: {_message(path, local, error)}") from error
 
 
 def _message(path: str, local: bool, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
-        return (
-            f"{path!r} brings Python code of its own, which runs only with "
-            "model.trust_remote_code: true"
-        )
+        return f"{path!r} contains Python code, which only runs with model.trust_remote_code: true"
     said = text if len(text) <= _LENGTH else text[: _LENGTH - 1] + "…"
     if local:
         return f"folder {path!r} cannot be used: {said}"

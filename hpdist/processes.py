@@ -6,14 +6,14 @@ import os
 import threading
 import time
 
-_LOOK_SECONDS = 0.2  # how often a process looks whether its parent lives
+_LOOK_SECONDS = 0.2  # interval of the check whether the parent lives
 
 
 def end_with(parent: int) -> None:
     """Have this process end when its parent is gone, even in the middle of its work.
 
-    A child is given the parent's process id by the parent itself: one that is asked for by the
-    child may already be that of another process, which took the orphan over.
+    The parent itself passes its process id to the child: if the child asked for it, it might
+    already get that of another process that has adopted the orphan.
     """
     threading.Thread(target=_watch, args=(parent,), name="hpdist-lifeline", daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The commands, a small file each; `main` runs the one that the arguments name."""
+"""The commands, one small file each; `main` runs the one that the arguments name."""
 
 from hpdist.cli.program import main
 

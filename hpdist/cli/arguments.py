@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: options, and the config's settings among them."""
+"""Common parts of the commands' arguments: options, and the config's settings among them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports what is wrong as every other error of the user's input."""
+    """Reports errors like every other error in the user's input."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError in place of argparse's own exit."""
+        """Raise ConfigError instead of argparse's own exit."""
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def load_config(given: str, settings: Sequence[str], *, run_code: bool = True) -> RunConfig:
-    """Read a config by path or name; what a name stands for is said once.
+    """Read a config by path or name; the path of a name is printed once.
 
     Without `run_code` nothing that it names is imported, and nothing can be built from it.
     """
@@ -39,9 +39,9 @@ def load_config(given: str, settings: Sequence[str], *, run_code: bool = True) -
 
 
 def split_settings(arguments: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell `--key.sub value` and `--key=value` from what argparse knows.
+    """Separate `--key.sub value` and `--key=value` from argparse's options.
 
-    Raises ConfigError for a key that begins with no section of the config.
+    Raises ConfigError for a key that does not begin with a section of the config.
     """
     from hpdist.config.section import nearest
     from hpdist.train.config import RunConfig

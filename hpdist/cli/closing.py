@@ -1,4 +1,4 @@
-"""What came of a run, as lines for people; `summary.json` has the same numbers as they are."""
+"""The summary of a run as lines of text; `summary.json` has the same numbers unformatted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LABEL = 28  # columns of a key
 
 
 def summary_lines(summary: Mapping[str, object], folder: str | Path) -> Iterator[str]:
-    """Lines of the keys of a summary and their values in units, the run folder last."""
+    """Lines with the keys of a summary and their values in units, the run folder last."""
     for key, value in summary.items():
         yield _line(key, _formatted(key, value, summary))
     if summary:

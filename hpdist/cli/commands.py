@@ -1,4 +1,4 @@
-"""What a command is: a module that describes its arguments and runs."""
+"""The interface of a command: a module that describes its arguments and runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ else:
 class Command(Protocol):
     """A module of this folder.
 
-    One that has `SETTINGS_BESIDE`, names of its own options, takes a config's settings besides.
+    A module with `OWN_OPTIONS`, the names of its options, also takes a config's settings.
     """
 
     def add_arguments(self, commands: Commands) -> None:
@@ -23,5 +23,5 @@ class Command(Protocol):
         ...
 
     def run(self, known: argparse.Namespace, settings: Sequence[str]) -> int:
-        """Do it; returns the exit status."""
+        """Run it; returns the exit status."""
         ...

@@ -26,7 +26,7 @@ def add_arguments(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="where to; made if need be")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="made if it does not exist")
 
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:

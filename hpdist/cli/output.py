@@ -1,4 +1,4 @@
-"""What a command says, once whatever the number of ranks."""
+"""Output of a command, printed once on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hpdist.messages.redaction import redacted_text
 
 
 def own_rank() -> int:
-    """Give the rank that the launcher gave this process."""
+    """Return the rank that the launcher gave this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def print_text(text: str) -> None:
-    """Print to stdout, once whatever the number of ranks."""
+    """Print to stdout, once on any number of ranks."""
     if own_rank() != 0:
         return
     try:
         print(redacted_text(text), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; keep Python from failing again on exit
+    except BrokenPipeError:  # `| head` has read enough; keep Python from failing again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_error(error: HpdistError) -> bool:
-    """Say once what is wrong; what only one rank knows, that rank says. Give whether this did."""
+    """Print an error once, or on the only rank that has it. Return whether this rank did."""
     where = ""
     if error.rank is not None and os.environ.get("WORLD_SIZE", "1") != "1":
         where = f"rank {error.rank}: "
@@ -39,10 +39,10 @@ def report_error(error: HpdistError) -> bool:
 
 
 def let_rank_0_speak() -> None:
-    """Wait, as a rank that says nothing, for rank 0 to say it and end.
+    """Wait on the other ranks until rank 0 has printed the error and ended.
 
-    A launcher ends all processes once one has ended, and rank 0 may come to the error later: much
-    later where the ranks have not met.
+    A launcher ends all processes once one has ended, and rank 0 may reach the error later: much
+    later if the ranks have not met.
     """
     from hpdist.distributed.collectives import world_size
 
@@ -50,7 +50,7 @@ def let_rank_0_speak() -> None:
 
 
 def begin_warnings() -> None:
-    """Have a warning of one of several processes say whose it is, and not stand behind a bar."""
+    """Prefix a warning with its rank if there are several, and print it above the bar."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
     whose = f"rank {own_rank()}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     plain, own = warnings.formatwarning, str(Path(__file__).parents[1])
@@ -64,7 +64,7 @@ def begin_warnings() -> None:
     ) -> str:
         text = plain(message, category, filename, lineno, line)
         if category is UserWarning and filename.startswith(own):
-            text = f"warning: {message}\n"  # hpdist's own sentences, without a line of its code
+            text = f"warning: {message}\n"  # without the line of code that Python would add
         return f"{clear}{whose}{text}"
 
     warnings.formatwarning = format_warning

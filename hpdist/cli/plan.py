@@ -1,4 +1,4 @@
-"""`hpdist plan`: say what every ZeRO stage needs, and which fits."""
+"""`hpdist plan`: print what every ZeRO stage needs, and which fits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def add_arguments(commands: Commands) -> None:
     """Describe the command's arguments."""
     parser = commands.add_parser(
         "plan",
-        help="say what each ZeRO stage needs of a GPU's memory, and which fits",
+        help="print what each ZeRO stage needs of a GPU's memory, and which fits",
         usage="hpdist plan CONFIG --gpus N --gpu-memory GIB [--key.sub value ...]",
         description=(
             "Rehearse every stage in one process, as the first of N GPUs: a few steps on real rows "
-            "and some of evaluation. It needs a GPU, or else this machine's memory and patience."
+            "and some evaluation. It needs a GPU, or else enough memory on this machine, and time."
         ),
         allow_abbrev=False,
     )
@@ -36,7 +36,7 @@ def add_arguments(commands: Commands) -> None:
         type=float,
         default=2.0,
         metavar="GIB",
-        help="of it, for what is not tensors: CUDA's context, NCCL's buffers (default: 2)",
+        help="of it, not for tensors: CUDA's context, NCCL's buffers (default: 2)",
     )
     parser.add_argument(
         "--deepspeed", metavar="JSON", help="the file that Accelerate's config names, if any"
@@ -44,7 +44,7 @@ def add_arguments(commands: Commands) -> None:
 
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    """Say what every ZeRO stage needs, and which fits; status 3 where none does."""
+    """Print what every ZeRO stage needs, and which fits; status 3 if none does."""
     from hpdist.plan.memory_plan import make_plan, table
 
     if os.environ.get("WORLD_SIZE", "1") != "1":

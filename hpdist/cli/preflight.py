@@ -24,15 +24,15 @@ def add_arguments(commands: Commands) -> None:
         usage="hpdist preflight [CONFIG] [--processes N --rank R --address A] [--key.sub value]",
         description=(
             "Start it on every machine at the same time. A launcher's variables, or SLURM's with "
-            "MAIN_IP, say who is who; by hand the options do."
+            "MAIN_IP, give each process its rank; by hand the options do."
         ),
         allow_abbrev=False,
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="also its run folder and data")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many meet")
-    parser.add_argument("--rank", type=int, metavar="R", help="which of them this is, from 0")
-    parser.add_argument("--address", metavar="A", help="of the one of rank 0, as all reach it")
-    parser.add_argument("--port", type=int, default=29400, help="there (default: 29400)")
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="also checks its folder, data")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--rank", type=int, metavar="R", help="rank of this process, from 0")
+    parser.add_argument("--address", metavar="A", help="of rank 0, as all can reach it")
+    parser.add_argument("--port", type=int, default=29400, help="at that address (default: 29400)")
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds to wait for the others (default: 60)"
     )
@@ -40,7 +40,7 @@ def add_arguments(commands: Commands) -> None:
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     """Check whether the processes that meet can train together."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it tells every attempt to connect
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else it logs every connection attempt
     from hpdist.distributed.rendezvous import TOKEN, Endpoint
     from hpdist.preflight.checks import preflight
     from hpdist.preflight.facts import Requirements

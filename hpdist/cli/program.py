@@ -1,7 +1,7 @@
 """The command line: `hpdist train CONFIG [--key.sub value ...]`.
 
 Alone, or on many processes: `accelerate launch -m hpdist train CONFIG ...`. Exit status: 0 done;
-2 the user's input is wrong; 3 training failed; 4 stopped by a signal after saving, ready to go on.
+2 the user's input is wrong; 3 training failed; 4 stopped by a signal after saving, can continue.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         print("hpdist: interrupted", file=sys.stderr, flush=True)
-        return 130  # what a shell says of SIGINT
+        return 130  # a shell's status for SIGINT
 
 
 def _run(arguments: Sequence[str]) -> int:

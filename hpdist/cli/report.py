@@ -16,12 +16,12 @@ def add_arguments(commands: Commands) -> None:
         "report",
         help="write one HTML page of the curves of one run, or of several side by side",
         usage="hpdist report RUN [RUN ...] [--out FILE]",
-        description="Write a page that needs nothing beside it, from what run folders hold.",
+        description="Write a self-contained page from the content of run folders.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
-        "--out", metavar="FILE", help="default: report.html, of one run in its own folder"
+        "--out", metavar="FILE", help="default: report.html, for one run in its folder"
     )
 
 

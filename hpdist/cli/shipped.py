@@ -1,8 +1,8 @@
 """The configs and launch files that come with hpdist, found from any folder.
 
     hpdist configs              # lists them
-    hpdist train digits         # trains by one of them
-    hpdist configs --copy .     # copies configs/ and launch/ here, to change and to launch with
+    hpdist train digits         # trains with one of them
+    hpdist configs --copy .     # copies configs/ and launch/ here, to edit and to launch with
 
 A wheel has them within the package, a checkout beside it.
 """
@@ -31,9 +31,9 @@ def shipped(folder: str) -> Path:
 
 
 def find_config(given: str) -> Path:
-    """The config file that is meant: the one of this path, or else the shipped one of this name.
+    """Find a config file: by its path, or else a shipped one by its name.
 
-    A name has neither folder nor ending. Raises ConfigError where it is neither.
+    A name has neither folder nor extension. Raises ConfigError if there is neither.
     """
     path = Path(given)
     is_name = path.name == given and not path.suffix
@@ -49,7 +49,7 @@ def find_config(given: str) -> Path:
 
 
 def list_configs() -> list[str]:
-    """A line for each shipped config: its name, and how its first line begins."""
+    """A line for each shipped config: its name, and the beginning of its first line."""
     lines = []
     for file in sorted(shipped("configs").glob("*.yaml")):
         with file.open(encoding="utf-8") as text:
@@ -58,10 +58,10 @@ def list_configs() -> list[str]:
 
 
 def copy_shipped(target: Path) -> list[Path]:
-    """Copy configs/ and launch/ into a folder; gives what was written.
+    """Copy configs/ and launch/ into a folder; return what was written.
 
-    Files that are there already and equal are left alone; raises ConfigError where one differs, and
-    where it cannot be written.
+    Existing equal files are left alone; raises ConfigError if one differs, and if it cannot be
+    written.
     """
     pairs = [
         (file, target / name / file.relative_to(shipped(name)))
@@ -73,12 +73,12 @@ def copy_shipped(target: Path) -> list[Path]:
         there = {new for _, new in pairs if new.exists()}
         for file, new in pairs:
             if new in there and new.read_bytes() != file.read_bytes():
-                raise ConfigError(f"configs: {str(new)!r} is there and differs; nothing was copied")
+                raise ConfigError(f"configs: {str(new)!r} exists and differs; nothing was copied")
         for file, new in pairs:
             if new not in there:
                 new.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, new)
-                if os.access(file, os.X_OK):  # else as the umask says
+                if os.access(file, os.X_OK):  # else the umask decides
                     new.chmod(new.stat().st_mode | (new.stat().st_mode & 0o444) >> 2)
     except OSError as error:
         raise ConfigError(f"configs: cannot copy into {str(target)!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""`hpdist train`: train as a config says."""
+"""`hpdist train`: train by a config."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Any setting of CONFIG can be overridden by its dotted name, and the command line
   hpdist train configs/digits.yaml --algorithm.name freematch --optim.lr 0.01
   hpdist train configs/digits.yaml --batch.unlabeled=112 --views.mean "[0.5]" --zero.stage null
 
-Values are read as YAML. Another name for the model, the algorithm or the views drops the options
-that the file gives the old one. --print-config shows what comes of it, --print-schema every
-setting there is."""
+Values are read as YAML. Another name for the model, the algorithm or the views drops the old one's
+options in the file. --print-config shows the result, --print-schema every setting that
+exists."""
 
 
 def add_arguments(commands: Commands) -> None:
     """Describe the command's arguments."""
     parser = commands.add_parser(
         "train",
-        help="train as a config says; continues by itself where a checkpoint is",
+        help="train by a config; continues from its latest checkpoint",
         usage="hpdist train CONFIG [--key.sub value ...] [--dry-run | --print-config]",
-        description="Train as CONFIG says, and continue where its run folder holds a checkpoint.",
+        description="Train by CONFIG, and continue if its run folder holds a checkpoint.",
         epilog=_OVERRIDES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -56,7 +56,7 @@ def add_arguments(commands: Commands) -> None:
 
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    """Train as a config says."""
+    """Train by a config."""
     from hpdist.train import config as configuration
 
     if known.print_schema:
@@ -90,5 +90,5 @@ def _fit(trainer: Trainer, dry_run: bool) -> dict[str, object]:
         return {}
     except (CheckpointError, DataError, DistributedError) as error:
         if not error.everywhere:
-            error.rank = own_rank()  # the others may know nothing of it
+            error.rank = own_rank()  # the others may not have this error
         raise

@@ -1,4 +1,4 @@
-"""The ground of the config: sections, components, overrides and YAML; it knows no component."""
+"""The base of the config: sections, components, overrides and YAML, without any component."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from hpdist.aliases import find_moved
 
 
 def __getattr__(name: str) -> object:
-    """Find what `hpdist.config` held when it was one module."""
+    """Find names that `hpdist.config` held when it was one module."""
     return find_moved(__name__, name)

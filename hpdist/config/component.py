@@ -1,4 +1,4 @@
-"""A component: the options of something that is chosen by its `name`, wherever it is defined."""
+"""A component: the options of something chosen by its `name`, wherever it is defined."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from hpdist.errors import ConfigError, describe
 
 PYTHON_PREFIX = "python:"
 IN_PYTHON = "python:(given)"
-"""The name of a model that Python code gave as an object."""
+"""The name of a model given as an object in Python."""
 AUTO = "auto"
 DEFAULT_NAMES = {"views": AUTO}
-"""What a component is where the config does not name one, and its options fit several."""
+"""The name of a component that its options choose, when the config has no name."""
 
 
 def by_name(values: Any) -> Any:
-    """Take a text for the `name` of a group of settings: `tracker: none`."""
+    """Accept a text as the `name` of a group of settings: `tracker: none`."""
     return {"name": values} if isinstance(values, str) else values
 
 
 class ByName:
-    """Annotates a field whose group of settings may be given by its `name` alone."""
+    """Annotates a field with a group of settings that may be given by its `name` only."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -44,7 +44,7 @@ class ByName:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Offer the group, or one of the names."""
+        """Accept the group, or one of the names."""
         group = handler(schema)
         names = handler.resolve_ref_schema(dict(group))["properties"]["name"]["enum"]
         return {"anyOf": [group, {"type": "string", "enum": names}]}
@@ -55,14 +55,14 @@ class Component(Section):
 
     kind: ClassVar[str] = ""
     prefix: ClassVar[str] = ""
-    """How every name of such components begins, where not one name alone chooses them."""
+    """The prefix of such components' names, if their names are not fixed."""
     prefix_hint: ClassVar[str] = ""
-    """Such a name, for messages."""
+    """An example of such a name, for messages."""
     name: str
 
     @classmethod
     def misfits(cls, values: Mapping[str, Any]) -> int:
-        """Count what is wrong with settings of such a component."""
+        """Count the errors in settings of such a component."""
         try:
             cls.model_validate(dict(values))
         except ValidationError as error:
@@ -71,7 +71,7 @@ class Component(Section):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Make the component known under the default of its `name` field, or under its prefix."""
+        """Register the component under the default of its `name` field, or under its prefix."""
         super().__pydantic_init_subclass__(**kwargs)
         if cls.kind and cls.prefix:
             _prefixed.setdefault(cls.kind, {})[cls.prefix] = cls
@@ -85,7 +85,7 @@ _prefixed: dict[str, dict[str, type[Component]]] = {}
 
 
 def components(kind: str) -> dict[str, type[Component]]:
-    """Give the components of a kind ('model', 'algorithm', 'views') by name, sorted.
+    """Return the components of a kind ('model', 'algorithm', 'views') by name, sorted.
 
     A component is known once its module has been imported; `hpdist.train.config` imports all that
     come with hpdist.
@@ -104,16 +104,16 @@ class PythonComponent(Component):
     name: str = Field(pattern=f"^{PYTHON_PREFIX}")
     """`python:package.module:function`; the working directory is importable."""
     num_classes: int | None = Field(None, ge=2)
-    """By default what the labelled data say."""
+    """By default the number of classes in the labelled data."""
     features: str | None = None
-    """The submodule that gives the features, for algorithms with heads of their own; by default
-    they are what the last linear layer is given."""
+    """The submodule whose output the features are, for algorithms with their own heads; by default
+    the input of the last linear layer."""
     args: dict[str, Any] = Field({})
     """Keyword arguments, passed as they are."""
 
 
 class UnreadComponent(Component):
-    """A component named `python:…` where a command need not run its module: settings as given."""
+    """A `python:…` component when a command need not import its module: unchecked settings."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -123,9 +123,9 @@ _imports: ContextVar[bool] = ContextVar("imports", default=True)
 
 @contextmanager
 def nothing_imported() -> Iterator[None]:
-    """Take `python:` names as they are, for a while: what they name is not imported, so not run.
+    """Accept `python:` names without importing what they name, for a while.
 
-    A config is code where it names modules, and whoever only looks at one should not run it.
+    A config is code if it names modules, and inspecting one should not run it.
     """
     token = _imports.set(False)
     try:
@@ -135,13 +135,13 @@ def nothing_imported() -> Iterator[None]:
 
 
 class ComponentOf:
-    """Annotates a field that holds a component: `name` decides whose options the others are."""
+    """Annotates a field that holds a component: `name` decides which component it is."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def choose(self, values: object) -> Component:
-        """Make the component that `name` asks for, or a name alone. Raises ValidationError."""
+        """Make the component that `name` or a plain name chooses. Raises ValidationError."""
         if isinstance(values, Component):
             return values
         values = {} if values is None and self.kind in DEFAULT_NAMES else by_name(values)
@@ -157,14 +157,14 @@ class ComponentOf:
             raise refusal((("name",), f"missing; {self.hint}"))
         try:
             return self._class(str(name)).model_validate(values)
-        except ConfigError as error:  # of the import of a `python:` name
+        except ConfigError as error:  # from importing a `python:` name
             raise refusal((("name",), str(error))) from error
 
     def by_options(self, values: Mapping[str, Any]) -> str:
-        """Name the one component that has these options; `auto` where several have them all.
+        """Return the name of the only component with these options; `auto` if several have them.
 
-        Where none has, it is the one that they come closest to, whose refusal says what is wrong:
-        images of several that are as close.
+        If none has, it is the closest one, whose error explains what is wrong: images if several
+        are equally close.
         """
         options = {key: value for key, value in values.items() if key != "name"}
         wrong = {
@@ -186,7 +186,7 @@ class ComponentOf:
 
     @property
     def hint(self) -> str:
-        """What a name can be, for a message."""
+        """The possible names, for a message."""
         names = [*components(self.kind), *(c.prefix_hint for c in self._prefixed.values())]
         return f"known: {', '.join(names)}, or python:package.module:attribute"
 
@@ -207,7 +207,7 @@ class ComponentOf:
         return known[name]
 
     def _python_class(self, name: str) -> type[Component]:
-        """A user's own component: a config class, or something that has one as its `Config`."""
+        """A user's own component: a config class, or something with one as its `Config`."""
         if not _imports.get():
             split_name(name)
             return UnreadComponent
@@ -215,7 +215,7 @@ class ComponentOf:
         for candidate in (found, getattr(found, "Config", None)):
             if isinstance(candidate, type) and issubclass(candidate, Component):
                 if candidate.kind != self.kind:
-                    raise ConfigError(f"{name} has options of {candidate.kind or 'no kind'}")
+                    raise ConfigError(f"{name} holds options of {candidate.kind or 'no kind'}")
                 return candidate
         if self.kind != "model":
             raise ConfigError(f"{name} is not a config class of {self.kind} options, nor has one")
@@ -230,7 +230,7 @@ class ComponentOf:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Offer every component's options, told apart by `name`."""
+        """Accept every component's options, distinguished by `name`."""
         default = DEFAULT_NAMES.get(self.kind)
         python = {"python": PythonComponent} if self.kind == "model" else {}
         options = []
@@ -238,7 +238,7 @@ class ComponentOf:
             option = handler(component.__pydantic_core_schema__)
             definition = handler.resolve_ref_schema(option)
             add_descriptions(component, definition)
-            if name != default:  # so that settings without a name fit one option only
+            if name != default:  # so that settings without a name match only one option
                 definition["required"] = sorted({"name", *definition.get("required", [])})
             options.append(option)
         names = f"The name alone: {', '.join(components(self.kind))}, or another that is allowed."
@@ -248,10 +248,10 @@ class ComponentOf:
 def import_object(name: str) -> Any:
     """Import `python:package.module:attribute`; the working directory is importable.
 
-    Raises ConfigError when it cannot be found, or the module fails.
+    Raises ConfigError if it cannot be found, or the module fails.
     """
     module_name, attribute = split_name(name)
-    if os.getcwd() not in sys.path:  # the `hpdist` script does not put it there, `python -m` does
+    if os.getcwd() not in sys.path:  # `python -m` adds it, the `hpdist` script does not
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
@@ -265,7 +265,7 @@ def import_object(name: str) -> Any:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The module and the attribute of a `python:` name. Raises ConfigError where it names none."""
+    """Split a `python:` name into module and attribute. Raises ConfigError if it has none."""
     module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"{name!r} must read python:package.module:attribute")

@@ -1,7 +1,7 @@
-"""The docstrings under the fields of a group of settings, read when the JSON Schema is made.
+"""The docstrings under the fields of settings, read when the JSON Schema is made.
 
-Pydantic can read them too (`use_attribute_docstrings`), but does so when a class is made: half of
-the time that importing all of hpdist's components takes.
+Pydantic can read them too (`use_attribute_docstrings`), but when a class is made: half of the time
+that importing all of hpdist's components takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def attribute_docstrings(kind: type[Any]) -> dict[str, str]:
-    """The docstring under every annotated attribute of a class and those that it inherits from."""
+    """The docstring under every annotated attribute of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if base is not object:
@@ -34,7 +34,7 @@ def add_descriptions(kind: type[Any], schema: dict[str, Any]) -> None:
 def _own(kind: type[Any]) -> dict[str, str]:
     try:
         source = inspect.getsource(kind)
-    except (OSError, TypeError):  # made where no file has its source
+    except (OSError, TypeError):  # it has no source file
         return {}
     (made,) = ast.parse(textwrap.dedent(source)).body
     if not isinstance(made, ast.ClassDef):

@@ -1,4 +1,4 @@
-"""The command line's `--key.sub value`, laid over the settings of a file."""
+"""The command line's `--key.sub value`, applied over the settings of a file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hpdist.errors import ConfigError
 
 
 def lay_over(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
-    """Set dotted keys in a nested dict: whatever their order, a group before what is in it.
+    """Set dotted keys in a nested dict, in any order: a group before its members.
 
     A component's name comes before its other options, and drops those of another component. A
-    group whose name may stand for it is taken by that: `--algorithm fixmatch`.
+    group that its name may replace is set by it: `--algorithm fixmatch`.
     """
     values.update({group: by_name(values[group]) for group in BY_NAME if group in values})
     named = [
@@ -35,7 +35,9 @@ def read_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            raise ConfigError(f"unexpected argument {argument!r}; settings read --key.sub value")
+            raise ConfigError(
+                f"unexpected argument {argument!r}; settings have the form --key.sub value"
+            )
         key, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -56,7 +58,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         child = {} if node.get(parent) is None else node[parent]
         if not isinstance(child, dict):
             raise ConfigError(f"--{dotted}: {parent!r} holds {shown(child)}, no group of settings")
-        copy = dict(child)  # an anchor of the file may be used in two places
+        copy = dict(child)  # YAML anchors may share it between places
         node[parent], node = copy, copy
     if dotted in _COMPONENT_NAMES and not _is_of(parents[0], node, value):
         node.clear()
@@ -64,7 +66,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _is_of(kind: str, options: Mapping[str, Any], name: object) -> bool:
-    """Whether options are those of the component of this name; unnamed ones, if it has such."""
+    """Whether options belong to the component of this name; without a name, whether they fit."""
     if options.get("name") is not None:
         return bool(options["name"] == name)
     component = components(kind).get(str(name))
@@ -73,4 +75,4 @@ def _is_of(kind: str, options: Mapping[str, Any], name: object) -> bool:
 
 _COMPONENT_NAMES = ("model.name", "algorithm.name", "views.name")
 BY_NAME = ("model", "algorithm", "views", "task", "optim", "schedule", "tracker")
-"""Groups of settings that a text, their name, may stand for."""
+"""Groups of settings that may be given by their name."""

@@ -1,6 +1,6 @@
-"""A group of settings: a section of the config, whoever it is of.
+"""A group of settings: the base of all sections of the config.
 
-Pydantic validates; this puts what it finds into words that name the setting, its value and what is
+Pydantic validates; this rewords its errors such that they name the setting, its value and what is
 allowed.
 """
 
@@ -59,7 +59,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `steps: true`, which Python would take for 1."""
+        """Refuse `steps: true`, which Python would treat as 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
             raise PydanticKnownError("int_type")
@@ -68,7 +68,7 @@ class Section(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, values: Any, validate: ModelWrapValidatorHandler[Section]) -> Section:
-        """Put pydantic's findings into words that name what is allowed here."""
+        """Reword pydantic's errors such that they name what is allowed."""
         try:
             return validate(values)
         except ValidationError as error:
@@ -84,7 +84,7 @@ def refusal(*findings: tuple[Location, str]) -> ValidationError:
     return ValidationError.from_exception_data("config", details)
 
 
-_OURS = "hpdist"  # marks findings that are in our words already
+_OURS = "hpdist"  # marks errors that are already in our words
 _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 _BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 _NOUNS = {
@@ -100,14 +100,14 @@ _NOUNS = {
 
 
 def _findings(section: type[BaseModel], error: ValidationError) -> list[tuple[Location, str]]:
-    """Pydantic's findings about a section as (location, message)."""
+    """Pydantic's errors about a section as (location, message)."""
     found = {}
     for detail in error.errors():
         loc, kind = detail["loc"], detail["type"]
         field = section.model_fields.get(str(loc[0])) if loc else None
         if kind == _OURS:
             found[loc] = detail["msg"]
-        elif len(loc) > 1 and isinstance(loc[1], str) and field is not None:  # a union's branches
+        elif len(loc) > 1 and isinstance(loc[1], str) and field is not None:  # branches of a union
             nouns = [_NOUNS.get(getattr(a, "__name__", "")) for a in get_args(field.annotation)]
             allowed = " or ".join(noun for noun in nouns if noun)
             found.setdefault(loc[:1], f"must be {allowed}, not {shown(detail['input'])}")
@@ -117,7 +117,7 @@ def _findings(section: type[BaseModel], error: ValidationError) -> list[tuple[Lo
 
 
 def _in_words(section: type[BaseModel], field: FieldInfo | None, detail: ErrorDetails) -> str:
-    """One of pydantic's findings: what is allowed, and what was found."""
+    """Reword one of pydantic's errors: what is allowed, and what was found."""
     kind, loc, message, value = detail["type"], detail["loc"], detail["msg"], detail["input"]
     if kind == "extra_forbidden":
         hint = nearest(str(loc[-1]), section.model_fields)
@@ -151,20 +151,20 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name most like this one, if any is."""
+    """A hint at the most similar known name, if there is one."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def shown(value: object) -> str:
-    """A value as the YAML file has it, shortened."""
-    value = redacted_settings(value)  # not after: half a URL does not show where a password ends
+    """Format a value as in YAML, shortened."""
+    value = redacted_settings(value)  # first: a truncated URL would hide where a password ends
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys, with values that any tracker takes."""
+    """Flatten nested settings into dotted keys, with values that any tracker takes."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""YAML as people expect it, read and written."""
+"""YAML as people expect it, for reading and writing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Read one value, such as the command line gives. Raises ConfigError."""
+    """Read one value, such as one of the command line. Raises ConfigError."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -52,21 +52,21 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, 007 and dates are text, no key comes twice."""
+    """Reads YAML as people expect it: 1e-3 is a number, 007 and dates are text, keys are unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                problem = f"{name!r} is there twice"
+                problem = f"{name!r} occurs twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as text."""
+    """Quotes texts that `_Loader` would not read as text."""
 
 
 _NUMBERS = {

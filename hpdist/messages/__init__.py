@@ -1,1 +1,1 @@
-"""What is said to people: redaction, progress, numbers in human units."""
+"""Messages to people: redaction, progress, numbers in human units."""

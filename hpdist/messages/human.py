@@ -1,4 +1,4 @@
-"""Numbers as people read them; what programs read (JSON, trackers) has the raw ones."""
+"""Numbers formatted for people; output for programs (JSON, trackers) has the raw ones."""
 
 from __future__ import annotations
 

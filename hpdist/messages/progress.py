@@ -1,4 +1,4 @@
-"""Shows that what takes long is alive: a line now and then in a log, on a terminal a bar.
+"""Shows the progress of long tasks: a line now and then in a log, a bar on a terminal.
 
     with working("evaluating data.test", total=len(rows), unit="rows") as work:
         for batch in batches:
@@ -8,8 +8,8 @@
     @working("building the model")
     def build(): ...
 
-What is done within some seconds shows nothing, and of several ranks only rank 0 shows anything. The
-bar goes when the work is done; a log is told how long it took, where it was told of it at all.
+Tasks that end within seconds show nothing, and of several ranks only rank 0 shows anything. The
+bar disappears at the end; a log gets a last line with the duration, if it had any.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from tqdm import tqdm
 from hpdist.messages.human import duration
 from hpdist.messages.redaction import redacted_text
 
-_QUIET = 5.0  # seconds before the first sign of life
-_EVERY = 30.0  # between lines of a log
-_REFRESH = 0.5  # between pictures of a bar
-_UNSIZED = 80  # columns of a terminal that does not say how many it has
+_QUIET = 5.0  # seconds before the first line
+_EVERY = 30.0  # seconds between lines of a log
+_REFRESH = 0.5  # seconds between updates of a bar
+_UNSIZED = 80  # columns of a terminal that does not report its size
 
 _live: list[Work] = []  # of this process, the innermost last
 
 
 class Work:
-    """Something that takes long; `add` counts what is done of it.
+    """A long task; `add` counts its progress.
 
     Args:
-        what: What is done, as a sentence would go on: "opening data.test".
-        total: How many there are to do, where that is known.
-        unit: Of them, in the plural.
+        what: The task, in the form "opening data.test".
+        total: The number of items, if it is known.
+        unit: Of the items, in the plural.
     """
 
     def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
@@ -56,12 +56,12 @@ class Work:
         self._thread: threading.Thread | None = None
 
     def add(self, count: int) -> None:
-        """Count what has been done."""
+        """Count finished items."""
         self._done += count
 
     @property
     def line(self) -> str:
-        """How far it is, for a log."""
+        """The progress, for a log."""
         count = ""
         if self._unit:
             of = "" if self._total is None else f" of {self._total:,}"
@@ -73,13 +73,13 @@ class Work:
         return time.monotonic() - self._began
 
     def begin(self) -> None:
-        """Show signs of life from now on, in a thread: the work itself may be a single call."""
+        """Show progress from now on, in a thread: the work itself may be a single call."""
         _live.append(self)
         self._thread = threading.Thread(target=self._watch, name="hpdist-progress", daemon=True)
         self._thread.start()
 
     def end(self, well: bool) -> None:
-        """Take the bar away; a log that was told of the work is told that it is done."""
+        """Remove the bar; a log that has a line of the task gets a last one."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -94,7 +94,7 @@ class Work:
         wait = _QUIET
         try:
             while not self._ended.wait(wait):
-                if _live[-1] is not self:  # what it waits for shows itself
+                if _live[-1] is not self:  # an inner task shows its own progress
                     wait = _REFRESH
                 elif sys.stderr.isatty():
                     self._draw()
@@ -103,7 +103,7 @@ class Work:
                     print_line(self.line)
                     self._announced = True
                     wait = _EVERY
-        except (OSError, ValueError):  # nobody reads it any more
+        except (OSError, ValueError):  # there is no reader any more
             return
 
     def _draw(self) -> None:
@@ -113,17 +113,17 @@ class Work:
                 desc=self._what,
                 unit=f" {self._unit}",
                 leave=False,
-                delay=1e-6,  # not drawn before it is told how much is done
+                delay=1e-6,  # so that it is not drawn before its first count
                 bar_format=None if self._unit else "{desc}: {elapsed} so far",
             )
-            self._bar.start_t -= self._took  # it counts from the work's beginning
+            self._bar.start_t -= self._took  # so that it counts from the start of the task
         self._bar.n = self._done
         self._bar.refresh()
 
 
 @contextmanager
 def working(what: str, total: int | None = None, unit: str = "") -> Iterator[Work]:
-    """Show that the body, or the function that this decorates, is at work."""
+    """Show the progress of the body, or of the function that this decorates."""
     work = Work(what, total, unit)
     if os.environ.get("RANK", "0") != "0":
         yield work
@@ -139,21 +139,21 @@ def working(what: str, total: int | None = None, unit: str = "") -> Iterator[Wor
 
 def make_bar(**settings: Any) -> Any:
     """A bar of tqdm on stderr, as wide as the terminal."""
-    # Of a terminal that does not say how wide it is tqdm would show nothing.
+    # Without the terminal's width tqdm would show nothing.
     sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     width = {"dynamic_ncols": True} if sized else {"ncols": _UNSIZED}
     return tqdm(**settings, **width)
 
 
 def columns() -> int | None:
-    """How wide the terminal is; None where stderr is none."""
+    """The width of the terminal; None if stderr is none."""
     if not sys.stderr.isatty():
         return None
     return os.get_terminal_size(sys.stderr.fileno()).columns or _UNSIZED
 
 
 def print_line(line: str) -> None:
-    """Print a line to stderr, above whatever bars there are."""
+    """Print a line to stderr, above any bars."""
     if sys.stderr.isatty():
         tqdm.write(line, file=sys.stderr)
     else:

@@ -1,12 +1,12 @@
-"""Leaves passwords, tokens and signatures out of what is written, logged or shown.
+"""Keeps passwords, tokens and signatures out of what is written, logged or shown.
 
     redacted_text("cannot read https://me:secret@host/a.parquet?sig=abc")
     # cannot read https://REDACTED@host/a.parquet?REDACTED
 
-One set of rules for everything: errors (`HpdistError` applies it to its message, and to what it is
-raised from), settings that a run folder or a tracker gets, log lines and warnings
-(`redact_log_lines`, `redact_output`). A URL loses its user, password and whole query, for nobody
-knows every name that a service gives a signature.
+One set of rules for everything: errors (`HpdistError` applies it to its message and its causes),
+settings in run folders and trackers, log lines and warnings (`redact_log_lines`,
+`redact_output`). A URL loses its user, password and whole query, as the names of signature
+parameters vary.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _LINK = re.compile(rf"::(?={_SCHEME}(?:://|::|$)|/)")
 _PARTS = re.compile(rf"({_SCHEME}://)([^/?#]*)([^?#]*)(\?[^#]*)?(#.*)?", re.DOTALL)
 _PORT = re.compile(r"(?:[^:@\[\]]*|\[[^\]]*\])(?::\d*)?")
 _HUB = "hf://"  # where @ marks a revision
-_HERE = ("file://", "local://")  # a name there may have any character
-_ENDS = ":;,.)]}"  # what a sentence puts behind a URL
+_HERE = ("file://", "local://")  # names there may have any character
+_ENDS = ":;,.)]}"  # punctuation that may follow a URL
 
-_NAMES = (  # of settings, headers and parameters whose value is a secret
+_NAMES = (  # of settings, headers and parameters with secret values
     r"(?:aws|azure|gcp|google|gs|s3|x|amz|goog|hf|hub|api|auth|access|client|account|session|security|"
     r"shared|secret|private|bearer|refresh|id|use|sas|storage|user|db|my|our)"
 )
@@ -84,7 +84,7 @@ def redacted_settings(value: Any, name: str = "") -> Any:
 
 
 def redacted_parts(value: Any, path: str = "") -> list[str]:
-    """Dotted names of the settings that hold what `redacted_settings` has left there."""
+    """Dotted names of the settings in which `redacted_settings` has replaced something."""
     if isinstance(value, Mapping):
         items = [(f"{path}.{key}" if path else str(key), part) for key, part in value.items()]
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -99,7 +99,7 @@ _REDACTED = re.compile(rf"(?:^|[/:?#=\s]){MARK}(?:$|[@/\s:;&])")
 
 
 def _within(found: re.Match[str]) -> str:
-    """A URL of a text; what closes a sentence or a bracket behind it stays."""
+    """Redact a URL in a text; punctuation after it stays."""
     url = found[0].rstrip(_ENDS)
     return redacted(url) + found[0][len(url) :]
 
@@ -115,7 +115,7 @@ def _redacted_url(url: str) -> str:
         at = host.rfind("@")
         if at >= 0:
             host = f"{MARK}@{host[at + 1 :]}"
-        elif not _PORT.fullmatch(host):  # a password with a slash in it, or one that was cut off
+        elif not _PORT.fullmatch(host):  # a password with a slash in it, or a truncated one
             slash_at = path.rfind("@")
             host, path = (f"{MARK}@", path[slash_at + 1 :]) if slash_at >= 0 else (MARK, path)
     return f"{scheme}{host}{path}{f'?{MARK}' * bool(query)}{f'#{MARK}' * bool(fragment)}"
@@ -127,9 +127,9 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def redact_error(error: BaseException | None) -> None:
-    """Take the secrets out of an error and of all that it was raised from, where they stand.
+    """Remove the secrets from an error and from its causes, in place.
 
-    Errors keep their types and tracebacks. Python shows the whole chain of whatever is not caught.
+    Errors keep their types and tracebacks. Python prints the whole chain of an uncaught error.
     """
     rest: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -144,7 +144,7 @@ def redact_error(error: BaseException | None) -> None:
 
 @contextmanager
 def redacted_errors() -> Iterator[None]:
-    """Let errors leave without secrets; a decorator of what users call, too."""
+    """Remove secrets from errors that leave; also a decorator of what users call."""
     try:
         yield
     except BaseException as error:
@@ -153,7 +153,7 @@ def redacted_errors() -> Iterator[None]:
 
 
 _WORDED = ("filename", "filename2", "strerror", "msg", "text", "name", "path", "__notes__")
-"""Attributes that Python's own errors are worded of, beside their arguments."""
+"""Attributes that Python's own errors print, beside their arguments."""
 
 
 def _redact_one(error: BaseException) -> None:
@@ -168,7 +168,7 @@ def _redact_one(error: BaseException) -> None:
                 setattr(error, name, redacted_settings(value))
     if _holds_no_secret(error):
         return
-    # Its class words it of something else: another one, of the same name, says what was said.
+    # Its class prints something else: replace it by a class of the same name with fixed text.
     kind, text, shown = type(error), redacted_text(str(error)), redacted_text(repr(error))
     own: dict[str, Any] = {
         "__module__": kind.__module__,
@@ -176,7 +176,10 @@ def _redact_one(error: BaseException) -> None:
         "__slots__": (),
         "__str__": lambda _: text,
         "__repr__": lambda _: shown,
-        "__reduce__": lambda _: (RuntimeError, (shown,)),  # another process knows no such class
+        "__reduce__": lambda _: (
+            RuntimeError,
+            (shown,),
+        ),  # another process does not know this class
     }
     with suppress(TypeError):
         error.__class__ = cast(Any, type(kind.__name__, (kind,), own))
@@ -185,7 +188,7 @@ def _redact_one(error: BaseException) -> None:
 def _holds_no_secret(error: BaseException) -> bool:
     try:
         text = "\n".join([str(error), repr(error), *getattr(error, "__notes__", ())])
-    except Exception:  # then Python cannot word it either
+    except Exception:  # then Python cannot print it either
         return True
     return redacted_text(text) == text
 
@@ -199,7 +202,7 @@ class RedactingFilter(logging.Filter):
         if isinstance(record.exc_info, tuple):
             redact_error(record.exc_info[1])
             if record.exc_text is None and record.exc_info[0] is not None:
-                # What formatters take for the traceback once it is there.
+                # Formatters use this as the traceback if it is set.
                 record.exc_text = redacted_text(_lines(*record.exc_info).rstrip("\n"))
         return True
 
@@ -209,16 +212,16 @@ _READERS = (
     *("s3fs", "botocore", "aiobotocore", "gcsfs", "adlfs", "azure", "ossfs"),
     *("datasets", "huggingface_hub", "wandb", "mlflow"),
 )
-"""Packages whose log lines may hold the addresses that hpdist has them read, or redirects."""
+"""Packages whose log lines may hold addresses or redirects of data that hpdist reads."""
 
-_logs = ""  # whose lines come without secrets: those of the readers, or everybody's
+_logs = ""  # the loggers that are redacted: those of the readers, or all
 _hooked = False
 
 
 def redact_log_lines(everybody: bool = False) -> None:
-    """Have the log lines of the packages that read data come without secrets from now on.
+    """Redact the log lines of the packages that read data from now on.
 
-    Reading data calls it, in any program; `everybody` is for a process that is hpdist's own.
+    Reading data calls it, in any program; `everybody` is for hpdist's own process.
     """
     global _logs
     if not _logs:
@@ -237,9 +240,9 @@ def redact_log_lines(everybody: bool = False) -> None:
 
 
 def redact_output() -> None:
-    """Have this process's log lines, warnings and tracebacks come without secrets from now on.
+    """Redact this process's log lines, warnings and tracebacks from now on.
 
-    Libraries word their own, so this is done where they are made. The command line calls it.
+    Libraries word their own, so they are redacted at their source. The command line calls it.
     """
     global _hooked
     redact_log_lines(everybody=True)
@@ -263,7 +266,7 @@ def _print_error(kind: Any, error: BaseException | None, trace: Any) -> None:
 
 
 def _print_ignored(ignored: Any) -> None:
-    """Say what an error was that Python cannot raise, such as one in a `__del__`."""
+    """Print an error that Python cannot raise, such as one in a `__del__`."""
     print(f"Exception ignored in: {redacted_text(repr(ignored.object))}", file=sys.stderr)
     _print_error(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)
 

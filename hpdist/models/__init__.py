@@ -1,4 +1,4 @@
-"""The models that come with hpdist, and how any other is named."""
+"""The models that come with hpdist, and how to name any other."""
 
 from hpdist.models.build import ModelConfig, build_model
 from hpdist.models.cnn import CNN

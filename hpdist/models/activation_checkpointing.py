@@ -1,4 +1,4 @@
-"""Memory: activation checkpointing of any model, which trades time for it, and how much is used."""
+"""Activation checkpointing of any model, which trades time for memory, and the memory in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     Call it after `global_batch_norm`. A Hugging Face model does it itself. Otherwise the blocks are
     the members of `nn.Sequential` and `nn.ModuleList` that have children of their own, or whole
-    sequences of plain layers. Raises ConfigError where there is neither, or no support for it.
+    sequences of plain layers. Raises ConfigError if there is neither, or no support for it.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     norms = list(batch_norms(model))
@@ -33,7 +33,7 @@ def checkpoint_activations(model: nn.Module) -> None:
             model = whole
             break
         model = inner
-    # The latter is gone with transformers 6, the former came with 5.
+    # The latter was removed in transformers 6, the former came with 5.
     for method in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(model, method):
             if not getattr(model, "supports_gradient_checkpointing", True):
@@ -59,7 +59,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 def _keep_segments(
     norms: list[GlobalBatchNorm],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a block's forward and of its recomputation, which sees the same segments."""
+    """Contexts of a block's forward and of its recomputation, with the same virtual batches."""
     return nullcontext(), _with_segments(norms, [norm.virtual_batches for norm in norms])
 
 
@@ -78,7 +78,7 @@ def _with_segments(
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this rank has held: on the GPU where there is one, else of the process."""
+    """The most bytes that this rank has held: on the GPU if there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) in place of a pretrained model's weights, through peft.
 
-The model's own weights stay as they are, and so in no optimizer, teacher or checkpoint: those hold
-the adapters and what begins at random, such as the last layer.
+The model's own weights stay unchanged and are in no optimizer, teacher or checkpoint: those hold
+the adapters and newly initialised weights, such as the last layer.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ class Lora(Section):
     rank: int = Field(8, gt=0)
     """Rank of each adapter's two factors."""
     alpha: float = Field(16.0, gt=0)
-    """The adapters' part counts alpha / rank times."""
+    """The adapters' output is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Chance of an input of an adapter to be left out."""
+    """Dropout probability of an adapter's input."""
     targets: list[str] = Field([])
-    """Linear layers that get an adapter, by the end of their name or with wildcards, as `query` or
-    `*.layer.1?.*.value`; by default peft's choice for the kind of model."""
+    """Linear layers that get an adapter, by the end of their name or with wildcards, such as
+    `query` or `*.layer.1?.*.value`; by default peft's choice for the type of model."""
 
 
 def add_adapters(model: nn.Module, config: Lora, fresh: Iterable[str]) -> None:
-    """Put adapters into a model of transformers, and leave only them and what is new to train.
+    """Add adapters to a model of transformers, and freeze all but them and new weights.
 
     Args:
-        model: A classifier, whole; in fp32, or with `weights_as_stored`.
+        model: A whole classifier, in fp32 or with `weights_as_stored`.
         config: Of the adapters.
-        fresh: Names of parameters that no checkpoint gave, and that are trained as well.
+        fresh: Names of parameters that the checkpoint lacks, which are trained as well.
 
-    Raises ConfigError without peft, or where a target is not there.
+    Raises ConfigError without peft, or if a target does not exist.
     """
     peft = _require_peft()
     named = dict(model.named_parameters())
     base = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if not isinstance(base, nn.Module):
-        raise ConfigError(f"model.lora: {type(model).__name__} does not say which part is its body")
+        raise ConfigError(f"model.lora: {type(model).__name__} does not name its body")
     inside, new = set(base.parameters()), set(fresh)
     trained = [p for name, p in named.items() if p not in inside or name in new]
     layers = _linear_layers(model, base)
@@ -66,10 +66,10 @@ def add_adapters(model: nn.Module, config: Lora, fresh: Iterable[str]) -> None:
         fan_in_fan_out=not isinstance(layers[chosen[0]], nn.Linear),
     )
     try:
-        with FullPrecisionReads():  # adapters take the dtype of what they adapt
+        with FullPrecisionReads():  # adapters take the dtype of the layer that they adapt
             peft.inject_adapter_in_model(settings, model)  # which freezes all but the adapters
     except Exception as error:
-        raise ConfigError(f"model.lora: peft cannot: {describe(error)}") from error
+        raise ConfigError(f"model.lora: peft failed: {describe(error)}") from error
     for parameter in trained:
         parameter.requires_grad_(True)
 
@@ -101,8 +101,8 @@ def _usual_targets(peft: Any, model: nn.Module) -> list[str]:
     known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if kind not in known:
         raise ConfigError(
-            f"model.lora.targets: peft has no usual choice for a model of type {kind}; name the "
-            "linear layers, as [query, value]"
+            f"model.lora.targets: peft has no default for a model of type {kind}; name the "
+            "linear layers, such as [query, value]"
         )
     return list(known[kind])
 

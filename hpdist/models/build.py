@@ -1,4 +1,4 @@
-"""What a model's config is, and how a model is built from it."""
+"""The config of a model, and how a model is built from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hpdist.messages.progress import working
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model was trained to see images; None where that is not known."""
+    """The pixels that a model was trained on; None where that is not known."""
 
     source: str
-    """Where that stands, or why it is not known."""
+    """The source of these values, or why they are not known."""
     mean: list[float] | None = None
-    """Per channel, or one for all, of pixels in [0, 1]."""
+    """Mean per channel, or one for all, of pixels in [0, 1]."""
     std: list[float] | None = None
-    """What pixels are divided by after that."""
+    """Divisor of pixels after that."""
     size: int | None = None
     """Side of the images, which are square."""
 
@@ -34,32 +34,32 @@ class ModelConfig(Component):
 
     kind: ClassVar[str] = "model"
     takes: ClassVar[frozenset[str]] = frozenset({"image", "audio"})
-    """Kinds of input that it can be built for: `hpdist.data.decode.kinds.KINDS`."""
+    """Kinds of input that it supports: `hpdist.data.decode.kinds.KINDS`."""
     num_classes: int | None = Field(None, ge=2)
-    """By default what the labelled data say."""
+    """By default the number of classes in the labelled data."""
     features: str | None = None
-    """The submodule that gives the features, for algorithms with heads of their own; by default
-    they are what the last linear layer is given."""
+    """The submodule whose output the features are, for algorithms with their own heads; by default
+    the input of the last linear layer."""
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Make the model for inputs of a shape (without the batch) and a number of classes."""
         raise NotImplementedError(f"{type(self).__name__} must define build()")
 
     def build_for(self, spec: InputSpec, num_classes: int) -> nn.Module:
-        """Make the model for what the input column holds."""
+        """Make the model for the content of the input column."""
         if spec.kind == "text":
             raise ConfigError(
-                f"model.name: {self.name} takes no text; use hf:… or a model of your own"
+                f"model.name: {self.name} does not take text; use hf:… or a model of your own"
             )
         if spec.kind == "audio" and spec.seen == spec.shape:
             raise ConfigError(
-                f"model.name: {self.name} takes no waveforms; set views.spectrogram: true, or use "
-                "hf:… or a model of your own"
+                f"model.name: {self.name} does not take waveforms; set views.spectrogram: true, or "
+                "use hf:… or a model of your own"
             )
         return self.build(spec.seen or spec.shape, num_classes)
 
     def pixels(self) -> Pixels | None:
-        """How the model wants its images, where something comes with it that says so."""
+        """The pixels that the model expects, if something that comes with it says so."""
         return None
 
     def require_image(self, input_shape: tuple[int, ...]) -> None:
@@ -77,9 +77,9 @@ def build_model(
 ) -> nn.Module:
     """Build the model that a config names; the same weights for a seed, on every rank.
 
-    `inputs` is the input column's spec, or the shape of one of its rows, of images or vectors.
+    `inputs` is the input column's spec, or the shape of one of its rows, for images or vectors.
     A `python:module:function` is called as `function(num_classes=..., **args)`. Raises ConfigError
-    where that fails or returns no module.
+    if that fails or returns no module.
     """
     torch.manual_seed(seed)
     if isinstance(config, ModelConfig):
@@ -87,12 +87,12 @@ def build_model(
             return config.build(inputs, num_classes)
         return config.build_for(inputs, num_classes)
     if not isinstance(config, PythonComponent):
-        raise ConfigError(f"model.name: {config.name} has options, but not those of a ModelConfig")
+        raise ConfigError(f"model.name: {config.name} is not a ModelConfig")
     return _call(config, num_classes)
 
 
 def _call(config: PythonComponent, num_classes: int) -> nn.Module:
-    """Call a user's own function."""
+    """Call a user's function."""
     if config.name == IN_PYTHON:
         raise ConfigError(
             "model.name: this run's model was an object in Python; give it again there"

@@ -12,7 +12,7 @@ from hpdist.models.norm import NormName, make_norm
 
 
 class CNNConfig(ModelConfig):
-    """Width of a small CNN."""
+    """Options of a small CNN."""
 
     name: Literal["cnn"] = "cnn"
     width: int = Field(32, gt=0)

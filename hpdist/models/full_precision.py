@@ -1,4 +1,4 @@
-"""Models that come in half precision: they train from fp32 weights, whatever they compute in."""
+"""Models that come in half precision: they train in fp32 weights, whatever they compute in."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hpdist.models.stored import HALF
 
 
 def to_full_precision(model: nn.Module) -> str | None:
-    """Make a model's half-precision weights and buffers fp32, in place; what to say of it.
+    """Convert a model's half-precision weights and buffers to fp32, in place; return a message.
 
-    An update of a weight is often smaller than half precision can add to it, so the optimizer needs
+    An update of a weight is often smaller than half precision can resolve, so the optimizer needs
     fp32. Weights that `weights_as_stored` has marked are left to their engine.
     """
     tensors = [*model.parameters(), *model.buffers()]
@@ -22,5 +22,5 @@ def to_full_precision(model: nn.Module) -> str | None:
         tensor.data = tensor.data.float()
     return (
         f"note: {len(halves)} of the model's {len(tensors)} weights and buffers came in "
-        f"{' and '.join(kinds)}; they train as fp32, and precision: says what it computes in"
+        f"{' and '.join(kinds)}; they train in fp32, and computations use the precision setting"
     )

@@ -1,4 +1,4 @@
-"""Ladder network: an MLP beside a noisy copy of itself that a decoder rids of the noise.
+"""Ladder network: an MLP and a noisy copy of it, which a decoder denoises.
 
 Source: Rasmus et al. 2015, arXiv:1507.02672, algorithm 1.
 """
@@ -42,8 +42,8 @@ class LadderMLP(nn.Module):
     batch before it was normalised to z (of the input 0 and 1). Gradient flows through both
     encoders, mu and sigma.
 
-    The running statistics are those of the clean encoder. The noise is torch's own, so that, as
-    with dropout, it differs with the number of ranks.
+    The running statistics are those of the clean encoder. The noise is torch's own; like dropout,
+    it differs with the number of ranks.
     """
 
     head_names = ("reconstruction",)
@@ -62,7 +62,7 @@ class LadderMLP(nn.Module):
         self.combinators = nn.ModuleList(Combinator(n) for n in sizes)
 
     def forward(self, inputs: Tensor) -> Tensor | dict[str, Tensor]:
-        """Logits [rows, classes], in training by name with the layers' costs beside them."""
+        """Logits [rows, classes]; in training by name, with the layers' costs."""
         rows = inputs.flatten(1)
         if not self.training:
             clean, _, logits = self._encode(rows, self.clean_norms, 0.0)
@@ -93,7 +93,7 @@ class LadderMLP(nn.Module):
         return normalised, before, activation
 
     def _decode(self, noisy: list[Tensor], top: Tensor) -> list[Tensor]:
-        """The guess of every z from the input up, fp32, before it is normalised."""
+        """The estimate of every z from the input up, fp32, before it is normalised."""
         guesses: list[Tensor] = []
         for number in reversed(range(len(noisy))):
             if guesses:
@@ -117,7 +117,7 @@ class Affine(nn.Module):
 
 
 class Combinator(nn.Module):
-    """The guess of z from its noisy copy and from what the layer above says, number by number.
+    """Estimate z from its noisy copy and from the layer above, element by element.
 
     (z~ - m(u)) v(u) + m(u) with m(u) = a1 sigmoid(a2 u + a3) + a4 u + a5 and v(u) = a6 sigmoid(a7 u
     + a8) + a9 u + a10, in fp32.
@@ -130,7 +130,7 @@ class Combinator(nn.Module):
         self.a = nn.Parameter(start)
 
     def forward(self, noisy: Tensor, above: Tensor) -> Tensor:
-        """Both [rows, width], and so is the guess."""
+        """Both inputs, and the estimate, are [rows, width]."""
         a, z, u = self.a.float(), noisy.float(), above.float()
         mean = a[0] * (a[1] * u + a[2]).sigmoid() + a[3] * u + a[4]
         share = a[5] * (a[6] * u + a[7]).sigmoid() + a[8] * u + a[9]
@@ -138,7 +138,7 @@ class Combinator(nn.Module):
 
 
 def _plain_norm(width: int) -> GlobalBatchNorm:
-    """Without weights, and without running statistics: only training uses it."""
+    """BatchNorm without weights and running statistics: only training uses it."""
     return GlobalBatchNorm(width, affine=False, track_running_stats=False)
 
 

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron for tables, or for small images laid flat."""
+"""A multi-layer perceptron for tables, or for small flattened images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hpdist.models.build import ModelConfig
 
 
 class MLPConfig(ModelConfig):
-    """Hidden layers of an MLP."""
+    """Options of an MLP."""
 
     takes: ClassVar = frozenset({"image", "audio", "table"})
     name: Literal["mlp"] = "mlp"
     hidden: list[Annotated[int, Field(gt=0)]] = Field([500])
-    """Width of each hidden layer; none makes a linear model."""
+    """Width of each hidden layer; an empty list makes a linear model."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the hidden units that a training step leaves out; unused without hidden layers."""
+    """Dropout probability of the hidden units; unused without hidden layers."""
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> MLP:
         """Make the network for inputs of a shape (without the batch)."""

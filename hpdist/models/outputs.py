@@ -1,4 +1,4 @@
-"""Asking any model for its logits, or for all that it gives by name."""
+"""Returns any model's logits, or all of its outputs by name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hpdist.errors import ConfigError
 from hpdist.models.stored import FullPrecisionReads
 
 LOGITS = ("logits",)
-"""The names of a model's outputs where nothing but its logits matters."""
+"""The names of a model's outputs if only its logits matter."""
 
 NO_GRADIENT = (
-    "model: its outputs have no gradient, so nothing could be trained; look for forward() under "
+    "model: its outputs have no gradient, so it cannot be trained; look for forward() under "
     "torch.no_grad() or inference_mode(), for a detach(), or for trained layers that it leaves out"
 )
 
 
 def find_logits(output: Any) -> Any:
-    """What stands for the logits in a model's output, whatever that is.
+    """Find the logits in any output of a model.
 
-    The output itself; its `.logits` or, of a dict, its `"logits"`; of a tuple without names, as
-    `return_dict=False` gives it, the first.
+    This is the output itself; its `.logits` or, in a dict, its `"logits"`; in a tuple without
+    names, as `return_dict=False` gives it, the first.
     """
     if isinstance(output, Tensor):
         return output
@@ -39,9 +39,9 @@ def find_logits(output: Any) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of whatever a model returns (`find_logits` says which), fp32.
+    """The logits in a model's output (`find_logits` says which), fp32.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError if there are none.
     """
     logits = find_logits(output)
     if not isinstance(logits, Tensor):
@@ -50,10 +50,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """Every tensor that a model returns, by its name.
+    """Every tensor that a model returns, by name.
 
-    One tensor is named `logits`; of a tuple without names the first is, and the others are
-    `output_1`, `output_2` and so on. What is no tensor, such as a cache, is left out.
+    A single tensor is named `logits`; in a tuple without names the first is, and the others are
+    `output_1`, `output_2` and so on. What is not a tensor, such as a cache, is left out.
     """
     if isinstance(output, Tensor):
         return {"logits": output}
@@ -67,15 +67,15 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     else:
         named = getattr(output, "__dict__", {})
     found = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
-    logits = getattr(output, "logits", None)  # which a property may give
+    logits = getattr(output, "logits", None)  # it may be a property
     return {"logits": logits} | found if isinstance(logits, Tensor) else found
 
 
 def outputs_of(output: Any, names: Sequence[str] = LOGITS) -> Structure:
-    """What a model returns under these names, fp32 where it is floating-point.
+    """Return a model's outputs by name, in fp32 if they are floating-point.
 
-    Where only the logits are asked for they are a plain tensor, else it is tensors by name. Raises
-    ConfigError where one is missing.
+    If only the logits are requested they are a plain tensor, else the result is tensors by name.
+    Raises ConfigError if one is missing.
     """
     if tuple(names) == LOGITS:
         return logits_of(output)
@@ -88,14 +88,14 @@ def outputs_of(output: Any, names: Sequence[str] = LOGITS) -> Structure:
 def _missing(names: Sequence[str], found: Mapping[str, Tensor]) -> ConfigError:
     missing = ", ".join(name for name in names if name not in found)
     return ConfigError(
-        f"model: its outputs lack {missing}, which the task or the algorithm asks for; it gives "
+        f"model: its outputs lack {missing}, which the task or the algorithm needs; it returns "
         f"{', '.join(found) or 'no tensor'}: return them by name, in a dict or a dataclass"
     )
 
 
 @contextmanager
 def on_trial(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
-    """Inside, the model is in evaluation, and nothing has a gradient unless asked; then as it was.
+    """Inside, the model is in evaluation mode, without gradient unless requested.
 
     It may have `weights_as_stored`, which have none in any case.
     """
@@ -111,10 +111,10 @@ def on_trial(model: nn.Module, *, gradient: bool = False) -> Iterator[None]:
 def has_gradient_in_training(
     model: nn.Module, example: Structure, names: Sequence[str] = LOGITS
 ) -> bool:
-    """Whether what the model gives of an example in training, under these names, could train it.
+    """Whether the model's outputs for an example in training, under these names, can train it.
 
-    It is as it was afterwards, its running statistics and torch's generators too. Collective where
-    it has batch normalisation.
+    The model is unchanged afterwards, including its running statistics and torch's generators.
+    Collective if it has batch normalisation.
     """
     training = model.training
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

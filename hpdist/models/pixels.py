@@ -1,4 +1,4 @@
-"""How a pretrained model of images wants its pixels: what a checkpoint says, as views take it."""
+"""The pixels that a pretrained image model expects: read from its checkpoint, for the views."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FILES = ("processor_config.json", "preprocessor_config.json")  # the first may 
 
 @working("reading how the model was trained to see images")
 def with_model_pixels(views: Component, model: Component) -> tuple[Component, str | None]:
-    """Fill what the image views leave open with what the model was trained with.
+    """Complete the image views' settings by those that the model was trained with.
 
-    Gives the views' settings and a line that says what was taken; None where there is nothing to
-    say. Raises ConfigError where what comes with the model cannot be used.
+    Returns the views' settings and a message on what was taken; None if there is nothing to
+    report. Raises ConfigError if the model's settings cannot be used.
     """
     if not isinstance(views, ImageViewsConfig) or not isinstance(model, ModelConfig):
         return views, None
@@ -38,9 +38,9 @@ def with_model_pixels(views: Component, model: Component) -> tuple[Component, st
 
 
 def for_channels(views: Component, given: Component, channels: int) -> tuple[Component, str | None]:
-    """Make what `with_model_pixels` took for three channels fit one, by its mean; and say so.
+    """Reduce what `with_model_pixels` took for three channels to one, by its mean.
 
-    `given` are the views' settings before that: what they set stays.
+    `given` are the views' earlier settings, which stay.
     """
     if not isinstance(views, ImageViewsConfig) or not isinstance(given, ImageViewsConfig):
         return views, None
@@ -62,7 +62,7 @@ def _shown(value: object) -> str:
 
 
 def checkpoint_pixels(path: str, revision: str | None, setting: str) -> Pixels:
-    """What the image processor's file of a Hugging Face checkpoint says; of none, nothing.
+    """Read the image processor's file of a Hugging Face checkpoint, if there is one.
 
     `path` is a folder or an id of the Hub; `setting` is for messages. Raises ConfigError.
     """
@@ -85,13 +85,13 @@ def checkpoint_pixels(path: str, revision: str | None, setting: str) -> Pixels:
 
 
 def _of_processor(values: Mapping[str, Any], source: str) -> Pixels:
-    """Turn an image processor's settings into those of pixels in [0, 1] at one size."""
+    """Convert an image processor's settings into those for pixels in [0, 1] at one size."""
     try:
         mean, std = _normalisation(values)
         return Pixels(source, mean, std, _side(values))
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model.name: {source} is no image processor that views can follow ({error}); set "
+            f"model.name: {source} is an image processor that views cannot follow ({error}); set "
             "views.mean, views.std and views.size"
         ) from error
 
@@ -99,7 +99,7 @@ def _of_processor(values: Mapping[str, Any], source: str) -> Pixels:
 def _normalisation(values: Mapping[str, Any]) -> tuple[list[float] | None, list[float] | None]:
     """Mean and deviation, per channel, of pixels in [0, 1]."""
     factor = float(values.get("rescale_factor") or 1 / 255) if values.get("do_rescale", True) else 1
-    factor *= 255  # that pixels in [0, 1] are multiplied by
+    factor *= 255  # applied to pixels in [0, 1]
     offset = 1.0 if values.get("rescale_offset") else 0.0
     if not values.get("do_normalize", True):
         mean, std = [0.0], [1.0]
@@ -117,7 +117,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _side(values: Mapping[str, Any]) -> int | None:
-    """The side of the square that the model sees; None where rows keep their size."""
+    """The side of the square that the model sees; None if rows keep their size."""
     if values.get("do_center_crop") and values.get("crop_size") is not None:
         size = values["crop_size"]
     elif values.get("do_resize", True):

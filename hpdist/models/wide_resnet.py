@@ -17,7 +17,7 @@ from hpdist.models.norm import NormName, make_norm
 
 
 class WideResNetConfig(ModelConfig):
-    """Depth and width of a wide residual network."""
+    """Options of a wide residual network."""
 
     name: Literal["wide_resnet"] = "wide_resnet"
     depth: int = Field(28, ge=10)
@@ -29,7 +29,7 @@ class WideResNetConfig(ModelConfig):
     leaky_slope: float = Field(0.1, ge=0)
     """Slope of the activation for negative values."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the values between a block's convolutions that a training step leaves out."""
+    """Dropout probability between a block's convolutions."""
 
     @field_validator("depth")
     @classmethod
@@ -98,7 +98,7 @@ class WideResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions behind normalisation and activation, and a shortcut around them."""
+    """Two 3x3 convolutions after normalisation and activation, with a shortcut around them."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, norm: NormName, slope: float, dropout: float

@@ -1,4 +1,4 @@
-"""Heads: further outputs of a model, made of its features, that only the training needs."""
+"""Heads: additional outputs of a model, made from its features, for training only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpdist.models.outputs import named_outputs, on_trial
 
 
 class DeclaresHeads(Protocol):
-    """What an algorithm says of the heads that it wants; `hpdist.Algorithm` does."""
+    """The heads that an algorithm needs; `hpdist.Algorithm` implements it."""
 
     @property
     def head_names(self) -> Sequence[str]:
@@ -25,17 +25,17 @@ class DeclaresHeads(Protocol):
 
     @property
     def heads_hint(self) -> str:
-        """What to do where a model has none of them."""
+        """What to do if the model lacks them."""
         ...
 
     @property
     def predicts(self) -> str | None:
-        """The head whose outputs are the predictions after training, if one is."""
+        """The head whose outputs are the predictions after training, if any."""
         ...
 
     input_shape: torch.Size | None
-    """The shape of one row as the model sees it, None where it is several tensors; set before
-    `heads` is called."""
+    """The shape of one row as the model sees it, None for several tensors; set before `heads` is
+    called."""
 
     def heads(self, features: torch.Size) -> Mapping[str, nn.Module]:
         """Make the head of every name, from features [rows, *features] to [rows, *]."""
@@ -43,18 +43,18 @@ class DeclaresHeads(Protocol):
 
 
 class WithHeads(nn.Module):
-    """A model whose output in training has the heads' beside its own.
+    """A model whose output in training includes that of the heads.
 
-    One forward maps inputs, as batches have them, to tensors by name: `logits`, or whatever the
-    model gives by name, and under each head's name what it says, [rows, *]. In evaluation it gives
-    what the model alone does, with the head that `predicts` in place of the logits.
+    One forward maps inputs, as batches have them, to tensors by name: `logits`, or the model's
+    outputs by name, and each head's output under its name, [rows, *]. In evaluation it returns the
+    model's own outputs, with the head that `predicts` instead of the logits.
 
     Args:
         model: Maps inputs to logits, or to several outputs by name.
         heads: Modules from features [rows, *features] to [rows, *].
-        features: The submodule of `model` whose output the features are; by default what its last
-            linear layer is given.
-        predicts: The head to use in evaluation in place of the logits.
+        features: The submodule of `model` whose output the features are; by default they are the
+        input of its last linear layer.
+        predicts: The head that replaces the logits in evaluation.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class WithHeads(nn.Module):
         self._features = features
 
     def forward(self, inputs: Structure) -> Any:
-        """Outputs by name in training, else what the model gives."""
+        """Outputs by name in training, else the model's own."""
         if not self.training and self.predicts is None:
             return self.model(inputs)
         with self._features.kept(self.model) as kept:
@@ -85,7 +85,7 @@ class WithHeads(nn.Module):
 
 
 class Features:
-    """Where in a model its features are: the input or the output of a submodule."""
+    """The place of the features in a model: the input or the output of a submodule."""
 
     def __init__(self, module: str, *, given: bool) -> None:
         self.module = module
@@ -93,7 +93,7 @@ class Features:
 
     @contextmanager
     def kept(self, model: nn.Module) -> Iterator[list[Tensor]]:
-        """Keep the features of the forward inside, as the last entry of the list."""
+        """Store the features of the forward inside, as the last entry of the list."""
         kept: list[Tensor] = []
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -117,20 +117,20 @@ class Features:
 def with_heads(
     model: nn.Module, algorithm: DeclaresHeads, example: Structure, features: str | None = None
 ) -> nn.Module:
-    """The model with the heads that the algorithm wants beyond what the model has itself.
+    """Add the heads that the algorithm needs and the model lacks.
 
-    Call it before `accelerator.prepare`, and let the optimizer have the result's parameters.
+    Call it before `accelerator.prepare`, and give the result's parameters to the optimizer.
 
     Args:
         model: On the CPU.
-        algorithm: Its `head_names` say which.
+        algorithm: Names the heads in `head_names`.
         example: A batch of inputs [rows, *], one tensor or tensors by name, for the features'
             shape.
-        features: The submodule whose output the features are; by default what the last linear layer
-            is given.
+        features: The submodule whose output the features are; by default they are the input of the
+        last linear layer.
 
-    Raises ConfigError where the model has no such submodule or no linear layer, or lacks an output
-    that only a model can make, or where a head does not give [rows, *].
+    Raises ConfigError if the model has no such submodule or no linear layer, or lacks an output
+    that only a model can make, or if a head's output is not [rows, *].
     """
     algorithm.input_shape = example.shape[1:] if isinstance(example, Tensor) else None
     missing = [name for name in algorithm.head_names if name not in head_names_of(model)]
@@ -163,15 +163,15 @@ def with_heads(
 
 
 def head_names_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of what a model gives beside its logits in training, for algorithms to use.
+    """The names of a model's outputs in training beside its logits, for algorithms to use.
 
-    A model of one's own says so by an attribute `head_names`.
+    A model of one's own declares them by an attribute `head_names`.
     """
     return tuple(getattr(model, "head_names", ()))
 
 
 def require_heads(algorithm: DeclaresHeads, names: Collection[str]) -> None:
-    """Raise ConfigError unless all heads are there that the algorithm needs."""
+    """Raise ConfigError unless all heads that the algorithm needs exist."""
     missing = [name for name in algorithm.head_names if name not in names]
     if missing:
         raise ConfigError(
@@ -189,7 +189,7 @@ def _check_head(name: str, output: Any, rows: int) -> None:
 
 
 def _find(model: nn.Module, example: Structure, features: str | None) -> Features:
-    """Where the features are, by name or else before the linear layer that runs last."""
+    """Find the features, by name or else at the linear layer that runs last."""
     if features is not None:
         try:
             model.get_submodule(features)
@@ -217,13 +217,13 @@ def _find(model: nn.Module, example: Structure, features: str | None) -> Feature
     if not ran:
         raise ConfigError(
             "the algorithm needs the model's features, and the model has no linear layer to find "
-            "them by; name the submodule that gives them: model.features"
+            "them by; name the submodule whose output they are: model.features"
         )
     return Features(ran[-1], given=True)
 
 
 def _tensor(output: Any) -> Tensor:
-    """The tensor of whatever a submodule returns."""
+    """Find the tensor in a submodule's output."""
     if isinstance(output, tuple):
         output = output[0]
     found: Tensor = getattr(output, "last_hidden_state", output)

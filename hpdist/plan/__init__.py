@@ -1,1 +1,1 @@
-"""What a run needs of a GPU's memory, rehearsed before anything is bought."""
+"""A run's need of GPU memory, rehearsed before the hardware exists."""

@@ -1,4 +1,4 @@
-"""How many bytes tensors hold on a device, phase by phase: counted, on a GPU and on a CPU."""
+"""Counts the bytes of tensors on a device, phase by phase, on GPU and CPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MARK = "hpdist.plan.memory_meter/"
 class MemoryMeter:
     """Counts the bytes of tensors that are made between entering and leaving it.
 
-    `mark` begins a phase. After leaving, `levels` has what was held at the last mark of each name,
-    and `peaks` the most that was held in its phases; both over what was held on entering. On a CPU
-    it reads torch's profiler, which slows small operations down and sees this thread and autograd's
-    alone: what NumPy or Arrow allocate is not counted, and a tensor that a thread of gloo lets go
-    of is counted for ever. On a GPU it resets the peak that torch keeps.
+    `mark` begins a phase. After leaving, `levels` has the bytes held at the last mark of each name,
+    and `peaks` the most in its phases; both relative to entering. On a CPU it reads torch's
+    profiler, which slows small operations down and only sees this thread and autograd's: what
+    NumPy or Arrow allocate is not counted, and a tensor that a thread of gloo frees stays counted.
+    On a GPU it resets torch's peak.
 
     Args:
-        device: Whose tensors are counted.
+        device: The device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,12 +32,12 @@ class MemoryMeter:
 
     @property
     def peak(self) -> int:
-        """The most that was held in any phase."""
+        """The most bytes in any phase."""
         return max(self.peaks.values())
 
     @property
     def peak_phase(self) -> str:
-        """The phase in which most was held."""
+        """The phase with the most bytes."""
         return max(self.peaks, key=lambda name: self.peaks[name])
 
     def __enter__(self) -> MemoryMeter:
@@ -46,7 +46,7 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._base = torch.cuda.memory_allocated(self.device)
         else:
-            # The events are all there is to it; shapes and stacks would only cost.
+            # Only the events are needed; shapes and stacks would cost time.
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
             self._profile.__enter__()
@@ -76,7 +76,7 @@ class MemoryMeter:
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), most)
 
     def _replay(self) -> None:
-        """Add up what the profiler noted, in the order of time."""
+        """Add up the profiler's events, in the order of time."""
         assert self._profile is not None
         assert self._profile.profiler is not None
         results = self._profile.profiler.kineto_results

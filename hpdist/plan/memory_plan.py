@@ -2,7 +2,7 @@
 
 Each stage is rehearsed as rank 0 of all GPUs in a process of its own (`hpdist.plan.rehearsal`), so
 weights, optimizer, teacher, activations, buckets and temporary tensors are counted, not estimated.
-What a GPU holds besides tensors is set aside.
+A GPU's other uses of memory are reserved.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
 from hpdist.plan.rehearsal import STEPS, Rehearsal
 
 RESERVE = 2.0
-"""GiB of a GPU that are not for tensors: CUDA's context, NCCL's and cuBLAS's buffers, gaps."""
+"""GiB of a GPU that tensors cannot use: CUDA's context, NCCL's and cuBLAS's buffers, gaps."""
 _GIB = 2**30
 _KINDS: tuple[type[HpdistError], ...] = (ConfigError, DataError, RehearsalError)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One way to shard, and what came of its rehearsal."""
+    """One way to shard, and the result of its rehearsal."""
 
     stage: int | None
-    """None is without DeepSpeed: one GPU, or DDP."""
+    """The stage; None without DeepSpeed: one GPU, or DDP."""
     rehearsal: Rehearsal | None
     problem: str = ""
     """Why there is no rehearsal."""
     kind: type[HpdistError] | None = None
-    """What training would raise for it."""
+    """The error that training would raise."""
 
     @property
     def name(self) -> str:
-        """As people say it."""
+        """The stage's name in messages."""
         return "DDP" if self.stage is None else f"ZeRO-{self.stage}"
 
     @property
     def needs(self) -> float:
-        """GiB of tensors at the peak; infinite where they could not be counted."""
+        """GiB of tensors at the peak; infinite if they could not be counted."""
         return self.rehearsal.peak / _GIB if self.rehearsal is not None else float("inf")
 
 
@@ -60,7 +60,7 @@ class Plan:
     """All stages, the least sharded first."""
 
     settings: Mapping[str, Any]
-    """The run's, nested and complete."""
+    """The run's settings, nested and complete."""
     gpus: int
     memory: float
     """GiB of a GPU."""
@@ -89,23 +89,23 @@ def make_plan(
 ) -> Plan:
     """Rehearse every stage.
 
-    Where there is no GPU, fp16 is rehearsed as bf16, which takes as much memory.
+    Without a GPU, fp16 is rehearsed as bf16, which needs the same memory.
 
     Args:
-        settings: The run's, nested and complete; its `zero.stage` is not looked at.
-        gpus: How many, on all machines together.
+        settings: The run's, nested and complete; its `zero.stage` is ignored.
+        gpus: The number of GPUs, on all machines together.
         memory: GiB of each.
-        reserve: GiB of it that are not for tensors.
-        deepspeed: A DeepSpeed JSON that the launcher would name, for its buckets and the like.
-        log: Is given a line whenever a stage begins.
+        reserve: GiB of each that tensors cannot use.
+        deepspeed: A DeepSpeed JSON that the launcher would name, for its buckets and so on.
+        log: Receives a line whenever a stage begins.
 
-    Raises ConfigError or DataError where the run could not start, and RehearsalError where no stage
-    could be counted.
+    Raises ConfigError or DataError if the run could not start, and RehearsalError if no stage could
+    be counted.
     """
     if gpus < 1 or not memory > reserve >= 0:
         raise ConfigError(
-            f"plan: --gpus {gpus} --gpu-memory {memory:g} --reserve {reserve:g}: there must be a "
-            "GPU at least, and more memory than what is set aside"
+            f"plan: --gpus {gpus} --gpu-memory {memory:g} --reserve {reserve:g}: at least one "
+            "GPU is needed, with more memory than is reserved"
         )
     base = read_deepspeed(deepspeed)
     if deepspeed is not None:
@@ -114,12 +114,12 @@ def make_plan(
     stages = []
     for stage in (None, 1, 2, 3):
         if stage == 1 and importlib.util.find_spec("deepspeed") is not None:
-            # Here, where it can be told: what a rehearsal prints is not seen.
+            # Here it can be logged: the output of a rehearsal is not shown.
             prepare_operators(needed_builders(base), log, settings["watchdog"]["seconds"])
         log(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
         stages.append(rehearsed(settings, gpus, stage, base))
         if stage is None and stages[0].kind is not None:
-            break  # what is wrong without any sharding is wrong with it
+            break  # an error without any sharding occurs with it too
     if all(stage.rehearsal is None for stage in stages):
         kind = next((s.kind for s in stages if s.kind is not None), RehearsalError)
         raise kind(stages[0].problem)
@@ -127,7 +127,7 @@ def make_plan(
 
 
 def table(plan: Plan) -> str:
-    """What a user reads: a line for each stage, and what to choose."""
+    """Format the plan for the user: a line for each stage, and the one to choose."""
     counted = next(s.rehearsal for s in plan.stages if s.rehearsal is not None)
     trained = "all" if counted.trained == counted.parameters else f"{counted.trained:,}"
     precision = str(plan.settings["precision"])
@@ -157,7 +157,7 @@ def table(plan: Plan) -> str:
         "Held all the time: weights, optimizer, teacher. Activations: what a forward leaves, under "
         "ZeRO-3 with",
         "the weights gathered for it. Rest, at the peak: gradients, buckets, temporary tensors.",
-        f"Set aside for CUDA's context, NCCL's and cuBLAS's buffers and for gaps: {plan.reserve:g} "
+        f"Reserved for CUDA's context, NCCL's and cuBLAS's buffers and for gaps: {plan.reserve:g} "
         "GiB (--reserve).",
     ]
     return "\n".join([*lines, _advice(plan)])
@@ -187,17 +187,17 @@ def _advice(plan: Plan) -> str:
 
 
 def _made_explicit(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the settings with a precision that can be rehearsed here.
+    """Return the settings with a precision that can be rehearsed here.
 
-    Raises ConfigError on offload where there is no GPU.
+    Raises ConfigError on offload without a GPU.
     """
     zero = base.get("zero_optimization") or {}
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
     devices = [settings["zero"]["offload"], *(part.get("device") for part in parts)]
     if any(device not in (None, "none") for device in devices) and not torch.cuda.is_available():
         raise ConfigError(
-            "plan: zero.offload moves memory from the GPU to the host, which can only be told "
-            "apart where there is a GPU; run plan there, or with --zero.offload none"
+            "plan: zero.offload moves memory from the GPU to the host, which can only be measured "
+            "separately on a GPU; run plan there, or with --zero.offload none"
         )
     named = [half for half in ("fp16", "bf16") if (base.get(half) or {}).get("enabled") is True]
     precision = settings["precision"] or (named[0] if named else "fp32")
@@ -210,7 +210,7 @@ def rehearsed(
     stage: int | None,
     base: Mapping[str, Any] | None = None,
 ) -> StagePlan:
-    """What a process of its own finds out about a stage; `base` is a DeepSpeed config."""
+    """Rehearse a stage in a process of its own; `base` is a DeepSpeed config."""
     base = base or {}
     values = {**settings, "zero": dict(settings["zero"])}
     if values["precision"] == "fp16" and not torch.cuda.is_available():
@@ -240,7 +240,7 @@ def rehearsed(
 
 
 def _environment() -> dict[str, str]:
-    """This process's own, without what a launcher may have said: a rehearsal says it itself."""
+    """This process's environment without a launcher's variables, which a rehearsal sets itself."""
     launched = (
         "RANK",
         "LOCAL_RANK",
@@ -256,8 +256,8 @@ def _environment() -> dict[str, str]:
 
 def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode == -signal.SIGKILL:
-        return "could not be rehearsed: the system killed it, most likely for want of memory"
+        return "could not be rehearsed: the system killed it, probably for lack of memory"
     last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
     if "OutOfMemoryError" in last or "can't allocate memory" in last:
-        return "could not be rehearsed: this machine has not enough memory for it"
+        return "could not be rehearsed: this machine does not have enough memory for it"
     return f"could not be rehearsed: {last or f'it ended with status {done.returncode}'}"

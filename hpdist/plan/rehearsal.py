@@ -1,12 +1,12 @@
 """One rank of many, rehearsed in one process, to count the memory that it needs.
 
-All is real but the other ranks: data, model, DeepSpeed's partitions and buckets, a few steps and
-two batches of evaluation. The process group is torch's `fake` one, in which a collective returns at
-once and a gather gives this rank's own part as often as there are ranks. So the numbers that come
-out mean nothing, and the sizes of all tensors are those of rank 0.
+Everything is real but the other ranks: data, model, DeepSpeed's partitions and buckets, a few
+steps and two batches of evaluation. The process group is torch's `fake` one, in which a
+collective returns at once and a gather returns this rank's own part for every rank. So the
+resulting numbers are meaningless, but the sizes of all tensors are those of rank 0.
 
-`hpdist plan` starts this module, a process for each stage: neither DeepSpeed nor Accelerate can be
-set up twice.
+`hpdist plan` starts this module, a process for each stage, as neither DeepSpeed nor Accelerate can
+be set up twice.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ _MOST_ATTEMPTS = 20  # in fp16 the first ones may overflow
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What rank 0 held; bytes of tensors, where nothing else is said."""
+    """The memory that rank 0 held; in bytes of tensors, if not stated otherwise."""
 
     parameters: int
-    """How many the model has."""
+    """The number of parameters of the model."""
     trained: int
-    """How many of them the optimizer steps."""
+    """The number of those that the optimizer steps."""
     rows: int
-    """Rows of one forward, labelled and unlabelled ones together."""
+    """Rows of one forward, labelled and unlabelled together."""
     device: str
     weights: int
     """The model's weights, or this rank's part of them, and its buffers."""
     optimizer: int
-    """The optimizer's state, and the fp32 master weights where those are not the weights."""
+    """The optimizer's state, and the fp32 master weights if they are separate."""
     teacher: int
-    """The averaged weights, and a second model where there is one."""
+    """The averaged weights, and a second model if there is one."""
     activations: int
     """What rows, views and the first forward leave for the backward pass; under ZeRO-3 also the
     weights that are whole at that time."""
     peak: int
     peak_phase: str
-    """When it was: building, step or evaluation."""
+    """The phase of the peak: building, step or evaluation."""
 
     @property
     def rest(self) -> int:
@@ -69,10 +69,10 @@ class Rehearsal:
 
 
 def rehearse(settings: Mapping[str, Any], ranks: int) -> Rehearsal:
-    """Train and evaluate a little as rank 0 of so many, and count.
+    """Train and evaluate briefly as rank 0 of so many, and count.
 
-    Sets up this process for good: call it in one of its own. Raises ConfigError or DataError as
-    training would, and RehearsalError where no step comes about.
+    Sets up this process permanently: call it in one of its own. Raises ConfigError or DataError as
+    training would, and RehearsalError if no step is applied.
     """
     if ranks > 1:
         _join_fake_group(ranks)
@@ -113,7 +113,7 @@ def rehearse(settings: Mapping[str, Any], ranks: int) -> Rehearsal:
 
 
 def held_bytes(step: SemiSupervisedStep) -> dict[str, int]:
-    """What a rank holds between steps: weights, optimizer, teacher; each storage counted once."""
+    """The memory of a rank between steps: weights, optimizer, teacher; each storage once."""
     engine, teacher = step.engine, step.teacher
     counted: set[int] = set()
 
@@ -137,9 +137,9 @@ def held_bytes(step: SemiSupervisedStep) -> dict[str, int]:
 
 
 def _join_fake_group(ranks: int) -> None:
-    # Before anything else is imported: DeepSpeed and Accelerate take the group that is there.
+    # Before any other import: DeepSpeed and Accelerate use the existing group.
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, never used
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # required, but never used
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -147,7 +147,7 @@ def _join_fake_group(ranks: int) -> None:
 
 
 def _stand_in_for_others(engine: Engine, ranks: int) -> None:
-    """Give the engine what no fake collective can."""
+    """Replace what a fake collective cannot provide to the engine."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
@@ -158,16 +158,16 @@ def _stand_in_for_others(engine: Engine, ranks: int) -> None:
         future.set_result(bucket.buffer())
         return future
 
-    own_gradients.__annotations__.clear()  # torch would compare them, as texts
+    own_gradients.__annotations__.clear()  # torch would compare them as strings
     if isinstance(engine.model, DistributedDataParallel):
-        # It reads the result of its all-reduce, of which a fake one has none.
+        # It reads the result of its all-reduce, which a fake one does not have.
         engine.model.register_comm_hook(None, own_gradients)
     own = engine.master_fragments()
     engine.layout = Layout(own, spans=_all_spans(engine, own, ranks))
 
 
 def _all_spans(engine: Engine, own: list[Fragment], ranks: int) -> list[list[SpanOf]]:
-    """Rank 0's fragments, and what is left in even shares for the others."""
+    """Rank 0's fragments, and equal shares of the rest for the others."""
     from hpdist.distributed.fragments import fragment_spans
 
     mine = fragment_spans(own)
@@ -187,7 +187,7 @@ def _all_spans(engine: Engine, own: list[Fragment], ranks: int) -> list[list[Spa
 
 
 def _mark_first_backward(step: SemiSupervisedStep, meter: Any) -> None:
-    """Begin the phase `backward` where a step's first forward has ended."""
+    """Begin the phase `backward` when a step's first forward has ended."""
     backward, marked = step.engine.backward, -1
 
     def marking(loss: Tensor) -> None:
@@ -201,7 +201,7 @@ def _mark_first_backward(step: SemiSupervisedStep, meter: Any) -> None:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    """Measure student and teacher on two batches: the first is there while the second is made."""
+    """Evaluate student and teacher on two batches: one is held while the next is made."""
     from hpdist.evaluate.scoring import evaluate_both
 
     step, data = trainer.step, trainer.data
@@ -220,7 +220,7 @@ def _whole_size(parameter: Any) -> int:
 
 
 def main(source: str, target: str) -> None:
-    """Rehearse what a JSON file says, and write the result, or what is wrong, to another."""
+    """Rehearse what a JSON file describes, and write the result, or the error, to another."""
     wanted = json.loads(Path(source).read_text())
     end_with(wanted["parent"])
     if wanted["deepspeed"] is not None:
@@ -231,7 +231,7 @@ def main(source: str, target: str) -> None:
     except HpdistError as error:
         result = {"error": type(error).__name__, "message": str(error)}
     Path(target).write_text(json.dumps(result))
-    os._exit(0)  # nothing to tidy up, and a fake group has no way to end
+    os._exit(0)  # nothing to clean up, and a fake group cannot end
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Whether machines can train together, before they try."""
+"""Checks whether machines can train together, before they try."""

@@ -1,7 +1,7 @@
 """`hpdist preflight`: whether these machines can train together, before they try.
 
-Run it on every machine at the same time, by hand or by a launcher; each comes to the address of the
-first one, and one that does not come is named within the timeout. Then every machine tells what it
+Run it on every machine at the same time, by hand or by a launcher; all connect to the address of
+the first one, and missing ones are named within the timeout. Then every machine reports what it
 has, all of them measure the network between them, and the first one prints a table.
 """
 
@@ -37,7 +37,7 @@ def preflight(
 ) -> list[Finding]:
     """Meet the other processes and check everything; the same findings on each.
 
-    Raises DistributedError where they do not meet in time, or one is lost on the way. Collective:
+    Raises DistributedError if they do not meet in time, or one is lost meanwhile. Collective:
     every process must call.
     """
     started = time.monotonic()
@@ -81,5 +81,5 @@ def _met(facts: Sequence[Mapping[str, Any]], seconds: float) -> Finding:
 
 
 def __getattr__(name: str) -> object:
-    """Find what stood here before."""
+    """Find names that have moved from here."""
     return find_moved(__name__, name)

@@ -14,7 +14,7 @@ from hpdist.preflight.findings import Finding
 
 
 def check_data(data: Data, facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> list[Finding]:
-    """Every host opens every dataset and takes its first row. Collective."""
+    """Have every host open every dataset and read its first row. Collective."""
     findings = []
     first = {fact["host"]: rank for rank, fact in reversed(list(enumerate(facts)))}
     for name, source in _sources(data):
@@ -33,7 +33,7 @@ def check_data(data: Data, facts: Sequence[Mapping[str, Any]], peers: Rendezvous
 
 
 def _sources(data: Data) -> list[tuple[str, Source]]:
-    """Every dataset that a config names, those that are mixed one by one."""
+    """Every dataset that a config names; mixed ones one by one."""
     found: list[tuple[str, Source]] = []
     for name in ("labeled", "unlabeled", "test", "validation"):
         source = getattr(data, name)
@@ -45,7 +45,7 @@ def _sources(data: Data) -> list[tuple[str, Source]]:
 
 
 def _first_row(source: Source, where: str) -> str | None:
-    """Why the first row cannot be had, or nothing."""
+    """Why the first row cannot be read; None if it can."""
     from hpdist.data.sources.loading import parquet_files
 
     try:
@@ -53,7 +53,7 @@ def _first_row(source: Source, where: str) -> str | None:
         found = _in_parquet(files.splits, source, where) if files else _in_stream(source, where)
     except HpdistError as error:
         return str(error)
-    except Exception as error:  # datasets and Arrow raise anything
+    except Exception as error:  # datasets and Arrow may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None if found else "it has no rows"
 
@@ -61,8 +61,8 @@ def _first_row(source: Source, where: str) -> str | None:
 def _in_parquet(files: Mapping[str, Sequence[str]], source: Source, where: str) -> bool:
     """Whether the files of the source's split hold a row.
 
-    `datasets` would go on reading in Arrow's threads after the row, which can abort the process
-    when it ends before they do.
+    `datasets` would continue reading in Arrow's threads after the row, which can abort the
+    process if it ends before they do.
     """
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 

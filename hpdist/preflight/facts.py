@@ -20,7 +20,7 @@ _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transfor
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a run will want of the machines."""
+    """A run's requirements of the machines."""
 
     run_folders: Path
     """The folder that holds the run folders."""
@@ -29,7 +29,7 @@ class Requirements:
 
 
 def own_facts(requirements: Requirements | None) -> dict[str, Any]:
-    """What this process has to tell."""
+    """Collect the facts of this process."""
     devices = [_device(number) for number in range(torch.cuda.device_count())]
     folder = nearest_folder(requirements.run_folders if requirements is not None else Path())
     return {
@@ -67,13 +67,13 @@ def _device(number: int) -> dict[str, Any]:
 
 
 def _own_gpu(gpus: int) -> int | None:
-    """The GPU of this process, by its number on its host where a launcher has given it one."""
+    """The number of this process's GPU on its host, if a launcher has assigned one."""
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return int(local) % gpus if gpus else None
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder, or the nearest one above it that there is."""
+    """The folder, or the nearest existing one above it."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -81,7 +81,7 @@ def nearest_folder(folder: Path) -> Path:
 
 
 def _left_builds() -> list[str] | None:
-    """Locks that a killed compilation has left here; None where nothing compiles."""
+    """Locks that a killed compilation has left here; None if nothing compiles."""
     if importlib.util.find_spec("deepspeed") is None:
         return None
     from hpdist.engines.operators import left_locks

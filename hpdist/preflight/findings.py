@@ -11,7 +11,7 @@ Verdict = Literal["ok", "note", "FAILED"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one check."""
+    """The outcome of one check."""
 
     check: str
     verdict: Verdict
@@ -19,7 +19,7 @@ class Finding:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The findings, a line each; what goes on over several lines is indented."""
+    """Format the findings, a line each; further lines are indented."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:

@@ -43,7 +43,7 @@ def check_devices(facts: Sequence[Mapping[str, Any]]) -> Finding:
                 verdict = "note"
                 lines[-1] += "; another process holds the rest"
     if len({bool(fact["devices"]) for fact in facts}) > 1:
-        lines.append("some have GPUs and some have not: they cannot train together")
+        lines.append("some have GPUs and others do not: they cannot train together")
         verdict = "FAILED"
     return Finding("devices", verdict, "\n".join(lines))  # type: ignore[arg-type]
 
@@ -51,7 +51,7 @@ def check_devices(facts: Sequence[Mapping[str, Any]]) -> Finding:
 def check_precision(
     facts: Sequence[Mapping[str, Any]], requirements: Requirements | None
 ) -> Finding:
-    """What every process can compute in, held against what the config wants."""
+    """The precisions of all processes, compared with the config's."""
     can = [name for name in ("bf16", "fp16") if all(fact[name] for fact in facts)]
     text = ", ".join(["fp32", *can]) + " on all"
     half = requirements.precision if requirements is not None else None
@@ -75,7 +75,7 @@ def check_disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
 
 
 def check_builds(facts: Sequence[Mapping[str, Any]]) -> Finding:
-    """Whether a compilation that was killed holds up starts with DeepSpeed."""
+    """Whether a killed compilation blocks starts with DeepSpeed."""
     left = {fact["host"]: fact["builds"] for fact in facts if fact["builds"]}
     if not left:
         return Finding(

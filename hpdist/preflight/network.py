@@ -1,6 +1,6 @@
-"""How fast the processes reach one another: latency and bandwidth of an all-reduce.
+"""The speed between processes: latency and bandwidth of an all-reduce.
 
-Run as a program by `measure_in_process`, it is one process of a group of its own.
+Run as a program by `measure_in_process`, it is one process of a separate group.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from hpdist.processes import end_with
 
 _LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _LARGEST = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of an all-reduce
-_TRIES = {"cpu": 1, "cuda": 3}  # of which the best counts; the first one of a GPU sets things up
+_TRIES = {"cpu": 1, "cuda": 3}  # the best counts; the first on a GPU includes setup
 _QUOTED = 3  # warnings of NCCL
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What an all-reduce takes."""
+    """The cost of an all-reduce."""
 
     latency: float
     """Seconds for 4 bytes."""
     size: int
-    """Bytes of a large one."""
+    """Bytes of the large one."""
     seconds: float
     """For the large one."""
     processes: int
@@ -78,11 +78,11 @@ def _all_reduce(numbers: int, group: dist.ProcessGroup | None, device: torch.dev
 def measure_in_process(
     backend: str, device: str, endpoint: Endpoint, seconds: float
 ) -> Speed | str:
-    """Measure in a process of its own beside each process that met, or say why it failed.
+    """Measure in a separate process beside each process that met, or return why it failed.
 
-    NCCL waits without end for a process that it cannot reach, and ends its own process when
-    something goes wrong; the process beside this one is killed when the time is up, and this one
-    goes on. Collective: every process that met must call.
+    NCCL waits for ever for a process that it cannot reach, and ends its own process on errors; the
+    separate process is killed when the time is up, and this one continues. Collective: every
+    process that met must call.
     """
     command = [sys.executable, "-m", "hpdist.preflight.network", backend, device]
     command += [endpoint.address, str(endpoint.port), str(endpoint.rank), str(endpoint.size)]
@@ -98,7 +98,7 @@ def measure_in_process(
         child.kill()
         output, _ = child.communicate()
         why = f"not done within {seconds:g} s"
-    if "NCCL_DEBUG" in os.environ:  # someone wants to read it
+    if "NCCL_DEBUG" in os.environ:  # the user wants to read it
         print(output, file=sys.stderr, end="", flush=True)
     lines = output.splitlines()
     for line in lines:
@@ -112,7 +112,7 @@ def measure_in_process(
 
 def _main() -> None:
     backend, device, address, port, rank, size, seconds, parent = sys.argv[1:]
-    end_with(int(parent))  # NCCL may wait without end
+    end_with(int(parent))  # NCCL may wait for ever
     own = torch.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -130,7 +130,7 @@ def _main() -> None:
     except (OSError, RuntimeError, ValueError) as error:
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(result), flush=True)
-    os._exit("error" in result)  # to leave a broken group can hang
+    os._exit("error" in result)  # leaving a broken group can hang
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks of what lies between the machines: token, network, NCCL, clocks."""
+"""Checks of the connection between the machines: token, network, NCCL, clocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpdist.distributed.rendezvous import TOKEN, Endpoint, Rendezvous
 from hpdist.preflight.findings import Finding
 from hpdist.preflight.network import Speed, measure, measure_in_process
 
-_MOST_OFFSET = 1.0  # seconds between clocks, from which on log lines are hard to compare
+_MOST_OFFSET = 1.0  # seconds between clocks, beyond which log lines are hard to compare
 _NCCL_ADVICE = (
     "NCCL_DEBUG=INFO shows what it tries; set NCCL_SOCKET_IFNAME to the network interface that the "
     "machines share and NCCL_IB_HCA to their InfiniBand adapters (NCCL_IB_DISABLE=1 does without); "
@@ -24,7 +24,7 @@ _NCCL_ADVICE = (
 def note_missing_token(endpoint: Endpoint) -> Finding:
     """Note that the rendezvous has no token."""
     text = (
-        f"none: whoever reached {endpoint.where} could take part; set {TOKEN} to the same secret "
+        f"none: anybody who can reach {endpoint.where} could join; set {TOKEN} to the same secret "
         "on every machine"
     )
     return Finding("token", "note", text)
@@ -38,9 +38,9 @@ def check_network(peers: Rendezvous, timeout: float) -> Finding:
 
 
 def check_nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: float) -> Finding:
-    """Measure the network between the GPUs, as NCCL has it, in less time than others wait.
+    """Measure the network between the GPUs through NCCL, within the others' timeout.
 
-    NCCL does not take two processes on one GPU, which is found before. Collective.
+    NCCL does not support two processes on one GPU, which is checked first. Collective.
     """
     shared = _shared_gpus(facts)
     if shared:
@@ -69,7 +69,7 @@ def _shared_gpus(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def nccl_finding(outcomes: Sequence[Speed | str], hosts: Sequence[str]) -> Finding:
-    """What came of measuring: the slowest, or what each process says of its failure."""
+    """The result of measuring: the slowest, or each process's failure."""
     speeds = [outcome for outcome in outcomes if isinstance(outcome, Speed)]
     if len(speeds) == len(outcomes):
         slowest = max(speeds, key=lambda speed: speed.latency)
@@ -84,7 +84,7 @@ def nccl_finding(outcomes: Sequence[Speed | str], hosts: Sequence[str]) -> Findi
 
 def check_clocks(facts: Sequence[Mapping[str, Any]], peers: Rendezvous) -> Finding:
     """Compare the machines' clocks. Collective."""
-    peers.gathered(None)  # all look at about the same time
+    peers.gathered(None)  # so that all read their clocks at about the same time
     times = peers.gathered(time.time())
     offset = max(times) - min(times)
     by_host = {fact["host"]: now - times[0] for fact, now in zip(facts, times, strict=True)}

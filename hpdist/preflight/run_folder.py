@@ -16,7 +16,7 @@ from hpdist.preflight.findings import Finding
 def check_run_folder(
     folder: Path, facts: Sequence[Mapping[str, Any]], peers: Rendezvous
 ) -> Finding:
-    """Every process must see what the others write there, and rename it. Collective."""
+    """Check that every process sees what the others write, and can rename it. Collective."""
     mark = folder / f".preflight-{peers.gathered(uuid.uuid4().hex)[0]}"
     rank, gathered = peers.rank, peers.gathered
     errors: list[str | None] = gathered(_try(mark.mkdir, parents=True) if rank == 0 else None)
@@ -47,7 +47,7 @@ def check_run_folder(
     failed = {host: error for host, error in zip(hosts, errors, strict=True) if error}
     if failed or not all(whole):
         text = ", ".join(f"{error} on {host}" for host, error in failed.items())
-        return Finding("run folder", "FAILED", f"{folder}: {text or 'files come late'}")
+        return Finding("run folder", "FAILED", f"{folder}: {text or 'files appear late'}")
     return Finding("run folder", "ok", f"{folder.absolute()}: all write, rename and see it")
 
 

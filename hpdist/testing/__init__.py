@@ -1,11 +1,11 @@
-"""For the tests of whoever builds on hpdist.
+"""Tools for testing code that builds on hpdist.
 
 from hpdist.testing import check_algorithm, run_ranks
 
 def test_my_algorithm():
     check_algorithm(MyAlgorithmConfig(momentum=0.9))
 
-`check_algorithm` holds an algorithm to what every algorithm of the catalogue is held to;
+`check_algorithm` checks an algorithm as every algorithm of the catalogue is checked;
 `run_ranks` calls a function on real ranks.
 """
 

@@ -1,4 +1,4 @@
-"""Hold an algorithm to what global-batch semantics and skipped steps ask of every one."""
+"""Checks that an algorithm respects global-batch semantics and skipped steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hpdist.errors import ConfigError
 from hpdist.tasks.base import Classification, Multilabel, Regression, Task
 from hpdist.testing.imitation import GlobalBatch, Ran, global_batch, run_step, with_nan
 
-_STEPS = 4  # of each check
-_RUN_STEPS = 8  # what ramps are made for
+_STEPS = 4  # per check
+_RUN_STEPS = 8  # length of the run for ramps
 _EXACT = {torch.float32, torch.float64, torch.int16, torch.int32, torch.int64, torch.bool}
 _TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Classification, Multilabel, Regression)
@@ -29,7 +29,7 @@ _TASKS: dict[str, type[Task]] = {
 
 
 class AlgorithmError(AssertionError):
-    """An algorithm does not keep to the contract; the message has a line for each thing wrong."""
+    """An algorithm violates the contract; the message has a line for each violation."""
 
 
 def check_algorithm(
@@ -40,36 +40,36 @@ def check_algorithm(
     num_classes: int = 5,
     run_steps: int = _RUN_STEPS,
 ) -> None:
-    """Hold an algorithm to what every algorithm of the catalogue is held to.
+    """Check an algorithm as every algorithm of the catalogue is checked.
 
-    It does steps on small random batches with a linear model, on the CPU, in a second or so, and
-    no process is started. What is asked:
+    It does steps on small random batches with a linear model, on the CPU, in about a second, and
+    starts no process. It checks:
 
-    - 2 and 4 ranks, each with an algorithm of its own, and 2 and 4 micro-batches give the losses,
-      gradients and state that one rank gives; also where ranks have no valid row.
-    - A skipped step leaves everything as it was, and so does a NaN in any view.
-    - Without a valid unlabelled row there is no unsupervised loss, and the state stays.
-    - The state goes through `state_dict` and `load_state_dict` and is not in half precision.
+    - 2 and 4 ranks, each with its own algorithm, and 2 and 4 micro-batches give the losses,
+    gradients and state of one rank; also if ranks have no valid row.
+    - A skipped step leaves everything unchanged, and so does a NaN in any view.
+    - Without a valid unlabelled row there is no unsupervised loss, and the state is unchanged.
+    - The state passes through `state_dict` and `load_state_dict` and is not in half precision.
     - A second call of `loss` gives the same, and nothing is changed in place.
-    - A gradient reaches every view that the student sees, and none the targets.
+    - Every view of the student gets a gradient, and the targets get none.
 
     Args:
-        algorithm: A config of an algorithm, or of an add-on, which is put around FixMatch; or an
-            algorithm that has done no step, which is copied; or a function that makes one.
-        task: What its outputs mean: "classification", "multilabel" or "regression".
-        addons: The configs of add-ons to put around a config's algorithm, the innermost first.
-        num_classes: Outputs of the model.
-        run_steps: The length of the run that a config's ramps go by.
+        algorithm: A config of an algorithm, or of an add-on, which then wraps FixMatch; or an
+        algorithm that has done no step, which is copied; or a function that makes one.
+        task: The task of its outputs: "classification", "multilabel" or "regression".
+        addons: The configs of add-ons that wrap a config's algorithm, the innermost first.
+        num_classes: The number of the model's outputs.
+        run_steps: The length of the run for a config's ramps.
 
-    Raises AlgorithmError, which says all that is wrong, and ConfigError where the algorithm has
-    no meaning for the task.
+    Raises AlgorithmError, which lists all violations, and ConfigError if the algorithm has no
+    meaning for the task.
     """
     checks = _Checks(_maker(algorithm, _task(task), addons, num_classes, run_steps), num_classes)
     wrong = [f"{check.__name__[1:].replace('_', ' ')}: {line}" for check, line in checks.run()]
     if wrong:
         name = type(checks.make()).__name__
         lines = "\n".join(f"- {line}" for line in dict.fromkeys(wrong))
-        raise AlgorithmError(f"{name} does not keep to the contract of an algorithm:\n{lines}")
+        raise AlgorithmError(f"{name} violates the contract of an algorithm:\n{lines}")
 
 
 def _task(task: str | Task) -> Task:
@@ -105,7 +105,7 @@ def _maker(
 
 
 class _Checks:
-    """What is asked of an algorithm; each check yields a line for each thing that is wrong."""
+    """The checks of an algorithm; each yields a line for each violation."""
 
     def __init__(self, make: Callable[[], Algorithm], num_classes: int) -> None:
         self._make = make
@@ -119,7 +119,7 @@ class _Checks:
         self._slices = [n for n in (2, 4) if whole or int(groups or n) % n == 0]
 
     def run(self) -> Iterator[tuple[Callable[[], Iterator[str]], str]]:
-        """Give each line with its check; what a check raises is a line too."""
+        """Return each line with its check; an error that a check raises is a line too."""
         for check in (
             self._one_step,
             self._ranks,
@@ -146,7 +146,7 @@ class _Checks:
         return algorithm
 
     def _batch(self, algorithm: Algorithm, step: int, unusable: Sequence[int] = ()) -> GlobalBatch:
-        """Make a batch; the model is the surer of itself the later the step."""
+        """Make a batch; the model's confidence grows with the step."""
         batch = global_batch(
             algorithm,
             step,
@@ -217,8 +217,8 @@ class _Checks:
             losses = [run_step([one], batch).losses for one in (skipping, plain)]
             if wrong := _unequal(*losses):
                 yield (
-                    f"it changes the {wrong} of the next step: something is remembered outside "
-                    "`pending`, or `commit` and `discard` forget a part"
+                    f"it changes the {wrong} of the next step: something is stored outside "
+                    "`pending`, or `commit` and `discard` leave out a part"
                 )
                 return
 
@@ -263,7 +263,7 @@ class _Checks:
         state = _snapshot(algorithm)
         for name, value in state.items():
             if name in algorithm.state and value.dtype not in _EXACT:
-                yield f"{name} is {value.dtype}: an average stands still in half precision"
+                yield f"{name} is {value.dtype}: averages do not move in half precision"
             if not value.isfinite().all():
                 yield f"{name} is not finite"
         other.load_state_dict({name: value.clone() for name, value in state.items()})
@@ -272,7 +272,7 @@ class _Checks:
             batch = self._batch(algorithm, step)
             losses = [run_step([one], batch).losses for one in (other, algorithm)]
             if wrong := _unequal(*losses):
-                yield f"after loading it the {wrong} is another: `state_dict` does not hold it all"
+                yield f"after loading it the {wrong} differs: `state_dict` is incomplete"
                 return
         yield from (
             f"{name} differs after loading" for name in _changed(_snapshot(algorithm), other)
@@ -281,7 +281,7 @@ class _Checks:
             other.load_state_dict(state | {"nonsense": torch.zeros(1)})
         except KeyError:
             return
-        yield "a state of other names is loaded without a KeyError"
+        yield "a state with other names is loaded without a KeyError"
 
     def _gradient(self) -> Iterator[str]:
         algorithm = self.make()
@@ -297,11 +297,11 @@ class _Checks:
         names = self._names() + [f"further input {number}" for number in range(len(reached))]
         for name, there in zip(names, reached, strict=False):
             if not there:
-                yield f"none reaches the {name}, which the student is asked about"
+                yield f"none reaches the {name}, which the student runs on"
         yield from (f"none reaches the head {name}" for name, there in heads.items() if not there)
 
     def _names(self) -> list[str]:
-        """Name the parts of what the student sees."""
+        """Name the parts of the student's inputs."""
         views = self._views
         kinds = {
             "weak view for the student": views.student_weak,
@@ -338,7 +338,7 @@ def _snapshot(algorithm: Algorithm) -> dict[str, Tensor]:
 
 
 def _changed(before: dict[str, Tensor], algorithm: Algorithm) -> list[str]:
-    """Name what the state no longer holds as it was, bit for bit."""
+    """Name the parts of the state that changed, bit for bit."""
     after = algorithm.state_dict()
     names = list(dict.fromkeys([*before, *after]))
     return [
@@ -349,7 +349,7 @@ def _changed(before: dict[str, Tensor], algorithm: Algorithm) -> list[str]:
 
 
 def _unequal(found: dict[str, float], wanted: dict[str, float]) -> str:
-    """Name what is not the same number, or NaN in both."""
+    """Name the terms that are not equal numbers, or NaN in both."""
     if found.keys() != wanted.keys():
         return "set of terms"
     return ", ".join(
@@ -360,7 +360,7 @@ def _unequal(found: dict[str, float], wanted: dict[str, float]) -> str:
 
 
 def _differences(found: Ran, wanted: Ran, names: list[str]) -> Iterator[str]:
-    """Say what is not the same up to rounding."""
+    """Describe what is not equal up to rounding."""
     if found.losses.keys() != wanted.losses.keys():
         yield f"the terms are {sorted(found.losses)}, and {sorted(wanted.losses)}"
         return

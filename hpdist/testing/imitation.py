@@ -1,8 +1,8 @@
 """Steps of an algorithm on a global batch, with a linear model and without an engine.
 
 The model's features are its inputs: vectors, or small images for algorithms that rotate them. The
-batch can be shared by ranks, each a thread with an algorithm of its own, and cut into
-micro-batches. What came of a step is kept for whoever wants to look at it.
+batch can be shared by ranks, each a thread with its own algorithm, and split into micro-batches.
+The outcome of a step is kept for inspection.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PATIENCE = 60  # seconds that a rank waits for the others
 
 @dataclass
 class GlobalBatch:
-    """Views of a global batch; unlabelled rows that are not `usable` have no views anywhere."""
+    """Views of a global batch; unlabelled rows that are not `usable` have no views."""
 
     labeled: Tensor  # [labeled, features]
     labels: Tensor  # [labeled]
@@ -42,13 +42,13 @@ class GlobalBatch:
     ids: Tensor
     usable: Tensor  # bool [unlabeled]
     student: Tensor  # [features, classes]
-    target: Tensor  # the same of the model that makes the targets
+    target: Tensor  # the same for the model that makes the targets
     step: int
     heads: dict[str, torch.nn.Module] = field(default_factory=dict)
     labeled_ids: Tensor = field(default_factory=lambda: torch.zeros(0).long())
 
     def slice(self, number: int, slices: int) -> MicroBatch:
-        """Give one of several equal slices, in the order of the global batch."""
+        """Return one of several equal slices, in the order of the global batch."""
         labeled, unlabeled = len(self.labels) // slices, len(self.ids) // slices
         x = torch.arange(number * labeled, (number + 1) * labeled)
         u = torch.arange(number * unlabeled, (number + 1) * unlabeled)
@@ -77,7 +77,7 @@ def global_batch(
     unusable: Sequence[int] = (),
     one_class: bool = False,
 ) -> GlobalBatch:
-    """Make a random one with as many views as the algorithm wants."""
+    """Make a random batch with as many views as the algorithm needs."""
     generator = torch.Generator().manual_seed(seed)
     shape = IMAGE if "rotation" in algorithm.head_names else (FEATURES,)
     features = math.prod(shape)
@@ -107,7 +107,7 @@ def global_batch(
 
 
 def make_heads(algorithm: Algorithm, features: int = FEATURES) -> dict[str, torch.nn.Module]:
-    """Make the heads that it wants, the same in every call."""
+    """Make the heads that it needs, the same in every call."""
     torch.manual_seed(3)
     algorithm.input_shape = torch.Size([features])
     made = algorithm.heads(torch.Size([features]))
@@ -117,34 +117,34 @@ def make_heads(algorithm: Algorithm, features: int = FEATURES) -> dict[str, torc
 
 @dataclass
 class Ran:
-    """A step as it went: tensors in the order of the global batch, views one after the other."""
+    """The outcome of a step: tensors in the order of the global batch, view by view."""
 
-    inputs: list[Tensor] = field(default_factory=list)  # what the student saw, part by part
-    logits: list[Tensor] = field(default_factory=list)  # what it said, part by part
+    inputs: list[Tensor] = field(default_factory=list)  # of the student, part by part
+    logits: list[Tensor] = field(default_factory=list)  # of the student, part by part
     gradients: list[Tensor] = field(default_factory=list)  # of the loss, to the logits
     context: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    heads: dict[str, list[Tensor]] = field(default_factory=dict)  # what they said, part by part
+    heads: dict[str, list[Tensor]] = field(default_factory=dict)  # their outputs, part by part
     head_gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """What no algorithm may do, in words."""
+    """Violations that were noticed, in words."""
 
     def arrays(self, what: str) -> list[np.ndarray]:
-        """Give the tensors of a field in float64."""
+        """Return the tensors of a field in float64."""
         return [part.detach().double().numpy() for part in getattr(self, what)]
 
 
 class LinearModel:
-    """Student and teacher of a global batch; what the student says are leaves with a gradient."""
+    """Student and teacher of a global batch; the student's outputs are leaves with a gradient."""
 
     def __init__(self, algorithm: Algorithm, batch: GlobalBatch) -> None:
         self.views = algorithm.views
         self.batch = batch
         self.leaves: dict[str, list[Tensor]] = {}
-        """What the student said last, part by part; the logits under no name."""
+        """The student's latest outputs, part by part; the logits under an empty name."""
 
     def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
-        """Give what student or teacher says of the weak views."""
+        """Return student's or teacher's outputs for the weak views."""
         model = self.batch.target if self.views.teacher else self.batch.student
         found: list[Structure | None] = []
         for micro in micros:
@@ -155,7 +155,7 @@ class LinearModel:
         return found
 
     def student(self, micro: MicroBatch) -> tuple[Structure, None]:
-        """Give what the student says of its rows."""
+        """Return the student's outputs for its rows."""
         outputs = self._model_outputs(micro.inputs.parts, self.batch.student)
         self.leaves = {
             name: [part.detach().requires_grad_() for part in parts]
@@ -164,15 +164,15 @@ class LinearModel:
         return self.last_outputs(), None
 
     def last_outputs(self) -> Structure:
-        """Give what the student said last."""
+        """Return the student's latest outputs."""
         return _joined_outputs(self.leaves)
 
     def preview(self, micro: MicroBatch) -> Structure:
-        """Give what the student will say of the same rows."""
+        """Return the outputs that the student will give for the same rows."""
         return _joined_outputs(self._model_outputs(micro.inputs.parts, self.batch.student))
 
     def probe(self, inputs: Tensor) -> Structure:
-        """Give what the student says of other inputs."""
+        """Return the student's outputs for other inputs."""
         rows = inputs.flatten(1)
         heads = {name: head(rows) for name, head in self.batch.heads.items()}
         return {"logits": rows @ self.batch.student} | heads
@@ -197,8 +197,8 @@ def run_step(
 ) -> Ran:
     """Do one step on the global batch, shared by as many ranks as there are algorithms.
 
-    Each rank cuts its part into `micro_batches`. Where there are several ranks, every algorithm is
-    bound to its own already. Raises whatever an algorithm raises.
+    Each rank splits its part into `micro_batches`. With several ranks, every algorithm is already
+    bound to its own. Raises whatever an algorithm raises.
     """
     if len(algorithms) == 1:
         return _run_rank(algorithms[0], batch, 0, 1, micro_batches, OwnSums, commit)
@@ -242,7 +242,7 @@ def _run_rank(
 
 
 def _judge(attempt: Attempt, model: LinearModel, number: int) -> Ran:
-    """Give the loss of a micro-batch, and its gradient."""
+    """Return the loss of a micro-batch, and its gradient."""
     inputs, weak = attempt.micros[number].inputs, attempt.weak[number]
     targets = () if weak is None else weak.everything
     versions = [part._version for part in (*targets, *inputs.parts)]
@@ -251,7 +251,7 @@ def _judge(attempt: Attempt, model: LinearModel, number: int) -> Ran:
     loss = terms.total(attempt.parts)
     problems = _problems(attempt, number, terms, again)
     if versions != [part._version for part in (*targets, *inputs.parts)]:
-        problems.append("changes what the model said of the weak views, or its inputs, in place")
+        problems.append("changes the outputs of the weak views, or its inputs, in place")
     names = [(name, at) for name, leaves in model.leaves.items() for at in range(len(leaves))]
     leaves = [model.leaves[name][at] for name, at in names]
     gradients: dict[str, list[Tensor]] = {name: [] for name in model.leaves}
@@ -285,17 +285,17 @@ def _problems(attempt: Attempt, number: int, terms: LossTerms, again: LossTerms)
             "a function of its arguments, `pending` and the noise of `BatchPositions`"
         )
     if weak is not None and any(part.requires_grad for part in weak.everything):
-        problems.append("asks for a gradient into the targets: use them as they are, or a copy")
+        problems.append("needs a gradient into the targets: use them unchanged, or a copy")
     if any(part.requires_grad for part in (*inputs.parts, *inputs.context.values())):
-        problems.append("gives the student inputs or notes with a gradient: detach them")
+        problems.append("gives the student inputs or context with a gradient: detach them")
     remembered = {**attempt.algorithm.state, **attempt.algorithm.pending}
     if kept := [name for name, value in remembered.items() if value.requires_grad]:
-        problems.append(f"remembers {', '.join(kept)} with a gradient: detach it")
+        problems.append(f"stores {', '.join(kept)} with a gradient: detach it")
     return problems
 
 
 def _join(parts: Sequence[Ran]) -> Ran:
-    """Put the parts of a step together, in the order of the global batch."""
+    """Assemble the parts of a step, in the order of the global batch."""
 
     def rows(views: Iterable[Sequence[Tensor]]) -> list[Tensor]:
         return [torch.cat(view) for view in zip(*views, strict=True)]
@@ -317,22 +317,22 @@ def _join(parts: Sequence[Ran]) -> Ran:
 
 
 class _SharedSums:
-    """The reduction of ranks that are threads: they wait for one another, and all add up alike."""
+    """The reduction of ranks that are threads: they wait for one another, and sum identically."""
 
     def __init__(self, ranks: int) -> None:
         self.barrier = threading.Barrier(ranks, timeout=_PATIENCE)
         self._given: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
 
     def of_rank(self, rank: int) -> Reduce:
-        """Give a rank its reduction."""
+        """Return the reduction of a rank."""
         return lambda sums: _PendingShare(self, rank, OwnSums(sums).wait())
 
     def exchange(self, rank: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add up what all ranks give. Raises ValueError where they give different tensors."""
+        """Sum the tensors of all ranks. Raises ValueError if they give different tensors."""
         self._given[rank] = sums
         self.barrier.wait()
         given = list(self._given)
-        self.barrier.wait()  # before anybody gives the next
+        self.barrier.wait()  # before any rank gives the next
         shapes = [[(name, tuple(v.shape)) for name, v in one.items()] for one in given]
         if any(other != shapes[0] for other in shapes):
             raise ValueError(f"the ranks reduce different sums: {shapes}")
@@ -351,7 +351,7 @@ class _PendingShare:
 
 
 def with_nan(batch: GlobalBatch) -> GlobalBatch:
-    """Give the same batch, one of whose target views is not finite."""
+    """Return the same batch with a NaN in a target view."""
     broken = batch.weak[0].clone()
     broken[3] = float("nan")
     return replace(batch, weak=[broken, *batch.weak[1:]])

@@ -1,7 +1,7 @@
 """Run a function on N real gloo ranks, each a process of its own.
 
-They are forked from a server that has done the imports, which take a rank longer than most tests;
-nothing else has happened there.
+They are forked from a server that has done the imports, which take longer than most tests; nothing
+else has happened there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 _NO_MESSAGE = (
-    "no rank has raised an error; where one could not even begin, its stderr says why (the "
+    "no rank has raised an error; if one could not even start, see its stderr (the "
     "function must be importable by its module's name)"
 )
 
@@ -35,25 +35,25 @@ def run_ranks(
     start: str = "forkserver",
     preload: Sequence[str] = ("hpdist.train.trainer",),
 ) -> list[Any]:
-    """Call a function on every rank of a launched job, and give the results in rank order.
+    """Call a function on every rank of a launched job, and return the results in rank order.
 
         losses = run_ranks(train_two_steps, 4, "fixmatch")
 
-    The ranks have the environment that `accelerate launch` gives (RANK, WORLD_SIZE, MASTER_ADDR
-    and so on), each one thread and no GPU of its own; `Accelerator()` joins them by gloo where
-    there is no GPU.
+    The ranks have the environment of `accelerate launch` (RANK, WORLD_SIZE, MASTER_ADDR and so
+    on), each with one thread and no GPU of its own; `Accelerator()` joins them by gloo if there is
+    no GPU.
 
     Args:
-        function: A function at the top of a module, or whatever else can be pickled.
-        ranks: How many processes.
-        args: What the function is given, the same on every rank; it is pickled.
+        function: A function at the top level of a module, or anything else that can be pickled.
+        ranks: The number of processes.
+        args: The function's arguments, the same on every rank; they are pickled.
         timeout: Seconds after which all ranks are killed.
-        start: "forkserver" forks the ranks from a server that has done the imports; "spawn" gives
-            each an interpreter of its own.
-        preload: What that server imports; only the first call in a process decides.
+        start: "forkserver" forks the ranks from a server that has done the imports; "spawn" starts
+        a new interpreter for each.
+        preload: Modules for that server to import; only the first call in a process decides.
 
-    Raises RankError, with the traceback of the rank that failed first, where one fails or does not
-    end in time. No rank is left behind.
+    Raises RankError, with the traceback of the rank that failed first, if one fails or does not end
+    in time. No rank is left behind.
     """
     if start == "forkserver":
         multiprocessing.set_forkserver_preload(list(preload))
@@ -92,9 +92,9 @@ class RankError(AssertionError):
 
 
 def free_port() -> int:
-    """Give a port that nobody listens at, below those that systems give to outgoing connections.
+    """Return a free port below those that systems use for outgoing connections.
 
-    One of theirs could be taken by any connection before the one who asked for it listens.
+    One of theirs could be taken by any connection before it is used.
     """
     while True:
         port = random.SystemRandom().randrange(12_000, 30_000)
@@ -115,9 +115,9 @@ def _main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    gc.freeze()  # what is imported is no garbage; ZeRO-3 would look through it each time
+    gc.freeze()  # imported modules are no garbage; ZeRO-3 would scan them each time
     torch.set_num_threads(1)
-    os.chdir(here[0])  # the server is where it was started
+    os.chdir(here[0])  # the server keeps the folder of its start
     os.environ.clear()
     os.environ.update(here[1])
     os.environ.update(
@@ -143,7 +143,7 @@ def _main(
 
 
 def _first_error(folder: str) -> str:
-    """Give what the rank said that failed first; the others may have failed for its sake."""
+    """Return the error of the rank that failed first; others may have failed as a result."""
     errors = sorted(Path(folder).glob("error-*"))
     if not errors:
         return ""

@@ -1,1 +1,1 @@
-"""What a run leaves behind: records, trackers, the progress bar."""
+"""The output of a run: records, trackers, the progress bar."""

@@ -1,8 +1,8 @@
-"""Which rows every step consumed, as Parquet: `audit/rank-00000.parquet/part-….parquet`.
+"""The rows that every step consumed, as Parquet: `audit/rank-00000.parquet/part-….parquet`.
 
     pyarrow.parquet.read_table("runs/digits/audit/rank-00000.parquet")
 
-A part is written with each checkpoint, so what a resumed run does again stands there once.
+A part is written with each checkpoint, so steps repeated after a resume are there once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Audit:
 
     Args:
         folder: The run's `audit` folder.
-        rank: Whose rows.
+        rank: The rank of the rows.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -49,7 +49,7 @@ class Audit:
         self._tables: list[tuple[int, pa.Table]] = []  # with their attempts
 
     def add(self, attempt: int, applied: bool, batch: UnlabeledBatch) -> None:
-        """Take note of the rows of an attempted step."""
+        """Record the rows of an attempted step."""
         rows = len(batch)
         valid = np.ones(rows, bool) if batch.valid is None else batch.valid.numpy()
         epochs = np.zeros(rows, np.int64) if batch.epochs is None else batch.epochs.numpy()
@@ -68,9 +68,9 @@ class Audit:
             self._tables.append((attempt, pa.table(columns, schema=_SCHEMA)))
 
     def take(self) -> Callable[[], None]:
-        """A call that writes what was collected so far, and raises CheckpointError if it cannot.
+        """Return a call that writes what was collected, and raises CheckpointError if it fails.
 
-        It may be called on another thread, or never: what is not written comes with the next one.
+        It may be called on another thread, or never: unwritten rows come with the next one.
         """
         with self._lock:
             last = self._tables[-1][0] if self._tables else 0
@@ -96,7 +96,7 @@ class Audit:
             self._tables = self._tables[len(tables) :]
 
     def drop_after(self, attempt: int) -> None:
-        """Remove what any rank wrote of later attempts; for one rank to do, before a flush."""
+        """Remove records of later attempts by any rank; called on one rank, before a flush."""
         for part in self._folder.glob("rank-*.parquet/part-*.parquet"):
             found = re.fullmatch(r"part-(\d+)-(\d+)\.parquet", part.name)
             if found is not None and int(found[1]) > attempt:

@@ -1,4 +1,4 @@
-"""What a config says of logging and of the tracker."""
+"""The config of logging and of the tracker."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ class Log(Section):
     """Optimizer steps between records."""
     examples: int = Field(8, ge=0)
     """Rows of the first batch whose weak and strong views are written into the run folder's
-    `examples`; 0 for none."""
+    `examples`; 0: none."""
 
 
 class Tracker(Section):
     """Where metrics go besides metrics.jsonl."""
 
     name: Literal["wandb", "tensorboard", "mlflow", "none"] = "wandb"
-    """Which tracker."""
+    """The tracker's name."""
     project: str | None = None
-    """The tracker's project; by default what WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says, else
-    hpdist."""
+    """The tracker's project; by default WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else hpdist."""
     mode: Literal["offline", "online"] | None = None
     """offline writes to the run folder; `wandb sync` uploads later.
 
-    By default what WANDB_MODE says, else offline.
+    By default WANDB_MODE, else offline.
     """

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a progress bar there, plain lines in a log file."""
+"""The output on the terminal: a progress bar there, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpdist.messages.progress import columns, make_bar, print_line
 from hpdist.messages.redaction import redacted_text
 
 HEADLINES = ("accuracy", "mean_average_precision", "rmse")
-"""Scores that are shown, whichever of them a task has."""
+"""Scores to show, whichever of them a task has."""
 _SHOWN = {
     "loss": "{:.3f}",
     "mask_rate": "{:.2f}",
@@ -22,11 +22,11 @@ _SHOWN = {
 }
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _BESIDES = len("100%|====| / [0:00:00<0:00:00]")
-_LEAST = ("loss scale", "mask rate")  # what a narrow terminal goes without first
+_LEAST = ("loss scale", "mask rate")  # dropped first on a narrow terminal
 
 
 class Console:
-    """Progress of a run of so many steps, from the main process only; of none there is no bar."""
+    """Progress of a run of this many steps, on the main process; with 0 steps there is no bar."""
 
     def __init__(self, steps: int, done: int, main: bool) -> None:
         self.main = main
@@ -38,7 +38,7 @@ class Console:
             self._bar = make_bar(total=steps, initial=done, bar_format=_BAR)
 
     def log_line(self, line: str) -> None:
-        """Print a line, above the bar where there is one; a terminal has it in several."""
+        """Print a line, above the bar if there is one; wrapped on a terminal."""
         if not self.main:
             return
         line, width = printable(redacted_text(line)), columns()
@@ -63,13 +63,13 @@ class Console:
             self.log_line(f"step {step}/{self._steps}: {numbers}, {self._left(step)} left")
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar in its present state."""
         if self._bar is not None:
             self._bar.close()
 
     @property
     def _fitting(self) -> dict[str, str]:
-        """The numbers that there is room for beside the bar, none of them cut short."""
+        """The numbers that fit beside the bar, none of them cut."""
         room = (columns() or 0) - _BESIDES - 2 * len(str(self._steps))
         found: dict[str, str] = {}
         for key in sorted(self._shown, key=lambda key: key in _LEAST):
@@ -85,7 +85,7 @@ class Console:
 
 
 def wrapped(line: str, width: int, indent: int = 2) -> list[str]:
-    """A line in parts of at most so many columns; a word, such as a path, stays whole."""
+    """Split a line into parts of at most so many columns; a word, such as a path, stays whole."""
     if len(line) <= width:
         return [line]
     return textwrap.wrap(

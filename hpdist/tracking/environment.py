@@ -1,4 +1,4 @@
-"""What a tracker is told of where a run runs: versions of the code, hosts, devices."""
+"""The environment of a run for its tracker: versions of the code, hosts, devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "transformers")
 
 
 def environment() -> dict[str, object]:
-    """Settings by name, beside those of the config. Collective: every rank must call."""
+    """Values by name, beside the config's. Collective: every rank must call."""
     found: dict[str, object] = {
         "world_size": world_size(),
         "hosts": _hosts(hosts_and_devices()),
@@ -62,13 +62,13 @@ def _version(package: str) -> str | None:
 
 
 def _own_repository() -> Path | None:
-    """The checkout that hpdist runs from, where it is one."""
+    """The checkout that hpdist runs from, if it is one."""
     root = Path(__file__).parents[2]
     return root if (root / ".git").exists() else None
 
 
 def _commit(folder: Path) -> str | None:
-    """The commit that a folder is at, `-dirty` where it has changes; None outside of git."""
+    """The commit of a folder, `-dirty` if it has changes; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)

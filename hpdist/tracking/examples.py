@@ -1,7 +1,7 @@
-"""What a run's views make of its first rows: `examples/views.png`, or `views.txt`, for one's eyes.
+"""Examples of a run's views of its first rows: `examples/views.png`, or `views.txt`.
 
-Images and sound (as spectrograms or waveforms) become a sheet of rows by views, text and vectors
-lines of text. The views are those of the first step: noise is drawn by position, not by call.
+Images and audio (as spectrograms or waveforms) become a sheet of rows by views, text and vectors
+lines of text. The views are those of the first step: noise depends on position, not on calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpdist.data.views.base import Views
 
 FOLDER = "examples"
 NAMES = ("original", "weak", "strong")
-_CELL = 112  # pixels of a picture's longer side, at most but for whole enlargements
+_CELL = 112  # pixels of a picture's longer side; small ones are enlarged by whole factors
 _GAP, _TITLE = 6, 16  # pixels
 _WIDE = 3 * _CELL  # of a waveform
 _FEATURES = 30  # of a vector
@@ -38,9 +38,9 @@ def write_examples(
     rows: int,
     step: int,
 ) -> Path | None:
-    """Write views of the first usable rows of a batch into a run folder; None where there are none.
+    """Write views of the first usable rows of a batch to a run folder; None if there are none.
 
-    Nothing that the training draws from is changed.
+    No random state of the training is changed.
     """
     valid = getattr(batch, "valid", None)
     kept = torch.arange(len(batch)) if valid is None else valid.nonzero()[:, 0]
@@ -67,7 +67,7 @@ def write_examples(
 
 @contextmanager
 def _own_random_state() -> Iterator[None]:
-    """Give back the generators as they were, for views of somebody's own that draw from them."""
+    """Restore the random generators afterwards, for user-defined views that draw from them."""
     plain, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ def _own_random_state() -> Iterator[None]:
 
 
 def _images(x: Tensor, shown: Sequence[Tensor]) -> list[list[Image.Image]]:
-    """Pixels of every row and view; how views scale them shows in what `plain` made of the rows."""
+    """Pixels of every row and view; the views' scaling is estimated from `plain` of the rows."""
     plain, original = shown[0].double().flatten(1), x.double().flatten(1)
     channels = x.shape[1]
     per_channel = [t.reshape(len(x), channels, -1).transpose(0, 1) for t in (plain, original)]
@@ -94,13 +94,13 @@ def _images(x: Tensor, shown: Sequence[Tensor]) -> list[list[Image.Image]]:
 def _picture(pixels: Tensor) -> Image.Image:
     values: Array = pixels.permute(1, 2, 0).numpy()
     image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values).convert("RGBA")
-    under = Image.new("RGBA", image.size, "white")  # what is transparent
+    under = Image.new("RGBA", image.size, "white")  # under transparent pixels
     return _fitted(Image.alpha_composite(under, image).convert("RGB"))
 
 
 def _fitted(image: Image.Image) -> Image.Image:
     side = max(image.size)
-    if side <= _CELL:  # whole enlargements keep pixels what they are
+    if side <= _CELL:  # enlarging by whole factors keeps pixels sharp
         times = _CELL // side
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     size = (max(image.width * _CELL // side, 1), max(image.height * _CELL // side, 1))
@@ -108,7 +108,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def _waveforms(shown: Sequence[Tensor]) -> list[list[Image.Image]]:
-    """Spectrograms, low frequencies at the bottom, or else waveforms, of one scale in each row."""
+    """Spectrograms, low frequencies at the bottom, or waveforms, at one scale per row."""
     cells = []
     for row in range(len(shown[0])):
         values = [view[row].double().squeeze(0) for view in shown]
@@ -139,7 +139,7 @@ def _waveform(values: Tensor, low: float, high: float) -> Image.Image:
 
 
 def _sheet(cells: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Put pictures into rows and columns, under the names of the views."""
+    """Arrange pictures in rows and columns, under the names of the views."""
     width = max(cell.width for row in cells for cell in row) + _GAP
     height = max(cell.height for row in cells for cell in row) + _GAP
     sheet = Image.new("RGB", (width * len(NAMES), height * len(cells) + _TITLE), "white")
@@ -163,7 +163,7 @@ def _texts(shown: Sequence[Tensor], spec: InputSpec) -> list[str]:
 
 
 def _table(x: Tensor, shown: Sequence[Tensor], spec: InputSpec) -> list[str]:
-    """A line for each feature; the values as they are stored, and as the views give them."""
+    """A line for each feature: the stored values, and those of the views."""
     rows = [x.double(), *(view.double() for view in shown[1:])]
     names = spec.names or [str(number) for number in range(x.shape[1])]
     width = max(map(len, [*names[:_FEATURES], "feature"]))

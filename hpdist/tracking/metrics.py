@@ -1,7 +1,7 @@
-"""What a tracker can be told of a record: short names, few numbers, whatever a run's size.
+"""A record's metrics for a tracker: short names, few numbers, for any size of run.
 
-A tracker refuses what is too long for it (a histogram of W&B has at most 512 bars), or what is
-named in a way that it does not take, so nothing here grows with the classes or the ranks.
+A tracker refuses what is too long for it (a histogram of W&B has at most 512 bars) or has an
+invalid name, so nothing here grows with the classes or the ranks.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _GROUPS = {
     ),
 }
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names}
-_PER_RANK = "_per_rank"  # how a list's name ends that is of ranks, not classes
+_PER_RANK = "_per_rank"  # suffix of lists of ranks, not classes
 _FEW = 20  # classes or ranks that have a curve each
 _MOST_BARS = 512  # of a histogram of W&B
 _MOST_PAIRS = 10_000  # of classes, in a confusion table
 _LONGEST = 60  # characters of a class's name in that of a curve
-_RESERVED = {"histogram", "mean", "min", "max"}  # names that stand beside those of classes
+_RESERVED = {"histogram", "mean", "min", "max"}  # names used beside those of classes
 
 
 def grouped(key: str) -> str:
-    """The name under which a tracker has a number of metrics.jsonl: `group/number`."""
+    """The tracker's name for a number of metrics.jsonl: `group/number`."""
     if "/" in key:
         return key
     if key.startswith(("threshold", "pseudo_label")):
@@ -43,9 +43,9 @@ def grouped(key: str) -> str:
 
 
 def curve_names(classes: Sequence[str]) -> list[str]:
-    """Names for the curves of classes: their own, but for what a tracker cannot take in a name.
+    """Names for the curves of classes: their own, without characters that trackers refuse.
 
-    All different; where that or emptiness asks for it, each begins with the class's number.
+    All are different; if necessary, or if empty, a name begins with the class's number.
     """
     plain = [re.sub(r"[^\w.-]+", "_", str(name)).strip("_.")[:_LONGEST] for name in classes]
     taken = {name.casefold() for name in plain}
@@ -55,9 +55,9 @@ def curve_names(classes: Sequence[str]) -> list[str]:
 
 
 def values_of(record: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[str, Any]:
-    """The numbers of a record by grouped name; a list of few becomes a number for each.
+    """The numbers of a record by grouped name; a short list becomes a number for each entry.
 
-    Of a longer list, which is of all classes or ranks, its mean, least and largest number.
+    A longer list, of all classes or ranks, becomes its mean, minimum and maximum.
     """
     values: dict[str, Any] = {}
     for key, value in record.items():
@@ -80,7 +80,7 @@ def values_of(record: Mapping[str, Any], classes: Sequence[str] = ()) -> dict[st
 def histograms_of(record: Mapping[str, Any]) -> dict[str, tuple[list[float], list[int]]]:
     """A bar for each class or rank of every list; of more than 512, each is the mean of some.
 
-    Gives heights and edges, counted in classes. What is not finite counts as 0: a bar has a height.
+    Returns heights and edges, in classes. Values that are not finite become 0.
     """
     found = {}
     for key, value in record.items():
@@ -99,7 +99,7 @@ def histograms_of(record: Mapping[str, Any]) -> dict[str, tuple[list[float], lis
 def confusion_rows(confusion: Mapping[str, Any]) -> list[list[Any]]:
     """The teacher's confusions as [class, predicted, rows].
 
-    All pairs of up to 100 classes; of more the pairs that most rows are of, wrong ones first.
+    All pairs of up to 100 classes; with more, the most frequent pairs, wrong ones first.
     """
     classes, counts = confusion["classes"], confusion["teacher"]
     if len(classes) ** 2 <= _MOST_PAIRS:
@@ -124,5 +124,5 @@ def _pairs(counts: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
 def _is_finite(value: Any) -> bool:
     try:
         return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # an integer that no float is as large as
+    except OverflowError:  # an integer too large for a float
         return False

@@ -1,4 +1,4 @@
-"""`hpdist report`: one or several runs as one HTML page that needs nothing beside it."""
+"""`hpdist report`: one or several runs as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
         ("Root mean squared error", ["eval/validation/rmse", "eval/test/rmse"]),
         ("Learning rate", ["lr"]),
         ("Gradient norm", ["grad_norm"]),
-        ("Decay of the teacher", ["teacher_decay"]),
+        ("Teacher decay", ["teacher_decay"]),
     ],
     "Pseudo-labels": [
         ("Share of unlabelled rows in the loss (mask rate)", ["mask_rate"]),
@@ -95,12 +95,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 def write_report(folders: Sequence[Path], out: Path) -> None:
     """Write the page of these runs.
 
-    Raises ConfigError where one is no run, matplotlib is missing, or the file cannot be written.
+    Raises ConfigError if one is no run, matplotlib is missing, or the file cannot be written.
     """
     page = render([read_run(folder) for folder in folders])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8", errors="replace")  # a name may have half a character
+        out.write_text(page, encoding="utf-8", errors="replace")  # names may be invalid text
     except OSError as error:
         raise ConfigError(f"report: {str(out)!r} cannot be written: {error.strerror}") from error
 
@@ -108,7 +108,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 def render(runs: Sequence[RunRecord]) -> str:
     """The page as HTML: tables, curves of all runs in common charts, and matrices of each."""
     plot = _pyplot()
-    # A name is not mathematics, whatever signs it has, and need not be in the font.
+    # A name is not mathematics, whatever characters it has, and may lack glyphs.
     literal = {"text.parse_math": False, "text.usetex": False}
     with plot.rc_context(literal), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
@@ -148,7 +148,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise ConfigError(
-            'report draws with matplotlib, which is missing; pip install "hpdist[report]"'
+            'report needs matplotlib, which is missing; pip install "hpdist[report]"'
         ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plot
@@ -177,7 +177,7 @@ def _summaries(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
 
 
 def _examples(run: RunRecord) -> str:
-    """What the views make of some rows."""
+    """The examples of views."""
     title = f"<h2>Views of the first rows: {html.escape(run.name)}</h2>"
     if run.picture is not None:
         data = base64.b64encode(run.picture).decode()
@@ -188,7 +188,7 @@ def _examples(run: RunRecord) -> str:
 
 
 def _settings(runs: Sequence[RunRecord]) -> str:
-    """All settings, or of several runs first those that differ."""
+    """All settings; with several runs, first those that differ."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     differ = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1]
     parts = []
@@ -214,7 +214,7 @@ def _setting_table(runs: Sequence[RunRecord], keys: Sequence[str]) -> str:
 def _chart(
     plot: Any, runs: Sequence[RunRecord], colors: Sequence[str], caption: str, keys: list[str]
 ) -> str:
-    """One curve a run; nothing where no run has any."""
+    """One curve per run; nothing if no run has any."""
     curves = [run.curve(keys) for run in runs]
     if _LOGARITHMIC.intersection(keys):
         curves = [_positive(curve) for curve in curves]
@@ -238,7 +238,7 @@ def _chart(
 
 
 def _classes(plot: Any, run: RunRecord, key: str) -> str:
-    """A number of each class over the steps, as a picture of classes by records."""
+    """Numbers of each class over the steps, as a picture of classes by records."""
     steps, values = run.per_class(key)
     if not steps:
         return ""
@@ -259,7 +259,7 @@ def _classes(plot: Any, run: RunRecord, key: str) -> str:
 
 
 def _lines(values: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Numbers by class and record; of many classes each line is the mean of some."""
+    """Numbers by class and record; with many classes each line is the mean of some."""
     classes = len(values[0])
     size = -(-classes // _MOST_DRAWN)
     spans = [slice(*ends) for ends in pairwise([*range(0, classes, size), classes])]
@@ -267,7 +267,7 @@ def _lines(values: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _positive(curve: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
-    """What a logarithmic axis has a place for."""
+    """Whether a logarithmic axis can show a value."""
     kept = [(step, value) for step, value in zip(*curve, strict=True) if value > 0]
     return [step for step, _ in kept], [value for _, value in kept]
 
@@ -319,14 +319,14 @@ def _figure(picture: str, caption: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A name on one line of a picture; one that began with _ would be left out of a legend."""
+    """A name on one line of a picture; a leading _ would hide it in a legend."""
     line = "".join(sign if sign.isprintable() else " " for sign in name)
     line = line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 1]}…"
     return f" {line}" if line.startswith("_") else line
 
 
 def _formatted(value: Any) -> str:
-    """A value as a reader wants it."""
+    """Format a value for a reader."""
     if value is None:
         return "-"
     if isinstance(value, float):

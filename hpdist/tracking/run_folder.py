@@ -14,10 +14,10 @@ from hpdist.errors import CheckpointError, why_not_written
 from hpdist.tracking.run_lock import OWNER
 
 CHANGES = "config_changes.jsonl"
-"""Settings that a run went on with, and from which step on."""
+"""Changed settings of a continued run, and from which step on."""
 
 LAUNCH = ".launch.json"
-"""The launcher of a run that was given no name: its restarts go on with that run."""
+"""The launcher of a run without a name: its restarts continue that run."""
 
 
 def _are_rows(found: Any) -> bool:
@@ -38,7 +38,7 @@ class RunFolder:
         self._warned = False
 
     def create(self) -> None:
-        """Make the folder; raises CheckpointError where that cannot be."""
+        """Make the folder; raises CheckpointError if that fails."""
         if not self.main:
             return
         try:
@@ -50,7 +50,7 @@ class RunFolder:
             raise self._unwritable(error) from error
 
     def is_empty(self) -> bool:
-        """Whether nothing is there yet, but for the marks of who owns the folder."""
+        """Whether the folder is empty, except for the marks of its owner."""
         if not self.path.exists():
             return True
         return self.path.is_dir() and all(
@@ -64,7 +64,7 @@ class RunFolder:
                 self.path.rmdir()
 
     def refuse_unless_empty(self) -> None:
-        """Raise CheckpointError where a run has left something."""
+        """Raise CheckpointError if a run has left something."""
         if not self.is_empty():
             raise CheckpointError(
                 f"checkpoint.resume: never, but the run folder {str(self.path)!r} is not empty; "
@@ -74,7 +74,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a file through a temporary one, so that no reader sees half of it.
 
-        Raises CheckpointError where that cannot be.
+        Raises CheckpointError if that fails.
         """
         if not self.main:
             return
@@ -91,14 +91,14 @@ class RunFolder:
         self.write_text(name, json.dumps(values, indent=indent) + "\n")
 
     def read_labeled_rows(self) -> list[int] | None:
-        """The labelled rows that this run chose, if it has."""
+        """The labelled rows that this run chose, if it has done so."""
         rows: list[int] | None = self.read_json(self.labeled_rows.name, _are_rows)
         return rows
 
     def read_json(self, name: str, fits: Callable[[Any], bool]) -> Any:
-        """Read a JSON file back; None where there is none.
+        """Read a JSON file; None if there is none.
 
-        Raises CheckpointError where it is damaged, or does not hold what `fits` takes.
+        Raises CheckpointError if it is damaged, or its content does not fit `fits`.
         """
         path = self.path / name
         if not path.exists():
@@ -117,7 +117,7 @@ class RunFolder:
         return found
 
     def read_summary(self) -> dict[str, Any] | None:
-        """What came of a run that has ended; None of one that has not."""
+        """The summary of a run that has ended; else None."""
         try:
             found: dict[str, Any] | None = self.read_json(
                 "summary.json", lambda found: isinstance(found, dict)
@@ -127,13 +127,13 @@ class RunFolder:
         return found
 
     def record_of(self, step: int) -> dict[str, Any] | None:
-        """The record of a step in metrics.jsonl, if it is there."""
+        """The record of a step in metrics.jsonl, if there is one."""
         if not self.metrics.exists():
             return None
         return next((r for _, r in read_records(self.metrics) if r["step"] == step), None)
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
-        """Add one line to metrics.jsonl; on a full disk it is kept for the next time."""
+        """Append a line to metrics.jsonl; on a full disk it is kept for later."""
         if not self.main:
             return
         self._unwritten.append(json.dumps(record) + "\n")
@@ -145,7 +145,7 @@ class RunFolder:
                     while rest:
                         rest = rest[file.write(rest) :]
                 except OSError:
-                    file.truncate(whole)  # rather none of a line than half
+                    file.truncate(whole)  # no line rather than half of one
                     raise
         except OSError as error:
             if not self._warned:
@@ -159,7 +159,7 @@ class RunFolder:
         self._unwritten, self._warned = [], False
 
     def drop_metrics_after(self, step: int) -> None:
-        """Remove the records after a step, so that the file reads as that of one run."""
+        """Remove the records after a step, so that the file is that of a single run."""
         if not self.main or not self.metrics.exists():
             return
         kept = [line for line, record in read_records(self.metrics) if record["step"] <= step]
@@ -171,10 +171,10 @@ class RunFolder:
 
 
 def read_records(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl that are records, each an object with a step, and what they say.
+    """The lines of metrics.jsonl that are records, objects with a step, with their content.
 
-    Other lines are left out: one that a killed process left half-written, and what anybody else
-    has put there.
+    Other lines are left out: one that a killed process has left half-written, and anything from
+    elsewhere.
     """
     for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

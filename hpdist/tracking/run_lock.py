@@ -1,9 +1,9 @@
-"""A run folder belongs to one run at a time: `.owner.json` in it says to which, and is locked.
+"""A run folder belongs to one run at a time: `.owner.json` in it names the owner, and is locked.
 
-The lock is the system's (`flock`), so it ends with the process that holds it, however that ends.
-Among several machines it is not enough: a network file system may keep locks to the machine, or
-have none. There the owner also beats, by touching the file, and an owner that has not beaten for
-long is taken for dead. Only beats are compared, never the clocks of two machines.
+The lock is the system's (`flock`), so it ends with the process that holds it. With several
+machines it is not enough: a network file system may keep locks to the machine, or have none.
+There the owner also beats, by touching the file, and an owner that has not beaten for long counts
+as dead. Only beats are compared, never the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from hpdist.errors import CheckpointError, why_not_written
 OWNER = ".owner.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
-"""An owner on another machine that has not beaten for so long is dead."""
+"""An owner on another machine without a beat for this long is dead."""
 _LOOK_SECONDS = 1.0
 _LOCAL = {
     *("apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "ramfs"),
     *("tmpfs", "ufs", "xfs", "zfs"),
 }
-"""File systems of one machine, where a lock that can be had has no other holder."""
+"""File systems of one machine, where a lock that was obtained has no other holder."""
 _HELD: dict[Path, RunLock] = {}
 """The folders that this process owns."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who trains in a run folder."""
+    """The process that trains in a run folder."""
 
     token: str
     host: str
     boot: str
-    """The machine's start: two processes that agree in it have one kernel."""
+    """The machine's start: processes with the same value share a kernel."""
     device: int
     """The mounted file system, as that kernel numbers it."""
     pid: int
@@ -55,15 +55,15 @@ class Owner:
 
 
 class InUseError(CheckpointError):
-    """Another run is at work in the run folder."""
+    """Another run uses the run folder."""
 
 
 class RunLock:
-    """The ownership of a run folder. For the main process alone.
+    """The ownership of a run folder. For the main process only.
 
     Args:
-        folder: Of the run; it must be there.
-        log: Is given a line where finding out about an earlier owner takes its time.
+        folder: Of the run; it must exist.
+        log: Receives a line if the check of an earlier owner takes time.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None) -> None:
@@ -74,14 +74,14 @@ class RunLock:
         self._announced = False
         self._end = threading.Event()
         self.busy = False
-        """Whether a run is at work here, from which no later one of this process may take it."""
+        """Whether the run is active, so that no later one of this process may take the folder."""
         self.lost: str | None = None
-        """Who has taken the folder, from an owner that was taken for dead."""
+        """The new owner, if this one was considered dead."""
 
     def acquire(self, seconds: float) -> bool:
-        """Become the owner; False where others have been it for so many seconds.
+        """Become the owner; False if others have owned it for this many seconds.
 
-        Raises CheckpointError where the folder cannot be written.
+        Raises CheckpointError if the folder cannot be written.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -100,7 +100,7 @@ class RunLock:
             time.sleep(min(_LOOK_SECONDS, max(deadline - time.monotonic(), 0.01)))
 
     def refusal(self) -> InUseError:
-        """What to raise where it is another's."""
+        """The error if another run owns the folder."""
         owner, folder = self._read() or "another run", str(self._path.parent)
         return InUseError(
             f"run.dir: the run folder {folder!r} is in use by {owner}; "
@@ -108,7 +108,7 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """Give the folder back. It may be called at any time, and twice."""
+        """Release the folder. It may be called at any time, and repeatedly."""
         self._end.set()
         if self._file is None:
             return
@@ -121,7 +121,7 @@ class RunLock:
             del _HELD[self._path]
 
     def _try(self) -> str | None:
-        """Become the owner, or say why not."""
+        """Become the owner, or return why not."""
         before = _HELD.get(self._path)
         if before is not None and before.busy:
             return "busy"
@@ -144,7 +144,7 @@ class RunLock:
         finally:
             if file >= 0:
                 os.close(file)
-        if locked is None:  # so another may have done the same at this moment, and the later has it
+        if locked is None:  # another process may have done the same; then the later one owns it
             time.sleep(2 * _LOOK_SECONDS)
             if not self._is_ours():
                 self.lost = "another run"
@@ -153,12 +153,12 @@ class RunLock:
         return None
 
     def _is_dead(self, file: int, *, local: bool) -> bool:
-        """Whether the owner that a file names can no longer be at work."""
+        """Whether the owner in a file can no longer be active."""
         owner = _parse(os.pread(file, 65536, 0))
         if owner is None or local:
             return True
         if owner.boot == _boot() and owner.device == os.fstat(file).st_dev and _lock(file):
-            return True  # one kernel, and it has let go of the lock
+            return True  # on the same kernel, and it has released the lock
         if not self._announced:
             self._announced = True
             self._log(
@@ -184,7 +184,7 @@ class RunLock:
         threading.Thread(target=self._heartbeat, name="hpdist-owner", daemon=True).start()
 
     def _heartbeat(self) -> None:
-        """Touch the file now and then; notice where it is another's now, as after a long stop."""
+        """Touch the file regularly; notice if another run owns it now, as after a long pause."""
         while not self._end.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # a full or failing disk; the next beat may pass
                 if not self._is_ours():
@@ -204,7 +204,7 @@ class RunLock:
 
 
 def _lock(file: int) -> bool | None:
-    """Whether the lock could be had; None where the file system has none."""
+    """Whether the lock was obtained; None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -217,7 +217,7 @@ def _lock(file: int) -> bool | None:
 def _parse(data: bytes) -> Owner | None:
     try:
         return Owner(**json.loads(data))
-    except (TypeError, ValueError):  # empty, as it is for a moment, or cut off by a full disk
+    except (TypeError, ValueError):  # empty for a moment, or truncated by a full disk
         return None
 
 
@@ -229,7 +229,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _read_heartbeat(path: Path) -> tuple[int, bytes] | None:
-    """When the file was touched, and what it says, as the file system tells who opens it anew."""
+    """When the file was touched, and its content, as seen by a new reader."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns, file.read()
@@ -240,7 +240,7 @@ def _read_heartbeat(path: Path) -> tuple[int, bytes] | None:
 def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
@@ -248,7 +248,7 @@ def _is_local(path: Path) -> bool:
     """Whether a file lies on a file system that only this machine can write."""
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
     kind, longest = "", -1
     for line in lines:

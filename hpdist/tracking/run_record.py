@@ -1,6 +1,6 @@
-"""Reads a run folder as it is found: of a run that goes on, was killed, or whose files are damaged.
+"""Reads a run folder in any state: of a run in progress, killed, or with damaged files.
 
-What cannot be read is left out and noted; only a folder that is none of a run is refused.
+Unreadable parts are left out and noted; only a folder without a run is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hpdist.tracking.run_folder import CHANGES
 
 T = TypeVar("T")
 
-_LARGEST = 1e30  # of numbers that are drawn: beyond, axes overflow
+_LARGEST = 1e30  # of drawn numbers: beyond it, axes overflow
 _LARGEST_STEP = 2**53
 _LARGEST_FILE = 256 << 20  # bytes of a confusion matrix, of some 6,000 classes
 _FOLDER = "examples"
@@ -29,28 +29,28 @@ _FOLDER = "examples"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says of its run."""
+    """The content of a run folder."""
 
     name: str
     settings: Mapping[str, Any]
     """By dotted name, without passwords and signatures."""
     records: Sequence[Mapping[str, Any]]
-    """Those of metrics.jsonl, in order; each has a step."""
+    """The records of metrics.jsonl, in order; each has a step."""
     summary: Mapping[str, Any]
-    """Empty where the run has not ended."""
+    """Empty if the run has not ended."""
     confusions: Mapping[str, Mapping[str, Any]]
-    """By the name of the set; each square, with whole numbers."""
+    """By the name of the set; each square, with integers."""
     classes: Sequence[str] = ()
-    """Names of the classes, where they are known."""
+    """Names of the classes, if they are known."""
     picture: bytes | None = None
-    """PNG of the views of some rows."""
+    """PNG of examples of views."""
     texts: str | None = None
-    """Examples of rows that are no pictures."""
+    """Examples of rows that are not pictures."""
     notes: Sequence[str] = ()
-    """What could not be read."""
+    """Parts that could not be read."""
 
     def curve(self, keys: Iterable[str]) -> tuple[list[float], list[float]]:
-        """Steps and values of the first of these keys that there is, finite ones only."""
+        """Steps and values of the first of these keys that exists, finite ones only."""
         for key in keys:
             found = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
             if found:
@@ -58,7 +58,7 @@ class RunRecord:
         return [], []
 
     def overflows(self) -> tuple[list[float], list[float]]:
-        """Steps at which the count of overflows had grown, and the loss scale there."""
+        """Steps at which the number of overflows had grown, and the loss scale there."""
         before: float = 0
         steps: list[float] = []
         scales: list[float] = []
@@ -74,7 +74,7 @@ class RunRecord:
         return steps, scales
 
     def per_class(self, key: str) -> tuple[list[int], list[list[float]]]:
-        """Steps, and a list of a number for each class at each of them; NaN is where none is."""
+        """Steps, and at each a list with a number for each class; NaN where there is none."""
         found = [(r["step"], r[key]) for r in self.records if r.get(key)]
         lists = [(step, values) for step, values in found if isinstance(values, list)]
         length = len(lists[-1][1]) if lists else 0
@@ -84,7 +84,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run folder; raises ConfigError where it holds no run."""
+    """Read a run folder; raises ConfigError if it holds no run."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         why = "it has no metrics.jsonl" if folder.is_dir() else "there is no such folder"
@@ -128,7 +128,7 @@ def is_number(value: Any) -> bool:
 def _read(
     file: Path, parse: Callable[[bytes], T], default: T, notes: list[str], missing: bool = False
 ) -> T:
-    """What a file holds, or the default with a note; `missing` ones are nothing to note."""
+    """The content of a file, or the default with a note; `missing` files are not noted."""
     if missing and not file.exists():
         return default
     try:
@@ -144,7 +144,7 @@ def _read(
 
 
 def _changes(content: bytes) -> list[tuple[int, Mapping[str, Any]]]:
-    """The settings that a run went on with, and the step from which on."""
+    """The changed settings of a continued run, and the step of the change."""
     found = []
     for record in _records(content):
         changed = record.get("settings")
@@ -157,7 +157,7 @@ def _changes(content: bytes) -> list[tuple[int, Mapping[str, Any]]]:
 def _with_changes(
     settings: Mapping[str, Any], changes: Iterable[tuple[int, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """The settings that a run began with, and beside them those that it went on with."""
+    """The initial settings of a run, with their changes beside them."""
     found = dict(settings)
     for step, changed in changes:
         for key, now in changed.items():
@@ -177,7 +177,7 @@ def _records(content: bytes) -> list[dict[str, Any]]:
 def _json_line(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):  # half a line, of a process that was killed or still runs
+    except (ValueError, RecursionError):  # an incomplete line of a killed or running process
         return None
 
 

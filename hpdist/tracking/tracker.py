@@ -1,6 +1,6 @@
-"""W&B, TensorBoard or MLflow by Accelerate's trackers; one that fails never stops the training.
+"""W&B, TensorBoard or MLflow through Accelerate's trackers; failures never stop the training.
 
-A metric that a tracker refuses costs that metric, one that cannot be reached the tracker.
+If a tracker refuses a metric, that metric is dropped; if it cannot be reached, the tracker is.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from hpdist.tracking.variables import (
     choose_wandb,
 )
 
-_NAMED = 3  # metrics that a warning names
+_NAMED = 3  # metrics named in a warning
 _LONGEST = 300  # characters of a library's error
-_LARGE = 1e30  # what every tracker has numbers for
+_LARGE = 1e30  # that every tracker can store
 
 
 class Tracker:
-    """Sends global numbers from the main process; warns once and goes silent if that fails.
+    """Sends global numbers from the main process; warns once and stops sending on failure.
 
     Args:
-        config: Which tracker, and what it is told.
+        config: The tracker and its settings.
         run: The run's name.
-        settings: The whole run's, nested, which the tracker keeps; passwords are left out.
+        settings: The whole run's, nested, for the tracker; passwords are left out.
         folder: Of the run.
         main: Whether this is the main process; no other sends anything.
-        run_id: The tracker's, of the run that goes on.
-        environment: What else is told beside the config, such as the number of ranks.
-        classes: Their names, which the curves of classes get.
-        log: Is given a line of what the tracker's environment variables have decided.
+        run_id: The tracker's id of a continued run.
+        environment: Further facts beside the config, such as the number of ranks.
+        classes: Their names, for the curves of classes.
+        log: Receives a line on decisions by the tracker's environment variables.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Tracker:
                 self._give_up(self._name, error)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Send the record of a step, numbers in groups; a list is of all classes or ranks."""
+        """Send the record of a step, numbers in groups; lists are of all classes or ranks."""
 
         def values() -> dict[str, Any]:
             bars = histograms_of(record).items() if self._name == "wandb" else ()
@@ -92,7 +92,9 @@ class Tracker:
         """Send confusion matrices, by the name of the set; to W&B only, as tables."""
         if self._name != "wandb":
             return
-        there = {name: matrix for name, matrix in confusions.items() if matrix}  # a task has none
+        there = {
+            name: matrix for name, matrix in confusions.items() if matrix
+        }  # some tasks have none
         self._send(
             lambda: {f"eval/{name}/confusion": _table(own) for name, own in there.items()}, step
         )
@@ -112,7 +114,7 @@ class Tracker:
         self._try(send, [key])
 
     def alert(self, title: str, text: str) -> None:
-        """Tell whoever watches the run; of the trackers only W&B can."""
+        """Alert the user; only W&B supports it."""
         if self._name == "wandb":
             alert_text = {"title": title, "text": redacted_text(text), "level": "WARN"}
             self._try(lambda tracker: tracker.tracker.alert(**alert_text))
@@ -146,7 +148,7 @@ class Tracker:
         elif name == "mlflow":
             self.run_id = tracker.active_run.info.run_id
         stored = flat(redacted_settings(settings))
-        # MLflow refuses to change the settings of a run that goes on.
+        # MLflow refuses to change the settings of a continued run.
         if name != "mlflow" or not tracker.active_run.data.params:
             self._store(tracker, stored | flat(environment))
         return tracker
@@ -154,7 +156,7 @@ class Tracker:
     def _choose(
         self, settings: TrackerConfig, run: str | None, folder: Path
     ) -> tuple[Chosen, Callable[[Chosen], GeneralTracker]]:
-        """What the tracker is told, and how one is made of it."""
+        """The arguments for the tracker, and how it is made."""
         if self._name == "tensorboard":
             return (
                 choose_tensorboard(settings, folder, run),
@@ -169,18 +171,18 @@ class Tracker:
         )
 
     def _store(self, tracker: GeneralTracker, settings: Mapping[str, Any]) -> None:
-        """Send the settings; a tracker that does not take them can still have the numbers."""
+        """Send the settings; a tracker that refuses them can still receive the numbers."""
         try:
             tracker.store_init_configuration(settings)
         except Exception as error:
             warnings.warn(
-                f"tracker {self._name} does not take the run's settings ({_cause(error)}); "
+                f"tracker {self._name} refuses the run's settings ({_cause(error)}); "
                 "config.yaml has them",
                 stacklevel=4,
             )
 
     def _send(self, make: Callable[[], Mapping[str, Any]], step: int) -> None:
-        """Log values together; where that fails, each by itself, to find what is refused."""
+        """Log values together; if that fails, one by one, to find those that are refused."""
         if self._tracker is None:
             return
         values: dict[str, Any] = {}
@@ -193,7 +195,7 @@ class Tracker:
             first = error
         errors = {name: self._refusal(name, value, step) for name, value in values.items()}
         refused = {name: error for name, error in errors.items() if error is not None}
-        # A number that any tracker takes is refused by one that is not there any more.
+        # If it refuses a number that any tracker takes, it cannot be reached any more.
         if not values or (len(refused) == len(values) and any(map(_is_plain, values.values()))):
             self._give_up(self._name, first)
         elif refused:
@@ -208,7 +210,7 @@ class Tracker:
         return None
 
     def _try(self, act: Callable[[GeneralTracker], object], metrics: Iterable[str] = ()) -> None:
-        """Do something with the tracker; what fails costs these metrics, or else the tracker."""
+        """Use the tracker; a failure drops these metrics, or else the tracker."""
         metrics = [name for name in metrics if name not in self._refused]
         if self._tracker is None:
             return
@@ -225,8 +227,8 @@ class Tracker:
         self._refused.update(names)
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         warnings.warn(
-            f"tracker {self._name} does not take {', '.join(names[:_NAMED])}{more}, which it gets "
-            f"no more ({_cause(error)}); metrics.jsonl has every number",
+            f"tracker {self._name} refuses {', '.join(names[:_NAMED])}{more}, which are not sent "
+            f"any more ({_cause(error)}); metrics.jsonl has every number",
             stacklevel=4,
         )
 
@@ -234,13 +236,13 @@ class Tracker:
         self._tracker = None
         warnings.warn(
             f"tracker {name} failed and is off for the rest of the run ({_cause(error)}); training "
-            "goes on, and metrics.jsonl has every number",
+            "continues, and metrics.jsonl has every number",
             stacklevel=3,
         )
 
 
 def _mlflow(chosen: Chosen, name: str | None) -> MLflowTracker:
-    """Accelerate's tracker, which would put the variables over what it is given."""
+    """Accelerate's tracker; it would prefer the variables to its arguments."""
     theirs = {"MLFLOW_EXPERIMENT_NAME": chosen.project, "MLFLOW_RUN_ID": chosen.arguments["run_id"]}
     with patch_environment(**{key: value for key, value in theirs.items() if value is not None}):
         return MLflowTracker(chosen.project, run_name=name, **chosen.arguments)
@@ -248,7 +250,7 @@ def _mlflow(chosen: Chosen, name: str | None) -> MLflowTracker:
 
 @contextmanager
 def _redacted_arguments() -> Iterator[None]:
-    """Show a tracker that notes down the command line one without secrets."""
+    """Show a tracker that records the command line one without secrets."""
     given = sys.argv
     sys.argv = [redacted_text(argument) for argument in given]
     try:

@@ -1,4 +1,4 @@
-"""A tracker's own environment variables: over hpdist's defaults, under what the config names."""
+"""A tracker's environment variables: they override hpdist's defaults, and the config them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MODES = {
 }
 _PROJECT = "hpdist"
 _TRUE = ("true", "1", "yes", "y", "on", "t")
-_BY_WANDB = (  # which W&B reads by itself, where it is told nothing else
+_BY_WANDB = (  # read by W&B itself, unless it gets arguments
     "WANDB_ENTITY",
     "WANDB_RUN_GROUP",
     "WANDB_JOB_TYPE",
@@ -31,7 +31,7 @@ _BY_WANDB = (  # which W&B reads by itself, where it is told nothing else
 
 @dataclass
 class Chosen:
-    """What a tracker is started with, and which variables have had a say in it."""
+    """The arguments of a tracker, and the variables that decided some."""
 
     project: str = _PROJECT
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -39,16 +39,16 @@ class Chosen:
 
     @property
     def line(self) -> str | None:
-        """What is said of it; None where no variable is set."""
+        """A message on the decisions; None if no variable is set."""
         return ", ".join(self.decisions) or None
 
     @property
     def disabled(self) -> bool:
-        """Whether nothing is to be sent or kept."""
+        """Whether nothing is sent or stored."""
         return self.arguments.get("mode") == "disabled"
 
     def take(self, setting: str, ours: str | None, variable: str, default: str) -> str:
-        """The setting of the config, else of the variable, else the default; noting which."""
+        """Choose the config's setting, else the variable, else the default; record which."""
         theirs = os.environ.get(variable)
         if not theirs:
             return ours or default
@@ -60,17 +60,17 @@ class Chosen:
         return theirs
 
     def take_run_id(self, saved: str | None, variable: str) -> str | None:
-        """The run that goes on, else the one that the variable names."""
+        """Choose the continued run, else the one that the variable names."""
         theirs = os.environ.get(variable) or None
         if saved is not None and theirs not in (None, saved):
-            self.decisions.append(f"run {saved} of the checkpoint goes on, over {variable}")
+            self.decisions.append(f"run {saved} of the checkpoint continues, over {variable}")
         elif saved is None and theirs is not None:
             self.decisions.append(f"run {theirs} by {variable}")
         return saved or theirs
 
 
 def choose_wandb(config: Tracker, folder: Path, name: str | None, run_id: str | None) -> Chosen:
-    """Choose what `wandb.init` is told. Raises ValueError for a mode that W&B has not."""
+    """Choose the arguments of `wandb.init`. Raises ValueError for an unknown mode."""
     chosen = Chosen()
     mode = chosen.take("mode", config.mode, "WANDB_MODE", "offline")
     if mode not in _MODES:
@@ -87,7 +87,7 @@ def choose_wandb(config: Tracker, folder: Path, name: str | None, run_id: str | 
         "resume": ("resume", "WANDB_RESUME", "allow"),
     }
     for argument, (what, variable, default) in ours.items():
-        if os.environ.get(variable):  # W&B reads it, where the argument is left out
+        if os.environ.get(variable):  # W&B reads it if the argument is left out
             chosen.decisions.append(f"{what} {os.environ[variable]} by {variable}")
         else:
             chosen.arguments[argument] = default
@@ -98,7 +98,7 @@ def choose_wandb(config: Tracker, folder: Path, name: str | None, run_id: str | 
 
 
 def choose_mlflow(config: Tracker, folder: Path, run_id: str | None) -> Chosen:
-    """Choose experiment and run of MLflow; sets where it stores, unless that is set."""
+    """Choose experiment and run of MLflow; set where it stores, unless that is set."""
     chosen = Chosen()
     chosen.project = chosen.take("project", config.project, "MLFLOW_EXPERIMENT_NAME", _PROJECT)
     chosen.arguments = {"run_id": chosen.take_run_id(run_id, "MLFLOW_RUN_ID")}

@@ -101,7 +101,7 @@ def test_bad_rows_are_left_out_named_and_end_the_run_where_they_are_many(tmp_pat
 
 
 def test_misfits_end_before_the_training(tmp_path, model):
-    with pytest.raises(ConfigError, match="takes no waveforms"):
+    with pytest.raises(ConfigError, match="does not take waveforms"):
         train(tmp_path, {"views": WAVES})
     mixing = waveforms(model) | {"algorithm": {"name": "mixmatch"}}
     with pytest.raises(ConfigError, match="MixMatch mixes inputs"):

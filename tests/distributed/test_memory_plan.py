@@ -129,7 +129,7 @@ def test_offload_needs_a_gpu_to_be_planned(digits, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     values = settings(digits, "CNN", 2)
     values["zero"]["offload"] = "cpu"
-    with pytest.raises(ConfigError, match="only be told apart where there is a GPU"):
+    with pytest.raises(ConfigError, match="only be measured separately on a GPU"):
         make_plan(config.parse(values).model_dump(mode="json"), 2, 16)
 
 

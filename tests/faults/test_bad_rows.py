@@ -138,6 +138,6 @@ def test_bad_rows_are_counted_skipped_and_named(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_bad_row_more_than_may_be_ends_the_run(tmp_path: Path, kind: str) -> None:
-    message = r"max_bad_rows: [34] rows of epoch 0 could not be used, and 2 may; among them: .*row"
+    message = r"max_bad_rows: [34] rows of epoch 0 could not be used, and 2 are allowed; .*row"
     with pytest.raises(DataError, match=message):
         trainer(tmp_path, kind, True, 2).fit()

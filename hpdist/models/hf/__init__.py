@@ -1,1 +1,1 @@
-"""Models of Hugging Face: text and sound."""
+"""Models of Hugging Face: text and audio."""

@@ -1,4 +1,4 @@
-"""How models of Hugging Face are given sound: waveforms with a mask, or spectrograms as theirs."""
+"""Inputs of Hugging Face's audio models: waveforms with a mask, or spectrograms as theirs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpdist.data.decode.audio import Sampling
 from hpdist.data.views.audio import split
 from hpdist.errors import ConfigError
 
-_LENGTHS = 9  # that waveforms of a batch are cut to: 1, 0.71, 0.5, ... 0.06 of a row's
+_LENGTHS = 9  # to which waveforms of a batch are cut: 1, 0.71, 0.5, ... 0.06 of a row's
 
 OWN_NOISE = {
     "apply_spec_augment": False,
@@ -20,21 +20,21 @@ OWN_NOISE = {
     "mask_feature_prob": 0.0,
     "layerdrop": 0.0,
 }
-"""Set in a model's config where `model.config` does not: the views do the masking, alike on any
-number of ranks, and what is left unused (a dropped layer, a mask's embedding) has no gradient."""
+"""Set in a model's config unless `model.config` does: the views do the masking, the same on any
+number of ranks, and unused parts (a dropped layer, a mask's embedding) would have no gradient."""
 
 
 class AudioClassifier(nn.Module):
     """Waveforms [rows, samples] or spectrograms [rows, 1, mels, frames] to logits [rows, classes].
 
-    Waveforms are NaN behind a sound's end. A model that takes an attention mask is told where that
-    is, and given no more than the batch's longest sound, rounded up to one of nine lengths; what is
-    behind a sound's end changes none of its logits. One that normalises over all samples of a row
-    (`feat_extract_norm: group`) was trained without a mask: it sees zeros there, in every batch as
-    many.
+    Waveforms are NaN after their end. A model that takes an attention mask is told where that is,
+    and gets no more than the batch's longest waveform, rounded up to one of nine lengths; what
+    follows the end changes none of its logits. A model that normalises over all samples of a row
+    (`feat_extract_norm: group`) was trained without a mask: it gets zeros there, the same number in
+    every batch.
 
     Args:
-        model: Of `transformers`, a classifier of audio.
+        model: An audio classifier of `transformers`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ class AudioClassifier(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits."""
         rows = len(inputs)
-        if not rows:  # on which models of transformers fail
+        if not rows:  # models of transformers fail on them
             inputs = inputs.new_zeros(1, *inputs.shape[1:])
         if inputs.dim() == 4:
             given = {self._name: inputs[:, 0].mT if self._frames_first else inputs[:, 0]}
@@ -63,21 +63,21 @@ class AudioClassifier(nn.Module):
         waveform, length = split(inputs)
         if not self.masked:
             return {self._name: waveform}
-        length = length.clamp(min=self.fewest)  # of no frame, the mean is NaN
-        if not torch.compiler.is_compiling():  # which would compile for every length
+        length = length.clamp(min=self.fewest)  # without a frame, the mean is NaN
+        if not torch.compiler.is_compiling():  # it would compile for every length
             waveform = waveform[:, : cut(int(length.max()), waveform.shape[1])]
         mask = torch.arange(waveform.shape[1], device=waveform.device) < length[:, None]
         return {self._name: waveform, "attention_mask": mask.long()}
 
 
 def cut(longest: int, samples: int) -> int:
-    """The smallest of the nine lengths of a batch that holds so many samples."""
+    """The smallest of the nine lengths that holds this many samples."""
     lengths = (int(samples * 2 ** (-step / 2)) for step in reversed(range(_LENGTHS)))
     return next((length for length in lengths if length >= longest), samples)
 
 
 def check_audio(model: Any, name: str, input_shape: tuple[int, ...]) -> None:
-    """Raise ConfigError where the views' rows have not the sides that the model takes."""
+    """Raise ConfigError unless the views' rows have the shape that the model takes."""
     config = model.config
     if len(input_shape) == 1:
         if getattr(config, "num_mel_bins", None) and not hasattr(config, "conv_kernel"):
@@ -104,18 +104,18 @@ def check_audio(model: Any, name: str, input_shape: tuple[int, ...]) -> None:
     if isinstance(fixed, int) and fixed != frames:
         raise ConfigError(
             f"views.seconds: its {frames} frames are not the {fixed} that {name} takes; choose "
-            "views.seconds and views.hop that make as many, or, of a model that begins at random, "
-            "change it in model.config"
+            "views.seconds and views.hop that give that number, or, for a model that begins at "
+            "random, change it in model.config"
         )
 
 
 def check_rate(transformers: Any, place: str, name: str, sampling: Sampling) -> None:
-    """Raise ConfigError where a checkpoint was trained at another sampling rate than the views'."""
+    """Raise ConfigError if a checkpoint was trained at another sampling rate than the views'."""
     extractor = transformers.feature_extraction_utils.FeatureExtractionMixin
     try:
         found, _ = extractor.get_feature_extractor_dict(place)
     except OSError:
-        return  # it does not say
+        return  # it is not known
     rate = found.get("sampling_rate")
     if rate and rate != sampling.rate:
         raise ConfigError(

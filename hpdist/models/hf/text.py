@@ -1,4 +1,4 @@
-"""Models of Hugging Face by name: `hf:<folder or id of the Hub>`, for text, images and sound."""
+"""Models of Hugging Face by name: `hf:<folder or id of the Hub>`, for text, images and audio."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from hpdist.models.stored import loading_as_stored, mark_stored
 
 
 class HuggingFaceConfig(ModelConfig):
-    """A classifier of `transformers`: of text or audio where the inputs are, else of images.
+    """A classifier of `transformers`: for text or audio if the inputs are, else for images.
 
-    What a checkpoint does not hold, such as the last layer for these classes, begins at random.
-    Weights are read from safetensors only.
+    What a checkpoint lacks, such as the last layer for these classes, begins at random. Weights are
+    only read from safetensors.
     """
 
     takes: ClassVar = frozenset({"image", "text", "audio"})
@@ -42,11 +42,11 @@ class HuggingFaceConfig(ModelConfig):
     pretrained: bool = True
     """Begin with the checkpoint's weights; false begins at random with its config."""
     config: dict[str, Any] = Field({})
-    """Values of the model's own config that replace the checkpoint's, as `num_hidden_layers: 2`."""
+    """Values that replace those of the checkpoint's config, such as `num_hidden_layers: 2`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     freeze: list[str] = Field([])
-    """Parameters that are not trained, by name with wildcards, as `bert.embeddings.*`."""
+    """Parameters that are not trained, by name with wildcards, such as `bert.embeddings.*`."""
     lora: Lora | None = None
     """Low-rank adapters: the checkpoint's own weights are not trained; needs peft."""
     layer_decay: float | None = Field(None, gt=0, le=1)
@@ -72,7 +72,7 @@ class HuggingFaceConfig(ModelConfig):
         return self._of_text(spec.tokenizer, num_classes)
 
     def pixels(self) -> Pixels:
-        """What the checkpoint's image processor does to images, at the size of `config`, if any."""
+        """The checkpoint's image processing, at the size of `config`, if there is any."""
         found = checkpoint_pixels(self.path, self.revision, "model.name")
         side = self.config.get("image_size")
         return replace(found, size=side) if isinstance(side, int) else found
@@ -135,8 +135,8 @@ class HuggingFaceConfig(ModelConfig):
             ):
                 kinds = {"Image": "images", "Sequence": "text", "Audio": "audio"}
                 raise ConfigError(
-                    f"model.name: {self.name} is a model of type {config.model_type}, of which "
-                    f"transformers has none that classifies {kinds[kind]}"
+                    f"model.name: {self.name} is a model of type {config.model_type}, for which "
+                    f"transformers has no class that classifies {kinds[kind]}"
                 )
             fresh: set[str] = set()
             if not self.pretrained:
@@ -166,7 +166,7 @@ class HuggingFaceConfig(ModelConfig):
         return ImageClassifier(model) if kind == "Image" else cast(nn.Module, model)
 
     def _check_loaded(self, model: nn.Module, found: dict[str, Any], num_classes: int) -> None:
-        """Refuse a checkpoint of which more is missing than a last layer for other classes."""
+        """Refuse a checkpoint that lacks more than a last layer for other classes."""
         names = [name for name, _ in model.named_parameters()]
         if not set(names) - set(found["missing_keys"]):
             raise ConfigError(f"model.name: {self.name} holds none of the model's weights")
@@ -188,7 +188,7 @@ class HuggingFaceConfig(ModelConfig):
             for parameter in chosen:
                 parameter.requires_grad_(False)
         if self.freeze and not any(p.requires_grad for p in named.values()):
-            raise ConfigError("model.freeze: leaves nothing to train")
+            raise ConfigError("model.freeze: nothing is left to train")
 
 
 class TextClassifier(nn.Module):
@@ -198,7 +198,7 @@ class TextClassifier(nn.Module):
 
     Args:
         model: Of `transformers`, called with ids and attention mask.
-        pad: The id that is not looked at.
+        pad: The id of padding.
     """
 
     def __init__(self, model: nn.Module, pad: int) -> None:
@@ -210,10 +210,10 @@ class TextClassifier(nn.Module):
         """Logits."""
         rows, ids = len(ids), _one_at_least(ids)
         mask = ids != self.pad
-        if not torch.compiler.is_compiling():  # which would compile for every length
+        if not torch.compiler.is_compiling():  # it would compile for every length
             length = max(int(mask.any(dim=0).sum()), 1)
             ids, mask = ids[:, :length], mask[:, :length]
-        # A row of nothing but padding, which counts for nothing, must not give NaN.
+        # A row of padding only, which is ignored, must not give NaN.
         mask = mask | (torch.arange(ids.shape[1], device=ids.device) == 0)
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).logits
         return logits[:rows]
@@ -233,15 +233,15 @@ class ImageClassifier(nn.Module):
 
 
 def _one_at_least(rows: Tensor) -> Tensor:
-    """The rows, or one of zeros in place of none, on which models of transformers fail."""
+    """The rows, or one of zeros if there are none: models of transformers fail on those."""
     return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
 
 
 def scale_learning_rates(model: nn.Module, decay: float) -> None:
-    """Give each parameter a factor on the learning rate, `lr_scale`: `decay` for each block behind.
+    """Give each parameter a factor on the learning rate, `lr_scale`: `decay` per later block.
 
     The blocks are the members of the model's longest `nn.ModuleList`. What comes before them counts
-    as one more; what comes behind them has factor 1. Raises ConfigError where there are none.
+    as one more; what comes after them has factor 1. Raises ConfigError if there are none.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if not lists:
@@ -261,7 +261,7 @@ def scale_learning_rates(model: nn.Module, decay: float) -> None:
 
 @contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Keep transformers from partitioning weights as it makes them, as it does under ZeRO-3."""
+    """Keep transformers from partitioning weights while it makes them, as it does under ZeRO-3."""
     try:
         from transformers.integrations import deepspeed
     except ImportError:
@@ -276,7 +276,7 @@ def _whole_weights() -> Iterator[None]:
 
 
 def _try_length(model: TextClassifier, example: Any, pad: int) -> None:
-    """Raise ConfigError where rows are longer than the model can take."""
+    """Raise ConfigError if rows are longer than the model supports."""
     ids = torch.from_numpy(example)
     length = ids.shape[1]
     ids[ids == pad] = ids[0, 0]

@@ -59,7 +59,7 @@ def test_copies_follow_the_umask_and_overwrite_nothing(tmp_path):
     assert (tmp_path / "launch" / "hosts.sh").stat().st_mode & 0o777 == 0o750
     assert copy_shipped(tmp_path) == []
     (tmp_path / "configs" / "digits.yaml").write_text("mine")
-    with pytest.raises(ConfigError, match=r"digits\.yaml' is there and differs"):
+    with pytest.raises(ConfigError, match=r"digits\.yaml' exists and differs"):
         copy_shipped(tmp_path)
     assert (tmp_path / "configs" / "digits.yaml").read_text() == "mine"
 

@@ -266,7 +266,7 @@ def test_choices_that_exclude_each_other():
         (b"", "must hold settings such as `steps: 1000`; it is empty"),
         (b"- 1\n", "must hold settings such as `steps: 1000`; not [1]"),
         (b"a: [1\nb: 2", "is not valid YAML: line 2, column 2: expected ',' or ']'"),
-        (b"a: 1\na: 2", "is not valid YAML: line 2, column 1: 'a' is there twice"),
+        (b"a: 1\na: 2", "is not valid YAML: line 2, column 1: 'a' occurs twice"),
         (b"a: !!python/object:os.system 1", "is not valid YAML: line 1, column 4: could not"),
         (b"caf\xe9: 1", "it is not UTF-8 text"),
     ],

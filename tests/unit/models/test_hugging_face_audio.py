@@ -158,7 +158,7 @@ def test_spectrograms_are_turned_as_the_model_takes_them(folders, kind):
 def test_built_in_models_take_spectrograms_of_one_channel_and_no_waveforms(config):
     model = build_model(config, PICTURES, 4, 0)
     check_model(model, torch.zeros(2, 1, 16, 20), 4)
-    with pytest.raises(ConfigError, match=r"no waveforms; set views\.spectrogram: true"):
+    with pytest.raises(ConfigError, match=r"not take waveforms; set views\.spectrogram: true"):
         build_model(config, WAVES, 4, 0)
 
 
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused(folders, kind, spec, said):
 
 def test_models_that_classify_no_audio_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ConfigError, match=r"of type bert, of which transformers has none .* audio"):
+    with pytest.raises(ConfigError, match=r"of type bert, for which transformers has no .* audio"):
         build(tmp_path)
 
 

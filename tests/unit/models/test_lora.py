@@ -142,7 +142,7 @@ def test_the_base_never_changes_and_a_checkpoint_gives_the_same_model_again(tmp_
 def test_what_is_wrong_is_one_line(folder, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"no linear layer is called 'qery', did you mean 'query"):
         build(folder, lora=LORA | {"targets": ["qery"]})
-    with pytest.raises(ConfigError, match=r"model\.lora\.targets: peft has no usual choice for a"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: peft has no default for a"):
         build(write_model(tmp_path, DISTILBERT), lora=LORA)
     with pytest.raises(ConfigError, match=r"model\.lora\.rank: must be .*greater than 0, not 0"):
         build_config({"rank": 0})

@@ -189,12 +189,12 @@ BROKEN: list[tuple[Callable[[], Algorithm], str]] = [
     (EntropyOfNoRow, "no valid row: a loss is not finite"),
     (DoesNotSayThatItSums, "`uses_student_statistics` is False"),
     (ForgetsToSave, "state: after loading it the loss, unsupervised_loss is another"),
-    (LoadsAnything, "state: a state of other names is loaded"),
+    (LoadsAnything, "state: a state with other names is loaded"),
     (HalfPrecision, "state: confidence is torch.bfloat16"),
     (LearnsNothing, "gradient: none reaches the strong view 0"),
     (Random, "one step: a second call of `loss` gives"),
-    (LearnsItsTargets, "one step: asks for a gradient into the targets"),
-    (SharpensInPlace, "one step: changes what the model said of the weak views"),
+    (LearnsItsTargets, "one step: needs a gradient into the targets"),
+    (SharpensInPlace, "one step: changes the outputs of the weak views"),
 ]
 
 

@@ -289,7 +289,7 @@ def test_no_metric_turns_tensorboard_off(tmp_path, recwarn):
     send_odd("tensorboard", tmp_path)
     said = [str(warning.message) for warning in recwarn if "tracker" in str(warning.message)]
     assert len(said) == 1  # an integer that no float is as large as
-    assert said[0].startswith("tracker tensorboard does not take stream/bad_rows, which it gets no")
+    assert said[0].startswith("tracker tensorboard refuses stream/bad_rows, which are not sent")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = (file for file in tmp_path.glob("hpdist/events*"))

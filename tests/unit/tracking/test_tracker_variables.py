@@ -158,7 +158,7 @@ def test_the_run_of_a_checkpoint_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     chosen = wandb(tmp_path, "saved")
     assert chosen.arguments["id"] == "saved"
     assert "resume" not in chosen.arguments  # left to W&B, which reads WANDB_RESUME
-    assert "run saved of the checkpoint goes on, over WANDB_RUN_ID" in str(chosen.line)
+    assert "run saved of the checkpoint continues, over WANDB_RUN_ID" in str(chosen.line)
     assert wandb(tmp_path).arguments["id"] == "other"
 
 
