@@ -50,12 +50,12 @@ def _message(path: str, local: bool, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return f"{path!r} contains Python code, which only runs with model.trust_remote_code: true"
-    said = text if len(text) <= _LENGTH else text[: _LENGTH - 1] + "…"
+    reason = text if len(text) <= _LENGTH else text[: _LENGTH - 1] + "…"
     if local:
-        return f"folder {path!r} cannot be used: {said}"
+        return f"folder {path!r} cannot be used: {reason}"
     if isinstance(error, OSError):
         return (
-            f"{path!r} is no folder here, and the Hub did not give it: {said}; check the spelling, "
+            f"{path!r} is no folder here, and the Hub did not give it: {reason}; check the spelling, "
             "the network and, for a gated model, `hf auth login`"
         )
-    return f"{path!r} cannot be used: {said}"
+    return f"{path!r} cannot be used: {reason}"

@@ -9,7 +9,7 @@ from hpdist.algorithms.base import Groups
 from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
-from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.parts.consistency import consistency_terms
 from hpdist.algorithms.parts.mixing import GroupsOption, Mixing, draw_mixing
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
@@ -61,12 +61,8 @@ class ICT(Ramped, name="ict"):
         assert outputs.weak is not None
         mixing = Mixing(outputs.context["partners"], outputs.context["shares"])
         targets = mixing(self.task.predictions(outputs.weak.logits))
-        losses = self.task.squared_error(outputs.student_weak[0], targets)  # [unlabeled]
-        return LossTerms(
-            supervised=supervised_loss(outputs, self.task),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight * self.ramp,
-        )
+        weight = self.unsupervised_weight * self.ramp
+        return consistency_terms(outputs, targets, self.task, weight)
 
 
 ICTConfig = ICT.Config

@@ -7,7 +7,7 @@ from typing import ClassVar
 from hpdist.algorithms.exchange import StudentOutputs, Sums
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
-from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.parts.consistency import consistency_terms
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import ALL
@@ -37,12 +37,8 @@ class MeanTeacher(Ramped, name="mean_teacher"):
         """Both terms; the log shows the consistency term without its weight."""
         assert outputs.weak is not None
         targets = self.task.predictions(outputs.weak.logits)
-        losses = self.task.squared_error(outputs.student_weak[0], targets)  # [unlabeled]
-        return LossTerms(
-            supervised=supervised_loss(outputs, self.task),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
-            unsupervised_weight=self.unsupervised_weight * self.ramp,
-        )
+        weight = self.unsupervised_weight * self.ramp
+        return consistency_terms(outputs, targets, self.task, weight)
 
 
 MeanTeacherConfig = MeanTeacher.Config

@@ -256,9 +256,17 @@ class Engine(ABC):
     def load_master(self, whole: Mapping[str, Tensor]) -> None:
         """Set master and model weights from flat fp32 tensors by name, the same on every rank."""
 
-    @abstractmethod
-    def swapped_weights(self, fragments: Sequence[Fragment]) -> AbstractContextManager[None]:
-        """Put other weights into the model for a while. Collective."""
+    @contextmanager
+    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
+        """Gather other weights into the model, and restore its own at the end. Collective."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.layout.gather_into(fragments, self._parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(own[name])
 
     def make_replica(self, model: nn.Module | None) -> Replica | None:
         """A second model for other weights, if swapping them into the first would cost too much."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hpdist.data.structures import Structure
-from hpdist.distributed.fragments import Fragment, flat_view
+from hpdist.distributed.fragments import flat_view
 from hpdist.distributed.module_names import ddp_of, without_wrappers
 from hpdist.engines.base import Engine
 from hpdist.engines.config import LossScale, Precision
@@ -127,16 +127,6 @@ class ReplicatedEngine(HasWholeState, Engine):
         """Copy into the parameters."""
         for name, parameter in self._parameters.items():
             flat_view(parameter).copy_(flat_view(whole[name]))
-
-    @contextmanager
-    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Gather into the weights, and restore them at the end."""
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.layout.gather_into(fragments, self._parameters)
-        try:
-            yield
-        finally:
-            self.load_master(own)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if not self._own_autocast:

@@ -7,7 +7,7 @@ when upstream has fixed it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -189,16 +189,6 @@ class ZeroEngine(Engine):
             stop = fragment.start + len(fragment.values)
             fragment.values.copy_(whole[fragment.name][fragment.start : stop])
         self._load_weights(whole)
-
-    @contextmanager
-    def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
-        """Gather into the half-precision weights, and restore them at the end."""
-        own = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.layout.gather_into(fragments, self._parameters)
-        try:
-            yield
-        finally:
-            self._load_weights(own)
 
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
         """Let DeepSpeed check, unscale, clip (by its config) and apply."""

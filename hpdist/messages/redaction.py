@@ -132,12 +132,12 @@ def redact_error(error: BaseException | None) -> None:
     Errors keep their types and tracebacks. Python prints the whole chain of an uncaught error.
     """
     rest: list[BaseException | None] = [error]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while rest:
         one = rest.pop()
-        if one is None or id(one) in seen:
+        if one is None or id(one) in visited:
             continue
-        seen.add(id(one))
+        visited.add(id(one))
         rest += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
         _redact_one(one)
 

@@ -181,8 +181,8 @@ def _fill(
     Untrained ones stay: an engine may have rounded them to half precision.
     """
     to_full_precision(model)
-    beside_heads = isinstance(engine.module, WithHeads) and not isinstance(model, WithHeads)
-    prefix = "model." if beside_heads else ""
+    heads_added = isinstance(engine.module, WithHeads) and not isinstance(model, WithHeads)
+    prefix = "model." if heads_added else ""
     own = {prefix + name: parameter for name, parameter in named_parameters(model)}
     whole = {}
     for name, size in engine.layout.sizes.items():
