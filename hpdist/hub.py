@@ -55,7 +55,7 @@ def _message(path: str, local: bool, error: Exception) -> str:
         return f"folder {path!r} cannot be used: {reason}"
     if isinstance(error, OSError):
         return (
-            f"{path!r} is no folder here, and the Hub did not give it: {reason}; check the spelling, "
+            f"{path!r} is no folder here, and the Hub did not give it: {reason}; check spelling, "
             "the network and, for a gated model, `hf auth login`"
         )
     return f"{path!r} cannot be used: {reason}"
