@@ -135,7 +135,7 @@ def _keep_from_compiler() -> None:
     Not by decorators: they would import torch's compiler wherever this module is imported, which
     takes as long as importing torch itself.
     """
-    for name in ("_normalise", "alike"):
+    for name in ("_normalise", "normalize_with_stats_of"):
         setattr(GlobalBatchNorm, name, torch.compiler.disable(getattr(GlobalBatchNorm, name)))
 
 

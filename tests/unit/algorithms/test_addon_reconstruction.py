@@ -202,5 +202,5 @@ def test_inputs_may_be_large_but_not_whole_numbers() -> None:
     example = torch.zeros(2, 3, 224, 224)
     model = with_heads(MLP(150528, [2], 10), algorithm, example)
     assert cast(nn.Module, model)(example)["reconstruction"].shape == (2, 150528)
-    with pytest.raises(ConfigError, match=r"floating-point numbers, and these are torch\.int64"):
+    with pytest.raises(ConfigError, match=r"floating-point inputs, and these are torch\.int64"):
         corrupted(algorithm, torch.ones(2, 5, dtype=torch.int64))

@@ -102,7 +102,7 @@ def test_a_constructor_of_ones_own() -> None:
 
     assert Own(True).threshold == 0.99
     assert Own.Config is None, "nothing says how to make it from options"
-    with pytest.raises(TypeError, match="Further declares more, but Own has a constructor"):
+    with pytest.raises(TypeError, match="Further declares more, but Own has its own constructor"):
         type("Further", (Own,), {"more": option(default=1)})
 
 

@@ -53,5 +53,5 @@ def test_changes_that_hpdist_did_not_note_are_passed_over(settings: str, tmp_pat
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [", b"- 1", b"{" * 5000])
 def test_a_config_that_cannot_be_read_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.yaml: what the run recorded cannot be"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml: the run's settings cannot be"):
         continue_config(RunFolder(tmp_path), config(0.2), 5)
