@@ -1,13 +1,13 @@
-"""A key-value store that processes on several machines share, and strangers do not.
+"""A key-value store for processes on several machines, protected by a token.
 
 with StoreServer("10.0.0.1", 29400, token) as server:            # on the first machine
-    store = SharedStore("10.0.0.1", server.port, token)          # on every one
+    store = SharedStore("10.0.0.1", server.port, token)          # on every machine
     store.set("host/0", b"n0")
 
-It listens on the one address that it is given and speaks JSON, so that nothing a stranger sends is
-ever run. Both sides prove that they know the token before anything else is said; the token itself
-is never sent. What is said after that is not encrypted. `torch.distributed` takes a `SharedStore`
-for its own store, which listens everywhere and knows no token.
+It listens only on the given address and exchanges JSON, so no received code is ever run. Both sides
+prove that they know the token before anything else is sent; the token itself is never sent. Later
+messages are not encrypted. `torch.distributed` accepts a `SharedStore` instead of its own store,
+which listens everywhere and knows no token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import torch.distributed as dist
 
 _LONGEST = 1 << 20  # bytes of a line
-_LONGEST_PROOF = 1 << 12  # of a line of somebody who has not shown to know the token
+_LONGEST_PROOF = 1 << 12  # bytes of a line before the sender has proven the token
 _MOST_BYTES = 64 << 20  # that a server keeps
 _MOST_CLIENTS = 20_000
 _HANDSHAKE = 10.0  # seconds, for all of it
@@ -41,7 +41,7 @@ _PATIENCE = 300.0  # seconds that a read waits for a key by default
 class StoreServer:
     """Serves a store on one address, from the construction to `close`.
 
-    Raises OSError where it cannot listen there.
+    Raises OSError if it cannot listen there.
     """
 
     def __init__(self, address: str, port: int, token: str) -> None:
@@ -64,7 +64,7 @@ class StoreServer:
         threading.Thread(target=self._accept, name="hpdist-store", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         self._closed = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -88,7 +88,7 @@ class StoreServer:
             except OSError:
                 if self._closed:
                     return
-                time.sleep(_PAUSE)  # somebody holds all the connections that there may be
+                time.sleep(_PAUSE)  # all allowed connections are in use
                 continue
             if not self._clients.acquire(blocking=False):
                 connection.close()
@@ -99,7 +99,7 @@ class StoreServer:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            # What a stranger sends is an error of the stranger's, and nobody else's.
+            # An error in a stranger's message concerns the stranger only.
             with connection, suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 line = _Line(connection)
                 if self._is_known(line):
@@ -109,7 +109,7 @@ class StoreServer:
             self._clients.release()
 
     def _is_known(self, line: _Line) -> bool:
-        """Prove the token's knowledge to a client, and have it proven."""
+        """Prove the token to a client, and have the client prove it."""
         ours = secrets.token_hex(16)
         line.timeout(_HANDSHAKE)
         line.send({"nonce": ours})
@@ -167,7 +167,7 @@ class StoreServer:
 class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
     """A client of a `StoreServer`; `torch.distributed` calls it from any of its threads.
 
-    Raises OSError where the server is not there, and PermissionError where it has another token.
+    Raises OSError if the server is not there, and PermissionError if it has another token.
     """
 
     def __init__(self, address: str, port: int, token: str, seconds: float = _PATIENCE) -> None:
@@ -184,11 +184,11 @@ class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
         self._ask({"do": "set", "keys": [key], "value": _text(data)})
 
     def get(self, key: str) -> bytes:
-        """Read a value, once it is there. Raises OSError where it does not come in time."""
+        """Read a value, once it is there. Raises OSError if it does not arrive in time."""
         return self.read([key], self._seconds)[0]
 
     def read(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        """Read several values, once all are there. Raises OSError where one does not come."""
+        """Read several values, once all are there. Raises OSError if one is not there in time."""
         request = {"do": "get", "keys": list(keys), "seconds": seconds}
         found = self._ask(request, seconds)
         if "missing" in found:
@@ -196,7 +196,7 @@ class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
         return [base64.b64decode(value) for value in found["values"]]
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a number, which begins at 0; gives the sum."""
+        """Add to a number, which begins at 0; return the sum."""
         return int(self._ask({"do": "add", "keys": [key], "amount": amount})["total"])
 
     def check(self, keys: Sequence[str]) -> bool:
@@ -204,11 +204,11 @@ class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
         return bool(self._ask({"do": "check", "keys": list(keys)})["there"])
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Wait until all of these keys are there. Raises OSError where one does not come."""
+        """Wait until all of these keys are there. Raises OSError if one does not arrive in time."""
         self.read(keys, self._seconds if timeout is None else timeout.total_seconds())
 
     def delete_key(self, key: str) -> bool:
-        """Remove a key; whether it was there."""
+        """Remove a key; return whether it was there."""
         return bool(self._ask({"do": "delete", "keys": [key]})["there"])
 
     def _ask(self, request: dict[str, Any], seconds: float = 0.0) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class SharedStore(dist.Store):  # type: ignore[misc, name-defined]
         return line.receive()
 
     def _line(self) -> _Line:
-        """This thread's connection: one that waits for a key must not keep another from asking."""
+        """This thread's connection: a thread that waits for a key must not block the others."""
         found: _Line | None = getattr(self._lines, "line", None)
         if found is None:
             found = self._lines.line = self._connect()
@@ -252,9 +252,9 @@ def wait_for_listener(address: str, port: int, deadline: float) -> None:
 
 
 def _where_to_listen(address: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """The address itself, or every one where this machine's name leads it to none of its own.
+    """The address itself, or all addresses if this machine's name resolves to none of its own.
 
-    Many systems give their own name the loopback address, at which no other machine reaches them.
+    Many systems resolve their own name to the loopback address, which no other machine reaches.
     """
     family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     named = not address.replace(".", "").isdigit() and ":" not in address
@@ -272,25 +272,25 @@ class _Line:
         self._received = b""
 
     def timeout(self, seconds: float | None) -> None:
-        """How long to wait for what comes next."""
+        """Set how long to wait for the next message."""
         self._connection.settimeout(seconds)
 
     def send(self, values: dict[str, Any]) -> None:
-        """Send an object. Raises OSError, and ValueError where it is too long."""
+        """Send an object. Raises OSError, and ValueError if it is too long."""
         data = json.dumps(values).encode() + b"\n"
         if len(data) > _LONGEST:
             raise ValueError(f"{len(data):,} bytes are too many for one message")
         self._connection.sendall(data)
 
     def receive(self, longest: int = _LONGEST, end: float = float("inf")) -> dict[str, Any]:
-        """Receive an object, of so many bytes at most, until a time of the monotonic clock.
+        """Receive an object of limited size, until a time of the monotonic clock.
 
-        Raises OSError where the other side leaves or is late, and ValueError for no JSON.
+        Raises OSError if the other side leaves or is late, and ValueError if it is not JSON.
         """
         while b"\n" not in self._received:
             if len(self._received) > longest:
                 raise ValueError("a line without an end")
-            if end != float("inf"):  # each piece may come in time, and the whole may not
+            if end != float("inf"):  # each piece may arrive in time, but not the whole
                 left = end - time.monotonic()
                 if left <= 0:
                     raise TimeoutError("it takes too long to say who it is")
@@ -315,6 +315,6 @@ def _is_proof(answer: object, proof: str) -> bool:
 
 
 def _proof(token: str, side: str, first: str, second: str) -> str:
-    """That this side knows the token, for two numbers that are used once."""
+    """The proof that this side knows the token, for two numbers that are used once."""
     message = f"hpdist/{side}/{first}/{second}"
     return hmac.new(token.encode(), message.encode(), hashlib.sha256).hexdigest()

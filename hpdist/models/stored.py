@@ -1,8 +1,8 @@
-"""Weights as a checkpoint stores them: pages of its files, and no memory of a process's own.
+"""Weights as a checkpoint stores them: pages of its files instead of a process's own memory.
 
-Loading a checkpoint in half precision as fp32 makes a copy in every process. Where the weights are
-soon sharded, they are left in the stored dtype until then, and what looks at the whole model before
-sees them in fp32, one at a time.
+Loading a half-precision checkpoint in fp32 makes a copy in every process. If the weights will be
+sharded, they keep the stored dtype until then, and code that reads the whole model before gets
+them in fp32, one at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _wanted = ContextVar("weights_as_stored", default=False)
 
 @contextmanager
 def weights_as_stored(wanted: bool) -> Iterator[None]:
-    """Inside, models of checkpoints may be built with weights in the dtype that is stored.
+    """Inside, models of checkpoints may be built with weights in the stored dtype.
 
-    Their engine makes them what it needs; `FullPrecisionReads` runs them before.
+    Their engine converts them later; `FullPrecisionReads` runs them before that.
     """
     token = _wanted.set(wanted)
     try:
@@ -35,17 +35,17 @@ def weights_as_stored(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def loading_as_stored(transformers: Any, config: Any) -> Iterator[bool]:
-    """Have `from_pretrained` keep the stored dtypes, if that is wanted and possible; whether it is.
+    """Have `from_pretrained` keep the stored dtypes, if wanted and possible; return if it does.
 
-    `mark_stored` has to see the model then. The `dtype` that is asked for is still that of what the
-    checkpoint does not hold, such as a last layer and the buffers that a model computes itself.
+    `mark_stored` must then process the model. The requested `dtype` still applies to what the
+    checkpoint lacks, such as a last layer and the buffers that a model computes itself.
     """
     base = transformers.PreTrainedModel
     possible = hasattr(base, "_get_dtype_plan") and not hasattr(config, "quantization_config")
     if not (_wanted.get() and possible):
         yield False
         return
-    # transformers' own list of names that get another dtype, where None is the stored one.
+    # transformers' own list of names with another dtype, where None is the stored one.
     kept = base._get_dtype_plan
     base._get_dtype_plan = lambda *_: {"*": None}
     try:
@@ -55,7 +55,7 @@ def loading_as_stored(transformers: Any, config: Any) -> Iterator[bool]:
 
 
 def mark_stored(model: nn.Module) -> None:
-    """Mark the parameters that are in half precision, and bring all the rest to fp32."""
+    """Mark the parameters in half precision, and convert everything else to fp32."""
     for parameter in model.parameters():
         if parameter.dtype in HALF:
             parameter.as_stored = True  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ def mark_stored(model: nn.Module) -> None:
 
 
 class FullPrecisionReads(TorchFunctionMode):
-    """Inside, every function of torch is given marked parameters in fp32, to look at only.
+    """Inside, every function of torch gets marked parameters in fp32, for reading only.
 
     Each gets a copy that lives as long as the function runs.
     """
@@ -79,7 +79,7 @@ class FullPrecisionReads(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call it with fp32 in place of half precision; the dtype of a parameter is fp32 too."""
+        """Call it with fp32 instead of half precision; a parameter's dtype reads as fp32 too."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__" and _is_stored(args[0]):
@@ -93,7 +93,7 @@ class FullPrecisionReads(TorchFunctionMode):
 
 
 def _in_full(value: Any) -> Any:
-    """What a function is given, with fp32 in place of marked parameters."""
+    """The arguments of a function, with marked parameters replaced by fp32 copies."""
     if isinstance(value, Tensor):
         return value.detach().float() if _is_stored(value) else value
     if type(value) in (tuple, list):

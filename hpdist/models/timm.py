@@ -15,17 +15,17 @@ PREFIX = "timm:"
 
 
 class TimmConfig(ModelConfig):
-    """An image classifier of timm, for as many classes and channels as the data have."""
+    """An image classifier of timm, for the classes and channels of the data."""
 
     prefix: ClassVar[str] = PREFIX
     prefix_hint: ClassVar[str] = f"{PREFIX}name"
     name: str = Field(pattern=f"^{PREFIX}.")
-    """`timm:` and the name of a model, with or without a tag of its weights, as
+    """`timm:` and the name of a model, with or without a tag of its weights, such as
     `timm:resnet50.a1_in1k`."""
     pretrained: bool = True
     """Begin with timm's weights, with a new last layer; false begins at random."""
     options: dict[str, Any] = Field({})
-    """Further arguments of the model, as `drop_path_rate: 0.1` or `img_size: 96`."""
+    """Further arguments of the model, such as `drop_path_rate: 0.1` or `img_size: 96`."""
 
     @property
     def path(self) -> str:
@@ -33,7 +33,7 @@ class TimmConfig(ModelConfig):
         return self.name.removeprefix(self.prefix)
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """Make the model, in training mode. Raises ConfigError where timm cannot."""
+        """Make the model, in training mode. Raises ConfigError if timm cannot."""
         self.require_image(input_shape)
         timm = self._timm()
         given = {"num_classes", "in_chans", "pretrained"} & set(self.options)
@@ -58,7 +58,7 @@ class TimmConfig(ModelConfig):
         return model.train()
 
     def pixels(self) -> Pixels:
-        """What timm's weights were trained with; the size only of a model that takes no other."""
+        """The pixels that timm's weights were trained on; the size only if it is fixed."""
         settings = self._timm().models.get_pretrained_cfg(self.path)
         side = self.options.get("img_size")
         if side is None and settings.fixed_input_size:
@@ -67,7 +67,7 @@ class TimmConfig(ModelConfig):
         return Pixels(f"timm's config of {self.path}", mean, std, side)
 
     def _timm(self) -> Any:
-        """The `timm` module; raises ConfigError without it, and where it knows no such model."""
+        """Import `timm`; raises ConfigError if it is missing, or does not know the model."""
         try:
             import timm  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
@@ -75,7 +75,7 @@ class TimmConfig(ModelConfig):
                 f"model.name: {self.name} needs timm, which cannot be imported ({error}); "
                 "pip install 'hpdist[timm]'"
             ) from error
-        except RuntimeError as error:  # of torchvision beside another build of torch
+        except RuntimeError as error:  # torchvision for another build of torch
             raise ConfigError(
                 f"model.name: {self.name} needs timm, which cannot be imported: "
                 f"{describe(error)}; install the torchvision that belongs to this torch"

@@ -46,7 +46,7 @@ class CReST(AddOn, name="crest"):
 
     num_classes: int = argument(kw_only=False)
     generations: int = option(default=6, ge=2)
-    """Equal parts of the run; the student begins anew in each."""
+    """Equal parts of the run; the student is reset in each."""
     alpha: float = option(default=3.0, gt=0)
     """How many rows of a frequent class are added: fewer if it is small (alpha)."""
     smallest_power: float = option(default=0.5, ge=0, le=1)
