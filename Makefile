@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt $(INSTALL_OPTIONS)
 INSTALLED := .venv/.installed
 # A worker for each core, four at most, for each takes a gigabyte. What takes longest comes first.
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

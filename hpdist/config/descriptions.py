@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,7 @@ def add_descriptions(kind: type[Any], schema: dict[str, Any]) -> None:
             properties[name].setdefault("description", text)
 
 
+@cache  # a hundred kinds of settings inherit from the same few, whose source is long
 def _own(kind: type[Any]) -> dict[str, str]:
     try:
         source = inspect.getsource(kind)

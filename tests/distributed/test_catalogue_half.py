@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 
 import pytest
 
 from hpdist.engines.config import LossScale
-from tests.support.catalogue import CASES, PARTS, finite, run
+from tests.support.catalogue import CASES, finite, run
 from tests.support.ranks import run_ranks
+from tests.support.sampling import selected
 
 STEPS = 5
 Curves = dict[str, list[dict[str, float]]]
 
 
-def curves(part: str, stage: int | None, precision: str) -> Curves:
+def curves(names: Sequence[str], stage: int | None, precision: str) -> Curves:
     scale = LossScale(initial=2.0**8)
     return {
-        name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale)
-        for name in PARTS[part]
+        name: run(name, STEPS, stage=stage, precision=precision, loss_scale=scale) for name in names
     }
 
 
-@cache
-def on_ranks(ranks: int, part: str, stage: int | None, precision: str) -> Curves:
-    return run_ranks(ranks, curves, part, stage, precision, timeout=900)[0]
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> dict[int | None, Curves]:
+    """The curves by stage; those without are in fp32, on one rank."""
+    cases = selected(request, "name", "stage")
+    found = {
+        None: run_ranks(1, curves, sorted({n for n, _ in cases}), None, "fp32", timeout=900)[0]
+    }
+    for stage in sorted({stage for _, stage in cases}):
+        names = [name for name, its in cases if its == stage]
+        found[stage] = run_ranks(2, curves, names, stage, "fp16", timeout=900)[0]
+    return found
 
 
+@pytest.mark.sampled(rows="name", columns="stage", share=0.5)
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize(("part", "name"), CASES)
-def test_the_curve_is_that_of_fp32(part: str, name: str, stage: int) -> None:
-    half = on_ranks(2, part, stage, "fp16")[name]
-    reference = on_ranks(1, part, None, "fp32")[name]
+@pytest.mark.parametrize("name", CASES)
+def test_the_curve_is_that_of_fp32(found: dict[int | None, Curves], name: str, stage: int) -> None:
+    half, reference = found[stage][name], found[None][name]
     assert finite(half)
     assert all(record["applied"] for record in half[:-1])
     losses = [record["loss"] for record in half[:-1]]

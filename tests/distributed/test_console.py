@@ -46,7 +46,7 @@ def shown(folder: Path, columns: int | None = None) -> str:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     parts: list[str] = []
     reader = threading.Thread(target=read_terminal, args=(master, parts))
-    process = run.launch(2, STEPS, "--log.every", 2, terminal=terminal)
+    process = run.fork(2, STEPS, "--log.every", 2, terminal=os.ttyname(terminal))
     os.close(terminal)
     reader.start()
     status = process.wait(timeout=240)

@@ -23,6 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of
 
 STAGES = [None, 0, 1, 2, 3]
+HALF: dict[str, Any] = {"precision": "fp16", "width": 4}  # a CPU takes long over these
 
 
 class Injection:
@@ -73,7 +74,7 @@ def overflows() -> dict[int | None, list[tuple[StepOutcome, list[str]]]]:
     found: dict[int | None, list[tuple[StepOutcome, list[str]]]] = {}
     for stage in STAGES:
         scale = LossScale(initial=2.0**10, growth_interval=3)
-        step = make_step("freematch", norm="batch", precision="fp16", stage=stage, loss_scale=scale)
+        step = make_step("freematch", norm="batch", loss_scale=scale, stage=stage, **HALF)
         injection = Injection(step)
         found[stage] = []
         for number in range(len(SCALES)):
@@ -134,8 +135,8 @@ def growths() -> dict[int | None, tuple[Tensor, Tensor, list[float]]]:
     for stage in STAGES:
         results = []
         for scale in (LossScale(static=256), LossScale(initial=256, growth_interval=2)):
-            step = make_step("fixmatch", precision="fp16", stage=stage, loss_scale=scale)
-            outcomes = [attempt(step, number) for number in range(6)]
+            step = make_step("fixmatch", stage=stage, loss_scale=scale, **HALF)
+            outcomes = [attempt(step, number) for number in range(5)]
             assert all(outcome.applied for outcome in outcomes)
             results.append(weights(step))
         found[stage] = (*results, [outcome.new_scale for outcome in outcomes])
@@ -144,7 +145,7 @@ def growths() -> dict[int | None, tuple[Tensor, Tensor, list[float]]]:
 
 def test_the_update_is_of_the_right_size_where_the_scale_grows() -> None:
     for stage, (static, dynamic, scales) in run_ranks(2, growths)[0].items():
-        assert scales == [256, 512, 512, 1024, 1024, 2048], stage
+        assert scales == [256, 512, 512, 1024, 1024], stage
         torch.manual_seed(0)
         moved = static.norm()
         assert (static - dynamic).norm() < 2e-3 * moved, stage
@@ -154,7 +155,7 @@ def endless() -> dict[str, str]:
     stories = {}
     for name, stage in (("ddp", None), ("zero2", 2)):
         scale = LossScale(initial=4, minimum=1)
-        step = make_step("fixmatch", precision="fp16", stage=stage, loss_scale=scale)
+        step = make_step("fixmatch", stage=stage, loss_scale=scale, **HALF)
         injection = Injection(step)
         injection.rank, injection.term = 1, "unsupervised"
         attempt(step, 0)
@@ -222,7 +223,7 @@ def train_with_skips(data: Path, runs: Path) -> dict[str, Moments]:
     for name, stage in (("ddp", None), ("zero2", 2)):
         AcceleratorState._reset_state(reset_partial_state=True)  # of the run before
         trainer = Trainer(
-            {"name": "cnn", "width": 8},
+            {"name": "cnn", "width": 4},
             {"name": "freematch", "momentum": 0.9},
             labeled=files | {"labels_per_class": 4},
             unlabeled=files | {"streaming": True, "audit": True},

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from hpdist import cli
 from hpdist.data.config import Labeled, Source
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import DistributedError
@@ -178,10 +179,10 @@ def test_a_run_folder_of_each_machine_and_lost_data_are_found(tmp_path):
     assert "not ready to train: run folder" in err
 
 
-def test_data_that_cannot_be_read_is_found(tmp_path):
+def test_data_that_cannot_be_read_is_found(tmp_path, capfd):
     config = write_config(tmp_path, str(tmp_path / "lost.parquet"), str(tmp_path / "runs"))
-    status, out, err = ended(start(config))
-    assert status == 3
+    assert cli.main(["preflight", str(config)]) == 3
+    out, err = capfd.readouterr()
     assert verdicts(out)["data.labeled"] == "FAILED"
     assert "lost.parquet" in out
     assert "Traceback" not in err
@@ -204,11 +205,12 @@ def test_a_first_row_is_looked_for_where_the_run_will_read(tmp_path):
     assert "ArrowInvalid" in str(first("parquet", files, "train"))
 
 
-def test_a_precision_that_the_device_lacks_is_found(tmp_path):
+def test_a_precision_that_the_device_lacks_is_found(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     files = [str(path) for path in write_pictures(tmp_path)]
     config = write_config(tmp_path, files, str(tmp_path / "runs"))
-    status, out, err = ended(start(config, "--precision", "fp16", CUDA_VISIBLE_DEVICES=""))
-    assert status == 3, err
+    assert cli.main(["preflight", str(config), "--precision", "fp16"]) == 3
+    out, _ = capfd.readouterr()
     assert verdicts(out)["precision"] == "FAILED"
 
 
@@ -300,10 +302,9 @@ def test_a_launcher_says_who_is_who():
         (["--processes", "2", "--rank", "2", "--address", "a"], "--rank 2 is not one of"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(arguments, text):
-    status, _, err = ended(start(*arguments))
-    assert status == 2
-    assert text in err
+def test_options_that_make_no_sense_are_refused(arguments, text, capfd):
+    assert cli.main(["preflight", *arguments]) == 2
+    assert text in capfd.readouterr().err
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

@@ -26,6 +26,7 @@ from tests.support import lockstep
 from tests.support.lockstep import Recorded
 from tests.support.ranks import run_ranks
 from tests.support.recipes import LABELED, UNLABELED, digits, make_model, make_step, train
+from tests.support.sampling import selected
 
 RANKS = 2
 POINTS = (0, 1, 3, 7)
@@ -90,11 +91,14 @@ class Compared:
     told: dict[str, dict[int, list[str]]]  # by run and step, what differs
 
 
-def compare() -> Compared:
+def compare(names: set[str]) -> Compared:
+    """Record the first setup of each kind, and have those of these names follow it."""
     found = Compared({}, {})
     for kind, setups in SETUPS.items():
         tolerance = 0.02 if kind == "half" else lockstep.TOLERANCE
         for name, make in setups.items():
+            if kind in found.recorded and name not in names:
+                continue
             counters.clear()
             step = make()
             if step.engine.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -109,8 +113,8 @@ def compare() -> Compared:
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[Compared]:
-    return run_ranks(RANKS, compare)
+def runs(request: pytest.FixtureRequest) -> list[Compared]:
+    return run_ranks(RANKS, compare, {name for (name,) in selected(request, "name")})
 
 
 def test_the_curve_goes_somewhere(runs: list[Compared]) -> None:
@@ -122,10 +126,22 @@ def test_the_curve_goes_somewhere(runs: list[Compared]) -> None:
     assert runs[0].recorded["plain"].curve == runs[1].recorded["plain"].curve
 
 
-def names(*ways: str) -> list[str]:
-    """Of those that follow, the ones that begin so."""
+# Each way and each stage is in the default run, but not each pair of them.
+MORE = {
+    *("checkpointed, None", "checkpointed, 2", "compiled, None", "compiled, 3"),
+    *("offloaded, 1", "offloaded, 2", "1 micro-batches, 2", "1 micro-batches, 3"),
+}
+
+
+def names(*ways: str) -> list[Any]:
+    """Return the names of those that follow, and begin so."""
     followers = [name for setups in SETUPS.values() for name in list(setups)[1:]]
-    return [name for name in followers if name.startswith(ways)]
+    assert set(followers) >= MORE
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in MORE else [])
+        for name in followers
+        if name.startswith(ways)
+    ]
 
 
 @pytest.mark.parametrize("name", names("checkpointed", "compiled"))

@@ -18,7 +18,7 @@ from hpdist.train import config as configuration
 from hpdist.train.checks import check_model
 from hpdist.train.trainer import Trainer
 from tests.distributed.test_lora import forget_launch
-from tests.support.memory import Peak, mapped
+from tests.support.memory import Peak, free_at_once, mapped
 from tests.support.ranks import run_ranks
 from tests.support.run_records import records
 from tests.support.texts import SENTENCES, news_config, write_model
@@ -71,6 +71,7 @@ def load(folder, precision, ranks):
 
 
 def loads(small, large, ranks):
+    free_at_once()
     load(small / "bfloat16", "fp32", ranks)  # imports what there is to import
     kept, found = [], []
     for name, precision in LOADS:
@@ -84,7 +85,7 @@ def loads(small, large, ranks):
 def test_a_rank_has_its_shard_in_memory_and_little_more(tmp_path, ranks):
     small, large = write(tmp_path / "small"), write(tmp_path / "large", LARGE)
     assert len(list((large / "bfloat16").glob("*.safetensors"))) > 2
-    for rank in run_ranks(ranks, loads, small, large, ranks, fresh=True):
+    for rank in run_ranks(ranks, loads, small, large, ranks):
         for (name, precision), (peak, weights) in zip(LOADS, rank, strict=True):
             assert weights > 95
             shard = weights / ranks * (1 if precision == "fp32" else 0.5)

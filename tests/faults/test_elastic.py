@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.elastic_runs import train_all
 from tests.support.fault_table import Fault
+from tests.support.ranks import run_ranks
 from tests.support.run_records import TIMED
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.support.elastic_runs",
-            str(tmp_path_factory.mktemp("elastic")),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HPDIST_ALLOW_CPU_FP16": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return found
+    (found,) = run_ranks(1, train_all, tmp_path_factory.mktemp("elastic"), timeout=900)
+    return found  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from hpdist.data.stream.parquet import ParquetReader
 from tests.support.fault_table import Fault
 from tests.support.parquet_files import index_of
-from tests.support.slow_run import BATCH, SlowRun, kill_all
+from tests.support.slow_run import BATCH, SlowRun
 
 GROUPS = [[37, 20], [64, 1, 30], [], [50, 43], [55]]
 ROWS, EPOCHS = 300, 2
@@ -25,11 +25,11 @@ def test_every_row_once_an_epoch_whatever_is_killed(
     run = SlowRun(tmp_path, GROUPS)
     fault = inject("all ranks killed, then other numbers of ranks", len(KILLS))
     for ranks, step in KILLS:
-        process = run.launch(ranks, STEPS)
+        process = run.fork(ranks, STEPS)
         run.await_step(process, step)
-        kill_all(process)
+        process.kill()
         assert run.records()[-1]["step"] < STEPS, "the kill came too late to say anything"
-    assert run.launch(LAST, STEPS).wait(timeout=300) == 0, run.output
+    assert run.fork(LAST, STEPS).wait(timeout=300) == 0, run.output
 
     assert run.output.count("continuing from") == len(KILLS)
     audit = run.audit()

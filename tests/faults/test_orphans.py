@@ -132,7 +132,7 @@ def test_a_run_is_saved_when_its_launcher_is_killed_and_its_folder_is_its_own(
     manifest = run.run / f"checkpoints/step-{steps[-1]:08d}/manifest.json"
     assert json.loads(manifest.read_text())["step"] == steps[-1]
     last = steps[-1] + 3
-    assert run.launch(ranks, last).wait(timeout=200) == 0, run.output
+    assert run.fork(ranks, last).wait(timeout=200) == 0, run.output
     assert [record["step"] for record in run.records()] == list(range(1, last + 1))
     cost = run.cost(last)
     assert cost == dict.fromkeys(cost, 0)

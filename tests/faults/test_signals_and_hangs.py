@@ -41,7 +41,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert re.findall(r"exitcode\s*: (\d+)", run.output)[:1] == ["4"], run.output
     saved = [path.name for path in (run.run / "checkpoints").iterdir()]
     assert saved == [f"step-{int(told[0]):08d}"]
-    assert run.launch(2, STEPS).wait(timeout=200) == 0, run.output
+    assert run.fork(2, STEPS).wait(timeout=200) == 0, run.output
     assert f"continuing from {run.run}/checkpoints/{saved[0]} at step {told[0]}" in run.output
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
     cost = run.cost(STEPS)
@@ -66,7 +66,7 @@ def test_ctrl_c_to_the_launcher_saves_and_stops_all(
     assert [path.name for path in (run.run / "checkpoints").iterdir()] == [
         f"step-{int(told[0]):08d}"
     ]
-    assert run.launch(2, STEPS).wait(timeout=200) == 0, run.output
+    assert run.fork(2, STEPS).wait(timeout=200) == 0, run.output
     assert [record["step"] for record in run.records()] == list(range(1, STEPS + 1))
     cost = run.cost(STEPS)
     assert cost == dict.fromkeys(cost, 0)
@@ -143,7 +143,7 @@ def test_the_same_tracker_run_goes_on(tmp_path: Path) -> None:
     ids = []
     for steps in (4, 8):
         tracker = ["--tracker.name", "wandb"]
-        assert run.launch(1, steps, *tracker).wait(timeout=120) == 0, run.output
+        assert run.fork(1, steps, *tracker).wait(timeout=120) == 0, run.output
         manifest = run.run / f"checkpoints/step-{steps:08d}/manifest.json"
         ids.append(json.loads(manifest.read_text())["tracker_run_id"])
     assert ids[0] == ids[1]

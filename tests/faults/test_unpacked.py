@@ -157,6 +157,7 @@ def read(path: Path, streaming: bool, most: int) -> int:
     return sum(len(t) for _, t in read_blocks(found.with_format("arrow"), "data", 4, most=most))
 
 
+@pytest.mark.sampled(rows="kind", columns="streaming", share=0.5)
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_small_file_that_stands_for_much_is_not_read(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
-from functools import cache
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support import lockstep
-from tests.support.catalogue import CASES, NORMALISED, PARTS, make
+from tests.support.catalogue import CASES, NORMALISED, make
 from tests.support.lockstep import Recorded
 from tests.support.ranks import run_ranks
+from tests.support.sampling import selected
 
 POINTS = (0, 1, 3, 5)
 Found = dict[tuple[str, int], dict[int, list[str]]]  # what differs, by step
 
 
-def follow(file: Path) -> Found:
+def record(names: Sequence[str], file: Path) -> dict[str, Recorded]:
+    recorded = {name: lockstep.record(make(name, smooth=True), POINTS) for name in names}
+    torch.save(recorded, file)
+    return recorded
+
+
+def follow(file: Path, names: Collection[str]) -> Found:
     recorded = torch.load(file, weights_only=False)
     return {
         (name, micro_batches): lockstep.follow(
@@ -26,43 +32,47 @@ def follow(file: Path) -> Found:
         )
         for micro_batches in (1, 2)
         for name, run in recorded.items()
-        if micro_batches == 1 or name not in NORMALISED
+        if name in names and (micro_batches == 1 or name not in NORMALISED)
     }
 
 
-def record_and_follow(part: str, file: Path) -> tuple[dict[str, Recorded], Found]:
-    recorded = {name: lockstep.record(make(name, smooth=True), POINTS) for name in PARTS[part]}
-    torch.save(recorded, file)
-    return recorded, follow(file)
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recorded") / "runs.pt"
 
 
-@cache
-def on_one(part: str) -> tuple[dict[str, Recorded], Found]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(1, record_and_follow, part, Path(folder, "runs.pt"), timeout=900)[0]
+@pytest.fixture(scope="module")
+def recorded(request: pytest.FixtureRequest, file: Path) -> dict[str, Recorded]:
+    names = [name for (name,) in selected(request, "name")]
+    return run_ranks(1, record, names, file, timeout=900)[0]  # type: ignore[no-any-return]
 
 
-@cache
-def on_ranks(ranks: int, part: str) -> list[Found]:
-    recorded, found = on_one(part)
-    if ranks == 1:
-        return [found]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "runs.pt")
-        torch.save(recorded, file)
-        return run_ranks(ranks, follow, file, timeout=900)
+@pytest.fixture(scope="module")
+def by_ranks(
+    request: pytest.FixtureRequest, file: Path, recorded: dict[str, Recorded]
+) -> dict[int, list[Found]]:
+    cases = selected(request, "ranks", "name")
+    return {
+        ranks: run_ranks(ranks, follow, file, {n for r, n in cases if r == ranks}, timeout=900)
+        for ranks in {ranks for ranks, _ in cases}
+    }
 
 
+@pytest.mark.sampled(rows="name", columns="ranks", share=0.4)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("part", "name"), CASES)
-def test_ranks_and_accumulation_do_not_matter(part: str, name: str, ranks: int) -> None:
-    for found in on_ranks(ranks, part):
-        assert {key: told for key, told in found.items() if key[0] == name and told} == {}
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_and_accumulation_do_not_matter(
+    by_ranks: dict[int, list[Found]], name: str, ranks: int
+) -> None:
+    for found in by_ranks[ranks]:
+        own = {key: told for key, told in found.items() if key[0] == name}
+        assert own
+        assert {key: told for key, told in own.items() if told} == {}
 
 
-@pytest.mark.parametrize(("part", "name"), CASES)
-def test_every_part_of_it_does_something(part: str, name: str) -> None:
-    run = on_one(part)[0][name]
+@pytest.mark.parametrize("name", CASES)
+def test_every_part_of_it_does_something(recorded: dict[str, Recorded], name: str) -> None:
+    run = recorded[name]
     assert len({record["loss"] for record in run.curve}) == len(run.curve)
     held = [step.metrics for step in run.firm.values()]
     if not name.endswith("supervised"):

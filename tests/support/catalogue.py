@@ -85,13 +85,8 @@ FEW = {  # that together do all that an algorithm can do to a step
     "temporal_ensembling",
     "vat",
 }
-PARTS = {"few": [n for n in NAMES if n in FEW], "others": [n for n in NAMES if n not in FEW]}
-CASES = [
-    pytest.param(part, name, id=name, marks=[] if part == "few" else pytest.mark.slow)
-    for part, names in PARTS.items()
-    for name in names
-]
-"""Part and name of each; what takes long by default only of a few."""
+CASES = [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in NAMES]
+"""The names; what takes long by default only of a few."""
 
 
 def build(name: str) -> Algorithm:

@@ -1,13 +1,15 @@
 """A pytest plugin that adds up the CPU seconds of every test, those of its processes included.
 
 `pytest -p tests.support.cpu_seconds --cpu-seconds=FILE …` appends a line of JSON for each test.
-Wall time says little on a machine that others use too.
+Wall time says little on a machine that others use too. `python -m tests.benchmarks.durations FILE`
+makes tables of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from multiprocessing.forkserver import _forkserver  # type: ignore[attr-defined]
 from pathlib import Path
@@ -36,11 +38,13 @@ def used() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    before = used()
+    before, began = used(), time.time()
     result = yield
     file = item.config.getoption("--cpu-seconds")
     if file:
-        line = json.dumps({"test": item.nodeid, "seconds": round(used() - before, 3)})
+        seconds = round(used() - before, 3)
+        told = {"test": item.nodeid, "seconds": seconds, "began": began, "ended": time.time()}
+        line = json.dumps(told)
         with Path(file).open("a") as out:  # one write: workers append to the same file
             out.write(line + "\n")
     return result

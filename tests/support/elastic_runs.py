@@ -1,14 +1,8 @@
-"""Runs that stop and go on elsewhere: other numbers of ranks, other ZeRO stages.
-
-In a process of its own, since a process that has trained is no good to fork:
-
-    python -m tests.support.elastic_runs FOLDER
-"""
+"""Runs that stop and go on elsewhere: other numbers of ranks, other ZeRO stages."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -56,9 +50,11 @@ def outcome_of(run: Path, output: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Train all runs, leg by leg, and print what came of them as JSON."""
-    folder = Path(sys.argv[1])
+def train_all(folder: Path) -> dict[str, Any]:
+    """Train all runs, leg by leg, and return what came of them.
+
+    Call this in a process of its own, since a process that has trained is no good to fork.
+    """
     write_numbers(folder / "data", GROUPS)
     outcomes = {}
     for name, legs in RUNS.items():
@@ -70,8 +66,4 @@ def main() -> None:
             )
             assert ended == [0] * ranks, log.read_text()[-5000:]
         outcomes[name] = outcome_of(folder / name, log.read_text())
-    print("RESULT " + json.dumps(outcomes))
-
-
-if __name__ == "__main__":
-    main()
+    return outcomes

@@ -1,6 +1,7 @@
 """Real ranks made by forking, which start at once: for tests that kill many of them.
 
-The parent must not have used threads of torch before; whatever imports is already imported.
+The parent must not have used threads of torch before. What it has imported they have, too: call
+from a warm rank (tests/support/ranks.py), since DeepSpeed's imports take longer than most runs.
 """
 
 from __future__ import annotations

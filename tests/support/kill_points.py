@@ -1,9 +1,4 @@
-"""Trains for real, and dies by SIGKILL at the n-th step of writing a checkpoint.
-
-In a process of its own, since a process that has trained is no good to fork:
-
-    python -m tests.support.kill_points FOLDER KIND
-"""
+"""Trains for real, and dies by SIGKILL at the n-th step of writing a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,13 +128,15 @@ def same(one: Path, other: Path) -> str | None:
     return next((key for key, value in facts.items() if value != other_facts[key]), None)
 
 
-def main() -> None:
-    """Kill at every point in turn, let the run go on, and print what came of it as JSON."""
-    folder, kind, every = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def kill_everywhere(folder: Path, kind: str, every: int) -> list[dict[str, Any]]:
+    """Kill at every so many-th point, on either rank, let the run go on, and say what came of it.
+
+    Call this in a process of its own, since a process that has trained is no good to fork.
+    """
     write_numbers(folder / "data", [[17, 9], [14, 31], [50]])
     log = folder / "log"
     found: list[dict[str, Any]] = []
-    assert run_forked(2, log, train, folder, "whole", kind, None) == [0, 0], log.read_text()
+    assert run_forked(2, log, train, folder, "whole", kind, None) == [0, 0], log.read_text()[-5000:]
     for victim in (0, 1):
         name = f"count-{victim}"
         assert run_forked(2, log, train, folder, name, kind, (victim, 0)) == [0, 0]
@@ -167,8 +163,4 @@ def main() -> None:
                 }
             )
             shutil.rmtree(folder / name)
-    print("RESULT " + json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -59,7 +59,9 @@ def slice_of(batch: Any, rank: int, ranks: int) -> Any:
     return batch.narrow(rank * part, part)
 
 
-def make_model(algorithm: Algorithm, norm: str = "group", smooth: bool = False) -> nn.Module:
+def make_model(
+    algorithm: Algorithm, norm: str = "group", smooth: bool = False, width: int = 8
+) -> nn.Module:
     """A small CNN for digits, or a ladder network, with the heads that the algorithm wants.
 
     A smooth one has SiLU in place of ReLU, whose gradient jumps where rounding decides of a sign.
@@ -68,7 +70,7 @@ def make_model(algorithm: Algorithm, norm: str = "group", smooth: bool = False) 
     if isinstance(algorithm, Ladder):
         model: nn.Module = LadderMLP(64, [32], 10, noise=0.0)
     else:
-        cnn = CNN(1, 8, 10, norm)  # type: ignore[arg-type]
+        cnn = CNN(1, width, 10, norm)  # type: ignore[arg-type]
         if smooth:
             for number, layer in enumerate(cnn.features):
                 if isinstance(layer, nn.ReLU):
@@ -82,6 +84,7 @@ def make_step(
     *,
     norm: str = "group",
     smooth: bool = False,
+    width: int = 8,
     micro_batches: int = 1,
     precision: Any = "fp32",
     stage: int | None = None,
@@ -107,7 +110,7 @@ def make_step(
         accelerator = launch.make_accelerator(sharding)
     if isinstance(algorithm, str):
         algorithm = make_algorithm(algorithm)
-    model = make_model(algorithm, norm, smooth)
+    model = make_model(algorithm, norm, smooth, width)
     if optimizer == "sgd":
         made: torch.optim.Optimizer = torch.optim.SGD(
             model.parameters(), lr=lr, momentum=0.9, nesterov=True

@@ -1,8 +1,13 @@
-"""A real run under `accelerate launch`, slow enough to be interrupted where a test wants it."""
+"""A real run, slow enough to be interrupted where a test wants it.
+
+`launch` starts it under `accelerate launch`, whose own doing is then tested, too. `fork` starts its
+ranks alone, from the server of warm ranks: as real, without the seconds of imports.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,6 +22,8 @@ import pyarrow.parquet as pq
 
 from tests.support.fault_table import rows_cost, steps_repeated
 from tests.support.parquet_files import write_numbers
+from tests.support.ranks import free_port
+from tests.support.warm_ranks import RANKS, start_server
 
 BATCH = 24  # unlabelled
 ROOT = Path(__file__).parents[2]
@@ -72,9 +79,8 @@ class SlowRun:
         steps: int,
         *settings: Any,
         launcher: Sequence[Any] = (),
-        terminal: int | None = None,
     ) -> subprocess.Popen[str]:
-        """Start it, or let it go on; what it prints goes to a file, or to an open terminal."""
+        """Start it, or let it go on; what it prints goes to a file."""
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", ROOT / "configs/accelerate/cpu_bf16.yaml"),
@@ -87,10 +93,22 @@ class SlowRun:
             [str(part) for part in command],
             cwd=self.folder,
             env=environment,
-            stdout=(self.folder / "output").open("a") if terminal is None else terminal,
+            stdout=(self.folder / "output").open("a"),
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def fork(
+        self, ranks: int, steps: int, *settings: Any, terminal: str | None = None
+    ) -> ForkedRanks:
+        """Start its ranks, or let it go on, without a launcher; they print as `launch` says.
+
+        `terminal` is the path of one that they print to.
+        """
+        command = ["train", self.folder / "config.yaml", "--steps", steps]
+        command += ["--run.dir", self.folder, "--run.name", "run", *settings]
+        output = self.folder / "output" if terminal is None else Path(terminal)
+        return ForkedRanks(self.folder, ranks, [str(part) for part in command], output)
 
     @property
     def output(self) -> str:
@@ -110,7 +128,9 @@ class SlowRun:
             "steps_repeated": steps_repeated(self.output),
         }
 
-    def await_step(self, process: subprocess.Popen[str], step: int, seconds: float = 240) -> None:
+    def await_step(
+        self, process: subprocess.Popen[str] | ForkedRanks, step: int, seconds: float = 240
+    ) -> None:
         """Wait until a step is on record, of a process that is still running."""
         deadline = time.monotonic() + seconds
         while not any(record["step"] >= step for record in self.records()):
@@ -123,6 +143,70 @@ class SlowRun:
         parts = sorted((self.run / "audit").glob("rank-*.parquet"))
         rows: list[dict[str, Any]] = pa.concat_tables(map(pq.read_table, parts)).to_pylist()
         return rows
+
+
+class ForkedRanks:
+    """Ranks of `hpdist ...`, each a process of its own, in bf16 as those of `cpu_bf16.yaml`."""
+
+    def __init__(self, folder: Path, ranks: int, command: list[str], output: Path) -> None:
+        start_server()
+        context = multiprocessing.get_context("forkserver")
+        port = free_port()
+        environment = {
+            **os.environ,
+            **RANKS,
+            "ACCELERATE_MIXED_PRECISION": "bf16",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        self.processes = [
+            context.Process(target=_rank, args=(rank, folder, environment, command, output))
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def poll(self) -> int | None:
+        """Return None while all are running; else the status of one that failed, or 0."""
+        statuses = [process.exitcode for process in self.processes]
+        failed = [status for status in statuses if status]
+        return failed[0] if failed else (None if None in statuses else 0)
+
+    def wait(self, timeout: float) -> int:
+        """Wait until all have ended, and return 0 where all have succeeded."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        status = self.poll()
+        if status is None:
+            self.kill()
+            raise TimeoutError(f"{len(self.processes)} ranks did not end within {timeout:g} s")
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL to all of them."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(10)
+            assert process.exitcode is not None
+
+
+def _rank(
+    rank: int, folder: Path, environment: dict[str, str], command: list[str], output: Path
+) -> None:
+    with output.open("a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    from hpdist import cli
+
+    sys.exit(cli.main(command))
 
 
 def everyone(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -139,12 +223,3 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         if rank is not None and "hpdist" in child.cmdline():
             found[int(rank)] = child
     return [found[rank] for rank in sorted(found)]
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to launcher and ranks."""
-    gone = everyone(process)
-    for one in gone:
-        one.kill()
-    process.wait()
-    assert not psutil.wait_procs(gone, timeout=10)[1]

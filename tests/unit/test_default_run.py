@@ -16,6 +16,8 @@ from tests.support import warm_ranks
 from tests.support.sampling import LEAST, SEED, SHARE, sample
 from tests.support.turns import held
 
+pytest_plugins = ["pytester"]
+
 PAIRS = list(product(("commit", "skip", "ranks"), [f"algorithm {k}" for k in range(30)]))
 
 
@@ -36,6 +38,38 @@ def test_a_sample_is_its_seed_s_and_not_the_order_s() -> None:
 def test_a_test_with_few_algorithms_is_made_with_all() -> None:
     few = PAIRS[: LEAST - 1]
     assert sample(few, "1") == set(few)
+
+
+@pytest.mark.parametrize("seed", [SEED, 2, 3, 4])
+def test_a_matrix_has_every_row_and_every_column(seed: int) -> None:
+    cells = list(product([f"algorithm {k}" for k in range(12)], (1, 2, 4)))
+    drawn = sample(cells, str(seed), least=1, share=0.4)
+    assert {name for name, _ in drawn} == {name for name, _ in cells}
+    assert {ranks for _, ranks in drawn} == {1, 2, 4}
+    assert 12 <= len(drawn) <= 15
+
+
+def test_a_fixture_does_the_work_of_the_tests_that_run(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from tests.support.sampling import selected
+
+        @pytest.fixture(scope="module")
+        def work(request):
+            return selected(request, "name", "stage")
+
+        @pytest.mark.parametrize("stage", [2, 3])
+        @pytest.mark.parametrize("name", ["a", pytest.param("b", marks=pytest.mark.slow)])
+        def test_it(work, name, stage):
+            assert work == [("a", 2), ("a", 3)]
+
+        def test_another():
+            pass
+        """
+    )
+    done = pytester.runpytest_inprocess("-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore")
+    done.assert_outcomes(passed=3, deselected=2)
 
 
 def _hold(file: Path, alone: bool, begun: Event, release: Event) -> None:

@@ -22,7 +22,8 @@ def launched(folder: Path, launch_file: str) -> str:
     """What `accelerate launch` from another folder says."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch_file]
-    command += ["--main_process_port", str(free_port()), "-m", "hpdist", "train", "digits"]
+    command += ["--num_processes", "1", "--main_process_port", str(free_port())]
+    command += ["-m", "hpdist", "train", "digits"]
     done = subprocess.run(
         [*command, "--dry-run"],
         cwd=folder,
