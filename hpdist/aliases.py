@@ -174,11 +174,11 @@ MOVED_NAMES = {
             "Loading",
             "LongTail",
             "Source",
-            "TaskChoice",
             "Unlabeled",
             "UnlabeledPart",
             "UnlabeledSource",
         ),
+        "tasks.former": ("TaskChoice",),
         "engines.config": ("LossScale", "Precision", "Teacher", "Zero"),
         "train.optim": ("Optim", "Schedule"),
         "train.divergence": ("Divergence",),
@@ -187,8 +187,26 @@ MOVED_NAMES = {
         "evaluate.config": ("Eval",),
         "distributed.config": ("Watchdog",),
     },
+    "data.config": {"tasks.former": ("TaskChoice",)},
+    "data.sources.label_encoding": {
+        "tasks.classification": ("OneClass",),
+        "tasks.multilabel": ("ManyClasses",),
+        "tasks.regression": ("Numbers", "Scale"),
+        "tasks.former": ("find_encoding",),
+    },
+    "evaluate.scoring": {"tasks.classification": ("Scores",)},
+    "tasks.base": {
+        "tasks.classification": ("Classification",),
+        "tasks.multilabel": ("Multilabel",),
+        "tasks.regression": ("Regression",),
+        "tasks.former": ("ALL", "CLASSIFICATION", "make_task"),
+    },
+    "tasks.metrics": {
+        "tasks.classification": ("Scores",),
+        "tasks.former": ("make_meter",),
+    },
 }
-"""Names that a package held when it was one module, by where they are now."""
+"""Names that a module no longer holds, by where they are now."""
 
 _PREFIX = "hpdist."
 

@@ -21,7 +21,8 @@ from hpdist.algorithms.options import DeclaredConfig, WithOptions, argument
 from hpdist.data.random import normal, stream_id, uniform
 from hpdist.data.structures import Inputs, Labels, Outputs, row_count, tensors_of
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import ONE_CLASS, Task, able_tasks, require_abilities, require_named
 
 Sums = Mapping[str, Tensor]
 LogitsFn = Callable[[Tensor], Tensor]
@@ -316,9 +317,10 @@ class Algorithm(WithOptions):
     """Where the state is made: of the constructor alone, for the state may be moved."""
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)
-    """The tasks that it has a meaning for, by their names."""
-    task: Task = CLASSIFICATION
+    needs: ClassVar[frozenset[str]] = frozenset({ONE_CLASS})
+    """The abilities of a task that it goes by (`hpdist.tasks.base`): it does every task that has
+    them. By default it goes by the softmax of exclusive classes."""
+    task: Task = DEFAULT_TASK
     """What the outputs mean; set by `set_task` before the first step."""
     groups: Groups | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
@@ -365,16 +367,21 @@ class Algorithm(WithOptions):
         """Whether it mixes inputs, adds to them or gives them back: they must be plain numbers."""
         return self.groups is not None or self.views.needs_gradient_probe
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that it has a meaning for, by their names, of those that are known."""
+        return able_tasks(self.needs)
+
     def set_task(self, task: Task) -> None:
         """Have the outputs mean something else; before the first step.
 
-        Raises ConfigError where the algorithm has no meaning for that task.
+        Raises ConfigError where the task lacks what the algorithm needs of it.
         """
-        if task.name not in self.tasks:
-            raise ConfigError(
-                f"task.name: {type(self).__name__} has no meaning for {task.name}, only for "
-                f"{', '.join(self.tasks)}; `hpdist algorithms` lists which do what"
-            )
+        named: Any = type(self).tasks
+        if isinstance(named, property):
+            require_abilities(task, self.needs, type(self).__name__)
+        else:  # names of tasks, as an algorithm gave them before
+            require_named(task, named, type(self).__name__)
         self.task = task
 
     def bind_rank(self, rank: int, world_size: int) -> None:
@@ -507,7 +514,7 @@ def check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
         raise KeyError(f"state holds {sorted(state)}, expected {sorted(expected)}")
 
 
-def supervised_loss(outputs: StudentOutputs, task: Task = CLASSIFICATION) -> Tensor:
+def supervised_loss(outputs: StudentOutputs, task: Task = DEFAULT_TASK) -> Tensor:
     """Loss of the labelled rows (cross-entropy, if not of another task).
 
     A contribution to the mean of the global batch.

@@ -13,7 +13,7 @@ from hpdist.algorithms.base import (
     supervised_loss,
 )
 from hpdist.algorithms.options import option
-from hpdist.tasks.base import CLASSIFICATION, Multilabel
+from hpdist.tasks.base import ENTROPY
 
 
 class EntropyMinimization(Algorithm, name="entropy_minimization"):
@@ -24,7 +24,7 @@ class EntropyMinimization(Algorithm, name="entropy_minimization"):
 
     paper: ClassVar[str] = "Grandvalet and Bengio 2004, NIPS 17"
     views: ClassVar[Views] = Views(student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    needs: ClassVar[frozenset[str]] = frozenset({ENTROPY})
     defaults: ClassVar[str] = (
         "The weight that the benchmark USB has beside VAT; the paper cross-validates its own."
     )

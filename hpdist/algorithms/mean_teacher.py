@@ -7,7 +7,7 @@ from typing import ClassVar
 from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
-from hpdist.tasks.base import ALL
+from hpdist.tasks.base import PREDICTIONS
 
 
 class MeanTeacher(Ramped, name="mean_teacher"):
@@ -19,7 +19,7 @@ class MeanTeacher(Ramped, name="mean_teacher"):
 
     paper: ClassVar[str] = "Tarvainen and Valpola 2017, arXiv:1703.01780"
     views: ClassVar[Views] = Views(weak=1, student_weak=1, teacher=True)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB; the teacher's decay is the run's `teacher.decay`."

@@ -7,7 +7,7 @@ from typing import ClassVar
 from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
-from hpdist.tasks.base import ALL
+from hpdist.tasks.base import PREDICTIONS
 
 
 class PiModel(Ramped, name="pi_model"):
@@ -21,7 +21,7 @@ class PiModel(Ramped, name="pi_model"):
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     shape = "gaussian"
     defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 

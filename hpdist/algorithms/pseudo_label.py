@@ -7,7 +7,7 @@ from typing import ClassVar
 from hpdist.algorithms.base import LossTerms, StudentOutputs, Sums, Views, supervised_loss
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
-from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
+from hpdist.tasks.base import PSEUDO_LABELS, share
 
 
 class PseudoLabel(Ramped, name="pseudo_label"):
@@ -19,7 +19,7 @@ class PseudoLabel(Ramped, name="pseudo_label"):
 
     paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
     views: ClassVar[Views] = Views(student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    needs: ClassVar[frozenset[str]] = frozenset({PSEUDO_LABELS})
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB; the paper has no threshold and ramps up to a weight of 3."

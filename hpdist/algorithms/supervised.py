@@ -14,14 +14,13 @@ from hpdist.algorithms.base import (
     Views,
     supervised_loss,
 )
-from hpdist.tasks.base import ALL
 
 
 class Supervised(Algorithm, name="supervised"):
     """L = mean_b H(y_b, p(weak(x_b))), with H what the task says."""
 
     views: ClassVar[Views] = Views()
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[str] = "No options."
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:

@@ -21,7 +21,7 @@ from hpdist.algorithms.base import (
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import ALL, Task
+from hpdist.tasks.base import DIVERGENCE, ENTROPY, Task
 
 
 class VAT(Ramped, name="vat"):
@@ -43,7 +43,7 @@ class VAT(Ramped, name="vat"):
 
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
     views: ClassVar[Views] = Views(weak=1, needs_gradient_probe=True)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({DIVERGENCE})
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB but for xi; the paper chooses epsilon for each data set."
@@ -66,8 +66,11 @@ class VAT(Ramped, name="vat"):
     def set_task(self, task: Task) -> None:
         """Have the outputs mean something else; raises ConfigError where its entropy has none."""
         super().set_task(task)
-        if self.entropy_weight > 0:
-            task.entropy(torch.zeros(1, 2))
+        if self.entropy_weight > 0 and ENTROPY not in task.abilities:
+            raise ConfigError(
+                f"task.name: {task.name} has no entropy; set algorithm.entropy_weight to 0, or "
+                "choose another algorithm"
+            )
 
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
         """Add the perturbed rows, and the rows as they are where their entropy counts."""

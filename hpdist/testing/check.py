@@ -15,16 +15,15 @@ from hpdist.algorithms.addons.base import AddOnConfig, build_algorithm
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig, StudentOutputs
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.algorithms.protocol import join_shards
+from hpdist.config.component import components
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import Classification, Multilabel, Regression, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task, TaskConfig
 from hpdist.testing.imitation import GlobalBatch, Ran, global_batch, run_step, with_nan
 
 _STEPS = 4  # of each check
 _RUN_STEPS = 8  # what ramps are made for
 _EXACT = {torch.float32, torch.float64, torch.int16, torch.int32, torch.int64, torch.bool}
-_TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Multilabel, Regression)
-}
 
 
 class AlgorithmError(AssertionError):
@@ -33,7 +32,7 @@ class AlgorithmError(AssertionError):
 
 def check_algorithm(
     algorithm: AlgorithmConfig | AddOnConfig | Algorithm | Callable[[], Algorithm],
-    task: str | Task = "classification",
+    task: str | Task = DEFAULT_TASK,
     *,
     addons: Sequence[AddOnConfig] = (),
     num_classes: int = 5,
@@ -55,15 +54,19 @@ def check_algorithm(
     Args:
         algorithm: A config of an algorithm, or of an add-on, which is put around FixMatch; or an
             algorithm that has done no step, which is copied; or a function that makes one.
-        task: What its outputs mean: "classification", "multilabel" or "regression".
+        task: What its outputs mean: a task, or the name of one that is known. Its own example
+            labels are used.
         addons: The configs of add-ons to put around a config's algorithm, the innermost first.
-        num_classes: Outputs of the model.
+        num_classes: Classes or targets of the labels.
         run_steps: The length of the run that a config's ramps go by.
 
     Raises AlgorithmError, which says all that is wrong, and ConfigError where the algorithm has
     no meaning for the task.
     """
-    checks = _Checks(_maker(algorithm, _task(task), addons, num_classes, run_steps), num_classes)
+    made = _task(task)
+    width = made.output_size(num_classes)
+    make = _maker(algorithm, made, addons, width, run_steps)
+    checks = _Checks(make, num_classes, width)
     wrong = [f"{check.__name__[1:].replace('_', ' ')}: {line}" for check, line in checks.run()]
     if wrong:
         name = type(checks.make()).__name__
@@ -74,9 +77,10 @@ def check_algorithm(
 def _task(task: str | Task) -> Task:
     if isinstance(task, Task):
         return task
-    if task not in _TASKS:
-        raise ConfigError(f"task: {task!r} is none of {', '.join(_TASKS)}")
-    return _TASKS[task]()
+    known = components(TaskConfig.kind)
+    if task not in known:
+        raise ConfigError(f"task: {task!r} is none of {', '.join(known)}")
+    return cast(TaskConfig, known[task](name=task)).build()
 
 
 def _maker(
@@ -106,9 +110,10 @@ def _maker(
 class _Checks:
     """What is asked of an algorithm; each check yields a line for each thing that is wrong."""
 
-    def __init__(self, make: Callable[[], Algorithm], num_classes: int) -> None:
+    def __init__(self, make: Callable[[], Algorithm], num_classes: int, width: int) -> None:
         self._make = make
         self._classes = num_classes
+        self._width = width
         algorithm = make()
         self._views = algorithm.views
         mixes = algorithm.groups is not None
@@ -139,7 +144,7 @@ class _Checks:
         algorithm.class_counts = torch.arange(1.0, self._classes + 1)
         if algorithm.generations > 1 and algorithm.generation == 0:
             ids = torch.arange(rows)
-            said = (ids[:, None] * (1 + torch.arange(self._classes))).sin().softmax(dim=1)
+            said = (ids[:, None] * (1 + torch.arange(self._width))).sin().softmax(dim=1)
             algorithm.take_labels(ids, said)
             algorithm.begin_generation()
         return algorithm
@@ -154,12 +159,6 @@ class _Checks:
             classes=self._classes,
             unusable=unusable,
         )
-        generator = torch.Generator().manual_seed(step)
-        shape = (self._labeled, self._classes)
-        if algorithm.task.name == "multilabel":
-            batch.labels = torch.rand(shape, generator=generator).round()
-        elif algorithm.task.name == "regression":
-            batch.labels = torch.randn(shape, generator=generator)
         sharpness = 1 + step % 3
         return replace(batch, student=batch.student * sharpness, target=batch.target * sharpness)
 

@@ -16,6 +16,9 @@ from hpdist.tracking.run_lock import OWNER
 CHANGES = "config_changes.jsonl"
 """Settings that a run went on with, and from which step on."""
 
+TASK = "task.json"
+"""What a report must know of the run's task: `hpdist.tasks.base.Task.display`."""
+
 LAUNCH = ".launch.json"
 """The launcher of a run that was given no name: its restarts go on with that run."""
 

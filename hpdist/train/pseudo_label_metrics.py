@@ -23,12 +23,10 @@ def observed(algorithm: Algorithm, logits: Sequence[Structure], rows: int) -> di
     if not logits or rows < _FEWEST:
         return {}
     said = cat(logits)
-    if not isinstance(said, Tensor):
+    counts, confidence = algorithm.task.class_counts(said), algorithm.task.confidence(said)
+    if counts is None or confidence is None:
         return {}
-    counts = algorithm.task.class_counts(said)
-    if counts is None:
-        return {}
-    return {"pseudo_labels": counts, "confidence": said.softmax(dim=1).amax(dim=1).sum()}
+    return {"pseudo_labels": counts, "confidence": confidence.sum()}
 
 
 def summarized(sums: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -25,7 +25,8 @@ from hpdist.algorithms.base import (
 )
 from hpdist.algorithms.options import DeclaredConfig, argument
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task
 
 
 class AddOnConfig(DeclaredConfig):
@@ -72,8 +73,8 @@ class AddOn(Algorithm):
     own_extra_inputs: int = 0
     """Inputs that its `mix` puts behind those of the inner algorithm."""
     addon_paper: ClassVar[str] = ""
-    addon_tasks: ClassVar[tuple[str, ...]] = Algorithm.tasks
-    """The tasks that the add-on has a meaning for, around an algorithm that has."""
+    addon_needs: ClassVar[frozenset[str]] = Algorithm.needs
+    """The abilities of a task that the add-on goes by, besides those of the algorithm inside."""
     rows: Any = _OfBase()
     task: Any = _OfBase()
     class_counts: Any = _OfBase()
@@ -89,7 +90,7 @@ class AddOn(Algorithm):
         """The add-on's own; without the prefix."""
         self.views: Views = base.views  # type: ignore[misc]
         self.paper = base.paper  # type: ignore[misc]
-        self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
+        self.needs = base.needs | self.addon_needs  # type: ignore[misc]
         self.groups = base.groups
         self.mixed = base.mixed
         self.head_names = base.head_names
@@ -298,7 +299,7 @@ def build_algorithm(
     num_classes: int = 2,
     device: torch.device | str = "cpu",
     steps: int = 1,
-    task: Task = CLASSIFICATION,
+    task: Task = DEFAULT_TASK,
 ) -> Algorithm:
     """An algorithm with its add-ons around it, the first innermost.
 
