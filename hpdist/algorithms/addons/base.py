@@ -26,7 +26,7 @@ from hpdist.algorithms.base import (
 from hpdist.algorithms.options import DeclaredConfig, argument
 from hpdist.errors import ConfigError
 from hpdist.tasks import DEFAULT_TASK
-from hpdist.tasks.base import Task
+from hpdist.tasks.base import Task, require_abilities, require_named
 
 
 class AddOnConfig(DeclaredConfig):
@@ -150,6 +150,18 @@ class AddOn(Algorithm):
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The inner algorithm's terms with the add-on's; `outputs` are what the model said."""
         return terms
+
+    def set_task(self, task: Task) -> None:
+        """Have the outputs mean something else, to the algorithm inside too.
+
+        Raises ConfigError where the task lacks what either needs of it.
+        """
+        self.base.set_task(task)
+        former = getattr(self, "addon_tasks", None)
+        if former is not None:  # names of tasks, as an add-on gave them before
+            require_named(task, former, type(self).__name__)
+        else:
+            require_abilities(task, self.addon_needs, type(self).__name__)
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Hand it on."""

@@ -15,7 +15,7 @@ import torch
 import hpdist.train.config  # noqa: F401  (every task is known from here on)
 from hpdist.algorithms import Algorithm, FixMatch, MeanTeacher, Supervised
 from hpdist.algorithms.addons.base import build_algorithm
-from hpdist.algorithms.addons.logit_adjustment import LogitAdjustmentConfig
+from hpdist.algorithms.addons.logit_adjustment import LogitAdjustment, LogitAdjustmentConfig
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.config.component import components
 from hpdist.errors import ConfigError
@@ -161,6 +161,20 @@ def test_an_algorithm_that_names_tasks_as_before_is_asked_by_that() -> None:
         pytest.raises(ConfigError, match="Former has no meaning for regression, only for class"),
     ):
         algorithm.set_task(numbers)
+
+
+class FormerAround(LogitAdjustment):
+    addon_tasks = ("classification",)
+
+
+def test_an_add_on_that_names_tasks_as_before_is_asked_by_that() -> None:
+    with (
+        pytest.warns(DeprecationWarning, match="names tasks"),
+        pytest.raises(ConfigError, match="FormerAround has no meaning for multilabel, only for c"),
+    ):
+        FormerAround(FixMatch(), num_classes=3).set_task(
+            CONFIGS["multilabel"](name="multilabel").build()  # type: ignore[attr-defined]
+        )
 
 
 def test_letters_tell_tasks_apart(monkeypatch: pytest.MonkeyPatch) -> None:

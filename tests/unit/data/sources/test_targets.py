@@ -148,11 +148,20 @@ def config(**changes: Any) -> RunConfig:
     )
 
 
+def test_what_was_once_written_down_for_every_task_is_taken() -> None:
+    for name in ("classification", "regression"):
+        task = config(task={"name": name, "labels": "auto", "threshold": 0.5}).task
+        assert task.model_dump() == {"name": name}
+    assert config(task=None).task == config(task={}).task == config().task
+
+
 def test_settings_that_go_by_a_rows_class_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.labeled.labels_per_class: goes by the class"):
         config(labeled={"labels_per_class": 4}, task={"name": "multilabel"})
     with pytest.raises(ConfigError, match=r"threshold is only used with name: multilabel"):
         config(task={"name": "regression", "threshold": 0.3})
-    with pytest.raises(ConfigError, match=r"task.name"):
+    with pytest.raises(ConfigError, match=r"task.name: no task is called 'ranking'; known: cl"):
         config(task={"name": "ranking"})
+    with pytest.raises(ConfigError, match=r"labels is only used with name: multilabel"):
+        config(task={"labels": "ids"})
     assert config(labeled={"rows": 4}, task={"name": "regression"}).task.name == "regression"
