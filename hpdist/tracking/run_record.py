@@ -14,12 +14,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hpdist.config.component import components
 from hpdist.config.section import flat
 from hpdist.errors import ConfigError
 from hpdist.messages.redaction import redacted_settings
-from hpdist.tasks import DEFAULT_TASK
-from hpdist.tasks.base import TaskConfig
 from hpdist.tracking.run_folder import CHANGES, TASK
 
 T = TypeVar("T")
@@ -131,14 +128,14 @@ def read_run(folder: Path) -> RunRecord:
     names = [matrix["classes"] for matrix in confusions.values()]
     classes = _read(folder / "classes.json", _names, names[0] if names else [], notes, missing=True)
     settings = _read(folder / "config.yaml", _settings, {}, notes)
-    known = _known_task(settings)
+    task = _read(folder / TASK, _task, None, notes, missing=True)
     return RunRecord(
         folder.resolve().name,
         _with_changes(settings, _read(folder / CHANGES, _changes, [], notes, missing=True)),
         records,
         _read(folder / "summary.json", _mapping, {}, notes, missing=True),
         confusions,
-        _read(folder / TASK, _task, known, notes, missing=True),
+        task or _known_task(settings),
         classes,
         _read(folder / _FOLDER / "views.png", _png, None, notes, missing=True),
         _read(folder / _FOLDER / "views.txt", _text, None, notes, missing=True),
@@ -224,7 +221,14 @@ def _task(content: bytes) -> TaskRecord:
 
 
 def _known_task(settings: Mapping[str, Any]) -> TaskRecord:
-    """Give what is known of the task that settings name: a run of before did not write it down."""
+    """Give what is known of the task that settings name: a run of before did not write it down.
+
+    It needs torch, which reading other runs does not.
+    """
+    from hpdist.config.component import components
+    from hpdist.tasks import DEFAULT_TASK
+    from hpdist.tasks.base import TaskConfig
+
     kind = components(TaskConfig.kind).get(str(settings.get("task.name")))
     known = kind is not None and issubclass(kind, TaskConfig)
     return TaskRecord.of((kind.makes if known else type(DEFAULT_TASK)).display())

@@ -27,7 +27,6 @@ PACKAGE = Path(__file__).parents[3] / "hpdist"
 CONFIGS = components("task")
 ALLOWED = {
     "algorithms/__init__.py": "gives users the tasks' classes beside the algorithms",
-    "aliases.py": "says where names of before are now",
     "data/samples/synthetic.py": "names a data set that it writes",
 }
 
@@ -172,7 +171,7 @@ def test_an_add_on_that_names_tasks_as_before_is_asked_by_that() -> None:
         pytest.warns(DeprecationWarning, match="names tasks"),
         pytest.raises(ConfigError, match="FormerAround has no meaning for multilabel, only for c"),
     ):
-        FormerAround(FixMatch(), num_classes=3).set_task(
+        FormerAround(FixMatch()).set_task(
             CONFIGS["multilabel"](name="multilabel").build()  # type: ignore[attr-defined]
         )
 
