@@ -66,8 +66,9 @@ class Task:
     """The scores that the log shows; by default the headline."""
     in_percent: ClassVar[frozenset[str]] = frozenset()
     """Scores that people read as a percentage."""
-    summarized: ClassVar[tuple[str, ...]]
-    """The scores that a run's summary has of what predicts; of the student it has the first."""
+    summarized: ClassVar[tuple[str, ...]] = ()
+    """The scores that a run's summary has of what predicts; of the student it has the first. By
+    default the headline."""
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
     """The model's outputs that it goes by. What is `logits` below is one tensor where they are the
     logits alone, else these tensors by name, fp32 where floating-point."""
@@ -81,6 +82,8 @@ class Task:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise TypeError where a task says that it is able of what it does not define."""
         super().__init_subclass__(**kwargs)
+        if not cls.summarized and hasattr(cls, "headline"):
+            cls.summarized = (cls.headline,)
         for ability in cls.abilities:
             for method in _METHODS.get(ability, ()):
                 if getattr(cls, method) is getattr(Task, method):
@@ -214,9 +217,15 @@ class TaskConfig(Component):
     makes: ClassVar[type[Task]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Have the task know its options, so that `python:module:Task` stands for both."""
+        """Have the task know its options, so that `python:module:Task` stands for both.
+
+        Raises TypeError where the task lacks what is said of every task.
+        """
         super().__init_subclass__(**kwargs)
         if "makes" in vars(cls):
+            for attribute in ("name", "headline"):
+                if not hasattr(cls.makes, attribute):
+                    raise TypeError(f"{cls.makes.__name__} must have a {attribute}")
             cls.makes.Config = cls
 
     @model_validator(mode="before")
@@ -226,6 +235,8 @@ class TaskConfig(Component):
 
         Raises ValueError where such a setting has another value.
         """
+        if not hasattr(cls, "makes"):
+            raise ValueError(f"{cls.__name__} must name in `makes` the task that it is of")
         if not isinstance(values, Mapping):
             return values
         kept = dict(values)

@@ -142,6 +142,17 @@ def test_a_task_cannot_say_that_it_is_able_of_what_it_does_not_define() -> None:
         type("Boaster", (Task,), {"name": "boaster", "abilities": frozenset({"entropy"})})
 
 
+def test_options_are_of_a_task_that_can_be_measured(toy: Any) -> None:
+    with pytest.raises(TypeError, match="Unable must have a headline"):
+        type("UnableConfig", (TaskConfig,), {"makes": Unable, "__module__": __name__})
+    nothing = type("NothingConfig", (TaskConfig,), {"__module__": __name__})
+    with pytest.raises(ValueError, match="NothingConfig must name in `makes` the task"):
+        nothing(name="python:nothing:NothingConfig")
+    scored = type("Scored", (Task,), {"name": "scored", "headline": "f1"})
+    assert scored.display()["summarized"] == ["f1"]  # type: ignore[attr-defined]
+    assert toy.Ordinal.Config is toy.OrdinalConfig
+
+
 class Former(Algorithm):
     tasks = ("classification", "multilabel")  # type: ignore[assignment]
 
