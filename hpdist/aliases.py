@@ -185,11 +185,11 @@ MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "Loading",
             "LongTail",
             "Source",
-            "TaskChoice",
             "Unlabeled",
             "UnlabeledPart",
             "UnlabeledSource",
         ),
+        "tasks.former": ("TaskChoice",),
         "engines.config": ("LossScale", "Precision", "Teacher", "Zero"),
         "train.optim": ("Optim", "Schedule"),
         "train.divergence": ("Divergence",),
@@ -197,6 +197,24 @@ MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "tracking.config": ("Log", "Tracker"),
         "evaluate.config": ("Eval",),
         "distributed.config": ("Watchdog",),
+    },
+    "data.config": {"tasks.former": ("TaskChoice",)},
+    "data.sources.label_encoding": {
+        "tasks.classification": ("OneClass",),
+        "tasks.multilabel": ("ManyClasses",),
+        "tasks.regression": ("Numbers", "Scale"),
+        "tasks.former": ("find_encoding",),
+    },
+    "evaluate.scoring": {"tasks.classification": ("Scores",)},
+    "tasks.base": {
+        "tasks.classification": ("Classification",),
+        "tasks.multilabel": ("Multilabel",),
+        "tasks.regression": ("Regression",),
+        "tasks.former": ("ALL", "CLASSIFICATION", "make_task"),
+    },
+    "tasks.metrics": {
+        "tasks.classification": ("Scores",),
+        "tasks.former": ("make_meter",),
     },
 }
 """Names that a module held before, by their present module."""

@@ -39,7 +39,10 @@ from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
 from hpdist.algorithms.vat import VAT
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import Classification, Multilabel, Regression, Task
+from hpdist.tasks.base import Task
+from hpdist.tasks.classification import Classification
+from hpdist.tasks.multilabel import Multilabel
+from hpdist.tasks.regression import Regression
 
 __all__ = [
     "ABC",

@@ -21,8 +21,8 @@ from hpdist.algorithms.options import DeclaredConfig, WithOptions, argument
 from hpdist.algorithms.saved_state import SavedShards, Shards, Table, check_names
 from hpdist.algorithms.view_request import Views
 from hpdist.aliases import find_moved
-from hpdist.errors import ConfigError
-from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import ONE_CLASS, Task, able_tasks, require_abilities, require_named
 
 Groups = int | Literal["auto"]
 """Parts of a global batch within which rows are mixed; "auto" chooses by the batch's sizes."""
@@ -56,9 +56,10 @@ class Algorithm(WithOptions):
     """Where the state is made; an argument of the constructor alone, as the state may be moved."""
     paper: ClassVar[str] = ""
     views: ClassVar[Views] = Views()
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name,)
-    """Names of the tasks that it supports."""
-    task: Task = CLASSIFICATION
+    needs: ClassVar[frozenset[str]] = frozenset({ONE_CLASS})
+    """The abilities of a task that it needs (`hpdist.tasks.base`): it supports every task that has
+    them. By default it needs the softmax of exclusive classes."""
+    task: Task = DEFAULT_TASK
     """The task that gives the outputs their meaning; set by `set_task` before the first step."""
     groups: Groups | None = None
     """Parts of the global batch within which `mix` combines rows: ranks times micro-batches must
@@ -105,16 +106,21 @@ class Algorithm(WithOptions):
         """Whether it mixes, adds to or reconstructs inputs: they must be plain numbers."""
         return self.groups is not None or self.views.needs_gradient_probe
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that it has a meaning for, by their names, of those that are known."""
+        return able_tasks(self.needs)
+
     def set_task(self, task: Task) -> None:
         """Have the outputs mean something else; before the first step.
 
-        Raises ConfigError where the algorithm has no meaning for that task.
+        Raises ConfigError where the task lacks what the algorithm needs of it.
         """
-        if task.name not in self.tasks:
-            raise ConfigError(
-                f"task.name: {type(self).__name__} has no meaning for {task.name}, only for "
-                f"{', '.join(self.tasks)}; `hpdist algorithms` lists which do what"
-            )
+        named: Any = type(self).tasks
+        if isinstance(named, property):
+            require_abilities(task, self.needs, type(self).__name__)
+        else:  # names of tasks, as an algorithm gave them before
+            require_named(task, named, type(self).__name__)
         self.task = task
 
     def bind_rank(self, rank: int, world_size: int) -> None:

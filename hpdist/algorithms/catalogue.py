@@ -18,6 +18,7 @@ from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch
 from hpdist.config.component import components
 from hpdist.data.structures import Structure
+from hpdist.tasks.base import able_tasks, task_letters
 
 # Two values of each size: a number that follows both is a multiple of it.
 _CLASSES = (5, 7)
@@ -40,7 +41,7 @@ def catalogue() -> list[str]:
         "",
         *_table([_ADDON_HEADER, *(_addon_row(name, config) for name, config in addons.items())]),
         "",
-        "Tasks (task.name) that it supports: c classification, m multilabel, r regression.",
+        f"Tasks (task.name) that it supports: {_letter_key()}.",
         "Views: of an unlabelled row, unless labelled rows are named. C: number of classes.",
         "N: number of unlabelled rows, or largest row id. / ranks: each rank holds a part; all",
         "else is on every rank. Reduced: floats summed over the ranks per optimizer step, besides",
@@ -60,7 +61,7 @@ def _row(name: str, config: type[AlgorithmConfig]) -> tuple[str, ...]:
     small, large = (config(name=name).build(classes) for classes in _CLASSES)
     state, reduced = _sizes(small, large)
     views = ", ".join(_views(small)) or "none"
-    return name, small.paper or "-", _letters(small.tasks), views, state, reduced
+    return name, small.paper or "-", _letters(small.needs), views, state, reduced
 
 
 def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
@@ -70,13 +71,19 @@ def _addon_row(name: str, config: type[AddOnConfig]) -> tuple[str, ...]:
     heads = [
         f"{head}, which predicts" if head == small.predicts else head for head in small.head_names
     ]
-    paper, tasks = small.addon_paper or "-", _letters(small.addon_tasks)
+    paper, tasks = small.addon_paper or "-", _letters(small.addon_needs)
     return name, paper, tasks, ", ".join(heads) or "none", state, reduced
 
 
-def _letters(tasks: Iterable[str]) -> str:
-    """Tasks by their first letters."""
-    return " ".join(task[0] for task in tasks)
+def _letters(needs: frozenset[str]) -> str:
+    """Give the tasks that have these abilities, by their first letters."""
+    letters = task_letters()
+    return " ".join(letters[task] for task in able_tasks(needs))
+
+
+def _letter_key() -> str:
+    """Say which letters stand for which task."""
+    return ", ".join(f"{letters} {name}" for name, letters in task_letters().items())
 
 
 def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:

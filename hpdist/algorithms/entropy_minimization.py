@@ -10,7 +10,7 @@ from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import CLASSIFICATION, Multilabel
+from hpdist.tasks.base import ENTROPY
 
 
 class EntropyMinimization(Algorithm, name="entropy_minimization"):
@@ -21,7 +21,7 @@ class EntropyMinimization(Algorithm, name="entropy_minimization"):
 
     paper: ClassVar[str] = "Grandvalet and Bengio 2004, NIPS 17"
     views: ClassVar[Views] = Views(student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    needs: ClassVar[frozenset[str]] = frozenset({ENTROPY})
     defaults: ClassVar[str] = (
         "The weight that the benchmark USB uses beside VAT; the paper cross-validates its own."
     )

@@ -10,7 +10,7 @@ from hpdist.algorithms.options import option
 from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.pseudo_labels import PseudoLabeling
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
+from hpdist.tasks.base import PSEUDO_LABELS, share
 
 
 class FixMatch(PseudoLabeling, name="fixmatch"):
@@ -23,7 +23,7 @@ class FixMatch(PseudoLabeling, name="fixmatch"):
 
     paper: ClassVar[str] = "Sohn et al. 2020, arXiv:2001.07685"
     views: ClassVar[Views] = Views(weak=1, strong=1)
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    needs: ClassVar[frozenset[str]] = frozenset({PSEUDO_LABELS})
     defaults: ClassVar[str] = "The paper's values."
 
     threshold: float = option(default=0.95, kw_only=False, ge=0, le=1)

@@ -13,7 +13,7 @@ from hpdist.algorithms.parts.consistency import consistency_terms
 from hpdist.algorithms.parts.mixing import GroupsOption, Mixing, draw_mixing
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import ALL
+from hpdist.tasks.base import PREDICTIONS
 
 
 class ICT(Ramped, name="ict"):
@@ -27,7 +27,7 @@ class ICT(Ramped, name="ict"):
 
     paper: ClassVar[str] = "Verma et al. 2019, arXiv:1903.03825"
     views: ClassVar[Views] = Views(weak=1, teacher=True)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     mixed = ("unlabeled",)
     shape = "gaussian"
     defaults: ClassVar[str] = (

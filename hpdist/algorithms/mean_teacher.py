@@ -10,7 +10,7 @@ from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.consistency import consistency_terms
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import ALL
+from hpdist.tasks.base import PREDICTIONS
 
 
 class MeanTeacher(Ramped, name="mean_teacher"):
@@ -22,7 +22,7 @@ class MeanTeacher(Ramped, name="mean_teacher"):
 
     paper: ClassVar[str] = "Tarvainen and Valpola 2017, arXiv:1703.01780"
     views: ClassVar[Views] = Views(weak=1, student_weak=1, teacher=True)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB; the teacher's decay is the run's `teacher.decay`."

@@ -10,7 +10,7 @@ from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.consistency import consistency_terms
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import ALL
+from hpdist.tasks.base import PREDICTIONS
 
 
 class PiModel(Ramped, name="pi_model"):
@@ -24,7 +24,7 @@ class PiModel(Ramped, name="pi_model"):
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     shape = "gaussian"
     defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 

@@ -10,7 +10,7 @@ from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import CLASSIFICATION, Multilabel, share
+from hpdist.tasks.base import PSEUDO_LABELS, share
 
 
 class PseudoLabel(Ramped, name="pseudo_label"):
@@ -22,7 +22,7 @@ class PseudoLabel(Ramped, name="pseudo_label"):
 
     paper: ClassVar[str] = "Lee 2013, ICML workshop on challenges in representation learning"
     views: ClassVar[Views] = Views(student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION.name, Multilabel.name)
+    needs: ClassVar[frozenset[str]] = frozenset({PSEUDO_LABELS})
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB; the paper has no threshold and ramps up to a weight of 3."

@@ -11,14 +11,13 @@ from hpdist.algorithms.exchange import StudentOutputs, Sums
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import ALL
 
 
 class Supervised(Algorithm, name="supervised"):
     """L = mean_b H(y_b, p(weak(x_b))), with the task's loss H."""
 
     views: ClassVar[Views] = Views()
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[str] = "No options."
 
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:

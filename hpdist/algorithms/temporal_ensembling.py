@@ -14,7 +14,7 @@ from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import ALL
+from hpdist.tasks.base import PREDICTIONS
 
 _TAKEN = 1 << 24
 """Added to a row's id while it is encoded, so that the first number is never 0."""
@@ -36,7 +36,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
     views: ClassVar[Views] = Views(weak=1, student_weak=1)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({PREDICTIONS})
     shape = "gaussian"
     defaults: ClassVar[str] = "The paper's values; its ramp is 80 of 300 epochs."
 

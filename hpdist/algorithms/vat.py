@@ -15,7 +15,7 @@ from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import ALL, Task
+from hpdist.tasks.base import DIVERGENCE, ENTROPY, Task
 
 
 class VAT(Ramped, name="vat"):
@@ -37,7 +37,7 @@ class VAT(Ramped, name="vat"):
 
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
     views: ClassVar[Views] = Views(weak=1, needs_gradient_probe=True)
-    tasks: ClassVar[tuple[str, ...]] = ALL
+    needs: ClassVar[frozenset[str]] = frozenset({DIVERGENCE})
     shape = "linear"
     defaults: ClassVar[str] = (
         "The values of the benchmark USB except xi; the paper chooses epsilon for each data set."
@@ -60,8 +60,11 @@ class VAT(Ramped, name="vat"):
     def set_task(self, task: Task) -> None:
         """Set the task; raises ConfigError if it has no entropy and `entropy_weight` is set."""
         super().set_task(task)
-        if self.entropy_weight > 0:
-            task.entropy(torch.zeros(1, 2))
+        if self.entropy_weight > 0 and ENTROPY not in task.abilities:
+            raise ConfigError(
+                f"task.name: {task.name} has no entropy; set algorithm.entropy_weight to 0, or "
+                "choose another algorithm"
+            )
 
     def perturb(self, inputs: StudentInputs, weak: WeakOutputs, model: LogitsFn) -> StudentInputs:
         """Add the perturbed rows, and the unperturbed ones if their entropy counts."""

@@ -135,23 +135,27 @@ def nothing_imported() -> Iterator[None]:
 
 
 class ComponentOf:
-    """Annotates a field that holds a component: `name` decides which component it is."""
+    """Annotates a field that holds a component: `name` decides which component it is.
 
-    def __init__(self, kind: str) -> None:
+    `default` is the name where settings have none.
+    """
+
+    def __init__(self, kind: str, default: str | None = None) -> None:
         self.kind = kind
+        self.default = DEFAULT_NAMES.get(kind) if default is None else default
 
     def choose(self, values: object) -> Component:
         """Make the component that `name` or a plain name chooses. Raises ValidationError."""
         if isinstance(values, Component):
             return values
-        values = {} if values is None and self.kind in DEFAULT_NAMES else by_name(values)
+        values = {} if values is None and self.default is not None else by_name(values)
         if not isinstance(values, dict):
             raise refusal(
                 ((), f"must be a name or a group of settings, not {shown(values)}; {self.hint}")
             )
-        values = {"name": DEFAULT_NAMES.get(self.kind)} | values
+        values = {"name": self.default} | values
         name = values["name"]
-        if name == AUTO and DEFAULT_NAMES.get(self.kind) == AUTO:
+        if name == AUTO and self.default == AUTO:
             name = values["name"] = self.by_options(values)
         if name is None:
             raise refusal((("name",), f"missing; {self.hint}"))
@@ -231,14 +235,13 @@ class ComponentOf:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         """Accept every component's options, distinguished by `name`."""
-        default = DEFAULT_NAMES.get(self.kind)
         python = {"python": PythonComponent} if self.kind == "model" else {}
         options = []
         for name, component in (components(self.kind) | self._prefixed | python).items():
             option = handler(component.__pydantic_core_schema__)
             definition = handler.resolve_ref_schema(option)
             add_descriptions(component, definition)
-            if name != default:  # so that settings without a name match only one option
+            if name != self.default:  # so that settings without a name match only one option
                 definition["required"] = sorted({"name", *definition.get("required", [])})
             options.append(option)
         names = f"The name alone: {', '.join(components(self.kind))}, or another that is allowed."

@@ -73,6 +73,6 @@ def _is_of(kind: str, options: Mapping[str, Any], name: object) -> bool:
     return component is not None and not component.misfits({**options, "name": name})
 
 
-_COMPONENT_NAMES = ("model.name", "algorithm.name", "views.name")
+_COMPONENT_NAMES = ("model.name", "algorithm.name", "views.name", "task.name")
 BY_NAME = ("model", "algorithm", "views", "task", "optim", "schedule", "tracker")
 """Groups of settings that may be given by their name."""

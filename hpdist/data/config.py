@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from hpdist.aliases import find_moved
 from hpdist.config.section import Section
 
 
@@ -202,32 +203,6 @@ class Loading(Section):
     """Most samples of the sound that a row holds, at the file's own rate, over all channels."""
 
 
-class TaskChoice(Section):
-    """What the labels are, and with them loss and scores."""
-
-    name: Literal["classification", "multilabel", "regression"] = "classification"
-    """classification: one class of each row; multilabel: any number of them, in a list; regression:
-    a number, or a list of as many in every row."""
-    labels: Literal["auto", "ids", "vector"] = "auto"
-    """What a list holds in multilabel: the row's classes, or 0 or 1 for every class.
-
-    auto goes by the column's type and, of lists of integers, by what they hold.
-    """
-    threshold: float = Field(0.5, gt=0, lt=1)
-    """The probability from which on multilabel counts a class as predicted, in F1 and exact
-    match."""
-
-    @model_validator(mode="after")
-    def _of_multilabel(self) -> TaskChoice:
-        for setting in ("labels", "threshold"):
-            if (
-                self.name != "multilabel"
-                and getattr(self, setting) != TaskChoice.model_fields[setting].default
-            ):
-                raise ValueError(f"{setting} is only used with name: multilabel; leave it out")
-        return self
-
-
 class Duplicates(Section):
     """Whether test and validation rows are looked for among the rows to train on, at the start."""
 
@@ -249,3 +224,8 @@ class Data(Section):
     """Measured during training in place of the test set; the summary names its best step."""
     loading: Loading = Loading()
     duplicates: Duplicates = Duplicates()
+
+
+def __getattr__(name: str) -> object:
+    """Find what this module held before."""
+    return find_moved(__name__, name)

@@ -14,11 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
 Structure: TypeAlias = Tensor | Mapping[str, Tensor]
+Arrays: TypeAlias = npt.NDArray[Any] | Mapping[str, npt.NDArray[Any]]
+"""A structure before it is tensors: an array, or arrays by name, whose first dimension is rows."""
 
 Rows = TypeVar("Rows", bound=Structure)
 """Any structure: what a function gives is what it was given, one tensor or tensors by name."""
@@ -104,6 +108,23 @@ def as_dtype(rows: Rows, dtype: torch.dtype) -> Rows:
 def detach(rows: Rows) -> Rows:
     """Give the same values without gradient."""
     return map_tensors(lambda tensor: tensor.detach(), rows)
+
+
+def map_arrays(function: Callable[[npt.NDArray[Any]], Any], rows: Arrays) -> Any:
+    """Apply a function to every array of a structure."""
+    if isinstance(rows, Mapping):
+        return {name: function(array) for name, array in rows.items()}
+    return function(rows)
+
+
+def take_rows(rows: Arrays, positions: npt.NDArray[Any]) -> Any:
+    """Take rows of arrays by their positions, int64."""
+    return map_arrays(lambda array: array[positions], rows)
+
+
+def from_arrays(rows: Arrays) -> Any:
+    """Give arrays as tensors, which share their memory where they are contiguous."""
+    return map_arrays(lambda array: torch.from_numpy(np.ascontiguousarray(array)), rows)
 
 
 def finite_mark(rows: Structure) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from hpdist.aliases import find_moved
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.structures import Structure, to
 from hpdist.data.views.base import Views
@@ -16,10 +17,11 @@ from hpdist.distributed.collectives import gathered
 from hpdist.engines.base import Engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import DataError, HpdistError, describe
-from hpdist.tasks.base import CLASSIFICATION, Task
-from hpdist.tasks.metrics import AnyScores, Meter, Scores, make_meter
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task
+from hpdist.tasks.metrics import AnyScores, Meter
 
-__all__ = ["Evaluation", "EvaluationError", "Scores", "evaluate", "evaluate_both", "evaluating"]
+__all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_both", "evaluating"]
 
 T = TypeVar("T")
 
@@ -90,9 +92,9 @@ def evaluate(
     engine: Engine,
     views: Views,
     batches: Iterable[tuple[LabeledBatch, Tensor]],
-    task: Task = CLASSIFICATION,
+    task: Task = DEFAULT_TASK,
 ) -> Any:
-    """Scores of the weights that are in the model now; `Scores`, of classification.
+    """Give the scores of the weights that are in the model now, as the task has them.
 
     `batches` are this rank's, every one with a bool mask [batch] of the rows that count.
     Collective: every rank must give equally many, and one at least. Raises EvaluationError, on all
@@ -127,10 +129,9 @@ def _go_through(
     engine.module.eval()
     for batch, valid in batches:
         batch = batch.to(device, non_blocking=True)
-        logits = engine.infer(views.plain(batch.inputs))
-        if meter is None:
-            meter = make_meter(task, logits.shape[-1], device)
-        meter.add(logits, batch.labels, valid.to(device))
+        outputs = engine.infer(views.plain(batch.inputs))
+        meter = meter or task.meter(outputs)
+        meter.add(outputs, batch.labels, valid.to(device))
         rows += int(valid.sum())
     assert meter is not None
     return meter, rows
@@ -170,7 +171,7 @@ def evaluate_both(
     teacher: ShardedTeacher | None,
     views: Views,
     batches: Callable[[], Iterable[tuple[LabeledBatch, Tensor]]],
-    task: Task = CLASSIFICATION,
+    task: Task = DEFAULT_TASK,
 ) -> Evaluation:
     """Measure teacher and student.
 
@@ -182,3 +183,8 @@ def evaluate_both(
         return Evaluation(student, student, rows)
     with teacher.teacher_weights():
         return Evaluation(_measure(engine, views, batches(), task)[0], student, rows)
+
+
+def __getattr__(name: str) -> object:
+    """Find what this module held before."""
+    return find_moved(__name__, name)

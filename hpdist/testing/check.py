@@ -16,16 +16,15 @@ from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.algorithms.exchange import StudentOutputs
 from hpdist.algorithms.fixmatch import FixMatchConfig
 from hpdist.algorithms.protocol import join_shards
+from hpdist.config.component import components
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import Classification, Multilabel, Regression, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task, TaskConfig
 from hpdist.testing.imitation import GlobalBatch, Ran, global_batch, run_step, with_nan
 
 _STEPS = 4  # per check
 _RUN_STEPS = 8  # length of the run for ramps
 _EXACT = {torch.float32, torch.float64, torch.int16, torch.int32, torch.int64, torch.bool}
-_TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Multilabel, Regression)
-}
 
 
 class AlgorithmError(AssertionError):
@@ -34,7 +33,7 @@ class AlgorithmError(AssertionError):
 
 def check_algorithm(
     algorithm: AlgorithmConfig | AddOnConfig | Algorithm | Callable[[], Algorithm],
-    task: str | Task = "classification",
+    task: str | Task = DEFAULT_TASK,
     *,
     addons: Sequence[AddOnConfig] = (),
     num_classes: int = 5,
@@ -55,16 +54,20 @@ def check_algorithm(
 
     Args:
         algorithm: A config of an algorithm, or of an add-on, which then wraps FixMatch; or an
-        algorithm that has done no step, which is copied; or a function that makes one.
-        task: The task of its outputs: "classification", "multilabel" or "regression".
+            algorithm that has done no step, which is copied; or a function that makes one.
+        task: The task of its outputs, or the name of one that is known. Its own example labels
+            are used.
         addons: The configs of add-ons that wrap a config's algorithm, the innermost first.
-        num_classes: The number of the model's outputs.
+        num_classes: Classes or targets of the labels.
         run_steps: The length of the run for a config's ramps.
 
     Raises AlgorithmError, which lists all violations, and ConfigError if the algorithm has no
     meaning for the task.
     """
-    checks = _Checks(_maker(algorithm, _task(task), addons, num_classes, run_steps), num_classes)
+    made = _task(task)
+    width = made.output_size(num_classes)
+    make = _maker(algorithm, made, addons, width, run_steps)
+    checks = _Checks(make, num_classes, width)
     wrong = [f"{check.__name__[1:].replace('_', ' ')}: {line}" for check, line in checks.run()]
     if wrong:
         name = type(checks.make()).__name__
@@ -75,9 +78,10 @@ def check_algorithm(
 def _task(task: str | Task) -> Task:
     if isinstance(task, Task):
         return task
-    if task not in _TASKS:
-        raise ConfigError(f"task: {task!r} is none of {', '.join(_TASKS)}")
-    return _TASKS[task]()
+    known = components(TaskConfig.kind)
+    if task not in known:
+        raise ConfigError(f"task: {task!r} is none of {', '.join(known)}")
+    return cast(TaskConfig, known[task](name=task)).build()
 
 
 def _maker(
@@ -107,9 +111,10 @@ def _maker(
 class _Checks:
     """The checks of an algorithm; each yields a line for each violation."""
 
-    def __init__(self, make: Callable[[], Algorithm], num_classes: int) -> None:
+    def __init__(self, make: Callable[[], Algorithm], num_classes: int, width: int) -> None:
         self._make = make
         self._classes = num_classes
+        self._width = width
         algorithm = make()
         self._views = algorithm.views
         mixes = algorithm.groups is not None
@@ -140,7 +145,7 @@ class _Checks:
         algorithm.class_counts = torch.arange(1.0, self._classes + 1)
         if algorithm.generations > 1 and algorithm.generation == 0:
             ids = torch.arange(rows)
-            probabilities = (ids[:, None] * (1 + torch.arange(self._classes))).sin().softmax(dim=1)
+            probabilities = (ids[:, None] * (1 + torch.arange(self._width))).sin().softmax(dim=1)
             algorithm.take_labels(ids, probabilities)
             algorithm.begin_generation()
         return algorithm
@@ -155,12 +160,6 @@ class _Checks:
             classes=self._classes,
             unusable=unusable,
         )
-        generator = torch.Generator().manual_seed(step)
-        shape = (self._labeled, self._classes)
-        if algorithm.task.name == "multilabel":
-            batch.labels = torch.rand(shape, generator=generator).round()
-        elif algorithm.task.name == "regression":
-            batch.labels = torch.randn(shape, generator=generator)
         sharpness = 1 + step % 3
         return replace(batch, student=batch.student * sharpness, target=batch.target * sharpness)
 

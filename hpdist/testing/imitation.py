@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch, OwnSums, Reduce
-from hpdist.data.structures import Structure
+from hpdist.data.structures import Structure, index, map_tensors
 
 FEATURES = 6
 IMAGE = (1, 3, 3)
@@ -34,14 +35,14 @@ class GlobalBatch:
     """Views of a global batch; unlabelled rows that are not `usable` have no views."""
 
     labeled: Tensor  # [labeled, features]
-    labels: Tensor  # [labeled]
+    labels: Any  # [labeled, *], as the task has them: one tensor, or tensors by name
     weak: list[Tensor]  # per view [unlabeled, features]
     student_weak: list[Tensor]
     strong: list[Tensor]
     strong_labeled: list[Tensor]
     ids: Tensor
     usable: Tensor  # bool [unlabeled]
-    student: Tensor  # [features, classes]
+    student: Tensor  # [features, outputs]
     target: Tensor  # the same for the model that makes the targets
     step: int
     heads: dict[str, torch.nn.Module] = field(default_factory=dict)
@@ -49,18 +50,18 @@ class GlobalBatch:
 
     def slice(self, number: int, slices: int) -> MicroBatch:
         """Return one of several equal slices, in the order of the global batch."""
-        labeled, unlabeled = len(self.labels) // slices, len(self.ids) // slices
+        labeled, unlabeled = len(self.labeled) // slices, len(self.ids) // slices
         x = torch.arange(number * labeled, (number + 1) * labeled)
         u = torch.arange(number * unlabeled, (number + 1) * unlabeled)
         u = u[self.usable[u]]
         inputs = StudentInputs(
             self.labeled[x],
-            self.labels[x],
+            index(self.labels, x),
             tuple(view[u] for view in self.student_weak),
             tuple(view[u] for view in self.strong),
             tuple(view[x] for view in self.strong_labeled),
             tuple(view[u] for view in self.weak),
-            BatchPositions(x, u, len(self.labels), len(self.ids), seed=7, step=self.step),
+            BatchPositions(x, u, len(self.labeled), len(self.ids), seed=7, step=self.step),
             ids=self.ids[u],
         )
         labeled_ids = self.labeled_ids[x] if len(self.labeled_ids) else None
@@ -88,18 +89,19 @@ def global_batch(
     views = algorithm.views
     usable = torch.ones(unlabeled, dtype=torch.bool)
     usable[list(unusable)] = False
-    labels = torch.randint(classes, (labeled,), generator=generator)
+    labels = algorithm.task.example_labels(labeled, classes, generator)
+    outputs = algorithm.task.output_size(classes)
     return GlobalBatch(
         rows(labeled, *shape),
-        torch.zeros_like(labels) if one_class else labels,
+        map_tensors(torch.zeros_like, labels) if one_class else labels,
         [rows(unlabeled, *shape) for _ in range(views.weak)],
         [rows(unlabeled, *shape) for _ in range(views.student_weak)],
         [rows(unlabeled, *shape) for _ in range(views.strong)],
         [rows(labeled, *shape) for _ in range(views.strong_labeled)],
         torch.randperm(unlabeled * 2, generator=generator)[:unlabeled],
         usable,
-        rows(features, classes),
-        rows(features, classes) if views.teacher else torch.zeros(0),
+        rows(features, outputs),
+        rows(features, outputs) if views.teacher else torch.zeros(0),
         seed,
         make_heads(algorithm, features),
         torch.randperm(4 * labeled, generator=generator)[:labeled] + 2**30,

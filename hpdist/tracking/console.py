@@ -12,13 +12,10 @@ from hpdist.messages.human import duration, percent
 from hpdist.messages.progress import columns, make_bar, print_line
 from hpdist.messages.redaction import redacted_text
 
-HEADLINES = ("accuracy", "mean_average_precision", "rmse")
-"""Scores to show, whichever of them a task has."""
 _SHOWN = {
     "loss": "{:.3f}",
     "mask_rate": "{:.2f}",
     "loss_scale": "{:g}",
-    **dict.fromkeys(HEADLINES, "{:.4f}"),
 }
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _BESIDES = len("100%|====| / [0:00:00<0:00:00]")
@@ -26,10 +23,17 @@ _LEAST = ("loss scale", "mask rate")  # dropped first on a narrow terminal
 
 
 class Console:
-    """Progress of a run of this many steps, on the main process; with 0 steps there is no bar."""
+    """Progress of a run of this many steps, on the main process; with 0 steps there is no bar.
 
-    def __init__(self, steps: int, done: int, main: bool) -> None:
+    `scores` are those that are shown beside the other numbers; True says that a score is shown as a
+    percentage.
+    """
+
+    def __init__(
+        self, steps: int, done: int, main: bool, scores: Mapping[str, bool] | None = None
+    ) -> None:
         self.main = main
+        self._scores = dict(scores or {})
         self._steps = steps
         self._started, self._first = time.monotonic(), done
         self._shown: dict[str, str] = {}
@@ -50,10 +54,10 @@ class Console:
         """Show the numbers of a step."""
         if not self.main:
             return
-        for key, form in _SHOWN.items():
+        for key, form in (_SHOWN | dict.fromkeys(self._scores, "{:.4f}")).items():
             if key in values and not (key == "loss_scale" and values[key] == 1):
                 value = values[key]
-                shown = percent(value) if key == "accuracy" else form.format(value)
+                shown = percent(value) if self._scores.get(key) else form.format(value)
                 self._shown[key.replace("_", " ")] = shown
         if self._bar is not None:
             self._bar.set_postfix(self._fitting, refresh=False)

@@ -17,17 +17,14 @@ from hpdist.tracking.run_record import RunRecord, read_run
 
 __all__ = ["RunRecord", "read_run", "render", "write_report"]
 
+_HEADLINES = "headlines"
+"""Stands for a chart of the headline of every task that the runs have."""
 _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
     "Training": [
         ("Loss", ["loss"]),
         ("Supervised loss", ["supervised_loss"]),
         ("Unsupervised loss", ["unsupervised_loss"]),
-        ("Accuracy", ["eval/validation/accuracy", "eval/test/accuracy"]),
-        (
-            "Mean average precision",
-            ["eval/validation/mean_average_precision", "eval/test/mean_average_precision"],
-        ),
-        ("Root mean squared error", ["eval/validation/rmse", "eval/test/rmse"]),
+        (_HEADLINES, []),
         ("Learning rate", ["lr"]),
         ("Gradient norm", ["grad_norm"]),
         ("Teacher decay", ["teacher_decay"]),
@@ -49,15 +46,6 @@ _CHARTS: dict[str, list[tuple[str, list[str]]]] = {
 _LOGARITHMIC = {"loss_scale"}
 _DULL = {"loss_scale": 1.0, "bad_rows": 0.0, "checkpoint_wait": 0.0}  # drawn if ever different
 _SUMMARY = [
-    "test/accuracy",
-    "test/accuracy_student",
-    "test/mean_average_precision",
-    "test/rmse",
-    "test/mae",
-    "test/r2",
-    "test/macro_f1",
-    "test/balanced_accuracy",
-    "validation/best_accuracy",
     "steps",
     "skipped_steps",
     "bad_rows",
@@ -121,7 +109,8 @@ def _page(plot: Any, runs: Sequence[RunRecord]) -> str:
     parts = [f"<h1>{html.escape(names)}</h1>", _summaries(runs, colors), _settings(runs)]
     parts += [_examples(run) for run in runs]
     for title, charts in _CHARTS.items():
-        figures = [_chart(plot, runs, colors, caption, keys) for caption, keys in charts]
+        drawn = [one for chart in charts for one in _with_headlines(chart, runs)]
+        figures = [_chart(plot, runs, colors, caption, keys) for caption, keys in drawn]
         if title == "Pseudo-labels":
             figures += [_classes(plot, run, key) for run in runs for key in _PER_CLASS]
         found = [figure for figure in figures if figure]
@@ -130,6 +119,7 @@ def _page(plot: Any, runs: Sequence[RunRecord]) -> str:
     matrices = [
         _matrix(plot, run, name, who)
         for run in runs
+        if "confusion" in run.task.charts
         for name in run.confusions
         for who in ("teacher", "student")
     ]
@@ -163,7 +153,8 @@ def _hex(plot: Any, number: int) -> str:
 
 
 def _summaries(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
-    keys = [key for key in _SUMMARY if any(key in run.summary for run in runs)]
+    wanted = dict.fromkeys([key for run in runs for key in _scores(run)] + _SUMMARY)
+    keys = [key for key in wanted if any(key in run.summary for run in runs)]
     rows = ["".join(f"<th>{html.escape(key)}</th>" for key in ["run", *keys])]
     for run, color in zip(runs, colors, strict=True):
         swatch = f'<span class="swatch" style="background:{color}"></span>'
@@ -174,6 +165,27 @@ def _summaries(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
         note = f' <span class="note">{note_text}</span>' if note_text else ""
         rows.append(f"<td>{swatch}{html.escape(run.name)}{note}</td>{cells}")
     return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _scores(run: RunRecord) -> list[str]:
+    """Give the keys of a summary that its task's scores have."""
+    headline = run.task.headline
+    others = [name for name in run.task.summarized if name != headline]
+    names = [headline, f"{headline}_student", *others]
+    return [*(f"test/{name}" for name in names), f"validation/best_{headline}"]
+
+
+def _with_headlines(
+    chart: tuple[str, list[str]], runs: Sequence[RunRecord]
+) -> list[tuple[str, list[str]]]:
+    """Give a chart, or in the place of the headlines one for each that the runs' tasks have."""
+    if chart[0] != _HEADLINES:
+        return [chart]
+    titles = {run.task.headline: run.task.title for run in runs}
+    sets = ("validation", "test")
+    return [
+        (title, [f"eval/{name}/{headline}" for name in sets]) for headline, title in titles.items()
+    ]
 
 
 def _examples(run: RunRecord) -> str:

@@ -16,6 +16,9 @@ from hpdist.tracking.run_lock import OWNER
 CHANGES = "config_changes.jsonl"
 """Changed settings of a continued run, and from which step on."""
 
+TASK = "task.json"
+"""What a report must know of the run's task: `hpdist.tasks.base.Task.display`."""
+
 LAUNCH = ".launch.json"
 """The launcher of a run without a name: its restarts continue that run."""
 

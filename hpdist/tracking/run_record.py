@@ -17,7 +17,7 @@ import yaml
 from hpdist.config.section import flat
 from hpdist.errors import ConfigError
 from hpdist.messages.redaction import redacted_settings
-from hpdist.tracking.run_folder import CHANGES
+from hpdist.tracking.run_folder import CHANGES, TASK
 
 T = TypeVar("T")
 
@@ -25,6 +25,32 @@ _LARGEST = 1e30  # of drawn numbers: beyond it, axes overflow
 _LARGEST_STEP = 2**53
 _LARGEST_FILE = 256 << 20  # bytes of a confusion matrix, of some 6,000 classes
 _FOLDER = "examples"
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What a run folder says of the run's task."""
+
+    headline: str
+    """The score that the best evaluation is chosen by."""
+    title: str
+    """What the headline's chart is called."""
+    summarized: Sequence[str]
+    """Names of the scores that its summary has, the headline among them."""
+    charts: Sequence[str]
+    """What is drawn beside the curves."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TaskRecord:
+        """Take what `hpdist.tasks.base.Task.display` gave. Raises ValueError where it did not."""
+        texts = [values.get(key) for key in ("headline", "title")]
+        lists = [values.get(key) for key in ("summarized", "charts")]
+        named = [name for found in lists if isinstance(found, list) for name in found]
+        if not all(isinstance(found, list) for found in lists):
+            raise ValueError("it does not list scores and charts")
+        if not all(isinstance(text, str) for text in [*texts, *named]):
+            raise ValueError("it does not name scores and charts")
+        return cls(*map(str, texts), *lists)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,7 @@ class RunRecord:
     """Empty if the run has not ended."""
     confusions: Mapping[str, Mapping[str, Any]]
     """By the name of the set; each square, with integers."""
+    task: TaskRecord
     classes: Sequence[str] = ()
     """Names of the classes, if they are known."""
     picture: bytes | None = None
@@ -100,15 +127,15 @@ def read_run(folder: Path) -> RunRecord:
             confusions[file.stem.removeprefix("confusion_")] = found
     names = [matrix["classes"] for matrix in confusions.values()]
     classes = _read(folder / "classes.json", _names, names[0] if names else [], notes, missing=True)
+    settings = _read(folder / "config.yaml", _settings, {}, notes)
+    task = _read(folder / TASK, _task, None, notes, missing=True)
     return RunRecord(
         folder.resolve().name,
-        _with_changes(
-            _read(folder / "config.yaml", _settings, {}, notes),
-            _read(folder / CHANGES, _changes, [], notes, missing=True),
-        ),
+        _with_changes(settings, _read(folder / CHANGES, _changes, [], notes, missing=True)),
         records,
         _read(folder / "summary.json", _mapping, {}, notes, missing=True),
         confusions,
+        task or _known_task(settings),
         classes,
         _read(folder / _FOLDER / "views.png", _png, None, notes, missing=True),
         _read(folder / _FOLDER / "views.txt", _text, None, notes, missing=True),
@@ -187,6 +214,24 @@ def _is_step(value: Any) -> bool:
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", "replace")
+
+
+def _task(content: bytes) -> TaskRecord:
+    return TaskRecord.of(_mapping(content))
+
+
+def _known_task(settings: Mapping[str, Any]) -> TaskRecord:
+    """Give what is known of the task that settings name: a run of before did not write it down.
+
+    It needs torch, which reading other runs does not.
+    """
+    from hpdist.config.component import components
+    from hpdist.tasks import DEFAULT_TASK
+    from hpdist.tasks.base import TaskConfig
+
+    kind = components(TaskConfig.kind).get(str(settings.get("task.name")))
+    known = kind is not None and issubclass(kind, TaskConfig)
+    return TaskRecord.of((kind.makes if known else type(DEFAULT_TASK)).display())
 
 
 def _mapping(content: bytes) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _make_algorithm(
     config: RunConfig, objects: InMemoryInputs, sets: RunSets, accelerator: Accelerator
 ) -> Algorithm:
     """Make the algorithm with its add-ons, and set how much data there is."""
-    check_classes(objects.algorithm, sets.num_classes)
+    check_classes(objects.algorithm, sets.output_size)
     algorithm = compose(config, sets.num_classes, accelerator.device, sets.task)
     algorithm.rows = sets.unlabeled_rows
     algorithm.class_counts = sets.class_counts

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.structures import Structure, describe_rows, row_count
+from hpdist.data.structures import Structure, describe_rows, row_count, tensors_of
 from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError, describe
 from hpdist.models.outputs import (
@@ -23,6 +23,8 @@ from hpdist.models.outputs import (
     on_trial,
     outputs_of,
 )
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task
 from hpdist.train.config import Batch
 
 
@@ -101,12 +103,12 @@ def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
 
 
 def check_model(
-    model: nn.Module, example: Structure, num_classes: int, outputs: Sequence[str] = LOGITS
+    model: nn.Module, example: Structure, num_classes: int, task: Task = DEFAULT_TASK
 ) -> bool:
-    """Raise ConfigError unless the model maps [rows, *] to [rows, num_classes].
+    """Raise ConfigError unless what the model makes of [rows, *] is what the task goes by.
 
-    If `outputs` names more than the logits, each must exist, as [rows, *]. Returns whether the
-    model's outputs have a gradient.
+    `num_classes` is how many classes or targets the labels have. Returns whether the model's
+    outputs have a gradient.
     """
     try:
         # A gradient would keep alive the fp32 copies of half-precision weights.
@@ -116,31 +118,13 @@ def check_model(
         raise ConfigError(
             f"model: it fails on inputs of shape {describe_rows(example)}: {describe(error)}"
         ) from error
-    rows = row_count(example)
-    if tuple(outputs) != LOGITS:
-        return _check_outputs(output, outputs, rows)
-    logits = find_logits(output)
-    expected = (rows, num_classes)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-        raise ConfigError(
-            f"model: it maps inputs {describe_rows(example)} to {_shown(output)}, "
-            f"expected logits {list(expected)}: [rows, classes]"
-        )
-    if not logits.is_floating_point():
-        raise ConfigError(f"model: its logits are {logits.dtype}, expected floating-point numbers")
-    return logits.requires_grad
-
-
-def _check_outputs(output: Any, names: Sequence[str], rows: int) -> bool:
-    """Raise ConfigError unless each output is [rows, *]; return whether any has a gradient."""
-    found = outputs_of(output, names)
-    assert not isinstance(found, Tensor)
-    wrong = {n: list(tensor.shape) for n, tensor in found.items() if tensor.shape[:1] != (rows,)}
-    for name, shape in wrong.items():
-        raise ConfigError(
-            f"model: its output {name} is {shape} for {rows} rows, expected [rows, *]"
-        )
-    return any(tensor.requires_grad for tensor in found.values())
+    rows, plain = row_count(example), tuple(task.outputs) == LOGITS
+    found = find_logits(output) if plain else outputs_of(output, task.outputs)
+    shapes = f"it maps inputs {describe_rows(example)} to {_shown(output)}"
+    task.check_outputs(found, rows, num_classes, shapes)
+    if plain and not found.is_floating_point():
+        raise ConfigError(f"model: its logits are {found.dtype}, expected floating-point numbers")
+    return any(tensor.requires_grad for tensor in tensors_of(found))
 
 
 def _is_as_stored(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from hpdist.algorithms.addons.base import build_algorithm
 from hpdist.algorithms.base import Algorithm
 from hpdist.engines.config import ExecutionRequest
-from hpdist.tasks.base import Task, make_task
+from hpdist.tasks.base import Task, TaskConfig
 from hpdist.train.config import RunConfig
 
 
@@ -21,8 +21,9 @@ def compose(
 ) -> Algorithm:
     """Make the algorithm of a run, with its add-ons; raises what `build_algorithm` does."""
     algorithm, addons = (cast(Any, part) for part in (config.algorithm, config.addons))
-    task = task or make_task(config.task.name)
-    return build_algorithm(algorithm, addons, num_classes, device, config.steps, task)
+    task = task or cast(TaskConfig, config.task).build()
+    outputs = task.output_size(num_classes)
+    return build_algorithm(algorithm, addons, outputs, device, config.steps, task)
 
 
 def execution_request(config: RunConfig) -> ExecutionRequest:

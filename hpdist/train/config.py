@@ -20,19 +20,22 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 import hpdist.algorithms
 import hpdist.data.views
-import hpdist.models  # noqa: F401  (every component is known from here on)
+import hpdist.models
+import hpdist.tasks  # noqa: F401  (every component is known from here on)
 from hpdist.checkpoint.config import Checkpoint
 from hpdist.config.component import ByName, Component, ComponentOf, nothing_imported
 from hpdist.config.overrides import lay_over, read_overrides
 from hpdist.config.section import Section
 from hpdist.config.yaml import read_yaml, to_yaml
-from hpdist.data.config import CHOICES, Data, TaskChoice
+from hpdist.data.config import CHOICES, Data
 from hpdist.data.files.paths import did_you_mean
 from hpdist.distributed.config import Watchdog
 from hpdist.engines.config import LossScale, Precision, Teacher, Zero
 from hpdist.errors import ConfigError
 from hpdist.evaluate.config import Eval
 from hpdist.messages.redaction import MARK, redacted_parts, redacted_settings
+from hpdist.tasks import DEFAULT_TASK, choose_task
+from hpdist.tasks.base import TaskConfig
 from hpdist.tracking.config import Log, Tracker
 from hpdist.train.divergence import Divergence
 from hpdist.train.optim import Optim, Schedule
@@ -73,7 +76,10 @@ class RunConfig(Section):
     run: Run = Run()
     model: Annotated[SerializeAsAny[Component], ComponentOf("model")]
     data: Data
-    task: Annotated[TaskChoice, ByName()] = TaskChoice()
+    task: Annotated[SerializeAsAny[Component], ComponentOf("task", DEFAULT_TASK.name)] = Field(
+        default_factory=choose_task
+    )
+    """What the labels are, and with them loss and scores."""
     views: Annotated[SerializeAsAny[Component], ComponentOf("views")] = Field(
         default_factory=lambda: ComponentOf("views").choose({})
     )
@@ -140,7 +146,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _by_class(self) -> RunConfig:
         """Refuse settings that need a class for every row if the task has none."""
-        if self.task.name == "classification":
+        if not isinstance(self.task, TaskConfig) or self.task.makes.rows_have_a_class:
             return self
         unlabeled = self.data.unlabeled
         parts = [] if unlabeled is None else [unlabeled, *(unlabeled.mix or [])]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hpdist.checkpoint.reader import SavedRun
 from hpdist.config.component import Component
+from hpdist.data.decode.encoded import Array
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.sources.fitting import training_rows
-from hpdist.data.sources.label_encoding import Scale
+from hpdist.data.sources.label_encoding import Encoding
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.sources.unlabeled import AnyUnlabeled
 from hpdist.data.views import FittedViews, TableViewsConfig, Views
@@ -65,18 +66,17 @@ def _make_views(config: Component, seed: int, spec: InputSpec) -> Views:
     return made
 
 
-def fitted_state(views: Views, scale: Scale | None) -> dict[str, Tensor]:
+def fitted_state(views: Views, encoding: Encoding) -> dict[str, Tensor]:
     """Return the measured numbers of views and targets, for the checkpoint."""
     state = views.state() if isinstance(views, FittedViews) else {}
     found = {f"{_VIEWS}{name}": value for name, value in state.items()}
-    if scale is not None:
-        found[f"{_TARGETS}mean"] = torch.from_numpy(scale.mean)
-        found[f"{_TARGETS}std"] = torch.from_numpy(scale.std)
-    return found
+    measured = {name: torch.from_numpy(array) for name, array in encoding.state.items()}
+    return found | {f"{_TARGETS}{name}": value for name, value in measured.items()}
 
 
-def saved_scale(saved: SavedRun | None) -> Scale | None:
-    """Return the numbers by which a continued run standardised its targets."""
-    if saved is None or f"{_TARGETS}mean" not in saved.common:
+def saved_targets(saved: SavedRun | None) -> dict[str, Array] | None:
+    """Return what a continued run measured on its labels; None where it has nothing."""
+    if saved is None:
         return None
-    return Scale(*(saved.common[f"{_TARGETS}{name}"].numpy() for name in ("mean", "std")))
+    found = {name: value for name, value in saved.common.items() if name.startswith(_TARGETS)}
+    return {name.removeprefix(_TARGETS): value.numpy() for name, value in found.items()} or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from hpdist.checkpoint.reader import SavedRun
 from hpdist.data.decode.stored_values import InputSpec
@@ -14,9 +14,10 @@ from hpdist.data.views import AudioViewsConfig, TextViewsConfig
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
 from hpdist.models.pixels import with_model_pixels
+from hpdist.tasks.base import Task, TaskConfig
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.config import RunConfig
-from hpdist.train.fitting import saved_scale
+from hpdist.train.fitting import saved_targets
 from hpdist.train.input_choice import (
     find_row_categories,
     find_seconds,
@@ -34,6 +35,8 @@ class LabeledInputs:
     """The run's settings, with what the views took from the rows and the model."""
     views: Any
     """The settings of the views before they took anything from the model."""
+    task: Task
+    """What the labels are, before it goes by them."""
     labeled: LabeledRows
     spec: InputSpec
     mode: ModeChoice | None
@@ -66,7 +69,8 @@ def open_labeled_inputs(
     asked = settled.config
     views, pixels = call_on_all_ranks(lambda: with_model_pixels(asked.views, asked.model))
     chosen = asked.model_copy(update={"views": views})
-    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, settled.opened, folder, saved))
+    task = cast(TaskConfig, config.task).build()
+    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, task, settled.opened, folder, saved))
     lines = list(settled.lines)
     seconds = run_on_main(lambda: find_seconds(chosen, labeled, recorded))
     if seconds is not None:
@@ -79,12 +83,13 @@ def open_labeled_inputs(
     mode = run_on_main(lambda: _choose_mode(chosen, labeled, spec, kept))
     if mode is not None:
         spec = with_mode(spec, mode.mode)
-    return LabeledInputs(chosen, asked.views, labeled, spec, mode, tuple(lines), pixels)
+    return LabeledInputs(chosen, asked.views, task, labeled, spec, mode, tuple(lines), pixels)
 
 
 @working("opening data.labeled")
 def _open_labeled(
     config: RunConfig,
+    task: Task,
     opened: tuple[Any, str, PathRule],
     folder: RunFolder,
     saved: SavedRun | None,
@@ -92,14 +97,14 @@ def _open_labeled(
     return open_labeled(
         config.data.labeled,
         config.run.seed,
+        labels=task,
         num_classes=getattr(config.model, "num_classes", None),
         chosen=folder.read_labeled_rows() if saved is not None else None,
         opened=opened,
         text=isinstance(config.views, TextViewsConfig),
         audio=isinstance(config.views, AudioViewsConfig),
-        task=config.task,
         classes=saved.facts["identity"].get("classes") if saved is not None else None,
-        scale=saved_scale(saved),
+        measured=saved_targets(saved),
         loading=config.data.loading,
     )
 

@@ -112,7 +112,7 @@ class RunModel:
         model = global_batch_norm(model)
         example = sets.views.plain(sets.spec.example(2))
         outputs = algorithm.task.outputs
-        trains = check_model(model, example, sets.num_classes, outputs)
+        trains = check_model(model, example, sets.num_classes, algorithm.task)
         model = with_heads(model, algorithm, example, self._features)
         if not trains:
             check_gradient(model, example, outputs)
@@ -121,7 +121,7 @@ class RunModel:
         return model
 
     def _built(self) -> nn.Module:
-        return build_model(self._config, self._sets.spec, self._sets.num_classes, self._seed)
+        return build_model(self._config, self._sets.spec, self._sets.output_size, self._seed)
 
     def _copied(self) -> nn.Module:
         """Copy the given module, or return it if it cannot be copied."""

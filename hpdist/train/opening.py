@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 
@@ -31,6 +31,7 @@ from hpdist.distributed.batch_norm import batch_norms
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.messages.human import counted, duration, percent
 from hpdist.messages.progress import columns
+from hpdist.tasks.base import TaskConfig
 from hpdist.tracking.console import Console, wrapped
 from hpdist.tracking.environment import hosts_and_devices
 from hpdist.train.config import RunConfig
@@ -224,8 +225,8 @@ def data_entries(
     """The entries of rows, classes and inputs; `measured` are the held-out sets by name."""
     known, rows = len(labeled.dataset), len(labeled)
     of = f" of {known:,}" if known != rows else ""
-    kind = {"multilabel": "labels", "regression": "targets"}.get(config.task.name, "classes")
-    entries = [("labelled", f"{rows:,}{of} rows"), (kind, _names(labeled.classes.names))]
+    task = cast(TaskConfig, config.task).makes
+    entries = [("labelled", f"{rows:,}{of} rows"), (task.names_are, _names(labeled.classes.names))]
     if unlabeled is not None:
         entries.append(("unlabelled", _unlabeled(unlabeled, config.batch.unlabeled)))
     for name, rows_measured in measured.items():

@@ -23,12 +23,11 @@ def observed(algorithm: Algorithm, logits: Sequence[Structure], rows: int) -> di
     if not logits or rows < _FEWEST:
         return {}
     outputs = cat(logits)
-    if not isinstance(outputs, Tensor):
+    task = algorithm.task
+    counts, confidence = task.class_counts(outputs), task.confidence(outputs)
+    if counts is None or confidence is None:
         return {}
-    counts = algorithm.task.class_counts(outputs)
-    if counts is None:
-        return {}
-    return {"pseudo_labels": counts, "confidence": outputs.softmax(dim=1).amax(dim=1).sum()}
+    return {"pseudo_labels": counts, "confidence": confidence.sum()}
 
 
 def summarized(sums: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

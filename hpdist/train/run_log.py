@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.views.base import Views
 from hpdist.distributed.stragglers import stragglers
 from hpdist.engines.execution_plan import ExecutionPlan
-from hpdist.tracking.console import HEADLINES, Console
+from hpdist.tasks.base import TaskConfig
+from hpdist.tracking.console import Console
 from hpdist.tracking.environment import environment
 from hpdist.tracking.examples import write_examples
 from hpdist.tracking.run_folder import RunFolder
@@ -49,7 +50,9 @@ class RunLog:
         self._folder = folder
         self._files = files
         environment_facts = environment() | ({} if sharding is None else sharding.described())
-        self._console = Console(config.steps, done, folder.main)
+        task = cast(TaskConfig, config.task).makes
+        self._scores = {name: name in task.in_percent for name in task.shown or (task.headline,)}
+        self._console = Console(config.steps, done, folder.main, self._scores)
         log_line = self._console.log_line
         sends = folder.main and files
         settings = config.model_dump(mode="json")
@@ -128,7 +131,7 @@ class RunLog:
             self._folder.append_metrics({"step": step, "attempt": attempt, **record})
         self._tracker.log(record, step)
         scores = {key.rpartition("/")[2]: value for key, value in record.items() if "/" in key}
-        shown = {name: scores[name] for name in HEADLINES if name in scores}
+        shown = {name: scores[name] for name in self._scores if name in scores}
         self._console.show(step, {**record, **shown})
 
     def write_summary(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hpdist.checkpoint.reader import SavedRun
-from hpdist.data.config import TaskChoice
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.sources.duplicates import Report
 from hpdist.data.sources.labeled import LabeledRows, with_categories
@@ -22,8 +21,8 @@ from hpdist.data.views import Views
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
 from hpdist.models.pixels import for_channels
-from hpdist.tasks.base import Task, make_task
-from hpdist.tracking.run_folder import RunFolder
+from hpdist.tasks.base import Task
+from hpdist.tracking.run_folder import TASK, RunFolder
 from hpdist.train import opening
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import fitted_state, fitted_views
@@ -79,6 +78,11 @@ class RunSets:
         return len(self.labeled.classes)
 
     @property
+    def output_size(self) -> int:
+        """The logits of a row."""
+        return self.task.output_size(self.num_classes)
+
+    @property
     def unlabeled_spec(self) -> InputSpec:
         """How unlabelled rows are decoded: as others, or with a strong view of their own."""
         return unlabeled_spec(self.config.views, self.spec)
@@ -91,18 +95,21 @@ class RunSets:
     @property
     def class_counts(self) -> Tensor | None:
         """The labelled rows of each class, fp32 [classes]; None where a row is not of one class."""
-        labels = torch.from_numpy(self.labeled.labels)
-        return labels.bincount(minlength=self.num_classes).float() if labels.dim() == 1 else None
+        numbers = self.labeled.class_numbers
+        if numbers is None:
+            return None
+        return torch.from_numpy(numbers).bincount(minlength=self.num_classes).float()
 
     @property
     def fitted(self) -> dict[str, Tensor]:
         """What views and targets were measured to be, for the checkpoint."""
-        return fitted_state(self.views, self.labeled.encoding.scale)
+        return fitted_state(self.views, self.labeled.encoding)
 
     def record(self, folder: RunFolder) -> None:
         """Write down what the run has chosen, for a resume to choose the same."""
         folder.write_json("labeled_rows.json", self.labeled.chosen)
         folder.write_json("classes.json", self.labeled.classes.names)
+        folder.write_json(TASK, self.task.display())
         inputs = record_inputs(self.config, self.asked, self.spec)
         if inputs:
             folder.write_json(_INPUTS, inputs)
@@ -169,15 +176,9 @@ def open_sets(
         validation=held_out["validation"],
         duplicates=duplicates,
         unreadable=unreadable,
-        task=_task_of(config.task, labeled),
+        task=first.task.fitted(labeled.encoding),
         views=fitted_views(config_now.views, seed, spec, labeled, unlabeled, saved),
     )
-
-
-def _task_of(config: TaskChoice, labeled: LabeledRows) -> Task:
-    scale = labeled.encoding.scale
-    spread = None if scale is None else tuple(scale.std.tolist())
-    return make_task(config.name, config.threshold, spread)
 
 
 def _settle(

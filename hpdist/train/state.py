@@ -19,6 +19,7 @@ from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, shortened
 from hpdist.engines.optimizer_state import optimizer_of, saved_optimizer
 from hpdist.errors import CheckpointError, describe
+from hpdist.tasks import DEFAULT_TASK
 from hpdist.train.config import RunConfig
 from hpdist.train.data import RunData
 from hpdist.train.optim import state_keys
@@ -143,7 +144,7 @@ class RunState:
         chosen = {key: value for key, value in self.identity.items() if key.startswith("data.")}
         # Earlier versions did not record it.
         theirs = {
-            "task.name": "classification",
+            "task.name": DEFAULT_TASK.name,
             "optim.name": optimizer_of(saved, self.identity["optim.name"]),
             **chosen,
             **saved.facts["identity"],

@@ -22,7 +22,7 @@ from hpdist.engines import launch
 from hpdist.engines.config import LossScale
 from hpdist.errors import ConfigError
 from hpdist.models.with_heads import with_heads
-from hpdist.tasks.base import Task
+from hpdist.tasks.base import PREDICTIONS, PSEUDO_LABELS, Task
 from hpdist.train.checks import check_model
 from hpdist.train.step import SemiSupervisedStep
 from tests.support.ranks import run_ranks
@@ -38,6 +38,7 @@ class ClassAndPlace(Task):
 
     name = "class_and_place"
     headline = "accuracy"
+    abilities = frozenset({PREDICTIONS, PSEUDO_LABELS})
     outputs = ("logits", "place")
 
     def losses(self, logits: Named, labels: Named) -> Tensor:
@@ -57,6 +58,12 @@ class ClassAndPlace(Task):
 
     def pseudo_label_losses(self, logits: Named, labels: Named, mask: Tensor) -> Tensor:
         return self.losses(logits, labels) * mask
+
+
+class Unnamed(ClassAndPlace):
+    """The same of a model whose second output has no name."""
+
+    outputs = ("logits", "output_1")
 
 
 @dataclass
@@ -117,7 +124,6 @@ def algorithm_of(name: str) -> Algorithm:
         "supervised": Supervised(),
     }
     algorithm = made[name]
-    algorithm.tasks = (ClassAndPlace.name,)  # type: ignore[misc]
     algorithm.set_task(ClassAndPlace())
     return algorithm
 
@@ -251,11 +257,11 @@ def test_an_overflow_in_the_second_output_is_found(stage: int | None) -> None:
 
 def test_what_the_model_lacks_is_named_before_training() -> None:
     example = Noisy().plain(batches(0)[0].inputs)
-    assert check_model(Both(), example, 99, ClassAndPlace.outputs) is True
+    assert check_model(Both(), example, 99, ClassAndPlace()) is True
     message = r"its outputs lack place, which the task .* it gives logits, output_1: return them by"
     with pytest.raises(ConfigError, match=message):
-        check_model(Both("tuple"), example, 99, ClassAndPlace.outputs)
-    assert check_model(Both("tuple"), example, 99, ("logits", "output_1")) is True
+        check_model(Both("tuple"), example, 99, ClassAndPlace())
+    assert check_model(Both("tuple"), example, 99, Unnamed()) is True
     with pytest.raises(ConfigError, match=message):
         attempt(make_step(kind="tuple"), 0)
 

@@ -56,7 +56,7 @@ def train(
     **changes: Any,
 ) -> dict[str, object]:
     """Train on this rank; where the targets were `measured` before, that must not be done again."""
-    from hpdist.data.sources.label_encoding import Scale
+    from hpdist.tasks.regression import Scale
     from hpdist.train.trainer import Trainer
 
     if measured:

@@ -74,13 +74,13 @@ def registered() -> dict[str, set[str]]:
     from hpdist.config.component import component_names, components
     from hpdist.train.config import RunConfig
 
-    task = RunConfig.model_json_schema()["$defs"]["TaskChoice"]["properties"]["name"]["enum"]
+    assert RunConfig.model_fields  # whose module imports all that registers itself
     pairs = set()
     for name, config in components("algorithm").items():
         made = config(name=name).build(4)  # type: ignore[attr-defined]
         pairs |= {f"{task}-{name}" for task in made.tasks}
-    names = {kind: set(component_names(kind)) for kind in ("algorithm", "addon")}
-    return names | {"task": set(task), "pairs": pairs}
+    names = {kind: set(component_names(kind)) for kind in ("algorithm", "addon", "task")}
+    return names | {"pairs": pairs}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from PIL import Image
 
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.data.config import Labeled, Loading, Unlabeled
-from hpdist.data.sources.labeled import input_spec, open_labeled
+from hpdist.data.sources.labeled import input_spec
 from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
 from hpdist.data.stream import BatchStream
+from tests.support.labeled import open_labeled
 
 SCHEMA = pa.schema(
     {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()}

@@ -16,7 +16,8 @@ from hpdist.algorithms.options import DeclaredConfig, argument
 from hpdist.algorithms.saved_state import SavedShards, Shards, check_names
 from hpdist.algorithms.view_request import Views
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task, require_abilities, require_named
 
 
 class AddOnConfig(DeclaredConfig):
@@ -63,8 +64,8 @@ class AddOn(Algorithm):
     own_extra_inputs: int = 0
     """Inputs that its `mix` adds behind those of the inner algorithm."""
     addon_paper: ClassVar[str] = ""
-    addon_tasks: ClassVar[tuple[str, ...]] = Algorithm.tasks
-    """The tasks that the add-on supports, around an algorithm that supports them."""
+    addon_needs: ClassVar[frozenset[str]] = Algorithm.needs
+    """The abilities of a task that the add-on needs, besides those of the algorithm inside."""
     rows: Any = _OfBase()
     task: Any = _OfBase()
     class_counts: Any = _OfBase()
@@ -80,7 +81,7 @@ class AddOn(Algorithm):
         """The add-on's own pending state; without the prefix."""
         self.views: Views = base.views  # type: ignore[misc]
         self.paper = base.paper  # type: ignore[misc]
-        self.tasks = tuple(t for t in base.tasks if t in self.addon_tasks)  # type: ignore[misc]
+        self.needs = base.needs | self.addon_needs  # type: ignore[misc]
         self.groups = base.groups
         self.mixed = base.mixed
         self.head_names = base.head_names
@@ -140,6 +141,18 @@ class AddOn(Algorithm):
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The inner algorithm's terms with the add-on's; `outputs` are the model's, unchanged."""
         return terms
+
+    def set_task(self, task: Task) -> None:
+        """Have the outputs mean something else, to the algorithm inside too.
+
+        Raises ConfigError where the task lacks what either needs of it.
+        """
+        self.base.set_task(task)
+        former = getattr(self, "addon_tasks", None)
+        if former is not None:  # names of tasks, as an add-on gave them before
+            require_named(task, former, type(self).__name__)
+        else:
+            require_abilities(task, self.addon_needs, type(self).__name__)
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Pass the task on."""
@@ -289,7 +302,7 @@ def build_algorithm(
     num_classes: int = 2,
     device: torch.device | str = "cpu",
     steps: int = 1,
-    task: Task = CLASSIFICATION,
+    task: Task = DEFAULT_TASK,
 ) -> Algorithm:
     """Wrap an algorithm in its add-ons, the first innermost.
 

@@ -15,7 +15,6 @@ from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.errors import ConfigError
-from hpdist.tasks.base import ALL
 
 Mode = Literal["masked", "denoising"]
 
@@ -33,7 +32,7 @@ class Reconstruction(AddOn, name="reconstruction"):
 
     name: ClassVar[str] = "reconstruction"
     addon_paper: ClassVar[str] = "Vincent et al. 2008, ICML; He et al. 2022, arXiv:2111.06377"
-    addon_tasks: ClassVar[tuple[str, ...]] = ALL
+    addon_needs: ClassVar[frozenset[str]] = frozenset()
     own_extra_inputs = 1
     defaults: ClassVar[str] = (
         "Values that suit standardised inputs of some hundred to a few thousand numbers."

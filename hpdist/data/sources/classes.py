@@ -163,20 +163,24 @@ def plain_labels(feature: Any, values: list[Any]) -> tuple[Any, list[Any]]:
 
 
 def list_classes(
-    stored: StoredLabels, num_classes: int | None, recorded: Sequence[str] | None = None
+    stored: StoredLabels,
+    num_classes: int | None,
+    recorded: Sequence[str] | None = None,
+    way_out: str = "write classes as integers or strings",
 ) -> Classes:
     """List the classes of the labelled split.
 
     With `num_classes`, integers that all lie in 0..num_classes - 1 have as many classes, also those
     that no row bears. `recorded` are the names of the run that goes on, which stay as they were
-    where all labels are among them. Raises DataError.
+    where all labels are among them. Raises DataError; `way_out` says what to do where a label is no
+    whole number.
     """
     feature, where, column = stored.feature, stored.where, stored.column
     kind = label_kind(feature, where, column)
     if kind == "class":
         found = Classes(tuple(feature.names), kind, "a ClassLabel")
     else:
-        found = _list_present(stored, kind)
+        found = _list_present(stored, kind, way_out)
     if recorded is not None and Classes(tuple(recorded)).index.keys() >= set(found.names):
         return replace(found, names=tuple(recorded))
     if num_classes is None or num_classes == len(found):
@@ -191,16 +195,12 @@ def list_classes(
     )
 
 
-def _list_present(stored: StoredLabels, kind: Kind) -> Classes:
+def _list_present(stored: StoredLabels, kind: Kind, way_out: str) -> Classes:
     """List the classes that rows bear, where nothing else declares them."""
     for row, value in enumerate(stored.values if kind == "number" else ()):
         if not is_mark(value) and spelling(value) is None:
             raise DataError(
-                stored.refusal(
-                    row,
-                    ", which is no whole number, and labels are classes",
-                    "write classes as integers or strings; for numbers set task.name: regression",
-                )
+                stored.refusal(row, ", which is no whole number, and labels are classes", way_out)
             )
     present, note = distinct(stored.values), None
     if kind in ("integer", "number") and -1 in present:

@@ -17,6 +17,7 @@ from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.retry import is_remote
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.stream.permute import Int64Array
+from hpdist.data.structures import from_arrays, take_rows
 from hpdist.errors import DataError
 
 _LOOK_SECONDS = 5.0  # that the start of a run looks for unreadable rows, on each rank
@@ -47,14 +48,14 @@ def evaluation_batches(
         positions = np.arange(first, first + size)
         valid = positions < end
         positions[~valid] = 0
-        ids, labels = rows.ids[positions], rows.labels[positions]
+        ids, labels = rows.ids[positions], take_rows(rows.labels, positions)
         inputs = torch.empty((size, *spec.shape), dtype=spec.dtype)
         for line, row in _decode(rows, spec, positions, inputs).items():
             if valid[line]:
                 tell(row)
             valid[line] = False
         yield (
-            LabeledBatch(inputs, torch.from_numpy(labels), torch.from_numpy(ids)),
+            LabeledBatch(inputs, from_arrays(labels), torch.from_numpy(ids)),
             torch.from_numpy(valid),
         )
 
@@ -136,8 +137,10 @@ def refuse_unreadable(rows: LabeledRows, looks: Sequence[Look]) -> str | None:
 
 def _class_of(rows: LabeledRows, row: int) -> str:
     """The class of a row of the split, for messages; of other labels nothing."""
-    label = rows.labels[int(np.searchsorted(rows.ids, row))]
-    return f" of class {rows.classes.names[int(label)]!r}" if rows.labels.ndim == 1 else ""
+    if rows.class_numbers is None:
+        return ""
+    number = rows.class_numbers[int(np.searchsorted(rows.ids, row))]
+    return f" of class {rows.classes.names[int(number)]!r}"
 
 
 def _share(count: int, rank: int, world_size: int) -> tuple[int, int, int]:

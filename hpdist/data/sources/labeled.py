@@ -1,6 +1,6 @@
 """Open what the config names: labelled, test and unlabelled rows, checked before training starts.
 
-    labeled = open_labeled(config.data.labeled, config.run.seed)
+    labeled = open_labeled(config.data.labeled, config.run.seed, labels=config.task.build())
     spec = input_spec(labeled, size=32)
     unlabeled = open_unlabeled(config.data.unlabeled, labeled, spec)
     test = open_test(config.data.test, labeled, spec)
@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.data.config import LabelColumn, Labeled, Loading, TaskChoice
+from hpdist.data.config import LabelColumn, Labeled, Loading
 from hpdist.data.decode.categories import Categories
 from hpdist.data.decode.encoded import Array
 from hpdist.data.decode.stored_values import Column, InputSpec, stored_inputs
 from hpdist.data.files.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.sources.classes import Classes
-from hpdist.data.sources.label_encoding import Encoding, Scale, find_encoding
+from hpdist.data.sources.label_encoding import Encoding, LabelReader
 from hpdist.data.sources.labels import (
     check_indices,
     check_labeled,
@@ -48,6 +48,7 @@ from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.table import TableReader
+from hpdist.data.structures import Arrays, take_rows
 from hpdist.errors import DataError
 
 _LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order
@@ -97,10 +98,12 @@ class TableRows:
 class LabeledRows(TableRows):
     """Rows of a map-style dataset with labels."""
 
-    labels: Array  # int64 [rows], in 0..len(classes); of other tasks fp32 [rows, classes]
+    labels: Arrays  # [rows, *], as the task has them: an array, or arrays by name
     encoding: Encoding
     """How the labels were read."""
     label_column: str
+    class_numbers: Int64Array | None
+    """int64 [rows], in 0..len(classes); None where a row is not of one class."""
     notes: tuple[str, ...] = ()
     """What was decided about the rows that a person should know."""
     text: bool = False
@@ -174,49 +177,59 @@ def open_labeled(
     config: Labeled,
     seed: int,
     *,
+    labels: LabelReader,
     num_classes: int | None = None,
     chosen: list[int] | None = None,
     dataset: Any = None,
     where: str = "data.labeled",
     text: bool = False,
     audio: bool = False,
-    task: TaskChoice | None = None,
     classes: Sequence[str] | None = None,
-    scale: Scale | None = None,
+    measured: Mapping[str, Array] | None = None,
     opened: tuple[Any, str, PathRule] | None = None,
     loading: Loading | None = None,
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
-    `dataset` is a `datasets.Dataset` to use instead of loading `config.path`; `chosen` are the rows
-    of an earlier run, used instead of drawing, `classes` the names of its classes, and `scale` is
-    what it standardised targets by; `text` is whether the model sees text, `audio` whether it sees
-    sound; `task` is classification if not given; `opened` is what `open_table` gave, if that was
-    called before. Raises DataError when anything is not as the config says.
+    `labels` is what knows how labels are read: a task. `dataset` is a `datasets.Dataset` to use
+    instead of loading `config.path`; `chosen` are the rows of an earlier run, used instead of
+    drawing, `classes` the names of its classes, and `measured` is the state of its encoding; `text`
+    is whether the model sees text, `audio` whether it sees sound; `opened` is what `open_table`
+    gave, if that was called before. Raises DataError when anything is not as the config says.
     """
     table, name, rule = opened or open_table(config, dataset, where, (), loading)
     features = table.features
     label = label_column(features, config.label, where)
     column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
     stored = read_labels(table, label, where, name)
-    encoding = find_encoding(task or TaskChoice(), stored, num_classes, classes)
+    encoding = labels.find_encoding(stored, num_classes, classes)
     given = chosen if chosen is not None else config.indices
     setting = f"{where}.indices" if chosen is None else f"{where}: the recorded choice of rows"
     check_indices(given, len(table), setting)
     unlabeled = encoding.unlabeled(stored)
     check_labeled(given, stored, unlabeled, setting)
     usable, notes = with_labels(stored, unlabeled)
-    labels = encoding.encode(stored, usable if given is None else given)
-    drawn = (
-        draw_rows(config, labels, usable, encoding.classes, seed, where) if given is None else given
-    )
-    ids = np.sort(np.asarray(drawn, dtype=np.int64))
-    encoding = encoding.fitted(labels[ids], scale)
-    notes += encoding.describe(labels[ids], where, training=True)
-    view = raw_view(table, names_of(column))
-    finished = encoding.finish(labels[ids])
+    encoded = encoding.encode(stored, usable if given is None else given)
+    if given is None:
+        numbers = encoding.class_numbers(encoded)
+        given = draw_rows(config, stored, numbers, usable, encoding.classes, seed)
+    ids = np.sort(np.asarray(given, dtype=np.int64))
+    used = take_rows(encoded, ids)
+    encoding = encoding.fitted(used, measured)
+    notes += encoding.describe(used, where, training=True)
     return LabeledRows(
-        view, column, name, ids, finished, encoding, label, tuple(notes), text, audio, rule=rule
+        raw_view(table, names_of(column)),
+        column,
+        name,
+        ids,
+        encoding.finish(used),
+        encoding,
+        label,
+        encoding.class_numbers(used),
+        tuple(notes),
+        text,
+        audio,
+        rule=rule,
     )
 
 
@@ -256,7 +269,7 @@ def open_test(
     usable, notes = with_labels(stored, encoding.unlabeled(stored))
     notes += checked
     ids = np.asarray(usable, np.int64)
-    labels = encoding.encode(stored, usable)[ids]
+    labels = take_rows(encoding.encode(stored, usable), ids)
     notes += encoding.describe(labels, where, training=False)
     view = raw_view(table, names_of(column))
     rows = LabeledRows(
@@ -267,6 +280,7 @@ def open_test(
         encoding.finish(labels),
         encoding,
         label,
+        encoding.class_numbers(labels),
         tuple(notes),
         like.text,
         like.audio,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpdist.data.config import Labeled, LongTail
-from hpdist.data.decode.written import is_minus_one, shortened
+from hpdist.data.decode.written import is_mark, is_minus_one, shortened
 from hpdist.data.files.row_names import describe_row
 from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, plain_labels
 from hpdist.data.sources.loading import known_column, read_column
@@ -21,7 +21,12 @@ from hpdist.errors import DataError
 _CHOICE = 0xC401CE  # keeps the draw of labels apart from everything else the seed feeds
 ROUNDING = 1e-6  # of a row: a power that should be whole may come out a little less
 
+LISTS = (datasets.List, datasets.LargeList)
+"""The types of columns of lists."""
+
 Float64Array = npt.NDArray[np.float64]
+
+_NUMBERS = ("int", "uint", "float", "double", "bool", "decimal")
 
 
 def label_column(features: Any, column: str | None, where: str) -> str:
@@ -91,6 +96,35 @@ def _mark(value: Any) -> str:
     return "an empty text" if isinstance(value, (str, bytes)) else "null"
 
 
+def is_blank(value: Any, minus_one: bool = False) -> bool:
+    """Whether a row is marked as one without labels: by a mark, or a list of nothing else."""
+    if isinstance(value, list):
+        return bool(value) and all(is_mark(one, minus_one) for one in value)
+    return is_mark(value)
+
+
+def holds_numbers(feature: Any) -> bool:
+    """Whether a column holds numbers, or lists of numbers, and not classes."""
+    inner = feature.feature if isinstance(feature, LISTS) else feature
+    kind = getattr(inner, "dtype", "")
+    return not isinstance(inner, datasets.ClassLabel) and kind.startswith(_NUMBERS)
+
+
+def describe_missing(
+    classes: Classes, counts: npt.NDArray[Any], where: str, training: bool
+) -> list[str]:
+    """Say which classes have no row, by the rows of each, and which one is alone."""
+    found = [] if classes.note is None or not training else [classes.note]
+    absent = [name for name, rows in zip(classes.names, counts, strict=True) if not rows]
+    if training and len(absent) == len(classes) - 1:
+        (only,) = set(classes.names) - set(absent)
+        return [*found, f"note: {where} has rows of one class alone, {shortened([only])!r}"]
+    if absent:
+        of = f"{len(absent)} of the {len(classes)} classes"
+        found.append(f"note: {where} has no row of {of}: {shortened(absent)}")
+    return found
+
+
 def check_indices(indices: list[int] | None, rows: int, setting: str) -> None:
     """Raise DataError for row numbers that are out of range or repeated."""
     if indices is None:
@@ -125,26 +159,35 @@ def check_labeled(
 
 def draw_rows(
     config: Labeled,
-    labels: Int64Array,
+    stored: StoredLabels,
+    numbers: Int64Array | None,
     usable: Sequence[int],
     classes: Classes,
     seed: int,
-    where: str,
 ) -> Int64Array:
-    """Draw among the `usable` rows from the seed alone, so that every rank draws the same."""
-    generator = np.random.default_rng([seed, _CHOICE])
+    """Draw among the `usable` rows from the seed alone, so that every rank draws the same.
+
+    `numbers` are the classes of all rows of the split, int64 [rows], or None where a row is not of
+    one class. Raises DataError where there are not enough rows.
+    """
+    generator, where = np.random.default_rng([seed, _CHOICE]), stored.where
     if config.rows is not None:
         if config.rows > len(usable):
-            having = " with a label" if len(usable) < len(labels) else ""
+            having = " with a label" if len(usable) < len(stored.values) else ""
             raise DataError(
                 f"{where}.rows: {config.rows} asked for, the split has {len(usable)}{having}"
             )
         return generator.choice(np.asarray(usable), config.rows, replace=False)
     if config.labels_per_class is None:
         return np.asarray(usable)
+    if numbers is None:
+        raise DataError(
+            f"{where}.labels_per_class: goes by the class of a row, and with these labels a row "
+            f"has not one; use {where}.rows or indices"
+        )
     shares = np.ones(len(classes)) if config.imbalance is None else tail(config, len(classes))
     sizes = sizes_of(config.labels_per_class, shares)
-    return draw_sizes(sizes, labels, classes, generator, f"{where}.labels_per_class")
+    return draw_sizes(sizes, numbers, classes, generator, f"{where}.labels_per_class")
 
 
 def tail(config: LongTail, classes: int) -> Float64Array:

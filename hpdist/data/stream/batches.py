@@ -25,6 +25,7 @@ from hpdist.data.decode.encoded import Array, Unreadable
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.stream.functions import Values
 from hpdist.data.stream.reader import Reader, Rows
+from hpdist.data.structures import map_arrays
 from hpdist.errors import DataError
 
 BatchT = TypeVar("BatchT", LabeledBatch, UnlabeledBatch)
@@ -326,7 +327,7 @@ class _Loader:
                     f"{self.source.name}: {place} cannot be decoded: {reason}; mend or remove "
                     "that row"
                 )
-            return LabeledBatch(inputs, self._tensor(rows.labels), ids)
+            return LabeledBatch(inputs, map_arrays(self._tensor, rows.labels), ids)
         epochs = torch.from_numpy(rows.epochs)
         if not reasons:
             return UnlabeledBatch(inputs, ids, epochs=epochs)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.decode.encoded import Array
 from hpdist.data.stream.permute import Int64Array
+from hpdist.data.structures import Arrays
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Rows:
     epochs: Int64Array  # [rows], the epoch that each row belongs to
     unread: Mapping[int, str] = field(default_factory=dict)
     """Why, by line, of the rows that could not be read."""
-    labels: Array | None = None  # [rows, *], of labelled rows
+    labels: Arrays | None = None  # [rows, *], of labelled rows
     parts: tuple[tuple[int, Rows], ...] = ()
     """Which of several mixed datasets it is and its rows, in place of `table`."""
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.decode.encoded import Array
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.stream.permute import Int64Array, permuted
 from hpdist.data.stream.reader import Rows
+from hpdist.data.structures import Arrays, take_rows
 from hpdist.errors import DataError
 
 _SAMPLED = 16  # rows that the fingerprint looks at
@@ -24,7 +25,7 @@ class TableReader:
     Args:
         dataset: A `datasets.Dataset` of the columns to read, in Arrow format.
         ids: [rows], which of its rows are used.
-        labels: [rows, *], the labels of each, of labelled rows.
+        labels: [rows, *], the labels of each, of labelled rows: an array, or arrays by name.
         name: Of the dataset, for messages.
         key: Chooses the order.
     """
@@ -33,7 +34,7 @@ class TableReader:
         self,
         dataset: Any,
         ids: Int64Array,
-        labels: Array | None,
+        labels: Arrays | None,
         name: str,
         key: tuple[int, ...],
     ) -> None:
@@ -60,8 +61,9 @@ class TableReader:
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self._ids.astype(np.int64).tobytes())
-        if self._labels is not None:
-            digest.update(np.ascontiguousarray(self._labels).tobytes())
+        for array in self._labels.values() if isinstance(self._labels, Mapping) else [self._labels]:
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
         sample = np.linspace(0, self.rows - 1, min(_SAMPLED, self.rows)).astype(np.int64)
         for row in self._take(self._ids[sample]).to_pylist():
             digest.update(repr(row).encode())
@@ -75,7 +77,7 @@ class TableReader:
             here = epochs == epoch
             places[here] = permuted(offsets[here], self.rows, *self._key, epoch)
         ids = self._ids[places]
-        labels = None if self._labels is None else self._labels[places]
+        labels = None if self._labels is None else take_rows(self._labels, places)
         return Rows(self._take(ids), ids, epochs, labels=labels)
 
     def prepare(self, position: int, batch: int, start: int, stop: int) -> None:

@@ -30,6 +30,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "algorithm": {"name": "python:strangers:Algorithm", "margin": 0.5},
         "addons": [{"name": "python:strangers:Addon"}],
         "views": {"name": "python:strangers:Views"},
+        "task": {"name": "python:strangers:Task", "cutoff": 0.5},
         "data": {
             "labeled": files,
             "unlabeled": {**files, "streaming": True, "filter": "python:strangers:keep"},
@@ -50,6 +51,7 @@ def test_the_config_is_printed_as_it_is_given(
     assert main(["train", str(config), "--print-config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["algorithm"] == {"name": "python:strangers:Algorithm", "margin": 0.5}
+    assert printed["task"] == {"name": "python:strangers:Task", "cutoff": 0.5}
     assert printed["model"] == {"name": "python:strangers:model", "args": {"width": 3}}
     assert printed["data"]["unlabeled"]["filter"] == "python:strangers:keep"
     assert not Path("it-ran").exists()
@@ -89,6 +91,7 @@ def test_data_are_no_code(
     Path("a.pkl").write_bytes(pickle.dumps(Harm()))
     given = [f"--data.unlabeled={{path: pandas, data_files: a.pkl, streaming: {streaming}}}"]
     given += ["--algorithm={name: fixmatch}", "--model={name: mlp}", "--views={name: identity}"]
+    given += ["--task={name: classification}"]
     name, *more = command
     assert main([name, str(config), *more, *given, "--addons=[]"]) in (2, 3)
     assert not Path("it-ran").exists()

@@ -1,5 +1,6 @@
 """Structures: plain tensors and named ones go the same ways, row by row."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +60,13 @@ def test_gradients_go_through_and_stop_at_detach() -> None:
     assert whole["a"].grad is not None
     assert whole["a"].grad.sum() == 2
     assert not structures.detach(whole)["a"].requires_grad
+
+
+def test_arrays_by_name_are_taken_by_row_and_become_tensors() -> None:
+    arrays = {"rank": np.arange(4), "steps": np.arange(8.0).reshape(4, 2)}
+    taken = structures.take_rows(arrays, np.array([3, 0]))
+    assert taken["rank"].tolist() == [3, 0]
+    assert taken["steps"].tolist() == [[6, 7], [0, 1]]
+    tensors = structures.from_arrays({"turned": np.arange(6).reshape(2, 3).T})
+    assert tensors["turned"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert structures.from_arrays(structures.take_rows(np.arange(3), np.array([2]))).tolist() == [2]

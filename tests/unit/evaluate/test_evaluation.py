@@ -10,7 +10,8 @@ import torch
 from sklearn import metrics
 from torch import Tensor, nn
 
-from hpdist.evaluate.scoring import Evaluation, Scores
+from hpdist.evaluate.scoring import Evaluation
+from hpdist.tasks.classification import Scores
 from tests.support.evaluated import evaluated
 from tests.support.ranks import run_ranks
 

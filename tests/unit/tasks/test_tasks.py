@@ -313,7 +313,7 @@ def test_pseudo_labels_of_several_classes_are_decided_one_by_one() -> None:
 
 
 def test_an_algorithm_without_a_meaning_for_a_task_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"task.name: FreeMatch .* multilabel, only .* classif"):
+    with pytest.raises(ConfigError, match=r"FreeMatch .* multilabel, .*, only .* classif"):
         FreeMatch(CLASSES).set_task(Multilabel())
     with pytest.raises(ConfigError, match=r"FixMatch has no meaning for regression"):
         build_algorithm(FixMatchConfig(), task=Regression())

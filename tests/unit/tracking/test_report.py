@@ -217,7 +217,10 @@ GARBAGE = [
 ]
 
 
-NAMED = ["config.yaml", "summary.json", "confusion_test.json", "classes.json", "examples/views.png"]
+NAMED = [
+    *("config.yaml", "summary.json", "confusion_test.json", "classes.json", "task.json"),
+    "examples/views.png",
+]
 
 
 @pytest.mark.parametrize("content", GARBAGE)
@@ -267,6 +270,36 @@ def test_many_classes_and_records_make_no_huge_page(tmp_path):
     (folder / "confusion_test.json").write_text(json.dumps(matrix(names)))
     page = report(folder, "--out", folder / "page.html")
     assert len(page) < 2_000_000
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_headline_of_a_run_that_did_not_write_its_task_down(made, named):
+    """Earlier runs say it in their settings; a config may name none."""
+    name, headline, title = ("regression", "rmse", "Root mean squared error")
+    if not named:
+        name, headline, title = (None, "accuracy", "Accuracy")
+    settings = {"task": {"labels": "auto", "threshold": 0.5, "name": name}} if named else {}
+    (made / "config.yaml").write_text(yaml.safe_dump(settings or {"steps": 5}))
+    records = [json.dumps({"step": step, f"eval/test/{headline}": 1 / step}) for step in (1, 2)]
+    (made / "metrics.jsonl").write_text("\n".join(records))
+    (made / "summary.json").write_text(json.dumps({f"test/{headline}_student": 0.25}))
+    page = report(made, "--out", made / "page.html")
+    assert f"<figcaption>{title}</figcaption>" in page
+    assert f"<th>test/{headline}_student</th>" in page
+
+
+def test_what_the_folder_says_of_the_task_is_drawn(made):
+    task = {"headline": "rank_error", "title": "Error <in> ranks", "summarized": [], "charts": []}
+    (made / "task.json").write_text(json.dumps(task))
+    (made / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/test/rank_error": 2.0}))
+    (made / "confusion_test.json").write_text(json.dumps(matrix(["a", "b"])))
+    page = report(made, "--out", made / "page.html")
+    assert "<figcaption>Error &lt;in&gt; ranks</figcaption>" in page
+    assert "Confusion matrices" not in page
+    (made / "task.json").write_text(json.dumps({**task, "charts": [1]}))
+    page = report(made, "--out", made / "page.html")
+    assert "task.json is left out: it does not name scores and charts" in page
+    assert "Confusion matrices" in page
 
 
 def test_classes_are_called_by_their_names(made):

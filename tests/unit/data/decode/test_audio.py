@@ -14,10 +14,11 @@ from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Unreadable
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule
-from hpdist.data.sources.labeled import open_labeled, open_test
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
+from tests.support.labeled import open_labeled
 from tests.support.sounds import file_of, table, tone
 
 SPEC = InputSpec.of_audio(Sampling(8000, 4000), (4000,))

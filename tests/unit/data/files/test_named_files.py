@@ -22,12 +22,13 @@ from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule, server_of
 from hpdist.data.sources.duplicates import find_duplicates
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.data.sources.pictures import Seen
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
 from tests.support.fault_server import FaultServer
+from tests.support.labeled import open_labeled
 
 SECRET = "the data's own folder"
 

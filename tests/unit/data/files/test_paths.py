@@ -13,10 +13,11 @@ from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.files import paths
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.data.sources.loading import load
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import DataError
+from tests.support.labeled import open_labeled
 
 
 @pytest.fixture(autouse=True)

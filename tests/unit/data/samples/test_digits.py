@@ -9,8 +9,9 @@ from sklearn.datasets import load_digits
 
 from hpdist.data.config import LabelColumn, Labeled
 from hpdist.data.samples.digits import write_digits
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.errors import DataError
+from tests.support.labeled import open_labeled
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import torch
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
 from hpdist.train.config import parse
+from tests.support.labeled import open_labeled
 
 COLUMNS = ["age", "member", "income"]
 

@@ -9,9 +9,10 @@ import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import ConfigError, DataError
+from tests.support.labeled import open_labeled
 
 ROWS = [("a", "b", "label"), ("1.5", "1000.0", "été"), ("2.5", "2000.0", "no")]
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from hpdist.data.config import Duplicates, LabelColumn, Labeled, Unlabeled
 from hpdist.data.sources.duplicates import Report, find_duplicates
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
 from hpdist.data.sources.unlabeled import AnyUnlabeled, open_unlabeled
+from tests.support.labeled import open_labeled
 
 AUTO = Duplicates()
 

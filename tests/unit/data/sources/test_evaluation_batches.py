@@ -7,8 +7,9 @@ from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled
 from hpdist.data.sources.held_out import evaluation_batches, look_through, summarize_looks
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.errors import DataError
+from tests.support.labeled import open_labeled
 
 
 def rows_of(count):

@@ -18,13 +18,15 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
-from hpdist.data.config import LabelColumn, Labeled, TaskChoice, Unlabeled
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled, Unlabeled
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import CheckpointError, DataError
+from hpdist.tasks import make_task
 from hpdist.train.trainer import Trainer
+from tests.support.labeled import open_labeled
 
-MULTILABEL = TaskChoice(name="multilabel")
+MULTILABEL = make_task(name="multilabel")
 
 
 def table(labels: Any, kind: pa.DataType | None = None) -> datasets.Dataset:
@@ -43,7 +45,7 @@ def named(labels: list[Any], names: list[str]) -> datasets.Dataset:
 
 def opened(data: datasets.Dataset, **settings: Any) -> LabeledRows:
     options = {
-        key: settings.pop(key) for key in ("num_classes", "task", "classes") & settings.keys()
+        key: settings.pop(key) for key in ("num_classes", "labels", "classes") & settings.keys()
     }
     return open_labeled(Labeled(path="m", input="x", **settings), 0, dataset=data, **options)
 
@@ -290,7 +292,7 @@ LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
 @pytest.mark.parametrize("kind", LISTS)
 def test_lists_of_labels_have_the_classes_that_are_there(kind: str) -> None:
     stored, names = LISTS[kind]
-    rows = opened(table(stored), task=MULTILABEL)
+    rows = opened(table(stored), labels=MULTILABEL)
     assert rows.classes.names == names
     assert rows.labels.tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0]]
     turned = pa.array(stored.to_pylist()[::-1], stored.type)
@@ -298,7 +300,7 @@ def test_lists_of_labels_have_the_classes_that_are_there(kind: str) -> None:
 
 
 def test_lists_in_another_type_are_matched_too() -> None:
-    rows = opened(table([[10], [2, 3], []]), task=MULTILABEL)
+    rows = opened(table([[10], [2, 3], []]), labels=MULTILABEL)
     test = held_out(table([["3", "10"], ["2"]]), rows)
     assert test.labels.tolist() == [[0, 1, 1], [1, 0, 0]]
     assert "matched by how they are written" in test.notes[0]

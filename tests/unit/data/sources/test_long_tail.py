@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable, input_spec, open_labeled
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable, input_spec
 from hpdist.data.sources.labels import sizes_of, tail
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled, row_count
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError, HpdistError
 from hpdist.train.config import parse
 from hpdist.train.trainer import Trainer
+from tests.support.labeled import open_labeled
 
 SIZES = (90, 60, 50, 40)
 

@@ -6,12 +6,13 @@ import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_test
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
 from hpdist.preflight.datasets import check_data
 from hpdist.train.config import parse
+from tests.support.labeled import open_labeled
 
 ALONE = Rendezvous(Endpoint(0, 1), None, None)
 

@@ -11,8 +11,9 @@ from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
 from hpdist.data.decode.audio import Sampling
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.labeled import open_labeled, open_test
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
+from tests.support.labeled import open_labeled
 
 soundfile = pytest.importorskip("soundfile")
 RATE = 8000

@@ -9,10 +9,11 @@ from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
+from tests.support.labeled import open_labeled
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ from hpdist.algorithms.pi_model import PiModel
 from hpdist.data.config import Labeled, Unlabeled
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
-from hpdist.data.sources.labeled import open_labeled
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.views import TextViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.train import config as configuration
 from hpdist.train.checks import check_inputs
+from tests.support.labeled import open_labeled
 from tests.support.texts import SENTENCES, write_model
 
 BACK = [" ".join(reversed(text.split())) for text in SENTENCES]

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Features, List, Value
 
-from hpdist.data.config import LabelColumn, Labeled, TaskChoice
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
 from hpdist.errors import ConfigError, DataError
+from hpdist.tasks import make_task
+from hpdist.tasks.base import Task
 from hpdist.train.config import RunConfig, parse
+from tests.support.labeled import open_labeled
 
-SEVERAL = TaskChoice(name="multilabel")
-NUMBERS = TaskChoice(name="regression")
+SEVERAL = make_task(name="multilabel")
+NUMBERS = make_task(name="regression")
 
 
 def written(folder: Path, name: str, labels: list[Any], feature: Any) -> dict[str, Any]:
@@ -28,10 +31,10 @@ def written(folder: Path, name: str, labels: list[Any], feature: Any) -> dict[st
 
 
 def opened(
-    folder: Path, labels: list[Any], feature: Any, task: TaskChoice, **settings: Any
+    folder: Path, labels: list[Any], feature: Any, task: Task, **settings: Any
 ) -> LabeledRows:
     config = Labeled(**written(folder, "labeled", labels, feature), **settings)
-    return open_labeled(config, 0, task=task)
+    return open_labeled(config, 0, labels=task)
 
 
 def held_out(folder: Path, like: LabeledRows, labels: list[Any], feature: Any) -> LabeledRows:
@@ -69,21 +72,21 @@ def test_pairs_of_0_and_1_must_be_told_apart(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs of 0 and 1.*task.labels: ids"):
         opened(tmp_path, pairs, List(Value("int64")), SEVERAL)
     for way, expected in (("vector", [[0, 1], [1, 0]]), ("ids", [[1, 1], [1, 1]])):
-        task = TaskChoice(name="multilabel", labels=way)  # type: ignore[arg-type]
+        task = make_task(name="multilabel", labels=way)
         assert opened(tmp_path, pairs, List(Value("int64")), task).labels.tolist() == expected
     repeated = [[0, 1], [1, 1]]
     rows = opened(tmp_path, repeated, List(Value("int64")), SEVERAL)
     assert rows.labels.tolist() == repeated
 
 
-WRONG: list[tuple[list[Any], Any, TaskChoice, str]] = [
+WRONG: list[tuple[list[Any], Any, Task, str]] = [
     ([[0], [1, None]], List(TAGS), SEVERAL, r"row 1 .*has .*None is none of the 3 classes"),
     ([[1, 0, 1], [1, 0]], List(Value("float32")), SEVERAL, r"row 1 .* 2 values for 3 classes"),
     ([[1, 0], [0.5, 0]], List(Value("float32")), SEVERAL, r"row 1 .* not all 0 or 1"),
     ([[1, 0], [float("nan"), 0]], List(Value("float32")), SEVERAL, r"row 1 .* not all 0 or 1"),
     ([0, 1], TAGS, SEVERAL, r"column 'label' is ClassLabel.*needs lists"),
     ([[0], [0]], List(Value("int64")), SEVERAL, r"has 1 classes, .* two or more"),
-    ([[0], [1]], List(TAGS), TaskChoice(), r"holds lists; .* task.name: multilabel"),
+    ([[0], [1]], List(TAGS), make_task(), r"holds lists; .* task.name: multilabel"),
     ([1.0, float("inf")], Value("float64"), NUMBERS, r"row 1 .* it is not finite"),
     ([[1.0, 2.0], [1.0]], List(Value("float32")), NUMBERS, r"row 1 .* 1 numbers, .* has 2"),
     ([[1.0, 2.0], [1.0, None]], List(Value("float32")), NUMBERS, r"row 1 .* it holds nulls"),
@@ -145,11 +148,20 @@ def config(**changes: Any) -> RunConfig:
     )
 
 
+def test_what_was_once_written_down_for_every_task_is_taken() -> None:
+    for name in ("classification", "regression"):
+        task = config(task={"name": name, "labels": "auto", "threshold": 0.5}).task
+        assert task.model_dump() == {"name": name}
+    assert config(task=None).task == config(task={}).task == config().task
+
+
 def test_settings_that_go_by_a_rows_class_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.labeled.labels_per_class: needs the class"):
         config(labeled={"labels_per_class": 4}, task={"name": "multilabel"})
     with pytest.raises(ConfigError, match=r"threshold is only used with name: multilabel"):
         config(task={"name": "regression", "threshold": 0.3})
-    with pytest.raises(ConfigError, match=r"task.name"):
+    with pytest.raises(ConfigError, match=r"task.name: no task is called 'ranking'; known: cl"):
         config(task={"name": "ranking"})
+    with pytest.raises(ConfigError, match=r"labels is only used with name: multilabel"):
+        config(task={"labels": "ids"})
     assert config(labeled={"rows": 4}, task={"name": "regression"}).task.name == "regression"

@@ -13,10 +13,11 @@ from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Unreadable
 from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import input_spec, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
+from tests.support.labeled import open_labeled
 from tests.support.texts import SENTENCES, write_model, write_tokenizer
 
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Features, List, Value
 
-from hpdist.data.config import LabelColumn, Labeled, TaskChoice
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
 from hpdist.errors import DataError
+from hpdist.tasks import DEFAULT_TASK, make_task
+from hpdist.tasks.base import Task
+from tests.support.labeled import open_labeled
 
 NAN = float("nan")
 DAYS = [dt.date(2024, 1, day) for day in (1, 2, 3)]
-REGRESSION, MULTILABEL = TaskChoice(name="regression"), TaskChoice(name="multilabel")
+REGRESSION, MULTILABEL = make_task(name="regression"), make_task(name="multilabel")
 
 
 def table(labels: list[Any], feature: Any = None) -> datasets.Dataset:
@@ -30,8 +33,10 @@ def table(labels: list[Any], feature: Any = None) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows, features=features)
 
 
-def opened(data: datasets.Dataset, task: TaskChoice | None = None, **settings: Any) -> LabeledRows:
-    return open_labeled(Labeled(path="m", input="x", **settings), 0, dataset=data, task=task)
+def opened(data: datasets.Dataset, task: Task | None = None, **settings: Any) -> LabeledRows:
+    return open_labeled(
+        Labeled(path="m", input="x", **settings), 0, dataset=data, labels=task or DEFAULT_TASK
+    )
 
 
 def held_out(data: datasets.Dataset, like: LabeledRows) -> LabeledRows:
@@ -170,15 +175,13 @@ def test_lists_of_marks() -> None:
         ([[None], ["a", "b"], ["b"]], "auto"),
         ([[-1, -1], [0.0, 1.0], [1.0, 1.0]], "auto"),
     ):
-        task = TaskChoice(name="multilabel", labels=choice)
+        task = make_task(name="multilabel", labels=choice)
         rows = opened(table(labels), task=task)
         assert (rows.chosen, len(rows.classes)) == ([1, 2], 2)
         assert "1 of 3" not in rows.notes[0]
         assert "2 of 3 rows" in rows.notes[0]
     with pytest.raises(DataError, match=r"row 0 has the label \[-1, 1\]"):
-        opened(
-            table([[-1, 1], [0, 1], [1, 1]]), task=TaskChoice(name="multilabel", labels="vector")
-        )
+        opened(table([[-1, 1], [0, 1], [1, 1]]), task=make_task(name="multilabel", labels="vector"))
 
 
 def test_draws_among_all_rows_are_those_of_before() -> None:

@@ -1,0 +1,230 @@
+"""Classification: a row is of one class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpdist.errors import DataError
+from hpdist.tasks.base import (
+    DIVERGENCE,
+    ENTROPY,
+    ONE_CLASS,
+    PREDICTIONS,
+    PSEUDO_LABELS,
+    Task,
+    TaskConfig,
+)
+from hpdist.tasks.losses import confident, entropy, hard_cross_entropy, kl_divergence, squared_error
+from hpdist.tasks.metrics import Meter, Sums
+
+if TYPE_CHECKING:
+    from hpdist.data.decode.encoded import Array
+    from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
+    from hpdist.data.sources.label_encoding import Encoding
+    from hpdist.data.structures import Arrays
+
+WHOLE_NUMBERS = "write classes as integers or strings; for numbers set task.name: regression"
+"""What to do about labels that are no whole numbers, where classes are asked for."""
+
+
+class Classification(Task):
+    """A row is of one class: softmax and cross-entropy; labels are int64 [rows]."""
+
+    name = "classification"
+    abilities = frozenset({PREDICTIONS, DIVERGENCE, ENTROPY, PSEUDO_LABELS, ONE_CLASS})
+    headline = "accuracy"
+    in_percent = frozenset({"accuracy"})
+    summarized = ("accuracy", "macro_f1", "balanced_accuracy")
+    rows_have_a_class = True
+    charts = ("confusion",)
+
+    def find_encoding(
+        self, stored: StoredLabels, num_classes: int | None, recorded: Sequence[str] | None = None
+    ) -> Encoding:
+        """Read the column as classes: integers, strings, or what can be written as one."""
+        from hpdist.data.sources.classes import list_classes
+        from hpdist.data.sources.labels import LISTS
+
+        if isinstance(stored.feature, LISTS):
+            raise DataError(
+                f"{stored.where}.label: column {stored.column!r} holds lists; for several classes "
+                "of a row set task.name: multilabel, for several numbers task.name: regression"
+            )
+        return OneClass(list_classes(stored, num_classes, recorded, WHOLE_NUMBERS))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """-log p_y."""
+        return hard_cross_entropy(logits, labels)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Softmax."""
+        return logits.softmax(dim=-1)
+
+    def squared_error(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Give the squared error of the probabilities."""
+        return squared_error(logits, targets)
+
+    def divergence(self, target_logits: Tensor, logits: Tensor) -> Tensor:
+        """KL(q || p)."""
+        return kl_divergence(target_logits, logits)
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        """H(p, p)."""
+        return entropy(logits)
+
+    def pseudo_labels(self, logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        """1[max p >= tau] and argmax p."""
+        return confident(logits.softmax(dim=-1), threshold)
+
+    def pseudo_label_losses(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return hard_cross_entropy(logits, labels) * mask
+
+    def meter(self, outputs: Tensor) -> Meter:
+        """Sum the confusion matrix."""
+        return Confusion(self, outputs.shape[-1], outputs.device)
+
+    def prediction_columns(self, outputs: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """Give the likeliest class by name, its probability, and all of them [rows, classes]."""
+        probabilities = outputs.float().softmax(dim=-1).cpu()
+        confidence, classes = probabilities.max(dim=-1)
+        return {
+            "label": [names[number] for number in classes.tolist()],
+            "confidence": confidence.numpy(),
+            "probabilities": probabilities.numpy(),
+        }
+
+    def class_counts(self, logits: Tensor) -> Tensor:
+        """Count the likeliest classes."""
+        return logits.argmax(dim=1).bincount(minlength=logits.shape[1]).float()
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Max p."""
+        return logits.softmax(dim=1).amax(dim=1)
+
+    def example_labels(self, rows: int, num_classes: int, generator: torch.Generator) -> Tensor:
+        """Draw a class for each row, all alike."""
+        return torch.randint(num_classes, (rows,), generator=generator)
+
+
+class ClassificationConfig(TaskConfig):
+    """A class of each row."""
+
+    makes = Classification
+    name: Literal["classification"] = "classification"
+
+
+@dataclass(frozen=True)
+class OneClass:
+    """A class of each row: int64 [rows]; -1 where a row that is not used has none."""
+
+    classes: Classes
+
+    @property
+    def state(self) -> Mapping[str, Array]:
+        """Nothing is measured."""
+        return {}
+
+    def check(self, stored: StoredLabels) -> list[str]:
+        """Hold the labels to the classes, by value; see `check_match`."""
+        from hpdist.data.sources.classes import check_match
+
+        return check_match(stored, self.classes)
+
+    def unlabeled(self, stored: StoredLabels) -> BoolArray:
+        """Tell which rows are marked by null, NaN, an empty text or -1."""
+        from hpdist.data.sources.classes import marked
+
+        return marked(stored.values, self.classes.minus_one)
+
+    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
+        """Give the class numbers."""
+        from hpdist.data.sources.classes import number_labels
+        from hpdist.data.sources.labels import check_labels
+
+        labels = number_labels(stored, self.classes)
+        check_labels(labels, stored, self.classes, rows)
+        return labels
+
+    def class_numbers(self, labels: Any) -> Array:
+        """Give the labels themselves."""
+        numbers: Array = labels
+        return numbers
+
+    def describe(self, labels: Any, where: str, *, training: bool) -> list[str]:
+        """Name the classes without a row, and a class that is alone."""
+        from hpdist.data.sources.labels import describe_missing
+
+        counts = np.bincount(labels, minlength=len(self.classes))
+        return describe_missing(self.classes, counts, where, training)
+
+    def fitted(self, labels: Any, state: Mapping[str, Array] | None = None) -> Encoding:
+        """Nothing is to be measured."""
+        return self
+
+    def finish(self, labels: Any) -> Arrays:
+        """Give them as they are."""
+        arrays: Arrays = labels
+        return arrays
+
+
+class Confusion:
+    """The meter of classification: a confusion matrix of whole numbers, and the loss."""
+
+    def __init__(self, task: Task, classes: int, device: torch.device | str) -> None:
+        self._task = task
+        self._classes = classes
+        self._sums = Sums({"cells": classes * classes, "loss": 1}, device)
+
+    def add(self, outputs: Tensor, labels: Tensor, keep: Tensor) -> None:
+        """Take a batch."""
+        weight = keep.double()
+        self._sums.count("cells", labels * self._classes + outputs.argmax(dim=-1), weight)
+        self._sums.add("loss", (self._task.losses(outputs, labels) * weight).sum())
+
+    def result(self) -> Scores:
+        """Give the scores of all ranks' rows."""
+        total = self._sums.total()
+        confusion = total["cells"].long().view(self._classes, self._classes)
+        return Scores(confusion, float(total["loss"] / confusion.sum()))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of classification, from the confusion matrix."""
+
+    confusion: Tensor  # int64 [classes, classes] on the CPU: rows of a class, predicted as
+    loss: float
+    """Mean cross-entropy."""
+
+    summarized: ClassVar = Classification.summarized
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Accuracy, loss, macro-F1 and balanced accuracy.
+
+        Macro-F1 is the mean F1 of the classes that are there or are predicted; balanced accuracy
+        the mean recall of the classes that are there.
+        """
+        right = self.confusion.diagonal().double()
+        there = self.confusion.sum(dim=1).double()
+        predicted = self.confusion.sum(dim=0).double()
+        both = there + predicted
+        return {
+            "accuracy": float(right.sum() / there.sum()),
+            "loss": self.loss,
+            "macro_f1": float((2 * right / both)[both > 0].mean()),
+            "balanced_accuracy": float((right / there)[there > 0].mean()),
+        }
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """The confusion matrix as lists."""
+        found: list[list[int]] = self.confusion.tolist()
+        return found
