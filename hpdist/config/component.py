@@ -58,6 +58,8 @@ class Component(Section):
     """How every name of such components begins, where not one name alone chooses them."""
     prefix_hint: ClassVar[str] = ""
     """Such a name, for messages."""
+    comes_first: ClassVar[bool] = False
+    """Whether options that fit none, and several come as close to, are taken for this one's."""
     name: str
 
     @classmethod
@@ -163,8 +165,8 @@ class ComponentOf:
     def by_options(self, values: Mapping[str, Any]) -> str:
         """Name the one component that has these options; `auto` where several have them all.
 
-        Where none has, it is the one that they come closest to, whose refusal says what is wrong:
-        images of several that are as close.
+        Where none has, it is the one that they come closest to, whose refusal says what is wrong;
+        of several that are as close, the one that `comes_first`.
         """
         options = {key: value for key, value in values.items() if key != "name"}
         wrong = {
@@ -180,7 +182,7 @@ class ComponentOf:
         def distance(name: str) -> tuple[float, ...]:
             fields = known[name].model_fields
             close = sum(bool(difflib.get_close_matches(key, fields, 1)) for key in options)
-            return wrong[name], -close, name != "image"
+            return wrong[name], -close, not known[name].comes_first
 
         return fitting[0] if fitting else min(wrong, key=distance)
 

@@ -7,23 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpdist.checkpoint.reader import SavedRun
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.files.named_files import PathRule
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import Context, Facts
 from hpdist.data.sources.labeled import LabeledRows, open_labeled
-from hpdist.data.views import AudioViewsConfig, TextViewsConfig
+from hpdist.data.sources.own_files import limits_of
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
 from hpdist.models.pixels import with_model_pixels
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import saved_scale
-from hpdist.train.input_choice import (
-    find_row_categories,
-    find_seconds,
-    settle_inputs,
-    with_seconds,
-)
-from hpdist.train.inputs import ModeChoice, choose_mode, find_spec, with_mode
+from hpdist.train.input_choice import Settled, settle_inputs
 
 
 @dataclass(frozen=True)
@@ -36,10 +30,11 @@ class LabeledInputs:
     """The settings of the views before they took anything from the model."""
     labeled: LabeledRows
     spec: InputSpec
-    mode: ModeChoice | None
-    """The mode of pictures, so far; None where the inputs are no encoded pictures."""
+    facts: Facts
+    """What the labelled rows told of the inputs."""
+    context: Context
     lines: tuple[str, ...]
-    """What was decided, for a person."""
+    """What was decided before that, for a person."""
     pixels: str | None
     """What the views took from the model, for a person."""
 
@@ -66,47 +61,31 @@ def open_labeled_inputs(
     asked = settled.config
     views, pixels = call_on_all_ranks(lambda: with_model_pixels(asked.views, asked.model))
     chosen = asked.model_copy(update={"views": views})
-    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, settled.opened, folder, saved))
-    lines = list(settled.lines)
-    seconds = run_on_main(lambda: find_seconds(chosen, labeled, recorded))
-    if seconds is not None:
-        chosen = with_seconds(chosen, seconds[0])
-        lines.append(seconds[1])
-    spec = call_on_all_ranks(
-        lambda: find_spec(chosen, labeled, find_row_categories(labeled, recorded))
-    )
-    kept = None if saved is None else recorded
-    mode = run_on_main(lambda: _choose_mode(chosen, labeled, spec, kept))
-    if mode is not None:
-        spec = with_mode(spec, mode.mode)
-    return LabeledInputs(chosen, asked.views, labeled, spec, mode, tuple(lines), pixels)
+    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, settled, folder, saved))
+    kind, limits = settled.kind, limits_of(chosen.data.loading)
+    context = Context(chosen.model, recorded, saved is not None, limits)
+    facts = run_on_main(lambda: kind.measure(views, labeled, context))
+    filled = kind.fill_views(views, facts.values)
+    chosen = chosen.model_copy(update={"views": filled})
+    spec = call_on_all_ranks(lambda: kind.make_spec(filled, labeled, context, facts.values))
+    lines = settled.lines
+    return LabeledInputs(chosen, asked.views, labeled, spec, facts, context, lines, pixels)
 
 
 @working("opening data.labeled")
 def _open_labeled(
-    config: RunConfig,
-    opened: tuple[Any, str, PathRule],
-    folder: RunFolder,
-    saved: SavedRun | None,
+    config: RunConfig, settled: Settled, folder: RunFolder, saved: SavedRun | None
 ) -> LabeledRows:
     return open_labeled(
         config.data.labeled,
         config.run.seed,
         num_classes=getattr(config.model, "num_classes", None),
         chosen=folder.read_labeled_rows() if saved is not None else None,
-        opened=opened,
-        text=isinstance(config.views, TextViewsConfig),
-        audio=isinstance(config.views, AudioViewsConfig),
+        opened=settled.opened,
+        kind=settled.kind,
+        column=settled.column,
         task=config.task,
         classes=saved.facts["identity"].get("classes") if saved is not None else None,
         scale=saved_scale(saved),
         loading=config.data.loading,
     )
-
-
-@working("looking at the labelled pictures")
-def _choose_mode(
-    config: RunConfig, labeled: LabeledRows, spec: InputSpec, recorded: Mapping[str, Any] | None
-) -> ModeChoice | None:
-    """Choose the mode of pictures; a run that goes on keeps the one that it had."""
-    return choose_mode(config, labeled, spec, recorded)

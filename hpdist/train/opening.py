@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
 from hpdist.checkpoint.config import Checkpoint
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.sources.unlabeled import (
     AnyUnlabeled,
@@ -29,7 +29,7 @@ from hpdist.data.sources.unlabeled import (
 )
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.engines.execution_plan import ExecutionPlan
-from hpdist.messages.human import counted, duration, percent
+from hpdist.messages.human import counted, percent
 from hpdist.messages.progress import columns
 from hpdist.tracking.console import Console, wrapped
 from hpdist.tracking.environment import places
@@ -231,7 +231,7 @@ def data_entries(
     for name, rows_measured in measured.items():
         if rows_measured is not None:
             entries.append((name, f"{len(rows_measured):,} rows"))
-    entries.append(("input", describe_input(spec)))
+    entries.append(("input", spec.describe()))
     return entries
 
 
@@ -260,21 +260,3 @@ def _unlabeled(rows: AnyUnlabeled, batch: int) -> str:
     if count is None:
         return f"rows {how}; how many, only reading says"
     return f"{count:,} rows {how}; an epoch is {counted(max(round(count / batch), 1), 'step')}"
-
-
-def describe_input(spec: InputSpec) -> str:
-    """What a row is for the model."""
-    shape = " x ".join(map(str, spec.shape))
-    if spec.kind == "image":
-        channels, height, width = spec.shape
-        mode = f" ({spec.mode})" if spec.mode else ""
-        return f"images of {height} x {width} pixels, {counted(channels, 'channel')}{mode}"
-    if spec.kind == "vector":
-        return f"vectors of {counted(spec.shape[0], 'number')}"
-    if spec.kind == "text":
-        return f"texts of at most {counted(spec.shape[-1], 'token')}"
-    sampling: Any = spec.sampling
-    if sampling is None:
-        return f"sounds of shape {shape}"
-    seconds = sampling.samples / sampling.rate
-    return f"sounds of {duration(seconds)} at {sampling.rate:,} Hz"

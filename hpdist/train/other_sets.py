@@ -8,7 +8,8 @@ from typing import Any
 
 from hpdist.config.component import Component
 from hpdist.data.config import Data, Duplicates, Loading, Unlabeled
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import kind_named
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
 from hpdist.data.sources.unlabeled import (
@@ -33,11 +34,8 @@ _log = logging.getLogger("hpdist.data")
 
 
 def unlabeled_spec(views: Component, spec: InputSpec) -> InputSpec:
-    """Give how unlabelled rows are decoded: as others, or with a strong view of their own."""
-    column = getattr(views, "strong_column", None)
-    if column is None or spec.tokenizer is None:
-        return spec
-    return InputSpec.of_text(spec.tokenizer, column)
+    """Give how unlabelled rows are decoded: as others, unless the kind of input says otherwise."""
+    return kind_named(spec.kind).unlabeled_spec(spec, views)
 
 
 @working("opening data.unlabeled")

@@ -23,8 +23,9 @@ SCRIPT = """
 import json, sys, threading, time
 import datasets, psutil
 import pyarrow as pa
+from hpdist.data.kinds import input_spec
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.sources.labeled import input_spec, open_labeled
+from hpdist.data.sources.labeled import open_labeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.unlabeled import open_unlabeled
 first = {"x": [[0.5] * 1024], "label": [0]}

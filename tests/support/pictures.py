@@ -19,7 +19,8 @@ from PIL import Image
 
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.data.config import Labeled, Loading, Unlabeled
-from hpdist.data.sources.labeled import input_spec, open_labeled
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import open_labeled
 from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
 from hpdist.data.stream import BatchStream
 

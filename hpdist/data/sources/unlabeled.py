@@ -15,28 +15,26 @@ from typing import Any, Protocol, TypeAlias
 import datasets
 
 from hpdist.data.config import Loading, Unlabeled, UnlabeledSource
-from hpdist.data.decode.stored_values import Column, InputSpec
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.decode.stored_values import Column, names_of
 from hpdist.data.files.named_files import NOTHING, PathRule
 from hpdist.data.files.open import Retry
 from hpdist.data.files.partitions import partitions
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.files.unpacked import unpacking
+from hpdist.data.kinds import kind_named
+from hpdist.data.kinds.columns import known_column
 from hpdist.data.sources.first_rows import TRIED, check_fit, check_parquet_fit
 from hpdist.data.sources.known_types import known_features
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
 from hpdist.data.sources.loading import (
     check_dialect,
     check_order,
-    input_column,
-    known_column,
     load_files,
-    names_of,
-    one_line,
     open_table,
     parquet_files,
     raw_view,
     same_input,
-    text_beside,
 )
 from hpdist.data.sources.local_files import source_name
 from hpdist.data.sources.long_tail import rows_used
@@ -50,7 +48,7 @@ from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.row_files import RowFiles
 from hpdist.data.stream.sequential import SequentialReader
-from hpdist.errors import DataError
+from hpdist.errors import DataError, one_line
 
 _BLOCK_BYTES = 64 * 2**20  # that a stream without row counts is shuffled in
 
@@ -478,21 +476,14 @@ def _columns(
     rule: PathRule,
 ) -> tuple[Column, tuple[str, ...], RowFunctions]:
     """The input column, every column that is read, and the user's functions."""
-    paired_column = (
-        [] if spec.paired_column is None else [text_beside(features, spec.paired_column, where)]
-    )
-    column = input_column(
-        features,
-        config.input or same_input(like.column, features, where),
-        where,
-        text=like.text,
-        audio=like.audio,
-    )
+    kind = kind_named(spec.kind)
+    paired = kind.paired_columns(spec, features, where)
+    found = config.input or same_input(like.column, features, where)
+    column = like.kind.find_columns(features, found, where)
     check_order(column, like.column, where)
-    if spec.categories is not None:
-        spec.categories.check(features, names_of(column), where)
+    kind.check_columns(spec, features, column, where)
     others = [known_column(features, name, f"{where}.columns") for name in config.columns]
-    columns = tuple(dict.fromkeys([*names_of(column), *paired_column, *others]))
+    columns = tuple(dict.fromkeys([*names_of(column), *paired, *others]))
     return column, columns, row_functions(config, column, where, spec.paired_column, rule)
 
 

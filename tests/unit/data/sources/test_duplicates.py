@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from hpdist.data.config import Duplicates, LabelColumn, Labeled, Unlabeled
+from hpdist.data.kinds import TEXT, input_spec
 from hpdist.data.sources.duplicates import Report, find_duplicates
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import LabeledRows, open_labeled, open_test
 from hpdist.data.sources.unlabeled import AnyUnlabeled, open_unlabeled
 
 AUTO = Duplicates()
@@ -118,10 +119,10 @@ def test_texts_and_what_differs_by_a_space(tmp_path: Path) -> None:
         path = write(tmp_path / f"{name}.parquet", [{"text": text} for text in texts], labels)
         return {"path": "parquet", "data_files": path, "input": "text"}
 
-    like = open_labeled(Labeled(**source("labeled", ["Öl steigt.", "b"], True)), 0, text=True)
+    like = open_labeled(Labeled(**source("labeled", ["Öl steigt.", "b"], True)), 0, kind=TEXT)
 
     held = open_labeled(
-        Labeled(**source("test", ["a", "Öl steigt.", "b ", None], True)), 0, text=True
+        Labeled(**source("test", ["a", "Öl steigt.", "b ", None], True)), 0, kind=TEXT
     )
     found = find_duplicates(AUTO, {"test": held}, {"labeled": like})
     assert found.summary == {"test/duplicates_in_labeled": 1}

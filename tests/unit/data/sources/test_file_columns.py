@@ -13,7 +13,8 @@ from pyarrow import feather
 
 from hpdist.data.config import LabelColumn, Labeled, Loading, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import input_spec, open_labeled, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import open_labeled, open_test
 from hpdist.data.sources.loading import load
 from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled, row_count, scan_metadata
 from hpdist.errors import DataError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable, input_spec, open_labeled
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable, open_labeled
 from hpdist.data.sources.labels import sizes_of, tail
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled, row_count
 from hpdist.data.stream import BatchStream

@@ -6,7 +6,8 @@ import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_labeled, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import UnlabeledTable, open_labeled, open_test
 from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
