@@ -16,6 +16,7 @@ from hpdist.config.component import Component
 from hpdist.data.decode.stored_values import Column
 from hpdist.data.files.named_files import PathRule
 from hpdist.data.kinds import (
+    DEFAULT_KIND,
     Facts,
     FoundInput,
     InputKind,
@@ -88,7 +89,7 @@ def _find(
         if named is not None:
             return FoundInput(named.name, column)
         # Of a column that is no input: whoever takes pixels and numbers says what is wrong with it.
-        return FoundInput(kind_of_input(table, column) or usable_kind(None).name, column)
+        return FoundInput(kind_of_input(table, column) or DEFAULT_KIND.name, column)
     joining = frozenset(kind.name for kind in kinds() if kind.joins_columns)
     if recorded.get("columns"):
         return FoundInput(min(joining), tuple(recorded["columns"]))

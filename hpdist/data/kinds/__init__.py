@@ -14,6 +14,7 @@ from hpdist.data.kinds.base import (
     register,
 )
 from hpdist.data.kinds.find import (
+    DEFAULT_KIND,
     find_input,
     kind_of_input,
     kind_of_type,
@@ -29,6 +30,7 @@ from hpdist.data.kinds.text import TEXT
 
 __all__ = [
     "AUDIO",
+    "DEFAULT_KIND",
     "IMAGE",
     "PAIR",
     "TABLE",

@@ -29,6 +29,9 @@ from hpdist.data.kinds.image import IMAGE
 from hpdist.data.kinds.table import TABLE
 from hpdist.errors import ConfigError, DataError
 
+DEFAULT_KIND: InputKind = IMAGE
+"""The kind of rows whose views and columns tell none: pixels and numbers."""
+
 _Seen = dict[str, list[tuple[InputKind, Recognised]]]  # what the kinds see in each column
 
 
@@ -85,7 +88,7 @@ def kind_of_type(features: Any, column: Column | None) -> InputKind:
         for kind, seen in _by_type(features[column]):
             if seen.rank != "joined":
                 return kind
-    return IMAGE
+    return DEFAULT_KIND
 
 
 def only_certain(features: Any) -> str | None:
@@ -117,8 +120,8 @@ def usable_kind(name: str | None) -> InputKind:
 
     Else it is that of pixels and numbers, which says what is wrong with the column.
     """
-    kind = IMAGE if name is None else kind_named(name)
-    return IMAGE if kind.needs_own_views else kind
+    kind = DEFAULT_KIND if name is None else kind_named(name)
+    return DEFAULT_KIND if kind.needs_own_views else kind
 
 
 _RANKS: tuple[Rank, ...] = ("certain", "alone", "single", "joined")

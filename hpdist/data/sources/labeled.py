@@ -25,7 +25,7 @@ from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column, names_of, stored_inputs
 from hpdist.data.files.named_files import NOTHING, PathRule, named
 from hpdist.data.files.row_names import describe_row, describe_rows
-from hpdist.data.kinds import IMAGE, InputKind, kind_named
+from hpdist.data.kinds import DEFAULT_KIND, InputKind, kind_named
 from hpdist.data.sources.classes import Classes
 from hpdist.data.sources.label_encoding import Encoding, Scale, find_encoding
 from hpdist.data.sources.labels import (
@@ -102,7 +102,7 @@ class LabeledRows(TableRows):
     label_column: str
     notes: tuple[str, ...] = ()
     """What was decided about the rows that a person should know."""
-    kind: InputKind = IMAGE
+    kind: InputKind = DEFAULT_KIND
     """What finds the column; every other set's column is of this kind too."""
 
     @property
@@ -175,7 +175,7 @@ def open_labeled(
     chosen: list[int] | None = None,
     dataset: Any = None,
     where: str = "data.labeled",
-    kind: InputKind = IMAGE,
+    kind: InputKind = DEFAULT_KIND,
     column: Column | None = None,
     task: TaskChoice | None = None,
     classes: Sequence[str] | None = None,
