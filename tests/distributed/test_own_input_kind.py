@@ -118,8 +118,8 @@ def test_what_its_rows_do_not_allow_is_said(folder: Path, tmp_path: Path) -> Non
         train(
             *arguments, "none", 1, "supervised", views={"name": "identity", "input_kind": "serie"}
         )
+    views = {"name": "identity", "input_kind": "text"}
     with pytest.raises(ConfigError, match=r"input_kind: text: .* set views\.name: text"):
-        views = {"name": "identity", "input_kind": "text"}
         train(*arguments, "text", 1, "supervised", views=views)
 
 
