@@ -190,6 +190,7 @@ MOVED_NAMES = {
         "distributed.config": ("Watchdog",),
     },
     "data.decode.stored_values": {"data.decode.spec": ("InputSpec",)},
+    "data.sources.unlabeled": {"data.sources.unlabeled_rows": ("row_count",)},
     "data.sources.labeled": {"data.kinds.first_rows": ("input_spec",)},
 }
 """Names that a package or a module held before, by where they are now."""

@@ -13,7 +13,7 @@ from hpdist.data.decode.spec import InputSpec
 from hpdist.data.sources.fitting import training_rows
 from hpdist.data.sources.label_encoding import Scale
 from hpdist.data.sources.labeled import LabeledRows
-from hpdist.data.sources.unlabeled import AnyUnlabeled
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled
 from hpdist.data.views import FittedViews, Views
 from hpdist.distributed.collectives import run_on_main
 from hpdist.errors import CheckpointError

@@ -20,7 +20,7 @@ from torch import nn
 from hpdist.checkpoint.config import Checkpoint
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.sources.labeled import LabeledRows
-from hpdist.data.sources.unlabeled import (
+from hpdist.data.sources.unlabeled_rows import (
     AnyUnlabeled,
     MixedRows,
     ParquetRows,

@@ -12,15 +12,8 @@ from hpdist.data.decode.spec import InputSpec
 from hpdist.data.kinds import kind_named
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
-from hpdist.data.sources.unlabeled import (
-    AnyUnlabeled,
-    DatasetIndex,
-    MixedRows,
-    ParquetRows,
-    SequentialRows,
-    open_unlabeled,
-    scan_metadata,
-)
+from hpdist.data.sources.unlabeled import DatasetIndex, open_unlabeled, scan_metadata
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
 from hpdist.data.stream.index import are_records
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working

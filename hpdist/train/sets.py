@@ -18,7 +18,7 @@ from hpdist.data.decode.spec import InputSpec
 from hpdist.data.kinds import Facts, kind_named
 from hpdist.data.sources.duplicates import Report
 from hpdist.data.sources.labeled import LabeledRows
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, row_count
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, row_count
 from hpdist.data.views import Views
 from hpdist.distributed.collectives import run_on_main
 from hpdist.tasks.base import Task, make_task

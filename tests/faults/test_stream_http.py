@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from hpdist.data.files.open import Retry, UnreachableError
-from hpdist.data.sources.unlabeled import ParquetRows
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream.plan import Plan
 from hpdist.errors import DataError
 from hpdist.train.data import RunData

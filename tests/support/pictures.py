@@ -21,7 +21,8 @@ from hpdist.data.batch import UnlabeledBatch
 from hpdist.data.config import Labeled, Loading, Unlabeled
 from hpdist.data.kinds import input_spec
 from hpdist.data.sources.labeled import open_labeled
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream import BatchStream
 
 SCHEMA = pa.schema(

@@ -27,7 +27,7 @@ from hpdist.data.files.named_files import NamedFile, named
 from hpdist.data.files.open import is_remote
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
-from hpdist.data.sources.unlabeled import (
+from hpdist.data.sources.unlabeled_rows import (
     AnyUnlabeled,
     MixedRows,
     ParquetRows,

@@ -11,7 +11,7 @@ from hpdist.data.decode.arrays import Arrays, slice_rows
 from hpdist.data.decode.spec import InputSpec, arrays_of
 from hpdist.data.files.row_names import describe_rows
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows
 from hpdist.errors import DataError, one_line
 
 _AT_ONCE = 1024  # rows

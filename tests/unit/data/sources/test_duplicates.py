@@ -18,7 +18,8 @@ from hpdist.data.config import Duplicates, LabelColumn, Labeled, Unlabeled
 from hpdist.data.kinds import TEXT, input_spec
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_labeled, open_test
-from hpdist.data.sources.unlabeled import AnyUnlabeled, open_unlabeled
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled
 
 AUTO = Duplicates()
 

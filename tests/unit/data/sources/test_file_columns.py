@@ -16,7 +16,8 @@ from hpdist.data.convert import convert
 from hpdist.data.kinds import input_spec
 from hpdist.data.sources.labeled import open_labeled, open_test
 from hpdist.data.sources.loading import load
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled, row_count, scan_metadata
+from hpdist.data.sources.unlabeled import open_unlabeled, scan_metadata
+from hpdist.data.sources.unlabeled_rows import ParquetRows, row_count
 from hpdist.errors import DataError
 
 

@@ -11,7 +11,8 @@ from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.decode.pixels import ImageSpec
 from hpdist.data.kinds import input_spec, spec_of_value
 from hpdist.data.sources.labeled import open_labeled, open_test
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
 
