@@ -190,6 +190,7 @@ MOVED_NAMES = {
         "distributed.config": ("Watchdog",),
     },
     "data.decode.stored_values": {"data.decode.spec": ("InputSpec",)},
+    "data.stream.sequential": {"data.stream.blocks": ("read_blocks",)},
     "data.sources.unlabeled": {"data.sources.unlabeled_rows": ("row_count",)},
     "data.sources.labeled": {"data.kinds.first_rows": ("input_spec",)},
 }

@@ -40,8 +40,8 @@ from hpdist.data.sources.loading import (
 )
 from hpdist.data.sources.local_files import source_name
 from hpdist.data.sources.own_files import path_rule
+from hpdist.data.stream.blocks import read_blocks
 from hpdist.data.stream.row_files import RowFiles
-from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import ConfigError, DataError, one_line
 from hpdist.messages.redaction import redacted_text
 
