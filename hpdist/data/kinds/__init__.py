@@ -8,10 +8,6 @@ from hpdist.data.kinds.base import (
     InputKind,
     Recognised,
     TableOfRows,
-    kind_named,
-    kind_names,
-    kinds,
-    register,
 )
 from hpdist.data.kinds.find import (
     DEFAULT_KIND,
@@ -25,6 +21,7 @@ from hpdist.data.kinds.find import (
 from hpdist.data.kinds.first_rows import first_spec, input_spec, spec_of_value
 from hpdist.data.kinds.image import IMAGE
 from hpdist.data.kinds.pair import PAIR
+from hpdist.data.kinds.registry import kind_named, kind_names, kinds, register
 from hpdist.data.kinds.table import TABLE
 from hpdist.data.kinds.text import TEXT
 

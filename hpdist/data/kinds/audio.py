@@ -22,10 +22,10 @@ from hpdist.data.kinds.base import (
     TableOfRows,
     UsesInputs,
     changes_refused,
-    register,
 )
 from hpdist.data.kinds.columns import is_encoded_sound
 from hpdist.data.kinds.drawing import Cells, sound_cells
+from hpdist.data.kinds.registry import register
 from hpdist.data.structures import Structure
 from hpdist.errors import ConfigError, DataError
 from hpdist.messages.progress import working

@@ -21,11 +21,10 @@ from hpdist.data.kinds.base import (
     InputKind,
     Rank,
     Recognised,
-    kind_named,
-    kinds,
 )
 from hpdist.data.kinds.columns import is_bytes
 from hpdist.data.kinds.image import IMAGE
+from hpdist.data.kinds.registry import kind_named, kinds
 from hpdist.data.kinds.table import TABLE
 from hpdist.errors import ConfigError, DataError
 

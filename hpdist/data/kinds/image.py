@@ -13,7 +13,7 @@ from hpdist.data.decode.categories import is_number
 from hpdist.data.decode.pixels import ImageSpec
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column
-from hpdist.data.kinds.base import Context, Facts, InputKind, Recognised, TableOfRows, register
+from hpdist.data.kinds.base import Context, Facts, InputKind, Recognised, TableOfRows
 from hpdist.data.kinds.columns import (
     check_list,
     find_column,
@@ -32,6 +32,7 @@ from hpdist.data.kinds.modes import (
     reconsider,
     recorded_mode,
 )
+from hpdist.data.kinds.registry import register
 from hpdist.data.structures import Structure
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from hpdist.data.decode.spec import InputSpec
-from hpdist.data.kinds.base import Recognised, UsesInputs, register
+from hpdist.data.kinds.base import Recognised, UsesInputs
 from hpdist.data.kinds.columns import is_text
+from hpdist.data.kinds.registry import register
 from hpdist.data.kinds.text import TextKind
 from hpdist.errors import ConfigError
 

@@ -28,11 +28,11 @@ from hpdist.data.kinds.base import (
     InputKind,
     Recognised,
     TableOfRows,
-    register,
 )
 from hpdist.data.kinds.columns import is_vector
 from hpdist.data.kinds.first_rows import input_spec
 from hpdist.data.kinds.image import IMAGE
+from hpdist.data.kinds.registry import register
 from hpdist.data.structures import Structure
 from hpdist.errors import ConfigError, DataError
 from hpdist.messages.progress import working

@@ -14,9 +14,9 @@ from hpdist.data.kinds.base import (
     TableOfRows,
     UsesInputs,
     changes_refused,
-    register,
 )
 from hpdist.data.kinds.columns import is_text
+from hpdist.data.kinds.registry import register
 from hpdist.data.structures import Structure
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working
