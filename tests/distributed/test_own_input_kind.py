@@ -26,7 +26,7 @@ from tests.support.signals import write_signals
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "fixmatch": {"threshold": 0.6},
-    "mean_teacher": {"unsupervised_weight": 1.0},
+    "mean_teacher": {"unsupervised_weight": 1.0, "ramp": 0},
 }
 
 

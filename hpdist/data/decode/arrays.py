@@ -50,8 +50,8 @@ def shape_of(layout: Layout) -> Shape:
 def slice_rows(arrays: Arrays, rows: slice | int | Array) -> Arrays:
     """View some rows, or one row without the dimension of rows; take those of given places."""
     if isinstance(arrays, np.ndarray):
-        return arrays[rows]
-    return {name: array[rows] for name, array in arrays.items()}
+        return arrays[rows, ...]  # also of one number a row, a view
+    return {name: array[rows, ...] for name, array in arrays.items()}
 
 
 def copy_rows(source: Arrays, target: Arrays) -> None:
