@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hpdist.checkpoint.reader import SavedRun
 from hpdist.data.decode.spec import InputSpec
-from hpdist.data.kinds import Context, Facts
+from hpdist.data.kinds import Context, Facts, InputKind
 from hpdist.data.sources.labeled import LabeledRows, open_labeled
 from hpdist.data.sources.own_files import limits_of
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
+from hpdist.errors import ConfigError, HpdistError, describe
 from hpdist.messages.progress import working
 from hpdist.models.pixels import with_model_pixels
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import saved_scale
 from hpdist.train.input_choice import Settled, settle_inputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,24 @@ def open_labeled_inputs(
     labeled = call_on_all_ranks(lambda: _open_labeled(chosen, settled, folder, saved))
     kind, limits = settled.kind, limits_of(chosen.data.loading)
     context = Context(chosen.model, recorded, saved is not None, limits)
-    facts = run_on_main(lambda: kind.measure(views, labeled, context))
+    facts = run_on_main(lambda: _of_kind(kind, lambda: kind.measure(views, labeled, context)))
     filled = kind.fill_views(views, facts.values)
     chosen = chosen.model_copy(update={"views": filled})
-    spec = call_on_all_ranks(lambda: kind.make_spec(filled, labeled, context, facts.values))
+    spec = call_on_all_ranks(
+        lambda: _of_kind(kind, lambda: kind.make_spec(filled, labeled, context, facts.values))
+    )
     lines = settled.lines
     return LabeledInputs(chosen, asked.views, labeled, spec, facts, context, lines, pixels)
+
+
+def _of_kind(kind: InputKind, call: Callable[[], T]) -> T:
+    """Call what a kind defines, which may be somebody's own. Raises ConfigError where it fails."""
+    try:
+        return call()
+    except HpdistError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the input kind {kind.name} failed: {describe(error)}") from error
 
 
 @working("opening data.labeled")

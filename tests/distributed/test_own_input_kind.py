@@ -123,6 +123,23 @@ def test_what_its_rows_do_not_allow_is_said(folder: Path, tmp_path: Path) -> Non
         train(*arguments, "text", 1, "supervised", views=views)
 
 
+def test_what_goes_wrong_in_it_is_said_on_every_rank(folder: Path, tmp_path: Path) -> None:
+    """And no rank waits for one that has failed."""
+    broken = (folder / "series.py").read_text().replace("rows.read(np.arange(len(rows)))", "()")
+    assert "in ()" in broken
+    (folder / "broken.py").write_text(broken.replace('"series"', '"broken"'))
+    views = {"name": "identity", "input_kind": "python:broken:Series"}
+    said = run_ranks(2, _refused, str(folder), str(tmp_path), views)
+    assert said[0] == said[1]
+    assert "the input kind broken failed: ValueError: max()" in said[0]
+
+
+def _refused(folder: str, runs: str, views: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as refused:
+        train(folder, runs, "broken", 1, "supervised", views=views)
+    return str(refused.value)
+
+
 def test_examples_and_bad_rows_are_named(folder: Path, tmp_path: Path) -> None:
     train(str(folder), str(tmp_path), "shown", 1, "fixmatch")
     lines = (tmp_path / "shown" / "examples" / "views.txt").read_text().splitlines()
