@@ -28,7 +28,7 @@ from hpdist.data.kinds.first_rows import input_spec
 from hpdist.data.kinds.modes import (
     CHANNELS,
     choose_mode,
-    fit_channels,
+    for_channels,
     reconsider,
     recorded_mode,
 )
@@ -150,7 +150,7 @@ class ImageKind(InputKind):
                 views = views.model_copy(update={"channels": spec.shape[0]})
         if "channels" not in type(views).model_fields:
             return spec, views, None
-        return spec, *fit_channels(views, given, spec.shape[0])
+        return spec, *for_channels(views, given, spec.shape[0])
 
     def is_record(self, found: Mapping[str, Any]) -> bool:
         """Tell whether a record's mode is one."""

@@ -76,7 +76,7 @@ def reconsider(facts: Facts, sets: Mapping[str, Any]) -> Facts:
     return replace(facts, lines=(*facts.lines, *notes))
 
 
-def fit_channels(views: Any, given: Any, channels: int) -> tuple[Any, str | None]:
+def for_channels(views: Any, given: Any, channels: int) -> tuple[Any, str | None]:
     """Make mean and deviation that a model gave for three channels fit one, by their mean; say so.
 
     `given` are the views' settings before that: what they set stays.
