@@ -51,6 +51,7 @@ MOVED = {
     "data.columns": "data.files.columns",
     "data.decode_process": "data.decode.processes",
     "data.decoders": "data.decode.decoders",
+    "data.decode.kinds": "data.kinds.find",
     "data.digits": "data.samples.digits",
     "data.duplicates": "data.sources.duplicates",
     "data.embedding": "data.sources.embedding",
@@ -58,7 +59,6 @@ MOVED = {
     "data.evaluation": "data.sources.held_out",
     "data.first_rows": "data.sources.first_rows",
     "data.fitting": "data.sources.fitting",
-    "data.kinds": "data.decode.kinds",
     "data.known_types": "data.sources.known_types",
     "data.labels": "data.sources.labels",
     "data.loading": "data.sources.loading",
@@ -70,10 +70,11 @@ MOVED = {
     "data.own_files": "data.sources.own_files",
     "data.partitions": "data.files.partitions",
     "data.paths": "data.files.paths",
-    "data.pictures": "data.sources.pictures",
+    "data.pictures": "data.kinds.pictures",
     "data.retry": "data.files.retry",
     "data.rows": "data.files.row_names",
     "data.saved": "data.sources.saved",
+    "data.sources.pictures": "data.kinds.pictures",
     "data.splits": "data.files.splits",
     "data.synthetic": "data.samples.synthetic",
     "data.targets": "data.sources.label_encoding",
@@ -136,7 +137,7 @@ MOVED = {
     "run_data": "train.data",
     "run_facts": "train.facts",
     "run_guard": "train.guard",
-    "run_inputs": "train.inputs",
+    "run_inputs": "train.input_choice",
     "run_looks": "train.first_look",
     "run_model": "train.model",
     "run_name": "train.run_name",
@@ -150,6 +151,7 @@ MOVED = {
     "step_state": "train.step_state",
     "tracking.config_history": "train.config_history",
     "tracking.run_log": "train.run_log",
+    "train.inputs": "train.input_choice",
     "trainer": "train.trainer",
 }
 """Old names to new ones, both below `hpdist`."""
@@ -199,6 +201,10 @@ MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "distributed.config": ("Watchdog",),
     },
     "data.config": {"tasks.former": ("TaskChoice",)},
+    "data.decode.stored_values": {"data.decode.spec": ("InputSpec",)},
+    "data.stream.sequential": {"data.stream.blocks": ("read_blocks",)},
+    "data.sources.unlabeled": {"data.sources.unlabeled_rows": ("row_count",)},
+    "data.sources.labeled": {"data.kinds.first_rows": ("input_spec",)},
     "data.sources.label_encoding": {
         "tasks.classification": ("OneClass",),
         "tasks.multilabel": ("ManyClasses",),
@@ -217,7 +223,7 @@ MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "tasks.former": ("make_meter",),
     },
 }
-"""Names that a module held before, by their present module."""
+"""Names that a package or a module held before, by where they are now."""
 
 _PREFIX = "hpdist."
 

@@ -84,6 +84,13 @@ def printable(text: str, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else text[: most - 1] + "…"
 
 
+def one_line(error: BaseException) -> str:
+    """Take the innermost explicit cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def why_not_written(error: Exception, folder: Path) -> str:
     """Why nothing could be written to a folder; the system does not name a lack of inodes."""
     text = str(error)

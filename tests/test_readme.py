@@ -17,6 +17,7 @@ from PIL import Image
 
 from hpdist.data.samples.digits import write_digits
 from tests.support.documents import GUIDES, ROOT, blocks, files, name_of
+from tests.support.signals import write_signals
 
 CHECKED_OTHERWISE = (
     *("make", "pip", "source", "wandb", "tensorboard"),
@@ -51,6 +52,7 @@ def clone(tmp_path):
     _write_photos(folder / "photos")
     _write_customers(folder / "customers")
     _write_tagged(folder / "tagged")
+    write_signals(folder / "signals")
     for name, text in files().items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder

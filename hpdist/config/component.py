@@ -58,6 +58,8 @@ class Component(Section):
     """The prefix of such components' names, if their names are not fixed."""
     prefix_hint: ClassVar[str] = ""
     """An example of such a name, for messages."""
+    comes_first: ClassVar[bool] = False
+    """Whether options that fit none, and several come as close to, are taken for this one's."""
     name: str
 
     @classmethod
@@ -167,8 +169,8 @@ class ComponentOf:
     def by_options(self, values: Mapping[str, Any]) -> str:
         """Return the name of the only component with these options; `auto` if several have them.
 
-        If none has, it is the closest one, whose error explains what is wrong: images if several
-        are equally close.
+        If none has, it is the closest one, whose error explains what is wrong: the one that
+        `comes_first` if several are equally close.
         """
         options = {key: value for key, value in values.items() if key != "name"}
         wrong = {
@@ -184,7 +186,7 @@ class ComponentOf:
         def distance(name: str) -> tuple[float, ...]:
             fields = known[name].model_fields
             close = sum(bool(difflib.get_close_matches(key, fields, 1)) for key in options)
-            return wrong[name], -close, name != "image"
+            return wrong[name], -close, not known[name].comes_first
 
         return fitting[0] if fitting else min(wrong, key=distance)
 

@@ -31,21 +31,18 @@ from hpdist.data.config import Loading, Source
 from hpdist.data.decode.arrow_types import plain_schema
 from hpdist.data.decode.stored_values import Column
 from hpdist.data.files.named_files import PathRule
+from hpdist.data.kinds import kind_of_type, only_certain
 from hpdist.data.sources.embedding import embedded
 from hpdist.data.sources.loading import (
     check_dialect,
-    input_column,
-    is_audio,
-    is_text,
     load_files,
-    one_line,
     same_column,
 )
 from hpdist.data.sources.local_files import source_name
 from hpdist.data.sources.own_files import path_rule
+from hpdist.data.stream.blocks import read_blocks
 from hpdist.data.stream.row_files import RowFiles
-from hpdist.data.stream.sequential import read_blocks
-from hpdist.errors import ConfigError, DataError
+from hpdist.errors import ConfigError, DataError, one_line
 from hpdist.messages.redaction import redacted_text
 
 _READ_ROWS = 32  # few enough for large images
@@ -115,10 +112,10 @@ def convert(
     features = _features(view, name, most)
     check_dialect(features, where)
     given = config.input or _same(input, features)
-    column: Column | None = _only_media(features)
+    column: Column | None = only_certain(features)
     if given is not None:
-        text, audio = is_text(features, given), is_audio(features, given)
-        column = input_column(features, given, where, text=text, audio=audio)
+        found_kind = kind_of_type(features, given if isinstance(given, str) else None)
+        column = found_kind.find_columns(features, given, where)
     writer = _Writer(folder, features, layout or Layout())
     try:
         for table in _embedded(view, features, name, rule, most):
@@ -132,13 +129,6 @@ def convert(
         writer.discard()
     size = sum(file.stat().st_size for file in written)
     return Written(written, writer.rows, writer.groups, size, column)
-
-
-def _only_media(features: Any) -> str | None:
-    """The only column of images or sound; None where there is none, or several."""
-    media = (datasets.Image, datasets.Audio)
-    found = [name for name, feature in features.items() if isinstance(feature, media)]
-    return found[0] if len(found) == 1 else None
 
 
 def _same(column: str | list[str] | None, features: Any) -> Column | None:

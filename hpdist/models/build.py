@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from hpdist.config.component import IN_PYTHON, Component, PythonComponent, import_object
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.errors import ConfigError, describe
 from hpdist.messages.progress import working
 
@@ -34,7 +34,7 @@ class ModelConfig(Component):
 
     kind: ClassVar[str] = "model"
     takes: ClassVar[frozenset[str]] = frozenset({"image", "audio"})
-    """Kinds of input that it supports: `hpdist.data.decode.kinds.KINDS`."""
+    """Kinds of input that it supports: see `hpdist.data.kinds`."""
     num_classes: int | None = Field(None, ge=2)
     """By default the number of classes in the labelled data."""
     features: str | None = None
@@ -47,16 +47,15 @@ class ModelConfig(Component):
 
     def build_for(self, spec: InputSpec, num_classes: int) -> nn.Module:
         """Make the model for the content of the input column."""
-        if spec.kind == "text":
+        shape = spec.model_input_shape
+        if spec.not_for_arrays is not None:
+            raise ConfigError(f"model.name: {self.name} does not take {spec.not_for_arrays}")
+        if not isinstance(shape, tuple):
             raise ConfigError(
-                f"model.name: {self.name} does not take text; use hf:… or a model of your own"
+                f"model.name: {self.name} takes one tensor, and the inputs are tensors by name, "
+                f"{', '.join(shape)}; use a model of your own"
             )
-        if spec.kind == "audio" and spec.seen == spec.shape:
-            raise ConfigError(
-                f"model.name: {self.name} does not take waveforms; set views.spectrogram: true, or "
-                "use hf:… or a model of your own"
-            )
-        return self.build(spec.seen or spec.shape, num_classes)
+        return self.build(shape, num_classes)
 
     def pixels(self) -> Pixels | None:
         """The pixels that the model expects, if something that comes with it says so."""

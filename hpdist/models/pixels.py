@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpdist.config.component import Component
+from hpdist.data.kinds.modes import shown_numbers
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
@@ -33,32 +34,8 @@ def with_model_pixels(views: Component, model: Component) -> tuple[Component, st
     taken = {key: getattr(found, key) for key in missing if getattr(found, key) is not None}
     if not taken:
         return views, f"note: {found.source}: views.{', views.'.join(missing)} keep their defaults"
-    settings = ", ".join(f"views.{key} {_shown(value)}" for key, value in taken.items())
+    settings = ", ".join(f"views.{key} {shown_numbers(value)}" for key, value in taken.items())
     return views.model_copy(update=taken), f"{settings}: taken from {found.source}"
-
-
-def for_channels(views: Component, given: Component, channels: int) -> tuple[Component, str | None]:
-    """Reduce what `with_model_pixels` took for three channels to one, by its mean.
-
-    `given` are the views' earlier settings, which stay.
-    """
-    if not isinstance(views, ImageViewsConfig) or not isinstance(given, ImageViewsConfig):
-        return views, None
-    changed = {
-        key: [sum(values) / len(values)]
-        for key in ("mean", "std")
-        if getattr(given, key) is None and len(values := getattr(views, key) or []) > channels == 1
-    }
-    if not changed:
-        return views, None
-    settings = ", ".join(f"views.{key} {_shown(value)}" for key, value in changed.items())
-    return views.model_copy(update=changed), f"for one channel their mean: {settings}"
-
-
-def _shown(value: object) -> str:
-    numbers = value if isinstance(value, list) else [value]
-    text = ", ".join(f"{number:.4g}" for number in numbers)
-    return f"[{text}]" if isinstance(value, list) else text
 
 
 def checkpoint_pixels(path: str, revision: str | None, setting: str) -> Pixels:

@@ -11,7 +11,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.parts.mixing import check_group_sizes
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import kind_named
 from hpdist.data.structures import Structure, describe_rows, row_count, tensors_of
 from hpdist.distributed.module_names import shortened
 from hpdist.errors import ConfigError, describe
@@ -79,27 +80,9 @@ def _multiples(size: int, ranks: int) -> str:
 
 def check_inputs(algorithm: Algorithm, spec: InputSpec) -> None:
     """Raise ConfigError if the algorithm cannot use inputs like the unlabelled ones."""
-    if spec.kind == "text" and algorithm.changes_inputs:
-        raise ConfigError(
-            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to or reconstructs "
-            "them, which text does not allow; choose one that does not, such as fixmatch"
-        )
-    waveforms = spec.kind == "audio" and spec.seen == spec.shape
-    if waveforms and algorithm.changes_inputs:
-        raise ConfigError(
-            f"algorithm.name: {type(algorithm).__name__} mixes inputs, adds to or reconstructs "
-            "them, which waveforms of different lengths do not allow; set views.spectrogram: true, "
-            "or choose one that does not, such as fixmatch"
-        )
-    if (
-        spec.paired_column is not None
-        and algorithm.views.uses_unlabeled
-        and not algorithm.views.strong
-    ):
-        raise ConfigError(
-            f"views.strong_column: {type(algorithm).__name__} does not use strong views of "
-            "unlabelled rows; leave it out, or choose an algorithm that does, such as fixmatch"
-        )
+    why = kind_named(spec.kind).refuses(spec, algorithm)
+    if why is not None:
+        raise ConfigError(why)
 
 
 def check_model(

@@ -10,12 +10,12 @@ from torch import Tensor
 from hpdist.checkpoint.reader import SavedRun
 from hpdist.config.component import Component
 from hpdist.data.decode.encoded import Array
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.sources.fitting import training_rows
 from hpdist.data.sources.label_encoding import Encoding
 from hpdist.data.sources.labeled import LabeledRows
-from hpdist.data.sources.unlabeled import AnyUnlabeled
-from hpdist.data.views import FittedViews, TableViewsConfig, Views
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled
+from hpdist.data.views import FittedViews, Views
 from hpdist.distributed.collectives import run_on_main
 from hpdist.errors import CheckpointError
 from hpdist.messages.progress import working
@@ -49,7 +49,7 @@ def fitted_views(
     else:
 
         def measured() -> dict[str, Tensor]:
-            views.fit(training_rows(labeled, unlabeled, spec), spec.names)
+            views.fit(training_rows(labeled, unlabeled, spec), spec.feature_names)
             return views.state()
 
         state = run_on_main(measured)
@@ -58,10 +58,10 @@ def fitted_views(
 
 
 def _make_views(config: Component, seed: int, spec: InputSpec) -> Views:
-    tokenizer = spec.tokenizer
-    arguments: list[Any] = [] if tokenizer is None else [tokenizer.vocabulary]
-    if isinstance(config, TableViewsConfig) and spec.categories is not None:
-        arguments.append(spec.categories.groups)
+    """Build the views; those for the rows' own kind get what its spec has for them."""
+    own = getattr(config, "input_kind", None) == spec.kind
+    is_set = "input_kind" in type(config).model_fields
+    arguments = spec.view_arguments if own and not is_set else ()
     made: Views = cast(Any, config).build(seed, *arguments)
     return made
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from hpdist.checkpoint.reader import SavedRun
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.files.named_files import PathRule
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import Context, Facts, InputKind
 from hpdist.data.sources.labeled import LabeledRows, open_labeled
-from hpdist.data.views import AudioViewsConfig, TextViewsConfig
+from hpdist.data.sources.own_files import limits_of
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
+from hpdist.errors import ConfigError, HpdistError, describe
 from hpdist.messages.progress import working
 from hpdist.models.pixels import with_model_pixels
 from hpdist.tasks.base import Task, TaskConfig
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import saved_targets
-from hpdist.train.input_choice import (
-    find_row_categories,
-    find_seconds,
-    settle_inputs,
-    with_seconds,
-)
-from hpdist.train.inputs import ModeChoice, choose_mode, find_spec, with_mode
+from hpdist.train.input_choice import Settled, settle_inputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,11 @@ class LabeledInputs:
     """What the labels are, before it goes by them."""
     labeled: LabeledRows
     spec: InputSpec
-    mode: ModeChoice | None
-    """The mode of pictures, so far; None where the inputs are no encoded pictures."""
+    facts: Facts
+    """What the labelled rows told of the inputs."""
+    context: Context
     lines: tuple[str, ...]
-    """What was decided, for a person."""
+    """What was decided before that, for a person."""
     pixels: str | None
     """What the views took from the model, for a person."""
 
@@ -70,29 +68,32 @@ def open_labeled_inputs(
     views, pixels = call_on_all_ranks(lambda: with_model_pixels(asked.views, asked.model))
     chosen = asked.model_copy(update={"views": views})
     task = cast(TaskConfig, config.task).build()
-    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, task, settled.opened, folder, saved))
-    lines = list(settled.lines)
-    seconds = run_on_main(lambda: find_seconds(chosen, labeled, recorded))
-    if seconds is not None:
-        chosen = with_seconds(chosen, seconds[0])
-        lines.append(seconds[1])
+    labeled = call_on_all_ranks(lambda: _open_labeled(chosen, task, settled, folder, saved))
+    kind, limits = settled.kind, limits_of(chosen.data.loading)
+    context = Context(chosen.model, recorded, saved is not None, limits)
+    facts = run_on_main(lambda: _of_kind(kind, lambda: kind.measure(views, labeled, context)))
+    filled = kind.fill_views(views, facts.values)
+    chosen = chosen.model_copy(update={"views": filled})
     spec = call_on_all_ranks(
-        lambda: find_spec(chosen, labeled, find_row_categories(labeled, recorded))
+        lambda: _of_kind(kind, lambda: kind.make_spec(filled, labeled, context, facts.values))
     )
-    kept = None if saved is None else recorded
-    mode = run_on_main(lambda: _choose_mode(chosen, labeled, spec, kept))
-    if mode is not None:
-        spec = with_mode(spec, mode.mode)
-    return LabeledInputs(chosen, asked.views, task, labeled, spec, mode, tuple(lines), pixels)
+    lines = settled.lines
+    return LabeledInputs(chosen, asked.views, task, labeled, spec, facts, context, lines, pixels)
+
+
+def _of_kind(kind: InputKind, call: Callable[[], T]) -> T:
+    """Call what a kind defines, which may be somebody's own. Raises ConfigError where it fails."""
+    try:
+        return call()
+    except HpdistError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the input kind {kind.name} failed: {describe(error)}") from error
 
 
 @working("opening data.labeled")
 def _open_labeled(
-    config: RunConfig,
-    task: Task,
-    opened: tuple[Any, str, PathRule],
-    folder: RunFolder,
-    saved: SavedRun | None,
+    config: RunConfig, task: Task, settled: Settled, folder: RunFolder, saved: SavedRun | None
 ) -> LabeledRows:
     return open_labeled(
         config.data.labeled,
@@ -100,18 +101,10 @@ def _open_labeled(
         labels=task,
         num_classes=getattr(config.model, "num_classes", None),
         chosen=folder.read_labeled_rows() if saved is not None else None,
-        opened=opened,
-        text=isinstance(config.views, TextViewsConfig),
-        audio=isinstance(config.views, AudioViewsConfig),
+        opened=settled.opened,
+        kind=settled.kind,
+        column=settled.column,
         classes=saved.facts["identity"].get("classes") if saved is not None else None,
         measured=saved_targets(saved),
         loading=config.data.loading,
     )
-
-
-@working("looking at the labelled pictures")
-def _choose_mode(
-    config: RunConfig, labeled: LabeledRows, spec: InputSpec, recorded: Mapping[str, Any] | None
-) -> ModeChoice | None:
-    """Choose the mode of pictures; a run that goes on keeps the one that it had."""
-    return choose_mode(config, labeled, spec, recorded)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from torch import nn
 
 from hpdist.checkpoint.config import Checkpoint
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.sources.labeled import LabeledRows
-from hpdist.data.sources.unlabeled import (
+from hpdist.data.sources.unlabeled_rows import (
     AnyUnlabeled,
     MixedRows,
     ParquetRows,
@@ -29,7 +29,7 @@ from hpdist.data.sources.unlabeled import (
 )
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.engines.execution_plan import ExecutionPlan
-from hpdist.messages.human import counted, duration, percent
+from hpdist.messages.human import counted, percent
 from hpdist.messages.progress import columns
 from hpdist.tasks.base import TaskConfig
 from hpdist.tracking.console import Console, wrapped
@@ -232,7 +232,7 @@ def data_entries(
     for name, rows_measured in measured.items():
         if rows_measured is not None:
             entries.append((name, f"{len(rows_measured):,} rows"))
-    entries.append(("input", describe_input(spec)))
+    entries.append(("input", spec.describe()))
     return entries
 
 
@@ -261,21 +261,3 @@ def _unlabeled(rows: AnyUnlabeled, batch: int) -> str:
     if count is None:
         return f"rows {how}; their number is not known"
     return f"{count:,} rows {how}; an epoch is {counted(max(round(count / batch), 1), 'step')}"
-
-
-def describe_input(spec: InputSpec) -> str:
-    """Describe a row as the model sees it."""
-    shape = " x ".join(map(str, spec.shape))
-    if spec.kind == "image":
-        channels, height, width = spec.shape
-        mode = f" ({spec.mode})" if spec.mode else ""
-        return f"images of {height} x {width} pixels, {counted(channels, 'channel')}{mode}"
-    if spec.kind == "vector":
-        return f"vectors of {counted(spec.shape[0], 'number')}"
-    if spec.kind == "text":
-        return f"texts of at most {counted(spec.shape[-1], 'token')}"
-    sampling: Any = spec.sampling
-    if sampling is None:
-        return f"sounds of shape {shape}"
-    seconds = sampling.samples / sampling.rate
-    return f"sounds of {duration(seconds)} at {sampling.rate:,} Hz"

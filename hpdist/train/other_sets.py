@@ -8,18 +8,12 @@ from typing import Any
 
 from hpdist.config.component import Component
 from hpdist.data.config import Data, Duplicates, Loading, Unlabeled
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import kind_named
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
-from hpdist.data.sources.unlabeled import (
-    AnyUnlabeled,
-    DatasetIndex,
-    MixedRows,
-    ParquetRows,
-    SequentialRows,
-    open_unlabeled,
-    scan_metadata,
-)
+from hpdist.data.sources.unlabeled import DatasetIndex, open_unlabeled, scan_metadata
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
 from hpdist.data.stream.index import are_records
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.messages.progress import working
@@ -33,11 +27,8 @@ _log = logging.getLogger("hpdist.data")
 
 
 def unlabeled_spec(views: Component, spec: InputSpec) -> InputSpec:
-    """Return how unlabelled rows are decoded: like others, or with a strong view of their own."""
-    column = getattr(views, "strong_column", None)
-    if column is None or spec.tokenizer is None:
-        return spec
-    return InputSpec.of_text(spec.tokenizer, column)
+    """Return how unlabelled rows are decoded: like others, unless their kind says otherwise."""
+    return kind_named(spec.kind).unlabeled_spec(spec, views)
 
 
 @working("opening data.unlabeled")

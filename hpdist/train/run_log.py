@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.views.base import Views
 from hpdist.distributed.stragglers import stragglers
 from hpdist.engines.execution_plan import ExecutionPlan

@@ -7,35 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from hpdist.checkpoint.reader import SavedRun
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import Facts, kind_named
 from hpdist.data.sources.duplicates import Report
-from hpdist.data.sources.labeled import LabeledRows, with_categories
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows, row_count
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, row_count
 from hpdist.data.views import Views
-from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
-from hpdist.messages.progress import working
-from hpdist.models.pixels import for_channels
+from hpdist.distributed.collectives import run_on_main
 from hpdist.tasks.base import Task
 from hpdist.tracking.run_folder import TASK, RunFolder
 from hpdist.train import opening
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import fitted_state, fitted_views
 from hpdist.train.given import InMemoryInputs
-from hpdist.train.input_choice import describe_categories, record_inputs, widen_categories
-from hpdist.train.inputs import (
-    ModeChoice,
-    is_inputs_record,
-    other_casts,
-    reconsider,
-    with_channels,
-    with_mode,
-)
+from hpdist.train.input_choice import is_inputs_record, record_inputs
 from hpdist.train.labeled_inputs import LabeledInputs, open_labeled_inputs
 from hpdist.train.other_sets import (
     find_repeated,
@@ -61,6 +52,8 @@ class RunSets:
     config: RunConfig
     """The run's settings, with what the views took from the rows and the model."""
     spec: InputSpec
+    facts: Facts
+    """What the rows told of the inputs, which a resume must find the same."""
     labeled: LabeledRows
     unlabeled: AnyUnlabeled | None
     test: LabeledRows | None
@@ -110,7 +103,7 @@ class RunSets:
         folder.write_json("labeled_rows.json", self.labeled.chosen)
         folder.write_json("classes.json", self.labeled.classes.names)
         folder.write_json(TASK, self.task.display())
-        inputs = record_inputs(self.config, self.asked, self.spec)
+        inputs = record_inputs(self.config, self.asked, self.facts)
         if inputs:
             folder.write_json(_INPUTS, inputs)
         record_other_sets(folder, self.duplicates, self.unlabeled)
@@ -156,7 +149,7 @@ def open_sets(
         )
     datasets = {name: getattr(objects, name) for name in _HELD_OUT}
     held_out = open_held_out(data, first.spec, labeled, datasets)
-    config_now, spec, decided = _settle(first, unlabeled, held_out, recorded)
+    config_now, spec, facts, decided = _settle(first, unlabeled, held_out)
     opening.log_data(config_now, spec, labeled, unlabeled, held_out, decided, folder.main)
     lines, unreadable = look_through(labeled, held_out, spec)
     opening.log_lines(lines, folder.main)
@@ -170,6 +163,7 @@ def open_sets(
         asked=config,
         config=config_now,
         spec=spec,
+        facts=facts,
         labeled=labeled,
         unlabeled=unlabeled,
         test=held_out["test"],
@@ -185,39 +179,21 @@ def _settle(
     first: LabeledInputs,
     unlabeled: AnyUnlabeled | None,
     held_out: Mapping[str, LabeledRows | None],
-    recorded: Mapping[str, Any],
-) -> tuple[RunConfig, InputSpec, list[str]]:
+) -> tuple[RunConfig, InputSpec, Facts, list[str]]:
     """Settle what all sets say of the inputs, now that they are open. Collective.
 
-    Gives the settings, the inputs, and lines for a person about what was decided.
+    Gives the settings, the inputs, what the rows told, and lines for a person about what was
+    decided.
     """
-    config, spec, lines = first.config, first.spec, list(first.lines)
+    config, kind = first.config, kind_named(first.spec.kind)
     sets: _Sets = {"labeled": first.labeled, "unlabeled": unlabeled, **held_out}
     named = {f"data.{name}": rows for name, rows in sets.items()}
-    categories = run_on_main(lambda: widen_categories(spec, unlabeled, recorded))
-    if categories is not None:
-        spec = with_categories(spec, categories)
-        lines += run_on_main(lambda: describe_categories(categories, named))
-    if first.mode is not None:
-        mode, said = _settle_mode(first.mode, named)
-        spec, config = with_mode(spec, mode), with_channels(config, mode)
-        lines += said
-    pixels = [first.pixels]
-    if spec.kind == "image":
-        views, fitted = for_channels(config.views, first.views, spec.shape[0])
-        config = config.model_copy(update={"views": views})
-        pixels.append(fitted)
-    taken = "; ".join(filter(None, pixels))
-    return config, spec, [*lines, *([taken] if taken else []), *_notes(sets)]
-
-
-@working("looking at the other sets' pictures")
-def _settle_mode(choice: ModeChoice, sets: _Sets) -> tuple[str, list[str]]:
-    """Settle the mode of pictures, now that all sets are open; say what it is. Collective."""
-    others = {name: rows for name, rows in sets.items() if name != "data.labeled"}
-    settled = run_on_main(lambda: reconsider(choice, others))
-    casts = call_on_all_ranks(lambda: other_casts(settled.mode, others))
-    return settled.mode, [*filter(None, [settled.line]), *casts]
+    facts = run_on_main(lambda: kind.measure_sets(first.spec, first.facts, named, first.context))
+    spec, views, fitted = kind.finish(first.spec, config.views, first.views, facts.values)
+    config = config.model_copy(update={"views": views})
+    taken = "; ".join(filter(None, [first.pixels, fitted]))
+    lines = [*first.lines, *facts.lines, *([taken] if taken else []), *_notes(sets)]
+    return config, spec, facts, lines
 
 
 def _notes(sets: _Sets) -> list[str]:

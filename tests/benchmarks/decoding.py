@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from hpdist.data.decode.decoders import Decoder
-from hpdist.data.decode.stored_values import InputSpec, stored_values
+from hpdist.data.decode.pixels import ImageSpec
+from hpdist.data.decode.stored_values import stored_values
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 STARTS = 6  # of threads and processes, each for an equal share of the rounds
@@ -101,7 +102,7 @@ def ratios(bare: list[float], ours: list[float]) -> str:
 
 def compare(values: list[bytes], workers: int, rounds: int) -> list[str]:
     """Rows of the table: the Decoder by threads and by processes against the bare loop."""
-    spec = InputSpec.of(values[0], None)
+    spec = ImageSpec.of(values[0])
     cut = [
         values[k * len(values) // workers : (k + 1) * len(values) // workers]
         for k in range(workers)

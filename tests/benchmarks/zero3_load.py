@@ -40,15 +40,14 @@ def load(folder: str, way: str) -> Any:
     from transformers import AutoModelForSequenceClassification
     from transformers.integrations import HfDeepSpeedConfig
 
-    from hpdist.data.decode.stored_values import InputSpec
-    from hpdist.data.decode.text import Tokenizer
+    from hpdist.data.decode.text import TextSpec, Tokenizer
     from hpdist.engines.zero3 import partition_weights
     from hpdist.models import HuggingFaceConfig, build_model
     from hpdist.models.stored import weights_as_stored
     from hpdist.train.checks import check_model
 
     if way == "run":
-        spec = InputSpec.of_text(Tokenizer(folder, 32))
+        spec = TextSpec(Tokenizer(folder, 32))
         with weights_as_stored(True):
             model = build_model(HuggingFaceConfig(name=f"hf:{folder}"), spec, 2, 0)
         check_model(model, spec.example(2), 2)

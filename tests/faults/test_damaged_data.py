@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hpdist.data.sources.unlabeled import ParquetRows
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.errors import DataError
 from tests.support.fault_table import Fault, batches_cost, rows_cost
 from tests.support.picture_runs import (

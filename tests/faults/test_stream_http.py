@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from hpdist.data.files.open import Retry, UnreachableError
-from hpdist.data.sources.unlabeled import ParquetRows
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream.plan import Plan
 from hpdist.errors import DataError
 from hpdist.train.data import RunData
@@ -228,7 +228,7 @@ HUB = """
 import json, os, sys
 import datasets
 from hpdist.data.config import Loading, Unlabeled
-from hpdist.data.sources.labeled import input_spec
+from hpdist.data.kinds import input_spec
 from hpdist.data.unlabeled import open_unlabeled
 from tests.support.pictures import labeled, take
 config = Unlabeled(path="user/name", streaming=True, shuffle_window=1)

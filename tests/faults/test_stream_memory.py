@@ -23,8 +23,8 @@ SCRIPT = """
 import json, sys, threading, time
 import datasets, psutil
 import pyarrow as pa
+from hpdist.data.kinds import input_spec
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.sources.labeled import input_spec
 from tests.support.labeled import open_labeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.unlabeled import open_unlabeled

@@ -23,8 +23,8 @@ import pytest
 from hpdist.data.config import Loading, UnlabeledSource
 from hpdist.data.files.unpacked import UnpackedError, unpacking
 from hpdist.data.sources.loading import load_files
+from hpdist.data.stream.blocks import read_blocks
 from hpdist.data.stream.ipc import check_batches
-from hpdist.data.stream.sequential import read_blocks
 from hpdist.errors import DataError
 from tests.support.fault_table import Fault
 from tests.support.memory import Peak

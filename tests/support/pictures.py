@@ -19,8 +19,9 @@ from PIL import Image
 
 from hpdist.data.batch import UnlabeledBatch
 from hpdist.data.config import Labeled, Loading, Unlabeled
-from hpdist.data.sources.labeled import input_spec
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream import BatchStream
 from tests.support.labeled import open_labeled
 

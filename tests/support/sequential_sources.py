@@ -6,8 +6,9 @@ import json
 import datasets
 from hypothesis import HealthCheck, settings
 
+from hpdist.data.stream.blocks import ORDER
 from hpdist.data.stream.permute import permutation
-from hpdist.data.stream.sequential import _ORDER, SequentialReader
+from hpdist.data.stream.sequential import SequentialReader
 
 RANKS = (1, 2, 3, 4, 6, 8)
 SEED = 5
@@ -83,7 +84,7 @@ def model(rows, block_rows):
     for epoch in itertools.count():
         for block, start in enumerate(range(0, rows, block_rows)):
             size = min(block_rows, rows - start)
-            for place in permutation(size, SEED, _ORDER, epoch, block).tolist():
+            for place in permutation(size, SEED, ORDER, epoch, block).tolist():
                 yield epoch, start + place
 
 

@@ -17,7 +17,7 @@ FLOORS = (  # a room imports only what stands before it
     *("engines", "preflight", "algorithms", "evaluate", "testing", "train", "plan", "cli"),
 )
 DATA_FLOORS = (
-    *("random", "structures", "batch", "config", "files", "decode", "stream", "sources"),
+    *("random", "structures", "batch", "config", "files", "decode", "kinds", "stream", "sources"),
     *("views", "samples", "convert"),
 )
 MAY_KNOW_THE_WHOLE_CONFIG = ("train", "cli")

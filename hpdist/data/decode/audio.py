@@ -7,19 +7,24 @@ Behind the end of a shorter sound it is NaN, so that a batch holds how long each
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from hpdist.data.decode.encoded import Array, stored_bytes
+from hpdist.data.decode.arrays import Arrays
+from hpdist.data.decode.encoded import Array, mean_bytes, stored_bytes
+from hpdist.data.decode.spec import ArraySpec
 from hpdist.data.files.named_files import USUAL_LIMITS, Limits
 from hpdist.errors import ConfigError
+from hpdist.messages.human import duration
 
 _MARGIN = 0.05  # seconds read beyond the row, so that the resampler's end lies outside of it
 _LARGEST_FACTOR = 1000  # of the ratio of two rates; the rest changes the pitch by under 1e-6
+_THREADS_PAY_BYTES = 65536  # of a sound file
 _TAPS = 10  # of the resampling filter, on each side and per step of the slower rate
 
 
@@ -111,3 +116,52 @@ def _low_pass(factor: int) -> Array:
 
     taps: Array = firwin(2 * _TAPS * factor + 1, 1 / factor, window=("kaiser", 5.0))
     return taps.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AudioSpec(ArraySpec):
+    """Rows are float32 [samples], NaN behind a sound's end."""
+
+    kind: ClassVar[str] = "audio"
+    worth_processes: ClassVar[bool] = True
+    sampling: Sampling
+    seen: tuple[int, ...]
+    """The shape of what the views make of a row: a waveform's, or a spectrogram's."""
+    limits: Limits = USUAL_LIMITS
+    """What a row may take to decode."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Give the shape of a row as it is decoded."""
+        return (self.sampling.samples,)
+
+    @property
+    def model_input_shape(self) -> tuple[int, ...]:
+        """Give the shape of a row as the views give it to the model."""
+        return self.seen
+
+    @property
+    def are_waveforms(self) -> bool:
+        """Whether the model is given waveforms, and no spectrograms."""
+        return self.seen == self.shape
+
+    @property
+    def not_for_arrays(self) -> str | None:  # type: ignore[override]
+        """Say what a model of plain arrays cannot take of waveforms."""
+        if not self.are_waveforms:
+            return None
+        return "waveforms; set views.spectrogram: true, or use hf:… or a model of your own"
+
+    def threads_pay(self, values: Sequence[Any]) -> bool:
+        """Tell whether sound files are large enough for it."""
+        return mean_bytes(values) >= _THREADS_PAY_BYTES
+
+    def describe(self) -> str:
+        """Say what a row is, for the opening lines of a run."""
+        sampling = self.sampling
+        seconds = sampling.samples / sampling.rate
+        return f"sounds of {duration(seconds)} at {sampling.rate:,} Hz"
+
+    def decode_row(self, value: Any, out: Arrays) -> None:
+        """Decode one stored sound. Raises ValueError; see `Sampling.decode_into`."""
+        self.sampling.decode_into(value, cast(Array, out), self.limits)

@@ -1,4 +1,4 @@
-"""Worker processes that decode images and sound.
+"""Worker processes that decode images, sound and whatever else is worth it.
 
 A process is a new interpreter that imports this module and nothing of the run's own: not its
 `__main__`, and torch only to resize. Rows come back in memory without a name, which vanishes with
@@ -23,8 +23,14 @@ from typing import IO, Any, cast
 import numpy as np
 from PIL import Image, ImageFile
 
-from hpdist.data.decode.encoded import Array
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.arrays import (
+    Arrays,
+    copy_rows,
+    mapped_arrays,
+    memory_size,
+    slice_rows,
+)
+from hpdist.data.decode.spec import InputSpec
 from hpdist.errors import DataError
 from hpdist.processes import end_with
 
@@ -47,8 +53,8 @@ class Pool:
         self._workers: list[_Worker] = []
         self._start()
 
-    def decode(self, values: Sequence[Any], out: Array) -> dict[int, str]:
-        """Decode as `InputSpec.decode_array` does, but with the reasons in no order."""
+    def decode(self, values: Sequence[Any], out: Arrays) -> dict[int, str]:
+        """Decode as `InputSpec.decode_into` does, but with the reasons in no order."""
         if os.getpid() != self._owner:
             raise RuntimeError("a Decoder with processes cannot be used in a fork of its process")
         try:
@@ -78,10 +84,10 @@ class Pool:
             while self._workers:
                 self._workers.pop().end()
 
-    def _decode(self, values: Sequence[Any], out: Array) -> dict[int, str]:
+    def _decode(self, values: Sequence[Any], out: Arrays) -> dict[int, str]:
         with self._guard:
             self._start()
-            shared = self._shared(out)
+            shared = self._shared(len(values))
         parts, reasons = parts_of(len(values), self._processes), dict[int, str]()
         pillow = _pillow_state()
         idle, deaths = list(self._workers), dict[int, int]()
@@ -90,7 +96,7 @@ class Pool:
             while parts and idle:
                 worker, part = idle.pop(), parts.popleft()
                 busy[worker.connection] = (worker, part)
-                worker.send(part.start, values[part], pillow)
+                worker.send((part.start, len(values)), values[part], pillow)
             for connection in cast("list[Connection]", wait(list(busy))):
                 worker, part = busy.pop(connection)
                 found = worker.receive()
@@ -99,7 +105,7 @@ class Pool:
                     idle.append(self._replace(worker, part, deaths[part.start]))
                     parts.appendleft(part)
                     continue
-                out[part] = shared[part]
+                copy_rows(slice_rows(shared, part), slice_rows(out, part))
                 reasons.update({part.start + line: why for line, why in found.items()})
                 idle.append(worker)
         return reasons
@@ -121,13 +127,14 @@ class Pool:
             )
         return fresh
 
-    def _shared(self, out: Array) -> Array:
-        """The shared memory in the shape and dtype of `out`, grown where it is too small."""
-        if self._memory is None or len(self._memory) < out.nbytes:
-            size = max(out.nbytes, 1)
+    def _shared(self, rows: int) -> Arrays:
+        """View the shared memory as so many rows; it is grown where it is too small."""
+        layout = self._spec.layout
+        size = max(memory_size(layout, rows), 1)
+        if self._memory is None or len(self._memory) < size:
             os.ftruncate(self._file.fileno(), size)
             self._memory = mmap.mmap(self._file.fileno(), size)
-        return np.frombuffer(self._memory, out.dtype, out.size).reshape(out.shape)
+        return mapped_arrays(layout, rows, self._memory)
 
 
 class _Worker:
@@ -151,9 +158,12 @@ class _Worker:
             theirs.close()
         self._send(spec)
 
-    def send(self, start: int, values: Sequence[Any], pillow: tuple[Any, ...]) -> None:
-        """Have values decoded into lines of the memory from `start` on; `receive` is the answer."""
-        self._send((start, values, pillow))
+    def send(self, place: tuple[int, int], values: Sequence[Any], pillow: tuple[Any, ...]) -> None:
+        """Have values decoded into lines of the memory; `receive` is the answer.
+
+        `place` is the first of these lines, and how many there are in all.
+        """
+        self._send((*place, values, pillow))
 
     def _send(self, message: object) -> None:
         with suppress(OSError):  # it died: `receive` says so
@@ -203,18 +213,17 @@ def work(connection: int, memory: int, parent: int) -> None:
     line, mapped = Connection(connection), mmap.mmap(-1, 1)
     try:
         spec: InputSpec = line.recv()
-        dtype, numbers = spec.array_dtype, int(np.prod(spec.shape, dtype=np.int64))  # of a row
-        width = numbers * dtype.itemsize  # in bytes
+        layout = spec.layout
         while True:
-            start, values, (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, added) = (
-                line.recv()
-            )
+            start, rows, values, pillow = line.recv()
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, added = pillow
             for name, factory, accept in added:
                 if name not in Image.OPEN:
                     Image.register_open(name, factory, accept)
-            if len(mapped) < (start + len(values)) * width:
+            if len(mapped) < memory_size(layout, rows):
                 mapped = mmap.mmap(memory, 0)  # all of it: it has grown
-            out = np.frombuffer(mapped, dtype, len(values) * numbers, start * width)
-            line.send(spec.decode_array(values, out.reshape(len(values), *spec.shape)))
+            out = mapped_arrays(layout, rows, mapped)
+            part = slice(start, start + len(values))
+            line.send(spec.decode_into(values, slice_rows(out, part)))
     except (EOFError, OSError):
         return  # the parent is gone

@@ -10,13 +10,19 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
+from hpdist.data.decode.arrays import Arrays, check_rows
 from hpdist.data.decode.encoded import Array, Unreadable
+from hpdist.data.decode.spec import ArraySpec
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
+from hpdist.messages.human import counted
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds
+    from torch import Tensor
 
 _EXAMPLE = ("one", "and another")
 _CHARACTERS = 256  # of a token, at most, on average: what lies behind is cut off before tokenizing
@@ -151,3 +157,62 @@ def _load(path: str, revision: str | None, trust_remote_code: bool, setting: str
             place, revision=revision, trust_remote_code=trust_remote_code
         )
         return _Loaded(tokenizer, setting)
+
+
+@dataclass(frozen=True)
+class TextSpec(ArraySpec):
+    """Rows are the tokens of one text, int64 [max_length]."""
+
+    kind: ClassVar[str] = "text"
+    array_dtype: ClassVar[np.dtype[Any]] = np.dtype(np.int64)
+    not_for_arrays: ClassVar[str] = "text; use hf:… or a model of your own"
+    tokenizer: Tokenizer
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Give the shape of a row."""
+        return (self.tokenizer.max_length,)
+
+    @property
+    def view_arguments(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """Give the tokenizer's special ids. Raises ConfigError where it cannot be loaded."""
+        return (self.tokenizer.vocabulary,)
+
+    def describe(self) -> str:
+        """Say what a row is, for the opening lines of a run."""
+        return f"texts of at most {counted(self.shape[-1], 'token')}"
+
+    def example(self, rows: int) -> Tensor:
+        """Give the tokens of a few words, int64 [rows, max_length]."""
+        import torch
+
+        return torch.from_numpy(self.tokenizer.example(rows))
+
+    def decode_into(self, values: Sequence[Any], out: Arrays) -> dict[int, str]:
+        """Tokenize all values at once."""
+        check_rows(self.layout, len(values), out)
+        return self.tokenizer.decode_into(values, cast(Array, out))
+
+
+@dataclass(frozen=True)
+class PairSpec(TextSpec):
+    """Rows are the tokens of two texts, int64 [2, max_length]; stored values are pairs."""
+
+    kind: ClassVar[str] = "pair"
+    column: str
+    """The column of the second texts."""
+
+    @property
+    def paired_column(self) -> str:
+        """Name the column of the second texts."""
+        return self.column
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Give the shape of a row."""
+        return (2, self.tokenizer.max_length)
+
+    def decode_into(self, values: Sequence[Any], out: Arrays) -> dict[int, str]:
+        """Tokenize all pairs at once."""
+        check_rows(self.layout, len(values), out)
+        return self.tokenizer.decode_pairs_into(values, cast(Array, out), self.column)

@@ -125,7 +125,7 @@ class Sounds(ImageFolder):  # type: ignore[misc]
     What it opens holds images, of which `Audio(decode=False)` has the same storage.
     """
 
-    BASE_COLUMN_NAME = "audio"
+    BASE_COLUMN_NAME = AudioFolder.BASE_COLUMN_NAME
     EXTENSIONS = AudioFolder.EXTENSIONS
 
     def _base_feature(self) -> Any:

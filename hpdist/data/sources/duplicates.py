@@ -27,8 +27,7 @@ from hpdist.data.files.named_files import NamedFile, named
 from hpdist.data.files.open import is_remote
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
-from hpdist.data.sources.loading import one_line
-from hpdist.data.sources.unlabeled import (
+from hpdist.data.sources.unlabeled_rows import (
     AnyUnlabeled,
     MixedRows,
     ParquetRows,
@@ -36,7 +35,7 @@ from hpdist.data.sources.unlabeled import (
     row_count,
 )
 from hpdist.data.stream.reader import Rows
-from hpdist.errors import DataError
+from hpdist.errors import DataError, one_line
 from hpdist.messages.progress import working
 
 _AT_ONCE = 1024  # rows

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.stream.functions import RowFunctions
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.errors import DataError

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from hpdist.data.batch import BadRow, LabeledBatch
-from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.files.retry import is_remote
+from hpdist.data.decode.encoded import Unreadable, is_elsewhere
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.stream.permute import Int64Array
-from hpdist.data.structures import from_arrays, take_rows
+from hpdist.data.structures import Structure, from_arrays, take_rows
 from hpdist.errors import DataError
 
 _LOOK_SECONDS = 5.0  # that the start of a run looks for unreadable rows, on each rank
@@ -49,7 +48,7 @@ def evaluation_batches(
         valid = positions < end
         positions[~valid] = 0
         ids, labels = rows.ids[positions], take_rows(rows.labels, positions)
-        inputs = torch.empty((size, *spec.shape), dtype=spec.dtype)
+        inputs: Any = spec.empty(size)
         for line, row in _decode(rows, spec, positions, inputs).items():
             if valid[line]:
                 tell(row)
@@ -91,7 +90,7 @@ def look_through(
         positions = np.arange(start, min(start + size, end))
         if seen and any(is_elsewhere(value) for value in _read(rows, positions)):
             break
-        out = torch.empty((len(positions), *spec.shape), dtype=spec.dtype)
+        out = spec.empty(len(positions))
         bad += _decode(rows, spec, positions, out).values()
         seen, start, size = seen + len(positions), start + len(positions), _LOOK_ROWS
     return Look(seen, tuple(bad))
@@ -151,7 +150,7 @@ def _share(count: int, rank: int, world_size: int) -> tuple[int, int, int]:
 
 
 def _decode(
-    rows: LabeledRows, spec: InputSpec, positions: Int64Array, out: Tensor
+    rows: LabeledRows, spec: InputSpec, positions: Int64Array, out: Structure
 ) -> dict[int, BadRow]:
     """Decode rows into the lines of `out`; those that cannot be, by line."""
     values = _read(rows, positions)
@@ -176,15 +175,3 @@ def _read_one(rows: LabeledRows, position: int) -> Any:
     except DataError as error:
         return Unreadable(str(error))
     return value
-
-
-def _path_of(value: Any) -> str | None:
-    """The file that a stored value names, where it is one of files."""
-    path = value.get("path") if isinstance(value, dict) else None
-    return path if isinstance(path, str) and path else None
-
-
-def is_elsewhere(value: Any) -> bool:
-    """Whether a stored value names a file that lies on another machine."""
-    path = _path_of(value)
-    return path is not None and value.get("bytes") is None and is_remote(path)

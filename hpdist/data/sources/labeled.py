@@ -1,7 +1,7 @@
 """Open what the config names: labelled, test and unlabelled rows, checked before training starts.
 
     labeled = open_labeled(config.data.labeled, config.run.seed, labels=config.task.build())
-    spec = input_spec(labeled, size=32)
+    spec = hpdist.data.kinds.input_spec(labeled, size=32)
     unlabeled = open_unlabeled(config.data.unlabeled, labeled, spec)
     test = open_test(config.data.test, labeled, spec)
 
@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hpdist.aliases import find_moved
 from hpdist.data.config import LabelColumn, Labeled, Loading
-from hpdist.data.decode.categories import Categories
 from hpdist.data.decode.encoded import Array
-from hpdist.data.decode.stored_values import Column, InputSpec, stored_inputs
-from hpdist.data.files.named_files import NOTHING, USUAL_LIMITS, Limits, PathRule, named
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.decode.stored_values import Column, names_of, stored_inputs
+from hpdist.data.files.named_files import NOTHING, PathRule, named
 from hpdist.data.files.row_names import describe_row, describe_rows
+from hpdist.data.kinds import DEFAULT_KIND, InputKind, kind_named
 from hpdist.data.sources.classes import Classes
 from hpdist.data.sources.label_encoding import Encoding, LabelReader
 from hpdist.data.sources.labels import (
@@ -36,9 +38,6 @@ from hpdist.data.sources.labels import (
 )
 from hpdist.data.sources.loading import (
     check_order,
-    input_column,
-    names_of,
-    one_line,
     open_table,
     raw_view,
     same_column,
@@ -49,7 +48,7 @@ from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.table import TableReader
 from hpdist.data.structures import Arrays, take_rows
-from hpdist.errors import DataError
+from hpdist.errors import DataError, one_line
 
 _LABELED_ORDER = 0x1ABE1ED  # two sets of as many rows must not be walked in the same order
 _UNLABELED_ORDER = 0xDA7A
@@ -106,10 +105,8 @@ class LabeledRows(TableRows):
     """int64 [rows], in 0..len(classes); None where a row is not of one class."""
     notes: tuple[str, ...] = ()
     """What was decided about the rows that a person should know."""
-    text: bool = False
-    """Whether the column holds text; every other set's must too."""
-    audio: bool = False
-    """Whether it holds sound, likewise."""
+    kind: InputKind = DEFAULT_KIND
+    """What finds the column; every other set's column is of this kind too."""
 
     @property
     def classes(self) -> Classes:
@@ -182,8 +179,8 @@ def open_labeled(
     chosen: list[int] | None = None,
     dataset: Any = None,
     where: str = "data.labeled",
-    text: bool = False,
-    audio: bool = False,
+    kind: InputKind = DEFAULT_KIND,
+    column: Column | None = None,
     classes: Sequence[str] | None = None,
     measured: Mapping[str, Array] | None = None,
     opened: tuple[Any, str, PathRule] | None = None,
@@ -193,14 +190,15 @@ def open_labeled(
 
     `labels` is what knows how labels are read: a task. `dataset` is a `datasets.Dataset` to use
     instead of loading `config.path`; `chosen` are the rows of an earlier run, used instead of
-    drawing, `classes` the names of its classes, and `measured` is the state of its encoding; `text`
-    is whether the model sees text, `audio` whether it sees sound; `opened` is what `open_table`
+    drawing, `classes` the names of its classes, and `measured` is the state of its encoding; `kind`
+    is the kind of input, and `column` where it was found, if the config does not say; `opened` is
+    what `open_table`
     gave, if that was called before. Raises DataError when anything is not as the config says.
     """
     table, name, rule = opened or open_table(config, dataset, where, (), loading)
     features = table.features
     label = label_column(features, config.label, where)
-    column = input_column(features, config.input, where, exclude=label, text=text, audio=audio)
+    column = kind.find_columns(features, config.input or column, where, label)
     stored = read_labels(table, label, where, name)
     encoding = labels.find_encoding(stored, num_classes, classes)
     given = chosen if chosen is not None else config.indices
@@ -227,8 +225,7 @@ def open_labeled(
         label,
         encoding.class_numbers(used),
         tuple(notes),
-        text,
-        audio,
+        kind,
         rule=rule,
     )
 
@@ -252,17 +249,10 @@ def open_test(
     table, name, rule = open_table(config, dataset, where, needed, loading)
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
-    column = input_column(
-        features,
-        config.input or same_input(like.column, features, where),
-        where,
-        exclude=label,
-        text=like.text,
-        audio=like.audio,
-    )
+    found = config.input or same_input(like.column, features, where)
+    column = like.kind.find_columns(features, found, where, label)
     check_order(column, like.column, where)
-    if spec.categories is not None:
-        spec.categories.check(features, names_of(column), where)
+    kind_named(spec.kind).check_columns(spec, features, column, where)
     stored = read_labels(table, label, where, name)
     encoding = like.encoding
     checked = encoding.check(stored)
@@ -282,8 +272,7 @@ def open_test(
         label,
         encoding.class_numbers(labels),
         tuple(notes),
-        like.text,
-        like.audio,
+        like.kind,
         rule=rule,
     )
     _require_readable(rows, spec)
@@ -296,8 +285,7 @@ def _require_readable(rows: LabeledRows, spec: InputSpec) -> None:
     while at < len(rows):
         ids = rows.ids[at : at + size].tolist()
         try:
-            out = np.empty((len(ids), *spec.shape), spec.array_dtype)
-            found = spec.decode_array(rows.read_split(ids), out)
+            found = spec.decode_valid(rows.read_split(ids), spec.empty(len(ids)))
         except DataError as error:
             found = dict.fromkeys(range(len(ids)), str(error))
         if len(found) < len(ids):
@@ -311,41 +299,6 @@ def _require_readable(rows: LabeledRows, spec: InputSpec) -> None:
     )
 
 
-def input_spec(
-    rows: LabeledRows,
-    size: int | None = None,
-    *,
-    missing: bool = False,
-    mode: str | None = None,
-    categories: Categories | None = None,
-    limits: Limits = USUAL_LIMITS,
-) -> InputSpec:
-    """Derive how inputs are decoded from the first labelled row in use that can be.
-
-    `size` resizes every image to size x size; `missing` lets vectors hold NaN; `mode` is what
-    images become (L, RGB or RGBA), by default what that row's is; `categories` are those of columns
-    that hold no numbers. Raises DataError when none of the first rows is an image or array.
-    """
-    names = () if isinstance(rows.column, str) else rows.column
-    first_error: Exception | None = None
-    for row in rows.ids[:_LOOKED_AT].tolist():
-        try:
-            spec = InputSpec.of(rows.read_split([row])[0], size, mode, limits)
-        except Exception as error:  # image libraries raise nearly everything on a damaged file
-            first_error = first_error or error
-            continue
-        if categories is not None:
-            spec = with_categories(spec, categories)
-            names = categories.features
-        return replace(spec, missing=missing, names=names, limits=limits)
-    assert first_error is not None
-    raise DataError(
-        f"{rows.name}: {rows.describe(int(rows.ids[0]))}, column {rows.column!r}, tells no input "
-        f"shape: {one_line(first_error)}"
-    ) from first_error
-
-
-def with_categories(spec: InputSpec, categories: Categories) -> InputSpec:
-    """Give the spec of vectors in which columns become the features of their categories."""
-    features = categories.features
-    return replace(spec, shape=(len(features),), names=features, categories=categories)
+def __getattr__(name: str) -> object:
+    """Find what this module held before."""
+    return find_moved(__name__, name)

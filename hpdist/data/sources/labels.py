@@ -13,8 +13,9 @@ import numpy.typing as npt
 from hpdist.data.config import Labeled, LongTail
 from hpdist.data.decode.written import is_mark, is_minus_one, shortened
 from hpdist.data.files.row_names import describe_row
+from hpdist.data.kinds.columns import known_column
 from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, plain_labels
-from hpdist.data.sources.loading import known_column, read_column
+from hpdist.data.sources.loading import read_column
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 

@@ -1,4 +1,4 @@
-"""Opens what a config names through `datasets`, and finds the column that the model sees."""
+"""Opens what a config names through `datasets`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hpdist.data.config import LabelColumn, Loading, Source
-from hpdist.data.decode.categories import held, is_category, is_number
-from hpdist.data.decode.stored_values import Column
+from hpdist.data.decode.stored_values import Column, names_of
 from hpdist.data.files.cached_addresses import redact_cached_addresses
 from hpdist.data.files.named_files import PathRule
 from hpdist.data.files.paths import did_you_mean, local_path, neighbour
@@ -42,11 +41,9 @@ from hpdist.data.sources.options import (
 )
 from hpdist.data.sources.own_files import path_rule
 from hpdist.data.sources.saved import is_saved, open_saved
-from hpdist.errors import ConfigError, DataError, HpdistError
+from hpdist.errors import DataError, HpdistError, one_line
 
 AnyColumn = TypeVar("AnyColumn", bound="str | tuple[str, ...]")
-
-_BYTES = ("binary", "large_binary", "binary_view")
 
 
 def load(config: Source, where: str, streaming: bool, needed: Sequence[str] = ()) -> Any:
@@ -299,13 +296,6 @@ def _load_message(config: Source, where: str, streaming: bool, error: Exception)
     return f"{named}: cannot be loaded: {cause}{dialect_hint(error)}"
 
 
-def one_line(error: BaseException) -> str:
-    """Take the innermost explicit cause, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def raw_view(dataset: Any, columns: Sequence[str]) -> Any:
     """Take some columns of a dataset, in Arrow format, so undecoded."""
     view = dataset.select_columns(list(columns)).with_format("arrow")
@@ -331,11 +321,6 @@ def same_input(column: Column, features: Any, where: str) -> Column | None:
     return found
 
 
-def names_of(column: Column) -> tuple[str, ...]:
-    """The names of the columns that an input is in."""
-    return (column,) if isinstance(column, str) else column
-
-
 def check_order(column: Column, first: Column, where: str) -> None:
     """Raise DataError for the labelled set's columns in another order: other features, unsaid."""
     if column != first and sorted(names_of(column)) == sorted(names_of(first)):
@@ -343,139 +328,6 @@ def check_order(column: Column, first: Column, where: str) -> None:
             f"{where}.input: the columns are those of data.labeled.input in another order; "
             "write them in the same one"
         )
-
-
-def known_column(features: Any, column: str, setting: str) -> str:
-    """Give a column's name back; raises DataError where there is none of that name."""
-    if column not in features:
-        raise DataError(
-            f"{setting}: there is no column {column!r}; there are {', '.join(features)}"
-        )
-    return column
-
-
-def input_column(
-    features: Any,
-    column: Column | list[str] | None,
-    where: str,
-    exclude: str | None = None,
-    *,
-    text: bool = False,
-    audio: bool = False,
-) -> Column:
-    """Find the column that the model sees: as named, else the only one of images, text or sound.
-
-    Of a list of columns each must hold numbers, booleans or what may be categories, and none the
-    label `exclude`; a list is never text or sound.
-    """
-    setting = f"{where}.input"
-    what = "text" if text else "audio" if audio else "images"
-    if isinstance(column, (list, tuple)):
-        if text or audio:
-            raise DataError(
-                f"{setting}: a list of columns is no {what}, which views.name: {what} takes; name "
-                f"one column of {what}, or set views.name: table, or identity"
-            )
-        _check_columns(features, column, setting, exclude)
-        return tuple(column)
-    usual, fits = {
-        "text": (_is_text, _is_text),
-        "audio": (_is_audio, _is_audio),
-        "images": (_is_image, _is_input),
-    }[what]
-    found: list[str] = [key for key in features if key != exclude and usual(features[key])]
-    inputs = [key for key in features if key != exclude and fits(features[key])]
-    candidates = f"candidates: {', '.join(inputs) or 'none'} (of the columns {', '.join(features)})"
-    if column is None:
-        if len(found) != 1:
-            holds = ", ".join(
-                f"{key} ({held(feature)})" for key, feature in features.items() if key != exclude
-            )
-            count = f"{len(found)} columns hold" if found else "no column holds"
-            raise DataError(
-                f"{setting}: name the input column, {count} {what}, which views.name: "
-                f"{what.removesuffix('s')} takes; the columns are {holds}"
-            )
-        return found[0]
-    feature = features[known_column(features, column, setting)]
-    if fits(feature):
-        return column
-    wanted = "neither images nor arrays of numbers" if what == "images" else f"not {what}"
-    hint = ""
-    if what == "images" and isinstance(feature, datasets.Audio):
-        hint = "; for audio set views.name: audio"
-    elif what == "images" and _is_text(feature):
-        hint = "; for text set views.name: text"
-    elif what == "images" and is_number(feature):
-        hint = f"; a list makes a vector: [{column}]"
-    raise DataError(f"{setting}: column {column!r} holds {feature}, {wanted}{hint}; {candidates}")
-
-
-def _check_columns(
-    features: Any, columns: Sequence[str], setting: str, exclude: str | None
-) -> None:
-    for name in columns:
-        feature = features[known_column(features, name, setting)]
-        if name == exclude:
-            raise DataError(f"{setting}: column {name!r} is the label; leave it out")
-        if columns.count(name) > 1:
-            raise DataError(f"{setting}: column {name!r} is there twice; name each once")
-        if not is_number(feature) and not is_category(feature):
-            raise DataError(
-                f"{setting}: column {name!r} holds {feature}, and a list of columns must hold "
-                "numbers, booleans or categories, which are texts or a ClassLabel; write it as one "
-                "of these, or leave it out"
-            )
-
-
-def _is_image(feature: Any) -> bool:
-    """Image, or what Parquet files hold of one without its type: {bytes, path} or plain bytes."""
-    if isinstance(feature, dict):
-        return "bytes" in feature and set(feature) <= {"bytes", "path"}
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in _BYTES
-
-
-def is_audio(features: Any, column: Column | list[str] | None) -> bool:
-    """Whether a set has such a column, and of `datasets`' type for sound."""
-    return isinstance(column, str) and isinstance(features.get(column), datasets.Audio)
-
-
-def _is_audio(feature: Any) -> bool:
-    """Audio, or what Parquet files hold of it without its type: {bytes, path} or plain bytes."""
-    if isinstance(feature, datasets.Audio):
-        return True
-    return _is_image(feature) and not isinstance(feature, datasets.Image)
-
-
-def is_text(features: Any, column: Column | list[str] | None) -> bool:
-    """Whether a set has such a column, and of text; a list of columns is none."""
-    return isinstance(column, str) and column in features and _is_text(features[column])
-
-
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
-
-
-def text_beside(features: Any, column: str, where: str) -> str:
-    """Give back the column of `views.strong_column`; raises ConfigError where it is no text."""
-    texts = ", ".join(name for name in features if _is_text(features[name])) or "none"
-    setting = f"views.strong_column: in {where}"
-    if column not in features:
-        raise ConfigError(
-            f"{setting} there is no column {column!r}; there are {', '.join(features)} "
-            f"(of text: {texts})"
-        )
-    if not _is_text(features[column]):
-        raise ConfigError(
-            f"{setting} column {column!r} holds {features[column]}, not text; of text: {texts}"
-        )
-    return column
-
-
-def _is_input(feature: Any) -> bool:
-    arrays = (datasets.Array2D, datasets.Array3D, datasets.List, datasets.LargeList)
-    same_size = getattr(feature, "dtype", "").startswith("fixed_size_binary")
-    return _is_image(feature) or same_size or isinstance(feature, arrays)
 
 
 def open_table(

@@ -22,7 +22,7 @@ import torch
 from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Array, Unreadable
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.stream.functions import Values
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.structures import map_arrays
@@ -317,7 +317,7 @@ class _Loader:
         return _Loaded(batch, self.reader.rows, self.reader.resume_point(after))
 
     def _batch(
-        self, rows: Rows, inputs: torch.Tensor, reasons: Mapping[int, str], left_out: set[int]
+        self, rows: Rows, inputs: Any, reasons: Mapping[int, str], left_out: set[int]
     ) -> LabeledBatch | UnlabeledBatch:
         ids = self._tensor(rows.ids)
         if rows.labels is not None:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from datasets.iterable_dataset import ArrowExamplesIterable, ExamplesIterable, SelectColumnsIterable
 
+from hpdist.data.kinds import kinds
 from hpdist.messages.redaction import redacted
 
 _FILES = ("original_files", "base_files", "tar_paths", "files")
@@ -128,10 +129,10 @@ def _file_of(shard: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _row_file(example: Mapping[str, Any]) -> str | None:
-    """Give the file that is a row of a folder of pictures or sounds."""
-    for column in ("image", "audio"):
-        value = example.get(column)
+def _row_file(example: Mapping[str | None, Any]) -> str | None:
+    """Give the file that is a row of a folder, such as one of pictures or sounds."""
+    for kind in kinds():
+        value = example.get(kind.folder_column)
         path = value.get("path") if isinstance(value, dict) else value
         if isinstance(path, str):
             return redacted(path)

@@ -77,6 +77,7 @@ class AudioViewsConfig(Component):
     """Weak and strong views of sound, as log-mel spectrograms or as waveforms."""
 
     kind: ClassVar[str] = "views"
+    input_kind: ClassVar[str] = "audio"
     name: Literal["audio"] = "audio"
     sampling_rate: int = Field(default=16000, ge=1000)
     """Samples per second, Hz; rows of another rate are resampled as they are read."""

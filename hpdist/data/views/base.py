@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hpdist.config.component import Component
-from hpdist.data.decode.encoded import Array
 from hpdist.data.structures import Rows, Structure, as_dtype, row_count
 from hpdist.data.views.geometry import identity_maps
 
@@ -120,8 +119,8 @@ class FittedViews(Views, Protocol):
     What they measured is in every checkpoint, beside the weights that were trained with it.
     """
 
-    def fit(self, parts: Iterable[Array], names: Sequence[str] = ()) -> None:
-        """Measure training rows, [rows, *] at a time; `names` are the features', if they have any.
+    def fit(self, parts: Iterable[Any], names: Sequence[str] = ()) -> None:
+        """Measure training rows, arrays [rows, *] or these by name; `names` are the features'.
 
         Called on one process, which tells the others. Raises DataError.
         """
@@ -160,6 +159,9 @@ class IdentityViewsConfig(Component):
 
     kind: ClassVar[str] = "views"
     name: Literal["identity"] = "identity"
+    input_kind: str | None = None
+    """The kind of input: image, table, or one of your own, python:module:Class; by default what the
+    column tells."""
 
     def build(self, seed: int) -> IdentityViews:
         """Build the views; they draw nothing, so the seed is not used."""

@@ -65,6 +65,8 @@ class ImageViewsConfig(Component):
     """Weak and strong views of images, as FixMatch makes them."""
 
     kind: ClassVar[str] = "views"
+    input_kind: ClassVar[str] = "image"
+    comes_first: ClassVar[bool] = True
     name: Literal["image"] = "image"
     size: int | None = Field(default=None, gt=0)
     """Resize rows to size x size when they are read; by default to what the model was trained with

@@ -46,6 +46,7 @@ class TableViewsConfig(Component):
     """Weak and strong views of vectors: noise, and features replaced as in SCARF."""
 
     kind: ClassVar[str] = "views"
+    input_kind: ClassVar[str] = "table"
     name: Literal["table"] = "table"
     standardize: bool = True
     """Bring every feature to mean 0 and standard deviation 1, as the training rows have them."""

@@ -54,6 +54,7 @@ class TextViewsConfig(Component):
     """Weak and strong views of text."""
 
     kind: ClassVar[str] = "views"
+    input_kind: ClassVar[str] = "text"
     name: Literal["text"] = "text"
     max_length: int = Field(default=128, ge=4)
     """Tokens of a row; longer text is cut off, shorter text padded."""

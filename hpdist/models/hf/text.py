@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hpdist.config.section import nearest
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.decode.text import Tokenizer
+from hpdist.data.decode.audio import AudioSpec
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.decode.text import TextSpec, Tokenizer
 from hpdist.errors import ConfigError, describe
 from hpdist.hub import PREFIX, checkpoint_folder, require_transformers
 from hpdist.models.adapters import Lora, add_adapters
@@ -65,11 +66,16 @@ class HuggingFaceConfig(ModelConfig):
 
     def build_for(self, spec: InputSpec, num_classes: int) -> nn.Module:
         """Make the model for what the input column holds."""
-        if spec.sampling is not None:
+        if isinstance(spec, AudioSpec):
             return self._of_audio(spec, num_classes)
-        if spec.tokenizer is None:
-            return self.build(spec.shape, num_classes)
-        return self._of_text(spec.tokenizer, num_classes)
+        if isinstance(spec, TextSpec):
+            return self._of_text(spec.tokenizer, num_classes)
+        return super().build_for(spec, num_classes)
+
+    def own_tokenizer(self, max_length: int) -> Tokenizer:
+        """Give the tokenizer that comes with the checkpoint, for rows of so many tokens."""
+        remote = self.trust_remote_code
+        return Tokenizer(self.path, max_length, self.revision, remote, "model.name")
 
     def pixels(self) -> Pixels:
         """The checkpoint's image processing, at the size of `config`, if there is any."""
@@ -97,13 +103,13 @@ class HuggingFaceConfig(ModelConfig):
         _try_length(model, tokenizer.example(1), vocabulary.pad)
         return model
 
-    def _of_audio(self, spec: InputSpec, num_classes: int) -> nn.Module:
-        if self.pretrained and spec.sampling is not None:
+    def _of_audio(self, spec: AudioSpec, num_classes: int) -> nn.Module:
+        if self.pretrained:
             transformers = require_transformers(f"model.name: {self.name}")
             with checkpoint_folder(self.path, "model.name") as place:
                 check_rate(transformers, place, self.name, spec.sampling)
         model = self._make(None, num_classes, "Audio", OWN_NOISE)
-        check_audio(model, self.name, spec.seen or spec.shape)
+        check_audio(model, self.name, spec.model_input_shape)
         return AudioClassifier(model)
 
     def _make(

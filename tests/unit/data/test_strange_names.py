@@ -14,7 +14,7 @@ from hpdist.data.stream.index import are_records
 from hpdist.errors import CheckpointError, DataError, printable
 from hpdist.tracking.console import Console
 from hpdist.tracking.run_folder import RunFolder
-from hpdist.train.inputs import is_inputs_record
+from hpdist.train.input_choice import is_inputs_record
 
 DAMAGED = [b"", b"[1, 2", b"\xff\xfe", b"[" * 100_000, b"null", b'"text"', b"7"]
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from hpdist.algorithms import FixMatch, MixMatch
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.decode.text import Tokenizer
+from hpdist.data.decode.text import TextSpec, Tokenizer
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
 from hpdist.models.activation_checkpointing import checkpoint_activations
@@ -75,7 +74,7 @@ def folders(tmp_path_factory):
 
 
 def spec_of(folder, length=32):
-    return InputSpec.of_text(Tokenizer(str(folder), length))
+    return TextSpec(Tokenizer(str(folder), length))
 
 
 def build(folder, length=32, classes=4, seed=0, **options):

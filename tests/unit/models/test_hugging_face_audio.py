@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hpdist.algorithms import CRMatch, FixMatch, MixMatch
-from hpdist.data.decode.audio import Sampling
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.audio import AudioSpec, Sampling
 from hpdist.errors import ConfigError
 from hpdist.models import build_model
 from hpdist.models.cnn import CNNConfig
@@ -44,8 +43,8 @@ WHISPER = {
     "classifier_proj_size": 16,
 }
 SAMPLING = Sampling(8000, 800)
-WAVES = InputSpec.of_audio(SAMPLING, (800,))
-PICTURES = InputSpec.of_audio(SAMPLING, (1, 16, 20))
+WAVES = AudioSpec(SAMPLING, (800,))
+PICTURES = AudioSpec(SAMPLING, (1, 16, 20))
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +183,10 @@ def test_algorithms_that_compute_with_inputs_are_refused_for_waveforms():
         ("wav2vec2", PICTURES, r"takes waveforms; set views\.spectrogram: false"),
         ("ast", WAVES, r"takes spectrograms; set views\.spectrogram: true and views\.mels: 16"),
         ("whisper", WAVES, r"takes spectrograms; set views\.spectrogram: true"),
-        ("ast", InputSpec.of_audio(SAMPLING, (1, 8, 20)), r"views\.mels: 8, and .* takes 16"),
-        ("ast", InputSpec.of_audio(SAMPLING, (1, 16, 30)), r"its 30 frames are not the 20 that"),
-        ("whisper", InputSpec.of_audio(SAMPLING, (1, 16, 30)), r"30 frames are not the 20"),
-        ("wav2vec2", InputSpec.of_audio(Sampling(8000, 50), (50,)), r"50 samples, and .* needs 85"),
+        ("ast", AudioSpec(SAMPLING, (1, 8, 20)), r"views\.mels: 8, and .* takes 16"),
+        ("ast", AudioSpec(SAMPLING, (1, 16, 30)), r"its 30 frames are not the 20 that"),
+        ("whisper", AudioSpec(SAMPLING, (1, 16, 30)), r"30 frames are not the 20"),
+        ("wav2vec2", AudioSpec(Sampling(8000, 50), (50,)), r"50 samples, and .* needs 85"),
     ],
 )
 def test_what_does_not_fit_is_refused(folders, kind, spec, said):

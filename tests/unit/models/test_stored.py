@@ -47,7 +47,7 @@ def inputs_of(folder, kind):
         spec = spec_of(folder)
         return spec, spec.decode_rows(SENTENCES, range(6), "t")
     spec = {"wav2vec2": WAVES, "whisper": PICTURES}.get(kind, (1, 8, 8))
-    shape = spec if isinstance(spec, tuple) else spec.seen or spec.shape
+    shape = spec if isinstance(spec, tuple) else spec.model_input_shape
     return spec, torch.rand(6, *shape, generator=generator)
 
 

@@ -6,10 +6,11 @@ import torch
 import yaml
 from torch import nn
 
+from hpdist.data.kinds.modes import for_channels
 from hpdist.distributed.batch_norm import GlobalBatchNormAct, batch_norms, global_batch_norm
 from hpdist.errors import ConfigError
 from hpdist.models import TimmConfig, build_model
-from hpdist.models.pixels import for_channels, with_model_pixels
+from hpdist.models.pixels import with_model_pixels
 from hpdist.models.with_heads import with_heads
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer

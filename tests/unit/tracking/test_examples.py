@@ -10,8 +10,9 @@ from PIL import Image
 
 from hpdist.config.component import ComponentOf
 from hpdist.data.batch import UnlabeledBatch
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.decode.text import Tokenizer
+from hpdist.data.decode.pixels import ImageSpec
+from hpdist.data.decode.text import PairSpec, Tokenizer
+from hpdist.data.decode.vector import VectorSpec
 from hpdist.tracking.examples import write_examples
 from tests.support.picture_runs import records_of, train, write_config
 from tests.support.pictures import write_pictures
@@ -35,9 +36,7 @@ def test_the_original_in_the_sheet_has_the_pixels_of_the_row(tmp_path, channels)
     if channels == 4:
         x[:, 3] = 255
     image = views(name="image", mean=[0.3], std=[0.1])
-    spec = InputSpec(
-        "image", (channels, 16, 16), "encoded", {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    )
+    spec = ImageSpec((channels, 16, 16), "encoded", {1: "L", 3: "RGB", 4: "RGBA"}[channels])
     file = write_examples(tmp_path, image, spec, batch_of(x, [False, *[True] * 4]), 3, 0)
     assert file == tmp_path / "examples" / "views.png"
     with Image.open(file) as sheet:
@@ -55,7 +54,7 @@ def test_the_original_in_the_sheet_has_the_pixels_of_the_row(tmp_path, channels)
 def test_large_small_and_narrow_pictures_fit(tmp_path):
     for height, width in ((300, 500), (1, 1), (1, 700), (40, 3)):
         x = torch.full((2, 3, height, width), 7, dtype=torch.uint8)
-        spec = InputSpec("image", (3, height, width), "encoded", "RGB")
+        spec = ImageSpec((3, height, width), "encoded", "RGB")
         file = write_examples(tmp_path, views(name="image"), spec, batch_of(x), 8, 0)
         with Image.open(file) as sheet:
             assert max(sheet.size) < 400
@@ -63,7 +62,7 @@ def test_large_small_and_narrow_pictures_fit(tmp_path):
 
 def test_a_table_is_text_by_feature(tmp_path):
     table = views(name="identity")
-    spec = InputSpec("vector", (40,), "array", names=tuple(f"feature {n}" for n in range(40)))
+    spec = VectorSpec((40,), names=tuple(f"feature {n}" for n in range(40)))
     x = torch.arange(80.0).view(2, 40)
     x[0, 1] = float("nan")
     file = write_examples(tmp_path, table, spec, batch_of(x), 8, 0)
@@ -79,7 +78,7 @@ def test_text_is_put_into_words_again(tmp_path, column):
         tmp_path / "tokenizer", sentences=["the cat sat on the mat", "a dog ran in the park"]
     )
     tokenizer = Tokenizer(str(tmp_path / "tokenizer"), 12)
-    spec = InputSpec.of_text(tokenizer, column)
+    spec = PairSpec(tokenizer, column)
     rows = tokenizer.encode(["the cat sat on the mat", "a dog ran in the park"])
     x = torch.from_numpy(rows if column is None else np.stack([rows, rows[::-1]], axis=1))
     text = ComponentOf("views").choose(
@@ -95,7 +94,7 @@ def test_text_is_put_into_words_again(tmp_path, column):
 
 def test_no_usable_row_is_no_picture(tmp_path):
     x = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    spec = InputSpec("image", (1, 4, 4), "encoded", "L")
+    spec = ImageSpec((1, 4, 4), "encoded", "L")
     none = batch_of(x, [False, False])
     assert write_examples(tmp_path, views(name="image"), spec, none, 8, 0) is None
 
@@ -113,7 +112,7 @@ class DrawingViews:
 
 
 def test_generators_are_given_back_as_they_were(tmp_path):
-    spec = InputSpec("vector", (3,), "array")
+    spec = VectorSpec((3,))
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)

@@ -18,8 +18,10 @@ from hpdist.data.config import LabelColumn, Labeled, Source, Unlabeled
 from hpdist.data.convert import Layout, convert
 from hpdist.data.decode.arrow_types import plain_schema, plain_table
 from hpdist.data.decode.stored_values import stored_values
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
-from hpdist.data.sources.unlabeled import ParquetRows, SequentialRows, open_unlabeled
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import LabeledRows, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import ParquetRows, SequentialRows
 from hpdist.data.stream import BatchStream
 from tests.support.labeled import open_labeled
 

@@ -8,12 +8,12 @@ import torch
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.decode import decoders
-from hpdist.data.decode.audio import Sampling
+from hpdist.data.decode import audio
+from hpdist.data.decode.audio import AudioSpec, Sampling
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule
+from hpdist.data.kinds import AUDIO
 from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
@@ -21,7 +21,7 @@ from hpdist.errors import ConfigError, DataError
 from tests.support.labeled import open_labeled
 from tests.support.sounds import file_of, table, tone
 
-SPEC = InputSpec.of_audio(Sampling(8000, 4000), (4000,))
+SPEC = AudioSpec(Sampling(8000, 4000), (4000,))
 GOOD = [file_of(tone(0.1 * k, hertz=300 + 50 * k)) for k in range(1, 7)]
 
 
@@ -118,7 +118,7 @@ def test_a_path_is_read(tmp_path):
 
 
 def test_a_decoder_gives_the_same_with_threads_and_processes(monkeypatch):
-    monkeypatch.setattr(decoders, "_THREADS_PAY_SOUND", 0)
+    monkeypatch.setattr(audio, "_THREADS_PAY_BYTES", 0)
     values = [*GOOD, None, b"rubbish"] * 6
     expected, why = Decoder(SPEC).decode(values)
     assert len(why) == 12
@@ -133,10 +133,11 @@ def test_a_decoder_gives_the_same_with_threads_and_processes(monkeypatch):
 
 def test_the_only_column_of_sound_is_found_and_the_other_sets_follow():
     rows = open_labeled(
-        Labeled(path="m"), 0, dataset=table(GOOD, label=[0, 1] * 3, name=["x"] * 6), audio=True
+        Labeled(path="m"), 0, dataset=table(GOOD, label=[0, 1] * 3, name=["x"] * 6), kind=AUDIO
     )
     assert rows.column == "audio"
-    assert open_test(LabelColumn(path="m"), rows, SPEC, dataset=table(GOOD, label=[0, 1] * 3)).audio
+    test = open_test(LabelColumn(path="m"), rows, SPEC, dataset=table(GOOD, label=[0, 1] * 3))
+    assert test.kind is AUDIO
     plain = datasets.Dataset.from_dict({"wave": GOOD, "n": [1] * 6})
     assert open_unlabeled(Unlabeled(path="m"), rows, SPEC, dataset=plain).column == "wave"
     with pytest.raises(DataError, match=r"data\.unlabeled\.input: column 'n' .* not audio"):
@@ -156,7 +157,7 @@ def test_a_column_of_sound_needs_the_views_of_audio():
 
 
 def test_bad_rows_hold_their_place_and_say_why():
-    rows = open_labeled(Labeled(path="m"), 0, dataset=table(GOOD, label=[0, 1] * 3), audio=True)
+    rows = open_labeled(Labeled(path="m"), 0, dataset=table(GOOD, label=[0, 1] * 3), kind=AUDIO)
     values = [*GOOD, None, b"rubbish", *GOOD]
     unlabeled = open_unlabeled(Unlabeled(path="m"), rows, SPEC, dataset=table(values))
     stream = BatchStream(unlabeled, len(values), 0, 1, 0, SPEC)
@@ -173,7 +174,7 @@ def test_bad_rows_hold_their_place_and_say_why():
 
 def test_a_labelled_row_without_sound_is_an_error():
     values = table([GOOD[0], b""], label=[0, 1])
-    rows = open_labeled(Labeled(path="m"), 0, dataset=values, audio=True)
+    rows = open_labeled(Labeled(path="m"), 0, dataset=values, kind=AUDIO)
     stream = BatchStream(rows, 2, 0, 1, 0, SPEC)
     with pytest.raises(DataError, match=r"row 1 cannot be decoded: it holds no bytes"):
         next(stream)
@@ -189,7 +190,7 @@ def test_a_folder_of_sounds_is_read_and_converted(tmp_path):
     written = convert(Unlabeled(path=folder, input="audio"), tmp_path / "out")
     assert (written.rows, written.input) == (6, "audio")
     files = str(written.files[0])
-    rows = open_labeled(Labeled(path="parquet", data_files=files), 0, audio=True)
+    rows = open_labeled(Labeled(path="parquet", data_files=files), 0, kind=AUDIO)
     assert rows.classes.names == ("high", "low")
     source = Unlabeled(path="parquet", data_files=files, streaming=True)
     stream = BatchStream(open_unlabeled(source, rows, SPEC), 6, 0, 1, 0, SPEC)

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from hpdist.data.decode.audio import Sampling
-from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.text import Tokenizer
 from hpdist.data.files.named_files import Limits
+from hpdist.data.kinds import spec_of_value
 from hpdist.data.sources.duplicates import _Digests, _Found
 from hpdist.data.stream.bounded import TooLargeError, read_within
 from hpdist.data.stream.claims import chunk_span
@@ -282,31 +282,31 @@ def large_headers() -> dict[str, bytes]:
 @pytest.mark.parametrize("size", [None, 4])
 def test_an_image_is_refused_by_its_header(kind: str, size: int | None) -> None:
     data = large_headers()[kind]
-    spec = InputSpec.of(bytes(saved("PNG")), size)
+    spec = spec_of_value(bytes(saved("PNG")), size)
     with Peak() as peak:
         out = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
         (reason,) = spec.decode_valid([{"bytes": data, "path": None}], out).values()
         with pytest.raises(ValueError, match=r"8000 x 8000 pixels.*most_pixels"):
-            InputSpec.of(data, size)
+            spec_of_value(data, size)
     assert "8000 x 8000 pixels, more than 50000000" in reason
     assert "data.loading.most_pixels" in reason
     assert peak.rise < 20
     if kind != "PNG":  # which is read to the end for its orientation
-        allowed = InputSpec.of(data, None, limits=Limits(pixels=10**8))
+        allowed = spec_of_value(data, None, limits=Limits(pixels=10**8))
         assert allowed.shape[1:] == (8000, 8000)
 
 
 def test_an_image_that_is_a_program_is_not_run() -> None:
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nquit\n"
     with pytest.raises(ValueError, match="EPS, a program"):
-        InputSpec.of(data, None)
+        spec_of_value(data, None)
 
 
 def test_values_beyond_the_limit_of_bytes_are_refused() -> None:
     data = bytes(saved("PNG"))
     limits = Limits(bytes=len(data) - 1)
     with pytest.raises(ValueError, match=rf"{len(data)} bytes, more than .*most_bytes"):
-        InputSpec.of(data, None, limits=limits)
+        spec_of_value(data, None, limits=limits)
 
 
 def test_a_sound_is_refused_by_its_header() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.kinds import spec_of_value
 
 
 def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (6, 5), turned: int = 1) -> bytes:
@@ -22,7 +22,7 @@ def encoded(seed: int, kind: str = "PNG", size: tuple[int, int] = (6, 5), turned
 
 
 def test_rows_that_cannot_be_decoded_are_zeros_and_say_why():
-    spec = InputSpec.of(encoded(0), None)
+    spec = spec_of_value(encoded(0), None)
     values = [
         encoded(1),
         None,
@@ -48,7 +48,7 @@ def test_rows_that_cannot_be_decoded_are_zeros_and_say_why():
 
 
 def test_reasons_are_one_line_and_the_same_in_every_run():
-    spec = InputSpec.of(encoded(0), None)
+    spec = spec_of_value(encoded(0), None)
     out = torch.empty((1, *spec.shape), dtype=torch.uint8)
     first, second = (spec.decode_valid([b"xx"], out)[0] for _ in range(2))
     assert first == second
@@ -59,8 +59,8 @@ def test_reasons_are_one_line_and_the_same_in_every_run():
 def test_an_image_is_turned_as_its_exif_says(kind):
     flat = encoded(5, kind)
     turned = encoded(5, kind, turned=6)  # shown a quarter clockwise
-    spec = InputSpec.of(flat, None)
-    upright = InputSpec.of(turned, None).decode(turned)
+    spec = spec_of_value(flat, None)
+    upright = spec_of_value(turned, None).decode(turned)
     assert torch.equal(upright, spec.decode(flat).rot90(-1, (1, 2)))
 
 
@@ -73,8 +73,8 @@ def test_a_jpeg_is_turned_as_its_xmp_says(form):
     segment = b"http://ns.adobe.com/xap/1.0/\x00" + said
     length = (len(segment) + 2).to_bytes(2, "big")
     turned = flat[:2] + b"\xff\xe1" + length + segment + flat[2:]
-    upright = InputSpec.of(turned, None).decode(turned)
-    assert torch.equal(upright, InputSpec.of(flat, None).decode(flat).rot90(-1, (1, 2)))
+    upright = spec_of_value(turned, None).decode(turned)
+    assert torch.equal(upright, spec_of_value(flat, None).decode(flat).rot90(-1, (1, 2)))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
@@ -85,15 +85,15 @@ def test_pixels_are_those_that_pillow_gives(mode, size):
     file = io.BytesIO()
     Image.fromarray(pixels, mode).save(file, "PNG")
     expected = np.moveaxis(np.atleast_3d(pixels), -1, 0)
-    spec = InputSpec.of(file.getvalue(), None)
+    spec = spec_of_value(file.getvalue(), None)
     assert np.array_equal(spec.decode(file.getvalue()).numpy(), expected)
     apart = np.zeros((1, *spec.shape[::-1]), np.uint8).transpose(0, 3, 2, 1)  # not contiguous
-    assert not spec.decode_array([file.getvalue()], apart)
+    assert not spec.decode_into([file.getvalue()], apart)
     assert np.array_equal(apart[0], expected)
 
 
 def test_vectors_that_are_not_finite_are_left_out():
-    spec = InputSpec.of(np.arange(4.0), None)
+    spec = spec_of_value(np.arange(4.0), None)
     values = [np.array([1, np.nan, 2, 3]), np.array([1e300, 0, 0, 0]), np.arange(4), np.arange(3.0)]
     out = torch.full((4, 4), 7.0)
     assert list(spec.decode_valid(values, out)) == [0, 1, 3]
@@ -101,6 +101,6 @@ def test_vectors_that_are_not_finite_are_left_out():
 
 
 def test_an_output_of_another_shape_is_refused():
-    spec = InputSpec.of(np.arange(4.0), None)
+    spec = spec_of_value(np.arange(4.0), None)
     with pytest.raises(ValueError, match="do not fit"):
         spec.decode_valid([np.arange(4.0)], torch.empty(2, 4))

@@ -20,7 +20,8 @@ from PIL import Image, ImageFile
 
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.pixels import ImageSpec
+from hpdist.data.kinds import spec_of_value
 from hpdist.errors import DataError
 
 WAYS = [{"threads": 5}, {"threads": 2, "processes": 3}]
@@ -150,7 +151,7 @@ def held(plugin, tmp_path):
 @pytest.mark.parametrize(("side", "size"), [(8, None), (150, None), (40, 9)])
 def test_the_result_is_the_same_however_it_is_decoded(side, size):
     values = mixed(side)
-    spec = InputSpec.of(values[0], size)
+    spec = spec_of_value(values[0], size)
     with Decoder(spec) as alone:
         expected, reasons = alone.decode(values)
     assert list(reasons) == ([3, 7, 11, 19, 29] if size else [3, 7, 11, 18, 19, 29])
@@ -164,7 +165,7 @@ def test_the_result_is_the_same_however_it_is_decoded(side, size):
 
 def test_batches_of_any_length():
     values = [encoded(row) for row in range(40)]
-    spec = InputSpec.of(values[0], None)
+    spec = spec_of_value(values[0], None)
     expected = torch.stack([spec.decode(value) for value in values])
     with Decoder(spec, processes=2) as decoder:
         first = workers(decoder)
@@ -178,20 +179,20 @@ def test_batches_of_any_length():
 
 def test_arrays_stay_with_the_caller():
     values = [np.arange(4.0) + row for row in range(9)] + [np.array([1, np.nan, 2, 3])]
-    with Decoder(InputSpec.of(values[0], None), threads=2, processes=2) as decoder:
+    with Decoder(spec_of_value(values[0], None), threads=2, processes=2) as decoder:
         inputs, reasons = decoder.decode(values)
         assert not workers(decoder)
     assert inputs[8].tolist() == [8, 9, 10, 11]
     assert list(reasons) == [9]
 
 
-class Recorded(InputSpec):
+class Recorded(ImageSpec):
     """A spec that records which threads decode."""
 
-    def decode_array(self, values, out):
+    def decode_into(self, values, out):
         used.add(threading.current_thread().name)
         time.sleep(0.02)
-        return super().decode_array(values, out)
+        return super().decode_into(values, out)
 
 
 used: set[str] = set()
@@ -203,7 +204,7 @@ used: set[str] = set()
 def test_threads_are_used_where_they_pay(side, size, pays):
     values = [encoded(row, side=side) for row in range(16)]
     used.clear()
-    spec = InputSpec.of(values[0], size)
+    spec = spec_of_value(values[0], size)
     with Decoder(Recorded(**vars(spec)), threads=3) as decoder:
         decoder.decode(values)
     own = threading.current_thread().name
@@ -211,22 +212,22 @@ def test_threads_are_used_where_they_pay(side, size, pays):
 
 
 def test_an_error_in_another_thread_is_raised():
-    class Broken(InputSpec):
-        def decode_array(self, values, out):
+    class Broken(ImageSpec):
+        def decode_into(self, values, out):
             time.sleep(0.02)
             if threading.current_thread().name == "hpdist-decode-1":
                 raise MemoryError("none left")
-            return super().decode_array(values, out)
+            return super().decode_into(values, out)
 
     values = [encoded(row, side=150) for row in range(16)]
-    spec = Broken(**vars(InputSpec.of(values[0], None)))
+    spec = Broken(**vars(spec_of_value(values[0], None)))
     with Decoder(spec, threads=2) as decoder, pytest.raises(MemoryError, match="none left"):
         decoder.decode(values)
 
 
 def test_a_killed_worker_is_replaced_and_no_row_is_lost(held):
     values: list[object] = [encoded(row) for row in range(20)]
-    spec = InputSpec.of(values[0], None)
+    spec = spec_of_value(values[0], None)
     expected = torch.stack([spec.decode(value) for value in values])
     with Decoder(spec, processes=2) as decoder:
         first = workers(decoder)
@@ -254,7 +255,7 @@ def test_workers_follow_what_is_set_in_pillow(plugin, tmp_path, monkeypatch):
     (tmp_path / "image").write_bytes(encoded(2, side=64))
     named = b"HELD" + str(tmp_path / "image").encode()
     values = [encoded(0, "JPEG", 64), encoded(1, "JPEG", 64)[:-400], named]
-    spec = InputSpec.of(values[0], None)
+    spec = spec_of_value(values[0], None)
     with Decoder(spec) as alone, Decoder(spec, processes=1) as decoder:
         for truncated, limit, bad in [(False, None, [1]), (True, None, []), (True, 9, [0, 1, 2])]:
             monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", truncated)
@@ -268,7 +269,7 @@ def test_workers_follow_what_is_set_in_pillow(plugin, tmp_path, monkeypatch):
 
 def test_rows_that_kill_every_worker_are_named(plugin):
     values = [encoded(row) for row in range(16)]
-    with Decoder(InputSpec.of(values[0], None), processes=1) as decoder:
+    with Decoder(spec_of_value(values[0], None), processes=1) as decoder:
         with pytest.raises(DataError, match=r"rows 8 to 11 .* 3 worker processes.* signal 9"):
             decoder.decode([*values[:9], b"DEAD", *values[10:]])
         inputs, reasons = decoder.decode(values)  # and it goes on
@@ -282,7 +283,7 @@ def open_files() -> int:
 
 def test_closing_and_collection_leave_nothing():
     values = [encoded(row, side=150) for row in range(8)]
-    spec = InputSpec.of(values[0], None)
+    spec = spec_of_value(values[0], None)
     gc.collect()
     before, threads = open_files(), threading.active_count()
     for close in (True, False):
@@ -308,7 +309,7 @@ def test_closing_and_collection_leave_nothing():
 
 def test_closing_ends_a_decode_of_another_thread(held):
     errors: list[BaseException] = []
-    decoder = Decoder(InputSpec.of(encoded(0), None), processes=2)
+    decoder = Decoder(spec_of_value(encoded(0), None), processes=2)
 
     def decode() -> None:
         try:
@@ -330,7 +331,7 @@ def test_closing_ends_a_decode_of_another_thread(held):
 def test_workers_import_torch_only_to_resize_and_then_with_one_thread():
     image = encoded(0, side=30)
     for size in (None, 25):
-        with Decoder(InputSpec.of(image, size), processes=1) as decoder:
+        with Decoder(spec_of_value(image, size), processes=1) as decoder:
             decoder.decode([image] * 4)
             process = Path(f"/proc/{workers(decoder)[0]}")
             assert ("libtorch" in (process / "maps").read_text()) == (size is not None)
@@ -343,11 +344,11 @@ def test_workers_import_torch_only_to_resize_and_then_with_one_thread():
 SCRIPT = """
 import io, sys
 from PIL import Image
-from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.decode.decoders import Decoder
+from hpdist.data.decode.pixels import ImageSpec
 file = io.BytesIO()
 Image.new("RGB", (8, 8)).save(file, "PNG")
-decoder = Decoder(InputSpec.of(file.getvalue(), None), processes=2)
+decoder = Decoder(ImageSpec.of(file.getvalue()), processes=2)
 inputs, reasons = decoder.decode([file.getvalue()] * 8)
 assert not reasons
 print(*(worker._process.pid for worker in decoder._pool._workers), flush=True)
@@ -409,7 +410,7 @@ def test_ctrl_c_ends_a_decode_at_once_and_quietly(held):
 
 def test_a_decoder_goes_on_after_ctrl_c(held):
     values = [encoded(row) for row in range(8)]
-    spec = InputSpec.of(values[0], None)
+    spec = spec_of_value(values[0], None)
     with Decoder(spec, processes=2) as decoder:
         main = threading.main_thread().ident
 
@@ -428,14 +429,14 @@ def test_a_decoder_goes_on_after_ctrl_c(held):
 
 
 def test_numbers_that_make_no_sense_are_refused():
-    spec = InputSpec.of(encoded(0), None)
+    spec = spec_of_value(encoded(0), None)
     for numbers in ({"threads": 0}, {"processes": -1}):
         with pytest.raises(ValueError, match="give"):
             Decoder(spec, **numbers)
 
 
 def test_a_fork_can_neither_use_nor_end_the_workers():
-    with Decoder(InputSpec.of(encoded(0), None), processes=1) as decoder:
+    with Decoder(spec_of_value(encoded(0), None), processes=1) as decoder:
         child = os.fork()
         if child == 0:
             status = 1

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdist.data.decode.stored_values import InputSpec
 from hpdist.data.files.named_files import Limits
-from hpdist.data.sources.pictures import Seen
+from hpdist.data.kinds import spec_of_value
+from hpdist.data.kinds.pictures import Seen
 from tests.support.memory import Peak
 
 
@@ -59,7 +59,7 @@ INNER = {
 
 @pytest.mark.parametrize("kind", INNER)
 def test_a_picture_inside_of_a_picture_is_refused_by_its_own_header(kind: str) -> None:
-    spec = InputSpec.of(packed_zeros(16, 16), 16)
+    spec = spec_of_value(packed_zeros(16, 16), 16)
     out = torch.ones(1, 1, 16, 16, dtype=torch.uint8)
     with Peak() as peak:
         (reason,) = spec.decode_valid([INNER[kind]], out).values()
@@ -77,6 +77,6 @@ def test_icons_of_usual_sizes_are_read(tmp_path: Path) -> None:
     for ending, options in kinds.items():
         path = tmp_path / f"{ending}.ico"
         Image.new("RGB", (64, 64), (9, 8, 7)).save(path, sizes=[(16, 16), (64, 64)], **options)
-        spec = InputSpec.of(path.read_bytes(), None, limits=Limits(pixels=64 * 64))
+        spec = spec_of_value(path.read_bytes(), None, limits=Limits(pixels=64 * 64))
         assert spec.shape[1:] == (64, 64)
         assert spec.decode(path.read_bytes())[0].eq(9).all()

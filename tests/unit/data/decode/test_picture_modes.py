@@ -14,9 +14,10 @@ import yaml
 from PIL import Image
 
 from hpdist.data.decode.decoders import Decoder
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.pixels import ImageSpec
 from hpdist.data.files.named_files import NamedFile, PathRule
-from hpdist.data.sources.pictures import Seen, has_colour, has_transparency
+from hpdist.data.kinds import spec_of_value
+from hpdist.data.kinds.pictures import Seen, has_colour, has_transparency
 from hpdist.errors import CheckpointError, ConfigError, DataError
 from hpdist.train.trainer import Trainer
 
@@ -218,9 +219,9 @@ def test_every_mode_is_decoded_as_pillow_converts_it(mode: str) -> None:
     side = 128  # from which on threads are used
     sources = [picture(kind, row, side) for row, kind in enumerate(HEADERS)]
     values = [stored(source) for source in sources]
-    first = InputSpec.of(values[1], None)
+    first = spec_of_value(values[1], None)
     channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
-    spec = InputSpec("image", (channels, side, side), first.stored, mode)
+    spec = ImageSpec((channels, side, side), first.stored, mode)
     with Decoder(spec) as alone, Decoder(spec, threads=2) as threads:
         plain, reasons = alone.decode(values)
         assert reasons == {}
@@ -237,7 +238,7 @@ def test_every_mode_is_decoded_as_pillow_converts_it(mode: str) -> None:
 
 def test_processes_decode_as_threads_do() -> None:
     values = [stored(picture(kind, row)) for row, kind in enumerate(HEADERS)]
-    spec = InputSpec("image", (3, SIDE, SIDE), "encoded", "RGB")
+    spec = ImageSpec((3, SIDE, SIDE), "encoded", "RGB")
     with Decoder(spec) as alone, Decoder(spec, processes=1) as processes:
         assert (processes.decode(values)[0] == alone.decode(values)[0]).all()
 

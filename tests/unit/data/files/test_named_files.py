@@ -19,11 +19,12 @@ from PIL import Image
 from hpdist.data.config import Duplicates, LabelColumn, Labeled, Loading, Source, Unlabeled
 from hpdist.data.convert import convert
 from hpdist.data.decode.decoders import Decoder
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.spec import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule, server_of
+from hpdist.data.kinds import input_spec, spec_of_value
+from hpdist.data.kinds.pictures import Seen
 from hpdist.data.sources.duplicates import find_duplicates
-from hpdist.data.sources.labeled import input_spec, open_test
-from hpdist.data.sources.pictures import Seen
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
@@ -149,7 +150,7 @@ def test_processes_decode_by_the_same_rule(tmp_path: Path, outside: dict[str, st
     own = tmp_path / "set"
     (own / "1.png").write_bytes(picture(1))
     rule = PathRule((str(own.resolve()),))
-    spec = InputSpec.of(picture(), None)
+    spec = spec_of_value(picture(), None)
     paths = [str(own / "1.png"), *outside.values()]
     with Decoder(spec, processes=1) as decoder:
         out, reasons = decoder.decode([NamedFile(path, rule) for path in paths])

@@ -13,7 +13,8 @@ from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.files import paths
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.loading import load
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import DataError

@@ -8,8 +8,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.kinds import input_spec
 from hpdist.data.samples.digits import write_digits
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.sources.labeled import open_test
 from hpdist.errors import DataError
 from tests.support.labeled import open_labeled
 

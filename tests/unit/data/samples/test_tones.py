@@ -7,8 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from hpdist.data.decode.audio import Sampling
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.audio import AudioSpec, Sampling
 from hpdist.data.samples.tones import CLASSES, ROWS, main, write_tones
 from hpdist.errors import DataError
 
@@ -26,7 +25,7 @@ def test_the_files_are_the_same_every_time_and_can_be_decoded(tmp_path):
         assert table.features["audio"] == datasets.Audio(8000, decode=False)
         assert ("label" in table.features) == (part != "unlabeled")
     assert table.features["label"].names == list(CLASSES)
-    spec = InputSpec.of_audio(Sampling(8000, 4800), (4800,))
+    spec = AudioSpec(Sampling(8000, 4800), (4800,))
     assert len(spec.decode_rows(table["audio"][:], range(rows), "t")) == rows
     with pytest.raises(DataError, match="cannot write the tones"):
         write_tones(first / "test.parquet")

@@ -7,7 +7,8 @@ import torch
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def batch_of(rows, spec, size=12):
 def test_a_list_of_columns_is_a_vector_in_that_order():
     rows = labeled(people())
     spec = input_spec(rows)
-    assert (spec.kind, spec.shape, spec.names) == ("vector", (3,), tuple(COLUMNS))
+    assert (spec.kind, spec.shape, spec.names) == ("table", (3,), tuple(COLUMNS))
     batch = batch_of(rows, spec)
     assert batch.inputs.dtype == torch.float32
     assert batch.inputs.tolist() == [expected()[row] for row in batch.ids.tolist()]

@@ -9,7 +9,8 @@ import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import ConfigError, DataError
 from tests.support.labeled import open_labeled

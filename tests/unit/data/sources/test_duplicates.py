@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from hpdist.data.config import Duplicates, LabelColumn, Labeled, Unlabeled
+from hpdist.data.kinds import TEXT, input_spec
 from hpdist.data.sources.duplicates import Report, find_duplicates
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
-from hpdist.data.sources.unlabeled import AnyUnlabeled, open_unlabeled
+from hpdist.data.sources.labeled import LabeledRows, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import AnyUnlabeled
 from tests.support.labeled import open_labeled
 
 AUTO = Duplicates()
@@ -119,10 +121,10 @@ def test_texts_and_what_differs_by_a_space(tmp_path: Path) -> None:
         path = write(tmp_path / f"{name}.parquet", [{"text": text} for text in texts], labels)
         return {"path": "parquet", "data_files": path, "input": "text"}
 
-    like = open_labeled(Labeled(**source("labeled", ["Öl steigt.", "b"], True)), 0, text=True)
+    like = open_labeled(Labeled(**source("labeled", ["Öl steigt.", "b"], True)), 0, kind=TEXT)
 
     held = open_labeled(
-        Labeled(**source("test", ["a", "Öl steigt.", "b ", None], True)), 0, text=True
+        Labeled(**source("test", ["a", "Öl steigt.", "b ", None], True)), 0, kind=TEXT
     )
     found = find_duplicates(AUTO, {"test": held}, {"labeled": like})
     assert found.summary == {"test/duplicates_in_labeled": 1}

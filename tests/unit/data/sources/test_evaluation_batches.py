@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.kinds import input_spec
 from hpdist.data.sources.held_out import evaluation_batches, look_through, summarize_looks
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.sources.labeled import open_test
 from hpdist.errors import DataError
 from tests.support.labeled import open_labeled
 

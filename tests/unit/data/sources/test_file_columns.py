@@ -13,9 +13,11 @@ from pyarrow import feather
 
 from hpdist.data.config import LabelColumn, Labeled, Loading, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.loading import load
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled, row_count, scan_metadata
+from hpdist.data.sources.unlabeled import open_unlabeled, scan_metadata
+from hpdist.data.sources.unlabeled_rows import ParquetRows, row_count
 from hpdist.errors import DataError
 from tests.support.labeled import open_labeled
 

@@ -19,7 +19,8 @@ from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import LabeledRows, open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.errors import CheckpointError, DataError
 from hpdist.tasks import make_task

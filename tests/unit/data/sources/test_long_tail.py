@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable, input_spec
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
 from hpdist.data.sources.labels import sizes_of, tail
-from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled, row_count
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import MixedRows, row_count
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError, HpdistError
 from hpdist.train.config import parse

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpdist.data.sources.labeled import UnlabeledTable
-from hpdist.data.sources.unlabeled import MixedRows, ParquetRows, SequentialRows, row_count
+from hpdist.data.sources.unlabeled_rows import MixedRows, ParquetRows, SequentialRows, row_count
 from hpdist.data.stream.functions import RowFunctions
 
 NONE: Any = None

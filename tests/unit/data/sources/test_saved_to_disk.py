@@ -6,8 +6,10 @@ import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.sources.labeled import UnlabeledTable, input_spec, open_test
-from hpdist.data.sources.unlabeled import MixedRows, open_unlabeled
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import UnlabeledTable, open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import MixedRows
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
 from hpdist.errors import ConfigError, DataError
 from hpdist.preflight.datasets import check_data

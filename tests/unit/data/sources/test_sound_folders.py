@@ -9,8 +9,8 @@ import pytest
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
-from hpdist.data.decode.audio import Sampling
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.audio import AudioSpec, Sampling
+from hpdist.data.kinds import AUDIO
 from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from tests.support.labeled import open_labeled
@@ -35,11 +35,11 @@ def sounds(root, classes=("high", "low"), rows=2, ending="wav"):
 
 
 def open_sounds(path, **settings):
-    return open_labeled(Labeled(path=str(path), **settings), 0, audio=True)
+    return open_labeled(Labeled(path=str(path), **settings), 0, kind=AUDIO)
 
 
 def levels(values):
-    spec = InputSpec.of_audio(Sampling(RATE, 800), (800,))
+    spec = AudioSpec(Sampling(RATE, 800), (800,))
     return [round(float(spec.decode(value)[0]), 2) for value in values]
 
 
@@ -51,7 +51,7 @@ def test_a_folder_for_every_class(tmp_path, ending):
     assert rows.labels.tolist() == [0, 0, 1, 1]
     assert levels(rows.read(np.arange(4))) == [0.1, 0.11, 0.2, 0.21]
     assert len(open_sounds("audiofolder", data_files=f"{folder}/*/0.*")) == 2
-    spec = InputSpec.of_audio(Sampling(RATE, 800), (800,))
+    spec = AudioSpec(Sampling(RATE, 800), (800,))
     one = sounds(tmp_path / "one", ("low",), 1)
     assert open_test(LabelColumn(path=str(one)), rows, spec).labels.tolist() == [1]
     for streaming in (False, True):

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled, Unlabeled
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.sources.labeled import input_spec, open_test
-from hpdist.data.sources.unlabeled import ParquetRows, open_unlabeled
+from hpdist.data.decode.pixels import ImageSpec
+from hpdist.data.kinds import input_spec, spec_of_value
+from hpdist.data.sources.labeled import open_test
+from hpdist.data.sources.unlabeled import open_unlabeled
+from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
 from tests.support.labeled import open_labeled
@@ -77,7 +79,7 @@ def test_parquet_images_keep_their_pixels(tmp_path, mode, width, height):
     rows = open_labeled(Labeled(path="parquet", data_files=str(tmp_path / "*.parquet")), 0)
     spec = input_spec(rows)
     expected = np.asarray(picture(2, mode, width, height)).reshape(height, width, -1)
-    assert spec == InputSpec("image", (expected.shape[2], height, width), "encoded", mode)
+    assert spec == ImageSpec((expected.shape[2], height, width), "encoded", mode)
     assert np.array_equal(pixels_of(rows, spec, 2).numpy(), expected.transpose(2, 0, 1))
     assert rows.classes.names == ("a", "b")
     assert rows.labels.tolist() == [0, 1, 0]
@@ -313,12 +315,12 @@ def test_other_modes_follow_the_first_row_in_use():
 
 def test_sixteen_bit_grey_keeps_its_upper_byte_and_floats_are_refused():
     deep = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
-    spec = InputSpec.of(png(Image.fromarray(deep)), None)
+    spec = spec_of_value(png(Image.fromarray(deep)), None)
     assert np.array_equal(spec.decode(png(Image.fromarray(deep)))[0].numpy(), deep >> 8)
     buffer = io.BytesIO()
     Image.fromarray(np.ones((4, 4), np.float32)).save(buffer, "TIFF")
     with pytest.raises(ValueError, match="32-bit float"):
-        InputSpec.of(buffer.getvalue(), None)
+        spec_of_value(buffer.getvalue(), None)
 
 
 def test_exif_orientation_is_applied():
@@ -326,7 +328,7 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
-    assert InputSpec.of(buffer.getvalue(), None).shape == (1, 30, 20)
+    assert spec_of_value(buffer.getvalue(), None).shape == (1, 30, 20)
 
 
 def test_sizes_must_agree_or_be_resized():

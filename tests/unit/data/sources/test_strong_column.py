@@ -7,8 +7,8 @@ import torch
 from hpdist.algorithms import FixMatch
 from hpdist.algorithms.pi_model import PiModel
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.decode.text import Tokenizer
+from hpdist.data.decode.text import PairSpec, TextSpec, Tokenizer
+from hpdist.data.kinds import TEXT
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.views import TextViewsConfig
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def labeled():
     table = datasets.Dataset.from_dict({"text": SENTENCES, "label": [0, 1] * 3})
-    return open_labeled(Labeled(path="m"), 0, dataset=table, text=True)
+    return open_labeled(Labeled(path="m"), 0, dataset=table, kind=TEXT)
 
 
 def read(rows, spec, count):
@@ -61,7 +61,7 @@ def no_stars(row):
 def test_a_row_holds_both_texts_and_a_null_in_either_makes_it_a_bad_one(
     tmp_path, tokenizer, labeled, kind, streaming
 ):
-    spec = InputSpec.of_text(tokenizer, "back")
+    spec = PairSpec(tokenizer, "back")
     columns = {
         "other": range(8),
         "back": [*BACK, None, "A star."],
@@ -75,7 +75,7 @@ def test_a_row_holds_both_texts_and_a_null_in_either_makes_it_a_bad_one(
         6: "the value is null, in column 'back'",
         7: "the value is null",
     }
-    plain = InputSpec.of_text(tokenizer)
+    plain = TextSpec(tokenizer)
     for row, pair, valid in zip(batch.ids.tolist(), batch.inputs, batch.valid, strict=True):
         assert bool(valid) == (row < 6)
         if valid:
@@ -86,13 +86,13 @@ def test_a_row_holds_both_texts_and_a_null_in_either_makes_it_a_bad_one(
 
 
 def test_filter_and_map_see_both(tmp_path, tokenizer, labeled):
-    spec = InputSpec.of_text(tokenizer, "back")
+    spec = PairSpec(tokenizer, "back")
     name = "python:tests.unit.data.sources.test_strong_column:"
     source = write(tmp_path, "parquet", text=SENTENCES, back=BACK)
     functions = {"filter": f"{name}no_stars", "map": f"{name}longer"}
     rows = open_unlabeled(Unlabeled(**source, **functions), labeled, spec)
     batch = read(rows, spec, 6)
-    plain = InputSpec.of_text(tokenizer)
+    plain = TextSpec(tokenizer)
     assert batch.ids[~batch.valid].tolist() == [5]
     assert not batch.bad
     for row, pair in zip(batch.ids.tolist(), batch.inputs, strict=True):
@@ -110,13 +110,13 @@ def test_a_column_that_is_not_there_or_no_text_is_refused(tmp_path, tokenizer, l
         match=r"views\.strong_column: in data\.unlabeled there is no column 'bakc'; "
         r"there are text, back, number \(of text: text, back\)",
     ):
-        open_unlabeled(config, labeled, InputSpec.of_text(tokenizer, "bakc"))
+        open_unlabeled(config, labeled, PairSpec(tokenizer, "bakc"))
     with pytest.raises(ConfigError, match=r"'number' holds .*, not text; of text: text, back"):
-        open_unlabeled(config, labeled, InputSpec.of_text(tokenizer, "number"))
+        open_unlabeled(config, labeled, PairSpec(tokenizer, "number"))
 
 
 def test_the_strong_view_is_the_column_and_noise_comes_on_top_only_by_config(tokenizer):
-    plain = InputSpec.of_text(tokenizer)
+    plain = TextSpec(tokenizer)
     one, two = plain.decode(SENTENCES[0]), plain.decode(BACK[0])
     x = torch.stack([one, two])[None].repeat(64, 1, 1)
     place = {"stream": "unlabeled", "step": 0, "positions": torch.arange(64)}
@@ -138,7 +138,7 @@ def test_the_strong_view_is_the_column_and_noise_comes_on_top_only_by_config(tok
 
 
 def test_an_algorithm_without_a_strong_view_is_refused(tokenizer):
-    spec = InputSpec.of_text(tokenizer, "back")
+    spec = PairSpec(tokenizer, "back")
     check_inputs(FixMatch(), spec)
     with pytest.raises(ConfigError, match=r"views\.strong_column: PiModel makes no strong view"):
         check_inputs(PiModel(1.0, 1.0), spec)

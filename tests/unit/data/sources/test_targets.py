@@ -11,7 +11,8 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 
 from hpdist.data.config import LabelColumn, Labeled
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_test
+from hpdist.data.kinds import input_spec
+from hpdist.data.sources.labeled import LabeledRows, open_test
 from hpdist.errors import ConfigError, DataError
 from hpdist.tasks import make_task
 from hpdist.tasks.base import Task

@@ -11,9 +11,9 @@ from hpdist.data.config import LabelColumn, Labeled, Unlabeled
 from hpdist.data.convert import convert
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Unreadable
-from hpdist.data.decode.stored_values import InputSpec
-from hpdist.data.decode.text import Tokenizer
-from hpdist.data.sources.labeled import input_spec, open_test
+from hpdist.data.decode.text import TextSpec, Tokenizer
+from hpdist.data.kinds import TEXT, input_spec
+from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spec(folder):
-    return InputSpec.of_text(Tokenizer(str(folder), 16))
+    return TextSpec(Tokenizer(str(folder), 16))
 
 
 def test_a_row_has_a_beginning_an_end_and_padding_and_is_cut_off_where_it_is_long(spec):
@@ -75,7 +75,7 @@ def test_a_decoder_gives_the_same_with_threads_and_processes(spec):
 
 
 def test_threads_share_a_tokenizer(folder):
-    specs = [InputSpec.of_text(Tokenizer(str(folder), length)) for length in (8, 12, 16)]
+    specs = [TextSpec(Tokenizer(str(folder), length)) for length in (8, 12, 16)]
     wrong = []
 
     def work(spec):
@@ -100,7 +100,7 @@ def test_the_only_column_of_text_is_found_and_the_other_sets_follow(spec):
         Labeled(path="m", label="kind"),
         0,
         dataset=table(kind=["a", "b"] * 3, news=SENTENCES, number=range(6)),
-        text=True,
+        kind=TEXT,
     )
     assert rows.column == "news"
     test = table(news=SENTENCES[:2], kind=["b", "a"])
@@ -121,14 +121,14 @@ def test_a_column_of_text_needs_the_views_of_text():
     rows = open_labeled(
         Labeled(path="m", input="v"), 0, dataset=table(v=[[1.0], [2.0]], label=[0, 1])
     )
-    assert input_spec(rows).kind == "vector"
+    assert input_spec(rows).kind == "table"
 
 
 def test_a_list_of_columns_is_never_text(spec):
     columns = {"text": SENTENCES, "age": range(6), "label": [0, 1] * 3}
     with pytest.raises(DataError, match=r"data\.labeled\.input: a list of columns is no text"):
-        open_labeled(Labeled(path="m", input=["age"]), 0, dataset=table(**columns), text=True)
-    rows = open_labeled(Labeled(path="m"), 0, dataset=table(**columns), text=True)
+        open_labeled(Labeled(path="m", input=["age"]), 0, dataset=table(**columns), kind=TEXT)
+    rows = open_labeled(Labeled(path="m"), 0, dataset=table(**columns), kind=TEXT)
     with pytest.raises(DataError, match=r"data\.unlabeled\.input: a list of columns is no text"):
         open_unlabeled(Unlabeled(path="m", input=["age"]), rows, spec, dataset=table(**columns))
     with pytest.raises(DataError, match=r"data\.test\.input: a list of columns is no text"):
@@ -137,7 +137,7 @@ def test_a_list_of_columns_is_never_text(spec):
 
 def test_bad_rows_hold_their_place_and_say_why(spec):
     rows = open_labeled(
-        Labeled(path="m"), 0, dataset=table(text=SENTENCES, label=[0, 1] * 3), text=True
+        Labeled(path="m"), 0, dataset=table(text=SENTENCES, label=[0, 1] * 3), kind=TEXT
     )
     texts = [*SENTENCES, None, "", *SENTENCES]
     unlabeled = open_unlabeled(Unlabeled(path="m"), rows, spec, dataset=table(text=texts))
@@ -156,7 +156,7 @@ def test_bad_rows_hold_their_place_and_say_why(spec):
 
 def test_a_labelled_row_without_text_is_an_error(spec):
     rows = open_labeled(
-        Labeled(path="m"), 0, dataset=table(text=["A star.", ""], label=[0, 1]), text=True
+        Labeled(path="m"), 0, dataset=table(text=["A star.", ""], label=[0, 1]), kind=TEXT
     )
     stream = BatchStream(rows, 2, 0, 1, 0, spec)
     with pytest.raises(DataError, match=r"row 1 cannot be decoded: its text is empty"):

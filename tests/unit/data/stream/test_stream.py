@@ -17,7 +17,7 @@ import torch
 
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.config import Labeled, Unlabeled
-from hpdist.data.sources.labeled import input_spec
+from hpdist.data.kinds import input_spec
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.stream import BatchStream
 from hpdist.data.stream.mixed import whole_weights

@@ -7,8 +7,8 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from hpdist.data.config import Labeled, Unlabeled
+from hpdist.data.kinds import input_spec
 from hpdist.data.sources.fitting import training_rows
-from hpdist.data.sources.labeled import input_spec
 from hpdist.data.sources.unlabeled import open_unlabeled
 from hpdist.data.views import FittedViews, TableViewsConfig
 from hpdist.errors import DataError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdist.data.decode.stored_values import InputSpec
+from hpdist.data.decode.pixels import ImageSpec
 from hpdist.data.views import (
     IdentityViewsConfig,
     ImageViewsConfig,
@@ -203,7 +203,7 @@ def test_what_one_operation_pushed_out_is_not_seen_when_the_next_moves_back():
 def test_pictures_that_are_resized_as_they_are_read(size, target):
     """`views.size` resizes in the decoder; labels follow by `resize_maps`, then by the view's."""
     points = drawn_points(16, size, margin=0.3)
-    spec = InputSpec("image", (3, target, target), "encoded", mode="RGB", size=target)
+    spec = ImageSpec((3, target, target), "encoded", mode="RGB", size=target)
     rows = []
     for picture in blobs(points, size):
         file = io.BytesIO()

@@ -23,8 +23,7 @@ from PIL import Image
 
 from hpdist.data.decode.image import CHANNELS, check_icon, mode_of
 from hpdist.data.files.named_files import USUAL_LIMITS, NamedFile
-from hpdist.data.sources.labeled import LabeledRows
-from hpdist.data.sources.unlabeled import AnyUnlabeled, MixedRows
+from hpdist.data.kinds.base import TableOfRows
 from hpdist.errors import DataError
 
 _MOST = 20_000  # labelled pictures whose headers are read: some seconds
@@ -83,7 +82,7 @@ def has_transparency(image: Image.Image) -> bool:
     return image.mode in _TRANSPARENT or "transparency" in image.info
 
 
-def declared_mode(rows: LabeledRows | AnyUnlabeled) -> str | None:
+def declared_mode(rows: Any) -> str | None:
     """Give the mode that `datasets` is told to decode a set's pictures in: L, RGB or RGBA.
 
     None where it is told none. Raises DataError for a mode that no picture can be decoded in.
@@ -101,7 +100,7 @@ def declared_mode(rows: LabeledRows | AnyUnlabeled) -> str | None:
         ) from error
 
 
-def look_at_labeled(rows: LabeledRows) -> Seen:
+def look_at_labeled(rows: TableOfRows) -> Seen:
     """Look at the labelled pictures in use, or at many of them, spread evenly.
 
     Raises DataError when the set's files cannot be read.
@@ -116,7 +115,7 @@ def look_at_labeled(rows: LabeledRows) -> Seen:
     return seen
 
 
-def look_at_others(sets: Mapping[str, LabeledRows | AnyUnlabeled]) -> dict[str, Seen]:
+def look_at_others(sets: Mapping[str, Any]) -> dict[str, Seen]:
     """Look at a few pictures of sets that do not decide by themselves, by the sets' names.
 
     Raises DataError when a set's files cannot be read.
@@ -130,10 +129,11 @@ def look_at_others(sets: Mapping[str, LabeledRows | AnyUnlabeled]) -> dict[str, 
     return found
 
 
-def _some(rows: LabeledRows | AnyUnlabeled) -> Iterable[Any]:
+def _some(rows: Any) -> Iterable[Any]:
     """The first rows of an epoch, each once."""
     one: dict[str, Any] = {"kind": "parquet", "lanes": 1, "groups_per_window": 1}
-    order = {"parts": [one] * len(rows.parts)} if isinstance(rows, MixedRows) else one
+    parts = getattr(rows, "parts", None)  # of several sets that are mixed
+    order = one if parts is None else {"parts": [one] * len(parts)}
     reader = rows.reader(0, _MOST_OTHERS, order=order)
     try:
         read = reader.read(0, _MOST_OTHERS, 0, _MOST_OTHERS)
