@@ -16,9 +16,12 @@ import pytest
 from tests.support import sampling, turns
 from tests.support.fault_table import TABLE, Fault
 
-# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that.
+# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; `nohup`
+# has a terminal's end ignored.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
