@@ -43,9 +43,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Let a test that is marked `alone` run while the other workers wait."""
+    """Let a test that is marked `alone` run while the other workers wait.
+
+    What a command in the tests' own process leaves in the environment does not outlive the test.
+    """
+    from tests.support import warm_ranks  # late: imports of the tests set some of them
+
+    before = warm_ranks.read_once()
     with turns.taken(item.config, alone=item.get_closest_marker("alone") is not None):
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            warm_ranks.put_back(before)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
