@@ -16,9 +16,12 @@ import pytest
 from tests.support import sampling, turns
 from tests.support.fault_table import TABLE, Fault
 
-# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that.
+# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; `nohup`
+# has a terminal's end ignored.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
@@ -40,9 +43,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Let a test that is marked `alone` run while the other workers wait."""
+    """Let a test that is marked `alone` run while the other workers wait.
+
+    What a command in the tests' own process leaves in the environment does not outlive the test.
+    """
+    from tests.support import warm_ranks  # late: imports of the tests set some of them
+
+    before = warm_ranks.read_once()
     with turns.taken(item.config, alone=item.get_closest_marker("alone") is not None):
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            warm_ranks.put_back(before)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

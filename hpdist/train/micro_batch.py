@@ -121,8 +121,8 @@ class MicroBatcher:
         strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64)
-            at = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
-            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), at)
+            place = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
+            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), place)
             return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()

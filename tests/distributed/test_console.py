@@ -46,10 +46,10 @@ def shown(folder: Path, columns: int | None = None) -> str:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     parts: list[str] = []
     reader = threading.Thread(target=read_terminal, args=(master, parts))
-    process = run.fork(2, STEPS, "--log.every", 2, terminal=os.ttyname(terminal))
-    os.close(terminal)
     reader.start()
+    process = run.fork(2, STEPS, "--log.every", 2, terminal=os.ttyname(terminal))
     status = process.wait(timeout=240)
+    os.close(terminal)  # which the ranks have left by now
     reader.join(timeout=60)
     os.close(master)
     assert status == 0, "".join(parts)

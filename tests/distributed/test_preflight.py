@@ -39,6 +39,18 @@ def start(*arguments: object, cwd: Path | None = None, before: tuple[str, ...] =
     )
 
 
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """Run the command in this process: its status, and what it says. It sets a variable."""
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main(["preflight", *map(str, arguments)])
+        return status, *capfd.readouterr()
+
+    return run
+
+
 def ended(process) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
@@ -140,8 +152,11 @@ def test_a_first_process_that_is_lost_is_told_in_one_line(how):
     place = ["--processes", 3, "--address", "127.0.0.1", "--port", port, "--timeout", 10]
     first, second = start(*place, "--rank", 0), start(*place, "--rank", 1)
     connected = psutil.Process(second.pid).net_connections
-    while not any(c.raddr and c.raddr.port == port for c in connected()):
+    while not any(
+        c.status == psutil.CONN_ESTABLISHED and c.raddr.port == port for c in connected()
+    ):
         time.sleep(0.01)
+    time.sleep(0.5)  # the first process has taken the connection, and been told who it is
     first.send_signal(how)
     try:
         status, out, err = ended(second)
@@ -179,10 +194,10 @@ def test_a_run_folder_of_each_machine_and_lost_data_are_found(tmp_path):
     assert "not ready to train: run folder" in err
 
 
-def test_data_that_cannot_be_read_is_found(tmp_path, capfd):
+def test_data_that_cannot_be_read_is_found(tmp_path, here):
     config = write_config(tmp_path, str(tmp_path / "lost.parquet"), str(tmp_path / "runs"))
-    assert cli.main(["preflight", str(config)]) == 3
-    out, err = capfd.readouterr()
+    status, out, err = here(config)
+    assert status == 3
     assert verdicts(out)["data.labeled"] == "FAILED"
     assert "lost.parquet" in out
     assert "Traceback" not in err
@@ -205,12 +220,12 @@ def test_a_first_row_is_looked_for_where_the_run_will_read(tmp_path):
     assert "ArrowInvalid" in str(first("parquet", files, "train"))
 
 
-def test_a_precision_that_the_device_lacks_is_found(tmp_path, capfd, monkeypatch):
+def test_a_precision_that_the_device_lacks_is_found(tmp_path, here, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     files = [str(path) for path in write_pictures(tmp_path)]
     config = write_config(tmp_path, files, str(tmp_path / "runs"))
-    assert cli.main(["preflight", str(config), "--precision", "fp16"]) == 3
-    out, _ = capfd.readouterr()
+    status, out, err = here(config, "--precision", "fp16")
+    assert status == 3, err
     assert verdicts(out)["precision"] == "FAILED"
 
 
@@ -302,9 +317,10 @@ def test_a_launcher_says_who_is_who():
         (["--processes", "2", "--rank", "2", "--address", "a"], "--rank 2 is not one of"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(arguments, text, capfd):
-    assert cli.main(["preflight", *arguments]) == 2
-    assert text in capfd.readouterr().err
+def test_options_that_make_no_sense_are_refused(arguments, text, here):
+    status, _, err = here(*arguments)
+    assert status == 2
+    assert text in err
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

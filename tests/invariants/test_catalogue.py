@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from tests.support import lockstep
-from tests.support.catalogue import CASES, NORMALISED, make
+from tests.support.catalogue import CASES, NAMES, NORMALISED, make
 from tests.support.lockstep import Recorded
 from tests.support.ranks import run_ranks
 from tests.support.sampling import selected
 
 POINTS = (0, 1, 3, 5)
+ON_ONE = {"comatch", "freematch", "mixmatch", "fixmatch reconstruction"}
+"""Those that the default run tests on one rank, too."""
 Found = dict[tuple[str, int], dict[int, list[str]]]  # what differs, by step
 
 
@@ -58,13 +60,27 @@ def by_ranks(
     }
 
 
-@pytest.mark.sampled(rows="name", columns="ranks", share=0.4)
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.sampled(rows="name", columns="ranks", share=0.5)
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_and_accumulation_do_not_matter(
     by_ranks: dict[int, list[Found]], name: str, ranks: int
 ) -> None:
-    for found in by_ranks[ranks]:
+    check(by_ranks[ranks], name)
+
+
+@pytest.mark.parametrize("ranks", [1])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ON_ONE else pytest.mark.slow) for n in NAMES]
+)
+def test_accumulation_does_not_matter_on_one_rank(
+    by_ranks: dict[int, list[Found]], name: str, ranks: int
+) -> None:
+    check(by_ranks[ranks], name)
+
+
+def check(by_rank: list[Found], name: str) -> None:
+    for found in by_rank:
         own = {key: told for key, told in found.items() if key[0] == name}
         assert own
         assert {key: told for key, told in own.items() if told} == {}

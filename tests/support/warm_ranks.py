@@ -46,6 +46,13 @@ def read_once() -> dict[str, str]:
     }
 
 
+def put_back(before: dict[str, str]) -> None:
+    """Put back the variables that imports would read; where one differs, ranks are not warm."""
+    for name in read_once().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 _READ = read_once()
 
 

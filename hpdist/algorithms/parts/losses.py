@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpdist.algorithms.exchange import StudentOutputs
-from hpdist.tasks.base import CLASSIFICATION, Task
+from hpdist.tasks import DEFAULT_TASK
+from hpdist.tasks.base import Task
 
 
-def supervised_loss(outputs: StudentOutputs, task: Task = CLASSIFICATION) -> Tensor:
+def supervised_loss(outputs: StudentOutputs, task: Task = DEFAULT_TASK) -> Tensor:
     """Loss of the labelled rows by the task (cross-entropy by default).
 
     The result is a contribution to the mean of the global batch.

@@ -104,7 +104,7 @@ def test_a_terminal_has_a_bar_that_goes(monkeypatch: pytest.MonkeyPatch) -> None
         text = os.read(master, 65536).decode()
     os.close(master)
     bars = [part for part in text.split("\r") if "evaluating data.test" in part]
-    assert "250/500" in bars[0]
+    assert any("250/500" in bar for bar in bars[:2])  # on a busy machine the second
     assert max(map(len, bars)) <= 80
     assert "a line above" in text
     assert text.rsplit("\r", 2)[-2].strip() == ""  # nothing stays of the bar

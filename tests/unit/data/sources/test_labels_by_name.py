@@ -13,8 +13,9 @@ import torch
 
 from hpdist.data import structures
 from hpdist.data.config import LabelColumn, Labeled
+from hpdist.data.kinds import input_spec
 from hpdist.data.sources.held_out import evaluation_batches, look_through, refuse_unreadable
-from hpdist.data.sources.labeled import LabeledRows, input_spec, open_labeled, open_test
+from hpdist.data.sources.labeled import LabeledRows, open_labeled, open_test
 from hpdist.data.stream import BatchStream
 from hpdist.errors import DataError
 from tests.support.documents import files
