@@ -22,8 +22,10 @@ from hpdist.distributed.collectives import summed
 class AnyScores(Protocol):
     """Scores of one set by one model."""
 
-    summarized: tuple[str, ...]
-    """Those that a run's summary has of what predicts; of the student it has the first alone."""
+    @property
+    def summarized(self) -> tuple[str, ...]:
+        """Those that a run's summary has of what predicts; of the student the first alone."""
+        ...
 
     @property
     def values(self) -> dict[str, float]:
@@ -86,7 +88,10 @@ class Sums:
 class MeasuringTask(Protocol):
     """What `TorchMetrics` asks of a task."""
 
-    summarized: ClassVar[tuple[str, ...]]
+    @property
+    def summarized(self) -> tuple[str, ...]:
+        """The scores that a run's summary has."""
+        ...
 
     def losses(self, logits: Any, labels: Any) -> Tensor:
         """Give the loss of each row."""
@@ -106,6 +111,8 @@ class TorchMetrics:
 
     of_several_rows: ClassVar[tuple[str, ...]] = ()
     """Metrics that have no meaning for a single row."""
+
+    task: Any
 
     def __init__(self, task: MeasuringTask, classes: int, device: torch.device | str) -> None:
         self.task = task
@@ -138,7 +145,7 @@ class TorchMetrics:
             }
         values = self.values(found, sums["labels"])
         loss = float(sums["loss"]) / rows
-        return PlainScores({**values, "loss": loss}, self.task.summarized)
+        return PlainScores({**values, "loss": loss}, tuple(self.task.summarized))
 
     def make(self) -> dict[str, Any]:
         """Make the metrics, by name."""

@@ -50,7 +50,7 @@ class TaskRecord:
             raise ValueError("it does not list scores and charts")
         if not all(isinstance(text, str) for text in [*texts, *named]):
             raise ValueError("it does not name scores and charts")
-        return cls(*map(str, texts), *lists)  # type: ignore[arg-type]
+        return cls(*texts, *lists)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> RunRecord:
             confusions[file.stem.removeprefix("confusion_")] = found
     names = [matrix["classes"] for matrix in confusions.values()]
     classes = _read(folder / "classes.json", _names, names[0] if names else [], notes, missing=True)
-    settings = _read(folder / "config.yaml", _settings, {}, notes)
+    settings: dict[str, Any] = _read(folder / "config.yaml", _settings, {}, notes)
     task = _read(folder / TASK, _task, None, notes, missing=True)
     return RunRecord(
         folder.resolve().name,
@@ -229,9 +229,9 @@ def _known_task(settings: Mapping[str, Any]) -> TaskRecord:
     from hpdist.tasks import DEFAULT_TASK
     from hpdist.tasks.base import TaskConfig
 
-    kind = components(TaskConfig.kind).get(str(settings.get("task.name")))
-    known = kind is not None and issubclass(kind, TaskConfig)
-    return TaskRecord.of((kind.makes if known else type(DEFAULT_TASK)).display())
+    kind = components(TaskConfig.kind).get(str(settings.get("task.name")), DEFAULT_TASK.Config)
+    known = kind.makes if issubclass(kind, TaskConfig) else type(DEFAULT_TASK)
+    return TaskRecord.of(known.display())
 
 
 def _mapping(content: bytes) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def check_model(
             f"model: it fails on inputs of shape {describe_rows(example)}: {describe(error)}"
         ) from error
     rows, plain = row_count(example), tuple(task.outputs) == LOGITS
-    found = find_logits(output) if plain else outputs_of(output, task.outputs)
+    found: Any = find_logits(output) if plain else outputs_of(output, task.outputs)
     shapes = f"it maps inputs {describe_rows(example)} to {_shown(output)}"
     task.check_outputs(found, rows, num_classes, shapes)
     if plain and not found.is_floating_point():

@@ -208,10 +208,13 @@ def open_labeled(
     check_labeled(given, stored, unlabeled, setting)
     usable, notes = with_labels(stored, unlabeled)
     encoded = encoding.encode(stored, usable if given is None else given)
-    if given is None:
-        numbers = encoding.class_numbers(encoded)
-        given = draw_rows(config, stored, numbers, usable, encoding.classes, seed)
-    ids = np.sort(np.asarray(given, dtype=np.int64))
+    numbers = encoding.class_numbers(encoded)
+    drawn = (
+        draw_rows(config, stored, numbers, usable, encoding.classes, seed)
+        if given is None
+        else given
+    )
+    ids = np.sort(np.asarray(drawn, dtype=np.int64))
     used = take_rows(encoded, ids)
     encoding = encoding.fitted(used, measured)
     notes += encoding.describe(used, where, training=True)
