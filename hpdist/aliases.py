@@ -156,7 +156,7 @@ MOVED = {
 }
 """Old names to new ones, both below `hpdist`."""
 
-MOVED_NAMES = {
+MOVED_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "config": {
         "train.config": ("RunConfig", "load", "parse", "json_schema", "Run", "Batch"),
         "config.section": ("Section",),
