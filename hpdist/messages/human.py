@@ -37,3 +37,10 @@ def percent(share: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things, `1 rank` or `1,024 ranks`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shown_numbers(value: object) -> str:
+    """Write a number, or a list of them, for a message."""
+    numbers = value if isinstance(value, list) else [value]
+    text = ", ".join(f"{number:.4g}" for number in numbers)
+    return f"[{text}]" if isinstance(value, list) else text

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hpdist.config.component import Component
-from hpdist.data.kinds.modes import shown_numbers
 from hpdist.data.views import ImageViewsConfig
 from hpdist.errors import ConfigError
 from hpdist.hub import checkpoint_folder, require_transformers
+from hpdist.messages.human import shown_numbers
 from hpdist.messages.progress import working
 from hpdist.models.build import ModelConfig, Pixels
 

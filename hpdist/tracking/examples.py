@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -54,13 +54,17 @@ def write_examples(
         shown += [view(_copied(rows_shown), **where) for view in (views.weak, views.strong)]
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     drawn = kind_named(spec.kind).draw(spec, rows_shown, dict(zip(NAMES, shown, strict=True)))
-    if isinstance(drawn[0], str):
+    if _are_lines(drawn):
         file = folder / FOLDER / "views.txt"
-        file.write_text("\n".join(cast(list[str], drawn)) + "\n", encoding="utf-8")
+        file.write_text("\n".join(drawn) + "\n", encoding="utf-8")
         return file
     file = folder / FOLDER / "views.png"
     _sheet(cast(Cells, drawn)).save(file)
     return file
+
+
+def _are_lines(drawn: Cells | list[str]) -> TypeGuard[list[str]]:
+    return isinstance(drawn[0], str)
 
 
 def _copied(rows: Structure) -> Structure:

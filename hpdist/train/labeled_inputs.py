@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from hpdist.checkpoint.reader import SavedRun
 from hpdist.data.decode.spec import InputSpec
@@ -20,8 +20,6 @@ from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.config import RunConfig
 from hpdist.train.fitting import saved_targets
 from hpdist.train.input_choice import Settled, settle_inputs
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,19 @@ def open_labeled_inputs(
     labeled = call_on_all_ranks(lambda: _open_labeled(chosen, task, settled, folder, saved))
     kind, limits = settled.kind, limits_of(chosen.data.loading)
     context = Context(chosen.model, recorded, saved is not None, limits)
-    facts = run_on_main(lambda: _of_kind(kind, lambda: kind.measure(views, labeled, context)))
+    facts: Facts = run_on_main(
+        lambda: _of_kind(kind, lambda: kind.measure(views, labeled, context))
+    )
     filled = kind.fill_views(views, facts.values)
     chosen = chosen.model_copy(update={"views": filled})
-    spec = call_on_all_ranks(
+    spec: InputSpec = call_on_all_ranks(
         lambda: _of_kind(kind, lambda: kind.make_spec(filled, labeled, context, facts.values))
     )
     lines = settled.lines
     return LabeledInputs(chosen, asked.views, task, labeled, spec, facts, context, lines, pixels)
 
 
-def _of_kind(kind: InputKind, call: Callable[[], T]) -> T:
+def _of_kind(kind: InputKind, call: Callable[[], Any]) -> Any:
     """Call what a kind defines, which may be somebody's own. Raises ConfigError where it fails."""
     try:
         return call()

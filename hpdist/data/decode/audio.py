@@ -123,7 +123,6 @@ class AudioSpec(ArraySpec):
     """Rows are float32 [samples], NaN behind a sound's end."""
 
     kind: ClassVar[str] = "audio"
-    worth_processes: ClassVar[bool] = True
     sampling: Sampling
     seen: tuple[int, ...]
     """The shape of what the views make of a row: a waveform's, or a spectrogram's."""
@@ -141,12 +140,17 @@ class AudioSpec(ArraySpec):
         return self.seen
 
     @property
+    def worth_processes(self) -> bool:
+        """Whether worker processes pay, as they do for files."""
+        return True
+
+    @property
     def are_waveforms(self) -> bool:
         """Whether the model is given waveforms, and no spectrograms."""
         return self.seen == self.shape
 
     @property
-    def not_for_arrays(self) -> str | None:  # type: ignore[override]
+    def not_for_arrays(self) -> str | None:
         """Say what a model of plain arrays cannot take of waveforms."""
         if not self.are_waveforms:
             return None

@@ -84,7 +84,7 @@ class ImageSpec(ArraySpec):
         return replace(self, mode=mode, shape=(CHANNELS[mode], *self.shape[1:]))
 
     @property
-    def worth_processes(self) -> bool:  # type: ignore[override]
+    def worth_processes(self) -> bool:
         """Whether they are encoded."""
         return self.stored == "encoded"
 

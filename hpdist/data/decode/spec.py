@@ -48,17 +48,26 @@ class InputSpec(ABC):
 
     kind: ClassVar[str]
     """The name of the kind: see `hpdist.data.kinds`."""
-    worth_processes: bool = False
-    """Whether a row takes so long to decode that worker processes pay."""
-    not_for_arrays: str | None = None
-    """What a model of plain arrays cannot take of these rows, and what to do; None: it can."""
-    view_arguments: tuple[Any, ...] = ()
-    """What `build` of the kind's views is given behind the seed."""
 
     @property
     @abstractmethod
     def layout(self) -> Layout:
         """Give what a row is in memory: one array, or several by name."""
+
+    @property
+    def worth_processes(self) -> bool:
+        """Whether a row takes so long to decode that worker processes pay."""
+        return False
+
+    @property
+    def not_for_arrays(self) -> str | None:
+        """Say what a model of plain arrays cannot take of these rows, and what to do."""
+        return None
+
+    @property
+    def view_arguments(self) -> tuple[Any, ...]:
+        """Give what `build` of the kind's views is given behind the seed."""
+        return ()
 
     @property
     def paired_column(self) -> str | None:

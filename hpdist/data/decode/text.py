@@ -165,7 +165,6 @@ class TextSpec(ArraySpec):
 
     kind: ClassVar[str] = "text"
     array_dtype: ClassVar[np.dtype[Any]] = np.dtype(np.int64)
-    not_for_arrays: ClassVar[str] = "text; use hf:… or a model of your own"
     tokenizer: Tokenizer
 
     @property
@@ -174,7 +173,12 @@ class TextSpec(ArraySpec):
         return (self.tokenizer.max_length,)
 
     @property
-    def view_arguments(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def not_for_arrays(self) -> str:
+        """Say that a model of plain arrays has no use for tokens."""
+        return "no text; use hf:… or a model of your own"
+
+    @property
+    def view_arguments(self) -> tuple[Any, ...]:
         """Give the tokenizer's special ids. Raises ConfigError where it cannot be loaded."""
         return (self.tokenizer.vocabulary,)
 

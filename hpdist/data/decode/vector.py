@@ -35,7 +35,7 @@ class VectorSpec(ArraySpec):
         return self.names
 
     @property
-    def view_arguments(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def view_arguments(self) -> tuple[Any, ...]:
         """Give the column that every feature comes from, where several come from one."""
         return () if self.categories is None else (self.categories.groups,)
 

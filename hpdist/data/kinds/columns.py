@@ -36,7 +36,7 @@ def find_column(
     """
     others = {key: feature for key, feature in features.items() if key != exclude}
     if column is None:
-        found = [key for key, feature in others.items() if usual(feature)]
+        found: list[str] = [key for key, feature in others.items() if usual(feature)]
         if len(found) != 1:
             holds = ", ".join(f"{key} ({held(feature)})" for key, feature in others.items())
             count = f"{len(found)} columns hold" if found else "no column holds"

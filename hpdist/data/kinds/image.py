@@ -10,6 +10,7 @@ import datasets
 from PIL import Image
 
 from hpdist.data.decode.categories import is_number
+from hpdist.data.decode.image import CHANNELS
 from hpdist.data.decode.pixels import ImageSpec
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column
@@ -26,7 +27,6 @@ from hpdist.data.kinds.columns import (
 from hpdist.data.kinds.drawing import Cells, pixel_cells
 from hpdist.data.kinds.first_rows import input_spec
 from hpdist.data.kinds.modes import (
-    CHANNELS,
     choose_mode,
     for_channels,
     reconsider,

@@ -17,6 +17,7 @@ from hpdist.data.kinds.pictures import (
     told,
 )
 from hpdist.errors import CheckpointError
+from hpdist.messages.human import shown_numbers
 from hpdist.messages.progress import working
 
 _MODES = {channels: mode for mode, channels in CHANNELS.items()}
@@ -90,13 +91,6 @@ def for_channels(views: Any, given: Any, channels: int) -> tuple[Any, str | None
         return views, None
     said = ", ".join(f"views.{key} {shown_numbers(value)}" for key, value in changed.items())
     return views.model_copy(update=changed), f"for one channel their mean: {said}"
-
-
-def shown_numbers(value: object) -> str:
-    """Write a number, or a list of them, for a message."""
-    numbers = value if isinstance(value, list) else [value]
-    text = ", ".join(f"{number:.4g}" for number in numbers)
-    return f"[{text}]" if isinstance(value, list) else text
 
 
 def recorded_mode(recorded: Mapping[str, Any]) -> Any:
