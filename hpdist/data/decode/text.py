@@ -175,7 +175,7 @@ class TextSpec(ArraySpec):
     @property
     def not_for_arrays(self) -> str:
         """Say that a model of plain arrays has no use for tokens."""
-        return "no text; use hf:… or a model of your own"
+        return "text; use hf:… or a model of your own"
 
     @property
     def view_arguments(self) -> tuple[Any, ...]:
