@@ -43,8 +43,8 @@ class TaskRecord:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TaskRecord:
         """Take what `hpdist.tasks.base.Task.display` gave. Raises ValueError where it did not."""
-        texts = [values.get(key) for key in ("headline", "title")]
-        lists = [values.get(key) for key in ("summarized", "charts")]
+        texts: list[Any] = [values.get(key) for key in ("headline", "title")]
+        lists: list[Any] = [values.get(key) for key in ("summarized", "charts")]
         named = [name for found in lists if isinstance(found, list) for name in found]
         if not all(isinstance(found, list) for found in lists):
             raise ValueError("it does not list scores and charts")
