@@ -158,25 +158,33 @@ from pathlib import Path
 
 def slowly(row):
     time.sleep(0.01)
-    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     while first and os.environ["RANK"] == "1" and Path("hang").exists():
         time.sleep(0.1)
     return row
 """
 
 
-def test_a_rank_that_hangs_is_named_by_all_and_the_launcher_starts_again(
-    tmp_path: Path, inject: Callable[..., Fault]
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_is_named_by_all_and_the_run_goes_on(
+    tmp_path: Path, launched: bool, inject: Callable[..., Fault]
 ) -> None:
+    """Started again by the launcher, or by whoever has started it; it sees no alarm of before."""
     run = SlowRun(tmp_path, GROUPS, HANGS)
-    fault = inject("a rank hangs, and is started again by the launcher")
+    fault = inject("a rank hangs, and is started again")
     patience = ["--watchdog.seconds", 6, "--data.loading.patience", 3]
-    process = run.launch(2, STEPS, *patience, launcher=["--max_restarts", 1])
-    run.await_step(process, 4)
-    (tmp_path / "hang").touch()
-    assert process.wait(timeout=240) == 0, (
-        run.output
-    )  # the second attempt sees no alarm of the first
+    if launched:
+        process = run.launch(2, STEPS, *patience, launcher=["--max_restarts", 1])
+        run.await_step(process, 4)
+        (tmp_path / "hang").touch()
+        assert process.wait(timeout=240) == 0, run.output
+    else:
+        ranks = run.fork(2, STEPS, *patience)
+        run.await_step(ranks, 4)
+        (tmp_path / "hang").touch()
+        assert ranks.wait(timeout=240) != 0, run.output
+        (tmp_path / "hang").unlink()
+        assert run.fork(2, STEPS, *patience).wait(timeout=240) == 0, run.output
     assert len(re.findall(r"hpdist: rank [01]: no progress for", run.output)) == 2, run.output
     told = r"hpdist: rank 0:   rank 1: step \d+, reading rows, for \d+ s <- behind$"
     assert re.search(told, run.output, re.MULTILINE), run.output
