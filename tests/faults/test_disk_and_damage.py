@@ -367,7 +367,7 @@ COLLAPSE = {"collapse_share": 0.97, "collapse_steps": 3}
 
 def test_collapsed_pseudo_labels_end_the_run_and_are_named(folder: Path) -> None:
     training = trainer(folder, 20, model=Collapses(7, 99), divergence=COLLAPSE)
-    with pytest.raises(DivergenceError, match=r"collapsed: since step [78] one class takes 100"):
+    with pytest.raises(DivergenceError, match=r"collapsed: since step [78] one class has 100"):
         training.fit()
 
 
