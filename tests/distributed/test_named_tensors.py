@@ -258,7 +258,7 @@ def test_an_overflow_in_the_second_output_is_found(stage: int | None) -> None:
 def test_what_the_model_lacks_is_named_before_training() -> None:
     example = Noisy().plain(batches(0)[0].inputs)
     assert check_model(Both(), example, 99, ClassAndPlace()) is True
-    message = r"its outputs lack place, which the task .* it returns logits, output_1: return them by"
+    message = r"outputs lack place, which the task .* it returns logits, output_1: return them by"
     with pytest.raises(ConfigError, match=message):
         check_model(Both("tuple"), example, 99, ClassAndPlace())
     assert check_model(Both("tuple"), example, 99, Unnamed()) is True

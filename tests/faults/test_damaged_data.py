@@ -344,7 +344,8 @@ def test_a_run_masks_counts_and_stops_at_the_limit_on_real_ranks(
     (line,) = [line for rank in ended for line in rank["few"][1]]
     assert re.match(
         r"hpdist: DataError: data\.unlabeled\.max_bad_rows: \d+ rows of epoch 0 could not be "
-        rf"used, and 4 are allowed; among them: {paths[2]}, row group 1, row \d: its row group cannot be read: ",
+        rf"used, and 4 are allowed; among them: {paths[2]}, row group 1, row \d: "
+        "its row group cannot be read: ",
         line,
     )
     assert summary_of(masked)["bad_rows"] == 2 * len(LOST)
