@@ -198,6 +198,16 @@ class Task:
         """Draw labels of so many rows, as a `LabeledBatch` has them, to try an algorithm with."""
         raise NotImplementedError(f"{type(self).__name__} must define example_labels()")
 
+    def example_outputs(self, num_classes: int) -> dict[str, tuple[int, ...]]:
+        """Give the shape of a row of each output, by name, to try an algorithm with.
+
+        The first one is what `outputs` names first. Raises ConfigError where a task of several
+        outputs does not say.
+        """
+        if self.outputs != Task.outputs:
+            raise ConfigError(f"task.name: {self.name} must define example_outputs() to be tried")
+        return {"logits": (self.output_size(num_classes),)}
+
     @classmethod
     def display(cls) -> dict[str, Any]:
         """Give what a report must know of the task, as JSON: it is kept with the run."""

@@ -65,6 +65,7 @@ def check_algorithm(
     meaning for the task.
     """
     made = _task(task)
+    made.example_outputs(num_classes)  # else every check would fail for one reason
     width = made.output_size(num_classes)
     make = _maker(algorithm, made, addons, width, run_steps)
     checks = _Checks(make, num_classes, width)
@@ -285,7 +286,8 @@ class _Checks:
     def _gradient(self) -> Iterator[str]:
         algorithm = self.make()
         reached: list[bool] = []
-        heads: dict[str, bool] = dict.fromkeys(algorithm.head_names, False)
+        others = [*algorithm.task.example_outputs(self._classes)][1:]
+        heads: dict[str, bool] = dict.fromkeys([*others, *algorithm.head_names], False)
         for step in range(2 * _STEPS):
             ran = run_step([algorithm], self._batch(algorithm, step))
             for name, parts in ran.head_gradients.items():
@@ -297,7 +299,10 @@ class _Checks:
         for name, there in zip(names, reached, strict=False):
             if not there:
                 yield f"none reaches the {name}, which the student runs on"
-        yield from (f"none reaches the head {name}" for name, there in heads.items() if not there)
+        for name, there in heads.items():
+            if not there:
+                kind = "output" if name in others else "head"
+                yield f"none reaches the {kind} {name}"
 
     def _names(self) -> list[str]:
         """Name the parts of the student's inputs."""
@@ -371,7 +376,7 @@ def _differences(found: Ran, wanted: Ran, names: list[str]) -> Iterator[str]:
         "inputs": (found.inputs, wanted.inputs),
         "gradient": (found.gradients, wanted.gradients),
         **{
-            f"gradient to the head {name}": (found.head_gradients[name], parts)
+            f"gradient to {name}": (found.head_gradients[name], parts)
             for name, parts in wanted.head_gradients.items()
         },
     }

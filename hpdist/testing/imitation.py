@@ -42,9 +42,10 @@ class GlobalBatch:
     strong_labeled: list[Tensor]
     ids: Tensor
     usable: Tensor  # bool [unlabeled]
-    student: Tensor  # [features, outputs]
+    student: Tensor  # [features, numbers of all outputs of a row]
     target: Tensor  # the same for the model that makes the targets
     step: int
+    outputs: Mapping[str, tuple[int, ...]]  # the shape of a row of each output, by name
     heads: dict[str, torch.nn.Module] = field(default_factory=dict)
     labeled_ids: Tensor = field(default_factory=lambda: torch.zeros(0).long())
 
@@ -90,7 +91,8 @@ def global_batch(
     usable = torch.ones(unlabeled, dtype=torch.bool)
     usable[list(unusable)] = False
     labels = algorithm.task.example_labels(labeled, classes, generator)
-    outputs = algorithm.task.output_size(classes)
+    shapes = algorithm.task.example_outputs(classes)
+    outputs = sum(math.prod(row) for row in shapes.values())
     return GlobalBatch(
         rows(labeled, *shape),
         map_tensors(torch.zeros_like, labels) if one_class else labels,
@@ -103,6 +105,7 @@ def global_batch(
         rows(features, outputs),
         rows(features, outputs) if views.teacher else torch.zeros(0),
         seed,
+        shapes,
         make_heads(algorithm, features),
         torch.randperm(4 * labeled, generator=generator)[:labeled] + 2**30,
     )
@@ -122,11 +125,12 @@ class Ran:
     """The outcome of a step: tensors in the order of the global batch, view by view."""
 
     inputs: list[Tensor] = field(default_factory=list)  # of the student, part by part
-    logits: list[Tensor] = field(default_factory=list)  # of the student, part by part
+    logits: list[Tensor] = field(default_factory=list)  # of the student, its first output
     gradients: list[Tensor] = field(default_factory=list)  # of the loss, to the logits
     context: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
-    heads: dict[str, list[Tensor]] = field(default_factory=dict)  # their outputs, part by part
+    heads: dict[str, list[Tensor]] = field(default_factory=dict)
+    """The other outputs, and those of heads, part by part."""
     head_gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     """Violations that were noticed, in words."""
@@ -143,7 +147,7 @@ class LinearModel:
         self.views = algorithm.views
         self.batch = batch
         self.leaves: dict[str, list[Tensor]] = {}
-        """The student's latest outputs, part by part; the logits under an empty name."""
+        """The student's latest outputs and heads, by name and part by part."""
 
     def targets(self, micros: Sequence[MicroBatch]) -> list[Structure | None]:
         """Return student's or teacher's outputs for the weak views."""
@@ -175,19 +179,27 @@ class LinearModel:
 
     def probe(self, inputs: Tensor) -> Structure:
         """Return the student's outputs for other inputs."""
-        rows = inputs.flatten(1)
-        heads = {name: head(rows) for name, head in self.batch.heads.items()}
-        return {"logits": rows @ self.batch.student} | heads
+        return self._of_rows(inputs, self.batch.student)
 
     @torch.no_grad()
     def _model_outputs(self, parts: Sequence[Tensor], model: Tensor) -> dict[str, list[Tensor]]:
-        rows = [part.flatten(1) for part in parts]
-        heads = {name: [head(part) for part in rows] for name, head in self.batch.heads.items()}
-        return {"": [part @ model for part in rows]} | heads
+        found = [self._of_rows(part, model) for part in parts]
+        names = [*self.batch.outputs, *self.batch.heads]
+        return {name: [outputs[name] for outputs in found] for name in names}
+
+    def _of_rows(self, inputs: Tensor, model: Tensor) -> dict[str, Tensor]:
+        """Return every output and head of some rows, by name."""
+        rows, shapes = inputs.flatten(1), self.batch.outputs
+        columns = (rows @ model).split([math.prod(shape) for shape in shapes.values()], dim=1)
+        outputs = {
+            name: numbers.reshape(len(rows), *shape)
+            for (name, shape), numbers in zip(shapes.items(), columns, strict=True)
+        }
+        return outputs | {name: head(rows) for name, head in self.batch.heads.items()}
 
 
 def _joined_outputs(parts: Mapping[str, Sequence[Tensor]]) -> Structure:
-    return {name or "logits": torch.cat(list(views)) for name, views in parts.items()}
+    return {name: torch.cat(list(views)) for name, views in parts.items()}
 
 
 def run_step(
@@ -265,10 +277,11 @@ def _judge(attempt: Attempt, model: LinearModel, number: int) -> Ran:
     for (name, _), leaf, gradient in zip(names, leaves, made, strict=True):
         gradients[name].append(torch.zeros_like(leaf) if gradient is None else gradient)
     heads = dict(model.leaves)
+    first = next(iter(model.batch.outputs))
     return Ran(
         inputs.parts,
-        heads.pop(""),
-        gradients.pop(""),
+        heads.pop(first),
+        gradients.pop(first),
         dict(inputs.context),
         {name: value.item() for name, value in terms.contributions(attempt.parts).items()},
         heads,

@@ -25,6 +25,7 @@ from hpdist.algorithms.exchange import StudentInputs, Sums
 from hpdist.algorithms.parts.losses import masked_pseudo_label_loss, supervised_loss
 from hpdist.config.component import component_names, components
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import PREDICTIONS, PSEUDO_LABELS, Task
 from hpdist.testing import AlgorithmError, check_algorithm
 from tests.support.catalogue import ADDON_SETTINGS, INSIDE, SETTINGS
 from tests.support.documents import files
@@ -188,7 +189,7 @@ BROKEN: list[tuple[Callable[[], Algorithm], str]] = [
     (KeepsWhatIsNotFinite, "not finite: a NaN in a weak view changes the state 'confidence'"),
     (EntropyOfNoRow, "no valid row: a loss is not finite"),
     (DoesNotSayThatItSums, "`uses_student_statistics` is False"),
-    (ForgetsToSave, "state: after loading it the loss, unsupervised_loss is another"),
+    (ForgetsToSave, "state: after loading it the loss, unsupervised_loss differs"),
     (LoadsAnything, "state: a state with other names is loaded"),
     (HalfPrecision, "state: confidence is torch.bfloat16"),
     (LearnsNothing, "gradient: none reaches the strong view 0"),
@@ -242,3 +243,62 @@ def test_every_addon_passes(name: str) -> None:
     inside = ALGORITHMS["fixmatch"](name="fixmatch", **SETTINGS["fixmatch"] | INSIDE.get(name, {}))
     check_algorithm(inside, addons=[addon], run_steps=40)
     check_algorithm(addon)
+
+
+class ClassAndPlace(Task):
+    """A row is of one class and lies somewhere: the model has an output for each."""
+
+    name = "class_and_place"
+    headline = "accuracy"
+    summarized = ("accuracy",)
+    abilities = frozenset({PREDICTIONS, PSEUDO_LABELS})
+    outputs = ("logits", "place")
+
+    def losses(self, logits, labels):
+        distance = (logits["place"] - labels["place"]).square().sum(dim=(1, 2))
+        return F.cross_entropy(logits["logits"], labels["class"], reduction="none") + distance
+
+    def predictions(self, logits):
+        return {"logits": logits["logits"].softmax(dim=1), "place": logits["place"]}
+
+    def squared_error(self, logits, targets):
+        own = self.predictions(logits)
+        return sum((own[n] - targets[n]).square().flatten(1).mean(dim=1) for n in own)
+
+    def pseudo_labels(self, logits, threshold):
+        confidence, classes = logits["logits"].softmax(dim=1).max(dim=1)
+        return (confidence >= threshold).float(), {"class": classes, "place": logits["place"]}
+
+    def pseudo_label_losses(self, logits, labels, mask):
+        return self.losses(logits, labels) * mask
+
+    def example_labels(self, rows, num_classes, generator):
+        return {
+            "class": torch.randint(num_classes, (rows,), generator=generator),
+            "place": torch.randn(rows, 2, 2, generator=generator),
+        }
+
+    def example_outputs(self, num_classes):
+        return {"logits": (num_classes,), "place": (2, 2)}
+
+
+class NoPlace(ClassAndPlace):
+    def losses(self, logits, labels):
+        return F.cross_entropy(logits["logits"], labels["class"], reduction="none")
+
+
+class Untold(ClassAndPlace):
+    example_outputs = Task.example_outputs
+
+
+@pytest.mark.parametrize("name", ["supervised", "fixmatch", "mean_teacher"])
+def test_a_task_of_several_outputs_is_tried_with_all_of_them(name):
+    config = components("algorithm")[name](name=name)
+    check_algorithm(config, ClassAndPlace())
+
+
+def test_an_output_that_nothing_trains_is_named():
+    with pytest.raises(AlgorithmError, match="none reaches the output place"):
+        check_algorithm(components("algorithm")["supervised"](name="supervised"), NoPlace())
+    with pytest.raises(ConfigError, match=r"class_and_place must define example_outputs\(\)"):
+        check_algorithm(components("algorithm")["supervised"](name="supervised"), Untold())
