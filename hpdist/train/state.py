@@ -107,7 +107,7 @@ class RunState:
                 stream.load_state_dict(states[name])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{saved.path} lacks the position of the {name} rows: {describe(error)}"
+                f"{saved.path} has no usable position of the {name} rows: {describe(error)}"
             ) from error
 
     def _fragments(self, shards: Shards) -> dict[str, list[Fragment]]:

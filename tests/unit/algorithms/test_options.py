@@ -141,7 +141,7 @@ NOT_HANDED_ON = {
     "from_config": "an add-on is made by its own config",
     "settings": "of the object's own options",
     "start": "called by each object's constructor",
-    "set_task": "goes by `tasks` and sets `task`, which are handed on",
+    "tasks": "computed from `needs`, which an add-on adds its own to",
 }
 """What an add-on need not take from the algorithm inside, and why."""
 
