@@ -348,7 +348,7 @@ def test_python_components(config, tmp_path, monkeypatch):
     assert "No module named 'not_there'" in text
     assert "own_broken.py, line 2" in text
     text = refusal(config, f"--model.name={name}")
-    assert text == f"--model.name: {name} has options of algorithm"
+    assert text == f"--model.name: {name} holds options of algorithm"
     text = refusal(config, "--algorithm.name=python:own_algorithms")
     assert "must read python:package.module:attribute" in text
 
