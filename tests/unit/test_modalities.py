@@ -19,19 +19,19 @@ CLASSES = {
 }
 OTHER_MEANINGS = {
     "__init__.py": "names for users of the library",
+    "aliases.py": "the former name of a function",
     "algorithms/flexmatch.py": "the table of labels in a checkpoint",
     "algorithms/reference.py": "the type of an option",
     "config/section.py": "the type of a setting, and a placeholder",
-    "data/config.py": "how several labels of a row are written",
     "data/samples/digits.py": "a column of the sample data",
     "data/samples/tones.py": "a column of the sample data",
     "data/sources/classes.py": "the type of a label",
-    "data/sources/label_encoding.py": "the type of a label",
     "data/sources/local_files.py": "a reader of `datasets`",
     "data/stream/table.py": "rows that are read by position, in a checkpoint",
     "messages/redaction.py": "an attribute of an exception",
     "plan/memory_plan.py": "an argument of `subprocess`",
     "preflight/network.py": "an argument of `subprocess`",
+    "tasks/multilabel.py": "how several labels of a row are written, and the type of a label",
     "tracking/environment.py": "an argument of `subprocess`",
     "tracking/tracker.py": "an argument of W&B",
 }

@@ -257,12 +257,14 @@ def test_what_is_wrong_is_one_line(folders, tmp_path):
     refused(bert, "folder '.*bert' cannot be used: .*safetensors", pretrained=True)
     refused(bert, r"views\.max_length: the model fails on 80 tokens", length=80)
     refused(bert, r"knows 50 tokens, and the tokenizer .* has", config={"vocab_size": 50})
-    with pytest.raises(ConfigError, match=r"is a model of type vit, .* none that classifies text"):
+    with pytest.raises(
+        ConfigError, match=r"is a model of type vit, .* no class that classifies text"
+    ):
         build_model(
             HuggingFaceConfig(name=f"hf:{folders['vit']}", pretrained=False), spec_of(bert), 4, 0
         )
     with pytest.raises(
-        ConfigError, match=r"is a model of type bert, .* none that classifies images"
+        ConfigError, match=r"is a model of type bert, .* no class that classifies images"
     ):
         build_model(HuggingFaceConfig(name=f"hf:{bert}", pretrained=False), (1, 8, 8), 4, 0)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
