@@ -148,7 +148,7 @@ def test_what_cannot_be_used_is_refused(
         (Small, "not the class Small"),
         (Small().to("meta"), "first.weight, .* is on the meta device"),
         (nn.Sequential(nn.LazyLinear(3)), "0.weight, 0.bias has no shape yet"),
-        (nn.DataParallel(Small()), "wrapped in DataParallel already; give the module inside"),
+        (nn.DataParallel(Small()), "already wrapped in DataParallel; give the module inside"),
         (Small().requires_grad_(False), "none of the 4 parameters of Small is trained"),
         (NoGradient(), "its outputs have no gradient"),
         (Inference(), "its outputs have no gradient"),
