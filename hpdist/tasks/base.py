@@ -113,16 +113,18 @@ class Task:
         """Count the logits of a row where the labels have so many classes or targets."""
         return num_classes
 
-    def check_outputs(self, outputs: Any, rows: int, num_classes: int, told: str) -> None:
+    def check_outputs(self, outputs: Any, rows: int, num_classes: int, description: str) -> None:
         """Raise ConfigError unless a model's outputs for so many rows are those of the task.
 
         `outputs` are tensors by name where `Task.outputs` names more than the logits, else what
-        stands for these; `told` says in words what the model gave.
+        stands for these; `description` says in words what the model gave.
         """
         if self.outputs == Task.outputs:
             expected = [rows, self.output_size(num_classes)]
             if not isinstance(outputs, Tensor) or list(outputs.shape) != expected:
-                raise ConfigError(f"model: {told}, expected logits {expected}: [rows, classes]")
+                raise ConfigError(
+                    f"model: {description}, expected logits {expected}: [rows, classes]"
+                )
             return
         for name, tensor in outputs.items():
             if tensor.shape[:1] != (rows,):

@@ -27,7 +27,7 @@ TaskChoice = choose_task
 def make_task(name: str, threshold: float = 0.5, spread: tuple[float, ...] | None = None) -> Task:
     """Make the task of a name: `threshold` is that of several labels, `spread` that of numbers."""
     task = choose_task(name).build()
-    for option, value in (("threshold", threshold), ("spread", spread)):
+    for option, value in (("threshold", threshold), ("std", spread)):
         if hasattr(task, option):
             setattr(task, option, value)
     return task

@@ -27,12 +27,12 @@ Float64Array = npt.NDArray[np.float64]
 class Regression(Task):
     """A row has one or several numbers: squared error; labels are fp32 [rows, targets].
 
-    Labels and outputs are standardised: an output of 1 stands for `center` + `spread` in the
+    Labels and outputs are standardised: an output of 1 stands for `mean` + `std` in the
     targets' own units, which scores and predictions are in.
 
     Args:
-        spread: The standard deviation of each target; by default 1.
-        center: The mean of each target; by default 0.
+        std: The standard deviation of each target; by default 1.
+        mean: The mean of each target; by default 0.
     """
 
     name = "regression"
@@ -44,10 +44,10 @@ class Regression(Task):
     names_are = "targets"
 
     def __init__(
-        self, spread: tuple[float, ...] | None = None, center: tuple[float, ...] | None = None
+        self, std: tuple[float, ...] | None = None, mean: tuple[float, ...] | None = None
     ) -> None:
-        self.spread = spread
-        self.center = center
+        self.std = std
+        self.mean = mean
 
     def find_encoding(
         self, stored: StoredLabels, num_classes: int | None, recorded: Sequence[str] | None = None
@@ -73,8 +73,8 @@ class Regression(Task):
         state = encoding.state
         if not state:
             return self
-        spread, center = (tuple(state[name].tolist()) for name in ("std", "mean"))
-        return Regression(spread, center)
+        std, mean = (tuple(state[name].tolist()) for name in ("std", "mean"))
+        return Regression(std, mean)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """mean_c (z_c - y_c)^2."""
@@ -95,10 +95,10 @@ class Regression(Task):
     def prediction_columns(self, outputs: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Give the numbers in the targets' own units, float64: [rows], or [rows, targets]."""
         numbers = outputs.double().cpu().numpy()
-        if self.spread is not None:
-            numbers = numbers * np.array(self.spread)
-        if self.center is not None:
-            numbers = numbers + np.array(self.center)
+        if self.std is not None:
+            numbers = numbers * np.array(self.std)
+        if self.mean is not None:
+            numbers = numbers + np.array(self.mean)
         return {"label": numbers[:, 0] if numbers.shape[1] == 1 else numbers}
 
     def example_labels(self, rows: int, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -214,11 +214,11 @@ class _Targets(TorchMetrics):
 
     def values(self, found: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
         """R2, which no unit changes, is NaN of a single row."""
-        spread = torch.tensor(self.task.spread or (1.0,) * self.classes, dtype=torch.float64)
+        std = torch.tensor(self.task.std or (1.0,) * self.classes, dtype=torch.float64)
         nothing = torch.tensor(float("nan"))
         return {
-            "rmse": float((found["rmse"] * spread).mean()),
-            "mae": float((found["mae"] * spread).mean()),
+            "rmse": float((found["rmse"] * std).mean()),
+            "mae": float((found["mae"] * std).mean()),
             "r2": float(found.get("r2", nothing).mean()),
         }
 

@@ -72,10 +72,10 @@ def open_labeled_inputs(
     facts: Facts = run_on_main(
         lambda: _of_kind(kind, lambda: kind.measure(views, labeled, context))
     )
-    filled = kind.fill_views(views, facts.values)
-    chosen = chosen.model_copy(update={"views": filled})
+    completed = kind.fill_views(views, facts.values)
+    chosen = chosen.model_copy(update={"views": completed})
     spec: InputSpec = call_on_all_ranks(
-        lambda: _of_kind(kind, lambda: kind.make_spec(filled, labeled, context, facts.values))
+        lambda: _of_kind(kind, lambda: kind.make_spec(completed, labeled, context, facts.values))
     )
     lines = settled.lines
     return LabeledInputs(chosen, asked.views, task, labeled, spec, facts, context, lines, pixels)

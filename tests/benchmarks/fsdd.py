@@ -167,7 +167,7 @@ def main() -> None:
         "`python -m tests.benchmarks.fsdd`: `configs/fsdd_fixmatch.yaml` made smaller: "
         f"{config.steps} steps of {config.batch.labeled} labelled",
         f"and {config.batch.unlabeled} unlabelled rows, a CNN of width 8 on log-mels of "
-        f"{config.views.seen[1]} x {config.views.seen[2]}, fp32, one thread.",
+        f"{config.views.output_shape[1]} x {config.views.output_shape[2]}, fp32, one thread.",
         "10 labels per class of 2,700 recordings, all of which are the unlabelled rows too; 300",
         "others are the test set, one of them 0.33 points. The views' settings, the rate and",
         "FixMatch's threshold were chosen on a quarter of the training recordings, held out, with",

@@ -124,7 +124,7 @@ class AudioSpec(ArraySpec):
 
     kind: ClassVar[str] = "audio"
     sampling: Sampling
-    seen: tuple[int, ...]
+    views_shape: tuple[int, ...]
     """The shape of what the views make of a row: a waveform's, or a spectrogram's."""
     limits: Limits = USUAL_LIMITS
     """What a row may take to decode."""
@@ -137,7 +137,7 @@ class AudioSpec(ArraySpec):
     @property
     def model_input_shape(self) -> tuple[int, ...]:
         """Give the shape of a row as the views give it to the model."""
-        return self.seen
+        return self.views_shape
 
     @property
     def worth_processes(self) -> bool:
@@ -147,7 +147,7 @@ class AudioSpec(ArraySpec):
     @property
     def are_waveforms(self) -> bool:
         """Whether the model is given waveforms, and no spectrograms."""
-        return self.seen == self.shape
+        return self.views_shape == self.shape
 
     @property
     def not_for_arrays(self) -> str | None:

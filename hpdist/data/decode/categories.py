@@ -134,7 +134,7 @@ class Categories:
 
     def strangers(self, table: Any, columns: Sequence[str], where: str) -> list[str]:
         """Say which columns of a set have values that are none of the categories."""
-        said = []
+        lines = []
         for number, (column, own) in enumerate(zip(columns, self.names, strict=True)):
             if own is None:
                 continue
@@ -152,11 +152,11 @@ class Categories:
                     f"values that no training row has ({shortened(unknown)}) in {_rows(rows)}"
                 )
             if parts:
-                said.append(
+                lines.append(
                     f"note: {where}: column {column!r} has {' and '.join(parts)}: they are none of "
                     "its categories, all 0"
                 )
-        return said
+        return lines
 
     def line(self) -> str:
         """Say what is encoded, for a person."""

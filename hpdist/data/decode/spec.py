@@ -88,8 +88,8 @@ class InputSpec(ABC):
         """Say what a row is, for the opening lines of a run."""
         found = shape_of(self.layout)
         shapes = found if isinstance(found, Mapping) else {self.kind: found}
-        told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        return f"{self.kind}: {told}"
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        return f"{self.kind}: {shown}"
 
     def decode_row(self, value: Any, out: Arrays) -> None:
         """Decode a stored value into a row. Raises ValueError where it does not fit the spec."""
@@ -97,8 +97,8 @@ class InputSpec(ABC):
 
     def reason(self, error: Exception) -> str:
         """Say in one line why a value cannot be decoded, in every run alike."""
-        said = " ".join(str(error).split()) or type(error).__name__
-        return printable(said, _REASON_LENGTH)
+        text = " ".join(str(error).split()) or type(error).__name__
+        return printable(text, _REASON_LENGTH)
 
     def threads_pay(self, values: Sequence[Any]) -> bool:
         """Tell whether threads decode values faster than one does."""

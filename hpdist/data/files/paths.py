@@ -197,12 +197,12 @@ def _spelled(path: str) -> str:
     for part in path.split(os.sep):
         here = os.path.join(at, part)
         if part and not os.path.lexists(here):
-            here = os.path.join(at, _alike(at or os.curdir, part))
+            here = os.path.join(at, _matching_entry(at or os.curdir, part))
         at = here
     return at
 
 
-def _alike(folder: str, name: str) -> str:
+def _matching_entry(folder: str, name: str) -> str:
     if not os.path.isdir(folder):
         return name
     wanted = unicodedata.normalize("NFC", name)

@@ -115,7 +115,7 @@ def with_retries(
     """Try until it works; `gained` counts the bytes that the attempts have brought so far."""
     began = time.monotonic()
     before = tries = 0
-    told: float | None = None
+    noticed: float | None = None
     while True:
         check_cancelled(stop)
         try:
@@ -132,16 +132,18 @@ def with_retries(
                     f"attempts; the last one: {failure}; check the network and the server, then "
                     "start again: the run can be resumed"
                 ) from None  # the cause may name what the message leaves out
-            if _notice(path, str(failure), left) and told is None:
-                told = now
+            if _notice(path, str(failure), left) and noticed is None:
+                noticed = now
             most = min(retry.max_wait, retry.first_wait * 2.0 ** min(tries - 1, 30))
             if failure.wait:
                 most = retry.first_wait  # spreads out those that were told the same
             wait = failure.wait + _jitter.uniform(0, most)
             (stop or threading.Event()).wait(min(wait, left))
         else:
-            if told is not None:
-                _log.info("%s: reads again after %.0f s", redacted(path), time.monotonic() - told)
+            if noticed is not None:
+                _log.info(
+                    "%s: reads again after %.0f s", redacted(path), time.monotonic() - noticed
+                )
             return value
 
 

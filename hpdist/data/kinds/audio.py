@@ -23,8 +23,8 @@ from hpdist.data.kinds.base import (
     UsesInputs,
     changes_refused,
 )
-from hpdist.data.kinds.columns import is_encoded_sound
-from hpdist.data.kinds.drawing import Cells, sound_cells
+from hpdist.data.kinds.columns import is_encoded_audio
+from hpdist.data.kinds.drawing import Cells, audio_cells
 from hpdist.data.kinds.registry import register
 from hpdist.data.structures import Structure
 from hpdist.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ class AudioKind(InputKind):
 
     def fits(self, feature: Any) -> bool:
         """Take sound, and bytes."""
-        return is_encoded_sound(feature)
+        return is_encoded_audio(feature)
 
     def measure(self, views: Any, rows: TableOfRows, context: Context) -> Facts:
         """Find out how long rows are, where the config does not say.
@@ -93,7 +93,7 @@ class AudioKind(InputKind):
     ) -> AudioSpec:
         """Decode as the views' settings say. Raises ConfigError where nothing here decodes."""
         views.sampling.require()
-        return AudioSpec(views.sampling, views.seen, context.limits)
+        return AudioSpec(views.sampling, views.output_shape, context.limits)
 
     def is_record(self, found: Mapping[str, Any]) -> bool:
         """Tell whether a record's length is one."""
@@ -111,7 +111,7 @@ class AudioKind(InputKind):
 
     def draw(self, spec: InputSpec, rows: Structure, shown: Mapping[str, Structure]) -> Cells:
         """Show spectrograms or waveforms."""
-        return sound_cells(shown)
+        return audio_cells(shown)
 
 
 def _lengths(rows: TableOfRows) -> list[float]:

@@ -95,7 +95,7 @@ def is_encoded_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in _BYTES
 
 
-def is_encoded_sound(feature: Any) -> bool:
+def is_encoded_audio(feature: Any) -> bool:
     """Audio, or what Parquet files hold of it without its type: {bytes, path} or plain bytes."""
     if isinstance(feature, datasets.Audio):
         return True

@@ -28,8 +28,8 @@ def pixel_cells(rows: Structure, views: Mapping[str, Structure]) -> Cells:
     per_channel = [t.reshape(len(x), channels, -1).transpose(0, 1) for t in (plain, original)]
     scaled, pixels = (t.reshape(channels, -1) for t in per_channel)
     center, middle = scaled.mean(1, keepdim=True), pixels.mean(1, keepdim=True)
-    spread = (scaled - center).square().sum(1, keepdim=True)
-    slope = ((scaled - center) * (pixels - middle)).sum(1, keepdim=True) / spread.clamp(min=1e-12)
+    variance = (scaled - center).square().sum(1, keepdim=True)
+    slope = ((scaled - center) * (pixels - middle)).sum(1, keepdim=True) / variance.clamp(min=1e-12)
     slope, offset = (t.view(1, channels, 1, 1) for t in (slope, middle - slope * center))
     pixels_of = [(view.double() * slope + offset).round().clamp(0, 255).byte() for view in shown]
     return [[_picture(view[row]) for view in pixels_of] for row in range(len(x))]
@@ -51,7 +51,7 @@ def _fitted(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def sound_cells(views: Mapping[str, Structure]) -> Cells:
+def audio_cells(views: Mapping[str, Structure]) -> Cells:
     """Show spectrograms, low frequencies at the bottom, or waveforms, of one scale in each row."""
     shown = _tensors(views)
     cells = []

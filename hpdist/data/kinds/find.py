@@ -31,7 +31,7 @@ from hpdist.errors import ConfigError, DataError
 DEFAULT_KIND: InputKind = IMAGE
 """The kind of rows whose views and columns tell none: pixels and numbers."""
 
-_Seen = dict[str, list[tuple[InputKind, Recognised]]]  # what the kinds see in each column
+_Candidates = dict[str, list[tuple[InputKind, Recognised]]]  # what the kinds see in each column
 
 
 def find_input(table: Any, label: str, where: str, takes: Set[str]) -> FoundInput:
@@ -40,7 +40,7 @@ def find_input(table: Any, label: str, where: str, takes: Set[str]) -> FoundInpu
     Raises DataError that lists the candidates where several columns fit, or none.
     """
     columns = {
-        name: _seen_in(table, name, feature)
+        name: _candidates_in(table, name, feature)
         for name, feature in table.features.items()
         if name != label
     }
@@ -61,7 +61,9 @@ def find_input(table: Any, label: str, where: str, takes: Set[str]) -> FoundInpu
     takes_single = any(columns[name][0][0].name in takes for name in single)
     takes_joined = TABLE.name in takes
     if not single or (takes_joined and not takes_single):
-        of_table = [name for name, seen in columns.items() if any(k is TABLE for k, _ in seen)]
+        of_table = [
+            name for name, candidates in columns.items() if any(k is TABLE for k, _ in candidates)
+        ]
         return TABLE.join(table, of_table, _held(columns), where)
     if len(single) == 1 and (not joined or not takes_joined):
         return _one(single[0], columns)
@@ -74,8 +76,8 @@ def kind_of_input(table: Any, column: Column) -> str | None:
         return TABLE.name
     if column not in table.features:
         return None
-    seen = _seen_in(table, column, table.features[column])
-    return seen[0][0].name if seen and seen[0][1].rank != "joined" else None
+    candidates = _candidates_in(table, column, table.features[column])
+    return candidates[0][0].name if candidates and candidates[0][1].rank != "joined" else None
 
 
 def kind_of_type(features: Any, column: Column | None) -> InputKind:
@@ -84,8 +86,8 @@ def kind_of_type(features: Any, column: Column | None) -> InputKind:
     A table's rows are not looked at.
     """
     if isinstance(column, str) and column in features:
-        for kind, seen in _by_type(features[column]):
-            if seen.rank != "joined":
+        for kind, recognised in _by_type(features[column]):
+            if recognised.rank != "joined":
                 return kind
     return DEFAULT_KIND
 
@@ -126,7 +128,7 @@ def usable_kind(name: str | None) -> InputKind:
 _RANKS: tuple[Rank, ...] = ("certain", "alone", "single", "joined")
 
 
-def _seen_in(table: Any, name: str, feature: Any) -> list[tuple[InputKind, Recognised]]:
+def _candidates_in(table: Any, name: str, feature: Any) -> list[tuple[InputKind, Recognised]]:
     """What the kinds see in a column, the surest first."""
     if not is_bytes(feature):
         return _by_type(feature)
@@ -135,8 +137,10 @@ def _seen_in(table: Any, name: str, feature: Any) -> list[tuple[InputKind, Recog
 
 
 def _by_type(feature: Any) -> list[tuple[InputKind, Recognised]]:
-    seen = [(kind, found) for kind in kinds() if (found := kind.recognise(feature)) is not None]
-    return sorted(seen, key=lambda one: _RANKS.index(one[1].rank))
+    candidates = [
+        (kind, found) for kind in kinds() if (found := kind.recognise(feature)) is not None
+    ]
+    return sorted(candidates, key=lambda one: _RANKS.index(one[1].rank))
 
 
 def _kind_of_bytes(table: Any, name: str) -> InputKind:
@@ -149,27 +153,31 @@ def _kind_of_bytes(table: Any, name: str) -> InputKind:
     return next((kind for kind in kinds() if kind.begins_like(data)), IMAGE)
 
 
-def _of_rank(columns: _Seen, rank: Rank) -> list[str]:
+def _of_rank(columns: _Candidates, rank: Rank) -> list[str]:
     """Name the columns of which the surest that is seen in them has a rank."""
-    return [name for name, seen in columns.items() if seen and seen[0][1].rank == rank]
+    return [
+        name for name, candidates in columns.items() if candidates and candidates[0][1].rank == rank
+    ]
 
 
-def _one(column: str, columns: _Seen) -> FoundInput:
-    kind, seen = columns[column][0]
-    line = f"input: {kind.name}, the column {column!r} ({seen.held}) of data.labeled"
+def _one(column: str, columns: _Candidates) -> FoundInput:
+    kind, recognised = columns[column][0]
+    line = f"input: {kind.name}, the column {column!r} ({recognised.held}) of data.labeled"
     return FoundInput(kind.name, column, (line,))
 
 
-def _held(columns: _Seen) -> Mapping[str, str | None]:
-    return {name: seen[0][1].held if seen else None for name, seen in columns.items()}
+def _held(columns: _Candidates) -> Mapping[str, str | None]:
+    return {
+        name: candidates[0][1].held if candidates else None for name, candidates in columns.items()
+    }
 
 
-def _listed(columns: _Seen) -> str:
+def _listed(columns: _Candidates) -> str:
     held = _held(columns)
     return ", ".join(f"{name} ({what or 'of another kind'})" for name, what in held.items())
 
 
-def _ambiguous(where: str, columns: _Seen, names: Sequence[str]) -> DataError:
+def _ambiguous(where: str, columns: _Candidates, names: Sequence[str]) -> DataError:
     candidates = _listed({name: columns[name] for name in names})
     return DataError(
         f"{where}.input: several columns can be what the model sees; name one, or a list of those "

@@ -13,8 +13,8 @@ from hpdist.data.kinds.pictures import (
     declared_mode,
     look_at_labeled,
     look_at_others,
+    mode_line,
     shown_mode,
-    told,
 )
 from hpdist.errors import CheckpointError
 from hpdist.messages.human import shown_numbers
@@ -49,9 +49,9 @@ def choose_mode(
     if declared is not None:
         line = f"pictures: {shown_mode(declared)}, as the column of data.labeled is cast"
         return Facts({"mode": declared}, (f"{line}; {_converted(declared)}",))
-    seen = look_at_labeled(rows)
-    mode = seen.mode if seen.pictures else str(spec.mode)
-    return Facts({"mode": mode}, (told(mode, seen),), open=mode == "L")
+    counts = look_at_labeled(rows)
+    mode = counts.mode if counts.pictures else str(spec.mode)
+    return Facts({"mode": mode}, (mode_line(mode, counts),), open=mode == "L")
 
 
 def reconsider(facts: Facts, sets: Mapping[str, Any]) -> Facts:
@@ -62,9 +62,11 @@ def reconsider(facts: Facts, sets: Mapping[str, Any]) -> Facts:
     """
     others = {name: rows for name, rows in sets.items() if rows is not None and name != _LABELED}
     if facts.open:
-        for name, seen in look_at_others(others).items():
-            if seen.colour:
-                line = f"{told('RGB', seen, f'pictures of {name}')}; the labelled ones are grey"
+        for name, counts in look_at_others(others).items():
+            if counts.colour:
+                line = (
+                    f"{mode_line('RGB', counts, f'pictures of {name}')}; the labelled ones are grey"
+                )
                 facts = replace(facts, values={"mode": "RGB"}, lines=(line,))
                 break
     mode = facts.values["mode"]
@@ -89,8 +91,8 @@ def for_channels(views: Any, given: Any, channels: int) -> tuple[Any, str | None
     }
     if not changed:
         return views, None
-    said = ", ".join(f"views.{key} {shown_numbers(value)}" for key, value in changed.items())
-    return views.model_copy(update=changed), f"for one channel their mean: {said}"
+    settings = ", ".join(f"views.{key} {shown_numbers(value)}" for key, value in changed.items())
+    return views.model_copy(update=changed), f"for one channel their mean: {settings}"
 
 
 def recorded_mode(recorded: Mapping[str, Any]) -> Any:

@@ -36,7 +36,7 @@ _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 @dataclass
-class Seen:
+class PictureCounts:
     """Pictures that were looked at, and what they are."""
 
     pictures: int = 0
@@ -100,32 +100,32 @@ def declared_mode(rows: Any) -> str | None:
         ) from error
 
 
-def look_at_labeled(rows: TableOfRows) -> Seen:
+def look_at_labeled(rows: TableOfRows) -> PictureCounts:
     """Look at the labelled pictures in use, or at many of them, spread evenly.
 
     Raises DataError when the set's files cannot be read.
     """
-    seen = Seen(rows=len(rows))
+    counts = PictureCounts(rows=len(rows))
     first = rows.read(np.zeros(1, np.int64))
     count = min(len(rows), _MOST_REMOTE if _far(first[0]) else _MOST)
     places = np.linspace(0, len(rows) - 1, count).astype(np.int64)
     for start in range(0, count, _AT_ONCE):
         for value in rows.read(places[start : start + _AT_ONCE]):
-            seen.add(value)
-    return seen
+            counts.add(value)
+    return counts
 
 
-def look_at_others(sets: Mapping[str, Any]) -> dict[str, Seen]:
+def look_at_others(sets: Mapping[str, Any]) -> dict[str, PictureCounts]:
     """Look at a few pictures of sets that do not decide by themselves, by the sets' names.
 
     Raises DataError when a set's files cannot be read.
     """
     found = {}
     for name, rows in sets.items():
-        seen = found[name] = Seen()
+        counts = found[name] = PictureCounts()
         for value in _some(rows):
-            seen.rows += 1
-            seen.add(value)
+            counts.rows += 1
+            counts.add(value)
     return found
 
 
@@ -143,21 +143,25 @@ def _some(rows: Any) -> Iterable[Any]:
         reader.close()
 
 
-def told(mode: str, seen: Seen, whose: str = "labelled pictures") -> str:
+def mode_line(mode: str, counts: PictureCounts, whose: str = "labelled pictures") -> str:
     """Say what a mode was chosen by, in one line."""
-    some = f"{seen.pictures}" if seen.pictures == seen.rows else f"{seen.pictures} of {seen.rows}"
-    grey = seen.pictures - seen.colour
-    if seen.transparent in (0, seen.pictures) and 0 in (grey, seen.colour):
+    some = (
+        f"{counts.pictures}"
+        if counts.pictures == counts.rows
+        else f"{counts.pictures} of {counts.rows}"
+    )
+    grey = counts.pictures - counts.colour
+    if counts.transparent in (0, counts.pictures) and 0 in (grey, counts.colour):
         kind = {"L": "grey", "RGB": "in colour", "RGBA": "with transparency"}[mode]
         return f"pictures: {shown_mode(mode)}: the {some} {whose} that were looked at are {kind}"
-    counts = [
-        f"{count} {kind}" for count, kind in ((seen.colour, "in colour"), (grey, "grey")) if count
+    shares = [
+        f"{count} {kind}" for count, kind in ((counts.colour, "in colour"), (grey, "grey")) if count
     ]
-    if seen.transparent:
-        counts.append(f"{seen.transparent} with transparency")
+    if counts.transparent:
+        shares.append(f"{counts.transparent} with transparency")
     return (
         f"pictures: {shown_mode(mode)}: of the {some} {whose} that were looked at "
-        f"{', '.join(counts)}; every picture becomes so (views.channels chooses otherwise)"
+        f"{', '.join(shares)}; every picture becomes so (views.channels chooses otherwise)"
     )
 
 

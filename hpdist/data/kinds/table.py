@@ -95,18 +95,18 @@ class TableKind(InputKind):
                 f"{where}.input: every column tells rows apart, as an id does ({', '.join(ids)}); "
                 f"name the columns that the model is to see, as a list{hint}"
             )
-        said = [f"input: table, the columns {', '.join(kept)} of data.labeled"]
+        lines = [f"input: table, the columns {', '.join(kept)} of data.labeled"]
         if ids:
-            said.append(
+            lines.append(
                 f"note: {where}: left out of the input, since no two rows have the same there, as "
                 f"of an id: {', '.join(ids)}; {where}.input names the columns to use"
             )
         if others:
-            said.append(
+            lines.append(
                 f"note: {where}: left out of the input, since they hold neither numbers nor "
                 f"categories: {', '.join(others)}"
             )
-        return FoundInput(self.name, kept, tuple(said))
+        return FoundInput(self.name, kept, tuple(lines))
 
     def measure(self, views: Any, rows: TableOfRows, context: Context) -> Facts:
         """Find the categories of the labelled set's columns, as they were when the run began.
@@ -208,18 +208,18 @@ def _recorded(values: Mapping[str, Any]) -> Categories | None:
 
 def _described(categories: Categories, sets: Mapping[str, Any]) -> list[str]:
     """Say what becomes of categories, and which rows of which sets have a value that is none."""
-    said = [categories.line()]
+    lines = [categories.line()]
     for name, rows in sets.items():
         parts = _tables(rows)
         for part in parts:
-            said += categories.strangers(part.dataset, names_of(part.column), name)
+            lines += categories.strangers(part.dataset, names_of(part.column), name)
         if rows is not None and not parts:
-            said.append(
+            lines.append(
                 f"note: {name} is a stream, and not read for its categories: a value that no row "
                 "of data.labeled has is none of its column's, all 0; streaming: false adds those "
                 "of a table"
             )
-    return said
+    return lines
 
 
 def _tables(rows: Any) -> Sequence[Any]:

@@ -23,7 +23,7 @@ from hpdist.data.samples.program import write_samples
 from hpdist.errors import DataError
 
 FEATURES = 784
-_APART = 4.0  # standard deviations between the centres
+_DISTANCE = 4.0  # standard deviations between the centres
 _STD = 1 / 8
 ROWS = {"labeled": 500, "unlabeled": 500, "test": 1000}
 """Rows of each file; the unlabelled one has no column of labels."""
@@ -41,7 +41,7 @@ def write_clusters(folder: str | Path) -> Path:
     direction /= np.linalg.norm(direction)
     labels = np.arange(rows) % 2
     x = generator.normal(size=(rows, FEATURES))
-    x += (labels[:, None] - 0.5) * _APART * direction
+    x += (labels[:, None] - 0.5) * _DISTANCE * direction
     return _write(Path(folder), {"x": (x * _STD).astype(np.float32)}, labels)
 
 

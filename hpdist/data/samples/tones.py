@@ -39,8 +39,8 @@ def write_tones(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for part, rows in ROWS.items():
             labels = [row % len(CLASSES) for row in range(rows)]
-            sounds = [{"bytes": _wav(_tone(label, generator)), "path": None} for label in labels]
-            table = datasets.Dataset.from_dict({"audio": sounds, "label": labels})
+            clips = [{"bytes": _wav(_tone(label, generator)), "path": None} for label in labels]
+            table = datasets.Dataset.from_dict({"audio": clips, "label": labels})
             table = table.cast_column("audio", datasets.Audio(RATE, decode=False))
             if part == "unlabeled":
                 table = table.remove_columns("label")
@@ -69,14 +69,14 @@ def _tone(label: int, generator: np.random.Generator) -> Array:
     return np.clip(level * (shape + 0.2 * generator.normal(size=len(shape))), -1, 1)
 
 
-def _wav(sound: Array) -> bytes:
+def _wav(waveform: Array) -> bytes:
     """A WAV file of one channel."""
     out = io.BytesIO()
     with wave.open(out, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(RATE)
-        file.writeframes((sound * 32767).astype("<i2").tobytes())
+        file.writeframes((waveform * 32767).astype("<i2").tobytes())
     return out.getvalue()
 
 

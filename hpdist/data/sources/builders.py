@@ -119,7 +119,7 @@ class OptionalKeys(Json):  # type: ignore[misc]
         return super()._cast_table(pa_table, *more, **options)
 
 
-class Sounds(ImageFolder):  # type: ignore[misc]
+class RawAudioFolder(ImageFolder):  # type: ignore[misc]
     """A folder of sound files, undecoded; `AudioFolder` takes their names with torchcodec alone.
 
     What it opens holds images, of which `Audio(decode=False)` has the same storage.

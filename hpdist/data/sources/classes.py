@@ -51,7 +51,7 @@ _KINDS: Mapping[str, Kind] = {
 }
 """What labels are, by how their dtype begins."""
 _YES_AND_NO = {"False": ("0", "false", "FALSE"), "True": ("1", "true", "TRUE")}
-_ALIKE: Mapping[Kind, Kind] = {"class": "text", "bytes": "text", "integer": "number"}
+_EQUIVALENT: Mapping[Kind, Kind] = {"class": "text", "bytes": "text", "integer": "number"}
 """Kinds of labels between which matching by how they are written is no surprise."""
 
 
@@ -287,15 +287,15 @@ def check_match(stored: StoredLabels, classes: Classes) -> list[str]:
             f"data.labeled are {classes.stored} ({classes.shown}), and no class is in both; write "
             "them alike"
         )
-    said = f"note: {stored.where}: the labels are {here}, those of data.labeled {classes.stored}: "
+    begin = f"note: {stored.where}: the labels are {here}, those of data.labeled {classes.stored}: "
     if kind == classes.kind:
         return []
     if by_integer:
         pairs = [f"{int(value)} is {classes.names[at]!r}" for value, at in sorted(found.items())]
-        return [f"{said}matched by the integers that a ClassLabel stores ({shortened(pairs)})"]
-    if _ALIKE.get(kind, kind) == _ALIKE.get(classes.kind, classes.kind):
+        return [f"{begin}matched by the integers that a ClassLabel stores ({shortened(pairs)})"]
+    if _EQUIVALENT.get(kind, kind) == _EQUIVALENT.get(classes.kind, classes.kind):
         return []
-    return [f"{said}matched by how they are written"]
+    return [f"{begin}matched by how they are written"]
 
 
 def _name_of(feature: Any, value: Any) -> str | None:

@@ -146,8 +146,8 @@ def find_duplicates(
         if isinstance(own, _UncomparedError):
             report.lines.append(f"duplicates: {_left_out(name, own, report)}")
             continue
-        told = [_told(name, pool, result, report) for pool, result in found.items()]
-        report.lines.append(f"duplicates: of {len(own)} rows of data.{name} {', '.join(told)}")
+        phrases = [_phrase(name, pool, result, report) for pool, result in found.items()]
+        report.lines.append(f"duplicates: of {len(own)} rows of data.{name} {', '.join(phrases)}")
     return report
 
 
@@ -160,7 +160,7 @@ def _left_out(name: str, reason: _UncomparedError, report: Report) -> str:
     return line
 
 
-def _told(
+def _phrase(
     name: str, pool: str, result: Mapping[str, _Found] | _UncomparedError, report: Report
 ) -> str:
     """What came of one pair of sets, for the line; the summary takes it too."""

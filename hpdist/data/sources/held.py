@@ -28,7 +28,7 @@ from hpdist.data.files.unpacked import (
     most_unpacked,
 )
 from hpdist.data.stream.bounded import TooLargeError, check_groups, plain_bytes
-from hpdist.data.stream.claims import check_apart, group_claim
+from hpdist.data.stream.claims import check_disjoint, group_claim
 from hpdist.data.stream.ipc import check_batches
 from hpdist.messages.redaction import redacted
 
@@ -65,7 +65,7 @@ def _check_claims(
         if metadata.schema.column(leaf).path.partition(".")[0] in names
     ]
     claims = [group_claim(metadata, number, leaves, size) for number in numbers]
-    check_apart([span for claim in claims for span in claim.spans])
+    check_disjoint([span for claim in claims for span in claim.spans])
     for number, claim in zip(numbers, claims, strict=True):
         taken = claim.rows * _TAKEN * max(1, len(leaves))
         if taken > max(most, FACTOR * claim.stored):

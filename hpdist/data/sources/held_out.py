@@ -32,14 +32,14 @@ def evaluation_batches(
     batch: int,
     rank: int,
     world_size: int,
-    tell: Callable[[BadRow], None] = lambda row: None,
+    report: Callable[[BadRow], None] = lambda row: None,
 ) -> Iterator[tuple[LabeledBatch, Tensor]]:
     """Iterate over this rank's rows, with `valid`, a bool tensor [batch], beside each batch.
 
     Every rank gets the same number of batches of the same size, at most `batch` rows, so that
     collectives in the model's forward match. The ragged end repeats row 0 with valid=False; over
     all ranks, every row that can be read stands exactly once with valid=True. One that cannot is
-    zeros with valid=False, and `tell` is given it.
+    zeros with valid=False, and `report` is given it.
     """
     start, end, share = _share(len(rows), rank, world_size)
     size = min(batch, share)
@@ -51,7 +51,7 @@ def evaluation_batches(
         inputs: Any = spec.empty(size)
         for line, row in _decode(rows, spec, positions, inputs).items():
             if valid[line]:
-                tell(row)
+                report(row)
             valid[line] = False
         yield (
             LabeledBatch(inputs, from_arrays(labels), torch.from_numpy(ids)),
@@ -63,7 +63,7 @@ def evaluation_batches(
 class Look:
     """What one rank has found out about its share of a set before the training."""
 
-    seen: int
+    looked_at: int
     """Rows that it has looked at."""
     bad: tuple[BadRow, ...]
     """Those of them that cannot be read."""
@@ -84,31 +84,31 @@ def look_through(
     """
     start, end, _ = _share(len(rows), rank, world_size)
     end = end if most is None else min(end, start + most)
-    began, seen, bad = time.monotonic(), 0, list[BadRow]()
+    began, looked_at, bad = time.monotonic(), 0, list[BadRow]()
     size = 1  # the first row tells how a set differs from the training rows
-    while start < end and (not seen or time.monotonic() - began < seconds):
+    while start < end and (not looked_at or time.monotonic() - began < seconds):
         positions = np.arange(start, min(start + size, end))
-        if seen and any(is_elsewhere(value) for value in _read(rows, positions)):
+        if looked_at and any(is_elsewhere(value) for value in _read(rows, positions)):
             break
         out = spec.empty(len(positions))
         bad += _decode(rows, spec, positions, out).values()
-        seen, start, size = seen + len(positions), start + len(positions), _LOOK_ROWS
-    return Look(seen, tuple(bad))
+        looked_at, start, size = looked_at + len(positions), start + len(positions), _LOOK_ROWS
+    return Look(looked_at, tuple(bad))
 
 
 def summarize_looks(name: str, count: int, looks: Sequence[Look]) -> str | None:
     """What to say of a set of so many rows; None where all is well."""
-    seen = sum(look.seen for look in looks)
+    looked_at = sum(look.looked_at for look in looks)
     bad = [row for look in looks for row in look.bad]
-    told = []
+    parts = []
     if bad:
-        told.append(
-            f"{len(bad)} of {seen} rows cannot be decoded and are left out of every score, such as "
-            f"{bad[0]}"
+        parts.append(
+            f"{len(bad)} of {looked_at} rows cannot be decoded and are left out of every score, "
+            f"such as {bad[0]}"
         )
-    if seen < count:
-        told.append(f"{count - seen} of {count} rows were not looked at before the training")
-    return f"{name}: {'; '.join(told)}" if told else None
+    if looked_at < count:
+        parts.append(f"{count - looked_at} of {count} rows were not looked at before the training")
+    return f"{name}: {'; '.join(parts)}" if parts else None
 
 
 def refuse_unreadable(rows: LabeledRows, looks: Sequence[Look]) -> str | None:
@@ -125,11 +125,11 @@ def refuse_unreadable(rows: LabeledRows, looks: Sequence[Look]) -> str | None:
             f"{rows.name}: {count} cannot be decoded: {'; '.join(lines)}{more}; mend them, or "
             "leave them out of the set"
         )
-    seen = sum(look.seen for look in looks)
-    if seen == len(rows):
+    looked_at = sum(look.looked_at for look in looks)
+    if looked_at == len(rows):
         return None
     return (
-        f"{rows.name}: {len(rows) - seen} of {len(rows)} rows were not looked at before the "
+        f"{rows.name}: {len(rows) - looked_at} of {len(rows)} rows were not looked at before the "
         "training"
     )
 

@@ -132,15 +132,15 @@ def check_indices(indices: list[int] | None, rows: int, setting: str) -> None:
         return
     if not indices:
         raise DataError(f"{setting}: names no rows")
-    seen: set[int] = set()
+    earlier: set[int] = set()
     for index in indices:
         if not 0 <= index < rows:
             raise DataError(
                 f"{setting}: {index} is out of range; the split has rows 0 to {rows - 1}"
             )
-        if index in seen:
+        if index in earlier:
             raise DataError(f"{setting}: {index} is repeated; name every row once")
-        seen.add(index)
+        earlier.add(index)
 
 
 def check_labeled(

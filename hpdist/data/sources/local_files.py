@@ -42,9 +42,9 @@ _TABLES = {
     ".tar": "webdataset",
 }
 _VIDEO = (".avi", ".asf", ".mp4", ".mov", ".m4v", ".mkv", ".mpg", ".webm", ".f4v", ".wmv", ".nut")
-_SOUND = {ext: "audiofolder" for ext in AudioFolder.EXTENSIONS if ext not in _VIDEO}
+_AUDIO = {ext: "audiofolder" for ext in AudioFolder.EXTENSIONS if ext not in _VIDEO}
 _PICTURES = dict.fromkeys(ImageFolder.EXTENSIONS, "imagefolder")
-_BUILDERS = _SOUND | _PICTURES | _TABLES
+_BUILDERS = _AUDIO | _PICTURES | _TABLES
 FOLDERS = ("imagefolder", "audiofolder")
 """Builders that take a class from a folder's name, and columns from a file of metadata."""
 FILE_BUILDERS = tuple(sorted(set(_BUILDERS.values())))
@@ -289,12 +289,12 @@ def _by_split(files: Sequence[str], base: str) -> dict[str, list[str]]:
             for split in SPLIT_KEYWORDS
         }
         if any(found.values()):
-            _tell_left_out(files, found, base)
+            _log_left_out(files, found, base)
             return {split: part for split, part in found.items() if part}
     return {"train": list(files)}
 
 
-def _tell_left_out(files: Sequence[str], splits: Mapping[str, list[str]], base: str) -> None:
+def _log_left_out(files: Sequence[str], splits: Mapping[str, list[str]], base: str) -> None:
     """Say which files with data belong to no split, since nothing else would tell of them."""
     taken = {file for part in splits.values() for file in part}
     left = [file for file in files if file not in taken and extension(file) in _BUILDERS]

@@ -24,7 +24,7 @@ from hpdist.data.files.columns import Columns, common
 from hpdist.data.files.partitions import Partitions, partitions
 from hpdist.data.files.row_names import remember_files
 from hpdist.data.files.splits import check_known, names_in, sliced, spelled_out
-from hpdist.data.sources.builders import OptionalKeys, Sounds, UnlikeParquet, build, listed
+from hpdist.data.sources.builders import OptionalKeys, RawAudioFolder, UnlikeParquet, build, listed
 from hpdist.data.sources.held import HELD
 from hpdist.data.sources.known_types import known_features, unknown_columns
 from hpdist.data.sources.local_files import FOLDERS, LocalFiles
@@ -158,8 +158,8 @@ def _open_csv(opening: Opening) -> Any:
     return _open_one_by_one(opening) if columns.differ else _open_plain(opening)
 
 
-def _open_sounds(opening: Opening) -> Any:
-    opened = opening.build(Sounds)
+def _open_audio(opening: Opening) -> Any:
+    opened = opening.build(RawAudioFolder)
     for column, feature in dict(opened.features).items():
         if isinstance(feature, datasets.Image):
             opened = opened.cast_column(column, datasets.Audio(decode=False))
@@ -284,17 +284,19 @@ def _open_one_by_one(opening: Opening) -> Any:
     columns = common({path: table.features for path, table in full.items()}, opening.name)
     columns.require(opening.needed, opening.where)
     names = list(columns.features)
-    alike = {
+    opened_alone = {
         path: table.select_columns(names).cast(columns.features) for path, table in full.items()
     }
-    empty = next(iter(alike.values())).select([])
+    empty = next(iter(opened_alone.values())).select([])
     joined = {
-        part: datasets.concatenate_datasets([alike[p] for p in paths if p in alike] or [empty])
+        part: datasets.concatenate_datasets(
+            [opened_alone[p] for p in paths if p in opened_alone] or [empty]
+        )
         for part, paths in opening.splits.items()
     }
     opened = sliced(joined, opening.split, opening.where)
     if "[" not in opening.split:
-        rows = [(path, len(alike[path])) for path in opening.paths if path in alike]
+        rows = [(path, len(opened_alone[path])) for path in opening.paths if path in opened_alone]
         remember_files(opened, rows)
     return opened
 
@@ -323,7 +325,7 @@ def _innermost(error: BaseException) -> str:
 
 
 _OPENERS = {
-    "audiofolder": _open_sounds,
+    "audiofolder": _open_audio,
     "csv": _open_csv,
     "json": _open_json,
     "parquet": _open_parquet,

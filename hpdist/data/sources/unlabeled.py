@@ -80,11 +80,11 @@ def scan_metadata(
     found: DatasetIndex = []
     for number, (part, setting) in enumerate(_parts(config, where)):
         known = recorded[number] if recorded is not None and number < len(recorded) else None
-        surveyed = None
+        scanned = None
         if part.streaming:
             budget = config.shuffle_window
-            surveyed = _survey_parquet(part, like, spec, loading, budget, setting, known)
-        found.append(surveyed)
+            scanned = _scan_parquet(part, like, spec, loading, budget, setting, known)
+        found.append(scanned)
     return found
 
 
@@ -117,9 +117,9 @@ def open_unlabeled(
         found = scan_metadata(config, like, spec, loading or Loading(), None, where)
     parts: list[ParquetRows | UnlabeledTable] = []
     retry = _retry(loading or Loading())
-    for (part, setting), surveyed in zip(_parts(config, where), found, strict=True):
-        if surveyed is not None:
-            parts.append(_parquet_rows(part, config, surveyed, spec, retry, setting))
+    for (part, setting), scanned in zip(_parts(config, where), found, strict=True):
+        if scanned is not None:
+            parts.append(_parquet_rows(part, config, scanned, spec, retry, setting))
         elif not part.streaming or is_saved(part):
             parts.append(_open_unlabeled_table(part, like, spec, None, setting, seed, loading))
         elif config.mix:
@@ -141,7 +141,7 @@ def _parts(config: Unlabeled, where: str) -> list[tuple[UnlabeledSource, str]]:
     return [(part, f"{where}.mix.{number}") for number, part in enumerate(config.mix)]
 
 
-def _survey_parquet(
+def _scan_parquet(
     part: UnlabeledSource,
     like: LabeledRows,
     spec: InputSpec,
@@ -185,22 +185,22 @@ def _retry(loading: Loading) -> Retry:
 def _parquet_rows(
     part: UnlabeledSource,
     config: Unlabeled,
-    surveyed: DatasetIndexes,
+    scanned: DatasetIndexes,
     spec: InputSpec,
     retry: Retry,
     where: str,
 ) -> ParquetRows:
-    functions = row_functions(part, surveyed.column, where, spec.paired_column, surveyed.rule)
+    functions = row_functions(part, scanned.column, where, spec.paired_column, scanned.rule)
     name = source_name(part, None, where)
     return ParquetRows(
-        surveyed.index,
-        surveyed.column,
+        scanned.index,
+        scanned.column,
         name,
         functions,
-        surveyed.columns,
+        scanned.columns,
         config.shuffle_window,
         retry,
-        surveyed.recorded,
+        scanned.recorded,
     )
 
 

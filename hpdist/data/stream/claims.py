@@ -78,7 +78,7 @@ def chunk_span(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
-def check_apart(spans: Sequence[tuple[int, int]]) -> None:
+def check_disjoint(spans: Sequence[tuple[int, int]]) -> None:
     """Raise ValueError where column chunks overlap, so that few bytes would stand for many."""
     ordered = sorted(span for span in spans if span[0] < span[1])
     for (_, end), (start, _) in itertools.pairwise(ordered):

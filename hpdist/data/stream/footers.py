@@ -20,7 +20,7 @@ from hpdist.data.files.open import (
     read_range,
     stat,
 )
-from hpdist.data.stream.claims import check_apart, group_claim
+from hpdist.data.stream.claims import check_disjoint, group_claim
 from hpdist.errors import DataError
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class Footer:
         claims = [
             group_claim(metadata, number, leaves, size) for number in range(metadata.num_row_groups)
         ]
-        check_apart([span for claim in claims for span in claim.spans])
+        check_disjoint([span for claim in claims for span in claim.spans])
         types = {c: schema.field(c).type for c in columns if c in schema.names}
         return Footer(
             digest,

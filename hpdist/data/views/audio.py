@@ -149,7 +149,7 @@ class AudioViewsConfig(Component):
         return Sampling(self.sampling_rate, round(self.seconds * self.sampling_rate))
 
     @property
-    def seen(self) -> tuple[int, ...]:
+    def output_shape(self) -> tuple[int, ...]:
         """The shape of a row as the model sees it."""
         samples = self.sampling.samples
         if not self.spectrogram:
@@ -163,7 +163,7 @@ class AudioViewsConfig(Component):
 
 
 class AudioViews:
-    """The `Views` of sound: float32 [B, samples], NaN behind a sound's end, to what `seen` says.
+    """The `Views` of sound: float32 [B, samples], NaN behind a sound's end, to `output_shape`.
 
     Frames and samples behind a sound's end are 0 in a spectrogram and NaN in a waveform, and count
     for nothing in a row's mean and standard deviation. What is masked becomes the mean, 0.
@@ -187,28 +187,28 @@ class AudioViews:
 
     def plain(self, x: Tensor) -> Tensor:
         """Make standardised spectrograms or waveforms. See `Views`."""
-        sound, length = self._split(x)
-        return self._given(sound, length, None)
+        waveform, length = self._split(x)
+        return self._given(waveform, length, None)
 
     def weak(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Move the sound, make it louder or softer, and add noise. See `Views`."""
-        sound, length = self._split(x)
+        waveform, length = self._split(x)
         names = ("audio weak", stream, str(copy))
         noise = self._drawn(x, names, step, positions, _PER_ROW)
-        return self._given(*self._changed(sound, length, self.config.weak, noise), None)
+        return self._given(*self._changed(waveform, length, self.config.weak, noise), None)
 
     def strong(
         self, x: Tensor, *, stream: str, step: int, positions: Tensor, copy: int = 0
     ) -> Tensor:
         """Do more of that, change the speed, and mask times and frequencies. See `Views`."""
-        sound, length = self._split(x)
+        waveform, length = self._split(x)
         names, view = ("audio strong", stream, str(copy)), self.config.strong
         count = _PER_ROW + 2 * (view.time_masks + view.frequency_masks)
         noise = self._drawn(x, names, step, positions, count)
-        sound, length = self._changed(sound, length, view, noise, view.speed)
-        return self._given(sound, length, noise[:, _PER_ROW:].unflatten(1, (-1, 2)))
+        waveform, length = self._changed(waveform, length, view, noise, view.speed)
+        return self._given(waveform, length, noise[:, _PER_ROW:].unflatten(1, (-1, 2)))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Sound with zeros in place of NaN, [B, samples], and how long it is, int64 [B]."""
@@ -233,29 +233,29 @@ class AudioViews:
         return drawn.to(x.device, non_blocking=True)
 
     def _changed(
-        self, sound: Tensor, length: Tensor, view: WeakAudio, noise: Tensor, speed: float = 0.0
+        self, waveform: Tensor, length: Tensor, view: WeakAudio, noise: Tensor, speed: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Speed, shift, gain and noise, in this order."""
         signed = 2 * noise - 1  # in [-1, 1)
         shift = (signed[:, 0] * view.shift * self.config.sampling_rate).round().long()  # [B]
         rate = 1 + signed[:, 4] * speed if speed else None
-        sound, length = moved(sound, length, shift, rate)
-        sound = sound * 10 ** (signed[:, 1] * view.gain / 20)[:, None]
+        waveform, length = moved(waveform, length, shift, rate)
+        waveform = waveform * 10 ** (signed[:, 1] * view.gain / 20)[:, None]
         if view.snr is None:
-            return sound, length
-        stretches = self._table("noise", sound.device).unfold(0, sound.shape[1], 1)
+            return waveform, length
+        stretches = self._table("noise", waveform.device).unfold(0, waveform.shape[1], 1)
         added = stretches[(noise[:, 3] * len(stretches)).long()]
-        added = added * _first(length, sound.shape[1])
-        power = sound.square().sum(dim=1) / length.clamp(min=1)  # the padding is 0
+        added = added * _first(length, waveform.shape[1])
+        power = waveform.square().sum(dim=1) / length.clamp(min=1)  # the padding is 0
         level = power.sqrt() * 10 ** (-(view.snr + _SOFTER * noise[:, 2]) / 20)
-        return sound + added * level[:, None], length
+        return waveform + added * level[:, None], length
 
-    def _given(self, sound: Tensor, length: Tensor, masks: Tensor | None) -> Tensor:
+    def _given(self, waveform: Tensor, length: Tensor, masks: Tensor | None) -> Tensor:
         """What the model is given; `masks` are the noise of SpecAugment's, [B, masks, 2]."""
         if not self.config.spectrogram:
-            return self._waveform(sound, length, masks)
-        bands = self._table("bands", sound.device)
-        values = log_mel(sound, self.window, self.hop, bands)  # [B, mels, frames]
+            return self._waveform(waveform, length, masks)
+        bands = self._table("bands", waveform.device)
+        values = log_mel(waveform, self.window, self.hop, bands)  # [B, mels, frames]
         frames = (length + self.hop - 1) // self.hop
         there = _first(frames, values.shape[2])[:, None]  # [B, 1, frames]
         values = self._standardized(values, there.expand_as(values))
@@ -264,16 +264,18 @@ class AudioViews:
             there = there & ~times[:, None] & ~hidden[:, :, None]
         return (values * there)[:, None]
 
-    def _waveform(self, sound: Tensor, length: Tensor, masks: Tensor | None) -> Tensor:
-        there = _first(length, sound.shape[1])
+    def _waveform(self, waveform: Tensor, length: Tensor, masks: Tensor | None) -> Tensor:
+        there = _first(length, waveform.shape[1])
         if masks is not None:
-            times, hidden = self._hidden(masks, length, sound.shape[1])
+            times, hidden = self._hidden(masks, length, waveform.shape[1])
             if self.config.strong.frequency_masks:
-                sound = without_bands(sound, hidden, self._table("frequencies", sound.device))
-            sound = self._standardized(sound, there) * ~times
+                waveform = without_bands(
+                    waveform, hidden, self._table("frequencies", waveform.device)
+                )
+            waveform = self._standardized(waveform, there) * ~times
         else:
-            sound = self._standardized(sound, there)
-        return sound.masked_fill(~there, torch.nan)
+            waveform = self._standardized(waveform, there)
+        return waveform.masked_fill(~there, torch.nan)
 
     def _hidden(self, masks: Tensor, size: Tensor, places: int) -> tuple[Tensor, Tensor]:
         """Times, bool [B, places], and mel bands, bool [B, mels], that are hidden."""
@@ -331,34 +333,34 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moved(
-    sound: Tensor, length: Tensor, shift: Tensor, rate: Tensor | None
+    waveform: Tensor, length: Tensor, shift: Tensor, rate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Play sound later or earlier, and faster or slower; gives it and its new length.
 
     Three quarters of a sound at least stay, but for what a row is too short for.
 
     Args:
-        sound: float32 [B, samples], zeros behind its end.
+        waveform: float32 [B, samples], zeros behind its end.
         length: Samples of it, int64 [B].
         shift: Samples that it begins later, int64 [B].
         rate: How fast it is played, float32 [B]; None leaves the speed as it is.
 
     """
-    samples = sound.shape[1]
+    samples = waveform.shape[1]
     new = length if rate is None else (length / rate).floor().long().clamp(min=1)
     shift = torch.maximum(shift, -((1 - _LEAST) * new).long())
     shift = torch.minimum(shift, (samples - _LEAST * new).long().clamp(min=0))
-    place = torch.arange(samples, device=sound.device) - shift[:, None]  # [B, samples]
+    place = torch.arange(samples, device=waveform.device) - shift[:, None]  # [B, samples]
     inside = (place >= 0) & (place < new[:, None])
     if rate is None:
-        moved_sound = sound.gather(1, place.clamp(0, samples - 1))
+        moved_waveform = waveform.gather(1, place.clamp(0, samples - 1))
     else:
         at = (place.double() * rate[:, None].double()).clamp(0, samples - 1)
         before = at.long()
-        share = (at - before).to(sound.dtype)
-        ended = torch.nn.functional.pad(sound, (0, 1))
-        moved_sound = torch.lerp(sound.gather(1, before), ended.gather(1, before + 1), share)
-    return moved_sound * inside, (shift + new).clamp(1, samples)
+        share = (at - before).to(waveform.dtype)
+        ended = torch.nn.functional.pad(waveform, (0, 1))
+        moved_waveform = torch.lerp(waveform.gather(1, before), ended.gather(1, before + 1), share)
+    return moved_waveform * inside, (shift + new).clamp(1, samples)
 
 
 def _first(count: Tensor, places: int) -> Tensor:

@@ -65,7 +65,7 @@ class ViewedRows:
     """What the model sees, float32 [rows, …]."""
     maps: Tensor
     """From a row's pixels to its view's, float32 [rows, 2, 3] on the device of the rows."""
-    seen: Tensor
+    visible: Tensor
     """The area of a row's pixels that is left in its view: x0, y0, x1, y1, float32 [rows, 4]. What
     one operation pushed over the edge stays lost where the next one moves back."""
     hidden: Tensor
@@ -190,11 +190,11 @@ class IdentityViews:
 
     def plain_with_maps(self, x: Tensor) -> ViewedRows:
         """Return the rows in float32, and maps that move nothing."""
-        seen = torch.tensor([0.0, 0.0, x.shape[-1], x.shape[-2] if x.dim() > 2 else 1.0])
+        visible = torch.tensor([0.0, 0.0, x.shape[-1], x.shape[-2] if x.dim() > 2 else 1.0])
         return ViewedRows(
             self.plain(x),
             identity_maps(len(x), device=x.device),
-            seen.to(x.device).repeat(len(x), 1),
+            visible.to(x.device).repeat(len(x), 1),
             torch.zeros(len(x), 4, device=x.device),
         )
 

@@ -118,12 +118,12 @@ def _moved(points: Tensor, maps: Tensor) -> Tensor:
     )
 
 
-def points_seen(
+def points_visible(
     points: Tensor,
     maps: Tensor,
     size: Size,
     *,
-    seen: Tensor | None = None,
+    visible: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
     """Return which points can be seen in the picture that they are moved to, bool [rows, n].
@@ -132,15 +132,15 @@ def points_seen(
         points: x and y before they are moved, floating point [rows, n, 2].
         maps: [rows, 2, 3], on the same device.
         size: height and width of the picture that the points are moved to.
-        seen: as `move_boxes` takes it.
+        visible: as `move_boxes` takes it.
         hidden: as `move_boxes` takes it.
 
     """
     moved = move_points(points, maps)
     ends = torch.tensor([[0.0, 0.0, size[1], size[0]]]).to(maps.device)
     there = _within(moved, ends)
-    if seen is not None:
-        there &= _within(points, seen)
+    if visible is not None:
+        there &= _within(points, visible)
     return there if hidden is None else there & ~_within(moved, hidden)
 
 
@@ -167,7 +167,7 @@ def move_boxes(
     size: Size,
     *,
     smallest_share: float = 0.0,
-    seen: Tensor | None = None,
+    visible: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> MovedBoxes:
     """Move boxes along: the bounding box of each one's moved corners, clipped to the picture.
@@ -181,7 +181,7 @@ def move_boxes(
         maps: [rows, 2, 3], on the same device.
         size: height and width of the picture that the boxes are moved to.
         smallest_share: the smallest share of a moved box that is to be seen, between 0 and 1.
-        seen: the area of every row's picture before that is left in the new one, as `ViewedRows`
+        visible: the area of every row's picture before that is left in the new one, as `ViewedRows`
             has it, [rows, 4]. What lies outside is lost, wherever the map would put it.
         hidden: one area in every row's new picture that cannot be seen, as `ViewedRows` has it,
             [rows, 4]. It lowers the share and does not change a kept box.
@@ -193,17 +193,17 @@ def move_boxes(
     boxes = boxes.to(torch.float32)
     there = boxes.isfinite().all(dim=2) & (_area(boxes) > 0)
     whole = left = _around(boxes, maps)
-    if seen is not None:
-        inner = _overlap(boxes, seen)
+    if visible is not None:
+        inner = _overlap(boxes, visible)
         there &= _area(inner) > 0
         left = _around(inner, maps)
     ends = torch.tensor([[0.0, 0.0, size[1], size[0]]]).to(maps.device)
     clipped = _overlap(left, ends)
-    visible = _area(clipped)
+    left_area = _area(clipped)
     if hidden is not None:
-        visible = visible - _area(_overlap(clipped, hidden))
-    there &= visible > 0
-    share = torch.where(there, visible / _area(whole), 0.0).clamp(max=1)
+        left_area = left_area - _area(_overlap(clipped, hidden))
+    there &= left_area > 0
+    share = torch.where(there, left_area / _area(whole), 0.0).clamp(max=1)
     kept = there & (share >= smallest_share)
     return MovedBoxes(torch.where(kept[:, :, None], clipped, 0.0), kept, share)
 
@@ -233,7 +233,7 @@ def move_masks(
     size: Size,
     *,
     fill: int = IGNORED,
-    seen: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Move masks along: every pixel of the new mask takes the value of the nearest one before.
 
@@ -242,7 +242,7 @@ def move_masks(
         maps: [rows, 2, 3], on the same device.
         size: height and width of the picture that the masks are moved to.
         fill: the value of pixels that show nothing of the picture before.
-        seen: as `move_boxes` takes it.
+        visible: as `move_boxes` takes it.
 
     Returns:
         [rows, *size], of the dtype of `masks`.
@@ -257,8 +257,8 @@ def move_masks(
     back = invert(maps)[:, :, :, None, None]  # [rows, 2, 3, 1, 1]
     source = back[:, :, 0] * x + back[:, :, 1] * y + back[:, :, 2]  # [rows, 2, *size]
     inside = torch.ones_like(source[:, 0], dtype=torch.bool)
-    if seen is not None:
-        inside = _within(source.flatten(2).mT, seen).view_as(inside)
+    if visible is not None:
+        inside = _within(source.flatten(2).mT, visible).view_as(inside)
     columns, lines = source.floor().unbind(1)  # compared as floats: int64 has no room for NaN
     inside &= (columns >= 0) & (columns < width) & (lines >= 0) & (lines < height)
     columns, lines = (torch.where(inside, index, 0.0).long() for index in (columns, lines))
@@ -280,7 +280,7 @@ class Moves:
         self.maps = identity_maps(rows, dtype=torch.float64)
         """From the picture before everything to the picture now, [rows, 2, 3]."""
         self._frame = torch.tensor([[0, 0, size[1], size[0]]], dtype=torch.float64)
-        self.seen = self._frame.repeat(rows, 1)
+        self.visible = self._frame.repeat(rows, 1)
         """The area of the picture before that is left now, [rows, 4]. It is exact for flips, shifts
         and translations; of what turns and shears push over an edge, corners are still in it."""
 
@@ -295,8 +295,8 @@ class Moves:
         which = torch.arange(len(self.maps)) if rows is None else rows
         self.maps[which] = whole = compose([self.maps[which], maps])
         frames = self._frame.expand(len(which), 1, 4)
-        left = _overlap(_around(frames, invert(whole)), self.seen[which])[:, 0]
-        self.seen[which] = torch.cat((left[:, :2], left[:, 2:].maximum(left[:, :2])), dim=1)
+        left = _overlap(_around(frames, invert(whole)), self.visible[which])[:, 0]
+        self.visible[which] = torch.cat((left[:, :2], left[:, 2:].maximum(left[:, :2])), dim=1)
 
 
 def _check_rows(what: str, labels: Tensor, maps: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -349,9 +349,9 @@ def _moves(x: Tensor) -> Moves:
 def _mapped(rows: Tensor, moves: Moves, hidden: Tensor | None = None) -> ViewedRows:
     """Put a view and what moved its pixels together, on the view's device."""
     hidden = torch.zeros(len(rows), 4) if hidden is None else hidden
-    numbers = torch.cat((moves.maps.flatten(1), moves.seen, hidden.double()), dim=1).float()
-    maps, seen, hidden = numbers.to(rows.device, non_blocking=True).split([6, 4, 4], dim=1)
-    return ViewedRows(rows, maps.unflatten(1, (2, 3)), seen, hidden)
+    numbers = torch.cat((moves.maps.flatten(1), moves.visible, hidden.double()), dim=1).float()
+    maps, visible, hidden = numbers.to(rows.device, non_blocking=True).split([6, 4, 4], dim=1)
+    return ViewedRows(rows, maps.unflatten(1, (2, 3)), visible, hidden)
 
 
 def _to_unit(x: Tensor) -> Tensor:

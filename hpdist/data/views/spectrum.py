@@ -10,25 +10,25 @@ from torch import Tensor
 _FLOOR = 1e-7  # of the mel bands' power, so that silence has a logarithm
 
 
-def log_mel(sound: Tensor, window: int, hop: int, mels: Tensor) -> Tensor:
+def log_mel(waveform: Tensor, window: int, hop: int, mels: Tensor) -> Tensor:
     """Logarithm of the power in mel bands: float32 [B, mels, frames], natural, floored at 1e-7.
 
     Frame f is a periodic Hann window around sample f * hop, zeros beyond both ends; there are as
     many frames as hops that begin within the row.
 
     Args:
-        sound: float32 [B, samples], zeros behind a sound's end.
+        waveform: float32 [B, samples], zeros behind a sound's end.
         window: Samples of a frame.
         hop: Samples from one frame to the next.
         mels: Weights of each frequency in each band, float32 [mels, frequencies]: `mel_bands`.
 
     """
     size = 2 * (mels.shape[1] - 1)
-    hann = torch.hann_window(window, device=sound.device)
+    hann = torch.hann_window(window, device=waveform.device)
     spectrum = torch.stft(
-        sound, size, hop, window, hann, center=True, pad_mode="constant", return_complex=True
+        waveform, size, hop, window, hann, center=True, pad_mode="constant", return_complex=True
     )  # [B, frequencies, samples // hop + 1]
-    spectrum = spectrum[..., : frames_of(sound.shape[1], hop)]
+    spectrum = spectrum[..., : frames_of(waveform.shape[1], hop)]
     power = spectrum.real.square() + spectrum.imag.square()  # abs() would take a root first
     return torch.matmul(mels, power).clamp(min=_FLOOR).log()
 
@@ -95,18 +95,18 @@ def runs(noise: Tensor, size: Tensor, most: float, places: int) -> Tensor:
     return inside.any(dim=1)
 
 
-def without_bands(sound: Tensor, hidden: Tensor, bands: Tensor) -> Tensor:
+def without_bands(waveform: Tensor, hidden: Tensor, bands: Tensor) -> Tensor:
     """Take mel bands out of sound: float32 [B, samples].
 
     Args:
-        sound: float32 [B, samples].
+        waveform: float32 [B, samples].
         hidden: Which bands, bool [B, mels].
         bands: int64 [samples // 2 + 1], of each frequency of a row's transform: `bands_of`.
 
     """
-    spectrum = torch.fft.rfft(sound)  # [B, samples // 2 + 1]
+    spectrum = torch.fft.rfft(waveform)  # [B, samples // 2 + 1]
     kept = torch.nn.functional.pad(~hidden, (0, 1), value=True)  # the last: of no band
-    found: Tensor = torch.fft.irfft(spectrum * kept[:, bands], n=sound.shape[1])
+    found: Tensor = torch.fft.irfft(spectrum * kept[:, bands], n=waveform.shape[1])
     return found
 
 

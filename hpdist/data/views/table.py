@@ -211,9 +211,9 @@ class _Sums:
         mean = values.sum(axis=0) / np.maximum(count, 1)
         squares = (np.square(values - mean) * there).sum(axis=0)
         total = np.maximum(self.count + count, 1)
-        apart = mean - self.mean
-        self._squares = self._squares + squares + np.square(apart) * self.count * count / total
-        self.mean = self.mean + apart * count / total
+        delta = mean - self.mean
+        self._squares = self._squares + squares + np.square(delta) * self.count * count / total
+        self.mean = self.mean + delta * count / total
         self.count = self.count + count
         self._low = np.minimum(self._low, np.where(there, part, np.inf).min(axis=0))
         self._high = np.maximum(self._high, np.where(there, part, -np.inf).max(axis=0))

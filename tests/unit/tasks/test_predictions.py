@@ -38,7 +38,7 @@ def test_numbers_are_in_their_own_units() -> None:
     rows = datasets.Dataset.from_dict({"x": [[0.0]] * 4, "label": [90.0, 110.0, 90.0, 110.0]})
     read = open_labeled(Labeled(path="m", input="x"), 0, dataset=rows, labels=Regression())
     task = Regression().fitted(read.encoding)
-    assert (task.spread, task.center) == ((10.0,), (100.0,))
+    assert (task.std, task.mean) == ((10.0,), (100.0,))
     columns = task.prediction_columns(torch.tensor([[0.0], [-2.5]]), ["price"])
     assert columns["label"].tolist() == [100.0, 75.0]
     again = task.prediction_columns(torch.from_numpy(read.labels), ["price"])

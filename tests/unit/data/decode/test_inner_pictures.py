@@ -13,7 +13,7 @@ from PIL import Image
 
 from hpdist.data.files.named_files import Limits
 from hpdist.data.kinds import spec_of_value
-from hpdist.data.kinds.pictures import Seen
+from hpdist.data.kinds.pictures import PictureCounts
 from tests.support.memory import Peak
 
 
@@ -64,9 +64,9 @@ def test_a_picture_inside_of_a_picture_is_refused_by_its_own_header(kind: str) -
     with Peak() as peak:
         (reason,) = spec.decode_valid([INNER[kind]], out).values()
         if kind.startswith("icon"):
-            seen = Seen()
-            seen.add(INNER[kind])
-            assert not seen.pictures
+            counts = PictureCounts()
+            counts.add(INNER[kind])
+            assert not counts.pictures
     assert "9008 x 9008 pixels, more than 50000000" in reason
     assert "data.loading.most_pixels" in reason
     assert peak.rise < 30

@@ -17,7 +17,7 @@ from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.pixels import ImageSpec
 from hpdist.data.files.named_files import NamedFile, PathRule
 from hpdist.data.kinds import spec_of_value
-from hpdist.data.kinds.pictures import Seen, has_colour, has_transparency
+from hpdist.data.kinds.pictures import PictureCounts, has_colour, has_transparency
 from hpdist.errors import CheckpointError, ConfigError, DataError
 from hpdist.train.trainer import Trainer
 
@@ -94,13 +94,13 @@ def test_what_a_header_tells(mode: str, tmp_path: Path) -> None:
     image = Image.open(io.BytesIO(data))
     assert (has_colour(image), has_transparency(image)) == HEADERS[mode]
     (tmp_path / "a.png").write_bytes(data)
-    seen = Seen()
+    counts = PictureCounts()
     file, rule = str(tmp_path / "a.png"), PathRule((str(tmp_path.resolve()),))
     for value in (data, {"bytes": data, "path": None}, NamedFile(file, rule)):
-        seen.add(value)
-    seen.add(b"no picture")
+        counts.add(value)
+    counts.add(b"no picture")
     colour, transparent = HEADERS[mode]
-    assert (seen.pictures, seen.colour, seen.transparent) == (3, 3 * colour, 3 * transparent)
+    assert (counts.pictures, counts.colour, counts.transparent) == (3, 3 * colour, 3 * transparent)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])

@@ -22,7 +22,7 @@ from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.files.named_files import NamedFile, PathRule, server_of
 from hpdist.data.kinds import input_spec, spec_of_value
-from hpdist.data.kinds.pictures import Seen
+from hpdist.data.kinds.pictures import PictureCounts
 from hpdist.data.sources.duplicates import find_duplicates
 from hpdist.data.sources.labeled import open_test
 from hpdist.data.sources.unlabeled import open_unlabeled
@@ -184,10 +184,10 @@ def test_headers_and_duplicates_are_looked_for_in_no_other_file(
     tmp_path: Path, outside: dict[str, str], labeled: Any
 ) -> None:
     like, spec = labeled
-    seen, rule = Seen(), PathRule((str((tmp_path / "set").resolve()),))
+    counts, rule = PictureCounts(), PathRule((str((tmp_path / "set").resolve()),))
     for path in outside.values():
-        seen.add(NamedFile(path, rule))
-    assert seen.pictures == 0
+        counts.add(NamedFile(path, rule))
+    assert counts.pictures == 0
     secret = [{"image": {"bytes": picture(99), "path": None}, "label": 0}]
     held = {"test": open_test(LabelColumn(**write(tmp_path / "t", "test", secret)), like, spec)}
     good = {"image": {"bytes": picture(3), "path": None}}

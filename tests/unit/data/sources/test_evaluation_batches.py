@@ -85,7 +85,7 @@ def test_a_picture_is_named_by_its_file_and_what_was_not_looked_at_is_said(tmp_p
     assert f"row 0 ({paths[0]}): " in said
     assert "not looked at" not in said
     hurried = [look_through(rows, spec, rank, 2, seconds=0) for rank in range(2)]
-    assert [look.seen for look in hurried] == [1, 1]
+    assert [look.looked_at for look in hurried] == [1, 1]
     assert "7 of 9 rows were not looked at" in summarize_looks(rows.name, len(rows), hurried)
     (tmp_path / "8.png").unlink()  # after all, a file may go at any time
     told = []

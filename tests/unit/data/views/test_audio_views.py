@@ -257,4 +257,4 @@ def test_the_configs_that_come_with_the_project_are_valid(name):
     again = configuration.parse(yaml.safe_load(config.to_yaml()), name)
     assert again == config
     if config.views.name == "audio":
-        assert all(side > 0 for side in config.views.seen)
+        assert all(side > 0 for side in config.views.output_shape)

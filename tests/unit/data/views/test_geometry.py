@@ -142,17 +142,17 @@ def test_what_is_painted_over_lowers_the_share_alone():
 def test_what_is_lost_before_the_move_is_cut_off_the_box_and_its_share():
     shift = torch.tensor([[[1.0, 0, 5], [0, 1, 0]]])
     boxes = boxes_of((0, 0, 10, 10), (2, 2, 4, 4), (6, 0, 9, 9))
-    seen = torch.tensor([[5.0, 0, 20, 20]])
-    moved = geo.move_boxes(boxes, shift, (20, 20), seen=seen)
+    visible = torch.tensor([[5.0, 0, 20, 20]])
+    moved = geo.move_boxes(boxes, shift, (20, 20), visible=visible)
     assert moved.boxes[0].tolist() == [[10, 0, 15, 10], [0] * 4, [11, 0, 14, 9]]
     assert moved.share[0].tolist() == [0.5, 0, 1]
     points = torch.tensor([[[4.0, 1], [5, 1], [16, 1], [8, 19]]])
     hidden = torch.tensor([[12.0, 18, 14, 20]])
-    assert geo.points_seen(points, shift, (20, 20), seen=seen, hidden=hidden)[0].tolist() == [
-        *(False, True, False, False)
-    ]
+    assert geo.points_visible(points, shift, (20, 20), visible=visible, hidden=hidden)[
+        0
+    ].tolist() == [*(False, True, False, False)]
     mask = torch.ones(1, 20, 20, dtype=torch.int64)
-    left = geo.move_masks(mask, shift, (20, 20), fill=0, seen=seen)
+    left = geo.move_masks(mask, shift, (20, 20), fill=0, visible=visible)
     assert left[0].sum(dim=0).tolist() == [0] * 10 + [20] * 10
 
 

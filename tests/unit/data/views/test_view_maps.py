@@ -71,7 +71,7 @@ def check_points(mapped, points, x, least, hidden=False):
     size = tuple(x.shape[2:])
     moved = geo.move_points(points, mapped.maps)[:, 0]
     uncovered = geo.move_masks(
-        torch.zeros(len(x), *size, dtype=torch.int64), mapped.maps, size, seen=mapped.seen
+        torch.zeros(len(x), *size, dtype=torch.int64), mapped.maps, size, visible=mapped.visible
     )
     radius = 2.5 * width_of(size) + 1
     worst, compared = 0.0, 0
@@ -155,7 +155,7 @@ def test_a_picture_of_its_own_coordinates_says_where_every_pixel_came_from():
     rows = picture.to(torch.uint8).expand(100, 2, height, width)
     views = built(strong={"ops": 3, "probability": 0.7, "exclude": COPIES, "cutout": 0, "shift": 0})
     mapped = view("strong_with_maps", views, rows)
-    seen = (mapped.rows * 255 - 20) / 2 + 0.5  # [rows, 2, H, W], where each pixel came from
+    visible = (mapped.rows * 255 - 20) / 2 + 0.5  # [rows, 2, H, W], where each pixel came from
     back = geo.invert(mapped.maps)
     at_x, at_y = torch.arange(width) + 0.5, (torch.arange(height) + 0.5)[:, None]
     told = (
@@ -165,9 +165,9 @@ def test_a_picture_of_its_own_coordinates_says_where_every_pixel_came_from():
     )
     told_x, told_y = told.unbind(1)
     frame = torch.zeros(100, height, width, dtype=torch.int64)
-    inside = geo.move_masks(frame, mapped.maps, (height, width), seen=mapped.seen) == 0
+    inside = geo.move_masks(frame, mapped.maps, (height, width), visible=mapped.visible) == 0
     inside &= (told_x > 3) & (told_x < width - 3) & (told_y > 3) & (told_y < height - 3)
-    apart = (seen - told).abs().amax(dim=1)[inside]
+    apart = (visible - told).abs().amax(dim=1)[inside]
     assert inside.float().mean() > 0.5
     assert (apart < 0.02).float().mean() > 0.97  # the rest are corners that a turn pushed out
     assert len(mapped.maps.unique(dim=0)) > 90
@@ -180,7 +180,7 @@ def test_what_one_operation_pushed_out_is_not_seen_when_the_next_moves_back():
     views = built(strong={"ops": 2, "exclude": exclude, "cutout": 0, "shift": 0, "flip": True})
     mapped = view("strong_with_maps", views, x)
     ones = torch.ones(200, 20, 30, dtype=torch.int64)
-    told = geo.move_masks(ones, mapped.maps, (20, 30), fill=0, seen=mapped.seen) == 1
+    told = geo.move_masks(ones, mapped.maps, (20, 30), fill=0, visible=mapped.visible) == 1
     shown = mapped.rows[:, 0]
     clear = (shown < 0.51) | (shown > 0.99)  # not on the seam
     assert torch.equal(told[clear], (shown > 0.99)[clear])
@@ -188,14 +188,14 @@ def test_what_one_operation_pushed_out_is_not_seen_when_the_next_moves_back():
     back = (without & ~told).flatten(1).any(dim=1)
     assert 0.05 < back.float().mean() < 0.6
     whole = torch.tensor([[[0.0, 0, 30, 20]]] * 200)
-    boxes = geo.move_boxes(whole, mapped.maps, (20, 30), seen=mapped.seen)
+    boxes = geo.move_boxes(whole, mapped.maps, (20, 30), visible=mapped.visible)
     torch.testing.assert_close(boxes.share[:, 0], told.float().mean(dim=(1, 2)), rtol=0, atol=0.06)
     centre = torch.tensor([[[0.5, 10], [15, 10]]] * 200)
     lines, columns = geo.move_points(centre, mapped.maps).floor().long().flip(2).unbind(2)
     found_in = (lines >= 0) & (lines < 20) & (columns >= 0) & (columns < 30)
     expected = found_in & told[torch.arange(200)[:, None], lines.clamp(0, 19), columns.clamp(0, 29)]
-    seen = geo.points_seen(centre, mapped.maps, (20, 30), seen=mapped.seen)
-    assert (seen == expected).float().mean() > 0.97
+    visible = geo.points_visible(centre, mapped.maps, (20, 30), visible=mapped.visible)
+    assert (visible == expected).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("size", [(48, 48), (96, 64), (20, 30)])
@@ -226,8 +226,8 @@ def test_pseudo_labels_go_from_the_weak_view_to_the_strong_one():
     x = blobs(points, size)
     views = built(strong={"ops": 2, "exclude": COPIES, "cutout": 0, "magnitude": 0.5})
     weak, strong = view("weak_with_maps", views, x), view("strong_with_maps", views, x)
-    seen = geo.move_points(points, weak.maps)
-    in_strong = geo.move_points(seen, geo.map_between(weak.maps, strong.maps))
+    visible = geo.move_points(points, weak.maps)
+    in_strong = geo.move_points(visible, geo.map_between(weak.maps, strong.maps))
     torch.testing.assert_close(in_strong, geo.move_points(points, strong.maps), rtol=0, atol=1e-3)
     check_points(strong, points, x, 0.5)
 
@@ -240,10 +240,10 @@ def test_moved_boxes_and_masks_lie_on_what_they_mark():
     views = built(strong={"ops": 2, "exclude": COPIES, "cutout": 0, "magnitude": 0.6})
     mapped = view("strong_with_maps", views, x)
     shown = mapped.rows[:, 0] > 0.75
-    moved = geo.move_masks(masks, mapped.maps, (40, 56), fill=0, seen=mapped.seen) == 1
+    moved = geo.move_masks(masks, mapped.maps, (40, 56), fill=0, visible=mapped.visible) == 1
     both, either = (shown & moved).sum(dim=(1, 2)), (shown | moved).sum(dim=(1, 2))
     box = torch.tensor([[[20.0, 14, 36, 26]]] * 60)
-    boxes = geo.move_boxes(box, mapped.maps, (40, 56), seen=mapped.seen)
+    boxes = geo.move_boxes(box, mapped.maps, (40, 56), visible=mapped.visible)
     assert boxes.kept.all()
     clear = boxes.share[:, 0] == 1
     assert clear.float().mean() > 0.5
@@ -284,7 +284,7 @@ def test_a_map_does_not_depend_on_the_rows_beside_it(kind):
         part = view(kind, built(), x[rows], positions=rows)
         assert torch.equal(part.maps, whole.maps[rows])
         assert torch.equal(part.hidden, whole.hidden[rows])
-        assert torch.equal(part.seen, whole.seen[rows])
+        assert torch.equal(part.visible, whole.visible[rows])
     for change in ({"copy": 1}, {"step": 4}, {"stream": "labeled"}):
         other = view(kind, built(), x, **change)
         assert (other.maps != whole.maps).flatten(1).any(dim=1).float().mean() > 0.7
