@@ -9,8 +9,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint .ci/constraints.txt $(INSTALL_OPTIONS)
 INSTALLED := .venv/.installed
-# A worker for each core, four at most, for each takes a gigabyte. What takes longest comes first.
-WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A worker more than cores, for many tests wait, but five at most, for each takes a gigabyte. What
+# takes longest comes first.
+COUNT = $(shell $(BIN)/python -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 5))')
+WORKERS = --numprocesses $(COUNT) --dist loadfile --no-loadscope-reorder
 
 # Tests start hundreds of interpreters: compiled once, whatever the environment says.
 test test-all: export PYTHONDONTWRITEBYTECODE :=

@@ -45,7 +45,9 @@ def waveforms(model):
 MICRO = {"batch": {"labeled": 8, "unlabeled": 16, "micro": 12}}
 
 
-@pytest.mark.parametrize("kind", ["spectrograms", "waveforms"])
+@pytest.mark.parametrize(
+    "kind", ["spectrograms", pytest.param("waveforms", marks=pytest.mark.slow)]
+)
 def test_the_same_curve_on_one_rank_two_ranks_and_in_micro_batches(tmp_path, model, kind):
     own = waveforms(model) if kind == "waveforms" else {}
     train(tmp_path / "one", own)

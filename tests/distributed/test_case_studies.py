@@ -28,6 +28,7 @@ def test_the_rows_are_as_described_and_the_same_every_time(tmp_path: Path) -> No
     assert len(pq.read_table(write_clusters(tmp_path / "x") / "test.parquet").column("x")[0]) == 784
 
 
+@pytest.mark.slow
 def test_one_row_of_each_per_step_in_half_precision(tmp_path: Path) -> None:
     run_ranks(1, case_studies.train_synthetic, tmp_path, "run", "--steps=12")
     summary = json.loads((tmp_path / "run/summary.json").read_text())

@@ -56,6 +56,7 @@ def shown(folder: Path, columns: int | None = None) -> str:
     return "".join(parts)
 
 
+@pytest.mark.slow
 def test_a_file_has_plain_lines_of_the_main_process(tmp_path: Path) -> None:
     text = shown(tmp_path)
     assert "\r" not in text

@@ -21,7 +21,7 @@ from tests.benchmarks.memory_plan import LARGE, compare, settings
 from tests.support.catalogue import NAMES
 
 STAGES = [None, 1, 2, 3]
-SOME = [("small CNN", None, 2), ("small MLP", 2, 2)]
+SOME = [pytest.param("small CNN", None, 2, marks=pytest.mark.slow), ("small MLP", 2, 2)]
 ALL = [(model, stage, ranks) for model in LARGE for ranks in (1, 2, 4) for stage in STAGES]
 
 

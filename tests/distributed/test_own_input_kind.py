@@ -89,6 +89,7 @@ def _train(
     return train(folder, runs, name, steps, algorithm, **more)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_one_that_was_not(folder: Path, tmp_path: Path) -> None:
     whole = run_ranks(1, _train, str(folder), str(tmp_path), "whole", 40, "fixmatch", {})[0][0]
     command = [sys.executable, "-m", "hpdist", "train", "signals.yaml", "--steps", "40"]

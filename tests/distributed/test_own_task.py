@@ -114,6 +114,7 @@ def test_one_rank_and_two_that_stop_and_go_on_are_equal(folder: Path, algorithm:
     assert json.loads((one / "classes.json").read_text()) == list(map(str, GRADES))
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_goes_on_and_its_scores_are_the_tasks(folder: Path) -> None:
     command = [sys.executable, "-m", "hpdist", "train", "fixmatch.yaml", "--run.name"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -275,7 +275,7 @@ def train_through_full_inodes(disk: Path, data: Path) -> list[str]:
     return [str(w.message) for w in caught if "could not be written" in str(w.message)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_full_inodes_cost_checkpoints_and_no_training(
     folder: Path,
     few_inodes: Path,

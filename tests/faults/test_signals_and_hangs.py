@@ -97,6 +97,7 @@ def slowly(row):
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_to_the_launcher_ends_all_at_once(tmp_path: Path) -> None:
     run = SlowRun(tmp_path, GROUPS, HELD)
     process = run.launch(2, STEPS, "--checkpoint.every", 100)

@@ -456,6 +456,7 @@ def test_a_launch_for_real(digits: Path) -> None:
 
 
 @on_cpu
+@pytest.mark.slow
 def test_a_launch_that_disagrees(digits: Path) -> None:
     done = accelerate(digits, "--precision", "bf16")
     assert done.returncode != 0

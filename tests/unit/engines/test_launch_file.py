@@ -48,6 +48,13 @@ def test_the_folders_above_the_launch_file_are_searched_after_the_current_one(
     assert "precision:  fp16, ZeRO stage 2" in said
     assert "nothing matches 'demo/digits/train-*.parquet'" in said, "it has got as far as the data"
 
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it launches CPU ranks")
+def test_a_launch_file_whose_deepspeed_file_is_nowhere_is_refused(tmp_path: Path) -> None:
+    project, away = tmp_path / "project", tmp_path / "away"
+    shutil.copytree(ROOT / "configs", project / "configs")
+    away.mkdir()
     (project / NAMED).unlink()
     launch_file = project / "configs" / "accelerate" / "zero2_fp16.yaml"
     said = launched(away, str(launch_file))

@@ -228,7 +228,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(rows="name", columns="task", share=0.6)
+@pytest.mark.sampled(rows="name", columns="task", share=0.3)
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_every_algorithm_passes(name: str, task: str) -> None:
     options = SETTINGS.get(name, {})

@@ -284,6 +284,8 @@ def open_files() -> int:
 def test_closing_and_collection_leave_nothing():
     values = [encoded(row, side=150) for row in range(8)]
     spec = spec_of_value(values[0], None)
+    with Decoder(spec, threads=3, processes=2) as first:  # what a process opens once, it keeps
+        first.decode(values)
     gc.collect()
     before, threads = open_files(), threading.active_count()
     for close in (True, False):
