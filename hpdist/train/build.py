@@ -197,7 +197,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         if files and not outset.summary:
             # Not earlier: a run that is refused must not lose its history.
             call_on_all_ranks(lambda: sets.record(folder))
-        model_saving.describe()
+        model_saving.describe(done=bool(outset.summary))
         stack.pop_all()  # success: everything stays open
     return Run(
         config=config,

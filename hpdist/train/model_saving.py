@@ -68,10 +68,13 @@ class ModelSaving:
         self._save = getattr(config.model, "save", "full")
         self._log = Console(0, 0, folder.main).log_line
 
-    def describe(self) -> None:
-        """Write `model.json`; one that is there keeps the run's id. Collective."""
+    def describe(self, *, done: bool) -> None:
+        """Write `model.json`; one that is there keeps the run's id. Collective.
+
+        That of a run that is done stays as it is.
+        """
         if self._files:
-            call_on_all_ranks(self._write_description)
+            call_on_all_ranks(lambda: self._write_description(done))
 
     def keep_best(self) -> None:
         """Write `model/` if the latest score on the validation set is the best so far. Collective.
@@ -121,8 +124,9 @@ class ModelSaving:
 
         run_on_main(write)
 
-    def _write_description(self) -> None:
-        if self._folder.main:
+    def _write_description(self, done: bool) -> None:
+        there = (self._folder.path / RUN_DESCRIPTION).exists()
+        if self._folder.main and not (done and there):
             self._folder.write_text(RUN_DESCRIPTION, self._description().to_json())
 
     def _run_id(self) -> str:
