@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpdist.evaluate.loaded import LoadedModel
+from hpdist.evaluate.loaded import Backend, LoadedModel
 from hpdist.evaluate.measure import measure, open_measured
+
+__all__ = ["Backend", "Predictor"]
 
 
 class Predictor(LoadedModel):
