@@ -79,14 +79,21 @@ class ModelSaving:
     def keep_best(self) -> None:
         """Write `model/` if the latest score on the validation set is the best so far. Collective.
 
-        Raises CheckpointError, on all ranks, where that fails.
+        Where that fails, as on a full disk, the training goes on, and `model/` is what it was.
         """
         best = self._state.best
-        if best is not None and best[1] == self._state.step.applied_steps:
+        if best is None or best[1] != self._state.step.applied_steps:
+            return
+        try:
             self._write("best")
+        except CheckpointError as error:
+            self._log(f"note: {error}; the training continues")
 
     def finish(self) -> None:
-        """Write `model/` at the end, unless it holds the best on the validation set. Collective."""
+        """Write `model/` at the end, unless it holds the best on the validation set. Collective.
+
+        Raises CheckpointError, on all ranks, where that fails.
+        """
         best = self._state.best
         if not self._files or self._save == "none":
             return

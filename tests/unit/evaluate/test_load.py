@@ -305,3 +305,26 @@ def test_a_run_without_a_model_gets_it_when_it_is_started_again(tmp_path: Path) 
     again = hpdist.load(run / "model")
     assert torch.equal(again.raw_outputs(rows), before.raw_outputs(rows))
     assert again.run_id != before.run_id
+
+
+def test_a_best_model_that_cannot_be_written_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hpdist.evaluate import model_folder
+    from tests.support.model_runs import table
+
+    save, calls = model_folder.save_file, []
+
+    def once_full(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        save(*arguments)
+
+    monkeypatch.setattr(model_folder, "save_file", once_full)
+    rows = table(tmp_path)["rows"]
+    trained(tmp_path, "table", validation=rows, eval={"every": 1})
+    assert "No space left on device; make room there; the training continues" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    assert hpdist.load(tmp_path / "run" / "model").step in (2, 3)
