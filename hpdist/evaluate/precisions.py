@@ -141,5 +141,9 @@ def summary_line(loaded: Predictor, rows: int, seconds: float) -> str:
     step = "" if loaded.step is None else f" of step {loaded.step}"
     chosen = {"best": ", the best on the validation set", "last": ", the last"}
     why = chosen.get(str(loaded.description.chosen), "")
-    which = loaded.description.which
-    return f"{loaded.source}: the {which}{step}{why}; {counted(rows, 'row')} in {duration(seconds)}"
+    which, saved = loaded.description.which, loaded.description.weights
+    rounded = (
+        "" if saved == _FULL else f"; its weights were saved in {saved}, which fp32 begins with"
+    )
+    measured = f"{counted(rows, 'row')} in {duration(seconds)}"
+    return f"{loaded.source}: the {which}{step}{why}{rounded}; {measured}"

@@ -166,3 +166,19 @@ def test_a_test_set_given_in_python_must_be_named(
     trained(tmp_path, "table")
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 2
     assert "was given in Python; name the data to measure on" in capsys.readouterr().err
+
+
+def test_a_password_that_was_left_out_is_asked_for(run: tuple[Path, Any], tmp_path: Path) -> None:
+    """The run's files have none, so the address that needed one must be given again."""
+    loaded = hpdist.load(run[0])
+    secret = "https://user:word@host.invalid/rows.parquet"
+    loaded.description.test = {"set": {"path": secret}, "loading": {}}
+    text = loaded.description.to_json()
+    assert "user" in text
+    assert ":word@" not in text
+    loaded.description.test = json.loads(text)["test"]
+    with pytest.raises(hpdist.ConfigError, match=r"data.test.path: a password or signature"):
+        open_measured(loaded)
+    rows = tmp_path / "rows.parquet"
+    run[1].to_parquet(str(rows))
+    assert len(open_measured(loaded, overrides={"path": str(rows)})) == 12
