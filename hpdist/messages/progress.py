@@ -78,10 +78,10 @@ class Work:
         if not self._rate or not self._done or self._took <= 0:
             return ""
         pace = self._done / self._took
-        left = (
-            "" if self._total is None else f", {duration((self._total - self._done) / pace)} left"
-        )
-        return f", {pace:,.0f} {self._unit} a second{left}"
+        line = f", {pace:,.0f} {self._unit} a second"
+        if self._total is None:
+            return line
+        return f"{line}, {duration(max(0, self._total - self._done) / pace)} left"
 
     @property
     def _took(self) -> float:

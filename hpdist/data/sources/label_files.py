@@ -27,7 +27,7 @@ from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, ParquetRows
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError, one_line, printable
 
-RECORD = "predictions.json"
+RECORD = "_predictions.json"
 """What `hpdist predict` writes down of a folder beside its parts."""
 METADATA = b"hpdist"
 """The key of what a part says of itself: JSON with the `names` of the classes."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import nn
@@ -132,10 +133,11 @@ def predict_to(
         missing = run_on_main(plan.missing)
         own = plan.share(missing, rank, world_size)
         start = time.monotonic()
-        predicted = _write_parts(model, rows, plan, own, layout, options, loading, missing)
+        others = set(missing) - set(own) if rank == 0 else set[int]()
+        predicted = _write_parts(model, rows, plan, own, layout, options, loading, others)
         if rank != 0:
             return None
-        return _finish(plan, rows, predicted, time.monotonic() - start, missing)
+        return _finish(plan, rows, predicted, time.monotonic() - start)
     finally:
         rows.close()
 
@@ -211,31 +213,43 @@ def _write_parts(
     layout: Layout,
     options: PredictOptions,
     loading: Loading,
-    missing: list[int],
+    others: set[int],
 ) -> int:
-    """Predict and write this rank's parts; rank 0 shows how far all ranks are. Counts the rows."""
-    todo = sum(stop - start for start, stop in map(plan.span, missing))
+    """Predict and write this rank's parts; count their rows.
+
+    `others` are parts of other ranks that are waited for and shown: those of all on rank 0. The
+    other ranks may leave before; a rank that fails ends the launch, and with it this wait.
+    """
+    spans = [plan.span(part) for part in own]
+    todo = sum(stop - start for start, stop in [*spans, *map(plan.span, others)])
     size = options.batch * (1 if options.pad is None else _WINDOW)
-    predicted = 0
     with (
         Decoder(model.spec, loading.threads, loading.processes) as decoder,
         working(f"predicting {rows.name}", todo, "rows", rate=True) as work,
     ):
         batches = Batches(rows, decoder, size, options.columns)
-        spans = [plan.span(part) for part in own]
-        waiting = iter(own)
+        parts = iter(own)
         found: list[tuple[Batch, Any]] = []
         for batch in batches.ahead(spans):
             if batch is not None:
                 found.append((batch, _outputs(model, batch, options)))
                 work.add(len(batch.ids))
-                predicted += len(batch.ids)
                 continue
-            part = next(waiting)
-            _write(plan, part, layout.table(found), found)
+            _write(plan, next(parts), layout.table(found), found)
             found = []
-        _wait_for_others(plan, own, missing, work.add)
-    return predicted
+            others = _count_written(plan, others, work.add)
+        while others:
+            time.sleep(_POLL)
+            others = _count_written(plan, others, work.add)
+    return sum(stop - start for start, stop in spans)
+
+
+def _count_written(plan: Plan, parts: set[int], add: Callable[[int], None]) -> set[int]:
+    """Count the rows of parts that have been written; give those that are still missing."""
+    written = {part for part in parts if plan.path(part).exists()}
+    for start, stop in map(plan.span, written):
+        add(stop - start)
+    return parts - written
 
 
 def _outputs(model: Predicts, batch: Batch, options: PredictOptions) -> Any:
@@ -265,41 +279,18 @@ def _write(plan: Plan, part: int, table: pa.Table, found: list[tuple[Batch, Any]
         ) from error
 
 
-def _wait_for_others(
-    plan: Plan, own: list[int], missing: list[int], add: Callable[[int], None]
-) -> None:
-    """Wait on rank 0, whose parts come first, until the parts of all ranks are written.
-
-    The other ranks do not wait: they may leave. A rank that fails ends the launch, and with it
-    this wait.
-    """
-    if own[:1] != missing[:1]:
-        return
-    others = set(missing) - set(own)
-    while others:
-        written = {part for part in others if plan.path(part).exists()}
-        for part in written:
-            start, stop = plan.span(part)
-            add(stop - start)
-        others -= written
-        if others:
-            time.sleep(_POLL)
-
-
-def _finish(
-    plan: Plan, rows: OrderedRows, predicted: int, seconds: float, missing: list[int]
-) -> Predicted:
+def _finish(plan: Plan, rows: OrderedRows, predicted: int, seconds: float) -> Predicted:
     """Count what all parts hold, and name some of the bad rows."""
     written, bad, named = 0, 0, list[str]()
     for part in range(plan.parts):
         path = plan.path(part)
         metadata = pq.read_metadata(path)
-        said: Mapping[str, Any] = json.loads(metadata.metadata[METADATA])
+        own: Mapping[str, Any] = json.loads(metadata.metadata[METADATA])
         written += metadata.num_rows
-        bad += int(said["bad"])
-        if said["bad"] and len(named) < _NAMED:
+        bad += int(own["bad"])
+        if own["bad"] and len(named) < _NAMED:
             table = pq.read_table(path, columns=["id", "error"])
-            table = table.filter(pa.compute.is_valid(table.column("error")))
+            table = table.filter(pc.is_valid(table.column("error")))
             named += [
                 f"{rows.describe(row['id'])}: {row['error']}"
                 for row in table.slice(0, _NAMED - len(named)).to_pylist()
