@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from hpdist.config.section import Section
-from hpdist.data.config import LabelColumn, Loading
+from hpdist.data.config import Loading, Source, UnlabeledSource
 from hpdist.data.decode.stored_values import Column, names_of
 from hpdist.data.kinds import InputKind
 from hpdist.data.sources.in_memory import IN_MEMORY, table_of
@@ -66,9 +66,10 @@ def _stored(value: Any) -> Any:
     return value
 
 
-def source_of(
-    data: Any, where: str, section: type[LabelColumn] = LabelColumn
-) -> tuple[LabelColumn, Any]:
+SectionT = TypeVar("SectionT", bound=Source)
+
+
+def source_of(data: Any, where: str, section: type[SectionT]) -> tuple[SectionT, Any]:
     """Give the settings of a set, and the data set itself where one is given.
 
     `data` is a path, settings, a pair of rows and settings, or rows in memory. Raises ConfigError.
@@ -100,18 +101,15 @@ def open_rows(
     data: Any, kind: InputKind, column: Column, where: str = _NAME, loading: Loading | None = None
 ) -> TableRows:
     """Open all rows of a set, whether they have labels or not."""
-    config, held = source_of(data, where)
-    needed = () if config.input else names_of(column)
-    table, name, rule = open_table(config, held, where, needed if _several(column) else (), loading)
+    config, held = source_of(data, where, UnlabeledSource)
+    several = not (config.input or isinstance(column, str))
+    needed = names_of(column) if several else ()
+    table, name, rule = open_table(config, held, where, needed, loading)
     features = table.features
     found = config.input or same_column(column, features)
     chosen = kind.find_columns(features, found, where)
     ids = np.arange(len(table), dtype=np.int64)
     return TableRows(raw_view(table, names_of(chosen)), chosen, name, ids, rule=rule)
-
-
-def _several(column: Column) -> bool:
-    return not isinstance(column, str)
 
 
 def _of_table(rows: TableRows, batch: int) -> Iterator[Values]:
