@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def _stored(outputs: StudentOutputs) -> StoredTensors:
             "the algorithm learns from stored labels, and the batch has none; set "
             "data.unlabeled.pseudo_labels, or give hpdist.UnlabeledBatch(…, stored=…)"
         )
-    return StoredTensors(**found)  # type: ignore[typeddict-item]
+    return cast(StoredTensors, found)
 
 
 StoredPseudoLabelsConfig = StoredPseudoLabels.Config

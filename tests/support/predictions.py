@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 
 import hpdist
@@ -24,8 +24,8 @@ ROWS = 121
 OPTIONS: dict[str, Any] = {"probabilities": True, "batch": 5, "part_rows": 12}
 _POINTS = [
     (plan, "write_whole"),
-    (plan.os, "replace"),
-    (plan.os, "fsync"),
+    (os, "replace"),
+    (os, "fsync"),
     (parts, "by_length"),
     (Predictor, "outputs"),
 ]

@@ -300,7 +300,8 @@ def _labels(file: Path, column: Any, names: Sequence[str]) -> Int64Array:
             )
         found.append(number)
     codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    return np.asarray([*found, -1], np.int64)[codes]
+    labels: Int64Array = np.asarray([*found, -1], np.int64)[codes]
+    return labels
 
 
 def _footer_digest(file: Path) -> str:

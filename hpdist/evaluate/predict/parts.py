@@ -97,6 +97,7 @@ class Batches:
         ids, values, left_out = list[Int64Array](), list[Any](), set[int]()
         columns: dict[str, list[pa.Array]] = {}
         for run in self._rows.read(start, stop):
+            assert run.table is not None
             found = self._rows.rows.values(run)
             for line, reason in run.unread.items():
                 found.values[line] = Unreadable(reason)

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
+from hpdist.checkpoint.manifest import hash_of
 from hpdist.data.config import Loading, Unlabeled
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.sources.label_files import METADATA
@@ -61,6 +62,11 @@ class Predicts(ReadsInputs, Protocol):
     @property
     def run_id(self) -> Any:
         """The run that the model is of."""
+        ...
+
+    @property
+    def source(self) -> Path:
+        """The folder or file that the model was loaded from."""
         ...
 
     def outputs(self, inputs: Structure) -> Structure:
@@ -154,6 +160,7 @@ def _layout(model: Predicts, rows: OrderedRows, options: PredictOptions) -> Layo
     if options.threshold is not None and "confidence" not in made:
         raise ConfigError(f"--threshold: task {model.task.name} has no confidence; leave it out")
     first = next(iter(rows.read(0, 1)))
+    assert first.table is not None
     schema = first.table.schema
     own = {"id", "file", "row_group", "row", "error", *made}
     taken = [name for name in options.columns if name in own]
@@ -178,6 +185,8 @@ def _facts(
         "used": rows.count,
         "files": rows.record(),
         "split": data.split,
+        "filter": data.filter,
+        "map": data.map,
         "task": model.task.name,
         "names": list(model.names),
         "run": model.run_id,
@@ -188,20 +197,20 @@ def _facts(
             "columns": list(options.columns),
             "threshold": options.threshold,
             "batch": options.batch,
+            "pad": options.pad,
         },
     }
 
 
 def _digest(model: Predicts) -> str:
-    """Give the SHA-256 of the weights; of an exported file, of its source."""
+    """Give the SHA-256 of the weights, or of an exported file that they are in."""
     digest = hashlib.sha256()
     if not isinstance(model.model, nn.Module):
-        return digest.hexdigest()[:32]
+        return hash_of(Path(model.source))[:32]
     for name, value in model.model.state_dict().items():
         digest.update(name.encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(data.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
