@@ -69,7 +69,9 @@ def texts(folder: Path) -> dict[str, Any]:
         ],
         "label": [row % 2 for row in range(ROWS)],
     }
-    source = write_model(folder / "bert")
+    source = folder / "bert"
+    if not source.exists():  # other ranks have it from the first
+        write_model(source)
     return {
         "rows": datasets.Dataset.from_dict(rows),
         "model": {"name": f"hf:{source}", "pretrained": False},
@@ -83,9 +85,10 @@ def adapted(folder: Path) -> dict[str, Any]:
 
     made = texts(folder)
     source = folder / "bert"
-    torch.manual_seed(5)
-    config = AutoConfig.from_pretrained(source)
-    BertForSequenceClassification(config).save_pretrained(source)
+    if not (source / "model.safetensors").exists():
+        torch.manual_seed(5)
+        config = AutoConfig.from_pretrained(source)
+        BertForSequenceClassification(config).save_pretrained(source)
     lora = {"rank": 2, "targets": ["query", "dense"]}
     return made | {"model": {"name": f"hf:{source}", "lora": lora}}
 
