@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpdist.cli.commands import Commands
-from hpdist.cli.output import own_rank, print_text
-from hpdist.errors import ConfigError, DataError
+from hpdist.cli.evaluate import step_of
+from hpdist.cli.output import begin_warnings, print_text
+from hpdist.errors import ConfigError, DataError, HpdistError
 
 if TYPE_CHECKING:
     from hpdist.data.config import Loading, Unlabeled
-    from hpdist.evaluate.predict import Predicted
+    from hpdist.evaluate.predict import Predicted, PredictOptions
     from hpdist.evaluate.predictor import Predictor
 
 OWN_OPTIONS = (
@@ -63,7 +63,8 @@ def add_arguments(commands: Commands) -> None:
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     """Predict, and print what was written."""
-    from hpdist.evaluate.predict import PredictOptions, predict_to
+    from hpdist.distributed.joined import joined_ranks, own_place
+    from hpdist.evaluate.predict import predict_to
 
     for name in ("batch", "rows_per_file"):
         if getattr(known, name) < 1:
@@ -71,9 +72,28 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     if known.threshold is not None and not 0 <= known.threshold <= 1:
         raise ConfigError(f"--threshold: {known.threshold:g} is not within 0 and 1")
     data, loading = _data(known.data, settings)
-    rank, world_size = _join()
-    predictor = _load(known)
-    options = PredictOptions(
+    begin_warnings()
+    with joined_ranks():
+        rank, world_size = own_place()
+        predictor = _load(known)
+        options, out = _options(known, predictor), Path(known.out)
+        try:
+            found = predict_to(
+                predictor, data, out, options, loading=loading, rank=rank, world_size=world_size
+            )
+        except HpdistError as error:
+            if not error.everywhere:
+                error.rank = rank
+            raise
+    for line in [] if found is None else _lines(found):
+        print_text(line)
+    return 0
+
+
+def _options(known: argparse.Namespace, predictor: Predictor) -> PredictOptions:
+    from hpdist.evaluate.predict import PredictOptions
+
+    return PredictOptions(
         probabilities=known.probabilities,
         columns=tuple(filter(None, (known.columns or "").split(","))),
         threshold=known.threshold,
@@ -81,40 +101,13 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
         part_rows=known.rows_per_file,
         pad=_pad(predictor),
     )
-    found = predict_to(
-        predictor,
-        data,
-        Path(known.out),
-        options,
-        loading=loading,
-        rank=rank,
-        world_size=world_size,
-    )
-    if found is not None:
-        for line in _lines(found):
-            print_text(line)
-    return 0
-
-
-def _join() -> tuple[int, int]:
-    """Join the other ranks of a launch; give this one, and how many there are."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        from accelerate import PartialState
-
-        PartialState()
-    return own_rank(), world_size
 
 
 def _load(known: argparse.Namespace) -> Predictor:
     from hpdist.distributed.collectives import call_on_all_ranks
     from hpdist.evaluate.load import load
 
-    checkpoint: Any = known.checkpoint
-    if checkpoint is not None and checkpoint not in ("best", "last"):
-        if not checkpoint.isdigit():
-            raise ConfigError(f"--checkpoint: {checkpoint!r} is neither best, last nor a step")
-        checkpoint = int(checkpoint)
+    checkpoint = step_of(known.checkpoint)
     return call_on_all_ranks(lambda: load(known.model, known.which, checkpoint, known.precision))
 
 

@@ -2,9 +2,9 @@
 
     predicted = predict_to(hpdist.load("runs/digits"), Unlabeled(path="scans"), Path("labels"))
 
-Each rank writes parts of its own and waits for no other one. A part that is there is not written
-again, so a run that was killed goes on, on any number of ranks, and the folder is the same to the
-byte where the kernels of both give the same numbers.
+Each rank writes parts of its own and waits for the others at the end alone. A part that is there is
+not written again, so a run that was killed goes on, on any number of ranks, and the folder is the
+same to the byte where the kernels of both give the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from hpdist.messages.progress import working
 from hpdist.tasks.base import Task
 
 _WINDOW = 16  # batches of text within which rows are sorted by length
-_POLL = 0.2  # seconds between two looks at the other ranks' parts
+_POLL = 0.2  # seconds between two looks at the other ranks' parts, at first
+_LONGEST_POLL = 2.0
 _NAMED = 5  # bad rows
 
 
@@ -123,7 +124,7 @@ def predict_to(
     rank: int = 0,
     world_size: int = 1,
 ) -> Predicted | None:
-    """Predict every row of a dataset, or go on with it. Collective at the start alone.
+    """Predict every row of a dataset, or go on with it. Collective: every rank must call.
 
     Returns what was written, on rank 0 once all ranks' parts are there, and None on the others.
     Raises DataError where the dataset is not what the model takes or `out` holds something else.
@@ -139,7 +140,7 @@ def predict_to(
         missing = run_on_main(plan.missing)
         own = plan.share(missing, rank, world_size)
         start = time.monotonic()
-        others = set(missing) - set(own) if rank == 0 else set[int]()
+        others = set(missing) - set(own)
         predicted = _write_parts(model, rows, plan, own, layout, options, loading, others)
         if rank != 0:
             return None
@@ -226,8 +227,8 @@ def _write_parts(
 ) -> int:
     """Predict and write this rank's parts; count their rows.
 
-    `others` are parts of other ranks that are waited for and shown: those of all on rank 0. The
-    other ranks may leave before; a rank that fails ends the launch, and with it this wait.
+    `others` are the parts of other ranks, which are waited for at the end without a collective,
+    since these time out. A rank that fails ends the launch, and with it this wait.
     """
     spans = [plan.span(part) for part in own]
     todo = sum(stop - start for start, stop in [*spans, *map(plan.span, others)])
@@ -247,15 +248,17 @@ def _write_parts(
             _write(plan, next(parts), layout.table(found), found)
             found = []
             others = _count_written(plan, others, work.add)
+        wait = _POLL
         while others:
-            time.sleep(_POLL)
+            time.sleep(wait)
+            wait = min(1.2 * wait, _LONGEST_POLL)
             others = _count_written(plan, others, work.add)
     return sum(stop - start for start, stop in spans)
 
 
 def _count_written(plan: Plan, parts: set[int], add: Callable[[int], None]) -> set[int]:
     """Count the rows of parts that have been written; give those that are still missing."""
-    written = {part for part in parts if plan.path(part).exists()}
+    written = parts - set(plan.missing()) if parts else parts
     for start, stop in map(plan.span, written):
         add(stop - start)
     return parts - written
