@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+import torch.distributed as dist
 
 import hpdist
 from tests.support.predictions import (
@@ -60,6 +63,37 @@ def test_ranks_do_not_matter(trained: Path) -> None:
     run_ranks(3, predict, trained, "together")
     assert contents(trained / "alone") == contents(trained / "together")
     assert len(contents(trained / "alone")) == 12  # eleven parts and their record
+
+
+def crossing(folder: Path) -> list[bytes]:
+    """Predict; everything that this rank has given to the process group."""
+    given: list[bytes] = []
+    gather, broadcast = dist.all_gather_object, dist.broadcast_object_list
+
+    def all_gather_object(everyone: list[Any], value: Any, *rest: Any) -> None:
+        given.append(pickle.dumps(value))
+        gather(everyone, value, *rest)
+
+    def broadcast_object_list(values: list[Any], *rest: Any, **named: Any) -> None:
+        given.append(pickle.dumps(values))
+        broadcast(values, *rest, **named)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("another collective")
+
+    dist.all_gather_object = all_gather_object
+    dist.broadcast_object_list = broadcast_object_list
+    for name in ("all_reduce", "all_gather", "broadcast", "gather", "scatter", "send", "isend"):
+        setattr(dist, name, refused)
+    predict(folder, "crossing")
+    return given
+
+
+def test_no_row_leaves_the_rank_that_read_it(trained: Path) -> None:
+    given = [part for rank in run_ranks(2, crossing, trained) for part in rank]
+    assert 0 < sum(len(part) for part in given) < 2000
+    rows = [row.tobytes() for row in vectors()]
+    assert not any(row in part for row in rows for part in given)
 
 
 def test_the_command_under_a_launcher(trained: Path) -> None:
