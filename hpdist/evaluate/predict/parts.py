@@ -30,7 +30,7 @@ class Batch:
     """Rows that are predicted together, and what is carried along with them."""
 
     ids: Int64Array  # [rows]
-    inputs: Structure | None  # of the rows without a reason; None where there are none
+    inputs: Structure | None  # of the rows without a reason, until these are predicted
     reasons: dict[int, str]
     """Why, by line, of the rows that cannot be used."""
     columns: dict[str, pa.Array]

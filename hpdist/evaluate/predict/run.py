@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from hpdist.checkpoint.manifest import hash_of
 from hpdist.data.config import Loading, Unlabeled
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.sources.label_files import METADATA
-from hpdist.data.structures import Structure, cat, index
+from hpdist.data.structures import Structure, cat, index, to
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.errors import CheckpointError, ConfigError, why_not_written
 from hpdist.evaluate.predict.parts import Batch, Batches, Layout, by_length, make_layout, to_bytes
@@ -242,7 +242,8 @@ def _write_parts(
         found: list[tuple[Batch, Any]] = []
         for batch in batches.ahead(spans):
             if batch is not None:
-                found.append((batch, _outputs(model, batch, options)))
+                outputs = _outputs(model, batch, options)
+                found.append((replace(batch, inputs=None), outputs))  # a part's would be many
                 work.add(len(batch.ids))
                 continue
             _write(plan, next(parts), layout.table(found), found)
@@ -265,11 +266,11 @@ def _count_written(plan: Plan, parts: set[int], add: Callable[[int], None]) -> s
 
 
 def _outputs(model: Predicts, batch: Batch, options: PredictOptions) -> Any:
-    """Predict the good rows of a batch, in their order."""
+    """Predict the good rows of a batch, in their order; on the CPU."""
     if batch.inputs is None:
         return None
     parts = list(by_length(batch.inputs, options.pad, options.batch))
-    outputs = [model.outputs(inputs) for _, inputs in parts]
+    outputs = [to(model.outputs(inputs), "cpu") for _, inputs in parts]
     if len(parts) == 1 and options.pad is None:
         return outputs[0]
     lines = torch.cat([lines for lines, _ in parts])

@@ -37,7 +37,8 @@ def test_an_answers_renyi_divergence(order: float) -> None:
     moved = np.exp(-0.5 * ((x - 1) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(moved**order * density ** (1 - order))
-    one = math.log(np.trapezoid(ratio, x)) / (order - 1)  # of one of the two counts
+    integral = float(ratio.sum() * (x[1] - x[0]))
+    one = math.log(integral) / (order - 1)  # of one of the two counts
     assert 2 * one == pytest.approx(order / sigma**2, rel=1e-6)
 
 
