@@ -24,6 +24,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from hpdist.data.sources.labeled import UnlabeledTable
 from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, ParquetRows
+from hpdist.data.stream.index import are_records
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError, one_line, printable
 
@@ -158,6 +159,8 @@ def _check_record(folder: Path, files: Sequence[Path], rows: AnyUnlabeled, name:
         record: Mapping[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         parts, recorded = int(record["parts"]), record["files"]
         expected = int(record["rows"])
+        if not are_records([recorded]):
+            raise ValueError("its files are not those that hpdist records")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{WHERE}: cannot read {folder / RECORD}: {one_line(error)}") from error
     if len(files) < parts:
