@@ -40,7 +40,7 @@ BATCH = 64
 
 def main() -> None:
     """Measure both, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()

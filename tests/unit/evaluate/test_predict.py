@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -183,7 +184,7 @@ def test_wrong_arguments(
 def test_the_progress_has_a_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     work = progress.Work("predicting", 1000, "rows", rate=True)
     work.add(250)
-    monkeypatch.setattr(work, "_began", progress.time.monotonic() - 10)
+    monkeypatch.setattr(work, "_began", time.monotonic() - 10)
     assert work.line == "predicting: 250 of 1,000 rows, 10 s so far, 25 rows a second, 30 s left"
 
 
@@ -191,8 +192,9 @@ def test_rows_of_similar_length_go_together() -> None:
     tokens = torch.tensor([[1, 2, 3, 0, 0], [1, 0, 0, 0, 0], [1, 2, 3, 4, 0], [9, 8, 0, 0, 0]])
     found = list(by_length(tokens, 0, 2))
     assert [lines.tolist() for lines, _ in found] == [[1, 3], [0, 2]]
-    assert [list(rows.shape) for _, rows in found] == [[2, 2], [2, 4]]
-    assert torch.equal(found[1][1], tokens[[0, 2], :4])
+    rows = [cast(torch.Tensor, part) for _, part in found]
+    assert [list(part.shape) for part in rows] == [[2, 2], [2, 4]]
+    assert torch.equal(rows[1], tokens[[0, 2], :4])
 
 
 def test_text_of_mixed_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

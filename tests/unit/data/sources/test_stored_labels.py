@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, streaming: bool) -> None:
     assert "cannot read" in _refused(str(tmp_path / "empty"), rows)
 
 
-def _places(rows: Any, ids: list[int]) -> dict[str, list[Any]]:
+def _places(rows: Any, ids: list[int]) -> dict[str, Any]:
     described = [rows.index.describe(i).split(", ") for i in ids]
     return {
         "file": [path for path, _, _ in described],
@@ -163,7 +163,10 @@ def test_a_row_that_has_moved_is_named(tmp_path: Path) -> None:
     right = write(tmp_path / "right", ids, label=["cat"] * 4, **places)
     assert opened([right], rows).count == 4
     for column, value in {"file": "rows-7.parquet", "row_group": 3, "row": 1}.items():
-        changed = {**places, column: [*places[column][:2], value, places[column][3]]}
+        changed: dict[str, Any] = {
+            **places,
+            column: [*places[column][:2], value, places[column][3]],
+        }
         folder = write(tmp_path / column, ids, label=["cat"] * 4, **changed)
         message = _refused(folder, rows)
         assert "id 14 was" in message
