@@ -34,6 +34,7 @@ from hpdist.algorithms.remixmatch import ReMixMatch
 from hpdist.algorithms.sequencematch import SequenceMatch
 from hpdist.algorithms.simmatch import SimMatch
 from hpdist.algorithms.softmatch import SoftMatch
+from hpdist.algorithms.stored_pseudo_labels import StoredPseudoLabels
 from hpdist.algorithms.supervised import Supervised
 from hpdist.algorithms.temporal_ensembling import TemporalEnsembling
 from hpdist.algorithms.uda import UDA, AnnealedUDA
@@ -84,6 +85,7 @@ __all__ = [
     "SequenceMatch",
     "SimMatch",
     "SoftMatch",
+    "StoredPseudoLabels",
     "StudentOutputs",
     "Supervised",
     "Task",

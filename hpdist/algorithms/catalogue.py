@@ -17,6 +17,7 @@ from hpdist.algorithms.fixmatch import FixMatch
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch
 from hpdist.config.component import components
+from hpdist.data.batch import STORED, StoredTensors
 from hpdist.data.structures import Structure
 from hpdist.tasks.base import able_tasks, task_letters
 
@@ -117,6 +118,7 @@ def _views(algorithm: Algorithm) -> list[str]:
     counts = {kind: getattr(views, field) for field, kind in names.items()}
     needs = [f"{count} {kind}" for kind, count in counts.items() if count]
     needs += ["targets of labelled rows too"] if views.labeled_targets else []
+    needs += ["stored labels"] if views.stored_labels else []
     needs += ["targets by the teacher"] if views.teacher else []
     needs += ["mixed"] if algorithm.groups is not None else []
     needs += ["perturbed"] if views.needs_gradient_probe else []
@@ -178,6 +180,7 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
         (unlabeled,) * views.weak,
         BatchPositions(at, u_at, labeled_rows, rows, seed=0, step=0),
         ids=u_at,
+        context=_no_stored_labels(rows, classes) if views.stored_labels else {},
         extra_inputs=(unlabeled,) * _EXTRA_INPUTS,
     )
     attempt = Attempt(algorithm, [MicroBatch(inputs, u_at, at, rows)], _Zeros(algorithm, classes))
@@ -186,6 +189,13 @@ def _reduced(algorithm: Algorithm, number: int) -> tuple[list[Tensor], list[Tens
     outputs = attempt.student_outputs(0, attempt.model.preview(attempt.micros[0]))
     student = algorithm.student_statistics(outputs) if algorithm.uses_student_statistics else {}
     return list(sums.values()), list(student.values())
+
+
+def _no_stored_labels(rows: int, classes: int) -> dict[str, Tensor]:
+    """Give what an algorithm is given of stored labels where no row has one."""
+    none = torch.zeros(rows)
+    found = StoredTensors(probabilities=torch.zeros(rows, classes), confidence=none, agreement=none)
+    return {STORED + name: cast(Tensor, kept) for name, kept in found.items()}
 
 
 def _shape(small: Tensor, large: Tensor) -> str:

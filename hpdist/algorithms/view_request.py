@@ -30,6 +30,10 @@ class Views:
     needs_gradient_probe: bool = False
     """Whether `Algorithm.perturb` runs the student on inputs of its own; it needs targets too."""
 
+    stored_labels: bool = False
+    """Whether the loss uses stored labels of the unlabelled rows: `StudentOutputs.context` then
+    has the tensors of `hpdist.data.batch.StoredTensors`, their names behind `STORED`."""
+
     @property
     def uses_unlabeled(self) -> bool:
         """Whether there is any view of an unlabelled row."""

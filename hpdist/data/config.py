@@ -170,12 +170,18 @@ class Unlabeled(UnlabeledSource):
     audit: bool = False
     """Write down which rows every step consumed, in the run folder's `audit`."""
 
+    pseudo_labels: list[PathText] | None = Field(None, min_length=1)
+    """Folders of labels that `hpdist predict` or another program has stored for these rows, as
+    Parquet with the rows' ids; algorithm `stored_pseudo_labels` learns from their mean."""
+
     @model_validator(mode="after")
     def _one_source(self) -> Unlabeled:
         if bool(self.path) == bool(self.mix):
             raise ValueError("give path, or mix with a path for each part, and not both")
         if self.mix and self.imbalance is not None:
             raise ValueError("imbalance is of one dataset; set it in the parts of mix")
+        if self.mix and self.pseudo_labels is not None:
+            raise ValueError("pseudo_labels go by the ids of one dataset; give path, not mix")
         return self
 
 

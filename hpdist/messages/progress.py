@@ -42,12 +42,16 @@ class Work:
         what: The task, in the form "opening data.test".
         total: The number of items, if it is known.
         unit: Of the items, in the plural.
+        rate: Whether a log's lines have the items per second and the time left.
     """
 
-    def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
+    def __init__(
+        self, what: str, total: int | None = None, unit: str = "", *, rate: bool = False
+    ) -> None:
         self._what = redacted_text(what)
         self._total = total
         self._unit = unit
+        self._rate = rate
         self._done = 0
         self._began = time.monotonic()
         self._ended = threading.Event()
@@ -66,7 +70,18 @@ class Work:
         if self._unit:
             of = "" if self._total is None else f" of {self._total:,}"
             count = f"{self._done:,}{of} {self._unit}, "
-        return f"{self._what}: {count}{duration(self._took)} so far"
+        return f"{self._what}: {count}{duration(self._took)} so far{self._pace}"
+
+    @property
+    def _pace(self) -> str:
+        """Items per second and the time left, where these are wanted and known."""
+        if not self._rate or not self._done or self._took <= 0:
+            return ""
+        pace = self._done / self._took
+        line = f", {pace:,.0f} {self._unit} a second"
+        if self._total is None:
+            return line
+        return f"{line}, {duration(max(0, self._total - self._done) / pace)} left"
 
     @property
     def _took(self) -> float:
@@ -122,9 +137,11 @@ class Work:
 
 
 @contextmanager
-def working(what: str, total: int | None = None, unit: str = "") -> Iterator[Work]:
+def working(
+    what: str, total: int | None = None, unit: str = "", *, rate: bool = False
+) -> Iterator[Work]:
     """Show the progress of the body, or of the function that this decorates."""
-    work = Work(what, total, unit)
+    work = Work(what, total, unit, rate=rate)
     if os.environ.get("RANK", "0") != "0":
         yield work
         return

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch, OwnSums, Reduce
+from hpdist.data.batch import STORED, StoredTensors
 from hpdist.data.structures import Structure, index, map_tensors
 
 FEATURES = 6
@@ -48,6 +49,7 @@ class GlobalBatch:
     outputs: Mapping[str, tuple[int, ...]]  # the shape of a row of each output, by name
     heads: dict[str, torch.nn.Module] = field(default_factory=dict)
     labeled_ids: Tensor = field(default_factory=lambda: torch.zeros(0).long())
+    stored: dict[str, Tensor] = field(default_factory=dict)  # by name [unlabeled, *]
 
     def slice(self, number: int, slices: int) -> MicroBatch:
         """Return one of several equal slices, in the order of the global batch."""
@@ -64,6 +66,7 @@ class GlobalBatch:
             tuple(view[u] for view in self.weak),
             BatchPositions(x, u, len(self.labeled), len(self.ids), seed=7, step=self.step),
             ids=self.ids[u],
+            context={name: kept[u] for name, kept in self.stored.items()},
         )
         labeled_ids = self.labeled_ids[x] if len(self.labeled_ids) else None
         return MicroBatch(inputs, self.ids[u], labeled_ids, len(u))
@@ -108,7 +111,20 @@ def global_batch(
         shapes,
         make_heads(algorithm, features),
         torch.randperm(4 * labeled, generator=generator)[:labeled] + 2**30,
+        stored_labels(unlabeled, outputs, generator) if views.stored_labels else {},
     )
+
+
+def stored_labels(rows: int, classes: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw what an algorithm is given of stored labels; every fifth row has none."""
+    drawn = torch.randn(rows, classes, generator=generator).mul(2).softmax(dim=-1)
+    there = torch.arange(rows) % 5 != 4
+    agreement = torch.randint(1, 4, (rows,), generator=generator) / 3 * there
+    probabilities = drawn * there[:, None]
+    found = StoredTensors(
+        probabilities=probabilities, confidence=probabilities.amax(dim=-1), agreement=agreement
+    )
+    return {STORED + name: cast(Tensor, kept) for name, kept in found.items()}
 
 
 def make_heads(algorithm: Algorithm, features: int = FEATURES) -> dict[str, torch.nn.Module]:

@@ -143,11 +143,28 @@ def plan_run(config: RunConfig) -> RunPlan:
             f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
             "unlabelled rows"
         )
+    _check_stored_labels(config, algorithm)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     count = divide_batch(config.batch, algorithm, ranks)
     rows = config.batch.labeled + (config.batch.unlabeled if uses_unlabeled else 0)
     sharding = launch.with_batch(sharding, rows // ranks // count, count, ranks)
     return RunPlan(config, sharding, uses_unlabeled, rows, count)
+
+
+def _check_stored_labels(config: RunConfig, algorithm: Algorithm) -> None:
+    """Raise ConfigError if stored labels are missing, or nobody learns from them."""
+    unlabeled, name = config.data.unlabeled, config.algorithm.name
+    given = unlabeled is not None and unlabeled.pseudo_labels is not None
+    if algorithm.views.stored_labels and not given:
+        raise ConfigError(
+            f"data.unlabeled.pseudo_labels is missing: algorithm {name} learns from labels that "
+            "`hpdist predict` stored; name the folders"
+        )
+    if given and not algorithm.views.stored_labels:
+        raise ConfigError(
+            f"data.unlabeled.pseudo_labels: algorithm {name} does not learn from stored labels; "
+            "choose algorithm.name: stored_pseudo_labels, or leave it out"
+        )
 
 
 def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:

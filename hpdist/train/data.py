@@ -70,8 +70,12 @@ class RunData:
                 self._audit = Audit(folder.path / "audit", rank)
 
     def _unlabeled_stream(self) -> BatchStream[UnlabeledBatch]:
+        stored = self.sets.stored
         return self._stream(
-            self.sets.unlabeled, self.config.batch.unlabeled, spec=self.unlabeled_spec
+            self.sets.unlabeled,
+            self.config.batch.unlabeled,
+            spec=self.unlabeled_spec,
+            stored=None if stored is None else stored.take,
         )
 
     def _stream(self, rows: Any, batch: int, **options: Any) -> BatchStream[Any]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import MicroBatch
-from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.batch import STORED, LabeledBatch, UnlabeledBatch
 from hpdist.data.structures import Rows, map_tensors
 from hpdist.data.views.base import GradedViews, Views, unmixable
 from hpdist.errors import ConfigError
@@ -145,8 +145,23 @@ class MicroBatcher:
                 positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step
             ),
             ids=unlabeled.ids,
+            context=self._stored(unlabeled),
         )
         return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
+
+    def _stored(self, unlabeled: UnlabeledBatch[Any]) -> dict[str, Tensor]:
+        """Return what is stored of the rows, for the loss, if the algorithm uses it.
+
+        Raises ConfigError if nothing is.
+        """
+        if not self.algorithm.views.stored_labels:
+            return {}
+        if unlabeled.stored is None:
+            raise ConfigError(
+                f"{type(self.algorithm).__name__} learns from stored labels, and the batch has "
+                "none; set data.unlabeled.pseudo_labels, or give hpdist.UnlabeledBatch(…, stored=…)"
+            )
+        return {STORED + name: cast(Tensor, kept) for name, kept in unlabeled.stored.items()}
 
     def _strong(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
         """Make a strong view, with the algorithm's number of operations if views can be graded."""

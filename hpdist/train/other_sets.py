@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpdist.config.component import Component
@@ -12,16 +13,23 @@ from hpdist.data.decode.spec import InputSpec
 from hpdist.data.kinds import kind_named
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
+from hpdist.data.sources.stored_labels import (
+    StoredLabels,
+    lay_out_labels,
+    open_stored_labels,
+)
 from hpdist.data.sources.unlabeled import DatasetIndex, open_unlabeled, scan_metadata
 from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
 from hpdist.data.stream.index import are_records
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
+from hpdist.errors import DataError
 from hpdist.messages.progress import working
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train.first_look import look_at_held_out, look_at_labeled
 
 _FILES = "unlabeled_files.json"
 _DUPLICATES = "duplicates.json"
+_STORED = "pseudo_labels.json"
 
 _log = logging.getLogger("hpdist.data")
 
@@ -69,6 +77,38 @@ def open_unlabeled_set(
     if isinstance(rows, SequentialRows) and folder.main:
         _log.warning("%s", rows.warning)
     return rows
+
+
+def open_stored_set(
+    paths: Sequence[str],
+    rows: AnyUnlabeled,
+    names: Sequence[str],
+    folder: RunFolder,
+    resumed: bool,
+) -> StoredLabels:
+    """Join stored labels to the unlabelled rows; one process of each machine does. Collective.
+
+    Raises DataError, the same on every rank, where they do not fit the rows, or are not those that
+    the run began with.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        call_on_all_ranks(lambda: lay_out_labels(paths, rows, names))
+    else:
+        call_on_all_ranks(lambda: None)
+    stored = call_on_all_ranks(lambda: open_stored_labels(paths, rows, names))
+    recorded = run_on_main(lambda: folder.read_json(_STORED, _is_content) if resumed else None)
+    if recorded is not None and recorded["content"] != stored.content:
+        raise DataError(
+            f"data.unlabeled.pseudo_labels: {', '.join(paths)} do not hold what the run began "
+            "with; restore them, or start a new run"
+        )
+    if folder.main:
+        _log.info("%d unlabelled rows have a stored label", stored.count)
+    return stored
+
+
+def _is_content(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("content"), str)
 
 
 def open_held_out(
@@ -139,7 +179,10 @@ def find_repeated(
 
 
 def record_other_sets(
-    folder: RunFolder, duplicates: Report, unlabeled: AnyUnlabeled | None
+    folder: RunFolder,
+    duplicates: Report,
+    unlabeled: AnyUnlabeled | None,
+    stored: StoredLabels | None = None,
 ) -> None:
     """Record what was found, so that a continued run finds the same."""
     folder.write_json(_DUPLICATES, duplicates.to_json())
@@ -147,3 +190,5 @@ def record_other_sets(
     if any(isinstance(part, ParquetRows) for part in parts):
         files = [p.index.record() if isinstance(p, ParquetRows) else None for p in parts]
         folder.write_json(_FILES, files)
+    if stored is not None:
+        folder.write_json(_STORED, {"content": stored.content})

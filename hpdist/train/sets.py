@@ -17,6 +17,7 @@ from hpdist.data.decode.spec import InputSpec
 from hpdist.data.kinds import Facts, kind_named
 from hpdist.data.sources.duplicates import Report
 from hpdist.data.sources.labeled import LabeledRows
+from hpdist.data.sources.stored_labels import StoredLabels
 from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, row_count
 from hpdist.data.views import Views
 from hpdist.distributed.collectives import run_on_main
@@ -32,6 +33,7 @@ from hpdist.train.other_sets import (
     find_repeated,
     look_through,
     open_held_out,
+    open_stored_set,
     open_unlabeled_set,
     record_other_sets,
     unlabeled_spec,
@@ -64,6 +66,8 @@ class RunSets:
     """Ids of held-out rows that were named as unreadable, by set."""
     task: Task
     views: Views
+    stored: StoredLabels | None = None
+    """Labels of the unlabelled rows that were stored before the run."""
 
     @property
     def num_classes(self) -> int:
@@ -106,7 +110,7 @@ class RunSets:
         inputs = record_inputs(self.config, self.asked, self.facts)
         if inputs:
             folder.write_json(_INPUTS, inputs)
-        record_other_sets(folder, self.duplicates, self.unlabeled)
+        record_other_sets(folder, self.duplicates, self.unlabeled, self.stored)
 
 
 def open_sets(
@@ -147,6 +151,10 @@ def open_sets(
             dataset=objects.unlabeled,
             resumed=resumed,
         )
+    stored = None
+    if unlabeled is not None and data.unlabeled is not None and data.unlabeled.pseudo_labels:
+        names = labeled.classes.names
+        stored = open_stored_set(data.unlabeled.pseudo_labels, unlabeled, names, folder, resumed)
     datasets = {name: getattr(objects, name) for name in _HELD_OUT}
     held_out = open_held_out(data, first.spec, labeled, datasets)
     config_now, spec, facts, decided = _settle(first, unlabeled, held_out)
@@ -172,6 +180,7 @@ def open_sets(
         unreadable=unreadable,
         task=first.task.fitted(labeled.encoding),
         views=fitted_views(config_now.views, seed, spec, labeled, unlabeled, saved),
+        stored=stored,
     )
 
 

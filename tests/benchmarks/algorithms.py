@@ -75,7 +75,7 @@ def cases(which: str) -> dict[str, dict[str, Any]]:
         high = threshold is not None and threshold.default >= 0.8 and name != "adamatch"
         if high and "threshold" in RECIPES[which]:
             options["threshold"] = RECIPES[which]["threshold"]
-        if name != "fully_supervised":
+        if name not in ("fully_supervised", "stored_pseudo_labels"):  # of other runs' labels
             found[name] = {"algorithm": {"name": name, **options}}
     if "ladder" in found:
         own = {"model": {"name": "ladder"}, "optim": {"name": "adam", "lr": 0.002}}  # the paper's

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -49,7 +51,7 @@ def test_the_planned_peak_is_that_of_a_run_everywhere(digits, model, stage, rank
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_algorithm_can_be_rehearsed(digits, name):
+def test_every_algorithm_can_be_rehearsed(digits, name, tmp_path):
     algorithm, _, addon = name.partition(" ")
     values = settings(digits, "CNN", None) | {"algorithm": {"name": algorithm}}
     values["batch"] = {"labeled": 16, "unlabeled": 16}
@@ -59,6 +61,10 @@ def test_every_algorithm_can_be_rehearsed(digits, name):
         values["steps"] = 120  # which divide into generations
     if name == "fully_supervised":
         del values["data"]["labeled"]["labels_per_class"]
+    if name == "stored_pseudo_labels":
+        table = pa.table({"id": list(range(100)), "label": [row % 10 for row in range(100)]})
+        pq.write_table(table, tmp_path / "part-0.parquet")
+        values["data"]["unlabeled"]["pseudo_labels"] = [str(tmp_path)]
     if addon:
         values["addons"] = [{"name": addon}]
     found = rehearsed(config.parse(values).model_dump(mode="json"), 4, None)

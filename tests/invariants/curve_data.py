@@ -127,6 +127,22 @@ def _labels_of(task: str, labels: np.ndarray, values: np.ndarray) -> tuple[list[
     return labels.tolist(), datasets.ClassLabel(names=[f"class {k}" for k in range(CLASSES)])
 
 
+def write_labels(folder: Path) -> list[str]:
+    """Write what two models would have stored of the unlabelled rows; one labels a third."""
+    folders = []
+    for number, step in enumerate((1, 3)):
+        target = folder / f"labels-{number}"
+        folders.append(str(target))
+        target.mkdir(exist_ok=True)
+        generator = np.random.default_rng(100 + number)
+        ids = np.flatnonzero(np.arange(ROWS["unlabeled"]) % step == 0)
+        drawn = generator.integers(0, 100, size=(len(ids), CLASSES)) ** 2 + 1
+        shares = drawn / drawn.sum(axis=1, keepdims=True)
+        table = datasets.Dataset.from_dict({"id": ids, "probabilities": shares})
+        table.to_parquet(target / "part-0.parquet")
+    return folders
+
+
 def write(folder: Path, kind: str, task: str = "classification") -> dict[str, str]:
     """Write a Parquet file per set into the folder, once; the path of each.
 

@@ -54,6 +54,7 @@ ALGORITHMS: dict[str, Settings] = {
         "smoothing": 0.6,
     },
     "softmatch": {"momentum": 0.8},
+    "stored_pseudo_labels": {"threshold": 0.4, "agreement": 0.6, "temperature": 0.8},
     "supervised": {},
     "temporal_ensembling": {"unsupervised_weight": 20.0, "ramp": 0.3},
     "uda": {"threshold": 0.45, "annealing": "linear"},

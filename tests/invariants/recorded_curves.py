@@ -96,6 +96,8 @@ def run(name: str, data: Path, seed: int) -> dict[str, Any]:
         for part, path in paths.items()
     }
     sets["unlabeled"] |= settings.pop("unlabeled", {})
+    if settings["algorithm"]["name"] == "stored_pseudo_labels":
+        sets["unlabeled"]["pseudo_labels"] = curve_data.write_labels(data)
     if settings.pop("measured"):
         settings["eval"] = {"every": settings["steps"] // 2}
     else:

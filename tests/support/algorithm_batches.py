@@ -13,6 +13,7 @@ from hpdist.algorithms import Algorithm, LossTerms, StudentOutputs, Views
 from hpdist.algorithms.exchange import StudentInputs
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import Attempt, MicroBatch
+from hpdist.data.batch import STORED
 
 CLASSES, LABELED, UNLABELED = 5, 8, 40
 
@@ -121,8 +122,21 @@ def _slice(batch: Batch, views: Views, part: int, parts: int) -> MicroBatch:
         (batch.weak[u],) * views.weak,
         places,
         ids=batch.ids[u],
+        context=_stored(batch, u) if views.stored_labels else {},
     )
     return MicroBatch(inputs, batch.ids[u], None, len(batch.ids[u]))
+
+
+def _stored(batch: Batch, rows: slice) -> dict[str, Tensor]:
+    """Stored labels of rows: the softmax of their weak view."""
+    probabilities = batch.weak[rows].detach().softmax(dim=-1)
+    confidence = probabilities.amax(dim=-1)
+    found = {
+        "probabilities": probabilities,
+        "confidence": confidence,
+        "agreement": torch.ones_like(confidence),
+    }
+    return {STORED + name: kept for name, kept in found.items()}
 
 
 def outputs(batch: Batch, views: Views, part: int = 0, parts: int = 1) -> StudentOutputs:

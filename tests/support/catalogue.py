@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequencematch": {"threshold": 0.15, "warmup": False, "unsupervised_weight": 0.1},
     "simmatch": {"threshold": 0.1702, "bank": 50, "alignment_steps": 3, "smoothing": 0.6},
     "softmatch": {"momentum": 0.5},
+    "stored_pseudo_labels": {"threshold": 0.3, "agreement": 0.6, "temperature": 0.7},
     "temporal_ensembling": {"unsupervised_weight": 50.0, "ramp": 0.1},
     "vat": {"epsilon": 1.0, "ramp": 0.1},
     "uda": {"threshold": 0.14, "annealing": "linear"},

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from hpdist.algorithms import Algorithm, FixMatch, FreeMatch, Ladder, MeanTeacher, Supervised
-from hpdist.data.batch import LabeledBatch, UnlabeledBatch
+from hpdist.data.batch import LabeledBatch, StoredTensors, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.engines import launch
@@ -50,7 +50,19 @@ def global_batches(step: int) -> tuple[LabeledBatch, UnlabeledBatch]:
     generator = torch.Generator().manual_seed(1000 + step)
     rows = torch.randperm(len(images), generator=generator)[: LABELED + UNLABELED]
     x, u = rows[:LABELED], rows[LABELED:]
-    return LabeledBatch(images[x], labels[x], x), UnlabeledBatch(images[u], u)
+    return LabeledBatch(images[x], labels[x], x), UnlabeledBatch(images[u], u, stored=stored(u))
+
+
+def stored(ids: Tensor) -> StoredTensors:
+    """Labels of rows as if some models had predicted them; every seventh row has none."""
+    there = (ids % 7 != 3).float()
+    probabilities = (ids[:, None] * (1 + torch.arange(10))).sin().mul(3).softmax(dim=1)
+    probabilities = probabilities * there[:, None]
+    return StoredTensors(
+        probabilities=probabilities,
+        confidence=probabilities.amax(dim=1),
+        agreement=(1 + ids % 2) / 2 * there,
+    )
 
 
 def slice_of(batch: Any, rank: int, ranks: int) -> Any:

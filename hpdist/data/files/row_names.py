@@ -54,11 +54,17 @@ def describe_rows(table: Any, rows: Sequence[int]) -> str:
 
 def _place(table: Any, row: int) -> str | None:
     """Where a row of a table lies that was joined from files: the file, and which row of it."""
+    place = place_of_row(table, row)
+    return None if place is None else f"{place[0]}, row {place[1]}"
+
+
+def place_of_row(table: Any, row: int) -> tuple[str, int] | None:
+    """Give the file that a row of a joined table lies in, and which row of it; None if unknown."""
     if table not in _files:
         return None
     paths, ends = _files[table]
     number = bisect.bisect_right(ends, row)
-    return f"{paths[number]}, row {row - (ends[number - 1] if number else 0)}"
+    return paths[number], row - (ends[number - 1] if number else 0)
 
 
 def row_file(table: Any, row: int) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast
 import numpy as np
 import torch
 
-from hpdist.data.batch import BadRow, LabeledBatch, UnlabeledBatch
+from hpdist.data.batch import BadRow, LabeledBatch, StoredTensors, UnlabeledBatch
 from hpdist.data.decode.decoders import Decoder
 from hpdist.data.decode.encoded import Array, Unreadable
 from hpdist.data.decode.spec import InputSpec
@@ -94,6 +94,7 @@ class BatchStream(Generic[BatchT]):
         position: Rows of the endless sequence to leave out.
         threads: That decode.
         processes: That decode, in place of threads.
+        stored: Gives what is stored of unlabelled rows, by their ids.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class BatchStream(Generic[BatchT]):
         *,
         threads: int = 1,
         processes: int = 0,
+        stored: Callable[[Array], StoredTensors] | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
@@ -119,6 +121,7 @@ class BatchStream(Generic[BatchT]):
         self._slice = (rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
         self._seed = seed
         self._decoding = (threads, processes)
+        self._stored = stored
         self._position = position
         self._stopping = threading.Event()
         self._reader = source.reader(seed, global_batch, stop=self._stopping)
@@ -249,6 +252,7 @@ class BatchStream(Generic[BatchT]):
             self._slice,
             self._decoding,
             cuda,
+            self._stored,
         )
         self._queue = queue.Queue(_QUEUED_BATCHES)
         arguments = (loader, self._position, self._queue, self._stopping)
@@ -295,6 +299,7 @@ class _Loader:
     slice: tuple[int, int]
     decoding: tuple[int, int]  # threads and processes
     cuda: int | None
+    stored: Callable[[Array], StoredTensors] | None
 
     def enter(self) -> None:
         """Make the thread ready for page-locked memory."""
@@ -329,8 +334,9 @@ class _Loader:
                 )
             return LabeledBatch(inputs, map_arrays(self._tensor, rows.labels), ids)
         epochs = torch.from_numpy(rows.epochs)
+        stored = self.stored(rows.ids) if self.stored is not None else None
         if not reasons:
-            return UnlabeledBatch(inputs, ids, epochs=epochs)
+            return UnlabeledBatch(inputs, ids, epochs=epochs, stored=stored)
         valid = torch.ones(len(rows), dtype=torch.bool)
         valid[list(reasons)] = False
         bad = tuple(
@@ -338,7 +344,7 @@ class _Loader:
             for line, reason in reasons.items()
             if line not in left_out
         )
-        return UnlabeledBatch(inputs, ids, valid, epochs, bad)
+        return UnlabeledBatch(inputs, ids, valid, epochs, bad, stored)
 
     def _tensor(self, array: Array) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

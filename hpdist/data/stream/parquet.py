@@ -181,6 +181,10 @@ class ParquetReader:
         """Nothing: the position says it all."""
         return
 
+    def read_group(self, group: int) -> tuple[pa.Table, str | None]:
+        """Read the used rows of a row group in their order; nulls and why where it is damaged."""
+        return self._read_segment(Segment(group, 0, int(self._index.rows[group])))
+
     def describe(self, row: int) -> str:
         """Name file, row group and row."""
         return self._index.describe(row)

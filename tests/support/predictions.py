@@ -1,0 +1,143 @@
+"""Predicts real Parquet files with a trained model, and dies by SIGKILL at the n-th step of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+
+import hpdist
+from hpdist.data.config import Unlabeled
+from hpdist.evaluate.predict import Predicted, PredictOptions, parts, plan, predict_to
+from hpdist.evaluate.predictor import Predictor
+from tests.support.forked import run_forked
+
+GROUPS = [[17, 9], [14, 31], [50]]
+ROWS = 121
+OPTIONS: dict[str, Any] = {"probabilities": True, "batch": 5, "part_rows": 12}
+_POINTS = [
+    (plan, "write_whole"),
+    (os, "replace"),
+    (os, "fsync"),
+    (parts, "by_length"),
+    (Predictor, "outputs"),
+]
+
+
+def make_run(folder: Path) -> Path:
+    """Train a small model on numbers; the run folder. The data lie beside it."""
+    files = _write(folder / "data")
+    data = {"path": "parquet", "data_files": [str(file) for file in files], "input": "x"}
+    hpdist.Trainer(
+        {"name": "mlp", "hidden": [8]},
+        {"name": "supervised"},
+        labeled={**data, "rows": 60},
+        views={"name": "identity"},
+        batch={"labeled": 12},
+        optim={"lr": 0.3},
+        run={"dir": str(folder), "name": "run"},
+        tracker={"name": "none"},
+        steps=40,
+    ).fit()
+    return folder / "run"
+
+
+def vectors() -> np.ndarray:
+    """The inputs of all rows, fp32 [rows, 2]."""
+    row = np.arange(ROWS)
+    return np.stack([np.sin(row), np.cos(2 * row)], axis=1).astype(np.float32)
+
+
+def _write(folder: Path) -> list[Path]:
+    """Write one file per entry of `GROUPS`, of row groups of these sizes."""
+    folder.mkdir()
+    x = vectors()
+    labels = np.where(x[:, 0] > 0.3, 0, np.where(x[:, 1] > 0, 1, 2))
+    paths, at = [], 0
+    schema = pa.schema({"x": pa.list_(pa.float32()), "label": pa.int64()})
+    for number, sizes in enumerate(GROUPS):
+        paths.append(folder / f"train-{number:05d}.parquet")
+        with pq.ParquetWriter(paths[-1], schema) as writer:
+            for size in sizes:
+                part = slice(at, at + size)
+                columns = {"x": x[part].tolist(), "label": labels[part].tolist()}
+                writer.write_table(pa.table(columns, schema=schema))
+                at += size
+    return paths
+
+
+def predict(folder: Path, out: str, **changes: Any) -> Predicted | None:
+    """Predict as one of the launched ranks, or alone."""
+    torch.set_num_threads(1)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        from accelerate import PartialState
+
+        PartialState()
+    return predict_to(
+        hpdist.load(folder / "run"),
+        Unlabeled(path=str(folder / "data")),
+        folder / out,
+        PredictOptions(**OPTIONS | changes),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=world_size,
+    )
+
+
+def _killed(folder: Path, out: str, victim: int, point: int) -> None:
+    """Predict; rank `victim` dies before its `point`-th step of it."""
+    passed = [0]
+
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            passed[0] += 1
+            if passed[0] == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    if os.environ["RANK"] == str(victim):
+        from hpdist.evaluate.predict import run
+
+        for owner, name in _POINTS:
+            made = wrapped(getattr(owner, name))
+            setattr(owner, name, made)
+            if hasattr(run, name):
+                setattr(run, name, made)
+    predict(folder, out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder of predictions."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def kill_and_resume(folder: Path, points: list[int]) -> list[dict[str, Any]]:
+    """Kill either of two ranks at these points, go on with three and with one; what came of it."""
+    log = folder / "log"
+    assert run_forked(1, log, _whole, folder) == [0], log.read_text()[-5000:]
+    whole = contents(folder / "whole")
+    found = []
+    for number, point in enumerate(points):
+        victim, ranks = number % 2, (3, 1)[number // 2 % 2]
+        name = f"killed-{point}-{victim}"
+        ended = run_forked(2, log, _killed, folder, name, victim, point)
+        before = sum(1 for _ in (folder / name).glob("part-*.parquet"))
+        resumed = run_forked(ranks, log, predict, folder, name)
+        same = resumed == [0] * ranks and contents(folder / name) == whole
+        killed = ended[victim] == -signal.SIGKILL
+        found.append({"killed": killed, "parts": before, "resumed": resumed, "same": same})
+    return found
+
+
+def _whole(folder: Path) -> None:
+    make_run(folder)
+    predict(folder, "whole")

@@ -1,0 +1,104 @@
+"""Private votes: the noise, what it costs by independent computations, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+
+from hpdist import cli
+from hpdist.data.sources.label_files import METADATA
+from hpdist.evaluate.vote import epsilon_of, noisy_argmax, sigma_for, vote
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def write(folder: Path, labels: list[str | None], first: int = 0, names: Any = NAMES) -> str:
+    folder.mkdir(parents=True)
+    ids = list(range(first, first + len(labels)))[::-1]  # in any order
+    table = pa.table({"id": ids, "label": pa.array(labels[::-1], pa.string())})
+    table = table.replace_schema_metadata({METADATA: json.dumps({"names": names})})
+    pq.write_table(table, folder / "part-00000000.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("order", [1.5, 2.0, 8.0, 32.0])
+def test_an_answers_renyi_divergence(order: float) -> None:
+    """D_lambda of the noisy counts of neighbouring votes, by its integral: lambda / sigma^2."""
+    sigma = 7.0
+    x = np.linspace(-200, 200, 400_001)
+    exponent = order * -((x - 1) ** 2) + (order - 1) * x**2  # of p^lambda q^(1 - lambda)
+    ratio = np.exp(exponent / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+    integral = float(ratio.sum() * (x[1] - x[0]))
+    one = math.log(integral) / (order - 1)  # of one of the two counts
+    assert 2 * one == pytest.approx(order / sigma**2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("sigma", "delta", "answers"), [(40, 1e-5, 1000), (100, 1e-8, 5000)])
+def test_epsilon_is_the_least_over_all_orders(sigma: float, delta: float, answers: int) -> None:
+    orders = 1 + np.geomspace(1e-3, 1e4, 2_000_000)
+    bounds = answers * orders / sigma**2 + math.log(1 / delta) / (orders - 1)
+    assert epsilon_of(sigma, delta, answers) == pytest.approx(bounds.min(), rel=1e-9)
+
+
+def test_the_noise_is_the_least_that_keeps_to_epsilon() -> None:
+    for epsilon in (0.1, 1.0, 8.0):
+        sigma = sigma_for(epsilon, 1e-5, 500)
+        assert epsilon_of(sigma, 1e-5, 500) == pytest.approx(epsilon, rel=1e-12)
+        assert epsilon_of(0.99 * sigma, 1e-5, 500) > epsilon
+
+
+def test_an_answers_chances_are_those_of_gaussian_noise() -> None:
+    """With two classes, class 0 wins with Phi((n_0 - n_1) / (sqrt(2) sigma))."""
+    counts = np.tile([30, 22], (200_000, 1))
+    found = noisy_argmax(counts, 6.0, np.random.default_rng(0))
+    expected = 0.5 * (1 + math.erf(8 / (math.sqrt(2) * 6) / math.sqrt(2)))
+    assert (found == 0).mean() == pytest.approx(expected, abs=0.004)
+
+
+def test_a_clear_majority_wins_and_the_cost_is_written(tmp_path: Path) -> None:
+    true = [NAMES[row % 3] for row in range(30)]
+    teachers = [write(tmp_path / f"{n}", [*true[:-1], None]) for n in range(400)]
+    spent = vote(teachers, tmp_path / "out", epsilon=20.0, delta=1e-5)
+    assert spent.sigma < 10
+    table = pq.read_table(tmp_path / "out" / "part-00000000.parquet")
+    assert table.column("id").to_pylist() == list(range(30))
+    assert table.column("label").to_pylist()[:-1] == true[:-1]
+    record = json.loads((tmp_path / "out" / "_privacy.json").read_text())
+    assert record["privacy"]["epsilon"] == 20.0
+    assert (record["privacy"]["answers"], record["privacy"]["teachers"]) == (30, 400)
+
+
+def test_votes_are_random(tmp_path: Path) -> None:
+    teachers = [write(tmp_path / f"{n}", ["cat", "owl"] * 50) for n in range(2)]
+    out = []
+    for name in ("a", "b"):
+        vote(teachers, tmp_path / name, epsilon=0.1)
+        out.append(pq.read_table(tmp_path / name / "part-00000000.parquet").to_pylist())
+    assert out[0] != out[1]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teachers = [write(tmp_path / f"{n}", ["cat"] * 20) for n in range(3)]
+    rest = ["--vote", "gaussian", "--epsilon", "2", "--rows", "5"]
+    assert cli.main(["vote", *teachers, "--out", str(tmp_path / "out"), *rest]) == 0
+    assert "epsilon 2 at delta 1e-05" in capsys.readouterr().out
+    assert pq.read_metadata(tmp_path / "out" / "part-00000000.parquet").num_rows == 5
+    other = write(tmp_path / "other", ["cat"] * 20, first=1)
+    cases = {
+        "the folder is not empty": [*teachers, "--out", str(tmp_path / "out"), *rest],
+        "labels other rows": [*teachers, other, "--out", str(tmp_path / "new"), *rest],
+        "two teachers or more": [teachers[0], "--out", str(tmp_path / "new"), *rest],
+        "must be above 0": [*teachers, "--out", str(tmp_path / "new"), "--epsilon", "0"],
+        "holds no Parquet": [*teachers, str(tmp_path), "--out", str(tmp_path / "new"), *rest],
+    }
+    for message, arguments in cases.items():
+        assert cli.main(["vote", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
