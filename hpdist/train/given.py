@@ -16,6 +16,7 @@ from hpdist.config.component import IN_PYTHON, Component, components
 from hpdist.config.section import Section
 from hpdist.errors import ConfigError
 from hpdist.train.checks import check_given_model
+from hpdist.train.given_arrays import LABEL, array_table, is_array
 
 IN_MEMORY = "(given in Python)"
 _ALGORITHMS = (
@@ -23,9 +24,9 @@ _ALGORITHMS = (
     "object such as hpdist.FixMatch(threshold=0.9)"
 )
 _ROWS = (
-    "a datasets.Dataset or IterableDataset, a pandas.DataFrame, a list of rows (dicts), a path, or "
-    "settings such as {'path': 'parquet', 'data_files': 'rows.parquet'}; rows may come with "
-    "settings, as (rows, {'input': 'image'})"
+    "a datasets.Dataset or IterableDataset, a pandas.DataFrame, a list of rows (dicts), arrays of "
+    "inputs and labels as (X, y), a path, or settings such as {'path': 'parquet', 'data_files': "
+    "'rows.parquet'}; rows may come with settings, as (rows, {'input': 'image'})"
 )
 
 
@@ -168,6 +169,9 @@ def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Compone
 def rows_given(name: str, value: Any, objects: InMemoryInputs) -> dict[str, Any]:
     """Return the settings of a set, however it was given; rows in memory go into `objects`."""
     columns: Mapping[str, Any] = {}
+    if isinstance(value, tuple) and len(value) in (2, 3) and all(map(is_array, value[:2])):
+        columns = {} if len(value) == 2 else value[2]
+        value = (array_table(name, *value[:2]), {"label": LABEL, **columns})
     if isinstance(value, tuple):
         if len(value) != 2 or not isinstance(value[1], Mapping):
             raise ConfigError(f"{name}: must be {_ROWS}, not a tuple of {len(value)}")
@@ -197,6 +201,8 @@ def _rows(name: str, value: Any) -> Any:
         return next(iter(value.values()))
     if isinstance(value, (datasets.Dataset, datasets.IterableDataset)):
         return value
+    if is_array(value) and type(value).__module__.partition(".")[0] != "pandas":
+        return array_table(name, value)
     try:
         if type(value).__module__.partition(".")[0] == "pandas":
             return datasets.Dataset.from_pandas(value, preserve_index=False)
