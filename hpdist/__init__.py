@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hpdist.models.with_heads import with_heads
     from hpdist.train.algorithm_state import whole_state
     from hpdist.train.config import RunConfig
+    from hpdist.train.estimators import SemiSupervisedClassifier, SemiSupervisedRegressor
     from hpdist.train.step import SemiSupervisedStep, StepOutcome
     from hpdist.train.trainer import Trainer
 
@@ -39,6 +40,8 @@ __all__ = [
     "LabeledBatch",
     "PrecisionError",
     "RunConfig",
+    "SemiSupervisedClassifier",
+    "SemiSupervisedRegressor",
     "SemiSupervisedStep",
     "StepOutcome",
     "Supervised",
@@ -61,6 +64,8 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "ImageViewsConfig": "hpdist.data.views",
     "LabeledBatch": "hpdist.data.batch",
     "RunConfig": "hpdist.train.config",
+    "SemiSupervisedClassifier": "hpdist.train.estimators",
+    "SemiSupervisedRegressor": "hpdist.train.estimators",
     "SemiSupervisedStep": "hpdist.train.step",
     "StepOutcome": "hpdist.train.step",
     "Supervised": "hpdist.algorithms",

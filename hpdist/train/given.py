@@ -16,7 +16,7 @@ from hpdist.config.component import IN_PYTHON, Component, components
 from hpdist.config.section import Section
 from hpdist.errors import ConfigError
 from hpdist.train.checks import check_given_model
-from hpdist.train.given_arrays import LABEL, array_table, is_array
+from hpdist.train.given_arrays import INPUT, LABEL, array_table, is_array
 
 IN_MEMORY = "(given in Python)"
 _ALGORITHMS = (
@@ -171,7 +171,8 @@ def rows_given(name: str, value: Any, objects: InMemoryInputs) -> dict[str, Any]
     columns: Mapping[str, Any] = {}
     if isinstance(value, tuple) and len(value) in (2, 3) and all(map(is_array, value[:2])):
         columns = {} if len(value) == 2 else value[2]
-        value = (array_table(name, *value[:2]), {"label": LABEL, **columns})
+        own = {} if hasattr(value[0], "columns") else {"input": INPUT}
+        value = (array_table(name, *value[:2]), {"label": LABEL, **own, **columns})
     if isinstance(value, tuple):
         if len(value) != 2 or not isinstance(value[1], Mapping):
             raise ConfigError(f"{name}: must be {_ROWS}, not a tuple of {len(value)}")
