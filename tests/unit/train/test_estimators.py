@@ -38,7 +38,7 @@ def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
 def two_classes(rows: int = 240) -> tuple[Any, Any, Any]:
     """Rows of two classes; their labels; and those labels of which most are unknown."""
     X, y = make_classification(
-        rows, 6, n_informative=4, n_redundant=0, class_sep=1.5, random_state=0
+        rows, 6, n_informative=4, n_redundant=0, class_sep=2.0, random_state=0
     )
     few = y.copy()
     few[np.random.default_rng(0).permutation(rows)[24:]] = -1
