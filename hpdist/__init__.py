@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
     from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, TableViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
+    from hpdist.evaluate.load import load
+    from hpdist.evaluate.predictor import Predictor
     from hpdist.models.with_heads import with_heads
     from hpdist.train.algorithm_state import whole_state
     from hpdist.train.config import RunConfig
@@ -39,6 +41,7 @@ __all__ = [
     "ImageViewsConfig",
     "LabeledBatch",
     "PrecisionError",
+    "Predictor",
     "RunConfig",
     "SemiSupervisedClassifier",
     "SemiSupervisedRegressor",
@@ -50,6 +53,7 @@ __all__ = [
     "UnlabeledBatch",
     "__version__",
     "global_batch_norm",
+    "load",
     "whole_state",
     "with_heads",
 ]
@@ -63,6 +67,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "IdentityViewsConfig": "hpdist.data.views",
     "ImageViewsConfig": "hpdist.data.views",
     "LabeledBatch": "hpdist.data.batch",
+    "Predictor": "hpdist.evaluate.predictor",
     "RunConfig": "hpdist.train.config",
     "SemiSupervisedClassifier": "hpdist.train.estimators",
     "SemiSupervisedRegressor": "hpdist.train.estimators",
@@ -73,6 +78,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "Trainer": "hpdist.train.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
     "global_batch_norm": "hpdist.distributed.batch_norm",
+    "load": "hpdist.evaluate.load",
     "whole_state": "hpdist.train.algorithm_state",
     "with_heads": "hpdist.models.with_heads",
 }

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hpdist.data.sources.arrays import INPUT, LABEL, array_table
+from hpdist.data.sources.in_memory import IN_MEMORY
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import muted
 from hpdist.train.build import build_run
 from hpdist.train.config import parse
 from hpdist.train.fitted_model import FittedModel
-from hpdist.train.given import IN_MEMORY, InMemoryInputs, algorithm_given, model_given
-from hpdist.train.given_arrays import INPUT, LABEL, array_table
+from hpdist.train.given import InMemoryInputs, algorithm_given, model_given
 from hpdist.train.loop import RunLoop
 
 try:

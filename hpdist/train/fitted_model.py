@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column, stored_inputs
+from hpdist.data.sources.arrays import array_table
 from hpdist.data.structures import narrow
 from hpdist.data.views import Views
 from hpdist.models.mlp import MLP
 from hpdist.tasks.base import Task
-from hpdist.train.given_arrays import array_table
 from hpdist.train.loop import RunLoop
 
 _ROWS = 1024  # that are computed at once
