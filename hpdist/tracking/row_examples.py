@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FILE = "examples/rows.json"
+_NARROW = 4  # rows of a group that fit beside another group
 _KINDS = {"picture": "image/png", "sound": "audio/wav"}
 
 
@@ -82,8 +83,10 @@ def row_examples_html(examples: RowExamples, run: str) -> str:
     parts = [f"<h2>Rows of the {html.escape(examples.name)} set: {html.escape(run)}</h2>"]
     for group in examples.groups:
         figures = "".join(_figure(row, examples.media.get(row.id, {})) for row in group.rows)
-        parts.append(f'<h3>{html.escape(group.title)}</h3><div class="rows">{figures}</div>')
-    return "".join(parts)
+        title = f"<h3>{html.escape(group.title)}</h3>"
+        width = ' class="whole"' if len(group.rows) > _NARROW else ""
+        parts.append(f'<section{width}>{title}<div class="rows">{figures}</div></section>')
+    return f'{parts[0]}<div class="groups">{"".join(parts[1:])}</div>'
 
 
 def _figure(row: ShownRow, media: Mapping[str, str]) -> str:
