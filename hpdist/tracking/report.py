@@ -78,8 +78,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
        text-align: left; vertical-align: top; } td { overflow-wrap: anywhere; min-width: 3.5rem; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 .note { color: #666; } h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
-.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); gap: 0 1rem; }
-.groups .whole { grid-column: 1 / -1; } .rows { display: flex; flex-wrap: wrap; gap: .8rem; } .rows figure { max-width: 340px; }
+.groups { display: grid; gap: 0 1rem;
+       grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }
+.groups .whole { grid-column: 1 / -1; } .rows figure { max-width: 340px; }
+.rows { display: flex; flex-wrap: wrap; gap: .8rem; }
 .rows img { width: auto; height: 112px; }
 .rows audio { width: 220px; height: 32px; display: block; }
 .rows pre { white-space: pre-wrap; max-height: 10rem; overflow: auto; margin: 0; padding: .4rem;

@@ -266,6 +266,11 @@ class ReadAs(Protocol):
         """How labels are read."""
         ...
 
+    @property
+    def unlabeled_value(self) -> Any:
+        """What marks a row without a label, where the settings name that; else False."""
+        ...
+
 
 def open_test(
     config: LabelColumn,

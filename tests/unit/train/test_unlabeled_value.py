@@ -13,6 +13,7 @@ import torch
 
 from hpdist.data.config import Data, Labeled
 from hpdist.errors import ConfigError, DataError
+from hpdist.evaluate.load import load
 from hpdist.tasks import make_task
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
@@ -175,3 +176,18 @@ def test_a_value_of_zero_is_a_value() -> None:
     assert not Labeled(path="m", unlabeled_value=False).marks_unlabeled
     assert not Labeled(path="m").marks_unlabeled
     assert Labeled(path="m", unlabeled_value=None).marks_unlabeled
+
+
+def test_rows_so_marked_in_a_test_set_are_passed_over_then_and_later(tmp_path: Path) -> None:
+    rows = frame()
+    rows.loc[rows.index[:LABELED], "label"] += 5
+    rows.loc[rows.index[LABELED:], "label"] = 0
+    held = tmp_path / "held.parquet"
+    rows.to_parquet(held)
+    settings = {"unlabeled_value": 0, "input": ["x0", "x1"], "label": "label"}
+    test = {"path": "parquet", "data_files": str(held)}
+    trainer = trained(tmp_path, "run", (rows, settings), test=test)
+    summary = trainer.fit()
+    assert summary["test/rows"] == LABELED
+    found = load(tmp_path / "runs/run").evaluate()
+    assert found["accuracy"] == pytest.approx(summary["test/accuracy"])
