@@ -64,11 +64,22 @@ class RowOutcomes:
         self._found: dict[Who, list[tuple[Tensor, ...]]] = {"teacher": [], "student": []}
 
     def add(self, who: Who, batch: LabeledBatch[Any, Any], outputs: Any, valid: Tensor) -> None:
-        """Take a batch: logits [batch, classes], and which of its rows count, bool [batch]."""
+        """Take a batch: logits [batch, classes], and which of its rows count, bool [batch].
+
+        Outputs or labels of a task of one's own that are anything else are passed over.
+        """
+        labels = batch.labels
+        if not (isinstance(outputs, Tensor) and isinstance(labels, Tensor)) or labels.dim() != 1:
+            return
         confidence, classes = outputs.float().softmax(dim=-1).max(dim=-1)
         assert batch.ids is not None
-        columns = (batch.ids, batch.labels, classes, confidence)
+        columns = (batch.ids, labels, classes, confidence)
         self._found[who].append(tuple(column.cpu()[valid.cpu()] for column in columns))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no batch was collected."""
+        return not self._found["student"]
 
     def table(self) -> OutcomeTable:
         """Give what was collected; without a teacher the student stands for it."""

@@ -69,7 +69,7 @@ class Measuring:
         """Write the rows that are worth a look, if the last evaluation found any. Collective."""
         data, outcomes = self._data, self._outcomes
         rows = data.test or data.validation
-        if outcomes is None or rows is None:
+        if outcomes is None or outcomes.is_empty or rows is None:
             return
         table = gather_outcomes(outcomes, len(rows.classes))
         name = "test" if data.test else "validation"

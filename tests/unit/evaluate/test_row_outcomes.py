@@ -81,3 +81,11 @@ def test_batches_are_collected_without_what_does_not_count() -> None:
     assert table.teacher.tolist() == [0, 1]
     assert table.student.tolist() == [1, 0]
     assert table.confidence == pytest.approx(torch.sigmoid(torch.tensor([2.0, 1.0])).numpy())
+
+
+def test_what_is_no_row_of_one_class_is_passed_over() -> None:
+    batch = LabeledBatch(torch.zeros(2, 1), torch.zeros(2, 3), torch.arange(2))
+    outcomes, valid = RowOutcomes(), torch.ones(2, dtype=torch.bool)
+    outcomes.add("student", batch, torch.zeros(2, 3), valid)
+    outcomes.add("student", batch, {"logits": torch.zeros(2, 3)}, valid)
+    assert outcomes.is_empty
