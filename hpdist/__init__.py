@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hpdist.models.with_heads import with_heads
     from hpdist.train.algorithm_state import whole_state
     from hpdist.train.config import RunConfig
+    from hpdist.train.estimators import SemiSupervisedClassifier, SemiSupervisedRegressor
     from hpdist.train.step import SemiSupervisedStep, StepOutcome
     from hpdist.train.trainer import Trainer
 
@@ -42,6 +43,8 @@ __all__ = [
     "PrecisionError",
     "Predictor",
     "RunConfig",
+    "SemiSupervisedClassifier",
+    "SemiSupervisedRegressor",
     "SemiSupervisedStep",
     "StepOutcome",
     "Supervised",
@@ -66,6 +69,8 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "LabeledBatch": "hpdist.data.batch",
     "Predictor": "hpdist.evaluate.predictor",
     "RunConfig": "hpdist.train.config",
+    "SemiSupervisedClassifier": "hpdist.train.estimators",
+    "SemiSupervisedRegressor": "hpdist.train.estimators",
     "SemiSupervisedStep": "hpdist.train.step",
     "StepOutcome": "hpdist.train.step",
     "Supervised": "hpdist.algorithms",

@@ -6,7 +6,7 @@ import math
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
 from hpdist.aliases import find_moved
 from hpdist.config.section import Section
@@ -107,6 +107,17 @@ class Labeled(LabelColumn, LongTail):
     """Use exactly these rows of the split."""
     rows: int | None = Field(None, gt=0)
     """Draw this many rows, whatever their class."""
+    unlabeled_value: StrictInt | StrictFloat | StrictStr | Literal[False] | None = False
+    """What the label column holds in a row without a label, such as -1; null also stands for NaN.
+
+    The rows that it marks become the unlabelled set, in place of data.unlabeled; with false, rows
+    without a label are passed over.
+    """
+
+    @property
+    def marks_unlabeled(self) -> bool:
+        """Whether the rows without a label are the unlabelled set."""
+        return self.unlabeled_value is not False
 
     @model_validator(mode="after")
     def _one_choice(self) -> Labeled:
@@ -230,6 +241,22 @@ class Data(Section):
     """Measured during training in place of the test set; the summary names its best step."""
     loading: Loading = Loading()
     duplicates: Duplicates = Duplicates()
+
+    @model_validator(mode="after")
+    def _one_unlabeled_set(self) -> Data:
+        if self.labeled.marks_unlabeled and self.unlabeled is not None:
+            raise ValueError(
+                "labeled.unlabeled_value makes the unlabelled set of rows without a label, and "
+                "unlabeled names another; leave one of them out"
+            )
+        return self
+
+    @property
+    def unlabeled_rows(self) -> Unlabeled | None:
+        """The settings of the unlabelled set, also where it is the labelled table's other rows."""
+        if not self.labeled.marks_unlabeled:
+            return self.unlabeled
+        return Unlabeled(**{name: getattr(self.labeled, name) for name in Source.model_fields})
 
 
 def __getattr__(name: str) -> object:

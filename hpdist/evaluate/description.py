@@ -43,6 +43,8 @@ class LabelFacts(BaseModel):
     stored: str = "integers"
     encoding: dict[str, Any] = {}
     """What the task's encoding needs beside the classes."""
+    unlabeled_value: bool | int | float | str | None = False
+    """What marks a row without a label; False where nothing but null and the like does."""
 
     @property
     def classes(self) -> Classes:
@@ -193,7 +195,7 @@ def read_description(file: Path) -> Description:
         raise CheckpointError(f"{file} is not what hpdist writes: {what}") from error
 
 
-def describe_labels(column: str, encoding: Encoding) -> LabelFacts:
+def describe_labels(column: str, encoding: Encoding, unlabeled_value: Any = False) -> LabelFacts:
     """Say how labels are read, as JSON."""
     classes = encoding.classes
     record = getattr(encoding, "record", dict)
@@ -203,4 +205,5 @@ def describe_labels(column: str, encoding: Encoding) -> LabelFacts:
         kind=classes.kind,
         stored=classes.stored,
         encoding={"class": type(encoding).__qualname__, **record()},
+        unlabeled_value=unlabeled_value,
     )

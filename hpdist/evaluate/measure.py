@@ -50,6 +50,7 @@ class Read:
     label_column: str
     kind: InputKind
     encoding: Encoding
+    unlabeled_value: Any = False
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def open_measured(
         rows, settings = data if isinstance(data, tuple) else (data, {})
         data = (rows, {**settings, **overrides})
     config, held = source_of(data, _WHERE, LabelColumn)
-    column = predictor.description.labels.column
+    labels = predictor.description.labels
     encoding = predictor.encoding or _encoding_of(predictor, config, held, loading)
-    read = Read(predictor.column, column, predictor.kind, encoding)
+    read = Read(predictor.column, labels.column, predictor.kind, encoding, labels.unlabeled_value)
     return open_test(config, read, predictor.spec, dataset=held, where=_WHERE, loading=loading)
 
 

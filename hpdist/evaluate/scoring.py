@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from hpdist.distributed.collectives import gathered
 from hpdist.engines.base import Engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import DataError, HpdistError, describe
+from hpdist.evaluate.row_outcomes import Who
 from hpdist.tasks import DEFAULT_TASK
 from hpdist.tasks.base import Task
 from hpdist.tasks.metrics import AnyScores, Meter
@@ -24,6 +26,7 @@ from hpdist.tasks.metrics import AnyScores, Meter
 __all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_both", "evaluating", "together"]
 
 T = TypeVar("T")
+Observer: TypeAlias = Callable[[LabeledBatch, Any, Tensor], None]
 
 
 class EvaluationError(HpdistError):
@@ -108,9 +111,10 @@ def _measure(
     views: Views,
     batches: Iterable[tuple[LabeledBatch, Tensor]],
     task: Task,
+    observe: Observer | None = None,
 ) -> tuple[AnyScores, int]:
     """The scores, and how many rows of all ranks they are over."""
-    meter, rows = together(lambda: _go_through(engine, views, batches, task))
+    meter, rows = together(lambda: _go_through(engine, views, batches, task, observe))
     count = sum(gathered(rows))
     if not count:
         error = DataError("not one row of the set that is measured on can be decoded")
@@ -120,7 +124,11 @@ def _measure(
 
 
 def _go_through(
-    engine: Engine, views: Views, batches: Iterable[tuple[LabeledBatch, Tensor]], task: Task
+    engine: Engine,
+    views: Views,
+    batches: Iterable[tuple[LabeledBatch, Tensor]],
+    task: Task,
+    observe: Observer | None,
 ) -> tuple[Meter, int]:
     """Collect what this rank's scores are made of, and count its rows."""
     device = engine.device
@@ -132,6 +140,8 @@ def _go_through(
         outputs = engine.infer(views.plain(batch.inputs))
         meter = meter or task.meter(outputs)
         meter.add(outputs, batch.labels, valid.to(device))
+        if observe is not None:
+            observe(batch, outputs, valid)
         rows += int(valid.sum())
     assert meter is not None
     return meter, rows
@@ -172,17 +182,24 @@ def evaluate_both(
     views: Views,
     batches: Callable[[], Iterable[tuple[LabeledBatch, Tensor]]],
     task: Task = DEFAULT_TASK,
+    observe: Callable[[Who, LabeledBatch, Any, Tensor], None] | None = None,
 ) -> Evaluation:
     """Measure teacher and student.
 
-    `batches` reads the set anew for each, so that no more than a batch is held. Collective; raises
-    as `evaluate` does.
+    `batches` reads the set anew for each, so that no more than a batch is held. `observe` is given
+    who predicts, each batch, its outputs and which of its rows count. Collective; raises as
+    `evaluate` does.
     """
-    student, rows = _measure(engine, views, batches(), task)
+
+    def measured(who: Who) -> tuple[AnyScores, int]:
+        own = None if observe is None else partial(observe, who)
+        return _measure(engine, views, batches(), task, own)
+
+    student, rows = measured("student")
     if teacher is None:
         return Evaluation(student, student, rows)
     with teacher.teacher_weights():
-        return Evaluation(_measure(engine, views, batches(), task)[0], student, rows)
+        return Evaluation(measured("teacher")[0], student, rows)
 
 
 def __getattr__(name: str) -> object:

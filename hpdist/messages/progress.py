@@ -33,6 +33,7 @@ _REFRESH = 0.5  # seconds between updates of a bar
 _UNSIZED = 80  # columns of a terminal that does not report its size
 
 _live: list[Work] = []  # of this process, the innermost last
+_mutes: list[object] = []  # of this process; while there is one, nothing is shown
 
 
 class Work:
@@ -109,6 +110,8 @@ class Work:
         wait = _QUIET
         try:
             while not self._ended.wait(wait):
+                if _mutes:
+                    continue
                 if _live[-1] is not self:  # an inner task shows its own progress
                     wait = _REFRESH
                 elif sys.stderr.isatty():
@@ -154,6 +157,17 @@ def working(
         work.end(well)
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Show nothing on stderr in the body, in any thread of this process."""
+    mark = object()
+    _mutes.append(mark)
+    try:
+        yield
+    finally:
+        _mutes.remove(mark)
+
+
 def make_bar(**settings: Any) -> Any:
     """A bar of tqdm on stderr, as wide as the terminal."""
     # Without the terminal's width tqdm would show nothing.
@@ -163,14 +177,16 @@ def make_bar(**settings: Any) -> Any:
 
 
 def columns() -> int | None:
-    """The width of the terminal; None if stderr is none."""
-    if not sys.stderr.isatty():
+    """The width of the terminal; None if stderr is none, or nothing is shown."""
+    if _mutes or not sys.stderr.isatty():
         return None
     return os.get_terminal_size(sys.stderr.fileno()).columns or _UNSIZED
 
 
 def print_line(line: str) -> None:
     """Print a line to stderr, above any bars."""
+    if _mutes:
+        return
     if sys.stderr.isatty():
         tqdm.write(line, file=sys.stderr)
     else:

@@ -16,7 +16,7 @@ class Log(Section):
     """Optimizer steps between records."""
     examples: int = Field(8, ge=0)
     """Rows of the first batch whose weak and strong views are written into the run folder's
-    `examples`; 0: none."""
+    `examples`, where the report also finds rows of the test set; 0: none of either."""
 
 
 class Tracker(Section):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpdist.errors import ConfigError
+from hpdist.tracking.row_examples import row_examples_html
 from hpdist.tracking.run_record import RunRecord, read_run
 
 __all__ = ["RunRecord", "read_run", "render", "write_report"]
@@ -76,7 +77,15 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 .wide { overflow-x: auto; } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd;
        text-align: left; vertical-align: top; } td { overflow-wrap: anywhere; min-width: 3.5rem; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
-.note { color: #666; }
+.note { color: #666; } h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
+.groups { display: grid; gap: 0 1rem;
+       grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }
+.groups .whole { grid-column: 1 / -1; } .rows figure { max-width: 340px; }
+.rows { display: flex; flex-wrap: wrap; gap: .8rem; }
+.rows img { width: auto; height: 112px; }
+.rows audio { width: 220px; height: 32px; display: block; }
+.rows pre { white-space: pre-wrap; max-height: 10rem; overflow: auto; margin: 0; padding: .4rem;
+       background: #f6f6f6; } .right { color: #1a7f37; } .wrong { color: #c5221f; }
 """
 
 
@@ -125,6 +134,7 @@ def _page(plot: Any, runs: Sequence[RunRecord]) -> str:
     ]
     if matrices:
         parts.append(f'<h2>Confusion matrices</h2><div class="charts">{"".join(matrices)}</div>')
+    parts += [row_examples_html(run.rows, run.name) for run in runs if run.rows is not None]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -81,10 +81,11 @@ class RunFolder:
         """
         if not self.main:
             return
-        temporary = self.path / f".{name}.tmp"
+        file = self.path / name
+        temporary = file.with_name(f".{file.name}.tmp")
         try:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path / name)
+            os.replace(temporary, file)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from error

@@ -17,6 +17,8 @@ import yaml
 from hpdist.config.section import flat
 from hpdist.errors import ConfigError
 from hpdist.messages.redaction import redacted_settings
+from hpdist.tracking.row_examples import FILE as ROWS_FILE
+from hpdist.tracking.row_examples import RowExamples
 from hpdist.tracking.run_folder import CHANGES, TASK
 
 T = TypeVar("T")
@@ -73,6 +75,8 @@ class RunRecord:
     """PNG of examples of views."""
     texts: str | None = None
     """Examples of rows that are not pictures."""
+    rows: RowExamples | None = None
+    """Rows of a measured set that are worth a look."""
     notes: Sequence[str] = ()
     """Parts that could not be read."""
 
@@ -139,6 +143,7 @@ def read_run(folder: Path) -> RunRecord:
         classes,
         _read(folder / _FOLDER / "views.png", _png, None, notes, missing=True),
         _read(folder / _FOLDER / "views.txt", _text, None, notes, missing=True),
+        _read(folder / ROWS_FILE, RowExamples.of, None, notes, missing=True),
         notes,
     )
 

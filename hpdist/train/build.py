@@ -138,10 +138,11 @@ def plan_run(config: RunConfig) -> RunPlan:
     config = config.model_copy(update={"loss_scale": sharding.loss_scale})
     algorithm = compose(config)  # only for its properties; the one that trains knows the classes
     uses_unlabeled = algorithm.views.uses_unlabeled
-    if uses_unlabeled and config.data.unlabeled is None:
+    if uses_unlabeled and config.data.unlabeled_rows is None:
         raise ConfigError(
             f"data.unlabeled is missing: algorithm {config.algorithm.name} learns from "
-            "unlabelled rows"
+            "unlabelled rows; where they stand in the labelled table, set "
+            "data.labeled.unlabeled_value"
         )
     _check_stored_labels(config, algorithm)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

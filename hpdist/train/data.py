@@ -53,7 +53,7 @@ class RunData:
         self.num_classes = sets.num_classes
         self.unlabeled_rows = sets.unlabeled_rows
         """The number of unlabelled rows, if it is known."""
-        source, batch = self.config.data.unlabeled, self.config.batch
+        source, batch = self.config.data.unlabeled_rows, self.config.batch
         self._bad = BadRows(rank, None if source is None else source.max_bad_rows)
         for name, ids in sets.unreadable.items():
             self._bad.note_named(name, ids)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.config.component import IN_PYTHON, Component, components
 from hpdist.config.section import Section
+from hpdist.data.sources.arrays import INPUT, LABEL, array_table, is_array
 from hpdist.data.sources.in_memory import DICTS, IN_MEMORY, ROWS, kind_of_value, table_of
 from hpdist.errors import ConfigError
 from hpdist.train.checks import check_given_model
@@ -162,6 +163,10 @@ def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Compone
 def rows_given(name: str, value: Any, objects: InMemoryInputs) -> dict[str, Any]:
     """Return the settings of a set, however it was given; rows in memory go into `objects`."""
     columns: Mapping[str, Any] = {}
+    if isinstance(value, tuple) and len(value) in (2, 3) and all(map(is_array, value[:2])):
+        columns = {} if len(value) == 2 else value[2]
+        own = {} if hasattr(value[0], "columns") else {"input": INPUT}
+        value = (array_table(name, *value[:2]), {"label": LABEL, **own, **columns})
     if isinstance(value, tuple):
         if len(value) != 2 or not isinstance(value[1], Mapping):
             raise ConfigError(f"{name}: must be {ROWS}, not a tuple of {len(value)}")

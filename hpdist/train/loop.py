@@ -341,6 +341,7 @@ class RunLoop:
         self.guard.heartbeat(step.applied_steps, "writing the model")
         self.model_saving.finish()
         summary |= self.records.of_run(run_on_main(lambda: self.log.seconds))  # alike on all ranks
+        self.measuring.write_examples(self.log)
         call_on_all_ranks(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary
 

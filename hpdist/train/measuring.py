@@ -12,9 +12,11 @@ from torch import Tensor
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.distributed.collectives import world_size
+from hpdist.evaluate.row_outcomes import RowOutcomes
 from hpdist.evaluate.scoring import Evaluation, evaluate_both
 from hpdist.messages.progress import Work, working
 from hpdist.train.data import RunData
+from hpdist.train.row_examples import gather_outcomes, make_examples
 from hpdist.train.run_log import RunLog
 from hpdist.train.state import RunState
 from hpdist.train.step import SemiSupervisedStep
@@ -39,14 +41,39 @@ class Measuring:
         self.name = "validation" if data.validation else "test"
         self.rows = data.validation or data.test
         """The set for evaluations during the training, if there is one."""
+        self._outcomes: RowOutcomes | None = None  # of the rows that the report shows some of
 
-    def evaluate(self, rows: LabeledRows) -> Evaluation:
-        """Evaluate teacher and student on all rows of a set. Collective."""
+    def evaluate(self, rows: LabeledRows, observe: Any = None) -> Evaluation:
+        """Evaluate teacher and student on all rows of a set. Collective.
+
+        `observe` is that of `evaluate_both`.
+        """
         step, data = self._step, self._data
         passes = 1 if step.teacher is None else 2
         with working(f"evaluating {rows.name}", passes * len(rows), "rows") as work:
             batches = partial(_counted, partial(data.evaluation_batches, rows), work)
-            return evaluate_both(step.engine, step.teacher, data.views, batches, data.task)
+            return evaluate_both(step.engine, step.teacher, data.views, batches, data.task, observe)
+
+    def _observer(self, rows: LabeledRows) -> Any:
+        """Collect the outcomes of rows, in the last evaluation of the set that the report shows."""
+        data = self._data
+        wanted = data.config.log.examples and data.task.rows_have_a_class
+        if not wanted or rows is not (data.test or data.validation):
+            return None
+        if self._step.applied_steps < data.config.steps:
+            return None
+        self._outcomes = RowOutcomes()
+        return self._outcomes.add
+
+    def write_examples(self, log: RunLog) -> None:
+        """Write the rows that are worth a look, if the last evaluation found any. Collective."""
+        data, outcomes = self._data, self._outcomes
+        rows = data.test or data.validation
+        if outcomes is None or outcomes.is_empty or rows is None:
+            return
+        table = gather_outcomes(outcomes, len(rows.classes))
+        name = "test" if data.test else "validation"
+        log.row_examples(lambda: make_examples(name, table, rows, data.spec, data.views))
 
     def measure(self, log: RunLog) -> dict[str, float]:
         """Evaluate during the training, for the record of this step. Collective."""
@@ -54,7 +81,7 @@ class Measuring:
         if rows is None:
             return {}
         start = time.monotonic()
-        measured = self.evaluate(rows)
+        measured = self.evaluate(rows, self._observer(rows))
         log.leave_out(time.monotonic() - start)
         self._latest = (self.name, done, measured)
         log.confusions(done, {self.name: measured.confusion(rows.classes.names)})
@@ -77,7 +104,10 @@ class Measuring:
             if rows is not None:
                 latest = self._latest
                 now = latest is not None and latest[:2] == (name, self._step.applied_steps)
-                measured = latest[2] if latest and now else self.evaluate(rows)
+                if latest and now:
+                    measured = latest[2]
+                else:
+                    measured = self.evaluate(rows, self._observer(rows))
                 summary |= measured.summary(name)
                 summary |= {f"{name}/{k}": v for k, v in _counts(rows, measured).items()}
                 confusions[name] = measured.confusion(rows.classes.names)

@@ -155,7 +155,7 @@ class ModelSaving:
             outputs=sets.output_size,
             heads=self._heads(),
             task=config.task.model_dump(mode="json"),
-            labels=describe_labels(labeled.label_column, labeled.encoding),
+            labels=describe_labels(labeled.label_column, labeled.encoding, labeled.unlabeled_value),
             views=config.views.model_dump(mode="json"),
             inputs=InputFacts(
                 kind=sets.spec.kind,

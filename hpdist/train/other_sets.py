@@ -53,10 +53,11 @@ def open_unlabeled_set(
 ) -> AnyUnlabeled:
     """Open the unlabelled set; the main process finds its files for all. Collective.
 
+    Where it is the labelled table's rows without a label, `source` and `dataset` are that table's.
     Raises DataError or ConfigError, the same on every rank.
     """
-    found = None
-    if dataset is None:
+    found, ids = None, labeled.unlabeled_ids
+    if dataset is None and ids is None:
 
         def scan() -> DatasetIndex:
             recorded = folder.read_json(_FILES, are_records) if resumed else None
@@ -70,8 +71,10 @@ def open_unlabeled_set(
             spec,
             dataset=dataset,
             found=found,
+            where="data.unlabeled" if ids is None else "data.labeled",
             loading=loading,
             seed=seed,
+            ids=ids,
         )
     )
     if isinstance(rows, SequentialRows) and folder.main:

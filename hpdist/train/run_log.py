@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
@@ -15,6 +15,8 @@ from hpdist.tasks.base import TaskConfig
 from hpdist.tracking.console import Console
 from hpdist.tracking.environment import environment
 from hpdist.tracking.examples import write_examples
+from hpdist.tracking.row_examples import FILE as ROWS_FILE
+from hpdist.tracking.row_examples import RowExamples
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.tracking.tracker import Tracker
 from hpdist.train.config import RunConfig
@@ -171,6 +173,17 @@ class RunLog:
             why = f"{type(error).__name__}: {error}"
             self.log_line(f"note: no examples of the views: {why}; log.examples: 0 leaves them out")
         self.leave_out(time.monotonic() - start)
+
+    def row_examples(self, make: Callable[[], RowExamples]) -> None:
+        """Write rows that are worth a look; a failure has no other consequence."""
+        if not (self._files and self._folder.main):
+            return
+        try:
+            (self._folder.path / ROWS_FILE).parent.mkdir(parents=True, exist_ok=True)
+            self._folder.write_json(ROWS_FILE, make().to_json(), indent=None)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            self.log_line(f"note: no examples of rows: {why}; log.examples: 0 leaves them out")
 
     def log_line(self, line: str) -> None:
         """Print a line."""

@@ -140,15 +140,16 @@ def open_sets(
     labeled = first.labeled
     unlabeled: AnyUnlabeled | None = None
     data, seed = first.config.data, config.run.seed
-    if uses_unlabeled and data.unlabeled is not None:
+    source = data.unlabeled_rows if uses_unlabeled else None
+    if source is not None:
         unlabeled = open_unlabeled_set(
-            data.unlabeled,
+            source,
             unlabeled_spec(first.config.views, first.spec),
             labeled,
             folder,
             loading=data.loading,
             seed=seed,
-            dataset=objects.unlabeled,
+            dataset=objects.labeled if data.labeled.marks_unlabeled else objects.unlabeled,
             resumed=resumed,
         )
     stored = None

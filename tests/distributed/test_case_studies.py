@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -49,6 +52,44 @@ def test_half_precision_weights_say_what_fp32_ones_do(tmp_path: Path) -> None:
         assert 0 < found[name].apart < apart
         assert found[name].bytes * 2 == found["fp32"].bytes
     assert found["fp32"].accuracy > 0.8
+
+
+def test_the_commands_train_evaluate_convert_and_compare(tmp_path: Path) -> None:
+    """The sequence of docs/half-precision.md, with fewer steps."""
+
+    def hpdist(*arguments: str) -> str:
+        command = [sys.executable, "-m", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(case_studies.CONFIGS.parent)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    config = str(case_studies.CONFIGS / "case_classification.yaml")
+    hpdist("hpdist.data.samples.synthetic", "demo/tables")
+    hpdist("hpdist", "train", config, "--steps=100", "--tracker.name=none")
+    run = tmp_path / "runs/case_classification"
+    summary = json.loads((run / "summary.json").read_text())
+
+    hpdist("hpdist", "evaluate", str(run), "--precision", "fp32")
+    first = json.loads((run / "evaluation.json").read_text())["results"]
+    assert list(first) == ["fp32"]
+    text = hpdist("hpdist", "evaluate", str(run), "--precision", "fp32,fp16,bf16")
+    again = json.loads((run / "evaluation.json").read_text())["results"]
+    assert [name for name in again if re.search(f"^{name} ", text, re.MULTILINE)] == list(again)
+
+    full = again["fp32"]
+    assert full["scores"] == first["fp32"]["scores"]
+    assert full["scores"]["accuracy"] == pytest.approx(summary["test/accuracy"], abs=1e-9)
+    assert full["scores"]["accuracy"] > 0.8
+    assert full["bytes"] == 4 * (11 * 500 + 501 * 2)  # one hidden layer of 500
+    for name, difference in (("fp16", 5e-2), ("bf16", 0.5)):
+        half = again[name]
+        assert half["scores"]["accuracy"] == pytest.approx(full["scores"]["accuracy"], abs=0.02)
+        assert half["agreement"] > 0.98
+        assert 0 < half["largest_difference"] < difference
+        assert 2 * half["bytes"] == full["bytes"]
 
 
 def test_a_window_is_the_mean_of_the_last_steps() -> None:

@@ -7,6 +7,7 @@ Behind the end of a shorter sound it is NaN, so that a batch holds how long each
 from __future__ import annotations
 
 import io
+import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -55,10 +56,9 @@ class Sampling:
         data = stored_bytes(value, "sound", limits)
         if not data:
             raise ValueError("it holds no bytes")
-        wave = self._resampled(*self._read(data, limits))  # [any]
-        wave = wave[: self.samples]
-        out[: len(wave)] = wave
-        out[len(wave) :] = np.nan
+        samples = self._resampled(*self._read(data, limits))[: self.samples]
+        out[: len(samples)] = samples
+        out[len(samples) :] = np.nan
 
     def _read(self, data: bytes, limits: Limits) -> tuple[Array, int]:
         """The beginning of a file, as much as a row holds: float32 [samples], and its rate."""
@@ -80,21 +80,21 @@ class Sampling:
             raise ValueError(f"it is no sound file: {error.error_string}") from error
         if not len(channels):
             raise ValueError("it holds no samples")
-        wave: Array = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
-        if not np.isfinite(wave).all():
+        mono: Array = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+        if not np.isfinite(mono).all():
             raise ValueError("it holds NaN or infinity")
-        return wave, rate
+        return mono, rate
 
-    def _resampled(self, wave: Array, rate: int) -> Array:
+    def _resampled(self, samples: Array, rate: int) -> Array:
         if rate == self.rate:
-            return wave
+            return samples
         from scipy.signal import resample_poly
 
         ratio = Fraction(self.rate, rate).limit_denominator(_LARGEST_FACTOR)
         up, down = ratio.numerator, ratio.denominator
         if not up:
             raise ValueError(f"its sampling rate, {rate} Hz, is too far from {self.rate} Hz")
-        resampled: Array = resample_poly(wave, up, down, window=_low_pass(max(up, down)))
+        resampled: Array = resample_poly(samples, up, down, window=_low_pass(max(up, down)))
         return resampled.astype(np.float32)
 
 
@@ -107,6 +107,17 @@ def length_of(value: Any) -> float | None:
             return float(file.frames / file.samplerate)
     except (ValueError, OSError, soundfile.LibsndfileError):  # named when it is decoded
         return None
+
+
+def wav_file(samples: Array, rate: int) -> bytes:
+    """Write one channel of samples in [-1, 1], float32 [samples], as a WAV file of 16 bits."""
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).round().astype("<i2").tobytes())
+    return stream.getvalue()
 
 
 @cache

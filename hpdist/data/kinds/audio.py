@@ -11,8 +11,9 @@ from typing import Any, ClassVar, cast
 import datasets
 import numpy as np
 from pydantic import ValidationError
+from torch import Tensor
 
-from hpdist.data.decode.audio import AudioSpec, Sampling, length_of
+from hpdist.data.decode.audio import AudioSpec, Sampling, length_of, wav_file
 from hpdist.data.decode.encoded import is_elsewhere
 from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
@@ -117,6 +118,11 @@ class AudioKind(InputKind):
             "waveforms of different lengths do not",
             "set views.spectrogram: true, or choose",
         )
+
+    def sound_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
+        """Give one row, [1, samples], as a WAV file of 16 bits, up to its end."""
+        samples = cast(Tensor, rows)[0]
+        return wav_file(samples[~samples.isnan()].numpy(), cast(AudioSpec, spec).sampling.rate)
 
     def draw(self, spec: InputSpec, rows: Structure, shown: Mapping[str, Structure]) -> Cells:
         """Show spectrograms or waveforms."""

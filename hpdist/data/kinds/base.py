@@ -280,6 +280,10 @@ class InputKind:
             return changes_refused(algorithm, f"{self.held}, which are tensors by name, do not")
         return None
 
+    def sound_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
+        """Give one decoded row, [1, *], as a WAV file, where it can be heard."""
+        return None
+
     def draw(
         self, spec: InputSpec, rows: Structure, shown: Mapping[str, Structure]
     ) -> list[list[Image.Image]] | list[str]:

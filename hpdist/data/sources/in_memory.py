@@ -7,14 +7,15 @@ from typing import Any
 
 import datasets
 
+from hpdist.data.sources.arrays import array_table, is_array
 from hpdist.errors import ConfigError
 
 IN_MEMORY = "(given in Python)"
 """The path of a set that was given in Python."""
 ROWS = (
-    "a datasets.Dataset or IterableDataset, a pandas.DataFrame, a list of rows (dicts), a path, or "
-    "settings such as {'path': 'parquet', 'data_files': 'rows.parquet'}; rows may come with "
-    "settings, as (rows, {'input': 'image'})"
+    "a datasets.Dataset or IterableDataset, a pandas.DataFrame, a list of rows (dicts), arrays of "
+    "inputs and labels as (X, y), a path, or settings such as {'path': 'parquet', 'data_files': "
+    "'rows.parquet'}; rows may come with settings, as (rows, {'input': 'image'})"
 )
 DICTS = (datasets.DatasetDict, datasets.IterableDatasetDict)
 
@@ -31,6 +32,8 @@ def table_of(name: str, value: Any) -> Any:
         return next(iter(value.values()))
     if isinstance(value, (datasets.Dataset, datasets.IterableDataset)):
         return value
+    if is_array(value) and not hasattr(value, "columns"):
+        return array_table(name, value)
     try:
         if type(value).__module__.partition(".")[0] == "pandas":
             return datasets.Dataset.from_pandas(value, preserve_index=False)

@@ -43,6 +43,7 @@ from hpdist.data.sources.loading import (
     same_column,
     same_input,
 )
+from hpdist.data.sources.unlabeled_value import describe_split, without_value
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.reader import Reader, Rows
@@ -107,6 +108,10 @@ class LabeledRows(TableRows):
     """What was decided about the rows that a person should know."""
     kind: InputKind = DEFAULT_KIND
     """What finds the column; every other set's column is of this kind too."""
+    unlabeled_value: Any = False
+    """What marks a row without a label, where the settings name that."""
+    unlabeled_ids: Int64Array | None = None
+    """[rows], the split's rows without a label, ascending, where they are the unlabelled set."""
 
     @property
     def classes(self) -> Classes:
@@ -200,14 +205,17 @@ def open_labeled(
     label = label_column(features, config.label, where)
     column = kind.find_columns(features, config.input or column, where, label)
     stored = read_labels(table, label, where, name)
-    encoding = labels.find_encoding(stored, num_classes, classes)
+    read = without_value(stored, config.unlabeled_value)
+    encoding = labels.find_encoding(read, num_classes, classes)
     given = chosen if chosen is not None else config.indices
     setting = f"{where}.indices" if chosen is None else f"{where}: the recorded choice of rows"
     check_indices(given, len(table), setting)
-    unlabeled = encoding.unlabeled(stored)
+    unlabeled = encoding.unlabeled(read)
     check_labeled(given, stored, unlabeled, setting)
     usable, notes = with_labels(stored, unlabeled)
-    encoded = encoding.encode(stored, usable if given is None else given)
+    if config.marks_unlabeled:
+        notes = describe_split(stored, unlabeled, config.unlabeled_value)
+    encoded = encoding.encode(read, usable if given is None else given)
     numbers = encoding.class_numbers(encoded)
     drawn = (
         draw_rows(config, stored, numbers, usable, encoding.classes, seed)
@@ -229,6 +237,8 @@ def open_labeled(
         encoding.class_numbers(used),
         tuple(notes),
         kind,
+        config.unlabeled_value,
+        np.flatnonzero(unlabeled) if config.marks_unlabeled else None,
         rule=rule,
     )
 
@@ -256,6 +266,11 @@ class ReadAs(Protocol):
         """How labels are read."""
         ...
 
+    @property
+    def unlabeled_value(self) -> Any:
+        """What marks a row without a label, where the settings name that; else False."""
+        ...
+
 
 def open_test(
     config: LabelColumn,
@@ -281,12 +296,13 @@ def open_test(
     check_order(column, like.column, where)
     kind_named(spec.kind).check_columns(spec, features, column, where)
     stored = read_labels(table, label, where, name)
+    read = without_value(stored, like.unlabeled_value)
     encoding = like.encoding
-    checked = encoding.check(stored)
-    usable, notes = with_labels(stored, encoding.unlabeled(stored))
+    checked = encoding.check(read)
+    usable, notes = with_labels(stored, encoding.unlabeled(read))
     notes += checked
     ids = np.asarray(usable, np.int64)
-    labels = take_rows(encoding.encode(stored, usable), ids)
+    labels = take_rows(encoding.encode(read, usable), ids)
     notes += encoding.describe(labels, where, training=False)
     view = raw_view(table, names_of(column))
     rows = LabeledRows(

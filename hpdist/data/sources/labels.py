@@ -71,21 +71,27 @@ def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], 
     if len(rows) == count:
         return rows, []
     first = int(unlabeled.argmax())
-    marks = dict.fromkeys(_mark(stored.values[row]) for row in np.flatnonzero(unlabeled).tolist())
+    marks = marks_of(stored, unlabeled)
     if not rows:
         raise DataError(
             f"{stored.name}: no row has a label in column {stored.column!r}: all {count} are "
-            f"marked as unlabelled ({shortened(list(marks))}); name the column of labels in "
+            f"marked as unlabelled ({marks}); name the column of labels in "
             f"{stored.where}.label, or label some rows"
         )
     written = any(isinstance(stored.values[row], (str, bytes)) for row in rows[:1])
     way = "give it a name" if written else "write the labels as text"
-    class_way = f"; where -1 is a class, {way}" if "-1" in marks else ""
+    class_way = f"; where -1 is a class, {way}" if "-1" in marks.split(", ") else ""
     return rows, [
         f"{stored.where}: {len(rows)} of {count} rows have a label in column {stored.column!r}; "
-        f"the others ({shortened(list(marks))}; the first is {stored.describe(first)}) are passed "
+        f"the others ({marks}; the first is {stored.describe(first)}) are passed "
         f"over as unlabelled{class_way}"
     ]
+
+
+def marks_of(stored: StoredLabels, unlabeled: BoolArray) -> str:
+    """Name what marks rows as unlabelled, for messages."""
+    marked = np.flatnonzero(unlabeled).tolist()
+    return shortened(list(dict.fromkeys(_mark(stored.values[row]) for row in marked)))
 
 
 def _mark(value: Any) -> str:
@@ -94,6 +100,8 @@ def _mark(value: Any) -> str:
         return "-1" if any(map(is_minus_one, value)) else "null"
     if is_minus_one(value):
         return "-1"
+    if not is_mark(value):
+        return repr(value)
     return "an empty text" if isinstance(value, (str, bytes)) else "null"
 
 

@@ -44,6 +44,7 @@ from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, ParquetR
 from hpdist.data.stream.functions import RowFunctions, row_functions
 from hpdist.data.stream.index import Index, build_index, split_files
 from hpdist.data.stream.parquet import ParquetReader
+from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.row_files import RowFiles
 from hpdist.errors import DataError, one_line
 
@@ -98,12 +99,16 @@ def open_unlabeled(
     found: DatasetIndex | None = None,
     loading: Loading | None = None,
     seed: int = 0,
+    ids: Int64Array | None = None,
 ) -> AnyUnlabeled:
     """Open the unlabelled rows; an `IterableDataset`, or `streaming: true`, gives a stream.
 
-    `found` is what `survey` gave; `seed` draws the rows of a long-tailed set. Raises DataError when
-    anything is not as the config says, or none of the first rows fits `spec`.
+    `found` is what `survey` gave; `seed` draws the rows of a long-tailed set; `ids` are rows of a
+    table that are used in place of all, int64 [rows]. Raises DataError when anything is not as the
+    config says, or none of the first rows fits `spec`.
     """
+    if ids is not None:
+        return _open_unlabeled_table(config, like, spec, dataset, where, seed, loading, ids)
     if dataset is not None:
         if isinstance(dataset, datasets.IterableDataset):
             if config.imbalance is not None:
@@ -212,12 +217,15 @@ def _open_unlabeled_table(
     where: str,
     seed: int,
     loading: Loading | None,
+    chosen: Int64Array | None = None,
 ) -> UnlabeledTable:
     needed = () if config.input else names_of(like.column)
     table, name, rule = open_table(config, dataset, where, needed, loading)
     column, columns, functions = _columns(config, table.features, like, spec, where, rule)
     view = raw_view(table, columns)
-    ids, notes = rows_used(config, table, like, seed, where, name)
+    ids, notes = chosen, []
+    if ids is None:
+        ids, notes = rows_used(config, table, like, seed, where, name)
     rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes), rule=rule)
     first = ids[:TRIED].tolist()
     try:

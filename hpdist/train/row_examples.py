@@ -1,0 +1,116 @@
+"""Writes the rows of a run's measured set that are worth a look, for its report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hpdist.data.decode.spec import InputSpec
+from hpdist.data.kinds import kind_named
+from hpdist.data.sources.labeled import LabeledRows
+from hpdist.data.structures import Structure, narrow
+from hpdist.data.views import Views
+from hpdist.distributed.collectives import gathered
+from hpdist.evaluate.row_outcomes import (
+    CONFIDENT,
+    DISAGREE,
+    UNSURE,
+    WRONG,
+    Group,
+    OutcomeTable,
+    RowOutcomes,
+    choose_rows,
+)
+from hpdist.tracking.row_examples import RowExamples, RowGroup, ShownRow
+
+_LONGEST = 600  # characters of a text
+_TITLES = {
+    CONFIDENT: "Most confident: class {}",
+    UNSURE: "Least confident: class {}",
+    DISAGREE: "Teacher and student disagree",
+    WRONG: "The teacher is wrong, the most confident first",
+}
+
+
+def gather_outcomes(outcomes: RowOutcomes, classes: int) -> OutcomeTable:
+    """Give the rows of all ranks that any group may have. Collective."""
+    table = outcomes.table()
+    chosen = choose_rows(table, classes)
+    kept = sorted({int(row) for rows in chosen.values() for row in rows})
+    return OutcomeTable.join(gathered(table.take(np.array(kept, np.int64))))
+
+
+def make_examples(
+    name: str, table: OutcomeTable, rows: LabeledRows, spec: InputSpec, views: Views
+) -> RowExamples:
+    """Read the chosen rows of a set again, and make what is shown of them.
+
+    Raises DataError where one cannot be read.
+    """
+    names = rows.classes.names
+    chosen = choose_rows(table, len(names))
+    groups = [
+        RowGroup(_title(group, names), [_shown(table, int(place), rows) for place in places])
+        for group, places in chosen.items()
+    ]
+    ids = sorted({row.id for group in groups for row in group.rows}, key=int)
+    media = {}
+    for row in ids:
+        values = rows.read_split([int(row)])
+        decoded = spec.decode_rows(values, [int(row)], rows.name, rows.describe)
+        media[row] = _make_media(spec, views, values[0], decoded)
+    return RowExamples(name, groups, media)
+
+
+def _title(group: Group, names: tuple[str, ...]) -> str:
+    kind, number = group
+    return _TITLES[kind].format("" if number is None else names[number])
+
+
+def _shown(table: OutcomeTable, place: int, rows: LabeledRows) -> ShownRow:
+    names = rows.classes.names
+    label, teacher, student = (
+        names[int(column[place])] for column in (table.labels, table.teacher, table.student)
+    )
+    row = int(table.ids[place])
+    return ShownRow(
+        str(row), rows.describe(row), label, teacher, student, float(table.confidence[place])
+    )
+
+
+def _make_media(spec: InputSpec, views: Views, value: Any, rows: Structure) -> dict[str, str]:
+    """Make what is shown of one row, by its stored value and as it was decoded, [1, *].
+
+    It is text where that is stored; else a picture, with the sound that it is of, or lines.
+    """
+    text = _text_of(value)
+    if text is not None:
+        return {"text": text[:_LONGEST]}
+    kind = kind_named(spec.kind)
+    plain = views.plain(narrow(rows, 0, 1))
+    drawn = kind.draw(spec, rows, {"value": plain})
+    if isinstance(drawn[0], str):
+        return {"text": "\n".join(map(str, drawn))[:_LONGEST]}
+    found = {"picture": _png(drawn[0][0])}
+    wave = kind.sound_file(spec, rows)
+    return found if wave is None else found | {"sound": base64.b64encode(wave).decode()}
+
+
+def _text_of(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    texts = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
+        return "\n".join(texts)
+    return None
+
+
+def _png(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode()
