@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
     from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, TableViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
+    from hpdist.evaluate.load import load
+    from hpdist.evaluate.predictor import Predictor
     from hpdist.models.with_heads import with_heads
     from hpdist.train.algorithm_state import whole_state
     from hpdist.train.config import RunConfig
@@ -38,6 +40,7 @@ __all__ = [
     "ImageViewsConfig",
     "LabeledBatch",
     "PrecisionError",
+    "Predictor",
     "RunConfig",
     "SemiSupervisedStep",
     "StepOutcome",
@@ -47,6 +50,7 @@ __all__ = [
     "UnlabeledBatch",
     "__version__",
     "global_batch_norm",
+    "load",
     "whole_state",
     "with_heads",
 ]
@@ -60,6 +64,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "IdentityViewsConfig": "hpdist.data.views",
     "ImageViewsConfig": "hpdist.data.views",
     "LabeledBatch": "hpdist.data.batch",
+    "Predictor": "hpdist.evaluate.predictor",
     "RunConfig": "hpdist.train.config",
     "SemiSupervisedStep": "hpdist.train.step",
     "StepOutcome": "hpdist.train.step",
@@ -68,6 +73,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "Trainer": "hpdist.train.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
     "global_batch_norm": "hpdist.distributed.batch_norm",
+    "load": "hpdist.evaluate.load",
     "whole_state": "hpdist.train.algorithm_state",
     "with_heads": "hpdist.models.with_heads",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hpdist.cli import algorithms, configs, convert, plan, preflight, report, train
+from hpdist.cli import algorithms, configs, convert, evaluate, plan, preflight, report, train
 from hpdist.cli.arguments import Parser, split_settings
 from hpdist.cli.commands import Command
 from hpdist.cli.output import let_rank_0_speak, report_error
@@ -19,6 +19,7 @@ from hpdist.version import __version__
 
 _COMMANDS: dict[str, Command] = {
     "train": train,
+    "evaluate": evaluate,
     "convert": convert,
     "preflight": preflight,
     "plan": plan,

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
@@ -110,6 +110,9 @@ class PythonComponent(Component):
     features: str | None = None
     """The submodule whose output the features are, for algorithms with their own heads; by default
     the input of the last linear layer."""
+    save: Literal["full", "half", "none"] = "full"
+    """What the run folder's `model/` holds: the weights in fp32, in the run's half precision, or
+    nothing, where there is none."""
     args: dict[str, Any] = Field({})
     """Keyword arguments, passed as they are."""
 

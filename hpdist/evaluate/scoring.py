@@ -21,7 +21,7 @@ from hpdist.tasks import DEFAULT_TASK
 from hpdist.tasks.base import Task
 from hpdist.tasks.metrics import AnyScores, Meter
 
-__all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_both", "evaluating"]
+__all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_both", "evaluating", "together"]
 
 T = TypeVar("T")
 
@@ -110,13 +110,13 @@ def _measure(
     task: Task,
 ) -> tuple[AnyScores, int]:
     """The scores, and how many rows of all ranks they are over."""
-    meter, rows = _together(lambda: _go_through(engine, views, batches, task))
+    meter, rows = together(lambda: _go_through(engine, views, batches, task))
     count = sum(gathered(rows))
     if not count:
         error = DataError("not one row of the set that is measured on can be decoded")
         error.everywhere = True
         raise error
-    return _together(meter.result), count
+    return together(meter.result), count
 
 
 def _go_through(
@@ -137,7 +137,7 @@ def _go_through(
     return meter, rows
 
 
-def _together(function: Callable[[], T]) -> T:
+def together(function: Callable[[], T]) -> T:
     """Call a function on every rank; what it raises on any, such as a lack of memory, all raise.
 
     Collective. Where it communicates itself (a forward under ZeRO-3, a metric of torchmetrics) and

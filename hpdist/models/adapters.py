@@ -74,6 +74,24 @@ def add_adapters(model: nn.Module, config: Lora, fresh: Iterable[str]) -> None:
         parameter.requires_grad_(True)
 
 
+def merge_adapters(model: nn.Module) -> None:
+    """Add the product of every adapter's factors to the layer that it adapts, and remove it.
+
+    The layers keep their names, so the model is one without adapters again. In place; a model that
+    has none is left alone, whether peft is there or not.
+    """
+    adapted = [
+        (name, module)
+        for name, module in model.named_modules()
+        if callable(getattr(module, "get_base_layer", None)) and hasattr(module, "merge")
+    ]
+    for name, module in adapted:
+        layer: Any = module
+        layer.merge()
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, layer.get_base_layer())
+
+
 def _require_peft() -> Any:
     try:
         import peft

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -40,6 +40,9 @@ class ModelConfig(Component):
     features: str | None = None
     """The submodule whose output the features are, for algorithms with their own heads; by default
     the input of the last linear layer."""
+    save: Literal["full", "half", "none"] = "full"
+    """What the run folder's `model/` holds: the weights in fp32, in the run's half precision, or
+    nothing, where there is none."""
 
     def build(self, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Make the model for inputs of a shape (without the batch) and a number of classes."""

@@ -43,6 +43,26 @@ def checkpoint_pixels(path: str, revision: str | None, setting: str) -> Pixels:
 
     `path` is a folder or an id of the Hub; `setting` is for messages. Raises ConfigError.
     """
+    found = _find_processor(path, revision, setting)
+    if found is None:
+        return Pixels(f"{path} holds no {_FILES[1]}")
+    values, name = found
+    return _of_processor(values, f"{name} of {path}")
+
+
+def read_processor(path: str, revision: str | None, setting: str) -> Mapping[str, Any] | None:
+    """Read the settings of a checkpoint's image processor or feature extractor, if there is one.
+
+    Raises as `checkpoint_pixels` does.
+    """
+    found = _find_processor(path, revision, setting)
+    return None if found is None else found[0]
+
+
+def _find_processor(
+    path: str, revision: str | None, setting: str
+) -> tuple[Mapping[str, Any], str] | None:
+    """The settings in a checkpoint's file of its processor, and the name of that file."""
     require_transformers(setting)
     from transformers.utils.hub import cached_file
 
@@ -57,8 +77,8 @@ def checkpoint_pixels(path: str, revision: str | None, setting: str) -> Pixels:
             if name == _FILES[0]:
                 values = values.get("image_processor")
             if values is not None:
-                return _of_processor(values, f"{name} of {path}")
-    return Pixels(f"{path} holds no {_FILES[1]}")
+                return values, name
+    return None
 
 
 def _of_processor(values: Mapping[str, Any], source: str) -> Pixels:

@@ -71,6 +71,12 @@ class WithHeads(nn.Module):
         self.predicts = predicts
         self._features = features
 
+    @property
+    def last_layer(self) -> nn.Module | None:
+        """The layer whose input the features are; None where they are the output of another one."""
+        place = self._features
+        return self.model.get_submodule(place.module) if place.given else None
+
     def forward(self, inputs: Structure) -> Any:
         """Outputs by name in training, else the model's own."""
         if not self.training and self.predicts is None:

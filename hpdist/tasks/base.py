@@ -25,7 +25,8 @@ from hpdist.errors import ConfigError
 from hpdist.tasks.metrics import Meter
 
 if TYPE_CHECKING:  # what reads labels imports `datasets`, which a config alone does not need
-    from hpdist.data.sources.classes import StoredLabels
+    from hpdist.data.decode.encoded import Array
+    from hpdist.data.sources.classes import Classes, StoredLabels
     from hpdist.data.sources.label_encoding import Encoding
 
 PREDICTIONS = "predictions"
@@ -104,6 +105,22 @@ class Task:
         Raises DataError where the column does not fit the task.
         """
         raise NotImplementedError(f"{type(self).__name__} must define find_encoding()")
+
+    def recorded_encoding(
+        self, classes: Classes, facts: Mapping[str, Any], state: Mapping[str, Array]
+    ) -> Encoding | None:
+        """Make the encoding of a trained model again, without the labelled rows.
+
+        Args:
+            classes: The encoding's classes.
+            facts: Under `class` the name of the encoding's class, and what its method `record`
+                gave, if it has one.
+            state: The encoding's state.
+
+        By default None: a set that is measured on is then read by `find_encoding`, with the names
+        of the classes, and must have the same ones.
+        """
+        return None
 
     def fitted(self, encoding: Encoding) -> Task:
         """Give the task for labels that were read so: itself, unless it goes by their scale."""

@@ -71,6 +71,14 @@ class Multilabel(Task):
             )
         return ManyClasses(classes, vector)
 
+    def recorded_encoding(
+        self, classes: Classes, facts: Mapping[str, Any], state: Mapping[str, Array]
+    ) -> Encoding | None:
+        """Read lists by the classes, and by what a list of the labelled set held."""
+        if facts.get("class") != ManyClasses.__name__:
+            return None
+        return ManyClasses(classes, bool(facts.get("vector")))
+
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """mean_c of the binary cross-entropy -y_c log p_c - (1 - y_c) log(1 - p_c)."""
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=-1)
@@ -149,6 +157,10 @@ class ManyClasses:
     def state(self) -> Mapping[str, Array]:
         """Nothing is measured."""
         return {}
+
+    def record(self) -> dict[str, Any]:
+        """Say what a list holds, as JSON, for a model's folder."""
+        return {"vector": self.vector}
 
     def check(self, stored: StoredLabels) -> list[str]:
         """Hold the lists to the classes, by value; raise DataError unless there are lists."""

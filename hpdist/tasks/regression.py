@@ -68,6 +68,14 @@ class Regression(Task):
         names = [column] if width == 1 else [f"{column}[{number}]" for number in range(width)]
         return Numbers(Classes(tuple(names)))
 
+    def recorded_encoding(
+        self, classes: Classes, facts: Mapping[str, Any], state: Mapping[str, Array]
+    ) -> Encoding | None:
+        """Read numbers by the scale of the labelled rows."""
+        if facts.get("class") != Numbers.__name__ or not state:
+            return None
+        return Numbers(classes, Scale(state["mean"], state["std"]))
+
     def fitted(self, encoding: Encoding) -> Regression:
         """Give the task in the units of the labels that were read."""
         state = encoding.state

@@ -37,6 +37,7 @@ from hpdist.train.given import InMemoryInputs, check_classes
 from hpdist.train.guard import RunGuard
 from hpdist.train.measuring import Measuring
 from hpdist.train.model import RunModel
+from hpdist.train.model_saving import ModelSaving
 from hpdist.train.optim import build_optimizer
 from hpdist.train.records import Records
 from hpdist.train.recovery import Rollback
@@ -101,6 +102,7 @@ class Run:
     guard: RunGuard
     state: RunState
     saving: Saving
+    model_saving: ModelSaving
     rollback: Rollback
     measuring: Measuring
     records: Records
@@ -187,6 +189,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         saving = Saving(
             config.checkpoint, config.steps, state, folder.checkpoints if files else None
         )
+        model_saving = ModelSaving(config, sets, model, state, folder, sharding, files=files)
         rollback = Rollback(config.divergence, folder, state, saving)
         measuring = Measuring(step, data, state)
         records = Records(step, data, state, saving, sharding, plan.rows)
@@ -194,6 +197,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         if files and not outset.summary:
             # Not earlier: a run that is refused must not lose its history.
             call_on_all_ranks(lambda: sets.record(folder))
+        model_saving.describe()
         stack.pop_all()  # success: everything stays open
     return Run(
         config=config,
@@ -210,6 +214,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         guard=guard,
         state=state,
         saving=saving,
+        model_saving=model_saving,
         rollback=rollback,
         measuring=measuring,
         records=records,

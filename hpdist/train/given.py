@@ -7,25 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import datasets
 import torch
 from torch import Tensor, nn
 
 from hpdist.algorithms.base import Algorithm, AlgorithmConfig
 from hpdist.config.component import IN_PYTHON, Component, components
 from hpdist.config.section import Section
+from hpdist.data.sources.in_memory import DICTS, IN_MEMORY, ROWS, kind_of_value, table_of
 from hpdist.errors import ConfigError
 from hpdist.train.checks import check_given_model
 
-IN_MEMORY = "(given in Python)"
 _ALGORITHMS = (
     "a name such as 'fixmatch', settings such as {'name': 'fixmatch', 'threshold': 0.9} or an "
     "object such as hpdist.FixMatch(threshold=0.9)"
-)
-_ROWS = (
-    "a datasets.Dataset or IterableDataset, a pandas.DataFrame, a list of rows (dicts), a path, or "
-    "settings such as {'path': 'parquet', 'data_files': 'rows.parquet'}; rows may come with "
-    "settings, as (rows, {'input': 'image'})"
 )
 
 
@@ -101,7 +95,7 @@ def algorithm_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Com
     if isinstance(value, Algorithm):
         objects.algorithm = value
         return _options_of(value) or GivenAlgorithm.of(value)
-    raise ConfigError(f"algorithm: must be {_ALGORITHMS}, not {_what(value)}")
+    raise ConfigError(f"algorithm: must be {_ALGORITHMS}, not {kind_of_value(value)}")
 
 
 def _configs_of(kind: type[Algorithm]) -> list[str]:
@@ -161,7 +155,7 @@ def model_given(value: Any, objects: InMemoryInputs) -> dict[str, Any] | Compone
         return dict(value)
     raise ConfigError(
         "model: must be a torch.nn.Module, a name such as 'mlp' or settings such as {'name': "
-        f"'mlp', 'hidden': [8]}}, not {_what(value)}"
+        f"'mlp', 'hidden': [8]}}, not {kind_of_value(value)}"
     )
 
 
@@ -170,51 +164,13 @@ def rows_given(name: str, value: Any, objects: InMemoryInputs) -> dict[str, Any]
     columns: Mapping[str, Any] = {}
     if isinstance(value, tuple):
         if len(value) != 2 or not isinstance(value[1], Mapping):
-            raise ConfigError(f"{name}: must be {_ROWS}, not a tuple of {len(value)}")
+            raise ConfigError(f"{name}: must be {ROWS}, not a tuple of {len(value)}")
         value, columns = value
     if isinstance(value, (str, os.PathLike)):
         return {"path": os.fspath(value), **columns}
     if isinstance(value, Section):
         return value.model_dump(exclude_unset=True) | dict(columns)
-    if isinstance(value, Mapping) and not isinstance(value, _DICTS):
+    if isinstance(value, Mapping) and not isinstance(value, DICTS):
         return {**value, **columns}
-    setattr(objects, name, _rows(name, value))
+    setattr(objects, name, table_of(name, value))
     return {"path": IN_MEMORY, **columns}
-
-
-_DICTS = (datasets.DatasetDict, datasets.IterableDatasetDict)
-
-
-def _rows(name: str, value: Any) -> Any:
-    """Convert rows into a `datasets` object."""
-    if isinstance(value, _DICTS):
-        if len(value) != 1:
-            splits = ", ".join(map(str, value)) or "none"
-            raise ConfigError(
-                f"{name}: must be one split, but this {type(value).__name__} has several or none "
-                f"({splits}); give one of them, such as {name}=data['train']"
-            )
-        return next(iter(value.values()))
-    if isinstance(value, (datasets.Dataset, datasets.IterableDataset)):
-        return value
-    try:
-        if type(value).__module__.partition(".")[0] == "pandas":
-            return datasets.Dataset.from_pandas(value, preserve_index=False)
-        if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
-            return datasets.Dataset.from_list(value)
-    except Exception as error:  # pyarrow raises many types
-        raise ConfigError(
-            f"{name}: cannot be made a table: {type(error).__name__}: {error}"
-        ) from error
-    raise ConfigError(f"{name}: must be {_ROWS}, not {_what(value)}")
-
-
-def _what(value: Any) -> str:
-    """Describe a given value for a message."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    kind = type(value)
-    if kind.__module__ == "builtins":
-        text = repr(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-    return f"a {kind.__module__}.{kind.__name__}"

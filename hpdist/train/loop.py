@@ -64,6 +64,7 @@ class RunLoop:
         self.state = run.state
         self.saving = run.saving
         self.writer = run.saving.writer
+        self.model_saving = run.model_saving
         self.rollback = run.rollback
         self.measuring = run.measuring
         self.records = run.records
@@ -84,12 +85,19 @@ class RunLoop:
             return dict(self._summary)
         if self._summary:
             self.claim.log_done(self.data.config, self._summary["steps"])
-            self.close()
+            self._leave_model()
         else:
             self._fit()
         self._handed_back = True
         self.run.model.give_back(self.step)
         return dict(self._summary)
+
+    def _leave_model(self) -> None:
+        """Write the model of a run that is done, if it has none; close in any case. Collective."""
+        try:
+            self.model_saving.finish()
+        finally:
+            self.close()
 
     def _fit(self) -> None:
         """Train, and close in any case. Collective."""
@@ -290,6 +298,10 @@ class RunLoop:
                     self._save(record)
                 self.saving.finish()
             raise
+        start = time.monotonic()
+        self.guard.heartbeat(done, "writing the model")
+        self.model_saving.keep_best()
+        self.log.leave_out(time.monotonic() - start)
         self.log.write(done, self.step.attempts, {**record, **found})
 
     def _catch_up(self, facts: Mapping[str, Any]) -> None:
@@ -326,6 +338,8 @@ class RunLoop:
         step = self.step
         self.saving.finish()
         summary, confusions = self.measuring.summary()
+        self.guard.heartbeat(step.applied_steps, "writing the model")
+        self.model_saving.finish()
         summary |= self.records.of_run(run_on_main(lambda: self.log.seconds))  # alike on all ranks
         call_on_all_ranks(lambda: self.log.write_summary(step.applied_steps, summary, confusions))
         return summary

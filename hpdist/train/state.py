@@ -127,7 +127,7 @@ class RunState:
         """What a checkpoint must have in common with the run that continues from it."""
         shapes = self.step.engine.parameter_shapes()
         return {
-            "model": config.model.model_dump(mode="json"),
+            "model": config.model.model_dump(mode="json", exclude={"save"}),
             "task.name": config.task.name,
             "algorithm.name": config.algorithm.name,
             "addons": [addon.name for addon in config.addons],

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from hpdist.data.decode.arrays import (
     slice_rows,
 )
 from hpdist.data.decode.encoded import Unreadable
+from hpdist.data.decode.recorded import recorded
 from hpdist.errors import DataError, printable
 
 if TYPE_CHECKING:  # imported where it is used: a decoding process does without it
@@ -83,6 +85,20 @@ class InputSpec(ABC):
     def model_input_shape(self) -> Shape:
         """Give the shape of a row, or shapes by name, as the views give it to the model."""
         return shape_of(self.layout)
+
+    def record(self) -> dict[str, Any]:
+        """Give the spec as JSON, of which `InputKind.recorded_spec` makes it again.
+
+        Raises DataError for a spec that is no dataclass of plain values.
+        """
+        return recorded(self)
+
+    def save_files(self, folder: Path) -> dict[str, Any]:
+        """Write what decoding needs beside the spec, such as a tokenizer, into a folder.
+
+        Gives the spec as `record` does, with the names of these files in it.
+        """
+        return self.record()
 
     def describe(self) -> str:
         """Say what a row is, for the opening lines of a run."""

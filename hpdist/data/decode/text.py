@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -23,6 +24,9 @@ from hpdist.messages.human import counted
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds
     from torch import Tensor
+
+HERE = "."
+"""The path of a tokenizer that is in the folder of the model."""
 
 _EXAMPLE = ("one", "and another")
 _CHARACTERS = 256  # of a token, at most, on average: what lies behind is cut off before tokenizing
@@ -67,6 +71,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Put token ids into words again, without what only pads them."""
         return self._loaded.decode(ids)
+
+    def save(self, folder: Path) -> None:
+        """Write its files into a folder, as `transformers` reads them."""
+        self._loaded.save(folder)
 
     def example(self, rows: int) -> Array:
         """Token ids of a few words, for a first look at a model."""
@@ -144,6 +152,10 @@ class _Loaded:
             )["input_ids"]
         return np.asarray(ids, dtype=np.int64).reshape(len(texts), length)
 
+    def save(self, folder: Path) -> None:
+        with self._lock:
+            self._tokenizer.save_pretrained(folder)
+
     def decode(self, ids: Sequence[int]) -> str:
         hidden = set(self.vocabulary.special)
         return str(self._tokenizer.decode([number for number in ids if number not in hidden]))
@@ -181,6 +193,11 @@ class TextSpec(ArraySpec):
     def view_arguments(self) -> tuple[Any, ...]:
         """Give the tokenizer's special ids. Raises ConfigError where it cannot be loaded."""
         return (self.tokenizer.vocabulary,)
+
+    def save_files(self, folder: Path) -> dict[str, Any]:
+        """Write the tokenizer into a folder, where the spec then names it."""
+        self.tokenizer.save(folder)
+        return replace(self, tokenizer=replace(self.tokenizer, path=HERE, revision=None)).record()
 
     def describe(self) -> str:
         """Say what a row is, for the opening lines of a run."""

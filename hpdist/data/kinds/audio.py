@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import datasets
 import numpy as np
 from pydantic import ValidationError
 
-from hpdist.data.decode.audio import AudioSpec, length_of
+from hpdist.data.decode.audio import AudioSpec, Sampling, length_of
 from hpdist.data.decode.encoded import is_elsewhere
+from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
+from hpdist.data.files.named_files import Limits
 from hpdist.data.kinds.base import (
     Context,
     Facts,
@@ -98,6 +101,12 @@ class AudioKind(InputKind):
     def is_record(self, found: Mapping[str, Any]) -> bool:
         """Tell whether a record's length is one."""
         return isinstance(found.get("seconds", 0.0), (int, float, type(None)))
+
+    def recorded_spec(self, values: Mapping[str, Any], folder: Path) -> InputSpec:
+        """Make the spec of sound again."""
+        parts = {"sampling": Sampling, "limits": Limits}
+        made = {name: restored(kind, values[name]) for name, kind in parts.items()}
+        return restored(AudioSpec, values, **made)
 
     def refuses(self, spec: InputSpec, algorithm: UsesInputs) -> str | None:
         """Refuse what changes inputs, of waveforms: each has a length of its own."""

@@ -21,17 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from PIL import Image
 
-from hpdist.config.component import Component, ComponentOf, components
+from hpdist.config.component import Component, ComponentOf, components, import_object
+from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column
 from hpdist.data.files.named_files import USUAL_LIMITS, Limits
 from hpdist.data.kinds.columns import find_column
 from hpdist.data.structures import Structure, tensors_of
-from hpdist.errors import DataError
+from hpdist.errors import ConfigError, DataError
 
 _SHOWN = 8  # numbers of a tensor, in a line of text
 
@@ -247,6 +249,18 @@ class InputKind:
     def is_record(self, found: Mapping[str, Any]) -> bool:
         """Tell whether the values in a run's record can be what this kind put there."""
         return True
+
+    def recorded_spec(self, values: Mapping[str, Any], folder: Path) -> InputSpec:
+        """Make the spec again that `InputSpec.record` was written down of.
+
+        `folder` is where `InputSpec.save_files` put what decoding needs. Raises ConfigError where
+        the class cannot be imported, and ValueError where the values are not its own.
+        """
+        own = dict(values)
+        kind = import_object(str(own.pop("class", "")))
+        if not (isinstance(kind, type) and issubclass(kind, InputSpec)):
+            raise ConfigError(f"the input kind {self.name}: {kind!r} is no InputSpec")
+        return restored(kind, own)
 
     def unlabeled_spec(self, spec: InputSpec, views: Any) -> InputSpec:
         """Say how unlabelled rows are decoded, where that is not as labelled ones are."""

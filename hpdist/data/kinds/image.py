@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -12,8 +13,10 @@ from PIL import Image
 from hpdist.data.decode.categories import is_number
 from hpdist.data.decode.image import CHANNELS
 from hpdist.data.decode.pixels import ImageSpec
+from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column
+from hpdist.data.files.named_files import Limits
 from hpdist.data.kinds.base import Context, Facts, InputKind, Recognised, TableOfRows
 from hpdist.data.kinds.columns import (
     check_list,
@@ -155,6 +158,10 @@ class ImageKind(InputKind):
     def is_record(self, found: Mapping[str, Any]) -> bool:
         """Tell whether a record's mode is one."""
         return recorded_mode(found) in (None, *CHANNELS)
+
+    def recorded_spec(self, values: Mapping[str, Any], folder: Path) -> InputSpec:
+        """Make the spec of images again."""
+        return restored(ImageSpec, values, limits=restored(Limits, values["limits"]))
 
     def draw(self, spec: InputSpec, rows: Structure, shown: Mapping[str, Structure]) -> Cells:
         """Show pixels."""

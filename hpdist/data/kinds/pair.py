@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
+from hpdist.data.decode.text import PairSpec, Tokenizer
 from hpdist.data.kinds.base import Recognised, UsesInputs
 from hpdist.data.kinds.columns import is_text
 from hpdist.data.kinds.registry import register
@@ -44,6 +46,9 @@ class PairKind(TextKind):
                 f"{setting} column {column!r} holds {features[column]}, not text; of text: {texts}"
             )
         return (column,)
+
+    def _restored(self, values: Mapping[str, Any], tokenizer: Tokenizer) -> InputSpec:
+        return restored(PairSpec, values, tokenizer=tokenizer)
 
     def refuses(self, spec: InputSpec, algorithm: UsesInputs) -> str | None:
         """Refuse also what makes no strong view of unlabelled rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import datasets
@@ -18,6 +19,7 @@ from hpdist.data.decode.categories import (
     is_category,
     is_number,
 )
+from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.decode.stored_values import Column, names_of
 from hpdist.data.decode.vector import VectorSpec
@@ -173,6 +175,12 @@ class TableKind(InputKind):
             and isinstance(columns, list)
             and all(isinstance(column, str) for column in columns)
         )
+
+    def recorded_spec(self, values: Mapping[str, Any], folder: Path) -> InputSpec:
+        """Make the spec of vectors again, with the categories of their columns."""
+        found = values["categories"]
+        categories = None if found is None else Categories.recorded(found)
+        return restored(VectorSpec, values, categories=categories)
 
     def check_columns(self, spec: InputSpec, features: Any, column: Column, where: str) -> None:
         """Raise DataError where a column does not hold what the labelled set's does."""

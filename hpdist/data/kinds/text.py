@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from hpdist.data.decode.recorded import restored
 from hpdist.data.decode.spec import InputSpec
-from hpdist.data.decode.text import PairSpec, TextSpec, Tokenizer
+from hpdist.data.decode.text import HERE, PairSpec, TextSpec, Tokenizer
 from hpdist.data.kinds.base import (
     Context,
     InputKind,
@@ -58,6 +61,18 @@ class TextKind(InputKind):
         """Read a second text of each row, where the views' settings name its column."""
         column = getattr(views, "strong_column", None)
         return spec if column is None else PairSpec(cast(TextSpec, spec).tokenizer, column)
+
+    def recorded_spec(self, values: Mapping[str, Any], folder: Path) -> InputSpec:
+        """Make the spec of texts again; a tokenizer that is in the folder is read from there."""
+        tokenizer = restored(Tokenizer, values["tokenizer"])
+        if tokenizer.path == HERE:  # the folder may be a stranger's: no code of it runs
+            tokenizer = replace(
+                tokenizer, path=str(folder), trust_remote_code=False, setting=str(folder)
+            )
+        return self._restored(values, tokenizer)
+
+    def _restored(self, values: Mapping[str, Any], tokenizer: Tokenizer) -> InputSpec:
+        return TextSpec(tokenizer)
 
     def refuses(self, spec: InputSpec, algorithm: UsesInputs) -> str | None:
         """Refuse what changes inputs: tokens have no sum."""

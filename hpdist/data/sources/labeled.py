@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -233,9 +233,33 @@ def open_labeled(
     )
 
 
+class ReadAs(Protocol):
+    """How the labelled set is read, which every other one is held to; `LabeledRows` says it."""
+
+    @property
+    def column(self) -> Column:
+        """What the model sees."""
+        ...
+
+    @property
+    def label_column(self) -> str:
+        """The column of labels."""
+        ...
+
+    @property
+    def kind(self) -> InputKind:
+        """What finds the column."""
+        ...
+
+    @property
+    def encoding(self) -> Encoding:
+        """How labels are read."""
+        ...
+
+
 def open_test(
     config: LabelColumn,
-    like: LabeledRows,
+    like: ReadAs,
     spec: InputSpec,
     *,
     dataset: Any = None,
