@@ -9,7 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hpdist.cli import algorithms, configs, convert, evaluate, plan, preflight, report, train
+from hpdist.cli import (
+    algorithms,
+    benchmark,
+    configs,
+    convert,
+    evaluate,
+    export,
+    plan,
+    preflight,
+    report,
+    train,
+)
 from hpdist.cli.arguments import Parser, split_settings
 from hpdist.cli.commands import Command
 from hpdist.cli.output import let_rank_0_speak, report_error
@@ -20,6 +31,8 @@ from hpdist.version import __version__
 _COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
+    "export": export,
+    "benchmark": benchmark,
     "convert": convert,
     "preflight": preflight,
     "plan": plan,
