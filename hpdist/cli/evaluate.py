@@ -34,7 +34,11 @@ def add_arguments(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="run folder, its model/, or a checkpoint")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run folder, its model/, a checkpoint, or an exported file",
+    )
     parser.add_argument("data", nargs="?", metavar="DATA", help="a path of labelled rows")
     parser.add_argument(
         "--precision", default="fp32,bf16,fp16", help="separated by commas (default: all three)"
@@ -55,7 +59,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     from hpdist.evaluate.measure import measure, open_measured
 
     wanted = precisions.parse_precisions(known.precision)
-    overrides = _overrides(settings)
+    overrides = test_settings(settings, "evaluate")
     if known.batch is not None and known.batch < 1:
         raise ConfigError(f"--batch: {known.batch} must be at least 1")
     begin_warnings()
@@ -97,7 +101,7 @@ def step_of(text: str | None) -> Any:
     return int(text)
 
 
-def _overrides(settings: Sequence[str]) -> Mapping[str, Any]:
+def test_settings(settings: Sequence[str], command: str) -> Mapping[str, Any]:
     """Read the settings of the set that is measured on. Raises ConfigError for any other one."""
     from hpdist.config.overrides import lay_over, read_overrides
 
@@ -105,7 +109,7 @@ def _overrides(settings: Sequence[str]) -> Mapping[str, Any]:
     for key, _ in pairs:
         if not key.startswith(_TEST):
             raise ConfigError(
-                f"--{key}: evaluate takes settings of the set that it measures on alone, "
+                f"--{key}: {command} takes settings of the set that it measures on alone, "
                 f"--{_TEST}path and the like; what the model was trained with is in its folder"
             )
     values: dict[str, Any] = {}

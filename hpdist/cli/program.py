@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 from hpdist.cli import (
     algorithms,
+    benchmark,
     configs,
     convert,
     evaluate,
+    export,
     plan,
     predict,
     preflight,
@@ -33,6 +35,8 @@ _COMMANDS: dict[str, Command] = {
     "evaluate": evaluate,
     "predict": predict,
     "vote": vote,
+    "export": export,
+    "benchmark": benchmark,
     "convert": convert,
     "preflight": preflight,
     "plan": plan,

@@ -1,4 +1,4 @@
-"""Loads a trained model: from a run folder, the folder of its model, or a checkpoint.
+"""Loads a trained model: from a run folder, its model, a checkpoint or an exported file.
 
     hpdist.load("runs/cifar10")                          # what the run ended in
     hpdist.load("runs/cifar10", checkpoint=2000)         # the teacher of an earlier step
@@ -30,6 +30,7 @@ from hpdist.errors import CheckpointError, ConfigError
 from hpdist.evaluate import model_folder
 from hpdist.evaluate.build import model_of_checkpoint, model_of_folder
 from hpdist.evaluate.description import RUN_DESCRIPTION, Description, read_description
+from hpdist.evaluate.export.read import open_exported
 from hpdist.evaluate.precision import cast_weights, check_precision
 from hpdist.evaluate.predictor import Predictor
 from hpdist.messages.redaction import redacted_errors
@@ -53,7 +54,8 @@ def load(
     """Load a trained model.
 
     Args:
-        path: A run folder, its `model/` folder, or the folder of a checkpoint.
+        path: A run folder, its `model/` folder, the folder of a checkpoint, or a file that
+            `hpdist export` wrote.
         which: The teacher, which scores refer to, or the student. The teacher of a run without one
             is the student.
         checkpoint: Of a run folder: "best" on the validation set, "last", or a step; by default
@@ -74,11 +76,16 @@ def load(
     if not place.exists():
         raise CheckpointError(f"there is no {str(path)!r}: name a run folder, or its model/")
     if place.is_file():
-        raise CheckpointError(f"{path} is a file; name a run folder, its model/, or a checkpoint")
-    found = _find(place, which, checkpoint)
-    loaded = (
-        _of_folder(found, model) if found.saved is None else _of_checkpoint(found, which, model)
-    )
+        if checkpoint is not None or which == "student":
+            raise ConfigError(f"{path} is an exported file, which has one model: name the run")
+        loaded = _of_file(place, model)
+        if loaded.backend is not None:
+            return _on_backend(loaded, precision, device)
+    else:
+        found = _find(place, which, checkpoint)
+        loaded = (
+            _of_folder(found, model) if found.saved is None else _of_checkpoint(found, which, model)
+        )
     cast_weights(loaded._module, precision or "fp32", where)
     loaded.precision, loaded.device = precision or "fp32", where
     return loaded
@@ -213,6 +220,34 @@ def _of_checkpoint(found: _Found, which: str, given: nn.Module | None) -> Predic
         saved, description, predictor.spec, predictor.views, which=which, given=given
     )
     return predictor
+
+
+def _of_file(file: Path, given: nn.Module | None) -> Predictor:
+    """Open an exported file, by the end of its name."""
+    folder, precision, backend = open_exported(file)
+    description = read_description(folder / model_folder.DESCRIPTION)
+    fitted = model_folder.read_tensors(folder, model_folder.FITTED)
+    predictor = fed(description, folder, fitted)
+    predictor.source, predictor.backend, predictor.precision = file, backend, precision
+    if backend is None:
+        predictor.model = model_of_folder(
+            folder, description, predictor.spec, predictor.views, given
+        )
+    return predictor
+
+
+def _on_backend(
+    loaded: Predictor, precision: str | None, device: str | torch.device | None
+) -> Predictor:
+    """Check what is asked of a file that another program runs. Raises ConfigError."""
+    if precision not in (None, loaded.precision):
+        raise ConfigError(
+            f"precision: {loaded.source} is {loaded.precision}, and not {precision}; export the "
+            "run again"
+        )
+    if device is not None and torch.device(device).type != "cpu":
+        raise ConfigError(f"device: {loaded.source} runs on the CPU, and not on {device}")
+    return loaded
 
 
 def fed(description: Description, folder: Path, fitted: Mapping[str, Tensor]) -> Predictor:

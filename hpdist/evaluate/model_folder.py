@@ -155,11 +155,11 @@ def _write_files(
     inner = model.model if isinstance(model, WithHeads) else model
     names, views = description.labels.names, description.views
     if not save_hf_files(inner, folder, names, description.model, views):
-        _save(folder / WEIGHTS, _state(inner))
+        save_tensors(folder / WEIGHTS, _state(inner))
     if isinstance(model, WithHeads):
-        _save(folder / HEADS, _state(model.heads))
+        save_tensors(folder / HEADS, _state(model.heads))
     if fitted:
-        _save(folder / FITTED, fitted.items())
+        save_tensors(folder / FITTED, fitted.items())
     inputs = description.inputs.model_copy(update={"spec": spec.save_files(folder)})
     for path in folder.rglob("*"):  # safetensors makes its files readable by the owner only
         if path.is_file():
@@ -187,7 +187,8 @@ def _round(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _save(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def save_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors by name as safetensors."""
     save_file({name: real(t.detach()).contiguous().cpu().clone() for name, t in tensors}, path)
 
 

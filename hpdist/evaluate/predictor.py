@@ -12,8 +12,12 @@ user gives rows as they are stored: pictures, texts, sounds, numbers.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+from hpdist.evaluate.export.verify import Verified
+from hpdist.evaluate.export.write import write_file
 from hpdist.evaluate.loaded import Backend, LoadedModel
 from hpdist.evaluate.measure import measure, open_measured
 
@@ -36,3 +40,35 @@ class Predictor(LoadedModel):
         """
         (found,) = measure([self], open_measured(self, data), batch)
         return dict(found.scores.values)
+
+    def export(
+        self,
+        out: str | os.PathLike[str],
+        data: Any = None,
+        *,
+        file_format: str | None = None,
+        precision: str = "fp32",
+        tolerance: float | None = None,
+    ) -> Verified:
+        """Write the model to one file, which is kept if it passes a comparison with the model.
+
+        Args:
+            out: The file; an earlier one is replaced.
+            data: Labelled rows to compare on, as `evaluate` takes them; by default the run's test
+                set.
+            file_format: onnx or safetensors; by default what the file's name ends in.
+            precision: fp32 or fp16, int8 of ONNX, or bf16 of safetensors.
+            tolerance: The largest difference of an output that passes, as a share of the largest
+                output; by default 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16 and 0.25 in int8.
+
+        Call it on one rank alone, of a process group. Raises ConfigError where it cannot be done or
+        the file does not pass, and CheckpointError where the file cannot be written.
+        """
+        return write_file(
+            self,
+            Path(out),
+            open_measured(self, data),
+            file_format=file_format,
+            precision=precision,
+            tolerance=tolerance,
+        )

@@ -49,7 +49,7 @@ class AudioClassifier(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits."""
-        rows = len(inputs)
+        rows = inputs.shape[0]
         if not rows:  # models of transformers fail on them
             inputs = inputs.new_zeros(1, *inputs.shape[1:])
         if inputs.dim() == 4:

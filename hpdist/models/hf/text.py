@@ -214,7 +214,7 @@ class TextClassifier(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits."""
-        rows, ids = len(ids), _one_at_least(ids)
+        rows, ids = ids.shape[0], _one_at_least(ids)
         mask = ids != self.pad
         if not torch.compiler.is_compiling():  # it would compile for every length
             length = max(int(mask.any(dim=0).sum()), 1)
@@ -235,12 +235,12 @@ class ImageClassifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits."""
         logits: Tensor = self.model(pixel_values=_one_at_least(pixels)).logits
-        return logits[: len(pixels)]
+        return logits[: pixels.shape[0]]
 
 
 def _one_at_least(rows: Tensor) -> Tensor:
     """The rows, or one of zeros if there are none: models of transformers fail on those."""
-    return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+    return rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
 
 
 def scale_learning_rates(model: nn.Module, decay: float) -> None:

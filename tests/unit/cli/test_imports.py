@@ -11,6 +11,7 @@ import pytest
 OPTIONAL = (  # each takes longer than a command's own work, or is needed by some runs only
     *("deepspeed", "transformers", "timm", "peft", "torchvision", "torchmetrics", "sklearn"),
     *("scipy", "wandb", "mlflow", "tensorboard", "matplotlib", "kornia"),
+    *("onnx", "onnxscript", "onnxruntime"),
     *("torch._dynamo", "torch._inductor", "sympy"),
 )
 DATA = ("datasets", "accelerate", "pandas")
