@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hpdist.data.structures import Structure, tensors_of
-from hpdist.errors import CheckpointError
+from hpdist.errors import CheckpointError, describe
 from hpdist.evaluate.loaded import LoadedModel
 from hpdist.evaluate.model_folder import DESCRIPTION, FITTED, WEIGHTS, save_tensors
 
@@ -116,14 +116,14 @@ def unpack(metadata: Mapping[str, str], file: Path) -> Path:
         files = json.loads(metadata[FILES])
         contents = {name: base64.b64decode(text, validate=True) for name, text in files.items()}
         contents[DESCRIPTION] = metadata[MODEL].encode()
-        wrong = [name for name in contents if not _stays_inside(name)]
-        if wrong:
-            raise ValueError(f"it names {wrong[0]!r}")
     except (KeyError, ValueError, TypeError, AttributeError, binascii.Error) as error:
         raise CheckpointError(
-            f"{file} is not what hpdist export writes: its metadata lacks or damages {error}; "
-            "export the run again"
+            f"{file} is not what hpdist export writes: its metadata cannot be read "
+            f"({describe(error)}); export the run again"
         ) from error
+    wrong = [name for name in contents if not _stays_inside(name)]
+    if wrong:
+        raise CheckpointError(f"{file} is not what hpdist export writes: it names {wrong[0]!r}")
     held = tempfile.TemporaryDirectory(prefix="hpdist-exported-")
     _UNPACKED.append(held)
     folder = Path(held.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,16 +172,15 @@ def _quiet() -> Iterator[None]:
     """Inside, converters report failures by raising alone."""
     silenced = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in silenced]
-    root: Callable[[int], None] = logging.disable
     before = logging.root.manager.disable
     try:
         for logger in silenced:
             logger.setLevel(logging.CRITICAL)
-        root(logging.WARNING)
+        logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        root(before)
+        logging.disable(before)
         for logger, level in zip(silenced, levels, strict=True):
             logger.setLevel(level)
