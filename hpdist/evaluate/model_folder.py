@@ -174,8 +174,8 @@ def _write_files(
     heads = description.heads if isinstance(model, WithHeads) else None
     whole = description.model_copy(update={"inputs": inputs, "files": files, "heads": heads})
     (folder / DESCRIPTION).write_text(whole.to_json(), encoding="utf-8")
-    for path in [*files, DESCRIPTION]:
-        _sync(folder / path)
+    for name in [*files, DESCRIPTION]:
+        _sync(folder / name)
     _sync(folder)
 
 

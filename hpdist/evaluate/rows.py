@@ -47,7 +47,7 @@ def inputs_given(data: Any) -> Sequence[Any] | None:
     if isinstance(data, torch.Tensor):
         data = data.detach().cpu().numpy()
     if isinstance(data, np.ndarray):
-        return data
+        return list(data)
     if isinstance(data, (list, tuple)) and not any(isinstance(one, Mapping) for one in data):
         return [_stored(one) for one in data]
     return None

@@ -66,8 +66,8 @@ class RowExamples:
 
 
 def _row(values: Mapping[str, Any]) -> ShownRow:
-    texts = (str(values[key]) for key in ("id", "where", "label", "teacher", "student"))
-    return ShownRow(*texts, confidence=float(values["confidence"]))
+    texts = {key: str(values[key]) for key in ("id", "where", "label", "teacher", "student")}
+    return ShownRow(**texts, confidence=float(values["confidence"]))
 
 
 def _media(values: Mapping[str, Any]) -> dict[str, str]:

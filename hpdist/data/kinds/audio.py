@@ -105,8 +105,8 @@ class AudioKind(InputKind):
 
     def recorded_spec(self, values: Mapping[str, Any], folder: Path) -> InputSpec:
         """Make the spec of sound again."""
-        parts = {"sampling": Sampling, "limits": Limits}
-        made = {name: restored(kind, values[name]) for name, kind in parts.items()}
+        parts: dict[str, type] = {"sampling": Sampling, "limits": Limits}
+        made: dict[str, Any] = {name: restored(kind, values[name]) for name, kind in parts.items()}
         return restored(AudioSpec, values, **made)
 
     def refuses(self, spec: InputSpec, algorithm: UsesInputs) -> str | None:

@@ -223,7 +223,7 @@ def _open_unlabeled_table(
     table, name, rule = open_table(config, dataset, where, needed, loading)
     column, columns, functions = _columns(config, table.features, like, spec, where, rule)
     view = raw_view(table, columns)
-    ids, notes = chosen, []
+    ids, notes = chosen, list[str]()
     if ids is None:
         ids, notes = rows_used(config, table, like, seed, where, name)
     rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes), rule=rule)
