@@ -66,8 +66,10 @@ class RowExamples:
 
 
 def _row(values: Mapping[str, Any]) -> ShownRow:
-    texts = (str(values[key]) for key in ("id", "where", "label", "teacher", "student"))
-    return ShownRow(*texts, confidence=float(values["confidence"]))
+    key, where, label, teacher, student = (
+        str(values[name]) for name in ("id", "where", "label", "teacher", "student")
+    )
+    return ShownRow(key, where, label, teacher, student, float(values["confidence"]))
 
 
 def _media(values: Mapping[str, Any]) -> dict[str, str]:
