@@ -223,9 +223,10 @@ def _open_unlabeled_table(
     table, name, rule = open_table(config, dataset, where, needed, loading)
     column, columns, functions = _columns(config, table.features, like, spec, where, rule)
     view = raw_view(table, columns)
-    ids, notes = chosen, list[str]()
-    if ids is None:
+    if chosen is None:
         ids, notes = rows_used(config, table, like, seed, where, name)
+    else:
+        ids, notes = chosen, []
     rows = UnlabeledTable(view, column, name, ids, functions, tuple(notes), rule=rule)
     first = ids[:TRIED].tolist()
     try:
