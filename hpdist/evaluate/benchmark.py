@@ -24,8 +24,8 @@ from hpdist.evaluate.precision import SIMULATED
 from hpdist.messages.human import size
 from hpdist.messages.progress import working
 
-_WARM, _FEWEST, _MOST = 5, 10, 200
-_SECONDS = 5.0  # for each candidate, after the fewest rounds
+_WARM, _FEWEST, _MOST = 5, 10, 100
+_SECONDS = 3.0  # for each candidate, after the fewest rounds
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from hpdist.data.structures import Structure, tensors_of
 from hpdist.errors import CheckpointError, describe
 from hpdist.evaluate.loaded import LoadedModel
 from hpdist.evaluate.model_folder import DESCRIPTION, FITTED, WEIGHTS, save_tensors
+from hpdist.models.hf.folder import save_hf_config
+from hpdist.models.with_heads import WithHeads
 
 MODEL, FILES, PRECISION = "hpdist", "hpdist.files", "hpdist.precision"
 INPUT = "input"
@@ -88,6 +90,9 @@ def feeding_files(loaded: LoadedModel) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(prefix="hpdist-export-") as name:
         folder = Path(name)
         spec = loaded.spec.save_files(folder)
+        model = loaded.model.model if isinstance(loaded.model, WithHeads) else loaded.model
+        if model is not None:
+            save_hf_config(model, folder)
         inputs = loaded.description.inputs.model_copy(update={"spec": spec})
         whole = loaded.description.model_copy(
             update={"inputs": inputs, "files": {}, "heads": None, "weights": "fp32"}

@@ -47,6 +47,12 @@ def save_hf_files(
     return True
 
 
+def save_hf_config(model: nn.Module, folder: Path) -> None:
+    """Write the config of a model of `transformers` alone, which its tokenizer is loaded by."""
+    if isinstance(model, (TextClassifier, ImageClassifier, AudioClassifier)):
+        model.model.config.save_pretrained(folder)
+
+
 def _save_processor(folder: Path, settings: Mapping[str, Any], views: Mapping[str, Any]) -> None:
     """Write the checkpoint's own processor, with what the views make of pixels in its place."""
     path = str(settings["name"]).removeprefix(PREFIX)

@@ -32,6 +32,7 @@ mean, std = (np.float32(scale[key])[:, None, None] for key in ("mean", "std"))
 pixels = np.load(sys.argv[2])
 rows = (pixels.astype(np.float32) / np.float32(255) - mean) / std
 (logits,) = session.run(["logits"], {"input": rows})
+np.save(sys.argv[3], logits)
 names = json.loads(facts["hpdist.names"])
 assert "torch" not in sys.modules and "hpdist" not in sys.modules
 print(json.dumps([names[k] for k in logits.argmax(axis=1)]))
@@ -77,14 +78,20 @@ def test_a_file_runs_without_torch(run: tuple[Path, Any], half: Path, tmp_path: 
     folder, rows = run
     pixels = np.stack([np.asarray(row["image"]).transpose(2, 0, 1) for row in rows])
     np.save(tmp_path / "pixels.npy", pixels)
+    files = [str(half), str(tmp_path / "pixels.npy"), str(tmp_path / "logits.npy")]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(half), str(tmp_path / "pixels.npy")],
+        [sys.executable, "-c", WITHOUT_TORCH, *files],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == hpdist.load(folder).predict(rows)
+    original = hpdist.load(folder)
+    assert json.loads(done.stdout) == original.predict(rows)
+    expected = original.raw_outputs(rows)
+    assert isinstance(expected, torch.Tensor)
+    found = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=0.01 * expected.abs().max())
 
 
 def test_evaluate_takes_a_file(half: Path, tmp_path: Path) -> None:
