@@ -174,8 +174,7 @@ def test_a_password_that_was_left_out_is_asked_for(run: tuple[Path, Any], tmp_pa
     secret = "https://user:word@host.invalid/rows.parquet"
     loaded.description.test = {"set": {"path": secret}, "loading": {}}
     text = loaded.description.to_json()
-    assert "user" in text
-    assert ":word@" not in text
+    assert "word@" not in text
     loaded.description.test = json.loads(text)["test"]
     with pytest.raises(hpdist.ConfigError, match=r"data.test.path: a password or signature"):
         open_measured(loaded)
