@@ -103,6 +103,14 @@ def built(
                 "hpdist.load(path, model=module), which receives the trained weights"
             )
         return given
+    if getattr(section, "trust_remote_code", False):  # a folder may be somebody else's
+        if given is None:
+            raise ConfigError(
+                f"this run's model, {section.name}, needs code of the Hub (trust_remote_code), "
+                "which loading a checkpoint does not run: build the module yourself and give it, "
+                "hpdist.load(path, model=module)"
+            )
+        return given
     if given is not None:
         raise ConfigError(
             f"model: the run's is {section.name}, which needs no module; leave it out"

@@ -28,11 +28,15 @@ OTHER_MEANINGS = {
     "data/sources/classes.py": "the type of a label",
     "data/sources/local_files.py": "a reader of `datasets`",
     "data/stream/table.py": "rows that are read by position, in a checkpoint",
+    "evaluate/export/metadata.py": "pixels are normalised outside of a file too",
+    "evaluate/export/onnx_file.py": "rows of any length have a dynamic axis",
     "messages/redaction.py": "an attribute of an exception",
     "plan/memory_plan.py": "an argument of `subprocess`",
     "preflight/network.py": "an argument of `subprocess`",
     "tasks/multilabel.py": "how several labels of a row are written, and the type of a label",
+    "train/row_examples.py": "how a row of a report is shown",
     "tracking/environment.py": "an argument of `subprocess`",
+    "tracking/row_examples.py": "how a row of a report is shown",
     "tracking/tracker.py": "an argument of W&B",
 }
 

@@ -178,7 +178,8 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
         ),
         (
             "--model.qqq=1",
-            "--model.qqq: unknown setting; known here: name, num_classes, features, width, norm",
+            "--model.qqq: unknown setting; known here: name, num_classes, features, save, width, "
+            "norm",
         ),
         (
             "--model.name=cnnn",

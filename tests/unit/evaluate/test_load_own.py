@@ -6,11 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from torch import nn
 
+from hpdist.errors import ConfigError
+from hpdist.evaluate.build import built
+from hpdist.models import HuggingFaceConfig
 from tests.support.documents import files
 from tests.support.ranks import run_ranks
 from tests.support.signals import write_signals
@@ -79,3 +83,11 @@ def test_scores_are_those_of_the_run(train: Any, scores: list[str], tmp_path: Pa
     for measured in found:
         for name in scores:
             assert measured[name] == pytest.approx(summary[f"test/{name}"], abs=1e-6)
+
+
+def test_code_of_the_hub_that_a_checkpoint_names_is_not_run():
+    section = HuggingFaceConfig(name="hf:somebody/theirs", trust_remote_code=True)
+    with pytest.raises(ConfigError, match=r"needs code of the Hub .*load\(path, model=module\)"):
+        built(section, cast(Any, None), cast(Any, None), None)
+    module = nn.Linear(2, 2)
+    assert built(section, cast(Any, None), cast(Any, None), module) is module
