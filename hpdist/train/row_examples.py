@@ -97,7 +97,7 @@ def _make_media(spec: InputSpec, views: Views, value: Any, rows: Structure) -> d
     if isinstance(drawn[0], str):
         return {"text": "\n".join(map(str, drawn))[:_LONGEST]}
     found = {"picture": _png(drawn[0][0])}
-    wave = kind.sound_file(spec, rows)
+    wave = kind.playable_file(spec, rows)
     return found if wave is None else found | {"sound": base64.b64encode(wave).decode()}
 
 

@@ -119,7 +119,7 @@ class AudioKind(InputKind):
             "set views.spectrogram: true, or choose",
         )
 
-    def sound_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
+    def playable_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
         """Give one row, [1, samples], as a WAV file of 16 bits, up to its end."""
         samples = cast(Tensor, rows)[0]
         return wav_file(samples[~samples.isnan()].numpy(), cast(AudioSpec, spec).sampling.rate)

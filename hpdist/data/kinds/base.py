@@ -280,7 +280,7 @@ class InputKind:
             return changes_refused(algorithm, f"{self.held}, which are tensors by name, do not")
         return None
 
-    def sound_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
+    def playable_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
         """Give one decoded row, [1, *], as a WAV file, where it can be heard."""
         return None
 

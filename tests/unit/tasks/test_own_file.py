@@ -28,6 +28,7 @@ CONFIGS = components("task")
 ALLOWED = {
     "algorithms/__init__.py": "gives users the tasks' classes beside the algorithms",
     "data/samples/synthetic.py": "names a data set that it writes",
+    "train/estimators.py": "scikit-learn has a class of its own for each of two tasks",
 }
 
 

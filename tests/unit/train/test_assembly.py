@@ -17,6 +17,7 @@ MAKERS = ("__init__", "__post_init__")
 WHAT_THEY_HOLD = {  # parts that wait for one moment of a run, and what is there until then
     ("claim.py", "_lock"): "the folder's lock, once it is taken",
     ("measuring.py", "_latest"): "what was measured last",
+    ("measuring.py", "_outcomes"): "what became of each row in the evaluation at the end",
     ("guard.py", "received"): "the signal that came",
     ("guard.py", "_before"): "the handlers while the guard is entered",
     ("saving.py", "_saved_at"): "a time",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import suppress
 from typing import Any
+from unittest import SkipTest
 
 import numpy as np
 import pandas as pd
@@ -14,12 +16,13 @@ from sklearn.datasets import make_classification, make_regression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import estimator_checks_generator, parametrize_with_checks
 from torch import nn
 
 import hpdist
 from hpdist.errors import ConfigError
 from hpdist.train.estimators import SemiSupervisedClassifier, SemiSupervisedRegressor
+from tests.support import sampling
 
 SMALL: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [32]},
@@ -30,9 +33,22 @@ SMALL: dict[str, Any] = {
 }
 
 
-@parametrize_with_checks([SemiSupervisedClassifier(**SMALL), SemiSupervisedRegressor(**SMALL)])
+CHECKED = [SemiSupervisedClassifier(**SMALL), SemiSupervisedRegressor(**SMALL)]
+EVERY = 5  # the default run makes one of so many checks
+
+
+@parametrize_with_checks(CHECKED)
+@pytest.mark.slow
 def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
     check(estimator)
+
+
+@pytest.mark.parametrize("kind", CHECKED, ids=lambda kind: type(kind).__name__)
+def test_some_of_scikit_learns_own_checks(kind: Any) -> None:
+    made = list(estimator_checks_generator(kind))
+    for estimator, check in made[sampling.seed() % EVERY :: EVERY]:
+        with suppress(SkipTest):  # of what is not installed, such as polars
+            check(estimator)
 
 
 def two_classes(rows: int = 240) -> tuple[Any, Any, Any]:
