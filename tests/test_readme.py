@@ -28,13 +28,27 @@ CHECKED_OTHERWISE = (
 pytestmark = pytest.mark.slow
 
 
+def statements(text):
+    """Yield each command of a block with its words; a quotation may go over several lines."""
+    begun = ""
+    for line in text.splitlines():
+        begun += line
+        try:
+            words = shlex.split(begun, comments=True)
+        except ValueError:  # its quotation goes on
+            begun += "\n"
+            continue
+        yield begun, words
+        begun = ""
+    assert not begun, f"a quotation is not closed: {begun}"
+
+
 def commands(page):
     """Return a page's commands: each line as it stands, and its words without variables."""
     found = []
     for block in blocks(page):
         if block.language == "bash":
-            for line in block.text.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
+            for line, words in statements(block.text.replace("\\\n", " ")):
                 while words and "=" in words[0]:  # a variable for the command
                     words.pop(0)
                 if words:
