@@ -15,6 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 @pytest.mark.parametrize("device", DEVICES)
 def test_levels_and_peaks_of_each_phase(device):
     before = torch.ones(MB, dtype=torch.uint8, device=device)
+    gc.collect()  # what earlier tests have left is not to be freed meanwhile
     with MemoryMeter(torch.device(device)) as meter:
         kept = torch.ones(3 * MB, dtype=torch.uint8, device=device)
         meter.mark("first")
