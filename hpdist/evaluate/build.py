@@ -31,7 +31,6 @@ from hpdist.models.plain import plain_model
 from hpdist.models.with_heads import WithHeads, with_heads
 from hpdist.tasks.base import Task
 
-Which = str
 _HEADS, _INNER = "heads.", "model."
 _IN_FOLDER: Mapping[str, Any] = {
     **{"revision": None, "pretrained": True, "config": {}, "lora": None, "freeze": []},
