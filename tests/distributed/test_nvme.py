@@ -19,6 +19,7 @@ from hpdist.data.samples.digits import write_digits
 from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
 from hpdist.engines.config import LossScale
+from hpdist.engines.operators import prepare_operators
 from hpdist.engines.prepare import prepare
 from hpdist.engines.zero3 import PartitionedEngine
 from hpdist.models import MLP
@@ -34,12 +35,15 @@ HIDDEN = [1024, 1024]  # on 2 ranks a bf16 shard of the middle weight is the 1 M
 
 
 def build_operator() -> bool:
-    """Whether there is a libaio to build async_io on; builds it, which takes minutes once."""
+    """Whether there is a libaio to build async_io on; builds it, which takes minutes once.
+
+    A run builds it with the same flags: with DeepSpeed's own the next rank would build it anew.
+    """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         return False
-    AsyncIOBuilder().load()
+    prepare_operators([AsyncIOBuilder()], print, None)
     return True
 
 
