@@ -114,13 +114,14 @@ class ModelSaving:
         if not self._files or self._save == "none":
             return
         try:
-            model = self._model.teacher(self._state.step)
+            model = self._model.teacher_on_main(self._state.step)
         except ConfigError as error:  # a given module that cannot be copied
             self._log(f"note: model/ is not written: {error}")
             return
         spec, sets = self._sets.spec, self._sets
 
         def write() -> None:
+            assert model is not None  # this rank is the main one
             plain = plain_model(model, sets.views.plain(spec.example(2)))
             half = self._sharding.precision if self._save == "half" else "fp32"
             found = self._description().model_copy(
