@@ -79,6 +79,6 @@ def _gives(model: Convolves, example: Structure, expected: Structure) -> bool:
     return all(torch.allclose(one, other, **_CLOSE, equal_nan=True) for one, other in pairs)
 
 
-def _restore(kept: list[tuple[nn.Parameter, Tensor]]) -> None:
+def _restore(kept: list[tuple[Tensor, Tensor]]) -> None:
     for weight, data in kept:
         weight.data = data
