@@ -100,6 +100,8 @@ class ModelSaving:
         step = run_on_main(self._written_step)
         if step is None or step != (self._state.step.applied_steps if best is None else best[1]):
             self._write("last")
+        else:
+            run_on_main(lambda: model_folder.remove_leftovers(self._folder.path))
 
     def _written_step(self) -> int | None:
         """The step of the weights in `model/`; None where there are none."""
