@@ -124,20 +124,23 @@ class Layout:
         return whole
 
     @torch.no_grad()
-    def gather_into(self, own: Sequence[Fragment], whole: Mapping[str, Tensor]) -> None:
+    def gather_into(self, own: Sequence[Fragment], whole: Mapping[str, Tensor] | None) -> None:
         """Copy all ranks' fragments into whole tensors of any dtype, which are contiguous.
 
-        Works piece by piece, so that little extra memory is needed. Collective: every rank must
-        call; an all-gather for every 4 million elements.
+        A rank that gives None sends its fragments to the others and keeps nothing. Works piece by
+        piece, so that little extra memory is needed. Collective: every rank must call; an
+        all-gather for every 4 million elements.
         """
         device = _device_of(own)
-        flats = {name: flat_view(tensor) for name, tensor in whole.items()}
+        flats = {name: flat_view(tensor) for name, tensor in (whole or {}).items()}
         step = max(_PIECE // len(self._ranks), 1)
         for begin in range(0, self._longest, step):
             end = min(begin + step, self._longest)
             cut = _cut([f.values.detach() for f in own], begin, end)
             piece = torch.cat([values.to(device, torch.float32) for values in cut])
             received = self._exchange(piece, end - begin)
+            if whole is None:
+                continue
             for spans, ends, piece in zip(self._ranks, self._ends, received, strict=True):
                 for number in range(bisect_right(ends, begin), len(spans)):
                     name, start, length = spans[number]

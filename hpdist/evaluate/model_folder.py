@@ -81,6 +81,15 @@ def find(run: Path) -> Path | None:
     return next(left, None)  # of a process that was killed between two renames
 
 
+def remove_leftovers(run: Path) -> None:
+    """Remove what a process that was killed has left beside the folder of a run's model."""
+    kept = find(run)
+    for prefix in (_WRITING, _REPLACED):
+        for left in run.glob(f"{prefix}*"):
+            if left != kept:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def read(folder: Path) -> Description:
     """Read the description in a model's folder, and verify the files beside it.
 

@@ -85,9 +85,18 @@ class RunModel:
 
         Collective: every rank must call.
         """
-        if step.teacher is None:
-            return self.student(step)
-        return self._handed_out(step, (step.teacher.fragments, step.teacher.buffers))
+        return self._handed_out(step, self._teacher_of(step))
+
+    def teacher_on_main(self, step: SemiSupervisedStep) -> nn.Module | None:
+        """Make on the main rank what `teacher` makes; the other ranks build no model, and get None.
+
+        They only send their shards of the weights. Collective: every rank must call.
+        """
+        if self._main:
+            return self._handed_out(step, self._teacher_of(step))
+        call_on_all_ranks(lambda: None)  # the main rank may fail to build one
+        step.engine.layout.gather_into(self._teacher_of(step)[0], None)
+        return None
 
     def give_back(self, step: SemiSupervisedStep) -> None:
         """Copy the student's weights into the given module, if any. Collective."""
@@ -156,17 +165,28 @@ class RunModel:
         engine = step.engine
         return engine.master_fragments(), dict(named_buffers(engine.module))
 
+    def _teacher_of(
+        self, step: SemiSupervisedStep
+    ) -> tuple[Sequence[Fragment], Mapping[str, Tensor]]:
+        if step.teacher is None:
+            return self._student_of(step)
+        return step.teacher.fragments, step.teacher.buffers
+
     def _handed_out(
         self,
         step: SemiSupervisedStep,
         weights: tuple[Sequence[Fragment], Mapping[str, Tensor]],
     ) -> nn.Module:
-        model = call_on_all_ranks(lambda: self._built() if self._given is None else self._copied())
-        if step.algorithm.predicts is not None:  # a head predicts, so it is kept
-            example = self._sets.views.plain(self._sets.spec.example(2))
-            model = with_heads(model, step.algorithm, example, self._features)
+        model = call_on_all_ranks(lambda: self._to_hand_out(step))
         _fill(model, step.engine, *weights)
         return model.eval()
+
+    def _to_hand_out(self, step: SemiSupervisedStep) -> nn.Module:
+        model = self._built() if self._given is None else self._copied()
+        if step.algorithm.predicts is None:
+            return model
+        example = self._sets.views.plain(self._sets.spec.example(2))
+        return with_heads(model, step.algorithm, example, self._features)  # one that predicts
 
 
 @torch.no_grad()

@@ -100,6 +100,8 @@ class ModelSaving:
         step = run_on_main(self._written_step)
         if step is None or step != (self._state.step.applied_steps if best is None else best[1]):
             self._write("last")
+        else:
+            run_on_main(lambda: model_folder.remove_leftovers(self._folder.path))
 
     def _written_step(self) -> int | None:
         """The step of the weights in `model/`; None where there are none."""
@@ -114,13 +116,14 @@ class ModelSaving:
         if not self._files or self._save == "none":
             return
         try:
-            model = self._model.teacher(self._state.step)
+            model = self._model.teacher_on_main(self._state.step)
         except ConfigError as error:  # a given module that cannot be copied
             self._log(f"note: model/ is not written: {error}")
             return
         spec, sets = self._sets.spec, self._sets
 
         def write() -> None:
+            assert model is not None  # this rank is the main one
             plain = plain_model(model, sets.views.plain(spec.example(2)))
             half = self._sharding.precision if self._save == "half" else "fp32"
             found = self._description().model_copy(

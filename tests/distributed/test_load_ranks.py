@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import hpdist
+from hpdist.distributed.collectives import run_on_main
+from hpdist.train import model as run_model
+from hpdist.train.trainer import Trainer
 from tests.support.model_runs import adapted, outputs_of, pictures, trained
 from tests.support.ranks import run_ranks
 
-CASES: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "zero1": {"zero": {"stage": 1}},
-    "zero2": {"zero": {"stage": 2}, "precision": "bf16"},
-    "zero3": {"zero": {"stage": 3}},
-    "zero3_bf16": {"zero": {"stage": 3}, "precision": "bf16"},
+ENGINES: dict[str, dict[str, Any]] = {"ddp": {}} | {
+    f"zero{stage}": {"zero": {"stage": stage}} for stage in (1, 2, 3)
 }
+CASES = {
+    f"{engine}_{precision}": {**settings, "precision": precision}
+    for engine, settings in ENGINES.items()
+    for precision in ("fp32", "bf16", "fp16")
+}
+QUICK = [*(f"{engine}_fp32" for engine in ENGINES), "zero2_bf16", "zero3_bf16"]
 
 
-def train(folder: str, settings: dict[str, Any], kind: str) -> tuple[list[Any], Any]:
-    """What this rank's evaluation says of its rows, and the teacher's whole weights."""
+def train(folder: str, settings: dict[str, Any], kind: str) -> tuple[list[Any], Any, int]:
+    """What this rank's evaluation says of its rows, the teacher's whole weights, and the models
+    that this rank builds to write `model/` again."""
+    os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
     trainer, _ = trained(Path(folder), kind, **settings)
     teacher = {name: value.clone() for name, value in trainer.teacher_model().named_parameters()}
-    return outputs_of(trainer).tolist(), {k: v.tolist() for k, v in teacher.items()}
+    outputs = outputs_of(trainer).tolist()
+    return outputs, {k: v.tolist() for k, v in teacher.items()}, built_while_writing(trainer)
 
 
-@pytest.mark.parametrize("case", list(CASES))
+def built_while_writing(trainer: Trainer) -> int:
+    """Remove `model/`, write it again as at the end, and count the models that this rank builds."""
+    run_on_main(lambda: shutil.rmtree(trainer.run.folder.path / "model"))
+    with mock.patch.object(run_model, "build_model", wraps=run_model.build_model) as build:
+        trainer.run.model_saving.finish()
+    return int(build.call_count)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c in QUICK else (pytest.mark.slow,)) for c in CASES],
+)
 def test_outputs_are_those_of_two_ranks(case: str, tmp_path: Path) -> None:
-    """The ranks evaluate six rows each, in order."""
+    """The ranks evaluate six rows each, in order; only the first builds what it writes."""
     found = run_ranks(2, train, str(tmp_path), CASES[case], "pictures")
+    assert [built for _, _, built in found] == [1, 0]
     expected = torch.tensor(found[0][0] + found[1][0])
     weights = found[0][1]
     rows = pictures(tmp_path)["rows"]
@@ -42,7 +65,7 @@ def test_outputs_are_those_of_two_ranks(case: str, tmp_path: Path) -> None:
         for name, parameter in predictor.model.named_parameters():
             assert parameter.tolist() == weights[name], name
         outputs = predictor.raw_outputs(rows, batch=5)
-        close = 0.05 if "precision" in CASES[case] else 1e-6
+        close = 1e-6 if CASES[case]["precision"] == "fp32" else 0.05
         torch.testing.assert_close(outputs, expected, rtol=0.0, atol=close)
 
 

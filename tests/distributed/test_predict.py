@@ -19,6 +19,7 @@ from tests.support.predictions import (
     ROWS,
     contents,
     kill_and_resume,
+    kill_at_random,
     make_run,
     predict,
     vectors,
@@ -31,6 +32,16 @@ def test_killed_ranks_go_on_with_the_same_bytes(tmp_path: Path) -> None:
     assert all(result["killed"] for result in results), results
     assert all(result["same"] for result in results), results
     assert {0} < {result["parts"] for result in results}  # some had written parts, and some none
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants(tmp_path: Path) -> None:
+    (results,) = run_ranks(1, kill_at_random, tmp_path, 10)
+    assert len(results) == 10, results
+    assert all(result["same"] for result in results), results
+    assert {result["ranks"] for result in results} == {1, 3}
+    ids = pq.read_table(tmp_path / "whole").column("id").to_pylist()
+    assert sorted(ids) == list(range(ROWS))
 
 
 @pytest.fixture(scope="module")

@@ -95,18 +95,23 @@ def adapted(folder: Path) -> dict[str, Any]:
 
 def hf_pictures(folder: Path) -> dict[str, Any]:
     """Pictures for a small ViT that has a processor."""
-    source = folder / "vit"
-    source.mkdir(parents=True, exist_ok=True)
-    (source / "config.json").write_text(json.dumps(VIT))
+    source = write_vit(folder / "vit", VIT)
+    made = pictures(folder)
+    return made | {"model": {"name": f"hf:{source}", "pretrained": False}, "views": "image"}
+
+
+def write_vit(folder: Path, config: dict[str, Any]) -> Path:
+    """Write the config of a ViT, without weights, and its image processor into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-        "size": {"height": 8, "width": 8},
+        "size": {"height": config["image_size"], "width": config["image_size"]},
     }
-    (source / "preprocessor_config.json").write_text(json.dumps(processor))
-    made = pictures(folder)
-    return made | {"model": {"name": f"hf:{source}", "pretrained": False}, "views": "image"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 def spectrograms(folder: Path) -> dict[str, Any]:

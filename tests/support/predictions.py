@@ -1,9 +1,12 @@
-"""Predicts real Parquet files with a trained model, and dies by SIGKILL at the n-th step of it."""
+"""Predicts real Parquet files with a trained model, and dies by SIGKILL in the middle of it."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +119,21 @@ def _killed(folder: Path, out: str, victim: int, point: int) -> None:
     predict(folder, out)
 
 
+def _killed_after(folder: Path, out: str, victim: int, seconds: float) -> None:
+    """Predict; rank `victim` dies so many seconds after it has begun."""
+    if os.environ["RANK"] == str(victim):
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    predict(folder, out)
+
+
+def _timed(folder: Path, out: str) -> None:
+    start = time.monotonic()
+    predict(folder, out)
+    (folder / f"seconds-{os.environ['RANK']}").write_text(str(time.monotonic() - start))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder of predictions."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -136,6 +154,30 @@ def kill_and_resume(folder: Path, points: list[int]) -> list[dict[str, Any]]:
         same = resumed == [0] * ranks and contents(folder / name) == whole
         killed = ended[victim] == -signal.SIGKILL
         found.append({"killed": killed, "parts": before, "resumed": resumed, "same": same})
+    return found
+
+
+def kill_at_random(folder: Path, kills: int) -> list[dict[str, Any]]:
+    """Kill either of two ranks so many times at random instants, go on with three and with one."""
+    log, draw = folder / "log", random.Random(0)
+    assert run_forked(1, log, _whole, folder) == [0], log.read_text()[-5000:]
+    whole = contents(folder / "whole")
+    assert run_forked(2, log, _timed, folder, "timed") == [0, 0], log.read_text()[-5000:]
+    seconds = [float((folder / f"seconds-{rank}").read_text()) for rank in range(2)]
+    found: list[dict[str, Any]] = []
+    for attempt in range(4 * kills):
+        victim, name = attempt % 2, f"random-{attempt}"
+        ranks = (3, 1)[len(found) // 2 % 2]
+        after = draw.uniform(0, seconds[victim])
+        ended = run_forked(2, log, _killed_after, folder, name, victim, after)
+        if ended[victim] != -signal.SIGKILL:  # it was done before
+            continue
+        before = sum(1 for _ in (folder / name).glob("part-*.parquet"))
+        resumed = run_forked(ranks, log, predict, folder, name)
+        same = resumed == [0] * ranks and contents(folder / name) == whole
+        found.append({"after": after, "parts": before, "ranks": ranks, "same": same})
+        if len(found) == kills:
+            break
     return found
 
 

@@ -148,7 +148,12 @@ class _Loaded:
     def encode(self, texts: Sequence[str], length: int) -> Array:
         with self._lock:
             ids = self._tokenizer(
-                list(texts), padding="max_length", truncation=True, max_length=length
+                list(texts),
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_attention_mask=False,  # lists of Python numbers that nothing reads
+                return_token_type_ids=False,
             )["input_ids"]
         return np.asarray(ids, dtype=np.int64).reshape(len(texts), length)
 

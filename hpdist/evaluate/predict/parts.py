@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -23,6 +23,13 @@ from hpdist.errors import printable
 from hpdist.evaluate.predict.rows import OrderedRows
 
 _AHEAD = 2  # batches that are decoded before they are needed
+_FIRST = 4  # batches of text in a part's first window, for whose decoding the model waits
+_GROWTH = 8  # each window holds so many times as many, so that it is decoded meanwhile
+_MOST = 64  # batches in a window: what is gained by more is below one in a hundred
+_MOST_ROWS = 16_384  # in memory a few times
+
+
+Divide: TypeAlias = Callable[[int, int], Iterator[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,16 @@ class Batches:
     Args:
         rows: The dataset.
         decoder: Decodes its rows.
-        size: Rows of a batch; each part begins with a new one.
+        divide: Divides the rows of a part, from and to, into those of its batches.
         carried: Columns that are written beside the predictions.
     """
 
     def __init__(
-        self, rows: OrderedRows, decoder: Decoder, size: int, carried: Sequence[str]
+        self, rows: OrderedRows, decoder: Decoder, divide: Divide, carried: Sequence[str]
     ) -> None:
         self._rows = rows
         self._decoder = decoder
-        self._size = size
+        self._divide = divide
         self._carried = list(carried)
 
     def ahead(self, spans: Sequence[tuple[int, int]]) -> Iterator[Batch | None]:
@@ -65,11 +72,11 @@ class Batches:
 
         def work() -> None:
             try:
-                for start, stop in spans:
-                    for at in range(start, stop, self._size):
+                for span in spans:
+                    for start, stop in self._divide(*span):
                         if stopping.is_set():
                             return
-                        for batch in self._read(at, min(at + self._size, stop)):
+                        for batch in self._read(start, stop):
                             made.put(batch)
                     made.put(None)
             except BaseException as error:
@@ -228,6 +235,21 @@ def to_bytes(table: pa.Table) -> bytes:
     out = io.BytesIO()
     pq.write_table(table, out, compression="zstd", row_group_size=1 << 16)
     return out.getvalue()
+
+
+def windows(start: int, stop: int, *, batch: int, sorts: bool) -> Iterator[tuple[int, int]]:
+    """Divide positions [start, stop) into those of batches, or of windows of batches to sort.
+
+    They depend on the part alone, and not on who predicts it.
+    """
+    size = most = batch
+    if sorts:
+        most = max(batch, min(_MOST * batch, _MOST_ROWS))
+        size = min(_FIRST * batch, most)
+    while start < stop:
+        end = min(start + size, stop)
+        yield start, end
+        start, size = end, min(_GROWTH * size, most)
 
 
 def by_length(inputs: Structure, pad: int | None, size: int) -> Iterator[tuple[Any, Structure]]:

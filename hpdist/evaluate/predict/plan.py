@@ -16,7 +16,7 @@ from typing import Any
 from hpdist.data.sources.label_files import RECORD
 from hpdist.errors import CheckpointError, DataError, why_not_written
 
-_VERSION = 1
+_VERSION = 2  # of how a part is divided into batches, which its last digits depend on
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +31,21 @@ from hpdist.data.sources.label_files import METADATA
 from hpdist.data.structures import Structure, cat, index, to
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.errors import CheckpointError, ConfigError, why_not_written
-from hpdist.evaluate.predict.parts import Batch, Batches, Layout, by_length, make_layout, to_bytes
+from hpdist.evaluate.predict.memory_format import channels_last
+from hpdist.evaluate.predict.parts import (
+    Batch,
+    Batches,
+    Layout,
+    by_length,
+    make_layout,
+    to_bytes,
+    windows,
+)
 from hpdist.evaluate.predict.plan import Plan, begin, write_whole
 from hpdist.evaluate.predict.rows import OrderedRows, ReadsInputs, open_rows
 from hpdist.messages.progress import working
 from hpdist.tasks.base import Task
 
-_WINDOW = 16  # batches of text within which rows are sorted by length
 _POLL = 0.2  # seconds between two looks at the other ranks' parts, at first
 _LONGEST_POLL = 2.0
 _NAMED = 5  # bad rows
@@ -141,7 +150,8 @@ def predict_to(
         own = plan.share(missing, rank, world_size)
         start = time.monotonic()
         others = set(missing) - set(own)
-        predicted = _write_parts(model, rows, plan, own, layout, options, loading, others)
+        with channels_last(model):
+            predicted = _write_parts(model, rows, plan, own, layout, options, loading, others)
         if rank != 0:
             return None
         return _finish(plan, rows, predicted, time.monotonic() - start)
@@ -232,12 +242,12 @@ def _write_parts(
     """
     spans = [plan.span(part) for part in own]
     todo = sum(stop - start for start, stop in [*spans, *map(plan.span, others)])
-    size = options.batch * (1 if options.pad is None else _WINDOW)
+    divide = partial(windows, batch=options.batch, sorts=options.pad is not None)
     with (
         Decoder(model.spec, loading.threads, loading.processes) as decoder,
         working(f"predicting {rows.name}", todo, "rows", rate=True) as work,
     ):
-        batches = Batches(rows, decoder, size, options.columns)
+        batches = Batches(rows, decoder, divide, options.columns)
         parts = iter(own)
         found: list[tuple[Batch, Any]] = []
         for batch in batches.ahead(spans):

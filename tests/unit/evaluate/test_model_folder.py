@@ -108,6 +108,19 @@ def test_between_two_renames_the_old_one_is_found(tmp_path: Path) -> None:
     assert check(tmp_path) == 3
 
 
+def test_what_is_left_beside_a_model_goes_and_the_only_whole_one_stays(tmp_path: Path) -> None:
+    write(tmp_path / "model", 3)
+    (tmp_path / "model").rename(tmp_path / ".model-replaced-12345678")
+    (tmp_path / ".model-writing-12345678").mkdir()
+    model_folder.remove_leftovers(tmp_path)
+    assert check(tmp_path) == 3
+    assert not (tmp_path / ".model-writing-12345678").exists()
+    (tmp_path / ".model-replaced-12345678").rename(tmp_path / "model")
+    (tmp_path / ".model-replaced-87654321").mkdir()
+    model_folder.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_disk_that_is_full_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,8 @@ from hpdist.data.config import Unlabeled
 from hpdist.data.sources.label_files import RECORD
 from hpdist.errors import ConfigError, DataError
 from hpdist.evaluate.predict import Predicted, PredictOptions, predict_to
-from hpdist.evaluate.predict.parts import by_length
+from hpdist.evaluate.predict.memory_format import channels_last
+from hpdist.evaluate.predict.parts import by_length, windows
 from hpdist.messages import progress
 from tests.support.pictures import picture
 from tests.support.texts import SENTENCES, write_model
@@ -195,6 +196,54 @@ def test_rows_of_similar_length_go_together() -> None:
     rows = [cast(torch.Tensor, part) for _, part in found]
     assert [list(part.shape) for part in rows] == [[2, 2], [2, 4]]
     assert torch.equal(rows[1], tokens[[0, 2], :4])
+
+
+class Views(torch.nn.Module):
+    """A model that cannot work with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.convs(inputs)
+        return hidden.view(len(inputs), -1)[:, :2]
+
+
+def test_convolutions_have_channels_last_where_the_model_can(pictures: Path) -> None:
+    predictor = hpdist.load(pictures / "run")
+    inputs = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    for model, can in ((predictor.model, True), (Views().eval(), False)):
+        predictor.model = model
+        assert model is not None
+        convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        convs = [conv for conv in convs if conv.weight.shape[1] > 1]
+        before = [conv.weight.data_ptr() for conv in convs]
+        expected = predictor.outputs(inputs)
+        with channels_last(predictor):
+            assert convs
+            assert all(conv.weight.is_contiguous() is not can for conv in convs)
+            torch.testing.assert_close(predictor.outputs(inputs), expected, rtol=1e-5, atol=1e-6)
+        assert [conv.weight.data_ptr() for conv in convs] == before
+
+
+def test_windows_of_text_grow_from_a_small_one_in_every_part() -> None:
+    assert list(windows(10, 30, batch=8, sorts=False)) == [(10, 18), (18, 26), (26, 30)]
+    found = list(windows(1000, 3000, batch=8, sorts=True))
+    assert found == [
+        (1000, 1032),
+        (1032, 1288),
+        (1288, 1800),
+        (1800, 2312),
+        (2312, 2824),
+        (2824, 3000),
+    ]
+    rows = [stop - start for start, stop in windows(0, 10**5, batch=1024, sorts=True)]
+    assert rows[:3] == [4096, 16_384, 16_384]
+    assert sum(rows) == 10**5
+    assert [stop - start for start, stop in windows(0, 60_000, batch=30_000, sorts=True)] == [
+        30_000
+    ] * 2
 
 
 def test_text_of_mixed_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
