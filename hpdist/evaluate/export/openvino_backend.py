@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,35 @@ from hpdist.models.outputs import LOGITS
 WEIGHTS_DIGEST = "hpdist.weights"
 """The name in the metadata of the SHA-256 of the file with the weights."""
 
+_TELEMETRY = "openvino_telemetry"
+
 
 def openvino(what: str) -> Any:
-    """Import OpenVINO for a format or a file. Raises ConfigError where it is missing."""
+    """Import OpenVINO for a format or a file. Raises ConfigError where it is missing.
+
+    OpenVINO reports its own import to its makers; here it is imported so that it does not.
+    """
     try:
-        import openvino
+        with _without_telemetry():
+            import openvino
     except ImportError as error:
         raise ConfigError(
             f"{what} needs openvino, which is missing; pip install 'hpdist[openvino]'"
         ) from error
     return openvino
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Inside, its telemetry cannot be imported, and OpenVINO takes a stub that does nothing."""
+    if _TELEMETRY in sys.modules:  # someone else has imported it
+        yield
+        return
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(_TELEMETRY, None)
 
 
 class OpenVinoBackend:

@@ -1,8 +1,8 @@
 """Writes a model for OpenVINO: the graph as NAME.xml, and the weights beside it as NAME.bin.
 
-The graph is that of the ONNX export, which OpenVINO reads without its converter, so that nothing
-is reported to anyone. fp16 rounds the weights; computations are in fp32 on a CPU. The metadata is
-the file's `rt_info`, and says which weights the graph belongs to.
+The graph is that of the ONNX export, which OpenVINO reads. fp16 rounds the weights; computations
+are in fp32 on a CPU. The metadata is the file's `rt_info`, and says which weights the graph belongs
+to.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -70,6 +72,19 @@ def test_the_same_verbs(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="broken") as error:
         hpdist.load(tmp_path / f"broken.{suffix}")
     assert "\n" not in str(error.value)
+
+
+def test_openvino_reports_nothing() -> None:
+    require("xml")
+    program = (
+        "import sys; from hpdist.evaluate.export.openvino_backend import openvino; openvino('it');"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')],"
+        " 'openvino.tools.ovc.telemetry_stub' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[] True", done.stderr
 
 
 def test_weights_of_another_file_are_refused(tmp_path: Path) -> None:
