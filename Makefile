@@ -28,6 +28,8 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	@.ci/system-packages all
+	@$(PIP) --quiet --editable ".[dev,openvino,executorch]" || \
+	  echo "Not installed: the extras openvino and executorch. The tests that need them are skipped." >&2
 	@$(BIN)/python -m pytest $(WORKERS) -m "not gpu" --durations=20 -rs
 
 lint: $(INSTALLED)

@@ -27,7 +27,7 @@ def add_arguments(commands: Commands) -> None:
         ),
         description=(
             "Measure each MODEL on DATA, or on the first one's test set; a run is measured in all "
-            "the precisions, an exported file of ONNX in its own."
+            "the precisions, an exported file in its own."
         ),
         allow_abbrev=False,
     )

@@ -22,9 +22,9 @@ def add_arguments(commands: Commands) -> None:
     """Describe the command's arguments."""
     parser = commands.add_parser(
         "export",
-        help="write a trained model as one file, ONNX or safetensors, verified on real rows",
+        help="write a trained model as a file for other programs, verified on real rows",
         usage=(
-            "hpdist export MODEL [DATA] --out FILE [--format onnx|safetensors] "
+            "hpdist export MODEL [DATA] --out FILE [--format onnx|safetensors|openvino|executorch] "
             "[--precision fp32|bf16|fp16|int8] [--tolerance SHARE] [--data.test.key value ...]"
         ),
         description=(
@@ -36,7 +36,10 @@ def add_arguments(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, its model/, or a checkpoint")
     parser.add_argument("data", nargs="?", metavar="DATA", help="a path of labelled rows")
     parser.add_argument("--out", metavar="FILE", required=True)
-    parser.add_argument("--format", help="default: what FILE ends in")
+    parser.add_argument(
+        "--format",
+        help="default: what FILE ends in: .onnx, .safetensors, .xml (openvino), .pte (executorch)",
+    )
     parser.add_argument("--precision", default="fp32", help="default: fp32")
     parser.add_argument(
         "--tolerance",
@@ -51,6 +54,7 @@ def add_arguments(commands: Commands) -> None:
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     """Write the file, and say what the verification has found."""
+    from hpdist.evaluate.export.read import files_of
     from hpdist.evaluate.export.verify import lines
     from hpdist.evaluate.export.write import check_export, write_file
     from hpdist.evaluate.load import load
@@ -78,5 +82,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     )
     for line in lines(found, loaded.task.in_percent):
         print_text(line)
-    print_text(f"written to {out}: {size(out.stat().st_size)}, {known.precision}")
+    files = files_of(out)
+    total = sum(file.stat().st_size for file in files)
+    print_text(f"written to {' and '.join(map(str, files))}: {size(total)}, {known.precision}")
     return 0

@@ -42,7 +42,11 @@ def add_arguments(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="run folder, its model/, or a checkpoint")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run folder, its model/, a checkpoint, or an exported file",
+    )
     parser.add_argument("data", metavar="DATA", help="the rows to label")
     parser.add_argument("--out", metavar="DIR", required=True, help="made if it does not exist")
     parser.add_argument(

@@ -50,13 +50,14 @@ class Predictor(LoadedModel):
         precision: str = "fp32",
         tolerance: float | None = None,
     ) -> Verified:
-        """Write the model to one file, which is kept if it passes a comparison with the model.
+        """Write the model to a file, which is kept if it passes a comparison with the model.
 
         Args:
             out: The file; an earlier one is replaced.
             data: Labelled rows to compare on, as `evaluate` takes them; by default the run's test
                 set.
-            file_format: onnx or safetensors; by default what the file's name ends in.
+            file_format: onnx, safetensors, openvino or executorch; by default what the file's name
+                ends in.
             precision: fp32 or fp16, int8 of ONNX, or bf16 of safetensors.
             tolerance: The largest difference of an output that passes, as a share of the largest
                 output; by default 1e-4 in fp32, 1e-2 in fp16, 5e-2 in bf16 and 0.25 in int8.

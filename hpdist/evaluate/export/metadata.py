@@ -1,4 +1,4 @@
-"""What an exported file says of itself: strings by name, in ONNX and in safetensors alike.
+"""What an exported file says of itself: strings by name, alike in every format.
 
     hpdist                the `Description` of the model, as JSON
     hpdist.files          what decoding and views need beside it: base64 by path, as JSON
@@ -8,8 +8,11 @@
     hpdist.inputs         dtype and shape of each input by name, as JSON; null is any number
     hpdist.outputs        the outputs' names, as a JSON list
     hpdist.normalization  of pictures: mean and deviation of each channel, for pixels from 0 to 1
+    hpdist.rows           of ExecuTorch: the number of rows that the file takes at once
+    hpdist.weights        of OpenVINO: the SHA-256 of the file with the weights
 
-A program without hpdist reads the last five. Nothing here is code, and reading runs none.
+A program without hpdist reads those from the precision on. Nothing here is code, and reading runs
+none.
 """
 
 from __future__ import annotations

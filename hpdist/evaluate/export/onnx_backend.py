@@ -30,6 +30,7 @@ class OnnxBackend:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors alone
+        options.intra_op_num_threads = torch.get_num_threads()  # ranks share the cores
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(file), options, providers=["CPUExecutionProvider"]

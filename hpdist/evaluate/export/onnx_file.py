@@ -7,21 +7,16 @@ once, and of texts and sounds any length, where the model has no fixed one.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hpdist.data.structures import Structure, tensors_of
-from hpdist.errors import ConfigError, describe
-from hpdist.evaluate.export.metadata import describe_file, feeding_files, input_names
+from hpdist.errors import ConfigError
+from hpdist.evaluate.export.metadata import describe_file, feeding_files
+from hpdist.evaluate.export.trace import first_line, positional, quiet, shapes_of
 from hpdist.evaluate.loaded import LoadedModel
-from hpdist.models.outputs import outputs_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -34,19 +29,6 @@ _IN_FULL = (  # what fp16 leaves in fp32
 )
 
 
-class _Positional(nn.Module):
-    """Takes the inputs as one tuple and gives the outputs as another, in the order of names."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str] | None, outputs: Sequence[str]):
-        super().__init__()
-        self.model = model
-        self.names, self.outputs = names, outputs
-
-    def forward(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        given: Any = rows[0] if self.names is None else dict(zip(self.names, rows, strict=True))
-        return tuple(tensors_of(outputs_of(self.model(given), self.outputs)))
-
-
 def write(loaded: LoadedModel, precision: str, file: Path) -> None:
     """Write a model, in fp32 on the CPU, as ONNX.
 
@@ -54,7 +36,7 @@ def write(loaded: LoadedModel, precision: str, file: Path) -> None:
     larger than ONNX's own limit.
     """
     onnx = packages()
-    proto, shapes = _graph(loaded)
+    proto, shapes = graph(loaded)
     if proto.ByteSize() > _MOST_BYTES:
         raise ConfigError(
             f"--format: the model has {proto.ByteSize():,} bytes and one ONNX file at most "
@@ -70,7 +52,7 @@ def write(loaded: LoadedModel, precision: str, file: Path) -> None:
     onnx.save(proto, str(file))
 
 
-def packages() -> Any:
+def packages(file_format: str = "onnx") -> Any:
     """Import what writing ONNX needs; give `onnx`. Raises ConfigError where it is missing."""
     try:
         import onnx
@@ -78,28 +60,27 @@ def packages() -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"--format onnx needs onnx, onnxscript and onnxruntime ({error}); "
+            f"--format {file_format} needs onnx, onnxscript and onnxruntime ({error}); "
             "pip install 'hpdist[export]'"
         ) from error
     return onnx
 
 
-def _graph(loaded: LoadedModel) -> tuple[Any, dict[str, Any]]:
-    """Trace the model; give the graph, and dtype and shape of each input."""
-    rows: Structure = loaded.views.plain(loaded.spec.example(2))
-    names = list(rows) if isinstance(rows, Mapping) else None
-    assert loaded.model is not None
-    model = _Positional(loaded.model, names, loaded.task.outputs).eval()
-    given = tuple(tensors_of(rows))
+def graph(loaded: LoadedModel) -> tuple[Any, dict[str, Any]]:
+    """Trace a model, in fp32 on the CPU; give the graph, and dtype and shape of each input.
+
+    Raises ConfigError where torch cannot trace it.
+    """
+    model, names, given = positional(loaded)
     tries = [True, False] if loaded.spec.kind in _ANY_LENGTH else [False]
     for any_length in tries:
         sizes = [_dynamic(tensor, any_length) for tensor in given]
         try:
-            with _quiet():
+            with quiet():
                 program: Any = torch.onnx.export(
                     model,
                     (given,),
-                    input_names=input_names(rows),
+                    input_names=names,
                     output_names=list(loaded.task.outputs),
                     dynamo=True,
                     dynamic_shapes=(tuple(sizes),),
@@ -110,18 +91,10 @@ def _graph(loaded: LoadedModel) -> tuple[Any, dict[str, Any]]:
             if any_length:
                 continue
             raise ConfigError(
-                f"--format onnx: torch cannot trace the model: {_first_line(error)}; choose "
-                "safetensors"
+                f"--format: torch cannot trace the model: {first_line(error)}; choose safetensors"
             ) from error
         break
-    shapes = {
-        name: {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": [None if at in size else n for at, n in enumerate(tensor.shape)],
-        }
-        for name, tensor, size in zip(input_names(rows), given, sizes, strict=True)
-    }
-    return program.model_proto, shapes
+    return program.model_proto, shapes_of(names, given, sizes)
 
 
 def _dynamic(tensor: Tensor, any_length: bool) -> dict[int, Any]:
@@ -136,7 +109,7 @@ def _in_fp16(proto: Any) -> Any:
     from onnxruntime.transformers import float16
 
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, *_IN_FULL]
-    with _quiet():
+    with quiet():
         return float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=blocked)
 
 
@@ -148,39 +121,14 @@ def _in_int8(proto: Any, file: Path, onnx: Any) -> Any:
     try:
         del proto.graph.value_info[:]
         onnx.save(proto, str(full))
-        with _quiet():
+        with quiet():
             quantize_dynamic(str(full), str(small), weight_type=QuantType.QUInt8)
         return onnx.load(str(small))
     except Exception as error:  # onnxruntime's own, of many kinds
         raise ConfigError(
-            f"--precision int8: onnxruntime cannot quantize the model: {_first_line(error)}; "
+            f"--precision int8: onnxruntime cannot quantize the model: {first_line(error)}; "
             "choose fp16"
         ) from error
     finally:
         full.unlink(missing_ok=True)
         small.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return describe(error).splitlines()[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, converters report failures by raising alone."""
-    silenced = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in silenced]
-    before = logging.root.manager.disable
-    try:
-        for logger in silenced:
-            logger.setLevel(logging.CRITICAL)
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-        for logger, level in zip(silenced, levels, strict=True):
-            logger.setLevel(level)

@@ -13,41 +13,74 @@ from hpdist.config.component import IN_PYTHON
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.errors import CheckpointError, ConfigError, why_not_written
 from hpdist.evaluate.build import model_of_folder
-from hpdist.evaluate.export import onnx_file, safetensors_file
+from hpdist.evaluate.export import (
+    executorch_file,
+    onnx_file,
+    openvino_file,
+    safetensors_file,
+)
 from hpdist.evaluate.export.metadata import unpack
-from hpdist.evaluate.export.onnx_backend import OnnxBackend
+from hpdist.evaluate.export.read import BACKENDS, files_of
 from hpdist.evaluate.export.verify import TOLERANCES, Verified, verify
 from hpdist.evaluate.loaded import LoadedModel
 from hpdist.evaluate.model_folder import WEIGHTS
 from hpdist.evaluate.precision import cast_weights
 
-FORMATS = {"onnx": onnx_file.PRECISIONS, "safetensors": safetensors_file.PRECISIONS}
-"""The precisions of each format; a format's file ends in its name."""
+FORMATS = {
+    "onnx": onnx_file.PRECISIONS,
+    "safetensors": safetensors_file.PRECISIONS,
+    "openvino": openvino_file.PRECISIONS,
+    "executorch": executorch_file.PRECISIONS,
+}
+"""The precisions of each format."""
+
+_SUFFIXES = {
+    "onnx": ".onnx",
+    "safetensors": ".safetensors",
+    "openvino": ".xml",
+    "executorch": ".pte",
+}
+"""What the name of a format's file ends in."""
 
 _WRITERS: dict[str, Callable[[LoadedModel, str, Path], None]] = {
     "onnx": onnx_file.write,
     "safetensors": safetensors_file.write,
+    "openvino": openvino_file.write,
+    "executorch": executorch_file.write,
+}
+_REQUIRE: dict[str, Callable[[], object]] = {
+    "onnx": onnx_file.packages,
+    "openvino": openvino_file.require_packages,
+    "executorch": executorch_file.packages,
 }
 _WHY = {
     ("onnx", "bf16"): "onnxruntime has no bf16 on a CPU; choose fp16 or fp32, or safetensors",
     ("safetensors", "int8"): "safetensors holds weights alone; choose onnx, fp16 or bf16",
+    ("openvino", "int8"): "it needs calibration by nncf; choose onnx, or fp16",
+    ("executorch", "int8"): "it needs calibration by torchao; choose onnx, or fp16",
 }
 
 
 def check_export(out: Path, file_format: str | None, precision: str) -> str:
     """Give the format of a file, by default the one that its name ends in. Raises ConfigError."""
-    chosen = file_format or out.suffix.removeprefix(".")
+    by_suffix = {suffix: name for name, suffix in _SUFFIXES.items()}
+    chosen = file_format or by_suffix.get(out.suffix)
+    if chosen is None:
+        ends = ", ".join(f"{suffix} ({name})" for suffix, name in by_suffix.items())
+        raise ConfigError(f"--out: the name of the file, {out.name!r}, ends in none of {ends}")
     if chosen not in FORMATS:
         raise ConfigError(f"--format: {chosen!r} is none of {', '.join(FORMATS)}")
-    if out.suffix != f".{chosen}":
-        raise ConfigError(f"--out: the name of the file must end in .{chosen}, not in {out.name!r}")
+    if out.suffix != _SUFFIXES[chosen]:
+        raise ConfigError(
+            f"--out: the name of the file must end in {_SUFFIXES[chosen]}, not in {out.name!r}"
+        )
     if precision not in FORMATS[chosen]:
         why = _WHY.get((chosen, precision), f"choose one of {', '.join(FORMATS[chosen])}")
         raise ConfigError(f"--precision: {chosen} has no {precision} here: {why}")
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a folder; name a file in it")
-    if chosen == "onnx":
-        onnx_file.packages()
+    if chosen in _REQUIRE:
+        _REQUIRE[chosen]()
     return chosen
 
 
@@ -66,7 +99,7 @@ def write_file(
         loaded: The model, of torch.
         out: The file, which takes the place of an earlier one only if it passes.
         rows: What `open_measured` gave.
-        file_format: One of FORMATS; by default what `out` ends in.
+        file_format: One of FORMATS; by default the one of what `out` ends in.
         precision: One of those that the format has.
         tolerance: The largest difference of an output, as a share of the largest output; by
             default that of TOLERANCES.
@@ -81,15 +114,17 @@ def write_file(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _WRITERS[chosen](original, precision, temporary)
-        found = verify(original, open_file(original, temporary, chosen, precision), rows, limit)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, out)
+        found = verify(original, open_file(original, temporary, precision), rows, limit)
+        for own, final in zip(files_of(temporary)[::-1], files_of(out)[::-1], strict=True):
+            own.chmod(0o666 & ~_umask())
+            os.replace(own, final)
     except OSError as error:
         raise CheckpointError(
             f"{out} cannot be written: {why_not_written(error, out.parent)}"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for own in files_of(temporary):
+            own.unlink(missing_ok=True)
     return found
 
 
@@ -99,10 +134,10 @@ def _umask() -> int:
     return found
 
 
-def open_file(original: LoadedModel, file: Path, file_format: str, precision: str) -> LoadedModel:
+def open_file(original: LoadedModel, file: Path, precision: str) -> LoadedModel:
     """Give a predictor of an exported file, fed as the model that it was made of."""
-    if file_format == "onnx":
-        backend = OnnxBackend(file)
+    if file.suffix in BACKENDS:
+        backend = BACKENDS[file.suffix](file)
         return replace(original, model=None, backend=backend, precision=precision)
     folder = unpack(safetensors_file.read_metadata(file), file)
     (folder / WEIGHTS).symlink_to(file.absolute())

@@ -22,7 +22,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
-from torch import nn
 
 from hpdist.checkpoint.manifest import hash_of
 from hpdist.data.config import Loading, Unlabeled
@@ -31,6 +30,7 @@ from hpdist.data.sources.label_files import METADATA
 from hpdist.data.structures import Structure, cat, index, to
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.errors import CheckpointError, ConfigError, why_not_written
+from hpdist.evaluate.export.read import files_of
 from hpdist.evaluate.predict.memory_format import channels_last
 from hpdist.evaluate.predict.parts import (
     Batch,
@@ -76,7 +76,7 @@ class Predicts(ReadsInputs, Protocol):
 
     @property
     def source(self) -> Path:
-        """The folder or file that the model was loaded from."""
+        """The folder or exported file that the model was loaded from."""
         ...
 
     def outputs(self, inputs: Structure) -> Structure:
@@ -214,10 +214,13 @@ def _facts(
 
 
 def _digest(model: Predicts) -> str:
-    """Give the SHA-256 of the weights, or of an exported file that they are in."""
+    """Give the SHA-256 of the weights, or of the exported file that the model was loaded from."""
     digest = hashlib.sha256()
-    if not isinstance(model.model, nn.Module):
-        return hash_of(Path(model.source))[:32]
+    source = Path(model.source)
+    if source.is_file():
+        for file in files_of(source):
+            digest.update(hash_of(file).encode())
+        return digest.hexdigest()[:32]
     for name, value in model.model.state_dict().items():
         digest.update(name.encode())
         data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -102,25 +102,6 @@ def test_evaluate_takes_a_file(half: Path, tmp_path: Path) -> None:
     assert found["results"]["fp16"]["bytes"] == half.stat().st_size
 
 
-def test_texts_of_any_length(tmp_path: Path) -> None:
-    _, rows = trained(tmp_path, "texts")
-    original = hpdist.load(tmp_path / "run")
-    out = tmp_path / "texts.onnx"
-    original.export(out, rows)
-    exported = hpdist.load(out)
-    assert exported.backend is not None
-    facts = json.loads(exported.backend.metadata["hpdist.inputs"])  # type: ignore[attr-defined]
-    assert facts == {"input": {"dtype": "int64", "shape": [None, None]}}
-    torch.testing.assert_close(
-        exported.raw_outputs(rows, batch=5), original.raw_outputs(rows), rtol=0, atol=1e-5
-    )
-    ids = original.spec.example(2)
-    assert isinstance(ids, torch.Tensor)
-    cut = exported.backend.run(ids[:, :5])
-    assert isinstance(cut, torch.Tensor)
-    assert cut.shape == (2, 2)
-
-
 def test_safetensors(run: tuple[Path, Any], tmp_path: Path) -> None:
     folder, rows = run
     original, out = hpdist.load(folder), tmp_path / "run.safetensors"
@@ -157,7 +138,10 @@ def test_a_model_that_overflows_in_fp16_is_not_kept(run: tuple[Path, Any], tmp_p
     [
         (["--out", "a.onnx", "--precision", "bf16"], "onnx has no bf16 here"),
         (["--out", "a.safetensors", "--precision", "int8"], "safetensors has no int8 here"),
-        (["--out", "a.pte"], "'pte' is none of onnx, safetensors"),
+        (["--out", "a.engine"], "'a.engine', ends in none of .onnx (onnx), .safetensors"),
+        (["--out", "a.onnx", "--format", "tensorrt"], "'tensorrt' is none of onnx, safetensors"),
+        (["--out", "a.xml", "--precision", "int8"], "openvino has no int8 here: it needs"),
+        (["--out", "a.pte", "--precision", "int8"], "executorch has no int8 here: it needs"),
         (["--out", "a.onnx", "--format", "safetensors"], "must end in .safetensors"),
         (["--out", "a.onnx", "--optim.lr", "1"], "export takes settings of the set"),
     ],
