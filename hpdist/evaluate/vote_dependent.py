@@ -62,7 +62,7 @@ def dependent_epsilon(
 
 def log_losing(counts: Counts, sigma: float) -> Floats:
     """Bound log q, that the class with the most votes is not the answer, fp64 [rows]."""
-    from scipy.special import log_ndtr, logsumexp
+    from scipy.special import log_ndtr, logsumexp  # type: ignore[import-untyped]
 
     ordered = np.sort(counts.astype(np.float64), axis=1)
     gaps = ordered[:, -1:] - ordered[:, :-1]  # [rows, classes - 1]
