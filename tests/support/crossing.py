@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +44,7 @@ def row_windows(rows: Tensor) -> set[int]:
     orders = [rows, rows.movedim(1, -1)] if rows.dim() > 2 else [rows]
     for order in orders:
         for form in _FORMS:
-            for row in order.to(form).contiguous().view(torch.uint8).flatten(1):
+            for row in order.to(form).flatten(1).clone().view(torch.uint8):
                 found |= windows(row.numpy().tobytes())
     return found
 
@@ -57,13 +58,18 @@ class Crossing(TorchDispatchMode):
         self.seen: set[int] = set()
         """Windows of all inputs of the model."""
         self.inputs = 0
+        """Rows that the model was given."""
+        self.parameters = 0
+        """Numbers in the model's parameters."""
+        self.example: Tensor | None = None
+        """The latest inputs of the model, fp32."""
         self._model = model
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == "c10d":
-            for part in tree_iter([args, kwargs]):
+            for part in _given(func._opname, args):
                 if isinstance(part, Tensor):
                     raw = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                     self.given.append((func._opname, raw.numpy().tobytes()))
@@ -81,16 +87,21 @@ class Crossing(TorchDispatchMode):
     def _see(self, module: nn.Module, inputs: Any) -> None:
         if isinstance(module, self._model):
             self.inputs += len(inputs[0])
-            self.seen |= row_windows(inputs[0].detach().float())
+            rows = inputs[0].detach().float()
+            self.example = rows.clone()
+            self.parameters = sum(parameter.numel() for parameter in module.parameters())
+            self.seen |= row_windows(rows)
 
     def found(self, known: Iterable[int]) -> list[str]:
-        """Name the collectives that were given one of these windows, at any place."""
+        """Name the collectives that were given one of these windows, and show the bytes there."""
         wanted = np.fromiter(known, np.uint64)
-        return [
-            name
-            for name, raw in self.given
-            if len(raw) >= WIDTH and np.isin(_sliding(raw), wanted).any()
-        ]
+        found = []
+        for name, raw in self.given:
+            places = np.flatnonzero(np.isin(_sliding(raw), wanted)) if len(raw) >= WIDTH else ()
+            if len(places):
+                there = raw[max(0, places[0] - 64) : places[0] + 64]
+                found.append(f"{name} of {len(raw)} bytes at {places[0]}: {there!r}")
+        return found
 
     def sizes(self) -> Counter[str]:
         """Count the bytes that were given to each kind of collective."""
@@ -98,6 +109,20 @@ class Crossing(TorchDispatchMode):
         for name, raw in self.given:
             counts[name] += len(raw)
         return counts
+
+
+def _given(name: str, args: tuple[Any, ...]) -> Iterable[Any]:
+    """Give what this rank gives to a collective, and not what it will receive.
+
+    A buffer to receive into may hold anything that this process has freed, rows too.
+    """
+    if name == "broadcast_":
+        return tree_iter(args[0]) if args[2] == dist.get_rank() else ()
+    if name.startswith("recv"):
+        return ()
+    second = list(tree_iter(args[1])) if len(args) > 1 else []
+    both = bool(second) and all(isinstance(part, Tensor) for part in second)
+    return second if both else tree_iter(args[0])
 
 
 def _sliding(raw: bytes) -> Any:

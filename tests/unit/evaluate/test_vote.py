@@ -164,3 +164,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert cli.main(["vote", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_threshold_that_no_vote_reaches_gives_no_label(tmp_path: Path) -> None:
+    teachers = [write(tmp_path / f"{n}", ["cat"] * 5) for n in range(3)]
+    voted = vote(teachers, tmp_path / "out", sigma=1.0, check=Check(1000.0, 1.0))
+    assert voted.labels == 0
+    assert pq.read_table(tmp_path / "out" / "part-00000000.parquet").num_rows == 0
+    assert voted.spent.epsilon == pytest.approx(epsilon_of(5 + 5 / 2, 1e-5))
