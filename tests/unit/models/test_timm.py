@@ -34,7 +34,7 @@ def run_config(name, views=None, **options):
     return configuration.parse(
         {
             "model": {"name": f"timm:{name}", "pretrained": False, **options},
-            "views": views or {},
+            "views": {"name": "image", **(views or {})},
             "data": {"labeled": {"path": "m"}, "unlabeled": {"path": "m"}},
             "algorithm": {"name": "fixmatch"},
             "steps": 1,
