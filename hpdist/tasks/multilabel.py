@@ -135,17 +135,17 @@ class Multilabel(Task):
         Rows in which teacher and student predict different labels come by the largest difference of
         a probability.
         """
-        there, said = table.labels > 0.5, table.teacher > self.threshold
+        there, predicted = table.labels > 0.5, table.teacher > self.threshold
         found = []
         for number, name in enumerate(names[:IN_ALL]):
-            p, its, its_said = table.teacher[:, number], there[:, number], said[:, number]
+            p, its, its_predicted = table.teacher[:, number], there[:, number], predicted[:, number]
             extra = f"Wrongly given the label {name}, the most confident first"
             missed = f"Wrongly not given the label {name}, the least likely first"
             found += [
-                RowChoice(extra, its_said & ~its, p, OF_A_CLASS, p, name),
-                RowChoice(missed, its & ~its_said, -p, OF_A_CLASS, p, name),
+                RowChoice(extra, its_predicted & ~its, p, OF_A_CLASS, p, name),
+                RowChoice(missed, its & ~its_predicted, -p, OF_A_CLASS, p, name),
             ]
-        differ = (said != (table.student > self.threshold)).any(axis=1)
+        differ = (predicted != (table.student > self.threshold)).any(axis=1)
         differences = np.abs(table.teacher - table.student).max(axis=1)
         return [*found, disagreement(differ, differences)]
 

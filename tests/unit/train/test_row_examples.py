@@ -132,7 +132,7 @@ def test_several_labels_are_shown_by_label(tmp_path: Path) -> None:
     folder = trained(
         tmp_path,
         data,
-        steps=60,
+        steps=40,
         views={"name": "image", "weak": {"shift": 0, "flip": False}},
         **learns,
     )
