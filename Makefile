@@ -28,8 +28,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	@.ci/system-packages all
-	@$(PIP) --quiet --editable ".[dev,openvino,executorch]" || \
-	  echo "Not installed: the extras openvino and executorch. The tests that need them are skipped." >&2
+	@for extra in openvino executorch privacy; do \
+	  $(PIP) --quiet --editable ".[dev,$$extra]" || \
+	    echo "Not installed: the extra $$extra. The tests that need it are skipped." >&2; \
+	done
 	@$(BIN)/python -m pytest $(WORKERS) -m "not gpu" --durations=20 -rs
 
 lint: $(INSTALLED)

@@ -3,17 +3,8 @@
     vote(["labels/hospital-1", …], Path("labels/voted"), epsilon=2.0, delta=1e-5, rows=1000)
 
 Each teacher has learnt from rows that no other teacher saw, and has labelled the same public rows.
-Of a row only argmax_c (n_c + N(0, sigma^2)) is released, with n_c the teachers whose label is c.
-One private row changes one teacher, so two of the counts by 1 each: by proposition 8 of Papernot et
-al. 2018 (arXiv:1802.08908) an answer is (lambda, lambda / sigma^2) Rényi differentially private for
-every lambda. k answers are (lambda, k lambda / sigma^2), which is (epsilon, delta) differentially
-private with epsilon = k lambda / sigma^2 + log(1 / delta) / (lambda - 1) (theorem 5 there). Over
-lambda its least is
-
-    epsilon = k / sigma^2 + 2 sqrt(k log(1 / delta)) / sigma.
-
-This bound does not depend on the votes, so it may be published. The smaller one that does is a
-function of private data itself, and is not computed here.
+`gnmax` says what is released and what that costs by a bound that may be published;
+`vote_dependent` computes the smaller one that depends on the votes and may not.
 """
 
 from __future__ import annotations
@@ -24,95 +15,155 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hpdist.data.sources.label_files import METADATA, RECORD
+from hpdist.data.sources.label_files import METADATA, PRIVACY, RECORD
 from hpdist.errors import CheckpointError, ConfigError, DataError, one_line, why_not_written
+from hpdist.evaluate.gnmax import Answers, Check, answer, cost_of, epsilon_of, sigma_for
 from hpdist.evaluate.predict.parts import to_bytes
 from hpdist.evaluate.predict.plan import write_whole
+from hpdist.evaluate.vote_dependent import dependent_epsilon, require_accounting
 
 _PLACE = ("file", "row_group", "row")
-
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a vote has cost, for `_predictions.json` and for a person."""
+    """What a vote has cost, for `_predictions.json` and for a person: nothing private."""
 
     mechanism: str
+    """GNMax, or Confident-GNMax where only clear votes are answered."""
     teachers: int
+    asked: int
+    """Rows whose votes were looked at, at most."""
     answers: int
+    """Answers that are paid for; of rows that are checked there may be fewer."""
     sigma: float
     """Standard deviation of the noise on each count."""
     epsilon: float
     delta: float
+    threshold: float | None = None
+    """Teachers that must agree before a row is answered."""
+    threshold_sigma: float | None = None
+    """Standard deviation of the noise on the count that is compared with the threshold."""
 
 
-def sigma_for(epsilon: float, delta: float, answers: int) -> float:
-    """Give the least noise with which so many answers cost no more than (epsilon, delta)."""
-    logarithm = math.log(1 / delta)
-    rate = epsilon / (math.sqrt(logarithm + epsilon) + math.sqrt(logarithm))  # sqrt(k) / sigma
-    return math.sqrt(answers) / rate
+class Voted(NamedTuple):
+    """What a vote has given."""
 
-
-def epsilon_of(sigma: float, delta: float, answers: int) -> float:
-    """Give the epsilon that so many answers cost with this noise."""
-    rate = math.sqrt(answers) / sigma
-    return rate * rate + 2 * rate * math.sqrt(math.log(1 / delta))
-
-
-def noisy_argmax(counts: npt.NDArray[Any], sigma: float, generator: np.random.Generator) -> Numbers:
-    """Give the class with the most votes after noise, int64 [rows], of counts [rows, classes]."""
-    found: Numbers = (counts + generator.normal(0.0, sigma, counts.shape)).argmax(axis=1)
-    return found
+    spent: Spent
+    labels: int
+    """Rows that have a label."""
+    dependent_epsilon: float | None
+    """What it cost by the votes themselves, if that was asked for: private, never to be published.
+    """
 
 
 def vote(
     teachers: Sequence[str],
     out: Path,
     *,
-    epsilon: float,
+    epsilon: float | None = None,
+    sigma: float | None = None,
     delta: float = 1e-5,
     rows: int | None = None,
-) -> Spent:
+    answers: int | None = None,
+    check: Check | None = None,
+    data_dependent: bool = False,
+) -> Voted:
     """Write the labels that a noisy majority of teachers gives, and say what they cost.
 
     Args:
         teachers: Folders of predictions of the same rows, one of each teacher.
         out: The folder to write, in the form that `data.unlabeled.pseudo_labels` takes.
-        epsilon: What all answers together may cost.
+        epsilon: What all answers together may cost; or leave it out and give `sigma`.
+        sigma: The noise on each count, in place of `epsilon`.
         delta: The probability with which they may cost more.
-        rows: How many rows are answered, drawn at random; by default all.
+        rows: How many rows are asked for, drawn at random; by default all.
+        answers: How many rows are answered at most; by default all that are asked for.
+        check: Answers only rows whose vote is clear; others get no label.
+        data_dependent: Also compute what it cost by the votes, which needs dp-accounting.
 
     The noise and the draw come from the system's randomness, so another call gives other labels and
     costs as much again. Rows that a teacher has no label for are answered like any other. Raises
     ConfigError or DataError where the teachers do not fit.
     """
-    if len(teachers) < 2:
-        raise ConfigError("a vote needs the labels of two teachers or more; name their folders")
-    if not (epsilon > 0 and 0 < delta < 1):
-        raise ConfigError(f"--epsilon {epsilon:g} must be above 0, and --delta within 0 and 1")
+    _check_arguments(teachers, epsilon, sigma, delta, check, answers)
+    if data_dependent:
+        require_accounting()
     if out.exists() and any(out.iterdir()):
         raise DataError(f"--out {out}: the folder is not empty; name another one")
     tables = [_read(folder) for folder in teachers]
     names, counts = _count(teachers, tables)
     generator = np.random.default_rng(secrets.randbits(256))
-    answers = len(counts) if rows is None else min(rows, len(counts))
-    chosen = np.sort(generator.permutation(len(counts))[:answers])
-    sigma = sigma_for(epsilon, delta, answers)
-    labels = noisy_argmax(counts[chosen], sigma, generator)
-    spent = Spent("GNMax", len(teachers), answers, sigma, epsilon, delta)
-    first = tables[0].take(pa.array(chosen))
-    columns = {name: first.column(name) for name in ("id", *_PLACE) if name in first.schema.names}
-    columns["label"] = pa.array([names[number] for number in labels], pa.string())
-    _write(out, pa.table(columns), names, spent, Path(teachers[0]))
-    return spent
+    asked = generator.permutation(len(counts))[: len(counts) if rows is None else rows]
+    most = len(asked) if answers is None else min(answers, len(asked))
+    if sigma is None:
+        assert epsilon is not None
+        sigma = sigma_for(epsilon, delta, most, check, len(asked))
+    else:
+        epsilon = epsilon_of(cost_of(sigma, most, check, len(asked)), delta)
+    found = answer(counts[asked], sigma, generator, most, check)
+    dependent = (
+        dependent_epsilon(counts[asked], found, sigma, delta, check) if data_dependent else None
+    )
+    spent = _spent(len(teachers), len(asked), most, sigma, epsilon, delta, check)
+    _write(out, _labels(tables[0], asked[found.rows], found, names), names, spent, teachers[0])
+    return Voted(spent, len(found.rows), dependent)
+
+
+def _spent(
+    teachers: int,
+    asked: int,
+    most: int,
+    sigma: float,
+    epsilon: float,
+    delta: float,
+    check: Check | None,
+) -> Spent:
+    if check is None:
+        return Spent("GNMax", teachers, asked, most, sigma, epsilon, delta)
+    checks = (check.threshold, check.sigma)
+    return Spent("Confident-GNMax", teachers, asked, most, sigma, epsilon, delta, *checks)
+
+
+def _check_arguments(
+    teachers: Sequence[str],
+    epsilon: float | None,
+    sigma: float | None,
+    delta: float,
+    check: Check | None,
+    answers: int | None,
+) -> None:
+    """Raise ConfigError where an argument can have no meaning."""
+    if len(teachers) < 2:
+        raise ConfigError("a vote needs the labels of two teachers or more; name their folders")
+    if (epsilon is None) == (sigma is None):
+        raise ConfigError("a vote needs either --epsilon, what it may cost, or --sigma, its noise")
+    if not ((epsilon is None or 0 < epsilon < math.inf) and 0 < delta < 1):
+        raise ConfigError(f"--epsilon {epsilon} must be above 0, and --delta within 0 and 1")
+    if sigma is not None and not 0 < sigma < math.inf:
+        raise ConfigError(f"--sigma {sigma:g} must be above 0")
+    if check is not None and not (math.isfinite(check.threshold) and 0 < check.sigma < math.inf):
+        raise ConfigError(
+            f"--threshold {check.threshold:g} must be a number of teachers, and --threshold-sigma "
+            f"{check.sigma:g} above 0"
+        )
+    if answers is not None and check is None:
+        raise ConfigError("--answers goes with --threshold; without one all --rows are answered")
+
+
+def _labels(first: pa.Table, rows: Any, found: Answers, names: Sequence[str]) -> pa.Table:
+    """Give the table of the answered rows, in their order."""
+    order = np.argsort(rows)
+    kept = first.take(pa.array(rows[order]))
+    columns = {name: kept.column(name) for name in ("id", *_PLACE) if name in kept.schema.names}
+    labels = [names[number] for number in found.classes[order]]
+    return pa.table({**columns, "label": pa.array(labels, pa.string())})
 
 
 def _read(folder: str) -> pa.Table:
@@ -155,7 +206,8 @@ def _names_in(folder: str) -> list[str]:
     return list(json.loads(written).get("names", [])) if written else []
 
 
-def _write(out: Path, table: pa.Table, names: list[str], spent: Spent, first: Path) -> None:
+def _write(out: Path, table: pa.Table, names: list[str], spent: Spent, teacher: str) -> None:
+    first = Path(teacher)
     table = table.replace_schema_metadata({METADATA: json.dumps({"names": names})})
     record: dict[str, Any] = {"privacy": asdict(spent), "names": names}
     if (first / RECORD).is_file():
@@ -167,7 +219,7 @@ def _write(out: Path, table: pa.Table, names: list[str], spent: Spent, first: Pa
         if "parts" in record:
             write_whole(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         else:
-            write_whole(out / "_privacy.json", (json.dumps(record, indent=2) + "\n").encode())
+            write_whole(out / PRIVACY, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise CheckpointError(
             f"--out {out}: cannot be written: {why_not_written(error, out)}"

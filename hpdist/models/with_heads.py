@@ -83,7 +83,8 @@ class WithHeads(nn.Module):
             return self.model(inputs)
         with self._features.kept(self.model) as kept:
             own = named_outputs(self.model(inputs))
-        features = kept.pop()[: row_count(inputs)]
+        rows = next(iter(tensors_of(inputs))).shape[0]  # len() would fix it in an exported graph
+        features = kept.pop()[:rows]
         if self.training:
             return own | {name: head(features) for name, head in self.heads.items()}
         predictions: Tensor = self.heads[str(self.predicts)](features)

@@ -23,6 +23,7 @@ from hpdist.aliases import find_moved
 from hpdist.config.component import Component, components
 from hpdist.errors import ConfigError
 from hpdist.tasks.metrics import Meter
+from hpdist.tasks.row_choices import ShowsRows
 
 if TYPE_CHECKING:  # what reads labels imports `datasets`, which a config alone does not need
     from hpdist.data.decode.encoded import Array
@@ -49,7 +50,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
 """The methods that a task must define for an ability."""
 
 
-class Task:
+class Task(ShowsRows):
     """The base of every task: what is not defined here a task must say itself."""
 
     name: ClassVar[str]

@@ -22,6 +22,7 @@ from hpdist.tasks.base import (
 )
 from hpdist.tasks.losses import confident, entropy, hard_cross_entropy, kl_divergence, squared_error
 from hpdist.tasks.metrics import Meter, Sums
+from hpdist.tasks.row_choices import IN_ALL, OF_A_CLASS, OutcomeTable, RowChoice, disagreement
 
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
@@ -105,6 +106,38 @@ class Classification(Task):
             "confidence": confidence.numpy(),
             "probabilities": probabilities.numpy(),
         }
+
+    def row_outcome(self, outputs: Tensor) -> Tensor:
+        """Keep the likeliest class and its probability, [rows, 2]."""
+        confidence, classes = outputs.float().softmax(dim=-1).max(dim=-1)
+        return torch.stack([classes.float(), confidence], dim=1)
+
+    def row_label(self, labels: Tensor) -> Tensor:
+        """Keep the class, [rows, 1]."""
+        return labels[:, None]
+
+    def row_choices(self, table: OutcomeTable, names: Sequence[str]) -> list[RowChoice]:
+        """Choose each class's most and least confident rows, disagreements and mistakes.
+
+        The last two are of all classes, the most confident first.
+        """
+        labels, (classes, sure) = table.labels[:, 0], table.teacher.T
+        found = []
+        for number, name in enumerate(names[:IN_ALL]):
+            own = labels == number
+            for title, scores in (("Most", sure), ("Least", -sure)):
+                title = f"{title} confident: class {name}"
+                found.append(RowChoice(title, own, scores, OF_A_CLASS, sure))
+        wrong = "The teacher is wrong, the most confident first"
+        return [
+            *found,
+            disagreement(classes != table.student[:, 0], sure, sure),
+            RowChoice(wrong, classes != labels, sure, IN_ALL, sure),
+        ]
+
+    def row_text(self, kept: Array, names: Sequence[str]) -> str:
+        """Write the class's name."""
+        return names[int(kept[0])]
 
     def class_counts(self, logits: Tensor) -> Tensor:
         """Count the likeliest classes."""

@@ -16,6 +16,7 @@ from hpdist.errors import DataError
 from hpdist.tasks.base import DIVERGENCE, ENTROPY, PREDICTIONS, PSEUDO_LABELS, Task, TaskConfig
 from hpdist.tasks.classification import WHOLE_NUMBERS
 from hpdist.tasks.metrics import Meter, TorchMetrics
+from hpdist.tasks.row_choices import IN_ALL, OF_A_CLASS, OutcomeTable, RowChoice, disagreement
 
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
@@ -123,6 +124,34 @@ class Multilabel(Task):
             "label": [[names[c] for c, there in enumerate(row) if there] for row in predicted],
             "probabilities": probabilities.numpy(),
         }
+
+    def row_outcome(self, outputs: Tensor) -> Tensor:
+        """Keep all probabilities, [rows, classes]."""
+        return outputs.float().sigmoid()
+
+    def row_choices(self, table: OutcomeTable, names: Sequence[str]) -> list[RowChoice]:
+        """Choose each label's most confident false positives and negatives, and disagreements.
+
+        Rows in which teacher and student predict different labels come by the largest difference of
+        a probability.
+        """
+        there, predicted = table.labels > 0.5, table.teacher > self.threshold
+        found = []
+        for number, name in enumerate(names[:IN_ALL]):
+            p, its, its_predicted = table.teacher[:, number], there[:, number], predicted[:, number]
+            extra = f"Wrongly given the label {name}, the most confident first"
+            missed = f"Wrongly not given the label {name}, the least likely first"
+            found += [
+                RowChoice(extra, its_predicted & ~its, p, OF_A_CLASS, p, name),
+                RowChoice(missed, its & ~its_predicted, -p, OF_A_CLASS, p, name),
+            ]
+        differ = (predicted != (table.student > self.threshold)).any(axis=1)
+        differences = np.abs(table.teacher - table.student).max(axis=1)
+        return [*found, disagreement(differ, differences)]
+
+    def row_text(self, kept: Array, names: Sequence[str]) -> str:
+        """Write the names of the labels that are predicted, or of the row's own."""
+        return ", ".join(names[int(n)] for n in np.flatnonzero(kept > self.threshold)) or "none"
 
     def example_labels(self, rows: int, num_classes: int, generator: torch.Generator) -> Tensor:
         """Draw 0 or 1 for each class of each row, all alike."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpdist.errors import DataError
 from hpdist.tasks.base import DIVERGENCE, PREDICTIONS, Task, TaskConfig
 from hpdist.tasks.metrics import Meter, TorchMetrics
+from hpdist.tasks.row_choices import IN_ALL, OutcomeTable, RowChoice
 
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from hpdist.data.structures import Arrays
 
 Float64Array = npt.NDArray[np.float64]
+
+_MOST_NUMBERS = 6
+"""Numbers of a row that a report shows."""
 
 
 class Regression(Task):
@@ -102,12 +106,37 @@ class Regression(Task):
 
     def prediction_columns(self, outputs: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Give the numbers in the targets' own units, float64: [rows], or [rows, targets]."""
-        numbers = outputs.double().cpu().numpy()
+        numbers = self._in_own_units(outputs.double().cpu().numpy())
+        return {"label": numbers[:, 0] if numbers.shape[1] == 1 else numbers}
+
+    def _in_own_units(self, numbers: Array) -> Array:
         if self.std is not None:
             numbers = numbers * np.array(self.std)
-        if self.mean is not None:
-            numbers = numbers + np.array(self.mean)
-        return {"label": numbers[:, 0] if numbers.shape[1] == 1 else numbers}
+        return numbers if self.mean is None else numbers + np.array(self.mean)
+
+    def row_outcome(self, outputs: Tensor) -> Tensor:
+        """Keep the standardised numbers, [rows, targets]."""
+        return outputs.float()
+
+    def row_choices(self, table: OutcomeTable, names: Sequence[str]) -> list[RowChoice]:
+        """Choose the largest errors of the teacher, and its largest differences to the student.
+
+        Both are root mean squares over the standardised targets.
+        """
+        errors = _distances(table.teacher, table.labels)
+        differences = _distances(table.teacher, table.student)
+        return [
+            RowChoice("Largest errors of the teacher", errors > 0, errors, IN_ALL),
+            RowChoice(
+                "Largest differences of teacher and student", differences > 0, differences, IN_ALL
+            ),
+        ]
+
+    def row_text(self, kept: Array, names: Sequence[str]) -> str:
+        """Write the numbers in the targets' own units."""
+        numbers = [f"{number:.5g}" for number in self._in_own_units(kept.astype(np.float64))]
+        more = [] if len(numbers) <= _MOST_NUMBERS else [f"… ({len(numbers)} numbers)"]
+        return ", ".join([*numbers[:_MOST_NUMBERS], *more])
 
     def example_labels(self, rows: int, num_classes: int, generator: torch.Generator) -> Tensor:
         """Draw standard normal numbers."""
@@ -229,6 +258,12 @@ class _Targets(TorchMetrics):
             "mae": float((found["mae"] * std).mean()),
             "r2": float(found.get("r2", nothing).mean()),
         }
+
+
+def _distances(first: Array, second: Array) -> Array:
+    """Give the root mean squares of the differences of standardised numbers, [rows]."""
+    distances: Array = np.sqrt(np.square(first - second).mean(axis=1))
+    return distances
 
 
 def _check_numbers(stored: StoredLabels) -> None:

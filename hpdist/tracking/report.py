@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpdist.errors import ConfigError
+from hpdist.tracking.privacy import privacy_html
 from hpdist.tracking.row_examples import row_examples_html
 from hpdist.tracking.run_record import RunRecord, read_run
 
@@ -116,6 +117,7 @@ def _page(plot: Any, runs: Sequence[RunRecord]) -> str:
     colors = [_hex(plot, number) for number in range(len(runs))]
     names = ", ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(names)}</h1>", _summaries(runs, colors), _settings(runs)]
+    parts += [privacy_html(run.privacy, run.name) for run in runs if run.privacy is not None]
     parts += [_examples(run) for run in runs]
     for title, charts in _CHARTS.items():
         drawn = [one for chart in charts for one in _with_headlines(chart, runs)]

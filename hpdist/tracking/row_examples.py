@@ -28,7 +28,10 @@ class ShownRow:
     label: str
     teacher: str
     student: str
-    confidence: float
+    confidence: float | None = None
+    """The probability that is shown, and by which right and wrong have a meaning."""
+    subject: str = ""
+    """What that is the probability of, where it is not the teacher's prediction."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class RowExamples:
 
 def _row(values: Mapping[str, Any]) -> ShownRow:
     texts = {key: str(values[key]) for key in ("id", "where", "label", "teacher", "student")}
-    return ShownRow(**texts, confidence=float(values["confidence"]))
+    sure, subject = values["confidence"], str(values.get("subject", ""))
+    return ShownRow(**texts, confidence=None if sure is None else float(sure), subject=subject)
 
 
 def _media(values: Mapping[str, Any]) -> dict[str, str]:
@@ -98,9 +102,13 @@ def _figure(row: ShownRow, media: Mapping[str, str]) -> str:
         shown.append(f'<audio controls preload="none" src="{source}"></audio>')
     if "text" in media:
         shown.append(f"<pre>{html.escape(media['text'])}</pre>")
-    right = row.teacher == row.label
-    judged = f'<span class="{"right" if right else "wrong"}">{html.escape(row.teacher)}</span>'
-    lines = [f"{html.escape(row.label)} → {judged} {100 * row.confidence:.1f} %"]
+    judged = html.escape(row.teacher)
+    if row.confidence is not None:
+        right = "right" if row.teacher == row.label else "wrong"
+        share = f"{100 * row.confidence:.1f} %"
+        share = f"({html.escape(row.subject)}: {share})" if row.subject else share
+        judged = f'<span class="{right}">{judged}</span> {share}'
+    lines = [f"{html.escape(row.label)} → {judged}"]
     if row.student != row.teacher:
         lines.append(f"student: {html.escape(row.student)}")
     caption = "<br>".join(lines)

@@ -19,6 +19,9 @@ CHANGES = "config_changes.jsonl"
 TASK = "task.json"
 """What a report must know of the run's task: `hpdist.tasks.base.Task.display`."""
 
+PRIVACY = "privacy.json"
+"""What the privately voted labels of a run have cost."""
+
 LAUNCH = ".launch.json"
 """The launcher of a run without a name: its restarts continue that run."""
 

@@ -19,7 +19,7 @@ from hpdist.errors import ConfigError
 from hpdist.messages.redaction import redacted_settings
 from hpdist.tracking.row_examples import FILE as ROWS_FILE
 from hpdist.tracking.row_examples import RowExamples
-from hpdist.tracking.run_folder import CHANGES, TASK
+from hpdist.tracking.run_folder import CHANGES, PRIVACY, TASK
 
 T = TypeVar("T")
 
@@ -77,6 +77,8 @@ class RunRecord:
     """Examples of rows that are not pictures."""
     rows: RowExamples | None = None
     """Rows of a measured set that are worth a look."""
+    privacy: Mapping[str, Any] | None = None
+    """What its privately voted labels have cost: epsilon, delta, and of each folder of labels."""
     notes: Sequence[str] = ()
     """Parts that could not be read."""
 
@@ -144,6 +146,7 @@ def read_run(folder: Path) -> RunRecord:
         _read(folder / _FOLDER / "views.png", _png, None, notes, missing=True),
         _read(folder / _FOLDER / "views.txt", _text, None, notes, missing=True),
         _read(folder / ROWS_FILE, RowExamples.of, None, notes, missing=True),
+        _read(folder / PRIVACY, _privacy, None, notes, missing=True),
         notes,
     )
 
@@ -223,6 +226,15 @@ def _text(content: bytes) -> str:
 
 def _task(content: bytes) -> TaskRecord:
     return TaskRecord.of(_mapping(content))
+
+
+def _privacy(content: bytes) -> dict[str, Any]:
+    found = _mapping(content)
+    labels = found["labels"]
+    numbers = [found, *labels]
+    if not all(is_number(one[key]) for one in numbers for key in ("epsilon", "delta")):
+        raise ValueError("it names no epsilon and delta")
+    return found
 
 
 def _known_task(settings: Mapping[str, Any]) -> TaskRecord:

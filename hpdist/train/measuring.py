@@ -57,12 +57,11 @@ class Measuring:
     def _observer(self, rows: LabeledRows) -> Any:
         """Collect the outcomes of rows, in the last evaluation of the set that the report shows."""
         data = self._data
-        wanted = data.config.log.examples and data.task.rows_have_a_class
-        if not wanted or rows is not (data.test or data.validation):
+        if not data.config.log.examples or rows is not (data.test or data.validation):
             return None
         if self._step.applied_steps < data.config.steps:
             return None
-        self._outcomes = RowOutcomes()
+        self._outcomes = RowOutcomes(data.task)
         return self._outcomes.add
 
     def write_examples(self, log: RunLog) -> None:
@@ -71,9 +70,9 @@ class Measuring:
         rows = data.test or data.validation
         if outcomes is None or outcomes.is_empty or rows is None:
             return
-        table = gather_outcomes(outcomes, len(rows.classes))
-        name = "test" if data.test else "validation"
-        log.row_examples(lambda: make_examples(name, table, rows, data.spec, data.views))
+        task, name = data.task, "test" if data.test else "validation"
+        table = gather_outcomes(task, outcomes, rows.classes.names)
+        log.row_examples(lambda: make_examples(name, task, table, rows, data.spec, data.views))
 
     def measure(self, log: RunLog) -> dict[str, float]:
         """Evaluate during the training, for the record of this step. Collective."""

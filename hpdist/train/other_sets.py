@@ -11,6 +11,7 @@ from hpdist.config.component import Component
 from hpdist.data.config import Data, Duplicates, Loading, Unlabeled
 from hpdist.data.decode.spec import InputSpec
 from hpdist.data.kinds import kind_named
+from hpdist.data.sources import label_privacy
 from hpdist.data.sources.duplicates import Report, find_duplicates
 from hpdist.data.sources.labeled import LabeledRows, open_test
 from hpdist.data.sources.stored_labels import (
@@ -24,7 +25,7 @@ from hpdist.data.stream.index import are_records
 from hpdist.distributed.collectives import call_on_all_ranks, run_on_main
 from hpdist.errors import DataError
 from hpdist.messages.progress import working
-from hpdist.tracking.run_folder import RunFolder
+from hpdist.tracking.run_folder import PRIVACY, RunFolder
 from hpdist.train.first_look import look_at_held_out, look_at_labeled
 
 _FILES = "unlabeled_files.json"
@@ -107,6 +108,8 @@ def open_stored_set(
         )
     if folder.main:
         _log.info("%d unlabelled rows have a stored label", stored.count)
+        if stored.privacy:
+            _log.info("%s", label_privacy.describe(label_privacy.add_up(stored.privacy)))
     return stored
 
 
@@ -195,3 +198,5 @@ def record_other_sets(
         folder.write_json(_FILES, files)
     if stored is not None:
         folder.write_json(_STORED, {"content": stored.content})
+        if stored.privacy:
+            folder.write_json(PRIVACY, label_privacy.add_up(stored.privacy))

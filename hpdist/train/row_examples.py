@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from hpdist.data.decode.spec import InputSpec
@@ -16,47 +15,29 @@ from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.structures import Structure, narrow
 from hpdist.data.views import Views
 from hpdist.distributed.collectives import gathered
-from hpdist.evaluate.row_outcomes import (
-    CONFIDENT,
-    DISAGREE,
-    UNSURE,
-    WRONG,
-    Group,
-    OutcomeTable,
-    RowOutcomes,
-    choose_rows,
-)
+from hpdist.evaluate.row_outcomes import RowOutcomes, choose_rows, chosen_rows
+from hpdist.tasks.base import Task
+from hpdist.tasks.row_choices import OutcomeTable, RowChoice
 from hpdist.tracking.row_examples import RowExamples, RowGroup, ShownRow
 
 _LONGEST = 600  # characters of a text
-_TITLES = {
-    CONFIDENT: "Most confident: class {}",
-    UNSURE: "Least confident: class {}",
-    DISAGREE: "Teacher and student disagree",
-    WRONG: "The teacher is wrong, the most confident first",
-}
 
 
-def gather_outcomes(outcomes: RowOutcomes, classes: int) -> OutcomeTable:
+def gather_outcomes(task: Task, outcomes: RowOutcomes, names: Sequence[str]) -> OutcomeTable:
     """Give the rows of all ranks that any group may have. Collective."""
-    table = outcomes.table()
-    chosen = choose_rows(table, classes)
-    kept = sorted({int(row) for rows in chosen.values() for row in rows})
-    return OutcomeTable.join(gathered(table.take(np.array(kept, np.int64))))
+    return OutcomeTable.join(gathered(chosen_rows(task, outcomes.table(), names)))
 
 
 def make_examples(
-    name: str, table: OutcomeTable, rows: LabeledRows, spec: InputSpec, views: Views
+    name: str, task: Task, table: OutcomeTable, rows: LabeledRows, spec: InputSpec, views: Views
 ) -> RowExamples:
     """Read the chosen rows of a set again, and make what is shown of them.
 
     Raises DataError where one cannot be read.
     """
-    names = rows.classes.names
-    chosen = choose_rows(table, len(names))
     groups = [
-        RowGroup(_title(group, names), [_shown(table, int(place), rows) for place in places])
-        for group, places in chosen.items()
+        RowGroup(choice.title, [_shown(task, table, choice, int(p), rows) for p in places])
+        for choice, places in choose_rows(task, table, rows.classes.names)
     ]
     ids = sorted({row.id for group in groups for row in group.rows}, key=int)
     media = {}
@@ -67,20 +48,16 @@ def make_examples(
     return RowExamples(name, groups, media)
 
 
-def _title(group: Group, names: tuple[str, ...]) -> str:
-    kind, number = group
-    return _TITLES[kind].format("" if number is None else names[number])
-
-
-def _shown(table: OutcomeTable, place: int, rows: LabeledRows) -> ShownRow:
-    names = rows.classes.names
+def _shown(
+    task: Task, table: OutcomeTable, choice: RowChoice, place: int, rows: LabeledRows
+) -> ShownRow:
     label, teacher, student = (
-        names[int(column[place])] for column in (table.labels, table.teacher, table.student)
+        task.row_text(column[place], rows.classes.names)
+        for column in (table.labels, table.teacher, table.student)
     )
     row = int(table.ids[place])
-    return ShownRow(
-        str(row), rows.describe(row), label, teacher, student, float(table.confidence[place])
-    )
+    sure = None if choice.confidence is None else float(choice.confidence[place])
+    return ShownRow(str(row), rows.describe(row), label, teacher, student, sure, choice.subject)
 
 
 def _make_media(spec: InputSpec, views: Views, value: Any, rows: Structure) -> dict[str, str]:

@@ -30,6 +30,8 @@ from hpdist.errors import DataError, one_line, printable
 
 RECORD = "_predictions.json"
 """What `hpdist predict` writes down of a folder beside its parts."""
+PRIVACY = "_privacy.json"
+"""What `hpdist vote` writes where the teachers' labels have no such record."""
 METADATA = b"hpdist"
 """The key of what a part says of itself: JSON with the `names` of the classes."""
 WHERE = "data.unlabeled.pseudo_labels"

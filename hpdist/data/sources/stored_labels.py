@@ -32,6 +32,7 @@ from hpdist.data.sources.label_files import (
     find_labels,
     whole_count,
 )
+from hpdist.data.sources.label_privacy import read_spent
 from hpdist.data.sources.unlabeled_rows import AnyUnlabeled
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError, one_line
@@ -72,6 +73,8 @@ class StoredLabels:
     """A digest of what the folders held, which a run that goes on must find again."""
     count: int
     """Rows that have a label from at least one folder."""
+    privacy: tuple[dict[str, Any], ...] = ()
+    """What the folders that were voted privately say that this cost, each with its `folder`."""
 
     def take(self, ids: Int64Array) -> StoredTensors:
         """Give the means over the folders that label a row; zeros where none does."""
@@ -138,7 +141,9 @@ def open_stored_labels(
         raise DataError(f"{WHERE}: cannot read {target}: {one_line(error)}") from error
     if not count:
         raise DataError(f"{WHERE}: {', '.join(paths)}: no row of {rows.name} has a label there")
-    return StoredLabels(opened, len(names), _digest(folders, rows, names), count)
+    spent = [(folder.path, read_spent(folder.path)) for folder in folders]
+    privacy = tuple({"folder": str(path), **one} for path, one in spent if one is not None)
+    return StoredLabels(opened, len(names), _digest(folders, rows, names), count, privacy)
 
 
 def _digest(folders: Sequence[LabelFolder], rows: AnyUnlabeled, names: Sequence[str]) -> str:

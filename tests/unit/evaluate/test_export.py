@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 import hpdist
 from hpdist import CheckpointError, ConfigError, cli
 from hpdist.evaluate.export.metadata import FILES, unpack
+from hpdist.evaluate.export.verify import verify
+from hpdist.evaluate.measure import open_measured
 from tests.support.model_runs import KINDS, trained
 
 pytest.importorskip("onnxscript")
@@ -186,3 +189,14 @@ def test_benchmark(
     assert all(0 < one["median_ms"] <= one["ms_of_90_percent"] for one in results)
     assert results[3]["bytes"] == half.stat().st_size
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_outputs_that_are_no_numbers_are_named(run: tuple[Path, Any]) -> None:
+    folder, rows = run
+    original, broken = hpdist.load(folder), hpdist.load(folder)
+    assert broken.model is not None
+    last = [m for m in broken.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight[0] = torch.nan
+    with pytest.raises(ConfigError, match=rf"outputs of {len(rows)} rows are NaN or infinite"):
+        verify(original, broken, open_measured(original), tolerance=math.inf)

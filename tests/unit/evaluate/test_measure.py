@@ -181,3 +181,16 @@ def test_a_password_that_was_left_out_is_asked_for(run: tuple[Path, Any], tmp_pa
     rows = tmp_path / "rows.parquet"
     run[1].to_parquet(str(rows))
     assert len(open_measured(loaded, overrides={"path": str(rows)})) == 12
+
+
+def test_agreement_is_the_share_of_rows_with_the_same_label(run: tuple[Path, Any]) -> None:
+    folder, rows = run
+    loaded, other = hpdist.load(folder), hpdist.load(folder)
+    assert other.model is not None
+    last = [m for m in other.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.neg_()
+    same = [a == b for a, b in zip(loaded.predict(rows), other.predict(rows), strict=True)]
+    assert not all(same)
+    found = measure([loaded, other], open_measured(loaded), 5)[1]
+    assert found.agreement == pytest.approx(sum(same) / len(same))

@@ -289,7 +289,10 @@ def test_text_of_mixed_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_learns_from_what_another_predicted(pictures: Path) -> None:
     run(pictures, "first", probabilities=True)
     run(pictures, "second")
-    assert json.loads((pictures / "first" / RECORD).read_text())["parts"] == 5
+    record = json.loads((pictures / "first" / RECORD).read_text())
+    assert record["parts"] == 5
+    spent = {"mechanism": "GNMax", "epsilon": 2.0, "delta": 1e-5}  # as hpdist vote writes it
+    (pictures / "first" / RECORD).write_text(json.dumps(record | {"privacy": spent}))
     source = {"path": "parquet", "data_files": str(pictures / "train.parquet"), "input": "image"}
     labels = [str(pictures / "first"), str(pictures / "second")]
 
@@ -312,6 +315,9 @@ def test_a_run_learns_from_what_another_predicted(pictures: Path) -> None:
         record = train(f"student-{streaming}", streaming=streaming)
         assert 0.8 < record["mask_rate"] <= 1.0  # bad rows are not counted
         assert record["unsupervised_loss"] > 0
+        kept = json.loads((pictures / f"student-{streaming}" / "privacy.json").read_text())
+        assert kept["labels"] == [{"folder": labels[0], **spent}]
+        assert (kept["epsilon"], kept["delta"]) == (2.0, 1e-5)
     with pytest.raises(ConfigError, match="does not learn from stored labels"):
         train("other", algorithm="fixmatch")
     with pytest.raises(ConfigError, match="pseudo_labels is missing"):

@@ -6,6 +6,8 @@ import torch
 import yaml
 from torch import nn
 
+import hpdist
+from hpdist import cli
 from hpdist.data.kinds.modes import for_channels
 from hpdist.distributed.batch_norm import GlobalBatchNormAct, batch_norms, global_batch_norm
 from hpdist.errors import ConfigError
@@ -14,6 +16,7 @@ from hpdist.models.pixels import with_model_pixels
 from hpdist.models.with_heads import with_heads
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
+from tests.support.model_runs import outputs_of, pictures, trained
 
 try:
     import timm
@@ -31,7 +34,7 @@ def run_config(name, views=None, **options):
     return configuration.parse(
         {
             "model": {"name": f"timm:{name}", "pretrained": False, **options},
-            "views": views or {},
+            "views": {"name": "image", **(views or {})},
             "data": {"labeled": {"path": "m"}, "unlabeled": {"path": "m"}},
             "algorithm": {"name": "fixmatch"},
             "steps": 1,
@@ -161,3 +164,26 @@ def test_a_grey_run(tmp_path, capsys):
     views = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["views"]
     assert len(views["mean"]) == 1
     assert isinstance(build("test_resnet"), nn.Module)
+
+
+@needs_timm
+def test_a_loaded_model_gives_the_outputs_of_the_training(tmp_path):
+    """Also exported to ONNX in fp16, where the packages for that are there."""
+    made = pictures(tmp_path)
+    rows = made["rows"]
+    trainer, _ = trained(
+        tmp_path, "pictures", model={"name": "timm:test_efficientnet", "pretrained": False}
+    )
+    expected = outputs_of(trainer)
+    run = tmp_path / "run"
+    for place in (run, run / "model", run / "checkpoints" / "step-00000003"):
+        loaded = hpdist.load(place)
+        torch.testing.assert_close(loaded.raw_outputs(rows, batch=5), expected, rtol=0, atol=1e-6)
+        assert not any(isinstance(m, GlobalBatchNormAct) for m in loaded.model.modules())
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    command = ["export", str(run), str(tmp_path / "rows.parquet"), "--precision", "fp16"]
+    assert cli.main([*command, "--out", str(tmp_path / "half.onnx")]) == 0
+    found = hpdist.load(tmp_path / "half.onnx").raw_outputs(rows)
+    assert 0 < (found - expected).abs().max() < 0.01 * expected.abs().max()

@@ -57,6 +57,18 @@ def report(*arguments: str | Path) -> str:
     return Path(arguments[-1]).read_text()
 
 
+def test_a_page_says_what_voted_labels_cost(made, tmp_path):
+    spent = [{"folder": "<a>", "mechanism": "GNMax", "epsilon": 2.5, "delta": 1e-5, "sigma": 40.0}]
+    total = {"labels": spent, "epsilon": 2.5, "delta": 1e-5}
+    (made / "privacy.json").write_text(json.dumps(total))
+    page = report(made, "--out", tmp_path / "page.html")
+    assert "Together epsilon 2.5 at delta 1e-05" in page
+    assert "<td>&lt;a&gt;</td><td>GNMax</td><td>-</td><td>-</td><td>40</td>" in page
+    (made / "privacy.json").write_text(json.dumps(total | {"epsilon": "<b>"}))
+    page = report(made, "--out", tmp_path / "page.html")
+    assert "privacy.json is left out: it names no epsilon and delta" in page
+
+
 def test_a_page_of_two_runs_has_their_numbers_and_what_sets_them_apart(runs, tmp_path, capsys):
     page = report(*runs, "--out", tmp_path / "both.html")
     assert capsys.readouterr().out.strip() == str(tmp_path / "both.html")

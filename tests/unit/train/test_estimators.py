@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 from unittest import SkipTest
@@ -104,6 +105,15 @@ def test_minus_one_is_a_class_where_labels_are_negative() -> None:
     assert model.classes_.tolist() == [-1, 1]
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_the_state_decides_and_nothing_else_changes() -> None:
     X, _, few = two_classes()
     np.random.seed(5)
@@ -209,3 +219,14 @@ def test_what_cannot_be_is_refused() -> None:
         SemiSupervisedClassifier(**SMALL, algorithm="fixmtch").fit(X, few)
     assert hpdist.SemiSupervisedClassifier is SemiSupervisedClassifier
     assert hpdist.SemiSupervisedRegressor is SemiSupervisedRegressor
+
+
+def test_a_rows_outputs_do_not_depend_on_the_others() -> None:
+    """Nor does it matter that so many rows are computed in several parts."""
+    X, _, marked = two_classes()
+    fitted = SemiSupervisedClassifier(steps=5, random_state=0).fit(X, marked)
+    many = np.tile(X, (5, 1))[:1030]
+    found = fitted.predict_proba(many)
+    assert found.shape == (1030, 2)
+    alone = [fitted.predict_proba(many[row : row + 1])[0] for row in range(0, 1030, 103)]
+    np.testing.assert_allclose(found[::103], alone, rtol=0, atol=1e-13)

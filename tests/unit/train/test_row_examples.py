@@ -48,7 +48,8 @@ def trained(tmp_path: Path, data: Any, name: str = "run", **settings: Any) -> Pa
         "tracker": {"name": "none"},
         "run": {"dir": str(tmp_path / "runs"), "name": name},
     }
-    Trainer(algorithm={"name": "fixmatch", "threshold": 0.5}, **(defaults | settings)).fit()
+    defaults["algorithm"] = {"name": "fixmatch", "threshold": 0.5}
+    Trainer(**(defaults | settings)).fit()
     return tmp_path / "runs" / name
 
 
@@ -112,6 +113,69 @@ def test_rows_of_a_table_are_lines(tmp_path: Path) -> None:
         found.media["3"]["text"] if "3" in found.media else next(iter(found.media.values()))["text"]
     )
     assert re.search(r"^size +-?\d", text, re.MULTILINE)
+
+
+def test_several_labels_are_shown_by_label(tmp_path: Path) -> None:
+    """A picture is bright on the left, on the right, on both sides or on none."""
+    sides = np.arange(ROWS)[:, None] // [1, 2] % 2  # [rows, 2]
+    pixels = np.random.default_rng(0).integers(0, 40, (ROWS, 8, 8))
+    pixels += 180 * np.repeat(sides, 4, axis=1)[:, None, :]
+    names = ["left", "right"]
+    labels = [[n for n, there in zip(names, row, strict=True) if there] for row in sides]
+    labels[5], labels[6] = ["right"], ["left"]  # of [1, 0] and [0, 1]
+    pictures = [Image.fromarray(p.astype(np.uint8)) for p in pixels]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("string"))}
+    )
+    data = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    learns = {"optim": {"lr": 0.1}, "teacher": {"decay": 0.5}, "task": {"name": "multilabel"}}
+    folder = trained(
+        tmp_path,
+        data,
+        steps=40,
+        views={"name": "image", "weak": {"shift": 0, "flip": False}},
+        **learns,
+    )
+    groups = {group.title: group.rows for group in shown_in(folder).groups}
+    extra = groups["Wrongly given the label left, the most confident first"]
+    assert extra[0].id == "5"
+    assert (extra[0].label, extra[0].teacher) == ("right", "left")
+    assert extra[0].confidence is not None
+    assert extra[0].confidence > 0.5
+    missed = groups["Wrongly not given the label left, the least likely first"]
+    assert missed[0].id == "6"
+    page = report_of(folder)
+    assert "Wrongly given the label left" in page
+    assert (
+        f'left → <span class="wrong">right</span> (left: {100 * missed[0].confidence:.1f} %)'
+        in page
+    )
+
+
+def test_numbers_are_shown_by_their_errors(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=ROWS)
+    target = 10 * x + 100
+    target[[7, 11]] = 1000, -800
+    clean = datasets.Dataset.from_dict({"size": x, "label": 10 * x + 100})
+    data = datasets.Dataset.from_dict({"size": x, "label": target})
+    settings = {
+        "model": {"name": "mlp", "hidden": [8]},
+        "task": {"name": "regression"},
+        "algorithm": {"name": "mean_teacher"},
+        "optim": {"name": "adamw", "lr": 0.05},
+        "teacher": {"decay": 0.5},
+    }
+    folder = trained(tmp_path, clean, test=data, steps=40, **settings)
+    groups = {group.title: group.rows for group in shown_in(folder).groups}
+    errors = groups["Largest errors of the teacher"]
+    assert [row.id for row in errors[:2]] == ["11", "7"]
+    assert [row.label for row in errors[:2]] == ["-800", "1000"]
+    assert 50 < float(errors[0].teacher) < 150
+    assert errors[0].confidence is None
+    assert "Largest differences of teacher and student" in groups
+    page = report_of(folder)
+    assert 'class="wrong"' not in page
+    assert "-800 → " in page
 
 
 def test_none_where_none_are_wanted(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from hpdist.data.config import Labeled, Loading, Unlabeled
 from hpdist.data.kinds import input_spec
-from hpdist.data.sources.label_files import METADATA, RECORD
+from hpdist.data.sources.label_files import METADATA, PRIVACY, RECORD
+from hpdist.data.sources.label_privacy import add_up, describe, read_spent
 from hpdist.data.sources.labeled import open_labeled
 from hpdist.data.sources.stored_labels import StoredLabels, lay_out_labels, open_stored_labels
 from hpdist.data.sources.unlabeled import open_unlabeled, scan_metadata
@@ -46,6 +47,26 @@ def open_rows(folder: Path, streaming: bool, split: str = "train") -> AnyUnlabel
     config = Unlabeled(**source, streaming=streaming, split=split)
     found = scan_metadata(config, labeled, spec, Loading())
     return open_unlabeled(config, labeled, spec, found=found)
+
+
+def test_what_votes_have_cost_adds_up(tmp_path: Path) -> None:
+    one = {"mechanism": "GNMax", "epsilon": 1.5, "delta": 1e-5}
+    folders = [tmp_path / name for name in ("a", "b", "none")]
+    for folder, name, record in zip(
+        folders, (RECORD, PRIVACY, RECORD), ({"privacy": one}, {"privacy": one}, {}), strict=True
+    ):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(record))
+    found = [read_spent(folder) for folder in folders]
+    assert found == [one, one, None]
+    total = add_up([one, one])
+    assert (total["epsilon"], total["delta"]) == (3.0, 2e-5)
+    assert "2 private votes have labelled" in describe(total)
+    assert "epsilon 3 at delta 2e-05" in describe(total)
+    for wrong in ({"epsilon": -1, "delta": 0}, {"epsilon": 1}, 3, {"epsilon": "x", "delta": 0}):
+        (folders[0] / RECORD).write_text(json.dumps({"privacy": wrong}))
+        with pytest.raises(DataError, match=r"does not say what the labels cost in privacy"):
+            read_spent(folders[0])
 
 
 def write(
