@@ -1,0 +1,244 @@
+"""The stream at scale: what ranks read for the rows they use, and what planning costs.
+
+    python -m tests.benchmarks.scale_stream [--parts ranks reading index]
+
+`ranks` follows the order of an epoch rank by rank, by arithmetic alone; `reading` reads real files
+as a few ranks of many do; `index` measures an index and a plan of ten million row groups and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hpdist.data.files.open import FileVersion
+from hpdist.data.stream.index import DataFile, Index, Parts
+from hpdist.data.stream.parquet import ParquetReader
+from hpdist.data.stream.plan import Plan, choose_lanes
+from hpdist.data.stream.reader import Reader
+from hpdist.data.stream.slot_plan import SlotPlan, choose_slots
+from hpdist.data.stream.slots import SlotReader
+from tests.benchmarks.stream import raw, taking_turns
+from tests.benchmarks.stream_files import COLUMN, index_of, spread, write_shards
+from tests.support.reading import read_counts
+
+RANKS = [1, 2, 3, 5, 7, 8, 16, 64, 100, 256, 512, 1000, 1024, 4096]
+BATCHES = [448, 1024, 4096, 16384]
+DRAWN = 64
+GROUP_ROWS, GROUP_BYTES = 1000, 2**18
+
+
+def uneven_groups(count: int) -> np.ndarray:
+    """Rows of so many row groups: 1,000 but for the last of each file, every 25th."""
+    rows = np.full(count, GROUP_ROWS, np.uint32)
+    rows[24::25] = np.random.default_rng(0).integers(1, GROUP_ROWS + 1, len(rows[24::25]))
+    return rows
+
+
+class Epoch:
+    """The runs of all lanes in the first epoch, in the order of the lanes."""
+
+    def __init__(self, plan: SlotPlan) -> None:
+        lanes, groups, rows = [], [], []
+        for lane in range(plan.lanes):
+            turn, end = 0, -((lane - plan.rows) // plan.lanes)
+            while turn < end:
+                run = plan.run_at(lane, turn)
+                lanes.append(lane)
+                groups.append(run.group)
+                rows.append(run.stop - run.first)
+                turn = run.stop
+        self.plan = plan
+        self.groups = np.asarray(groups)
+        self.rows = np.asarray(rows)
+        self.starts = np.searchsorted(lanes, np.arange(plan.lanes + 1))
+
+    def ratio(self, batch: int, rank: int, ranks: int) -> float:
+        """Rows that a rank reads for each row it uses; lanes side by side share a row group."""
+        start, stop = rank * batch // ranks, (rank + 1) * batch // ranks
+        share = batch // self.plan.lanes  # slots of a lane
+        low, high = self.starts[start // share], self.starts[-(-stop // share)]
+        read = self.plan.group_rows[np.unique(self.groups[low:high])].sum(dtype=np.int64)
+        return float(read / (self.plan.rows * (stop - start) / batch))
+
+
+def windows_ratio(batch: int, ranks: int) -> float:
+    """The mean over ranks of whole lanes read for a share of their rows, as windows do it."""
+    lanes, _ = choose_lanes(batch, 10**6, GROUP_BYTES, None)
+    share = batch / lanes
+    cuts = np.arange(ranks + 1) * batch // ranks
+    touched = np.ceil(cuts[1:] / share) - np.floor(cuts[:-1] / share)
+    return float(np.mean(touched * share / np.diff(cuts)))
+
+
+def distinct(plan: SlotPlan, batch: int) -> float:
+    """Distinct row groups of 64 rows drawn from a global batch, the mean of 20 batches."""
+    random = np.random.default_rng(0)
+    found = []
+    for number in range(20):
+        position = number * 7 * batch
+        slots = np.sort(random.choice(batch, DRAWN, replace=False)).tolist()
+        lanes, turns = plan.places(position, batch, 0, batch)
+        groups = {plan.run_at(int(lanes[s]), int(turns[s])).group for s in slots}
+        found.append(len(groups))
+    return float(np.mean(found))
+
+
+def ranks_part() -> None:
+    """Rows read for each row used, for every number of ranks up to a quarter of the batch."""
+    print("Rows read for each row used, mean (largest) over all ranks; before: 16 to 64 lanes.\n")
+    print("| batch | row groups | ranks | before | now | row groups open on a rank |")
+    print("|---|---|---|---|---|---|")
+    for batch in BATCHES:
+        for count in (10 * batch, 25 * batch):
+            rows = uneven_groups(count)
+            lanes = choose_slots(batch, count, GROUP_BYTES, None)
+            assert lanes is not None
+            epoch = Epoch(SlotPlan(rows, 0, lanes))
+            for ranks in (ranks for ranks in [*RANKS, batch // 4] if ranks <= batch // 4):
+                found = [epoch.ratio(batch, rank, ranks) for rank in range(ranks)]
+                print(
+                    f"| {batch:,} | {count:,} | {ranks:,} | {windows_ratio(batch, ranks):.2f} | "
+                    f"{np.mean(found):.3f} ({max(found):.3f}) | {-(-lanes // ranks):,} |"
+                )
+            drawn = distinct(epoch.plan, batch)
+            print(f"\nDistinct row groups of {DRAWN} rows of such a batch: {drawn:.1f}.\n")
+
+
+def reading_part(folder: Path, rounds: int) -> None:
+    """Read files as some of many ranks do: rows read, memory, and rate."""
+    batch = 448
+    paths = write_shards(folder, 10 * batch * 100 + 3200, 32, 100)
+    index = index_of(paths)
+    print(
+        f"{index.row_count:,} rows of 1 KB in {len(index.rows):,} row groups, batch of {batch}.\n"
+    )
+    print("| ranks | rank | budget | rows read for each used | MB held at most | spilled |")
+    print("|---|---|---|---|---|---|")
+    monkeypatch = pytest.MonkeyPatch()
+    for ranks, rank, budget in [
+        (1, 0, None),
+        (1, 0, 16 << 20),
+        (7, 3, None),
+        (64, 20, None),
+        (100, 57, None),
+        (112, 3, None),
+    ]:
+        reader = SlotReader(index, [COLUMN], "data", 0, batch, budget=budget)
+        held = 0
+        with read_counts(monkeypatch) as counts:
+            used = 0
+            for _ in steps(reader, batch, rank, ranks):
+                used += (rank + 1) * batch // ranks - rank * batch // ranks
+                held = max(held, pa.total_allocated_bytes())
+        spilled = f"{reader.spill.spilled / 1e6:.0f} MB of {index.bytes / 1e6:.0f}"
+        limit = "512 MiB" if budget is None else f"{budget >> 20} MiB"
+        ratio = counts.rows / used
+        print(f"| {ranks} | {rank} | {limit} | {ratio:.3f} | {held / 1e6:.0f} | {spilled} |")
+    runs = {
+        "Arrow `iter_batches`": raw(paths),
+        "slots, one rank": lambda: sum(
+            steps(SlotReader(index, [COLUMN], "data", 0, batch), batch, 0, 1)
+        ),
+        "slots, one rank, 16 MiB": lambda: sum(
+            steps(SlotReader(index, [COLUMN], "data", 0, batch, budget=16 << 20), batch, 0, 1)
+        ),
+        "windows, one rank": lambda: sum(
+            steps(ParquetReader(index, [COLUMN], "data", 0, batch), batch, 0, 1)
+        ),
+    }
+    wall, cpu = taking_turns(runs, rounds)
+    print(f"\nRows against Arrow's, median (quartiles) of {rounds} rounds.\n")
+    print("| | per second | per second of CPU time |\n|---|---|---|")
+    arrow = "Arrow `iter_batches`"
+    for name in list(runs)[1:]:
+        cells = [
+            spread([a / b for a, b in zip(speeds[name], speeds[arrow], strict=True)])
+            for speeds in (wall, cpu)
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def steps(reader: Reader, batch: int, rank: int, ranks: int) -> Iterator[int]:
+    """Read a rank's rows of an epoch; how many each batch gave."""
+    start, stop = rank * batch // ranks, (rank + 1) * batch // ranks
+    for position in range(0, (reader.rows or 0) - batch + 1, batch):
+        rows = reader.read(position, batch, start, stop)
+        reader.prepare(position + batch, batch, start, stop)
+        yield len(rows)
+    reader.close()
+
+
+def index_part() -> None:
+    """Time and memory of an index and of an epoch's first window of every lane."""
+    print("| row groups | lanes opened | | seconds | MB beside the rows | MB of rows |")
+    print("|---|---|---|---|---|---|")
+    for count, batch, ranks in [
+        (10**7, 448, 1),
+        (10**7, 4096, 1),
+        (10**7, 4096, 64),
+        (10**8, 4096, 64),
+    ]:
+        rows = uneven_groups(count)
+        zero = np.zeros(1, np.int64)
+        file = DataFile("a.parquet", FileVersion(1, "tag"), 0, "digest")
+        index = Index((file,), b"", ("x",), rows, Parts(zero, zero, zero, zero, zero), 1.0, 1)
+        begin = time.perf_counter()
+        _first_runs(index, batch, ranks)
+        seconds = time.perf_counter() - begin
+        tracemalloc.start()
+        _first_runs(dataclasses.replace(index), batch, ranks)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        print(
+            f"| {count:,} | {batch // ranks:,} | a lane for each slot | {seconds:.2f} | "
+            f"{peak / 1e6:.1f} | {rows.nbytes / 1e6:.0f} |"
+        )
+    rows = uneven_groups(10**7)
+    tracemalloc.start()
+    begin = time.perf_counter()
+    Plan(rows, 0, 64, 2).window_at(0, 0, 0)
+    seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(
+        f"| {10**7:,} | 1 | windows, of older runs | {seconds:.2f} | {peak / 1e6:.1f} | "
+        f"{rows.nbytes / 1e6:.0f} |"
+    )
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\nLargest resident set: {resident:.0f} MiB.")
+
+
+def _first_runs(index: Index, batch: int, ranks: int) -> None:
+    """Plan what the first batch of a rank needs."""
+    plan = SlotPlan(index.rows, 0, batch)
+    for lane in range(batch // ranks):
+        index.ids(plan.run_at(lane, 0).group, 0, 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = ["ranks", "reading", "index"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    if "ranks" in options.parts:
+        ranks_part()
+    if "reading" in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            reading_part(Path(folder), options.rounds)
+    if "index" in options.parts:
+        index_part()
+
+
+if __name__ == "__main__":
+    main()
