@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from hpdist.data.sources.unlabeled import DatasetIndex, DatasetIndexes
 from hpdist.distributed.collectives import gathered
@@ -19,6 +20,7 @@ from tests.support.ranks import run_ranks
 
 
 def _shared(paths: list[Path], folder: str) -> list[Any]:
+    dist.init_process_group("gloo")
     tempfile.tempdir = folder
 
     def scan() -> DatasetIndex:
@@ -28,7 +30,7 @@ def _shared(paths: list[Path], folder: str) -> list[Any]:
     none, part = share_index(scan)
     assert none is None
     assert part is not None
-    gathered(0)
+    assert len(gathered(0)) == 3
     left = [path.name for path in Path(folder).glob("*")] if Path(folder).is_dir() else []
     index = part.index
     rows = index.rows
@@ -54,6 +56,8 @@ def test_ranks_have_the_index_of_rank_0(tmp_path: Path, writable: bool) -> None:
 
 
 def _failing() -> str:
+    dist.init_process_group("gloo")
+
     def scan() -> DatasetIndex:
         raise DataError("no such files")
 

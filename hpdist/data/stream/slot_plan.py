@@ -42,7 +42,7 @@ class Run:
     first: int
     stop: int
     start: int
-    """Of its first row, the place in the group's permuted rows."""
+    """The place of its first row in the group's permuted rows."""
 
 
 class SlotPlan:

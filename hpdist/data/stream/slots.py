@@ -30,7 +30,7 @@ from hpdist.data.stream.threads import DaemonThreads
 from hpdist.data.stream.wide import joined, widened
 
 KIND = "parquet-slots"
-"""Of the order, as a checkpoint records it."""
+"""What a checkpoint calls this order."""
 
 _LOCAL_THREADS = min(4, os.cpu_count() or 1)  # more than cores only get into each other's way
 _REMOTE_THREADS = 16

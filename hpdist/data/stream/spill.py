@@ -54,7 +54,7 @@ class Spill:
                     first, self._full = not self._full, True
                     self.held += size
                 if first:
-                    self._say(error)
+                    self._warn(error)
         weakref.finalize(owner, self._release, size)
         return table
 
@@ -70,7 +70,7 @@ class Spill:
             self.spilled += size
         return pa.ipc.open_file(mapped).read_all()
 
-    def _say(self, error: OSError) -> None:
+    def _warn(self, error: OSError) -> None:
         _log.warning(
             "%s: rows that wait for their turn take more than shuffle_window and cannot be written "
             "to %s (%s): they stay in memory; free space there, name another folder in TMPDIR, or "

@@ -121,10 +121,15 @@ def batches(index: Index) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [7, 60])
+@pytest.mark.parametrize(("ranks", "most"), [(7, 1.06), (60, 1.1)])
 def test_ranks_read_the_same_batches_and_little_twice(
-    index: Index, batches: list[list[int]], ranks: int, monkeypatch: pytest.MonkeyPatch
+    index: Index,
+    batches: list[list[int]],
+    ranks: int,
+    most: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of ten row groups a slot. Were cut groups not shared, it would be 1.12 and more."""
     steps = len(batches) - 3  # of one epoch
     found: list[list[int]] = [[] for _ in range(steps)]
     ratios = []
@@ -139,7 +144,7 @@ def test_ranks_read_the_same_batches_and_little_twice(
             reader.close()
         ratios.append(counts.rows / used)
     assert found == batches[:steps]
-    assert np.mean(ratios) <= 1.15
+    assert np.mean(ratios) <= most
 
 
 def test_a_resumed_run_on_other_ranks_goes_on_with_the_same_batches(
