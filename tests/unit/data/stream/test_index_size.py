@@ -69,3 +69,12 @@ def test_places_follow_from_the_rows_of_the_groups(tmp_path: Path, split: str) -
     assert again.fingerprint == index.fingerprint
     assert again.arrow_schema == index.arrow_schema
     assert again.record() == index.record()
+
+
+def test_a_slice_may_end_in_a_row_group_and_go_on_with_the_next(tmp_path: Path) -> None:
+    (path,) = write_numbers(tmp_path, [[4, 4]])
+    index = index_of([path], "train[:2]+train[4:]")
+    assert index.rows.tolist() == [2, 4]
+    assert index.ids(1, 0, 4).tolist() == [4, 5, 6, 7]
+    assert index.describe(5) == f"{path}, row group 1, row 1"
+    assert index.id_count == 8
