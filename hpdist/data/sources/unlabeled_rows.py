@@ -92,7 +92,7 @@ class ParquetRows:
         if order.get("kind") != SLOTS:
             return None
         lanes = order["lanes"]
-        if not isinstance(lanes, int) or not 0 < lanes <= len(self.index.rows):
+        if not isinstance(lanes, int) or not 0 < lanes <= self.index.row_count:
             raise ValueError(f"lanes cannot be {lanes}")
         return lanes
 
