@@ -36,7 +36,7 @@ _LOCAL_THREADS = min(4, os.cpu_count() or 1)  # more than cores only get into ea
 _REMOTE_THREADS = 16
 _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
 _IDLE = 16  # blocks, after which a lane that no row was taken from is let go
-_BLOCK_ROWS = 8192  # that a block has at most, but one batch at least
+_BLOCK_ROWS = 16384  # that a block has at most, but one batch at least
 _GROUP_PART = 4  # of a row group that a block takes, so that a lane has one or two of them open
 _BLOCK_PART = 8  # of the memory budget that a block may take; two are in memory at a time
 
@@ -233,6 +233,8 @@ class SlotReader:
         """The runs that hold turns of a lane; all are being read."""
         self._used[lane] = self._blocks
         known = self._lanes.setdefault(lane, [])
+        if known and known[0].run.first <= turn and stop <= known[0].run.stop:
+            return known[:1]
         found = []
         while turn < stop:
             reading = next((r for r in known if r.run.first <= turn < r.run.stop), None)
