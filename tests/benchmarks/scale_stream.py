@@ -112,9 +112,8 @@ def reading_part(folder: Path, rounds: int) -> None:
         spilled = f"{reader.spill.spilled / 1e6:.0f} MB of {index.bytes / 1e6:.0f}"
         limit = "512 MiB" if budget is None else f"{budget >> 20} MiB"
         ratio = counts.rows / used
-        print(
-            f"| {ranks} | {rank} | {limit} | {epochs} | {ratio:.3f} | {held / 1e6:.0f} | {spilled} |"
-        )
+        facts = [ranks, rank, limit, epochs, f"{ratio:.3f}", f"{held / 1e6:.0f}", spilled]
+        print(f"| {' | '.join(map(str, facts))} |")
     runs = {
         "Arrow `iter_batches`": raw(paths),
         "slots, one rank": lambda: sum(
