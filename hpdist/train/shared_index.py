@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hpdist.data.decode.stored_values import Column
+from hpdist.data.files.named_files import PathRule
 from hpdist.data.sources.unlabeled import DatasetIndex, DatasetIndexes
 from hpdist.data.stream.index import Counts, Index
 from hpdist.distributed.collectives import all_reduce_max, gathered, run_on_main, world_size
@@ -31,11 +33,13 @@ _log = logging.getLogger("hpdist.data")
 class _Described:
     """A part of a set, but for the rows of its row groups."""
 
-    scanned: DatasetIndexes | None
-    """Without its index."""
-    header: str = ""
-    groups: int = 0
-    dtype: str = ""
+    header: str
+    groups: int
+    dtype: str
+    column: Column
+    columns: tuple[str, ...]
+    recorded: list[list[Any]] | None
+    rule: PathRule
 
 
 def share_index(scan: Callable[[], DatasetIndex]) -> DatasetIndex:
@@ -47,42 +51,51 @@ def share_index(scan: Callable[[], DatasetIndex]) -> DatasetIndex:
         return scan()
     found: DatasetIndex = []
 
-    def described() -> list[_Described]:
+    def described() -> list[_Described | None]:
         found.extend(scan())
         return [_described(part) for part in found]
 
     shared: DatasetIndex = []
     for number, part in enumerate(run_on_main(described)):
-        if part.scanned is None:
+        if part is None:
             shared.append(None)
             continue
-        own = found[number].index.rows if found else None  # type: ignore[union-attr]
-        rows = _once_a_host(own, part.groups, np.dtype(part.dtype))
-        shared.append(replace(part.scanned, index=Index.from_header(part.header, rows)))
+        own = found[number] if found else None
+        numbers = None if own is None else own.index.rows
+        rows = _once_a_host(numbers, part.groups, np.dtype(part.dtype))
+        index = Index.from_header(part.header, rows)
+        shared.append(DatasetIndexes(index, part.column, part.columns, part.recorded, part.rule))
     return shared
 
 
-def _described(part: DatasetIndexes | None) -> _Described:
+def _described(part: DatasetIndexes | None) -> _Described | None:
     if part is None:
-        return _Described(None)
-    index = part.index
-    rest: Any = replace(part, index=None)  # type: ignore[arg-type]
-    return _Described(rest, index.header(), len(index.rows), index.rows.dtype.str)
+        return None
+    rows = part.index.rows
+    return _Described(
+        part.index.header(),
+        len(rows),
+        rows.dtype.str,
+        part.column,
+        part.columns,
+        part.recorded,
+        part.rule,
+    )
 
 
 def _once_a_host(own: Counts | None, count: int, dtype: np.dtype[Any]) -> Counts:
     """Give every rank the numbers that rank 0 has, [count]: mapped, or else a copy."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    path, error = "", None
+    path = ""
+    error: Exception | None = None
+    file: IO[bytes] | None = None
     if local == 0:
         try:
             handle, path = tempfile.mkstemp(prefix="hpdist-index-")
+            file = os.fdopen(handle, "wb")
         except OSError as raised:
-            handle, error = -1, raised
-        file = None if error else os.fdopen(handle, "wb")
-        error = _received(own, count * dtype.itemsize, file) or error
-    else:
-        _received(own, count * dtype.itemsize, None)
+            error = raised
+    error = _received(own, count * dtype.itemsize, file) or error
     paths = gathered(path)
     mapped: Counts | None = None
     try:

@@ -66,20 +66,22 @@ def ranks_part() -> None:
     print("Rows read for each row used, mean (largest) over all ranks; before: 16 to 64 lanes.\n")
     print("| batch | row groups | ranks | before | now | row groups open on a rank |")
     print("|---|---|---|---|---|---|")
+    mixed = []
     for batch in BATCHES:
         for count in (10 * batch, 25 * batch):
             rows = uneven_groups(count)
             lanes = choose_slots(batch, count, GROUP_BYTES, None)
             assert lanes is not None
             epoch = Epoch(SlotPlan(rows, 0, lanes))
-            for ranks in (ranks for ranks in [*RANKS, batch // 4] if ranks <= batch // 4):
+            for ranks in [*(n for n in RANKS if n < batch // 4), batch // 4]:
                 found = [epoch.ratio(batch, rank, ranks) for rank in range(ranks)]
                 print(
                     f"| {batch:,} | {count:,} | {ranks:,} | {windows_ratio(batch, ranks):.2f} | "
                     f"{np.mean(found):.3f} ({max(found):.3f}) | {-(-lanes // ranks):,} |"
                 )
             drawn = distinct(epoch.plan, batch)
-            print(f"\nDistinct row groups of {DRAWN} rows of such a batch: {drawn:.1f}.\n")
+            mixed.append(f"{drawn:.1f} at {batch:,} ({count:,} row groups)")
+    print(f"\nDistinct row groups of {DRAWN} rows of a batch: {', '.join(mixed)}.\n")
 
 
 def reading_part(folder: Path, rounds: int) -> None:

@@ -166,16 +166,8 @@ class SlotReader:
         if start == stop:
             none = np.empty(0, np.int64)
             return Rows(self._segments.schema.empty_table(), none, none)
-        number = None if self._block is None else self._block[0].number(call)
-        if number is None:
-            block, self._ahead = self._ahead, None
-            if block is None or block.first != call:
-                self._batches = 1
-                block = self._begin(call, 1)
-            self._block = None  # its memory is for the next one
-            self._block = block, self._gathered(block)
-            number = 0
-        block, rows = self._block  # type: ignore[misc]
+        block, rows = self._block_with(call)
+        number = block.number(call) or 0
         if number == block.batches - 1:
             self._batches = 2 * block.batches
         return _sliced(rows, number * (stop - start), stop - start)
@@ -209,6 +201,18 @@ class SlotReader:
         self._block = self._ahead = None
         self._threads.close(_PATIENCE)
         self._segments.close()
+
+    def _block_with(self, call: _Call) -> tuple[_Block, Rows]:
+        """The block that holds a call's rows: the last one, what was prepared, or a new one."""
+        if self._block is not None and self._block[0].number(call) is not None:
+            return self._block
+        block, self._ahead = self._ahead, None
+        if block is None or block.first != call:
+            self._batches = 1
+            block = self._begin(call, 1)
+        self._block = None  # its memory is for the next one
+        self._block = block, self._gathered(block)
+        return self._block
 
     def _begin(self, call: _Call, batches: int) -> _Block:
         """Find where the rows of a block lie, and have them read, with those of the next block."""

@@ -1,13 +1,11 @@
 """Rows that wait for their turn: in memory as far as a budget goes, and in files beyond it.
 
-A file has no name from the moment it is mapped, so that it is gone with the rows, and with the
-process however that ends.
+A file has no name, so that it is gone with its rows, and with the process however that ends.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import threading
 import weakref
@@ -59,13 +57,11 @@ class Spill:
         return table
 
     def _written(self, table: pa.Table, size: int) -> pa.Table:
-        handle, path = tempfile.mkstemp(prefix="hpdist-rows-")
-        try:
-            with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with tempfile.TemporaryFile() as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
-            mapped = pa.memory_map(path)
-        finally:
-            os.unlink(path)
+            file.flush()
+            mapped = pa.memory_map(f"/proc/self/fd/{file.fileno()}")  # by name it cannot be had
         with self._lock:
             self.spilled += size
         return pa.ipc.open_file(mapped).read_all()
