@@ -273,11 +273,11 @@ class Index:
     def _part_starts(self) -> Int64Array:
         """The first id of each part, [parts]."""
         spans = self.parts.at // _SPAN
-        before = self._before[spans] + [
+        within = [
             int(self.rows[span * _SPAN : at].sum())
             for span, at in zip(spans.tolist(), self.parts.at.tolist(), strict=True)
         ]
-        starts: Int64Array = before + self.parts.offset
+        starts: Int64Array = self._before[spans] + np.asarray(within, np.int64) + self.parts.offset
         return starts
 
     @cached_property
