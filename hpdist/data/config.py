@@ -174,7 +174,8 @@ class Unlabeled(UnlabeledSource):
     shuffle_window: Bytes | None = None
     """Memory for shuffling a stream, in bytes, on each rank; more mixes better.
 
-    By default as much as mixes 128 row groups, and at most 512MiB.
+    By default as much as mixes 128 row groups, and at most 512MiB. A large dataset has a row group
+    open for every row of a batch; those that do not fit wait in files in TMPDIR.
     """
     max_bad_rows: int = Field(100, ge=0)
     """Rows of an epoch that may be unusable (unreadable, undecodable) before the run stops."""

@@ -67,7 +67,7 @@ def _in_parquet(files: Mapping[str, Sequence[str]], source: Source, where: str) 
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     from hpdist.data.files.open import Retry, open_file, stat
-    from hpdist.data.stream.index import split_files
+    from hpdist.data.stream.index_build import split_files
 
     for path in chain.from_iterable(split_files(files, source.split, where).values()):
         with open_file(path, stat(path, Retry()), Retry()) as file:

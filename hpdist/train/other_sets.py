@@ -27,6 +27,7 @@ from hpdist.errors import DataError
 from hpdist.messages.progress import working
 from hpdist.tracking.run_folder import PRIVACY, RunFolder
 from hpdist.train.first_look import look_at_held_out, look_at_labeled
+from hpdist.train.shared_index import share_index
 
 _FILES = "unlabeled_files.json"
 _DUPLICATES = "duplicates.json"
@@ -64,7 +65,7 @@ def open_unlabeled_set(
             recorded = folder.read_json(_FILES, are_records) if resumed else None
             return scan_metadata(source, labeled, spec, loading, recorded)
 
-        found = run_on_main(scan)
+        found = share_index(scan)
     rows = call_on_all_ranks(
         lambda: open_unlabeled(
             source,

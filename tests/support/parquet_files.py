@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hpdist.data.files.open import Retry
-from hpdist.data.stream.index import Index, build_index
+from hpdist.data.stream.index import Index
+from hpdist.data.stream.index_build import build_index
 from hpdist.data.stream.reader import Reader
 
 

@@ -215,7 +215,7 @@ def _limit(config: Duplicates, rows: Any) -> int | None:
     if isinstance(rows, SequentialRows):
         raise _UncomparedError(f"does not say how large it is; {_WAY_OUT}")
     if isinstance(rows, ParquetRows):
-        size = int(rows.index.size.sum())
+        size = rows.index.bytes
         if any(is_remote(file.path) for file in rows.index.files):
             raise _UncomparedError(f"is streamed from elsewhere; {_WAY_OUT}")
     else:

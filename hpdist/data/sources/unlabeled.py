@@ -42,7 +42,8 @@ from hpdist.data.sources.own_files import path_rule
 from hpdist.data.sources.saved import is_saved
 from hpdist.data.sources.unlabeled_rows import AnyUnlabeled, MixedRows, ParquetRows, SequentialRows
 from hpdist.data.stream.functions import RowFunctions, row_functions
-from hpdist.data.stream.index import Index, build_index, split_files
+from hpdist.data.stream.index import Index
+from hpdist.data.stream.index_build import build_index, split_files
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.row_files import RowFiles

@@ -24,6 +24,9 @@ from hpdist.data.stream.parquet import ParquetReader
 from hpdist.data.stream.reader import Reader, Rows
 from hpdist.data.stream.row_files import RowFiles
 from hpdist.data.stream.sequential import SequentialReader
+from hpdist.data.stream.slot_plan import choose_slots
+from hpdist.data.stream.slots import KIND as SLOTS
+from hpdist.data.stream.slots import SlotReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,22 @@ class ParquetRows:
         resume: Mapping[str, Any] | None = None,
         stop: threading.Event | None = None,
     ) -> Reader:
-        """Read by lanes and windows."""
+        """Read by a lane for each slot of a batch, or by lanes and windows; see `choose_slots`.
+
+        A run that is resumed goes on with the kind of order that it began with.
+        """
+        lanes = self.slots(batch, order)
+        if lanes is not None:
+            return SlotReader(
+                self.index,
+                self.columns,
+                self.name,
+                seed,
+                lanes,
+                budget=self.budget,
+                retry=self.retry,
+                stop=stop,
+            )
         return ParquetReader(
             self.index,
             self.columns,
@@ -65,6 +83,18 @@ class ParquetRows:
             retry=self.retry,
             stop=stop,
         )
+
+    def slots(self, batch: int, order: Mapping[str, Any] | None = None) -> int | None:
+        """How many lanes a `SlotReader` reads; None where windows are read, as by `order`."""
+        if order is None:
+            index = self.index
+            return choose_slots(batch, len(index.rows), index.group_bytes, self.budget)
+        if order.get("kind") != SLOTS:
+            return None
+        lanes = order["lanes"]
+        if not isinstance(lanes, int) or not 0 < lanes <= self.index.row_count:
+            raise ValueError(f"lanes cannot be {lanes}")
+        return lanes
 
     def changes(self) -> str:
         """Name the files that differ from the run that is resumed."""
@@ -190,10 +220,10 @@ def row_count(rows: AnyUnlabeled) -> int | None:
         return sum(filter(None, counts)) if all(counts) else None
     if isinstance(rows, SequentialRows) or rows.functions.keep is not None:
         return None
-    return int(rows.index.rows.sum()) if isinstance(rows, ParquetRows) else len(rows)
+    return rows.index.row_count if isinstance(rows, ParquetRows) else len(rows)
 
 
 def _last_id(rows: ParquetRows | UnlabeledTable) -> int:
     if isinstance(rows, ParquetRows):
-        return int((rows.index.start + rows.index.rows).max()) - 1
+        return rows.index.id_count - 1
     return int(rows.ids.max())

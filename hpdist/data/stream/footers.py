@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -21,6 +22,7 @@ from hpdist.data.files.open import (
     stat,
 )
 from hpdist.data.stream.claims import check_disjoint, group_claim
+from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
 T = TypeVar("T")
@@ -97,9 +99,9 @@ class Footer:
 
     digest: str
     types: dict[str, pa.DataType]  # of the columns that are read, as they are read
-    rows: list[int]  # of each row group
-    sizes: list[int]  # in memory, by what the footer says
-    stored: list[int]  # in the file
+    rows: Int64Array  # [groups]
+    sizes: Int64Array  # [groups], bytes in memory, by what the footer says
+    stored: Int64Array  # [groups], bytes in the file
 
     @staticmethod
     def of(digest: str, metadata: pq.FileMetaData, columns: Sequence[str], size: int) -> Footer:
@@ -121,7 +123,7 @@ class Footer:
         return Footer(
             digest,
             types,
-            [claim.rows for claim in claims],
-            [claim.size for claim in claims],
-            [claim.stored for claim in claims],
+            np.asarray([claim.rows for claim in claims], np.int64),
+            np.asarray([claim.size for claim in claims], np.int64),
+            np.asarray([claim.stored for claim in claims], np.int64),
         )

@@ -1,48 +1,37 @@
-"""Where every row of a Parquet dataset lies: the row groups of its files, from their footers.
+"""Where every row of a Parquet dataset lies: the row groups of its files.
 
-    files = split_files({"train": ["a.parquet", "b.parquet"]}, "train[:90%]", "data.unlabeled")
-    index = build_index(files, "train[:90%]", ["image"], "data.unlabeled (…)", Retry())
-
-Costs one small read per file, side by side, and nothing at the next start: the result is kept on
-disk under the files' versions. A row's id is its number in the split, in the order of the files,
-which never changes as long as the files do not.
+A row's id is its number in the split, in the order of the files, which never changes as long as the
+files do not. A row group costs 4 bytes, its number of rows: all else follows from where each file
+begins, and from sums over every 256 row groups.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from hpdist.data.decode.arrow_types import plain_schema
-from hpdist.data.files.columns import wider
-from hpdist.data.files.open import FileVersion, Retry, redacted
+from hpdist.data.files.open import FileVersion, redacted
 from hpdist.data.files.partitions import Partitions
-from hpdist.data.files.splits import check_known, names_in, spelled_out
 from hpdist.data.stream import claims
-from hpdist.data.stream.footers import Footer, Requests
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
-from hpdist.messages.progress import working
 
-_VERSION = 5  # of the cache's format
-T = TypeVar("T")
+Counts: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""Numbers of rows, of 32 bits where these hold them all, and perhaps in a mapped file."""
 
-_REQUESTS = 32  # files that are asked at once
 _NAMED_CHANGES = 3
-_ARRAYS = ("file", "number", "first", "rows", "start", "size", "stored")
+_SPAN = 256  # row groups between two sums that are kept
+_HASHED = 1 << 20  # row groups that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,38 @@ class DataFile:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Row groups that follow one another in a file, with ids that do: mostly a part for each file.
+
+    All are int64 arrays, [parts]. Only the first row group of a part may have rows at its beginning
+    that are not used, and only the last one at its end.
+    """
+
+    at: Int64Array
+    """The first row group, in the index."""
+    file: Int64Array
+    """The file, in `Index.files`."""
+    number: Int64Array
+    """The number of the first row group in its file."""
+    first: Int64Array
+    """The first row used of that row group."""
+    offset: Int64Array
+    """The id of that row less the rows of all row groups before it."""
+
+    @staticmethod
+    def of(
+        file: Int64Array, number: Int64Array, first: Int64Array, rows: Int64Array, start: Int64Array
+    ) -> Parts:
+        """Find them from what is known of each row group, [groups]; `start` is the first id."""
+        begins = np.ones(len(rows), bool)
+        begins[1:] = (np.diff(file) != 0) | (np.diff(number) != 1) | (first[1:] != 0)
+        begins[1:] |= start[1:] != start[:-1] + rows[:-1]
+        at = np.flatnonzero(begins)
+        before = (np.cumsum(rows) - rows)[at]
+        return Parts(at, file[at], number[at], first[at], start[at] - before)
+
+
+@dataclass(frozen=True)
 class Index:
     """The row groups of a split, in file order; of a sliced split only what the slice holds."""
 
@@ -66,15 +87,18 @@ class Index:
     what all files have."""
     columns: tuple[str, ...]
     """Those that are read."""
-    file: Int64Array  # [groups], index into files
-    number: Int64Array  # [groups], in the file
-    first: Int64Array  # [groups], the first row used
-    rows: Int64Array  # [groups], rows used
-    start: Int64Array  # [groups], id of the first row used
-    size: Int64Array  # [groups], bytes of the whole row group's columns that are read, in memory
-    stored: Int64Array  # [groups], and in the file
+    rows: Counts  # [groups], rows used
+    parts: Parts
+    group_bytes: float
+    """Bytes of a row group in memory, weighted by its rows: what a row's group costs."""
+    bytes: int
+    """Bytes of all row groups in memory."""
+    swollen: tuple[tuple[int, int, int], ...] = ()
+    """Row groups that take far more in memory than in the file: which, and both in bytes."""
     folders: Partitions = dataclasses.field(default_factory=Partitions)
     """The columns that folders name."""
+    known_fingerprint: str | None = None
+    """As another process computed it."""
 
     @property
     def arrow_schema(self) -> pa.Schema:
@@ -84,6 +108,8 @@ class Index:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any file's content or place in the order, not with names and dates."""
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.version.size} {file.digest}\n".encode())
@@ -91,34 +117,128 @@ class Index:
             for column in self.columns:
                 if column in named:
                     digest.update(f"{column}={named[column]}\n".encode())
-        digest.update(self.first.tobytes() + self.rows.tobytes())
+        for low in range(0, len(self.rows), _HASHED):
+            begin, end = np.searchsorted(self.parts.at, [low, low + _HASHED])
+            first = np.zeros(min(_HASHED, len(self.rows) - low), np.int64)
+            first[self.parts.at[begin:end] - low] = self.parts.first[begin:end]
+            digest.update(first.tobytes())
+        for low in range(0, len(self.rows), _HASHED):
+            digest.update(self.rows[low : low + _HASHED].astype(np.int64).tobytes())
         return digest.hexdigest()[:32]
+
+    @cached_property
+    def row_count(self) -> int:
+        """Rows used, of all row groups."""
+        return int(self._before[-1])
+
+    @cached_property
+    def id_count(self) -> int:
+        """What is more than any id: the ids of rows that a slice leaves out stay free."""
+        return self.row_count + int(self.parts.offset[-1])
 
     def check_sizes(self, budget: int, name: str) -> None:
         """Raise DataError where rows take far more memory than a budget and than their bytes."""
-        most = np.maximum(max(budget, claims.LEAST), claims.FACTOR * self.stored)
-        wrong = np.flatnonzero(self.size > most)
-        if len(wrong):
-            group = int(wrong[0])
-            path = redacted(self.files[int(self.file[group])].path)
-            raise DataError(
-                f"{name}: {path}, row group {int(self.number[group])}: its footer says that its "
-                f"rows take {int(self.size[group])} bytes of memory, of {int(self.stored[group])} "
-                f"in the file; the most is {int(most[group])}; if that is right, raise "
-                "shuffle_window, else leave the file out of data_files"
-            )
+        for group, size, stored in self.swollen:
+            most = claims.most_bytes(budget, stored)
+            if size > most:
+                file, number, _ = self.locate(group)
+                raise DataError(
+                    f"{name}: {redacted(file.path)}, row group {number}: its footer says that its "
+                    f"rows take {size} bytes of memory, of {stored} in the file; the most is "
+                    f"{most}; if that is right, raise shuffle_window, else leave the file out of "
+                    "data_files"
+                )
+
+    def locate(self, group: int) -> tuple[DataFile, int, int]:
+        """The file of a group, the group's number there, and the first row used of it."""
+        part = self._part(group)
+        behind = group - int(self.parts.at[part])
+        first = 0 if behind else int(self.parts.first[part])
+        return self.files[int(self.parts.file[part])], int(self.parts.number[part]) + behind, first
 
     def ids(self, group: int, start: int, stop: int) -> Int64Array:
         """The ids of rows [start, stop) of a group's used rows."""
-        first = int(self.start[group])
+        low = group // _SPAN * _SPAN
+        before = int(self._before[group // _SPAN]) + int(self.rows[low:group].sum())
+        first = before + int(self.parts.offset[self._part(group)])
         return np.arange(first + start, first + stop)
 
     def describe(self, row: int) -> str:
         """Name the file, row group and row of an id."""
-        group = int(np.searchsorted(self.start, row, side="right")) - 1
-        at = int(self.first[group] + row - self.start[group])
-        path = redacted(self.files[int(self.file[group])].path)
-        return f"{path}, row group {int(self.number[group])}, row {at}"
+        parts = self.parts
+        part = int(np.searchsorted(self._part_starts, row, side="right")) - 1
+        place = row - int(parts.offset[part])
+        span = int(np.searchsorted(self._before, place, side="right")) - 1
+        ends = np.cumsum(self.rows[span * _SPAN : (span + 1) * _SPAN], dtype=np.int64)
+        within = int(np.searchsorted(ends, place - int(self._before[span]), side="right"))
+        file, number, first = self.locate(span * _SPAN + within)
+        start = int(self.ids(span * _SPAN + within, 0, 1)[0])
+        return f"{redacted(file.path)}, row group {number}, row {first + row - start}"
+
+    @cached_property
+    def file(self) -> Int64Array:
+        """The file of each row group, [groups]. These four are for many rows at a time."""
+        return self.parts.file[self._parts]
+
+    @cached_property
+    def number(self) -> Int64Array:
+        """The number of each row group in its file, [groups]."""
+        places = np.arange(len(self.rows)) - self.parts.at[self._parts]
+        return self.parts.number[self._parts] + places
+
+    @cached_property
+    def first(self) -> Int64Array:
+        """The first row used of each row group, [groups]."""
+        first = np.zeros(len(self.rows), np.int64)
+        first[self.parts.at] = self.parts.first
+        return first
+
+    @cached_property
+    def start(self) -> Int64Array:
+        """The id of the first row used of each row group, [groups]."""
+        ends = np.cumsum(self.rows, dtype=np.int64)
+        return ends - self.rows + self.parts.offset[self._parts]
+
+    def header(self) -> str:
+        """Give all but `rows`, as JSON; `from_header` makes an index of both."""
+        facts = {
+            "files": [
+                [file.path, file.version.size, file.version.tag, file.rows, file.digest]
+                for file in self.files
+            ],
+            "schema": _text(self.schema),
+            "columns": self.columns,
+            "parts": [getattr(self.parts, f.name).tolist() for f in dataclasses.fields(Parts)],
+            "group_bytes": self.group_bytes,
+            "bytes": self.bytes,
+            "swollen": self.swollen,
+            "folders": [_text(self.folders.schema.serialize().to_pybytes()), self.folders.values],
+            "fingerprint": self.fingerprint,
+        }
+        return json.dumps(facts)
+
+    @staticmethod
+    def from_header(header: str, rows: Counts) -> Index:
+        """Make what another process has of its `header` and its `rows`."""
+        facts = json.loads(header)
+        schema, values = facts["folders"]
+        return Index(
+            files=tuple(
+                DataFile(path, FileVersion(size, tag), count, digest)
+                for path, size, tag, count, digest in facts["files"]
+            ),
+            schema=base64.b64decode(facts["schema"]),
+            columns=tuple(facts["columns"]),
+            rows=rows,
+            parts=Parts(*(np.asarray(part, np.int64) for part in facts["parts"])),
+            group_bytes=facts["group_bytes"],
+            bytes=facts["bytes"],
+            swollen=tuple((group, size, stored) for group, size, stored in facts["swollen"]),
+            folders=Partitions(
+                pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))), dict(values)
+            ),
+            known_fingerprint=facts["fingerprint"],
+        )
 
     def record(self) -> list[list[Any]]:
         """The files as JSON, to name what changed when a later index differs."""
@@ -140,6 +260,39 @@ class Index:
         more = f" and {len(found) - _NAMED_CHANGES} more" if len(found) > _NAMED_CHANGES else ""
         return ", ".join(found[:_NAMED_CHANGES]) + more
 
+    def _part(self, group: int) -> int:
+        return int(np.searchsorted(self.parts.at, group, side="right")) - 1
+
+    @cached_property
+    def _parts(self) -> Int64Array:
+        """The part of each row group, [groups]."""
+        sizes = np.diff(self.parts.at, append=len(self.rows))
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    @cached_property
+    def _part_starts(self) -> Int64Array:
+        """The first id of each part, [parts]."""
+        spans = self.parts.at // _SPAN
+        within = [
+            int(self.rows[span * _SPAN : at].sum())
+            for span, at in zip(spans.tolist(), self.parts.at.tolist(), strict=True)
+        ]
+        starts: Int64Array = self._before[spans] + np.asarray(within, np.int64) + self.parts.offset
+        return starts
+
+    @cached_property
+    def _before(self) -> Int64Array:
+        """Rows before every 256th row group, and at last all rows, [groups / 256 + 1]."""
+        turns, rest = divmod(len(self.rows), _SPAN)
+        sums = self.rows[: turns * _SPAN].reshape(turns, _SPAN).sum(axis=1, dtype=np.int64)
+        if rest:
+            sums = np.append(sums, self.rows[turns * _SPAN :].sum(dtype=np.int64))
+        return np.concatenate([[0], np.cumsum(sums)])
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
 
 def are_records(found: Any) -> bool:
     """Whether JSON is a list of what `Index.record` gives, None for what is no Parquet dataset."""
@@ -147,186 +300,6 @@ def are_records(found: Any) -> bool:
         record is None
         or (isinstance(record, list) and all(isinstance(f, list) and len(f) == 4 for f in record))
         for record in found
-    )
-
-
-def split_files(
-    available: Mapping[str, Sequence[str]], split: str, where: str
-) -> dict[str, Sequence[str]]:
-    """The files of every split that a split specification such as `train[:90%]` names, in order.
-
-    Raises DataError.
-    """
-    split = spelled_out(split, available)
-    check_known(split, available, where)
-    return {part: available[part] for part in names_in(split)}
-
-
-def build_index(
-    splits: Mapping[str, Sequence[str]],
-    split: str,
-    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
-    name: str,
-    retry: Retry,
-    folders: Partitions | None = None,
-) -> Index:
-    """Read the footers of all files, or what an earlier start kept of them.
-
-    Args:
-        splits: The files of every split that `split` names.
-        split: Which rows, slices allowed.
-        columns: The columns that will be read, or what chooses them by the schema of the first file
-            that has rows.
-        name: Of the dataset, for messages.
-        retry: How long a server may fail.
-        folders: The columns that the files' folders name.
-
-    Raises DataError where a file is missing, damaged, lacks a column that is read, or holds it in a
-    type that does not go together with that of the others. Files without rows may be of any.
-    """
-    paths = [path for files in splits.values() for path in files]
-    if not paths:
-        raise DataError(f"{name}: holds no files")
-    requests = Requests(name, retry)
-    with ThreadPoolExecutor(min(_REQUESTS, len(paths)), thread_name_prefix="hpdist-index") as pool:
-        try:
-            whole = _whole(paths, columns, requests, pool, folders or Partitions())
-        except BaseException:  # also Ctrl-C: a server that is silent must not hold it up
-            requests.stop.set()
-            raise
-    index = _slice(whole, splits, spelled_out(split, splits), name)
-    if not index.rows.sum():
-        raise DataError(f"{name}: holds no rows")
-    return index
-
-
-def _whole(
-    paths: Sequence[str],
-    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]],
-    requests: Requests,
-    pool: ThreadPoolExecutor,
-    folders: Partitions,
-) -> Index:
-    versions = _asked(pool, f"finding the files of {requests.name}", requests.version, paths)
-    cache = _cache_file(paths, versions, folders)
-    kept = _load(cache, paths)
-    if kept is not None and kept.columns == _chosen(columns, kept.arrow_schema):
-        return dataclasses.replace(kept, folders=folders)
-    schema = folders.added(_first_schema(paths, versions, requests))
-    chosen = _chosen(columns, schema)
-
-    def footer(path: str, version: FileVersion) -> Footer:
-        return requests.footer(path, version, chosen)
-
-    footers = _asked(pool, f"reading the footers of {requests.name}", footer, paths, versions)
-    whole = _join(paths, versions, footers, schema, chosen, requests.name, folders)
-    _keep(cache, whole)
-    return whole
-
-
-def _asked(
-    pool: ThreadPoolExecutor, what: str, function: Callable[..., T], *arguments: Sequence[Any]
-) -> list[T]:
-    """What a function gives for every file, side by side; shown to be at work."""
-    found = []
-    with working(what, len(arguments[0]), "files") as work:
-        for value in pool.map(function, *arguments):
-            found.append(value)
-            work.add(1)
-    return found
-
-
-def _first_schema(
-    paths: Sequence[str], versions: Sequence[FileVersion], requests: Requests
-) -> pa.Schema:
-    """The schema of the first file with rows: who writes none may not know their types."""
-    for path, version in zip(paths, versions, strict=True):
-        _, metadata = requests.metadata(path, version, keep=True)
-        if metadata.num_rows:
-            return plain_schema(metadata.schema.to_arrow_schema())
-    files = f"{len(paths)} files are all" if len(paths) > 1 else "file is"
-    raise DataError(f"{requests.name}: holds no rows; its {files} empty")
-
-
-def _chosen(
-    columns: Sequence[str] | Callable[[pa.Schema], Sequence[str]], schema: pa.Schema
-) -> tuple[str, ...]:
-    return tuple(columns(schema) if callable(columns) else columns)
-
-
-def _join(
-    paths: Sequence[str],
-    versions: Sequence[FileVersion],
-    footers: Sequence[Footer],
-    schema: pa.Schema,
-    columns: tuple[str, ...],
-    name: str,
-    folders: Partitions,
-) -> Index:
-    types = _common_types(paths, footers, schema, columns, name, folders)
-    for column, kind in types.items():
-        at = schema.get_field_index(column)
-        schema = schema.set(at, schema.field(at).with_type(kind))
-    files = tuple(
-        DataFile(path, version, sum(footer.rows), footer.digest)
-        for path, version, footer in zip(paths, versions, footers, strict=True)
-    )
-    counts = [len(footer.rows) for footer in footers]
-    rows = np.asarray([count for footer in footers for count in footer.rows], np.int64)
-    number = [np.arange(count) for count in counts]
-    return Index(
-        files=files,
-        schema=schema.serialize().to_pybytes(),
-        columns=columns,
-        file=np.repeat(np.arange(len(files)), counts),
-        number=np.concatenate(number).astype(np.int64),
-        first=np.zeros(len(rows), np.int64),
-        rows=rows,
-        start=np.cumsum(rows) - rows,
-        size=np.asarray([size for footer in footers for size in footer.sizes], np.int64),
-        stored=np.asarray([size for footer in footers for size in footer.stored], np.int64),
-        folders=folders,
-    )
-
-
-def _common_types(
-    paths: Sequence[str],
-    footers: Sequence[Footer],
-    schema: pa.Schema,
-    columns: Sequence[str],
-    name: str,
-    folders: Partitions,
-) -> dict[str, pa.DataType]:
-    """The types of the columns that are read, which hold what every file has of them."""
-    types = {column: schema.field(column).type for column in columns}
-    first: str | None = None
-    for path, footer in zip(paths, footers, strict=True):
-        if not sum(footer.rows):
-            continue
-        first = first or path
-        named = folders.values.get(path, {})
-        found = {
-            column: kind if column in footer.types or column not in named else types[column]
-            for column, kind in ((column, footer.types.get(column)) for column in columns)
-        }
-        both = {c: wider(types[c], kind) if kind is not None else None for c, kind in found.items()}
-        wrong = {c: found[c] for c, kind in both.items() if kind is None}
-        if wrong:
-            raise DataError(
-                f"{name}: {redacted(path)} has other columns than {redacted(first)}: "
-                f"{_differing(wrong, types)}; write all files with the same columns and types, or "
-                "leave the file out of data_files"
-            )
-        types |= {column: kind for column, kind in both.items() if kind is not None}
-    return types
-
-
-def _differing(found: Mapping[str, pa.DataType | None], expected: Mapping[str, pa.DataType]) -> str:
-    return ", ".join(
-        f"{column!r} is missing"
-        if kind is None
-        else f"{column!r} is {kind}, not {expected[column]}"
-        for column, kind in found.items()
     )
 
 
@@ -339,105 +312,3 @@ def _by_name(*records: Sequence[Sequence[Any]]) -> list[dict[str, tuple[Any, ...
         {name: tuple(rest) for name, (_, *rest) in zip(names, record, strict=True)}
         for names, record in zip(short if unique else paths, records, strict=True)
     ]
-
-
-def _slice(whole: Index, splits: Mapping[str, Sequence[str]], split: str, name: str) -> Index:
-    """Keep the rows that a split specification names; their ids stay."""
-    lengths: dict[str, int] = {}
-    starts: dict[str, int] = {}
-    at = 0  # files are laid out split by split
-    for key, paths in splits.items():
-        count = sum(file.rows for file in whole.files[at : at + len(paths)])
-        starts[key], lengths[key] = sum(lengths.values()), count
-        at += len(paths)
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    except (ValueError, AssertionError) as error:
-        raise DataError(f"{name}: the split {split!r} cannot be read: {error}") from error
-    pieces = []
-    for part in parts:
-        low = starts[part.splitname] + (part.from_ or 0)
-        length = lengths[part.splitname]
-        high = starts[part.splitname] + (length if part.to is None else part.to)
-        begin = np.clip(low - whole.start, 0, whole.rows)
-        end = np.clip(high - whole.start, 0, whole.rows)
-        kept = np.flatnonzero(begin < end)
-        pieces.append(
-            dataclasses.replace(
-                whole,
-                file=whole.file[kept],
-                number=whole.number[kept],
-                first=begin[kept],
-                rows=(end - begin)[kept],
-                start=(whole.start + begin)[kept],
-                size=whole.size[kept],
-                stored=whole.stored[kept],
-            )
-        )
-    joined: dict[str, Any] = {
-        key: np.concatenate([getattr(piece, key) for piece in pieces]) for key in _ARRAYS
-    }
-    if (np.diff(joined["start"]) < joined["rows"][:-1]).any():
-        raise DataError(f"{name}: the parts of the split {split!r} overlap or are out of order")
-    return dataclasses.replace(whole, **joined)
-
-
-def _cache_file(
-    paths: Sequence[str], versions: Sequence[FileVersion], folders: Partitions
-) -> Path | None:
-    """Where the footers of these versions are kept; nowhere if a version cannot be told."""
-    if not all(version.tag or "@" in path for path, version in zip(paths, versions, strict=True)):
-        return None
-    facts: list[Any] = [_VERSION, pa.__version__]
-    facts += [[p, v.size, v.tag] for p, v in zip(paths, versions, strict=True)]
-    facts += [[column.name, str(column.type)] for column in folders.schema]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    return Path(datasets.config.HF_CACHE_HOME, "hpdist", "index", f"{key}.npz")
-
-
-def _keep(cache: Path | None, index: Index) -> None:
-    """Write the cache; a disk that is full or read-only costs the next start its time only."""
-    if cache is None:
-        return
-    # Not their paths, which may hold a password: whoever asks has them.
-    files = [[f.version.size, f.version.tag, f.rows, f.digest] for f in index.files]
-    facts = json.dumps([index.columns, files]).encode()
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
-            np.savez(
-                out,
-                facts=np.frombuffer(facts, np.uint8),
-                schema=np.frombuffer(index.schema, np.uint8),
-                groups=np.stack([getattr(index, key) for key in _ARRAYS]),
-            )
-        os.replace(temporary, cache)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-
-
-def _load(cache: Path | None, paths: Sequence[str]) -> Index | None:
-    """What an earlier start kept of these files; None where there is nothing, or not all of it."""
-    if cache is None or not cache.exists():
-        return None
-    try:
-        with cache.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            columns, facts = json.loads(kept["facts"].tobytes())
-            arrays = dict(zip(_ARRAYS, kept["groups"], strict=True))
-            schema = kept["schema"].tobytes()
-            files = [
-                DataFile(path, FileVersion(size, tag), rows, digest)
-                for path, (size, tag, rows, digest) in zip(paths, facts, strict=True)
-            ]
-        pa.ipc.read_schema(pa.py_buffer(schema))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    if any(array.dtype != np.int64 or array.ndim != 1 for array in arrays.values()):
-        return None
-    return Index(
-        tuple(files),
-        schema,
-        tuple(columns),
-        **arrays,
-    )

@@ -6,11 +6,13 @@ The sequence of all epochs takes a row from each lane in turn: the row at positi
 of lane p % lanes. It has no gap between epochs, so one integer, the position, says where a run is.
 A global batch is the next rows of that sequence, sorted by lane, so that a rank, which takes a run
 of them, reads few lanes; where `lanes` divides the batch, always the same ones.
+
+This is the order of small datasets and batches, and of runs that began with it; many ranks have
+that of `hpdist.data.stream.slot_plan`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -119,19 +121,19 @@ class Plan:
         order, ends = self._epoch(epoch)
         start = self._lane_start(epoch, lane)
         stop = self._lane_start(epoch, lane + 1)
-        first, last = bisect_right(ends, start), bisect_right(ends, stop - 1)
-        number = (bisect_right(ends, start + offset) - first) // self.groups_per_window
+        first, last = _group_at(ends, start), _group_at(ends, stop - 1)
+        number = (_group_at(ends, start + offset) - first) // self.groups_per_window
         low = first + number * self.groups_per_window
         high = min(low + self.groups_per_window - 1, last)
         segments = []
         for place in range(low, high + 1):
             group = int(order[place])
-            group_start = ends[place] - int(self.group_rows[group])
+            group_start = int(ends[place]) - int(self.group_rows[group])
             begin = max(start, group_start) - group_start
-            end = min(stop, ends[place]) - group_start
+            end = min(stop, int(ends[place])) - group_start
             if begin < end:
                 segments.append(Segment(group, begin, end))
-        group_start = ends[low] - int(self.group_rows[order[low]])
+        group_start = int(ends[low]) - int(self.group_rows[order[low]])
         return Window(epoch, lane, number, max(start, group_start) - start, tuple(segments))
 
     def after(self, window: Window) -> Window:
@@ -146,10 +148,10 @@ class Plan:
         """The order in which a window's rows come, as places in its segments laid end to end."""
         return permutation(window.rows, self.seed, _ROWS, window.epoch, window.lane, window.number)
 
-    def _lay_out(self, epoch: int) -> tuple[Int64Array, list[int]]:
+    def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The order of the row groups in an epoch, and where in its line each of them ends."""
         order = permutation(len(self.group_rows), self.seed, _GROUPS, epoch)
-        return order, np.cumsum(self.group_rows[order]).tolist()
+        return order, np.cumsum(self.group_rows[order], dtype=np.int64)
 
     def _lane_start(self, epoch: int, lane: int) -> int:
         """Where in the epoch's line a lane begins."""
@@ -157,6 +159,11 @@ class Plan:
         first = epoch * self.rows % self.lanes  # it and the lanes after it have a row more
         wrapped = max(0, first + rest - self.lanes)
         return lane * share + min(lane, wrapped) + min(max(lane - first, 0), rest - wrapped)
+
+
+def _group_at(ends: Int64Array, row: int) -> int:
+    """Which of the groups that end there holds a row of the line."""
+    return int(np.searchsorted(ends, row, side="right"))
 
 
 def choose_lanes(

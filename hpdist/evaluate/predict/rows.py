@@ -68,7 +68,7 @@ class OrderedRows:
         self._reader: ParquetReader | None = None
         self._kept: tuple[int, pa.Table, str | None] | None = None  # the row group read last
         if isinstance(rows, ParquetRows):
-            self._starts = np.concatenate([[0], np.cumsum(rows.index.rows)])
+            self._starts = np.concatenate([[0], np.cumsum(rows.index.rows, dtype=np.int64)])
             self._reader = cast(ParquetReader, rows.reader(0, 1, order=_ONE_LANE))
         else:
             self._starts = np.asarray([0, len(rows)])

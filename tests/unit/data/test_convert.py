@@ -20,7 +20,7 @@ from hpdist.data.config import Source, Unlabeled
 from hpdist.data.convert import Layout, convert
 from hpdist.data.files.open import Retry
 from hpdist.data.sources import loading
-from hpdist.data.stream.index import build_index
+from hpdist.data.stream.index_build import build_index
 from hpdist.data.stream.parquet import ParquetReader
 from hpdist.errors import ConfigError, DataError
 from hpdist.train.config import load

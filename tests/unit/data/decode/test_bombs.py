@@ -209,7 +209,7 @@ def test_claims_that_cannot_be_are_refused(
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": list(range(10))}), path, row_group_size=5)
     metadata, size = pq.read_metadata(path), path.stat().st_size
-    assert Footer.of("", metadata, ["x"], size).rows == [5, 5]
+    assert Footer.of("", metadata, ["x"], size).rows.tolist() == [5, 5]
     with pytest.raises(ValueError, match=message):
         Footer.of("", _Claims(metadata, changed), ["x"], size)
 

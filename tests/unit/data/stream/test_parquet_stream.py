@@ -227,7 +227,7 @@ def test_a_batch_may_span_a_window_of_64_bit_offsets_and_one_of_32(
     plain = ParquetReader(index, ["x"], "data", 0, 86, order=order)
     expected = ids_of(plain, 0, 86)
     plain.close()
-    monkeypatch.setattr("hpdist.data.stream.parquet._MOST_IN_32_BITS", 200)  # bytes: of 40 rows
+    monkeypatch.setattr("hpdist.data.stream.wide.MOST_IN_32_BITS", 200)  # bytes: of 40 rows
     reader = ParquetReader(index, ["x"], "data", 0, 86, order=order)
     assert ids_of(reader, 0, 86) == expected
     reader.close()

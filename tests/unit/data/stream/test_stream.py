@@ -66,8 +66,13 @@ def ids_of(batches):
     return torch.cat([batch.ids for batch in batches]).tolist()
 
 
-@pytest.fixture(params=["table", "stream", "parquet"])
-def rows(request):
+@pytest.fixture(params=["table", "stream", "parquet", "slots"])
+def rows(request, monkeypatch):
+    """The same rows in every kind of order; one that takes a large set is given to a small one."""
+    if request.param == "slots":
+        where = "hpdist.data.sources.unlabeled_rows.choose_slots"
+        monkeypatch.setattr(where, lambda batch, *_: batch)
+        return unlabeled("parquet")
     return unlabeled(request.param)
 
 
