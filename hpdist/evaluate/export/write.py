@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpdist.config.component import IN_PYTHON
@@ -26,61 +26,72 @@ from hpdist.evaluate.loaded import LoadedModel
 from hpdist.evaluate.model_folder import WEIGHTS
 from hpdist.evaluate.precision import cast_weights
 
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file that a model is written as."""
+
+    suffix: str
+    """What the name of the file ends in."""
+    precisions: tuple[str, ...]
+    write: Callable[[LoadedModel, str, Path], None]
+    require: Callable[[], object] = lambda: None
+    """Raises ConfigError where a package is missing that writing needs."""
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    """Why it has no other precision, and what to do, by precision."""
+
+
 FORMATS = {
-    "onnx": onnx_file.PRECISIONS,
-    "safetensors": safetensors_file.PRECISIONS,
-    "openvino": openvino_file.PRECISIONS,
-    "executorch": executorch_file.PRECISIONS,
-}
-"""The precisions of each format."""
-
-_SUFFIXES = {
-    "onnx": ".onnx",
-    "safetensors": ".safetensors",
-    "openvino": ".xml",
-    "executorch": ".pte",
-}
-"""What the name of a format's file ends in."""
-
-_WRITERS: dict[str, Callable[[LoadedModel, str, Path], None]] = {
-    "onnx": onnx_file.write,
-    "safetensors": safetensors_file.write,
-    "openvino": openvino_file.write,
-    "executorch": executorch_file.write,
-}
-_REQUIRE: dict[str, Callable[[], object]] = {
-    "onnx": onnx_file.packages,
-    "openvino": openvino_file.require_packages,
-    "executorch": executorch_file.packages,
-}
-_WHY = {
-    ("onnx", "bf16"): "onnxruntime has no bf16 on a CPU; choose fp16 or fp32, or safetensors",
-    ("safetensors", "int8"): "safetensors holds weights alone; choose onnx, fp16 or bf16",
-    ("openvino", "int8"): "it needs calibration by nncf; choose onnx, or fp16",
-    ("executorch", "int8"): "it needs calibration by torchao; choose onnx, or fp16",
+    "onnx": Format(
+        ".onnx",
+        onnx_file.PRECISIONS,
+        onnx_file.write,
+        onnx_file.packages,
+        {"bf16": "onnxruntime has no bf16 on a CPU; choose fp16 or fp32, or safetensors"},
+    ),
+    "safetensors": Format(
+        ".safetensors",
+        safetensors_file.PRECISIONS,
+        safetensors_file.write,
+        why_not={"int8": "safetensors holds weights alone; choose onnx, fp16 or bf16"},
+    ),
+    "openvino": Format(
+        ".xml",
+        openvino_file.PRECISIONS,
+        openvino_file.write,
+        openvino_file.require_packages,
+        {"int8": "it needs calibration by nncf; choose onnx, or fp16"},
+    ),
+    "executorch": Format(
+        ".pte",
+        executorch_file.PRECISIONS,
+        executorch_file.write,
+        executorch_file.packages,
+        {"int8": "it needs calibration by torchao; choose onnx, or fp16"},
+    ),
 }
 
 
 def check_export(out: Path, file_format: str | None, precision: str) -> str:
     """Give the format of a file, by default the one that its name ends in. Raises ConfigError."""
-    by_suffix = {suffix: name for name, suffix in _SUFFIXES.items()}
+    by_suffix = {form.suffix: name for name, form in FORMATS.items()}
     chosen = file_format or by_suffix.get(out.suffix)
     if chosen is None:
         ends = ", ".join(f"{suffix} ({name})" for suffix, name in by_suffix.items())
         raise ConfigError(f"--out: the name of the file, {out.name!r}, ends in none of {ends}")
     if chosen not in FORMATS:
         raise ConfigError(f"--format: {chosen!r} is none of {', '.join(FORMATS)}")
-    if out.suffix != _SUFFIXES[chosen]:
+    form = FORMATS[chosen]
+    if out.suffix != form.suffix:
         raise ConfigError(
-            f"--out: the name of the file must end in {_SUFFIXES[chosen]}, not in {out.name!r}"
+            f"--out: the name of the file must end in {form.suffix}, not in {out.name!r}"
         )
-    if precision not in FORMATS[chosen]:
-        why = _WHY.get((chosen, precision), f"choose one of {', '.join(FORMATS[chosen])}")
+    if precision not in form.precisions:
+        why = form.why_not.get(precision, f"choose one of {', '.join(form.precisions)}")
         raise ConfigError(f"--precision: {chosen} has no {precision} here: {why}")
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a folder; name a file in it")
-    if chosen in _REQUIRE:
-        _REQUIRE[chosen]()
+    form.require()
     return chosen
 
 
@@ -113,7 +124,7 @@ def write_file(
     temporary = out.with_name(f".{secrets.token_hex(4)}-{out.name}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _WRITERS[chosen](original, precision, temporary)
+        FORMATS[chosen].write(original, precision, temporary)
         found = verify(original, open_file(original, temporary, precision), rows, limit)
         for own, final in zip(files_of(temporary)[::-1], files_of(out)[::-1], strict=True):
             own.chmod(0o666 & ~_umask())
