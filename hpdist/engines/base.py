@@ -187,7 +187,7 @@ class Engine(ABC):
         """After the first step's backward, warn of parameters without gradient. Collective."""
         watch.close()
         self._watch = None
-        nowhere, anywhere = reached_nowhere(self._missing(watch))
+        nowhere, anywhere = reached_nowhere(self._missing(watch), list(self._parameters))
         if anywhere:
             self.share_usage()
         if nowhere and self.rank == 0:

@@ -72,6 +72,8 @@ class Measuring:
         if outcomes is None or outcomes.is_empty or rows is None:
             return
         table = gather_outcomes(outcomes, len(rows.classes))
+        if table is None:
+            return
         name = "test" if data.test else "validation"
         log.row_examples(lambda: make_examples(name, table, rows, data.spec, data.views))
 

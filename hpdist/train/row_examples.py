@@ -15,7 +15,7 @@ from hpdist.data.kinds import kind_named
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.structures import Structure, narrow
 from hpdist.data.views import Views
-from hpdist.distributed.collectives import gathered
+from hpdist.distributed.collectives import gathered_on_main
 from hpdist.evaluate.row_outcomes import (
     CONFIDENT,
     DISAGREE,
@@ -37,12 +37,13 @@ _TITLES = {
 }
 
 
-def gather_outcomes(outcomes: RowOutcomes, classes: int) -> OutcomeTable:
-    """Give the rows of all ranks that any group may have. Collective."""
+def gather_outcomes(outcomes: RowOutcomes, classes: int) -> OutcomeTable | None:
+    """Give the rows of all ranks that any group may have, on rank 0 only. Collective."""
     table = outcomes.table()
     chosen = choose_rows(table, classes)
     kept = sorted({int(row) for rows in chosen.values() for row in rows})
-    return OutcomeTable.join(gathered(table.take(np.array(kept, np.int64))))
+    everyone = gathered_on_main(table.take(np.array(kept, np.int64)))
+    return None if everyone is None else OutcomeTable.join(everyone)
 
 
 def make_examples(
