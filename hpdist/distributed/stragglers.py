@@ -87,8 +87,8 @@ def _speeds(per_rank: list[float]) -> dict[str, Any]:
     name = "examples_per_second_per_rank"
     if len(per_rank) <= _LISTED:
         return {name: per_rank}
-    summary = {"min": min, "median": statistics.median, "max": max}
-    return {f"{name}_{what}": function(per_rank) for what, function in summary.items()}
+    middle = statistics.median(per_rank)
+    return {f"{name}_min": min(per_rank), f"{name}_median": middle, f"{name}_max": max(per_rank)}
 
 
 def _between(begun: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
