@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 COMMON = "common.safetensors"
 
 _STEP = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(r"rank-\d{5,}\.safetensors|common\.safetensors")
+_FILE = re.compile(r"rank-(\d{5,})\.safetensors|common\.safetensors")
 _MOST_BYTES = 256 << 20  # of a manifest: 100,000 ranks need 20 MB
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -52,6 +52,7 @@ class _Manifest(BaseModel):
     step: Count
     world_size: Annotated[Count, Field(ge=1)]
     files: dict[str, _File]
+    fragments: dict[str, dict[str, str]] | None = None  # earlier versions wrote none
 
 
 def folder_name(step: int) -> str:
@@ -64,6 +65,17 @@ def step_of(name: str) -> int | None:
     found = _STEP.fullmatch(name)
     step = None if found is None else int(found[1])
     return step if step is not None and folder_name(step) == name else None
+
+
+def file_name(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def rank_of(name: str) -> int:
+    """The rank whose file has this name; 0 for what all have in common, which it writes."""
+    found = _FILE.fullmatch(name)
+    return int(found[1]) if found is not None and found[1] else 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

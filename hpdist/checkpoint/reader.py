@@ -3,18 +3,19 @@
 `writer` writes them; here they are found, verified and read.
 
     step-00000100/
-      manifest.json             counters, topology, size and SHA-256 of every file; written last
+      manifest.json             counters, topology, size and SHA-256 of every file, and which has
+                              which fragments; written last
       rank-00000.safetensors    the rank's part of master weights, teacher, optimizer and
                               algorithm state
       common.safetensors        what is equal on every rank: buffers, algorithm state
 
-Nothing is pickled. A checkpoint is written under a temporary name and renamed when complete.
+Nothing is pickled. A checkpoint is written under a temporary name and renamed when complete. A rank
+opens the files whose fragments it reads, and no others.
 """
 
 from __future__ import annotations
 
 import shutil
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hpdist.checkpoint.fragment_index import FragmentIndex, key_of
 from hpdist.checkpoint.manifest import (
     COMMON,
     MANIFEST,
     LaterFormatError,
     check_types,
+    file_name,
     hash_of,
     list_checkpoints,
+    rank_of,
     read_manifest,
     regular_size,
     step_of,
 )
-from hpdist.distributed.collectives import gathered, run_on_main, world_size
+from hpdist.distributed.collectives import reports, run_on_main, world_size
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import with_plain_names
 from hpdist.errors import CheckpointError
@@ -71,7 +75,7 @@ def open_newest(
                 check_types(facts, saved.facts, saved.path / MANIFEST)
         except CheckpointError as raised:
             error = raised
-        errors = [e for e in gathered(error) if e is not None]
+        errors = list(reports(error).values())
         if not errors and saved is not None:
             return saved
         if isinstance(errors[0], LaterFormatError):
@@ -104,80 +108,100 @@ def remove(path: Path) -> None:
 class SavedRun:
     """A checkpoint opened for reading; rank r of `ranks` verifies every ranks-th of its files.
 
-    Raises CheckpointError if a file is missing, damaged, or of a later format.
+    On as many ranks as have written it, each verifies its own. Raises CheckpointError if a file
+    that is verified here is missing or damaged, or the checkpoint is of a later format.
     """
 
     def __init__(self, path: Path, rank: int = 0, ranks: int = 1) -> None:
         self.path = path
         self.facts = read_manifest(path)
-        self._verify(rank, ranks)
-        self._spans: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
         self._files: dict[str, Any] = {}
+        self._stored_names: dict[tuple[str, str], str] = {}
+        self._check_size(COMMON)
         try:
+            self._verify(rank, ranks)
             self.common = load_file(path / COMMON)
-            for file in self.facts["files"]:
-                if file != COMMON:
-                    self._index(file)
+            self._index = self._read_index()
             self._forget_wrappers()
-        except (OSError, SafetensorError) as error:  # of a file that another rank verifies
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def kinds(self) -> set[str]:
         """The kinds of fragments that it holds."""
-        return {kind for kind, _ in self._spans}
+        return self._index.kinds()
 
     def holds(self, kind: str, name: str) -> bool:
         """Whether it has fragments of a kind for a parameter."""
-        return (kind, name) in self._spans
+        return self._index.holds(kind, name)
 
     def read(self, kind: str, like: Fragment) -> Tensor:
         """The saved elements at a fragment's place, from any number of files."""
-        return self._read(kind, like.name, like.start, like.start + len(like.values))
+        return self.read_range(kind, like.name, like.start, like.start + len(like.values))
 
     def whole(self, kind: str) -> WholeKind:
         """Every parameter's saved elements, read on access."""
-        return WholeKind(self, kind)
+        return WholeKind(self, kind, self._index)
 
-    def _read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        spans = self._spans.get((kind, name), [])
+    def read_range(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """The saved elements from `start` to `stop` of a name, from any number of files.
+
+        Raises CheckpointError if any is missing.
+        """
         parts = [torch.empty(0)][: start == stop]  # a rank may own nothing of a parameter
         at = start
-        # Fragments do not overlap, so the first one needed is the last that begins by `start`.
-        for first, length, file, key in spans[max(bisect_right(spans, (start + 1,)) - 1, 0) :]:
-            if first >= stop:
-                break
+        for first, length, rank in self._index.spans(kind, name, start, stop):
             low, high = max(at, first), min(stop, first + length)
-            if low == at and low < high:
-                parts.append(self._open(file).get_slice(key)[low - first : high - first])
-                at = high
+            if low != at:
+                break
+            key = key_of(kind, self._stored_names.get((kind, name), name), first)
+            parts.append(self._elements(file_name(rank), key, low - first, high - first))
+            at = high
         if at < stop:
             raise CheckpointError(f"{self.path}: {kind} of {name!r} lacks elements {at} to {stop}")
         return torch.cat(parts)
 
+    def _elements(self, file: str, key: str, start: int, stop: int) -> Tensor:
+        """Read a part of one fragment."""
+        try:
+            values: Tensor = self._open(file).get_slice(key)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {error}") from error
+        if len(values) != stop - start:
+            raise CheckpointError(f"{self.path / file}: {key} is shorter than the manifest says")
+        return values
+
     def _open(self, file: str) -> Any:
         """Open a file once: its header has an entry for every fragment."""
         if file not in self._files:
+            self._check_size(file)
             self._files[file] = safe_open(self.path / file, framework="pt")
         return self._files[file]
 
-    def _index(self, file: str) -> None:
-        reader = self._open(file)
-        for key in reader.keys():  # noqa: SIM118 (not a dict)
-            kind, _, place = key.partition("/")
-            name, _, start = place.rpartition("@")
-            length = reader.get_slice(key).get_shape()[0]
-            self._spans.setdefault((kind, name), []).append((int(start), length, file, key))
-        for spans in self._spans.values():
-            spans.sort()
+    def _read_index(self) -> FragmentIndex:
+        """Find where the fragments are; without a list in the manifest, from all files' headers."""
+        index, files = FragmentIndex(), self.facts["files"]
+        if self.facts.get("fragments") is not None:
+            try:
+                index.include(self.facts["fragments"], len(files) - 1)
+            except ValueError as error:
+                raise CheckpointError(f"{self.path / MANIFEST} is damaged: {error}") from error
+            return index
+        for file in files:  # an earlier version wrote it
+            if file != COMMON:
+                reader = self._open(file)
+                for key in reader.keys():  # noqa: SIM118 (not a dict)
+                    index.add_key(key, reader.get_slice(key).get_shape()[0], rank_of(file))
+        return index
 
     def _forget_wrappers(self) -> None:
         """Remove from all names the segments of wrappers that earlier versions wrote."""
         under_ddp = self.facts["world_size"] > 1
         for kind in self.kinds() - {"algorithm"}:
-            keys = [key for key in self._spans if key[0] == kind]
-            named = {key[1]: self._spans.pop(key) for key in keys}
-            plain = with_plain_names(named, under_ddp=under_ddp)
-            self._spans |= {(kind, name): spans for name, spans in plain.items()}
+            stored = {name: name for name in self._index.names(kind)}
+            plain = with_plain_names(stored, under_ddp=under_ddp)
+            if any(name != old for name, old in plain.items()):
+                self._index.rename(kind, {old: name for name, old in plain.items()})
+                self._stored_names |= {(kind, name): old for name, old in plain.items()}
         for prefix in ("buffer/", "teacher/"):
             own = [key for key in self.common if key.startswith(prefix)]
             tensors = {key.removeprefix(prefix): self.common.pop(key) for key in own}
@@ -189,31 +213,39 @@ class SavedRun:
             identity["parameters"] = shapes
 
     def _verify(self, rank: int, ranks: int) -> None:
-        """Check the sizes of all files, and the hashes of a share of them."""
-        for number, (name, entry) in enumerate(sorted(self.facts["files"].items())):
-            file = self.path / name
-            size = regular_size(file)
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{file} is truncated: {size} of {entry['bytes']} bytes")
-            if number % ranks == rank and hash_of(file) != entry["sha256"]:
-                raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest's")
+        """Check the sizes, the hashes and the headers of a share of the files."""
+        for name, entry in self.facts["files"].items():
+            if rank_of(name) % ranks == rank:
+                self._check_size(name)
+                file = self.path / name
+                if hash_of(file) != entry["sha256"]:
+                    raise CheckpointError(
+                        f"{file} is damaged: its SHA-256 differs from the manifest's"
+                    )
+                if name != COMMON:
+                    self._open(name)
+
+    def _check_size(self, name: str) -> None:
+        """Raise CheckpointError unless a file is one of the checkpoint's, and as long as it was."""
+        file, entry = self.path / name, self.facts["files"].get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path / MANIFEST} is damaged: it names no {name}")
+        size = regular_size(file)
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{file} is truncated: {size} of {entry['bytes']} bytes")
 
 
 class WholeKind(Mapping[str, Tensor]):
     """All fragments of a kind, by name: whole, or in part."""
 
-    def __init__(self, saved: SavedRun, kind: str) -> None:
+    def __init__(self, saved: SavedRun, kind: str, index: FragmentIndex) -> None:
         self._saved, self._kind = saved, kind
-        self._sizes = {
-            name: max(first + length for first, length, _, _ in spans)
-            for (k, name), spans in saved._spans.items()
-            if k == kind
-        }
+        self._sizes = {name: index.size(kind, name) for name in index.names(kind)}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._sizes:
             raise CheckpointError(f"{self._saved.path} holds no {self._kind} of {name!r}")
-        return self._saved._read(self._kind, name, 0, self._sizes[name])
+        return self.read(name, 0, self._sizes[name])
 
     def size(self, name: str) -> int:
         """The number of elements saved under a name; 0 if there are none."""
@@ -221,7 +253,7 @@ class WholeKind(Mapping[str, Tensor]):
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Some of the elements under a name; raises CheckpointError where any is missing."""
-        return self._saved._read(self._kind, name, start, stop)
+        return self._saved.read_range(self._kind, name, start, stop)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)

@@ -23,17 +23,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpdist.checkpoint.fragment_index import FragmentIndex, key_of
 from hpdist.checkpoint.manifest import (
     COMMON,
     MANIFEST,
     VERSION,
     digest_of,
+    file_name,
     folder_name,
     hash_of,
     list_checkpoints,
 )
 from hpdist.checkpoint.reader import remove
-from hpdist.distributed.collectives import gathered, run_on_main
+from hpdist.distributed.collectives import reports, run_on_main
 from hpdist.distributed.fragments import Fragment
 from hpdist.errors import CheckpointError, why_not_written
 
@@ -92,7 +94,7 @@ class CheckpointWriter:
         start = time.monotonic()
         self._settle()
         own = {
-            f"{kind}/{f.name}@{f.start}": _copy(f.values)
+            key_of(kind, f.name, f.start): _copy(f.values)
             for kind, items in fragments.items()
             for f in items
         }
@@ -123,10 +125,10 @@ class CheckpointWriter:
         """
         start = time.monotonic()
         self._settle()
-        failures = dict(enumerate(gathered(self._failure)))
+        failures = reports(self._failure)
         if self._others:
-            del failures[0]  # it only waited for them
-        reasons = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items() if why)
+            failures.pop(0, None)  # it only waited for them
+        reasons = "; ".join(f"rank {rank}: {why}" for rank, why in failures.items())
         self.waited += time.monotonic() - start
         if reasons:
             self.problems()  # part of the error already
@@ -146,8 +148,8 @@ class CheckpointWriter:
         """Wait for the latest write; if a rank's part will not come, the first need not wait."""
         if self._rank != 0:
             self._join()
-        failures = enumerate(gathered(self._failure))
-        self._others = {rank: reason for rank, reason in failures if reason and rank != 0}
+        failures = reports(self._failure)
+        self._others = {rank: reason for rank, reason in failures.items() if rank != 0}
         self._join()
 
     def _join(self) -> None:
@@ -181,24 +183,32 @@ class CheckpointWriter:
     def _write_own(
         self, temporary: Path, own: dict[str, Tensor], shared: dict[str, Tensor]
     ) -> None:
-        files = [_write_tensors(temporary / f"rank-{self._rank:05d}.safetensors", own)]
+        files = [_write_tensors(temporary / file_name(self._rank), own)]
         if self._rank == 0:
             files.append(_write_tensors(temporary / COMMON, shared))
         path = temporary / f"note-{self._rank:05d}.json"
-        _write_bytes(path.with_suffix(".tmp"), json.dumps(dict(files)).encode())
+        index = FragmentIndex()
+        for key, values in own.items():
+            index.add_key(key, len(values), self._rank)
+        note = {"files": dict(files), "fragments": index.encoded()}
+        _write_bytes(path.with_suffix(".tmp"), json.dumps(note).encode())
         os.replace(path.with_suffix(".tmp"), path)
 
     def _complete(self, temporary: Path, step: int, facts: dict[str, Any]) -> None:
         """Wait for every rank's note, write the manifest, and rename the folder."""
         paths = [temporary / f"note-{rank:05d}.json" for rank in range(self._ranks)]
         files: dict[str, Any] = {}
+        index = FragmentIndex()
         for rank, path in enumerate(paths):
-            files |= self._await(path, rank)
+            note = self._await(path, rank)
+            files |= note["files"]
+            index.include(note["fragments"], self._ranks)
         manifest = {
             "version": VERSION,
             "step": step,
             "world_size": self._ranks,
             "files": files,
+            "fragments": index.encoded(),
             **facts,
         }
         manifest = json.loads(json.dumps(manifest))  # as it will be read
@@ -243,7 +253,7 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             with suppress(OSError):
-                (temporary / f"rank-{self._rank:05d}.safetensors").unlink()
+                (temporary / file_name(self._rank)).unlink()
 
 
 def _copy(values: Tensor) -> Tensor:

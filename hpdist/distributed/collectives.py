@@ -1,9 +1,15 @@
-"""Sums over ranks: many small tensors in one collective."""
+"""Sums over ranks: many small tensors in one collective; and small objects.
+
+Objects are pickled. What every rank is to know of every other one is ranks x ranks in all, so it is
+kept to what is small and of a bounded size, and none of it is needed in a step: errors cost a
+number unless there is one, and what only the first rank writes down goes to the first rank.
+`tests/unit/distributed/test_object_collectives.py` lists all uses with their bounds.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -84,22 +90,66 @@ def leave_group() -> None:
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's value, in rank order. Collective: every rank must call."""
+    """Every rank's value, in rank order, on every rank; it must be small and of a bounded size.
+
+    Collective: every rank must call; the values are pickled.
+    """
     everyone: list[T | None] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(everyone, value)
     return cast(list[T], everyone)
 
 
+def gathered_on_main(value: T) -> list[T] | None:
+    """Every rank's value, in rank order, on rank 0; None on the others.
+
+    Collective: every rank must call; the values are pickled.
+    """
+    if world_size() == 1:
+        return [value]
+    everyone: list[T | None] | None = [None] * world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, everyone)
+    return cast(list[T] | None, everyone)
+
+
+def reports(value: T | None) -> dict[int, T]:
+    """What ranks have to report, by rank; usually none has anything, which costs one number.
+
+    Collective: every rank must call; the values are pickled.
+    """
+    if not any_rank(value is not None):
+        return {}
+    return {rank: each for rank, each in enumerate(gathered(value)) if each is not None}
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank. Collective: every rank must call."""
+    return all_reduce_max(int(flag)) > 0
+
+
 def all_reduce_max(value: int) -> int:
     """The largest of all ranks' values. Collective: every rank must call."""
-    return max(gathered(value))
+    return _reduced([value], dist.ReduceOp.MAX)[0]
+
+
+def sums(values: Sequence[int]) -> list[int]:
+    """The sums over all ranks of a few integers. Collective: every rank must call."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def _reduced(values: Sequence[int], operation: Any) -> list[int]:
+    if world_size() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # some groups have NCCL alone
+    numbers = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(numbers, operation)
+    return cast(list[int], numbers.tolist())
 
 
 def run_on_main(function: Callable[[], T]) -> T:
     """Call a function on rank 0 only, and return its result, or raise its HpdistError, on all.
 
-    Collective: every rank must call; the result is pickled.
+    Collective: every rank must call; the result is pickled. It must not grow with the ranks.
     """
     if world_size() == 1:
         return function()
@@ -133,7 +183,8 @@ def call_on_all_ranks(function: Callable[[], T]) -> T:
 
 def raise_together(error: HpdistError | None) -> None:
     """Raise on all ranks the first error that any has. Collective: every rank must call."""
-    error = next((e for e in gathered(error) if e is not None), None)
-    if error is not None:
-        error.everywhere = True
-        raise error
+    errors = reports(error)
+    if errors:
+        first = next(iter(errors.values()))
+        first.everywhere = True
+        raise first

@@ -7,15 +7,16 @@ only fragments, so neither depends on how an engine shards.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpdist.distributed.collectives import gathered, world_size
+from hpdist.distributed.collectives import call_on_all_ranks, gathered, world_size
 
 SpanOf = tuple[str, int, int]  # a parameter's name, a fragment's start and length
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed
@@ -33,6 +34,25 @@ class Fragment:
     def like(self, values: Tensor) -> Fragment:
         """Return a fragment at this place with other values."""
         return Fragment(self.name, self.start, values)
+
+
+class Elements(Protocol):
+    """Flat fp32 tensors by name that can be read in parts, such as those of a checkpoint."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """The elements from `start` to `stop` of a name, [stop - start]."""
+        ...
+
+
+class WholeTensors:
+    """`Elements` of flat tensors that are in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """A view of some elements."""
+        return self._tensors[name][start:stop]
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -67,7 +87,9 @@ class Partition:
 
     def __init__(self, tensors: Mapping[str, Tensor], rank: int, ranks: int) -> None:
         self._names = list(tensors)
-        self._pieces = partition([real(t).numel() for t in tensors.values()], rank, ranks)
+        self._sizes = [real(t).numel() for t in tensors.values()]
+        self._ranks = ranks
+        self._pieces = partition(self._sizes, rank, ranks)
 
     def cut(self, tensors: Mapping[str, Tensor]) -> list[Fragment]:
         """Views of this rank's share of tensors of the same names and sizes."""
@@ -77,6 +99,35 @@ class Partition:
             if name in tensors:
                 pieces.append(Fragment(name, start, flat_view(tensors[name])[start:stop]))
         return pieces
+
+    def fill(self, tensors: Mapping[str, Tensor], read: Callable[[Fragment], Tensor]) -> None:
+        """Fill tensors of the same names and sizes: each rank reads its share, and all exchange.
+
+        What is not fp32, which an exchange would round, each rank reads whole. Collective: every
+        rank must call; an HpdistError of one is raised on all.
+        """
+        exchanged = {n: t for n, t in tensors.items() if real(t).dtype == torch.float32}
+        own = self.cut(exchanged)
+        others = {name: t for name, t in tensors.items() if name not in exchanged}
+
+        def read_own() -> None:
+            for fragment in (*own, *self.uncut(others)):
+                fragment.values.copy_(read(fragment))
+
+        call_on_all_ranks(read_own)  # or the rest would wait for one that cannot read
+        device = next((tensor.device for tensor in exchanged.values()), None)
+        Layout(own, self._spans(exchanged)).gather_into(own, exchanged, device)
+
+    def _spans(self, names: Container[str]) -> list[list[SpanOf]]:
+        """Every rank's share of the tensors of some names."""
+        return [
+            [
+                (self._names[index], start, stop - start)
+                for index, start, stop in partition(self._sizes, rank, self._ranks)
+                if self._names[index] in names
+            ]
+            for rank in range(self._ranks)
+        ]
 
     def named(self, parts: Sequence[Tensor]) -> list[Fragment]:
         """Make fragments of the values of a whole part."""
@@ -124,14 +175,19 @@ class Layout:
         return whole
 
     @torch.no_grad()
-    def gather_into(self, own: Sequence[Fragment], whole: Mapping[str, Tensor] | None) -> None:
+    def gather_into(
+        self,
+        own: Sequence[Fragment],
+        whole: Mapping[str, Tensor] | None,
+        device: torch.device | None = None,
+    ) -> None:
         """Copy all ranks' fragments into whole tensors of any dtype, which are contiguous.
 
         A rank that gives None sends its fragments to the others and keeps nothing. Works piece by
-        piece, so that little extra memory is needed. Collective: every rank must call; an
-        all-gather for every 4 million elements.
+        piece, so that little extra memory is needed, on `device`, by default that of the first
+        fragment. Collective: every rank must call; an all-gather for every 4 million elements.
         """
-        device = _device_of(own)
+        device = device or _device_of(own)
         flats = {name: flat_view(tensor) for name, tensor in (whole or {}).items()}
         step = max(_PIECE // len(self._ranks), 1)
         for begin in range(0, self._longest, step):

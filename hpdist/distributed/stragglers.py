@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _KEPT = 1000  # steps of a mean
+_LISTED = 64  # ranks that have a number each in a record
 
 
 class RankTimer:
@@ -64,9 +65,10 @@ def stragglers(compute_seconds: Sequence[float], rows: int, step_seconds: float)
         rows: Of the global batch.
         step_seconds: Duration of a step, from its beginning to the next.
 
-    `examples_per_second_per_rank` is each rank's speed if its own work were all; `slowest_rank_lag`
-    is the share of a step's time by which the slowest rank computes longer than the median of the
-    others.
+    `examples_per_second_per_rank` is each rank's speed if its own work were all; of more than 64
+    ranks there are only the smallest, the median and the largest, so that a record does not grow
+    with them. `slowest_rank_lag` is the share of a step's time by which the slowest rank computes
+    longer than the median of the others.
     """
     if len(compute_seconds) < 2:
         return {}
@@ -74,10 +76,19 @@ def stragglers(compute_seconds: Sequence[float], rows: int, step_seconds: float)
     slowest = max(range(len(compute_seconds)), key=compute_seconds.__getitem__)
     others = [seconds for rank, seconds in enumerate(compute_seconds) if rank != slowest]
     return {
-        "examples_per_second_per_rank": [round(each / max(s, 1e-9), 1) for s in compute_seconds],
+        **_speeds([round(each / max(s, 1e-9), 1) for s in compute_seconds]),
         "slowest_rank": slowest,
         "slowest_rank_lag": (compute_seconds[slowest] - statistics.median(others)) / step_seconds,
     }
+
+
+def _speeds(per_rank: list[float]) -> dict[str, Any]:
+    """Every rank's speed, or a summary of very many."""
+    name = "examples_per_second_per_rank"
+    if len(per_rank) <= _LISTED:
+        return {name: per_rank}
+    middle = statistics.median(per_rank)
+    return {f"{name}_min": min(per_rank), f"{name}_median": middle, f"{name}_max": max(per_rank)}
 
 
 def _between(begun: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpdist.aliases import find_moved
 from hpdist.data.structures import Structure
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.fragments import Fragment, Layout
+from hpdist.distributed.fragments import Elements, Fragment, Layout, WholeTensors
 from hpdist.distributed.module_names import named_parameters
 from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import SavedOptimizer, scalars_of
@@ -187,7 +187,7 @@ class Engine(ABC):
         """After the first step's backward, warn of parameters without gradient. Collective."""
         watch.close()
         self._watch = None
-        nowhere, anywhere = reached_nowhere(self._missing(watch))
+        nowhere, anywhere = reached_nowhere(self._missing(watch), list(self._parameters))
         if anywhere:
             self.share_usage()
         if nowhere and self.rank == 0:
@@ -253,8 +253,12 @@ class Engine(ABC):
             self._publish_scale()
 
     @abstractmethod
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
-        """Set master and model weights from flat fp32 tensors by name, the same on every rank."""
+    def load_master(self, saved: Elements) -> None:
+        """Set master and model weights from flat fp32 tensors by name.
+
+        A rank reads its own fragments and has the rest, if it keeps more, from the others.
+        Collective: every rank must call.
+        """
 
     @contextmanager
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
@@ -290,7 +294,7 @@ class Engine(ABC):
 
     def restart(self, whole: Mapping[str, Tensor]) -> None:
         """Set the weights, flat fp32 by name, and reset the optimizer's state."""
-        self.load_master(whole)
+        self.load_master(WholeTensors(whole))
         scalars = dict.fromkeys(self.optimizer_scalars(), 0.0)
         self.load_optimizer(SavedOptimizer(sorted(self.optimizer_fragments()), scalars))
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hpdist.distributed.fragments import Fragment, Partition, flat_view
+from hpdist.distributed.fragments import Elements, Fragment, Partition
 
 if TYPE_CHECKING:
     from hpdist.checkpoint.reader import SavedRun
@@ -168,7 +169,8 @@ class WholeState:
 
     @torch.no_grad()
     def load(self, saved: SavedOptimizer) -> None:
-        """Load a state; a parameter without saved state gets none."""
+        """Load a state; a parameter without saved state gets none. Collective."""
+        found: dict[str, dict[str, Tensor]] = {key: {} for key in saved.keys}
         for name, (tensor, state) in zip(self._tensors, self.states(), strict=True):
             held = [key for key in saved.keys if saved.holds(key, name)]
             if saved.keys and not held:
@@ -176,8 +178,18 @@ class WholeState:
                 continue
             make_state(tensor, state, held, saved.numbers_of(name))
             for key in held:
-                values = flat_view(state[key])
-                values.copy_(saved.read(key, Fragment(name, 0, values)))
+                found[key][name] = state[key]
+        for key, tensors in found.items():
+            self._partition.fill(tensors, partial(saved.read, key))
+
+    @torch.no_grad()
+    def load_tensors(self, saved: Elements) -> None:
+        """Load the tensors. Collective."""
+
+        def read(place: Fragment) -> Tensor:
+            return saved.read(place.name, place.start, place.start + len(place.values))
+
+        self._partition.fill(self._tensors, read)
 
     def _elements(self) -> dict[str, dict[str, Tensor]]:
         numbers = scalar_keys(self.states())
@@ -212,7 +224,7 @@ class HasWholeState:
         return self._whole.by_parameter()
 
     def load_optimizer(self, saved: SavedOptimizer) -> None:
-        """Load the whole state: every rank holds all of it."""
+        """Load the whole state, of which every rank reads its share. Collective."""
         self._whole.load(saved)
 
     def flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:

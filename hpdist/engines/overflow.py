@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdist.data.structures import Structure, map_tensors, tensors_of
-from hpdist.distributed.collectives import world_size
+from hpdist.distributed.collectives import gathered
 from hpdist.engines.base import Engine, EngineStep
 from hpdist.errors import PrecisionError
 
@@ -83,11 +82,7 @@ def find_overflow_source(engine: Engine, inputs: Structure, terms: Terms) -> Ove
     """
     names = list(terms(engine.infer(inputs)))
     findings = [_probe_forward(engine, inputs, name, terms) for name in names]
-    everyone: list[list[_Finding | None]] = [findings]
-    if world_size() > 1:
-        everyone = [[] for _ in range(world_size())]
-        dist.all_gather_object(everyone, findings)
-    by_term = [finding for term in zip(*everyone, strict=True) for finding in term]
+    by_term = [finding for term in zip(*gathered(findings), strict=True) for finding in term]
     found = [finding for finding in by_term if finding is not None]
     return min(found, key=lambda f: f.tick).source if found else None  # the first of several
 

@@ -9,7 +9,7 @@ backward is over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import cast
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpdist.distributed.collectives import gathered
+from hpdist.distributed.collectives import sums, world_size
 from hpdist.distributed.module_names import collapsed, shortened
 
 
@@ -43,14 +43,16 @@ class GradientWatch:
         self.reached.add(name)
 
 
-def reached_nowhere(missing: list[str]) -> tuple[list[str], bool]:
-    """Return what no rank reaches, and whether any rank misses anything.
+def reached_nowhere(missing: Iterable[str], names: Sequence[str]) -> tuple[list[str], bool]:
+    """Return which of all parameters no rank reaches, and whether any rank misses any.
 
     Collective: every rank must call.
     """
-    everyone = gathered(missing)
-    others = [set(each) for each in everyone]
-    return [name for name in missing if all(name in each for each in others)], any(everyone)
+    unreached = set(missing)
+    counts = sums([int(name in unreached) for name in names])
+    ranks = world_size()
+    nowhere = [name for name, count in zip(names, counts, strict=True) if count == ranks]
+    return nowhere, any(counts)
 
 
 def unreached_note(model: nn.Module, names: list[str], then: str) -> str:

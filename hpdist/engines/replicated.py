@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hpdist.data.structures import Structure
-from hpdist.distributed.fragments import flat_view
+from hpdist.distributed.fragments import Elements
 from hpdist.distributed.module_names import ddp_of, without_wrappers
 from hpdist.engines.base import Engine
 from hpdist.engines.config import LossScale, Precision
@@ -123,10 +122,9 @@ class ReplicatedEngine(HasWholeState, Engine):
         return finite, norm
 
     @torch.no_grad()
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
-        """Copy into the parameters."""
-        for name, parameter in self._parameters.items():
-            flat_view(parameter).copy_(flat_view(whole[name]))
+    def load_master(self, saved: Elements) -> None:
+        """Copy into the parameters: each rank reads its share, and has the rest from the others."""
+        self._whole.load_tensors(saved)
 
     def _autocast(self) -> AbstractContextManager[None]:
         if not self._own_autocast:

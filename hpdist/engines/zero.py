@@ -6,7 +6,7 @@ when upstream has fixed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hpdist.aliases import find_moved
 from hpdist.data.structures import Structure, as_dtype
-from hpdist.distributed.collectives import raise_together
-from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.collectives import call_on_all_ranks, raise_together
+from hpdist.distributed.fragments import Elements, Fragment
 from hpdist.distributed.module_names import without_wrappers
 from hpdist.engines.base import Engine
 from hpdist.engines.loss_scale import LossScaler
@@ -183,12 +183,17 @@ class ZeroEngine(Engine):
         return [(flat, wrapped.optimizer.state[flat]) for flat in self._flat_parts()]
 
     @torch.no_grad()
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
-        """Copy into the fp32 parts and the half-precision weights."""
-        for fragment in self.master_fragments():
-            stop = fragment.start + len(fragment.values)
-            fragment.values.copy_(whole[fragment.name][fragment.start : stop])
-        self._load_weights(whole)
+    def load_master(self, saved: Elements) -> None:
+        """Copy into this rank's fp32 part; the others' parts of the weights come from them."""
+        own = self.master_fragments()
+
+        def read() -> None:
+            for fragment in own:
+                stop = fragment.start + len(fragment.values)
+                fragment.values.copy_(saved.read(fragment.name, fragment.start, stop))
+
+        call_on_all_ranks(read)  # or others would wait in the gather for one that cannot read
+        self.layout.gather_into(own, self._parameters)
 
     def _apply(self, clip: float | None) -> tuple[bool, float | None]:
         """Let DeepSpeed check, unscale, clip (by its config) and apply."""
@@ -239,11 +244,6 @@ class ZeroEngine(Engine):
 
     def _flat_parts(self) -> list[Tensor]:
         return list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
-
-    @torch.no_grad()
-    def _load_weights(self, whole: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(whole[name].view(parameter.shape))
 
 
 def _keep_scale(overflow: bool) -> None:

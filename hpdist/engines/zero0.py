@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hpdist.distributed.fragments import Elements
 from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import HasWholeState, WholeState
 from hpdist.engines.zero import ZeroEngine
@@ -31,11 +31,11 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
         self._whole = WholeState(self._masters, wrapped, self.rank, self.world_size)
 
     @torch.no_grad()
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+    def load_master(self, saved: Elements) -> None:
         """Copy into the fp32 copies and the half-precision weights."""
+        self._whole.load_tensors(saved)
         for name, master in self._masters.items():
-            master.copy_(whole[name].view(master.shape))
-        self._load_weights(whole)
+            self._parameters[name].copy_(master)
 
     def backward(self, loss: Tensor) -> None:
         """Scale the loss here: DeepSpeed unscales the gradients, but forgets to scale the loss.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpdist.data.structures import Structure, as_dtype
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.fragments import Elements, Fragment
 from hpdist.distributed.module_names import named_parameters
 from hpdist.engines.base import Replica
 from hpdist.engines.zero import FlatSlice, ZeroEngine
@@ -99,14 +99,14 @@ class PartitionedEngine(ZeroEngine):
         return parts
 
     @torch.no_grad()
-    def load_master(self, whole: Mapping[str, Tensor]) -> None:
+    def load_master(self, saved: Elements) -> None:
         """Copy into this rank's parts."""
         for number, flat in enumerate(self._flat_parts()):
             with self._in_memory(number, write=True):
                 for place in self._slices():
                     if place.part == number:
                         stop = place.start + place.length
-                        values = whole[place.name][place.start : stop]
+                        values = saved.read(place.name, place.start, stop)
                         flat.detach()[place.at : place.at + place.length].copy_(values)
         self._copy_into_shards(self.master_fragments())
 

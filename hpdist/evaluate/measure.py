@@ -28,7 +28,7 @@ from hpdist.data.sources.labels import label_column, read_labels
 from hpdist.data.sources.loading import open_table, same_column
 from hpdist.data.structures import Structure, index, tensors_of
 from hpdist.data.views.make import TARGETS
-from hpdist.distributed.collectives import gathered, world_size
+from hpdist.distributed.collectives import gathered, sums, world_size
 from hpdist.distributed.joined import own_place
 from hpdist.errors import ConfigError, DataError
 from hpdist.evaluate.loaded import LoadedModel
@@ -189,12 +189,12 @@ def measure(
     size = batch or predictors[0].description.batch
     with working(f"evaluating {rows.name}", len(rows), "rows") as work:
         count = together(lambda: _go_through(compared, rows, size, report, work))
-    counts = gathered(count)
-    if not sum(counts):
+    (total,) = sums([count])
+    if not total:
         error = DataError("not one row of the set that is measured on can be decoded")
         error.everywhere = True
         raise error
-    return [_result(each, sum(counts), len(rows)) for each in compared]
+    return [_result(each, total, len(rows)) for each in compared]
 
 
 def _go_through(

@@ -14,7 +14,7 @@ from hpdist.aliases import find_moved
 from hpdist.data.batch import LabeledBatch
 from hpdist.data.structures import Structure, to
 from hpdist.data.views.base import Views
-from hpdist.distributed.collectives import gathered
+from hpdist.distributed.collectives import reports, sums
 from hpdist.engines.base import Engine
 from hpdist.engines.teacher import ShardedTeacher
 from hpdist.errors import DataError, HpdistError, describe
@@ -115,7 +115,7 @@ def _measure(
 ) -> tuple[AnyScores, int]:
     """The scores, and how many rows of all ranks they are over."""
     meter, rows = together(lambda: _go_through(engine, views, batches, task, observe))
-    count = sum(gathered(rows))
+    (count,) = sums([rows])
     if not count:
         error = DataError("not one row of the set that is measured on can be decoded")
         error.everywhere = True
@@ -162,7 +162,7 @@ def together(function: Callable[[], T]) -> T:
         failure = cause = error
     except Exception as error:  # a model's, a metric's or the device's own
         failure, cause = EvaluationError(describe(error)), error
-    failures = {rank: found for rank, found in enumerate(gathered(failure)) if found is not None}
+    failures = reports(failure)
     if not failures:
         return cast(T, result)
     rank, first = next(iter(failures.items()))

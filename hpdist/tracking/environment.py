@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from hpdist.distributed.collectives import gathered, world_size
+from hpdist.distributed.collectives import gathered_on_main, world_size
 from hpdist.version import __version__
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "datasets", "transformers")
 
 
 def environment() -> dict[str, object]:
-    """Values by name, beside the config's. Collective: every rank must call."""
+    """Values by name, beside the config's; the hosts are known on rank 0. Collective."""
     found: dict[str, object] = {
         "world_size": world_size(),
         "hosts": _hosts(hosts_and_devices()),
@@ -32,9 +32,12 @@ def environment() -> dict[str, object]:
 
 
 def hosts_and_devices() -> list[tuple[str, str]]:
-    """Every rank's host and device. Collective: every rank must call."""
+    """Every rank's host and device, on rank 0; none on the others.
+
+    Collective: every rank must call.
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return gathered((socket.gethostname(), device))
+    return gathered_on_main((socket.gethostname(), device)) or []
 
 
 def _hosts(hosts_and_devices: list[tuple[str, str]]) -> str:

@@ -19,6 +19,7 @@ _GROUPS = {
     "system": (
         "examples_per_second",
         "examples_per_second_per_rank",
+        *(f"examples_per_second_per_rank_{what}" for what in ("min", "median", "max")),
         "slowest_rank",
         "slowest_rank_lag",
         "checkpoint_wait",

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hpdist.errors import CheckpointError, why_not_written
 from hpdist.tracking.run_lock import OWNER
@@ -24,6 +24,9 @@ PRIVACY = "privacy.json"
 
 LAUNCH = ".launch.json"
 """The launcher of a run without a name: its restarts continue that run."""
+
+
+_BLOCK = 1 << 16  # bytes of metrics.jsonl that are read at once
 
 
 def _are_rows(found: Any) -> bool:
@@ -134,10 +137,14 @@ class RunFolder:
         return found
 
     def record_of(self, step: int) -> dict[str, Any] | None:
-        """The record of a step in metrics.jsonl, if there is one."""
+        """The record of a step in metrics.jsonl, if there is one; it is read from the end."""
         if not self.metrics.exists():
             return None
-        return next((r for _, r in read_records(self.metrics) if r["step"] == step), None)
+        with self.metrics.open("rb") as file:
+            for _, record in latest_records(file):
+                if record["step"] <= step:
+                    return record if record["step"] == step else None
+        return None
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Append a line to metrics.jsonl; on a full disk it is kept for later."""
@@ -166,11 +173,22 @@ class RunFolder:
         self._unwritten, self._warned = [], False
 
     def drop_metrics_after(self, step: int) -> None:
-        """Remove the records after a step, so that the file is that of a single run."""
+        """Remove whatever follows the record of a step, so that the file is that of a single run.
+
+        It is read from the end, and cut off there. Raises CheckpointError if that fails.
+        """
         if not self.main or not self.metrics.exists():
             return
-        kept = [line for line, record in read_records(self.metrics) if record["step"] <= step]
-        self.write_text("metrics.jsonl", "".join(line + "\n" for line in kept))
+        try:
+            with self.metrics.open("r+b") as file:
+                kept = (end for end, record in latest_records(file) if record["step"] <= step)
+                end = next(kept, 0)
+                if end:
+                    file.seek(end)
+                    file.write(b"\n")  # a line that was cut off there may have none
+                file.truncate(end + 1 if end else 0)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         why = why_not_written(error, self.path)
@@ -184,9 +202,36 @@ def read_records(metrics: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elsewhere.
     """
     for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
+        record = _record_in(line)
+        if record is not None:
             yield line, record
+
+
+def latest_records(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of metrics.jsonl from the last one on, each with the byte where its line ends.
+
+    The file is read in blocks from its end, as far as records are asked for.
+    """
+    begin = end = file.seek(0, os.SEEK_END)
+    rest = b""  # of a line that begins before `begin`
+    while begin:
+        size = min(begin, _BLOCK)
+        begin -= size
+        file.seek(begin)
+        rest, *lines = (file.read(size) + rest).split(b"\n")
+        if not begin:
+            lines = [rest, *lines]
+        for line in reversed(lines):
+            record = _record_in(line.decode("utf-8", "replace"))
+            if record is not None:
+                yield end, record
+            end -= len(line) + 1
+
+
+def _record_in(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record else None

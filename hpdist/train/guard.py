@@ -9,7 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from hpdist.distributed.collectives import gathered
+from hpdist.distributed.collectives import reports
 from hpdist.distributed.launcher_watch import ELASTIC, LauncherWatch
 from hpdist.distributed.watchdog import Watchdog
 from hpdist.errors import StoppedError
@@ -75,7 +75,7 @@ class RunGuard:
 
     def stop_error(self, step: int) -> StoppedError:
         """Return the error that ends a run asked to stop. Collective: every rank must call."""
-        received = {rank: name for rank, name in enumerate(gathered(self.received)) if name}
+        received = reports(self.received)
         signals = ", ".join(f"{name} on rank {rank}" for rank, name in received.items())
         error = StoppedError(
             f"stopped by {signals or 'another rank'} after step {step}, which is saved; start the "

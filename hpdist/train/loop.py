@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from hpdist.data.random import reseed
 from hpdist.distributed.collectives import (
+    any_rank,
     call_on_all_ranks,
-    gathered,
     raise_together,
     run_on_main,
     world_size,
@@ -183,7 +183,7 @@ class RunLoop:
     def _first_rows(self) -> None:
         """Wait for the first batches; if a rank has none, raise on all. Collective."""
         raise_together(self.data.prefetch(self.guard.stopping))
-        if any(gathered(self.guard.stopping())):
+        if any_rank(self.guard.stopping()):
             self._stop_early()
 
     def _attempt(self, measure: bool) -> Attempt:

@@ -72,6 +72,8 @@ class Measuring:
             return
         task, name = data.task, "test" if data.test else "validation"
         table = gather_outcomes(task, outcomes, rows.classes.names)
+        if table is None:
+            return
         log.row_examples(lambda: make_examples(name, task, table, rows, data.spec, data.views))
 
     def measure(self, log: RunLog) -> dict[str, float]:

@@ -55,7 +55,9 @@ def log_settings(
 
 def log_devices(main: bool) -> None:
     """Log the ranks' hosts and devices. Collective: every rank must call."""
-    log_entries([("devices", _devices(hosts_and_devices()))], main)
+    found = hosts_and_devices()
+    if main:
+        log_entries([("devices", _devices(found))], main)
 
 
 def log_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> None:

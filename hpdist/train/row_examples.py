@@ -14,7 +14,7 @@ from hpdist.data.kinds import kind_named
 from hpdist.data.sources.labeled import LabeledRows
 from hpdist.data.structures import Structure, narrow
 from hpdist.data.views import Views
-from hpdist.distributed.collectives import gathered
+from hpdist.distributed.collectives import gathered_on_main
 from hpdist.evaluate.row_outcomes import RowOutcomes, choose_rows, chosen_rows
 from hpdist.tasks.base import Task
 from hpdist.tasks.row_choices import OutcomeTable, RowChoice
@@ -23,9 +23,10 @@ from hpdist.tracking.row_examples import RowExamples, RowGroup, ShownRow
 _LONGEST = 600  # characters of a text
 
 
-def gather_outcomes(task: Task, outcomes: RowOutcomes, names: Sequence[str]) -> OutcomeTable:
-    """Give the rows of all ranks that any group may have. Collective."""
-    return OutcomeTable.join(gathered(chosen_rows(task, outcomes.table(), names)))
+def gather_outcomes(task: Task, outcomes: RowOutcomes, names: Sequence[str]) -> OutcomeTable | None:
+    """Give the rows of all ranks that any group may have, on rank 0 only. Collective."""
+    everyone = gathered_on_main(chosen_rows(task, outcomes.table(), names))
+    return None if everyone is None else OutcomeTable.join(everyone)
 
 
 def make_examples(

@@ -137,10 +137,12 @@ def collectives() -> dict[str, list[int]]:
             sizes.append(tensor.numel())
             return original(tensor, *args, **kwargs)
 
+        engine = step.engine
+        batches = [slice_of(b, engine.rank, engine.world_size) for b in global_batches(0)]
+        step(*batches)  # the first one also asks which parameters any rank reaches
         torch.distributed.all_reduce = counting
         try:
-            engine = step.engine
-            step(*[slice_of(b, engine.rank, engine.world_size) for b in global_batches(0)])
+            step(*batches)
         finally:
             torch.distributed.all_reduce = original
         counted[name] = sizes

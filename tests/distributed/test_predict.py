@@ -80,6 +80,7 @@ def crossing(folder: Path) -> list[bytes]:
     """Predict; everything that this rank has given to the process group."""
     given: list[bytes] = []
     gather, broadcast = dist.all_gather_object, dist.broadcast_object_list
+    reduce = dist.all_reduce
 
     def all_gather_object(everyone: list[Any], value: Any, *rest: Any) -> None:
         given.append(pickle.dumps(value))
@@ -89,12 +90,18 @@ def crossing(folder: Path) -> list[bytes]:
         given.append(pickle.dumps(values))
         broadcast(values, *rest, **named)
 
+    def all_reduce(numbers: Any, *rest: Any) -> None:
+        assert numbers.numel() == 1, "a flag, or a count"
+        given.append(pickle.dumps(numbers.tolist()))
+        reduce(numbers, *rest)
+
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("another collective")
 
     dist.all_gather_object = all_gather_object
     dist.broadcast_object_list = broadcast_object_list
-    for name in ("all_reduce", "all_gather", "broadcast", "gather", "scatter", "send", "isend"):
+    dist.all_reduce = all_reduce
+    for name in ("all_gather", "broadcast", "gather", "scatter", "send", "isend"):
         setattr(dist, name, refused)
     predict(folder, "crossing")
     return given

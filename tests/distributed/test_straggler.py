@@ -91,6 +91,21 @@ def test_the_slowest_is_held_against_the_others_median():
     assert stragglers([0.1], rows=40, step_seconds=0.8) == {}
 
 
+def test_a_record_does_not_grow_with_very_many_ranks():
+    seconds = [0.1 + rank / 10_000 for rank in range(1023)] + [0.01]
+    found = stragglers(seconds, rows=10_240, step_seconds=0.8)
+    assert found["slowest_rank"] == 1022
+    speeds = {key: value for key, value in found.items() if "per_second" in key}
+    assert speeds == {
+        "examples_per_second_per_rank_min": 49.5,  # 10 rows in 0.2022 s
+        "examples_per_second_per_rank_median": pytest.approx(66.2, abs=0.1),
+        "examples_per_second_per_rank_max": 1000.0,
+    }
+    assert len(str(found)) < 300
+    listed = stragglers(seconds[:64], rows=640, step_seconds=0.8)
+    assert len(listed["examples_per_second_per_rank"]) == 64
+
+
 @pytest.mark.alone
 def test_time_is_a_step_s_own_and_is_taken_once():
     own = RankTimer(torch.device("cpu"))

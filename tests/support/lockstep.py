@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdist.distributed.fragments import Fragment
+from hpdist.distributed.fragments import Fragment, WholeTensors
 from hpdist.engines.optimizer_state import SavedOptimizer
 from hpdist.train.algorithm_state import whole_state
 from hpdist.train.step import SemiSupervisedStep
@@ -89,7 +89,7 @@ def put(step: SemiSupervisedStep, state: State) -> None:
     """Put a run into a state, whatever it did before."""
     engine, teacher, kinds = step.engine, step.teacher, state.kinds
     assert teacher is not None
-    engine.load_master(kinds["weights"])
+    engine.load_master(WholeTensors(kinds["weights"]))
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(kinds["buffers"][name])
     keys = [kind.removeprefix("optimizer ") for kind in kinds if kind.startswith("optimizer ")]

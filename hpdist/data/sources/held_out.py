@@ -66,7 +66,9 @@ class Look:
     looked_at: int
     """Rows that it has looked at."""
     bad: tuple[BadRow, ...]
-    """Those of them that cannot be read."""
+    """The first of those of them that cannot be read."""
+    bad_rows: int
+    """How many these are."""
 
 
 def look_through(
@@ -93,7 +95,7 @@ def look_through(
         out = spec.empty(len(positions))
         bad += _decode(rows, spec, positions, out).values()
         looked_at, start, size = looked_at + len(positions), start + len(positions), _LOOK_ROWS
-    return Look(looked_at, tuple(bad))
+    return Look(looked_at, tuple(bad[:_NAMED]), len(bad))
 
 
 def summarize_looks(name: str, count: int, looks: Sequence[Look]) -> str | None:
@@ -102,8 +104,9 @@ def summarize_looks(name: str, count: int, looks: Sequence[Look]) -> str | None:
     bad = [row for look in looks for row in look.bad]
     parts = []
     if bad:
+        bad_rows = sum(look.bad_rows for look in looks)
         parts.append(
-            f"{len(bad)} of {looked_at} rows cannot be decoded and are left out of every score, "
+            f"{bad_rows} of {looked_at} rows cannot be decoded and are left out of every score, "
             f"such as {bad[0]}"
         )
     if looked_at < count:
@@ -118,9 +121,10 @@ def refuse_unreadable(rows: LabeledRows, looks: Sequence[Look]) -> str | None:
     """
     bad = [row for look in looks for row in look.bad]
     if bad:
-        count = f"{len(bad)} labelled rows" if len(bad) > 1 else "a labelled row"
+        bad_rows = sum(look.bad_rows for look in looks)
+        count = f"{bad_rows} labelled rows" if bad_rows > 1 else "a labelled row"
         lines = [f"{row.where}{_class_of(rows, row.id)}: {row.reason}" for row in bad[:_NAMED]]
-        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        more = f"; and {bad_rows - _NAMED} more" if bad_rows > _NAMED else ""
         raise DataError(
             f"{rows.name}: {count} cannot be decoded: {'; '.join(lines)}{more}; mend them, or "
             "leave them out of the set"
