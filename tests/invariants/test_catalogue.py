@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support import lockstep
-from tests.support.catalogue import CASES, NAMES, NORMALISED, make
+from tests.support.catalogue import CASES, NAMES, NORMALISED, build, make
 from tests.support.lockstep import Recorded
 from tests.support.ranks import run_ranks
 from tests.support.sampling import selected
@@ -21,7 +22,10 @@ Found = dict[tuple[str, int], dict[int, list[str]]]  # what differs, by step
 
 
 def record(names: Sequence[str], file: Path) -> dict[str, Recorded]:
-    recorded = {name: lockstep.record(make(name, smooth=True), POINTS) for name in names}
+    recorded = {
+        name: lockstep.record(make(name, smooth=True), POINTS, build=partial(build, name))
+        for name in names
+    }
     torch.save(recorded, file)
     return recorded
 
@@ -30,7 +34,7 @@ def follow(file: Path, names: Collection[str]) -> Found:
     recorded = torch.load(file, weights_only=False)
     return {
         (name, micro_batches): lockstep.follow(
-            make(name, smooth=True, micro_batches=micro_batches), run
+            make(name, smooth=True, micro_batches=micro_batches), run, build=partial(build, name)
         )
         for micro_batches in (1, 2)
         for name, run in recorded.items()

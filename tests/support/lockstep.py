@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpdist.algorithms import Algorithm
 from hpdist.distributed.fragments import Fragment, WholeTensors
 from hpdist.engines.optimizer_state import SavedOptimizer
 from hpdist.train.algorithm_state import whole_state
@@ -32,6 +33,7 @@ _ROUNDING = 3e-7  # of what is updated: an update cannot be known better
 
 Kinds = dict[str, dict[str, Tensor]]  # kind -> name -> values, whole
 GiveBatches = Callable[[int], Sequence[Any]]  # the global batches of a step
+Build = Callable[[], Algorithm]
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,13 @@ class Recorded:
         return {number: step for number, step in self.steps.items() if step.firm}
 
 
-def state_of(step: SemiSupervisedStep) -> State:
-    """Take the state down. Collective: every rank must call."""
+def state_of(step: SemiSupervisedStep, build: Build | None = None) -> State:
+    """Take the state down. Collective: every rank must call.
+
+    Several ranks may hold a step's changes beside the counts that they belong to. With `build`,
+    which makes the step's algorithm anew, the algorithm's state is what one rank has that takes
+    theirs over.
+    """
     engine, teacher = step.engine, step.teacher
     assert teacher is not None
     gather = engine.layout.gather
@@ -78,7 +85,12 @@ def state_of(step: SemiSupervisedStep) -> State:
         kinds[f"optimizer {key}"] = gather(fragments)
     kinds["teacher"] = gather(teacher.fragments)
     kinds["teacher's buffers"] = {name: b.clone() for name, b in teacher.buffers.items()}
-    kinds["algorithm"] = {name: v.clone() for name, v in whole_state(step.algorithm).items()}
+    state = whole_state(step.algorithm)
+    if build is not None:
+        alone = build()
+        alone.load_state_dict(state)
+        state = alone.state_dict()
+    kinds["algorithm"] = {name: v.clone() for name, v in state.items()}
     return State(
         kinds, engine.optimizer_scalars(), step.attempts, step.applied_steps, teacher.updates
     )
@@ -128,6 +140,7 @@ def record(
     numbers: Iterable[int],
     batches: GiveBatches = global_batches,
     tolerance: float = TOLERANCE,
+    build: Build | None = None,
 ) -> Recorded:
     """Do all steps up to the last of these numbers, and record these. Collective."""
     found, numbers = Recorded(), set(numbers)
@@ -135,15 +148,15 @@ def record(
         if number not in numbers:
             found.curve.append(do(step, number, batches))
             continue
-        before = state_of(step)
+        before = state_of(step, build)
         nudged = []
         for kinds in _nudged(before.kinds, number):
             start = replace(before, kinds=kinds)
             put(step, start)
-            nudged.append(Step(start, do(step, number, batches), state_of(step)))
+            nudged.append(Step(start, do(step, number, batches), state_of(step, build)))
         put(step, before)
         found.curve.append(do(step, number, batches))
-        done = Step(before, found.curve[-1], state_of(step))
+        done = Step(before, found.curve[-1], state_of(step, build))
         firm = not any(
             differences(_with_teacher(other, done), done, tolerance / 2) for other in nudged
         )
@@ -181,6 +194,7 @@ def follow(
     recorded: Recorded,
     batches: GiveBatches = global_batches,
     tolerance: float = TOLERANCE,
+    build: Build | None = None,
 ) -> dict[int, list[str]]:
     """Do the firm steps of a recorded run from their states; by number, how the outcome differs.
 
@@ -188,12 +202,12 @@ def follow(
     """
     firm = recorded.firm
     if 0 in firm:  # no state is put in its place before it is seen that the run begins with it
-        assert not differences_of_kinds(state_of(step).kinds, firm[0].before.kinds)
+        assert not differences_of_kinds(state_of(step, build).kinds, firm[0].before.kinds)
     found = {}
     for number, wanted in firm.items():
         put(step, wanted.before)
         metrics = do(step, number, batches)
-        done = Step(wanted.before, metrics, state_of(step))
+        done = Step(wanted.before, metrics, state_of(step, build))
         found[number] = differences(done, wanted, tolerance)
     return {number: told for number, told in found.items() if told}
 
