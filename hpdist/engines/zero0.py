@@ -27,6 +27,8 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
             names = {parameter: name for name, parameter in self._parameters.items()}
             for halves, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 for half, master in zip(halves, masters, strict=True):
+                    if half.dim() == 0:
+                        _without_dimensions(master, wrapped.optimizer)
                     self._masters[names[half]] = master
         self._whole = WholeState(self._masters, wrapped, self.rank, self.world_size)
 
@@ -78,3 +80,13 @@ class UnshardedEngine(HasWholeState, ZeroEngine):
     def _set_scale(self, scale: float) -> None:
         if self.scaler is not None:
             self.deepspeed.optimizer.loss_scale_config.cur_scale = scale
+
+
+def _without_dimensions(master: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Give a copy and its state the shape of its weight: DeepSpeed made them `with_dimensions`."""
+    master.grad = None
+    master.data = master.data.view(())
+    state = optimizer.state.get(master, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == (1,):
+            state[key] = value.view(())

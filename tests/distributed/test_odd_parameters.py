@@ -28,11 +28,11 @@ from tests.support.ranks import run_ranks
 ADAMW = {"name": "adamw", "lr": 0.01}
 DDP: dict[str, Any] = {"ddp": {}, "ddp-adamw": {"optim": ADAMW}}
 ZERO: dict[str, Any] = {
+    "zero0": {"zero": {"stage": 0}, "optim": ADAMW, "precision": "bf16"},
     "zero2": {"zero": {"stage": 2}},
     "zero3": {"zero": {"stage": 3}, "optim": ADAMW},
 }
 MORE: dict[str, Any] = {
-    "zero0": {"zero": {"stage": 0}, "optim": ADAMW, "precision": "bf16"},
     "zero1": {"zero": {"stage": 1}, "optim": ADAMW, "precision": "fp16"},
     "zero2-fp16": {"zero": {"stage": 2}, "precision": "fp16"},
     "zero3-fp16": {"zero": {"stage": 3}, "precision": "fp16"},
