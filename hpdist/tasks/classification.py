@@ -27,7 +27,7 @@ from hpdist.tasks.metrics import Meter
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
     from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
-    from hpdist.data.sources.label_encoding import Encoding
+    from hpdist.data.sources.label_encoding import Encoding, RowNumbers
     from hpdist.data.structures import Arrays
 
 __all__ = ["Classification", "ClassificationConfig", "Confusion", "OneClass", "Scores"]
@@ -152,7 +152,7 @@ class OneClass:
 
         return marked(stored.values, self.classes.minus_one)
 
-    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
+    def encode(self, stored: StoredLabels, rows: RowNumbers) -> Array:
         """Give the class numbers."""
         from hpdist.data.sources.classes import number_labels
         from hpdist.data.sources.labels import check_labels

@@ -18,7 +18,7 @@ from hpdist.tasks.metrics import Meter, TorchMetrics
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
     from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
-    from hpdist.data.sources.label_encoding import Encoding
+    from hpdist.data.sources.label_encoding import Encoding, RowNumbers
     from hpdist.data.structures import Arrays
 
 Float64Array = npt.NDArray[np.float64]
@@ -159,7 +159,7 @@ class Numbers:
 
         return np.fromiter((is_blank(value) for value in stored.values), bool, len(stored.values))
 
-    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
+    def encode(self, stored: StoredLabels, rows: RowNumbers) -> Array:
         """Give targets in their own units, float64; NaN where a row that is not used has none."""
         targets = np.full((len(stored.values), len(self.classes)), np.nan)
         used = set(rows)
