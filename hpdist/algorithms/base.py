@@ -45,7 +45,8 @@ class AlgorithmConfig(DeclaredConfig):
 class Algorithm(WithOptions):
     """The base of every algorithm.
 
-    One optimizer step calls, in this order: `statistics`, `perturb` and `mix` per micro-batch;
+    One optimizer step calls, in this order: `recall` and `take_recalled`, if it `recalls`;
+    `statistics`, `perturb` and `mix` per micro-batch;
     `rank_statistics` and, with the sums over the global batch, `observe` once; `student_statistics`
     if it gives any; `loss` per micro-batch; and `commit` if the step was applied, else `discard`.
     """
@@ -145,6 +146,35 @@ class Algorithm(WithOptions):
         They are trained with the model, by its optimizer, and removed after training.
         """
         return {}
+
+    @property
+    def recalls(self) -> bool:
+        """Whether this rank needs what other ranks remember of its rows; the same on every rank."""
+        return False
+
+    def recall(self, encoded: Tensor) -> dict[str, Tensor]:
+        """Give what this rank remembers of the rows of a global batch, by their ids.
+
+        `encoded` [global batch, 2] are those of `encode_ids`, `protocol.TAKEN` added before, and 0
+        at a position without a row. What is given, fp32 [global batch, *], is added up over the
+        ranks: 0 where another rank remembers the row.
+        """
+        return {}
+
+    def take_recalled(self, sums: Sums) -> None:
+        """Take the sums of `recall` over the ranks, before anything else of a step."""
+
+    def remembered_bytes(self, rows: int) -> int:
+        """Count the bytes that a rank needs to remember so many unlabelled rows."""
+        tables = (table.values for table in self.tables.values())
+        return rows * sum(v.shape[1:].numel() * v.element_size() for v in tables)
+
+    def batch_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count the bytes that a rank holds at once of global batches of so many rows.
+
+        That is beside its own rows, and of those that are no small part of a GPU's memory.
+        """
+        return 0
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums over this rank's rows to be added up over the global batch; fp32, O(classes)."""

@@ -93,13 +93,17 @@ def _sizes(small: Algorithm, large: Algorithm) -> tuple[str, str]:
     for algorithm in (small, large):
         algorithm.commit()  # brings every part of the state to its final size
     before, after = small.state_dict(), large.state_dict()
-    state = [
-        f"{key} [{_shape(before[key], after[key])}{' / ranks' if key in small.shards() else ''}]"
-        for key in before
-    ]
     for algorithm, (sums, _) in zip((small, large), reduced, strict=True):
         algorithm.bind_rank(0, 2)
         sums += algorithm.rank_statistics().values()
+        if algorithm.recalls:
+            ids = torch.zeros(_BATCHES[algorithm is large], 2)
+            sums += [ids, *algorithm.recall(ids).values()]
+    own = small.state_dict()  # of one of two ranks
+    state = [
+        f"{key} [{_shape(before[key], after[key])}{'' if key in own else ' / ranks'}]"
+        for key in before
+    ]
     totals = [_total(*sums) for sums in zip(*reduced, strict=True)]
     return (
         ", ".join(state) or "none",

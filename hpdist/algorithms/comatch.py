@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
@@ -22,6 +23,8 @@ from hpdist.tasks.losses import soft_cross_entropy
 
 _HEAD = "projection"
 _TINY = torch.finfo(torch.float32).tiny
+_AT_ONCE = 2048  # rows of the graph that are held
+_COPIES = 5  # of [unlabeled, classes] at once: p, aligned, neighbours', smoothed, the bank's new
 
 
 class CoMatch(Algorithm, name="comatch"):
@@ -36,6 +39,9 @@ class CoMatch(Algorithm, name="comatch"):
     The bank holds the newest rows of the steps before: z of weak views, with p_b of unlabelled rows
     and labels of labelled ones. Empty slots are ignored; while all slots are empty, q_b = p_b. The
     graph is of the global batch: each rank computes all of it, and all of the q.
+
+    So a rank holds, and a step reduces, C numbers for each unlabelled row of the global batch, and
+    the bank has C for each slot. Of the graph, rows by rows, it holds a part at a time.
     """
 
     paper: ClassVar[str] = "Li, Xiong and Hoi 2021, arXiv:2011.11183"
@@ -85,11 +91,10 @@ class CoMatch(Algorithm, name="comatch"):
         """Predictions or labels, and embeddings, at each row's position in the global batch."""
         assert weak.labels is not None
         unlabeled, labeled = weak.heads[_HEAD]
-        one_hot = F.one_hot(weak.labels, self.num_classes)
         return {
             "probabilities": scatter_to_global(weak, weak.probabilities),
             "embeddings": scatter_to_global(weak, unlabeled),
-            "labels": scatter_to_global(weak, one_hot, labeled=True),
+            "labels": scatter_to_global(weak, weak.labels + 1, labeled=True),
             "labeled_embeddings": scatter_to_global(weak, labeled, labeled=True),
         }
 
@@ -100,15 +105,17 @@ class CoMatch(Algorithm, name="comatch"):
         means = with_mean(self.state["means"], probabilities.sum(dim=0) / unlabeled_rows)
         prior = uniform_prior(self.num_classes, means.device)
         even = aligned(probabilities.clamp(min=_TINY).log(), mean_of(means), prior)
+        labels = sums["labels"].round().long()  # + 1; 0 is no row
+        one_hot = F.one_hot((labels - 1).clamp(min=0), self.num_classes).float()
         self._pseudo_labels = self._smoothed(even, sums["embeddings"]) * usable[:, None]
         embeddings, targets = enqueued(
             [self.state["embeddings"], self.state["targets"]],
             in_use(self.state["targets"]),
             [
                 torch.cat([sums["embeddings"], sums["labeled_embeddings"]]),
-                torch.cat([even, sums["labels"]]),
+                torch.cat([even, one_hot]),
             ],
-            torch.cat([usable, in_use(sums["labels"])]),
+            torch.cat([usable, labels > 0]),
         )
         self.pending = {"embeddings": embeddings, "targets": targets, "means": means}
 
@@ -157,12 +164,31 @@ class CoMatch(Algorithm, name="comatch"):
 
     def _contrast(self, sums: Sums) -> Tensor:
         """The graph's loss, summed over the rows of the global batch."""
+        first, second = sums["first"], sums["second"]
+        if len(first) <= _AT_ONCE:
+            return self._contrast_of(first, second, self._pseudo_labels, 0)
+        parts = zip(first.split(_AT_ONCE), self._pseudo_labels.split(_AT_ONCE), strict=True)
+        found = [
+            checkpoint(self._contrast_of, part, second, own, at * _AT_ONCE, use_reentrant=False)
+            for at, (part, own) in enumerate(parts)
+        ]
+        return torch.stack(found).sum()
+
+    def _contrast_of(self, first: Tensor, second: Tensor, own: Tensor, start: int) -> Tensor:
+        """The loss of those rows of the graph that begin at `start`, [rows, batch] each."""
         usable = in_use(self._pseudo_labels)
-        graph = (self._pseudo_labels @ self._pseudo_labels.T).fill_diagonal_(1.0)  # [batch, batch]
+        itself = torch.arange(start, start + len(own), device=own.device)[:, None]
+        graph = (own @ self._pseudo_labels.T).scatter(1, itself, 1.0)
         graph = graph * (graph >= self.graph_threshold)
         graph = graph / graph.sum(dim=1, keepdim=True)
-        logs = log_shares(sums["first"] @ sums["second"].T / self.temperature, usable)
-        return -((graph * logs).sum(dim=1) * usable).sum()
+        logs = log_shares(first @ second.T / self.temperature, usable)
+        return -((graph * logs).sum(dim=1) * usable[start : start + len(own)]).sum()
+
+    def batch_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count what a rank holds of the whole global batch at once: several copies of its q."""
+        rows = _COPIES * unlabeled + 2 * (labeled + self.bank)
+        graph = _COPIES * unlabeled * min(unlabeled, _AT_ONCE) if self.contrast_weight > 0 else 0
+        return 4 * (rows * self.num_classes + graph)
 
 
 CoMatchConfig = CoMatch.Config

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
@@ -123,8 +122,11 @@ class FreeMatch(PseudoLabeling, name="freematch"):
         return (expected * (observed + 1e-12).log()).sum() * (sums["strong_histogram"].sum() > 0)
 
     def _count(self, classes: Tensor, weights: Tensor) -> Tensor:
-        """How often each class occurs, weighted; [classes], fp32. Deterministic on every device."""
-        return (F.one_hot(classes, self.num_classes) * weights[:, None]).sum(dim=0)
+        """How often each class occurs, by weights of 0 and 1; [classes], fp32.
+
+        Deterministic on every device: whole numbers add up to the same in any order.
+        """
+        return weights.new_zeros(self.num_classes).index_add(0, classes, weights)
 
 
 FreeMatchConfig = FreeMatch.Config

@@ -34,6 +34,10 @@ from hpdist.models.outputs import LOGITS
 # No algorithm's own sums have names like these.
 _EXTRA, _ROWS, _FINITE = "(caller) {}", "(step) rows", "(step) not finite"
 
+TAKEN = 1 << 24
+"""Added to the ids of a global batch that are given to `Algorithm.recall`, encoded by
+`encode_ids`: so the first number of a position is 0 only where it has no row."""
+
 
 class PendingSums(Protocol):
     """A reduction in flight."""
@@ -147,6 +151,8 @@ class Attempt:
 
         The reduction is in flight until the first `judge` needs it.
         """
+        if self.algorithm.recalls:
+            self._recall()
         self.collect()
         pairs = zip(self.micros, self.weak, strict=True)
         self.micros = [self._changed(micro, weak) for micro, weak in pairs]
@@ -261,6 +267,13 @@ class Attempt:
         return self._reduce(sums | self.algorithm.rank_statistics())
 
     @torch.no_grad()
+    def _recall(self) -> None:
+        """Have the ranks that remember this global batch's rows tell the others."""
+        ids = add(_global_ids(micro) for micro in self.micros)
+        everyone = self._reduce({"ids": ids}).wait()["ids"]
+        self.algorithm.take_recalled(self._reduce(self.algorithm.recall(everyone)).wait())
+
+    @torch.no_grad()
     def _changed(self, micro: MicroBatch, weak: WeakOutputs | None) -> MicroBatch:
         """Return the micro-batch as the algorithm has the student see it."""
         views, inputs = self.algorithm.views, micro.inputs
@@ -359,6 +372,15 @@ def join_shards(state: Mapping[str, Tensor], ranks: Sequence[Shards]) -> dict[st
         parts = sorted((part for rank in ranks for part in rank[name]), key=lambda part: part[0])
         whole[name] = torch.cat([values for _, values in parts]) if parts else torch.empty(0)
     return whole
+
+
+def _global_ids(micro: MicroBatch) -> Tensor:
+    """Encode a micro-batch's ids at their positions in the global batch, fp32 [global batch, 2]."""
+    ids = micro.inputs.known_ids + TAKEN
+    positions = micro.inputs.positions
+    rows = torch.stack((ids >> 24, ids & (TAKEN - 1)), dim=1).float()
+    whole = rows.new_zeros(positions.unlabeled_rows, 2)
+    return whole.index_copy(0, positions.unlabeled.to(rows.device), rows)
 
 
 def add(values: Iterable[Tensor]) -> Tensor:

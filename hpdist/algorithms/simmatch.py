@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
@@ -22,6 +21,7 @@ from hpdist.tasks.losses import soft_cross_entropy
 
 _HEAD = "projection"
 _TINY = torch.finfo(torch.float32).tiny
+_AT_ONCE = 1024  # classes that the bank's labels are written out for
 
 
 class SimMatch(Algorithm, name="simmatch"):
@@ -93,7 +93,7 @@ class SimMatch(Algorithm, name="simmatch"):
         names = ("embeddings", "labels", "ids")
         old, new = [self.state[name] for name in names], [sums[name] for name in names]
         ids = ids_of(sums["ids"])
-        again = (ids[:, None] == ids).triu(1).any(dim=1)  # occurs again later in this batch
+        again = _occurs_again(ids)
         kept = (self.state["labels"] > 0) & ~torch.isin(ids_of(self.state["ids"]), ids)
         bank = enqueued(old, kept, new, ~again)
         self.pending = {**dict(zip(names, bank, strict=True)), "means": means}
@@ -107,7 +107,7 @@ class SimMatch(Algorithm, name="simmatch"):
         known = self.state["labels"] > 0  # [bank]
         labels = (self.state["labels"].long() - 1).clamp(min=0)
         near = self._similarities(weak.heads[_HEAD][0])  # [unlabeled, bank]
-        shares = log_shares(near, known).exp() @ F.one_hot(labels, self.num_classes).float()
+        shares = self._of_classes(log_shares(near, known).exp(), labels)
         smoothed = self.smoothing * predictions + (1 - self.smoothing) * shares
         targets = torch.where(known.any(), smoothed, predictions)  # [unlabeled, classes]
         mask = (targets.amax(dim=1) >= self.threshold).float()
@@ -125,9 +125,26 @@ class SimMatch(Algorithm, name="simmatch"):
             metrics={"mask_rate": mask.sum() / outputs.unlabeled_rows},
         )
 
+    def _of_classes(self, shares: Tensor, labels: Tensor) -> Tensor:
+        """Add up shares [rows, bank] by the labels [bank], to [rows, classes].
+
+        It is a product, as scattered sums are in no fixed order on a GPU, of some classes at once,
+        as there may be more of them than rows in the bank.
+        """
+        numbers = torch.arange(self.num_classes, device=labels.device)
+        parts = [shares @ (labels[:, None] == some).float() for some in numbers.split(_AT_ONCE)]
+        return torch.cat(parts, dim=1)
+
     def _similarities(self, embeddings: Tensor) -> Tensor:
         """Return the similarities of embeddings [rows, width] to the bank's, [rows, bank]."""
         return embeddings @ self.state["embeddings"].T / self.temperature
+
+
+def _occurs_again(ids: Tensor) -> Tensor:
+    """Whether each id occurs again later in a batch, bool [rows]; in memory of O(rows)."""
+    order = ids.argsort(stable=True)
+    followed = ids[order][:-1] == ids[order][1:]
+    return torch.zeros_like(ids, dtype=torch.bool).index_copy(0, order[:-1], followed)
 
 
 SimMatchConfig = SimMatch.Config

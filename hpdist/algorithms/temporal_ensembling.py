@@ -12,26 +12,27 @@ from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option, share_of_run
 from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
-from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
+from hpdist.algorithms.parts.row_tables import RemembersRows, ShardedRows
+from hpdist.algorithms.parts.tables import encode_ids, last_occurrences, scatter_to_global
+from hpdist.algorithms.protocol import TAKEN
 from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import PREDICTIONS
 
-_TAKEN = 1 << 24
-"""Added to a row's id while it is encoded, so that the first number is never 0."""
 
-
-class TemporalEnsembling(Ramped, name="temporal_ensembling"):
+class TemporalEnsembling(RemembersRows, Ramped, name="temporal_ensembling"):
     """L = L_x + w(t) mean_{b,c} (p(u2_b)_c - z~_b,c)^2, algorithm 2 of the paper.
 
     Whenever a row is seen, Z_i <- alpha Z_i + (1 - alpha) p(u1_i), from zero; its target is that of
     the earlier times, z~_i = Z_i / (1 - alpha^n_i) after n_i of them. A row seen for the first time
     has no target and adds nothing. Here u1 and u2 are weak views, and w is the Pi-model's.
 
-    Every rank holds the whole table, rows by classes: for a million rows and 100 classes 400 MB,
-    or 200 MB in fp16, and up to twice that if the number of rows is not known, as it then grows by
-    doubling. Checkpoints hold it too. A step's predictions reach all ranks with its other sums, as
-    C + 2 floats for each unlabelled row of the global batch. Once a step the host waits for the
-    ids of these rows.
+    Each rank holds the rows that it owns, rows by classes: for a million rows and 100 classes 400
+    MB / ranks, or half of that in fp16, and up to twice that if the number of rows is not known, as
+    it then grows by doubling. With `top` it is 6 bytes or 8 for each of so many classes of a row:
+    the averages of the others are taken for 0 whenever the row is seen. Checkpoints hold the table.
+    A step's predictions reach all ranks with its other sums, as C + 2 floats for each unlabelled
+    row of the global batch. On several ranks two more sums go before: the ids of these rows, and
+    what their owners remember of them. Once a step the host waits for the ids.
     """
 
     paper: ClassVar[str] = "Laine and Aila 2017, arXiv:1610.02242"
@@ -50,21 +51,23 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     """Share of the run over which that weight rises."""
     half_table: bool = option(default=False)
     """Whether the averages are kept in fp16, at half the memory."""
+    top: int | None = option(default=None, ge=1)
+    """Keep only so many of a row's averages, the largest; by default those of all classes."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
         super().start(device)
         dtype = torch.float16 if self.half_table else torch.float32
-        self.averages = RowTable((self.num_classes,), dtype, device)  # Z
-        self.counts = RowTable((), torch.float32, device)  # n
-        self.tables = {"averages": self.averages, "counts": self.counts}
+        self.averages = ShardedRows(self.num_classes, dtype, device, self.top)  # Z
+        self.counts = ShardedRows(None, torch.float32, device)  # n
+        self.remembered = {"averages": self.averages, "counts": self.counts}
         self._batch: dict[str, Tensor] = {}
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Each row's prediction at its position in the global batch; the sum is a gather."""
         return {
             "predictions": scatter_to_global(weak, self.task.predictions(weak.logits)),
-            "ids": scatter_to_global(weak, encode_ids(weak.known_ids + _TAKEN)),
+            "ids": scatter_to_global(weak, encode_ids(weak.known_ids + TAKEN)),
         }
 
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
@@ -75,8 +78,10 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, and the share of unlabelled rows that have a target."""
         assert outputs.weak is not None
+        assert outputs.weak.positions is not None
         averages, counts = (
-            table.read(outputs.weak.known_ids) for table in (self.averages, self.counts)
+            self.looked_up(name, outputs.weak.known_ids, outputs.weak.positions)
+            for name in ("averages", "counts")
         )
         known = (counts > 0).float()  # [unlabeled]
         correction = 1 - self.momentum ** counts.clamp(min=1)
@@ -104,7 +109,7 @@ class TemporalEnsembling(Ramped, name="temporal_ensembling"):
     def _write(self, predictions: Tensor, encoded: Tensor) -> None:
         occupied = encoded[:, 0] > 0.5  # else no rank has a row at that position
         ids, positions = last_occurrences(encoded, occupied)
-        ids = ids - _TAKEN
+        ids = ids - TAKEN
         moved = self.averages.read(ids).lerp(predictions[positions], 1 - self.momentum)
         self.averages.write(ids, moved, self.rows)
         self.counts.write(ids, self.counts.read(ids) + 1, self.rows)

@@ -12,8 +12,10 @@ from hpdist.cli.commands import Commands
 from hpdist.cli.output import print_text
 from hpdist.errors import ConfigError
 
-OWN_OPTIONS = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed")
+OWN_OPTIONS = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed", "--stage")
 """Options of the command; every other one is a setting of the config."""
+
+_STAGES = {"none": None, "1": 1, "2": 2, "3": 3}
 
 
 def add_arguments(commands: Commands) -> None:
@@ -39,6 +41,11 @@ def add_arguments(commands: Commands) -> None:
         help="of it, not for tensors: CUDA's context, NCCL's buffers (default: 2)",
     )
     parser.add_argument(
+        "--stage",
+        choices=tuple(_STAGES),
+        help="rehearse this one alone: none is without DeepSpeed (default: all)",
+    )
+    parser.add_argument(
         "--deepspeed", metavar="JSON", help="the file that Accelerate's config names, if any"
     )
 
@@ -46,6 +53,7 @@ def add_arguments(commands: Commands) -> None:
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     """Print what every ZeRO stage needs, and which fits; status 3 if none does."""
     from hpdist.plan.memory_plan import make_plan, table
+    from hpdist.plan.stages import STAGES
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("plan runs on one process; start it without a launcher")
@@ -55,6 +63,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
         known.gpu_memory,
         reserve=known.reserve,
         deepspeed=known.deepspeed,
+        stages=STAGES if known.stage is None else (_STAGES[known.stage],),
         log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print_text(table(found))

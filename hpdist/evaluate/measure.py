@@ -37,7 +37,7 @@ from hpdist.evaluate.rows import source_of
 from hpdist.evaluate.scoring import together
 from hpdist.messages.progress import Work, working
 from hpdist.messages.redaction import redacted_parts
-from hpdist.tasks.metrics import AnyScores, Meter
+from hpdist.tasks.metrics import AnyScores, Meter, confused_pairs
 
 _WHERE = "data.test"
 
@@ -78,9 +78,11 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         """Give everything as JSON; a score that is no finite number is null."""
+        pairs = confused_pairs(self.scores)
         return {
             "scores": {name: _finite(value) for name, value in self.scores.values.items()},
             "confusion": self.scores.counts,
+            **({} if pairs is None else {"most_confused": pairs}),
             "agreement": self.agreement,
             "largest_difference": _finite(self.largest_difference),
             "rows_not_finite": self.not_finite,

@@ -21,7 +21,7 @@ from hpdist.errors import DataError, HpdistError, describe
 from hpdist.evaluate.row_outcomes import Who
 from hpdist.tasks import DEFAULT_TASK
 from hpdist.tasks.base import Task
-from hpdist.tasks.metrics import AnyScores, Meter
+from hpdist.tasks.metrics import AnyScores, Meter, confused_pairs
 
 __all__ = ["Evaluation", "EvaluationError", "evaluate", "evaluate_both", "evaluating", "together"]
 
@@ -56,15 +56,16 @@ class Evaluation:
     def confusion(self, classes: Sequence[str]) -> dict[str, object]:
         """Both confusion matrices, for JSON: a list for each class of how often it was taken as.
 
-        Empty where the task has none.
+        With many classes it has the most confused pairs instead; empty where the task has neither.
+        Only the rank that writes it should call: it takes far more memory than the scores.
         """
-        if self.teacher.counts is None:
+        both = {"teacher": self.teacher, "student": self.student}
+        if self.teacher.counts is not None:
+            return {"classes": list(classes), **{who: s.counts for who, s in both.items()}}
+        pairs = {who: confused_pairs(scores) for who, scores in both.items()}
+        if pairs["teacher"] is None:
             return {}
-        return {
-            "classes": list(classes),
-            "teacher": self.teacher.counts,
-            "student": self.student.counts,
-        }
+        return {"classes": list(classes), "most_confused": pairs}
 
 
 @contextmanager

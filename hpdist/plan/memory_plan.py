@@ -1,6 +1,6 @@
 """`hpdist plan`: what each ZeRO stage needs of a GPU's memory, and the first that fits.
 
-Each stage is rehearsed as rank 0 of all GPUs in a process of its own (`hpdist.plan.rehearsal`), so
+Each stage is rehearsed as rank 0 of all GPUs in a process of its own (`hpdist.plan.stages`), so
 weights, optimizer, teacher, activations, buckets and temporary tensors are counted, not estimated.
 A GPU's other uses of memory are reserved.
 """
@@ -8,51 +8,22 @@ A GPU's other uses of memory are reserved.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpdist.engines.deepspeed_config import check_file, read_deepspeed
 from hpdist.engines.operators import needed_builders, prepare_operators
-from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
-from hpdist.plan.rehearsal import STEPS, Rehearsal
+from hpdist.errors import ConfigError, RehearsalError
+from hpdist.plan.rehearsal import STEPS
+from hpdist.plan.stages import GIB, STAGES, StagePlan, rehearse_stages, rehearsed
+
+__all__ = ["Plan", "StagePlan", "make_plan", "rehearsed", "table"]
 
 RESERVE = 2.0
 """GiB of a GPU that tensors cannot use: CUDA's context, NCCL's and cuBLAS's buffers, gaps."""
-_GIB = 2**30
-_KINDS: tuple[type[HpdistError], ...] = (ConfigError, DataError, RehearsalError)
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One way to shard, and the result of its rehearsal."""
-
-    stage: int | None
-    """The stage; None without DeepSpeed: one GPU, or DDP."""
-    rehearsal: Rehearsal | None
-    problem: str = ""
-    """Why there is no rehearsal."""
-    kind: type[HpdistError] | None = None
-    """The error that training would raise."""
-
-    @property
-    def name(self) -> str:
-        """The stage's name in messages."""
-        return "DDP" if self.stage is None else f"ZeRO-{self.stage}"
-
-    @property
-    def needs(self) -> float:
-        """GiB of tensors at the peak; infinite if they could not be counted."""
-        return self.rehearsal.peak / _GIB if self.rehearsal is not None else float("inf")
 
 
 @dataclass(frozen=True)
@@ -85,9 +56,10 @@ def make_plan(
     *,
     reserve: float = RESERVE,
     deepspeed: str | None = None,
+    stages: Sequence[int | None] = STAGES,
     log: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Rehearse every stage.
+    """Rehearse every stage, or some.
 
     Without a GPU, fp16 is rehearsed as bf16, which needs the same memory.
 
@@ -97,6 +69,7 @@ def make_plan(
         memory: GiB of each.
         reserve: GiB of each that tensors cannot use.
         deepspeed: A DeepSpeed JSON that the launcher would name, for its buckets and so on.
+        stages: Those to rehearse, None for DDP; by default all.
         log: Receives a line whenever a stage begins.
 
     Raises ConfigError or DataError if the run could not start, and RehearsalError if no stage could
@@ -111,19 +84,16 @@ def make_plan(
     if deepspeed is not None:
         check_file(base, deepspeed)
     settings = _made_explicit(settings, base)
-    stages = []
-    for stage in (None, 1, 2, 3):
-        if stage == 1 and importlib.util.find_spec("deepspeed") is not None:
-            # Here it can be logged: the output of a rehearsal is not shown.
-            prepare_operators(needed_builders(base), log, settings["watchdog"]["seconds"])
-        log(f"rehearsing {StagePlan(stage, None).name} on rank 0 of {gpus}")
-        stages.append(rehearsed(settings, gpus, stage, base))
-        if stage is None and stages[0].kind is not None:
-            break  # an error without any sharding occurs with it too
-    if all(stage.rehearsal is None for stage in stages):
-        kind = next((s.kind for s in stages if s.kind is not None), RehearsalError)
-        raise kind(stages[0].problem)
-    return Plan(settings, gpus, memory, reserve, stages)
+    if any(stages) and importlib.util.find_spec("deepspeed") is not None:
+        # Here it can be logged: the output of a rehearsal is not shown.
+        prepare_operators(needed_builders(base), log, settings["watchdog"]["seconds"])
+    found = rehearse_stages(
+        settings, gpus, stages, base, lambda name: log(f"rehearsing {name} on rank 0 of {gpus}")
+    )
+    if all(stage.rehearsal is None for stage in found):
+        kind = next((s.kind for s in found if s.kind is not None), RehearsalError)
+        raise kind(found[0].problem)
+    return Plan(settings, gpus, memory, reserve, found)
 
 
 def table(plan: Plan) -> str:
@@ -148,7 +118,7 @@ def table(plan: Plan) -> str:
             lines.append(f"{stage.name:8}  {stage.problem}")
             continue
         found = stage.rehearsal
-        numbers = "".join(f"{getattr(found, column) / _GIB:12.3f}" for column in columns)
+        numbers = "".join(f"{getattr(found, column) / GIB:12.3f}" for column in columns)
         fits = "fits" if stage.needs <= plan.room else "does not fit"
         where = "" if found.peak_phase == "step" else f" (peak in {found.peak_phase})"
         lines.append(f"{stage.name:8}{numbers}  {fits}{where}")
@@ -166,10 +136,13 @@ def table(plan: Plan) -> str:
 def _advice(plan: Plan) -> str:
     best = plan.fitting
     if best is not None:
+        if len(plan.stages) == 1:
+            return f"{best.name} fits"
         setting = "zero.stage: null" if best.stage is None else f"zero.stage: {best.stage}"
         return f"smallest stage that fits: {best.name} ({setting}), which communicates least"
     counted = [stage for stage in plan.stages if stage.rehearsal is not None]
     least = min(counted, key=lambda stage: stage.needs)
+    failed = "no stage fits: the least, " if len(plan.stages) > 1 else "it does not fit: "
     assert least.rehearsal is not None
     found = least.rehearsal
     ways = []
@@ -181,7 +154,7 @@ def _advice(plan: Plan) -> str:
         ways.append("zero.offload: cpu, which keeps the optimizer's part on the host")
     ways.append("more GPUs")
     return (
-        f"no stage fits: the least, {least.name}, needs {least.needs + plan.reserve:.2f} GiB of "
+        f"{failed}{least.name}, needs {least.needs + plan.reserve:.2f} GiB of "
         f"{plan.memory:g}; what helps: {', '.join(ways)}"
     )
 
@@ -202,62 +175,3 @@ def _made_explicit(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict
     named = [half for half in ("fp16", "bf16") if (base.get(half) or {}).get("enabled") is True]
     precision = settings["precision"] or (named[0] if named else "fp32")
     return {**settings, "precision": precision}
-
-
-def rehearsed(
-    settings: Mapping[str, Any],
-    gpus: int,
-    stage: int | None,
-    base: Mapping[str, Any] | None = None,
-) -> StagePlan:
-    """Rehearse a stage in a process of its own; `base` is a DeepSpeed config."""
-    base = base or {}
-    values = {**settings, "zero": dict(settings["zero"])}
-    if values["precision"] == "fp16" and not torch.cuda.is_available():
-        values["precision"] = "bf16"
-    values["zero"] |= {"stage": stage}
-    if stage is None:
-        values["zero"] |= {"offload": None, "nvme_path": None}
-    wanted: dict[str, Any] = {"settings": values, "ranks": gpus, "deepspeed": None}
-    wanted["parent"] = os.getpid()
-    with tempfile.TemporaryDirectory() as folder:
-        if base and stage is not None:
-            other = {key: value for key, value in base.items() if key not in ("fp16", "bf16")}
-            other["zero_optimization"] = (base.get("zero_optimization") or {}) | {"stage": stage}
-            wanted["deepspeed"] = str(Path(folder, "deepspeed.json"))
-            Path(wanted["deepspeed"]).write_text(json.dumps(other))
-        source, target = Path(folder, "wanted.json"), Path(folder, "found.json")
-        source.write_text(json.dumps(wanted))
-        command = [sys.executable, "-m", "hpdist.plan.rehearsal", str(source), str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
-        if not target.exists():
-            return StagePlan(stage, None, _why_it_ended(done))
-        found = json.loads(target.read_text())
-    if "error" in found:
-        kind = next((k for k in _KINDS if k.__name__ == found["error"]), RehearsalError)
-        return StagePlan(stage, None, found["message"], kind)
-    return StagePlan(stage, Rehearsal(**found))
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment without a launcher's variables, which a rehearsal sets itself."""
-    launched = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    dropped = (*launched, "TORCHELASTIC_", "ACCELERATE_")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    return kept | {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-
-def _why_it_ended(done: subprocess.CompletedProcess[str]) -> str:
-    if done.returncode == -signal.SIGKILL:
-        return "could not be rehearsed: the system killed it, probably for lack of memory"
-    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-    if "OutOfMemoryError" in last or "can't allocate memory" in last:
-        return "could not be rehearsed: this machine does not have enough memory for it"
-    return f"could not be rehearsed: {last or f'it ended with status {done.returncode}'}"

@@ -5,23 +5,26 @@ steps and two batches of evaluation. The process group is torch's `fake` one, in
 collective returns at once and a gather returns this rank's own part for every rank. So the
 resulting numbers are meaningless, but the sizes of all tensors are those of rank 0.
 
-`hpdist plan` starts this module, a process for each stage, as neither DeepSpeed nor Accelerate can
+`hpdist plan` starts this module. Each stage has a process, as neither DeepSpeed nor Accelerate can
 be set up twice.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hpdist.errors import HpdistError, RehearsalError
+from hpdist.plan.forks import Forks
 from hpdist.processes import end_with
 
 if TYPE_CHECKING:
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
     from hpdist.train.trainer import Trainer
 
 STEPS = 2  # the first one makes the optimizer's state, so it needs less
+ERRORS = ".errors"
+"""The ending of the file, beside that of a stage's result, with what the stage prints."""
+_BUILT = ".built"  # of the one that says that the stage's run could be built
+_LOOK_SECONDS = 0.05
 _MOST_ATTEMPTS = 20  # in fp16 the first ones may overflow
 
 
@@ -68,8 +75,15 @@ class Rehearsal:
         return self.peak - self.weights - self.optimizer - self.teacher - self.activations
 
 
-def rehearse(settings: Mapping[str, Any], ranks: int) -> Rehearsal:
+def rehearse(
+    settings: Mapping[str, Any],
+    ranks: int,
+    built: Callable[[], object] = lambda: None,
+    threads: int | None = None,
+) -> Rehearsal:
     """Train and evaluate briefly as rank 0 of so many, and count.
+
+    `built` is called when the run has been built; `threads` are those of torch's operations.
 
     Sets up this process permanently: call it in one of its own. Raises ConfigError or DataError as
     training would, and RehearsalError if no step is applied.
@@ -81,10 +95,13 @@ def rehearse(settings: Mapping[str, Any], ranks: int) -> Rehearsal:
     from hpdist.plan.memory_meter import MemoryMeter
     from hpdist.train.trainer import Trainer
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with MemoryMeter(device) as meter:
         meter.mark("building")
         trainer = Trainer.from_settings(settings, files=False)
+        built()
         step = trainer.step
         _stand_in_for_others(step.engine, ranks)
         _mark_first_backward(step, meter)
@@ -219,18 +236,76 @@ def _whole_size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def main(source: str, target: str) -> None:
-    """Rehearse what a JSON file describes, and write the result, or the error, to another."""
+def main(source: str) -> None:
+    """Rehearse the stages that a JSON file lists, and write each result, or error, to its file.
+
+    Several stages are forks of this process, which has imported what all of them need; a line on
+    the standard output says that one begins. The first must have been built before the others
+    begin, and they do not if it ends with an error, which theirs would be too.
+    """
     wanted = json.loads(Path(source).read_text())
     end_with(wanted["parent"])
-    if wanted["deepspeed"] is not None:
+    first, *others = wanted["stages"]
+    if not others:
+        _announce(first)
+        _rehearse_one(first)
+    _import("hpdist.train.trainer", "hpdist.evaluate.scoring", "hpdist.plan.memory_meter")
+    forks, built = Forks(wanted["at_once"]), _next_to(first["target"], _BUILT)
+    _announce(first)
+    pids = [forks.start(partial(_rehearse_one, first))]
+    while not built.exists() and forks.running:
+        forks.wait(_LOOK_SECONDS)
+    if built.exists() or "error" not in _read(first["target"]):
+        _import("deepspeed")
+        for stage in others:
+            _announce(stage)
+            pids.append(forks.start(partial(_rehearse_one, stage)))
+    forks.wait_all()
+    for stage, pid in zip(wanted["stages"], pids, strict=False):
+        if not _read(stage["target"]) and forks.most > 1:  # side by side they may lack memory
+            pid = forks.start(partial(_rehearse_one, stage))
+            forks.wait_all()
+        if not _read(stage["target"]):
+            Path(stage["target"]).write_text(json.dumps({"ended": forks.ended[pid]}))
+
+
+def _announce(stage: Mapping[str, Any]) -> None:
+    print(stage["name"], flush=True)
+
+
+def _read(target: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(target).read_text()) if Path(target).exists() else {}
+    return found
+
+
+def _next_to(target: str, ending: str) -> Path:
+    return Path(target).with_suffix(ending)
+
+
+def _import(*names: str) -> None:
+    """Import what several stages need; what sets up devices or threads is left to the forks."""
+    for name in names:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+
+
+def _rehearse_one(stage: Mapping[str, Any]) -> NoReturn:
+    """Rehearse a stage, write what it gives, and end this process."""
+    errors = os.open(_next_to(stage["target"], ERRORS), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, 1)
+    os.dup2(errors, 2)
+    if stage["deepspeed"] is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = wanted["deepspeed"]
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = stage["deepspeed"]
     try:
-        result = asdict(rehearse(wanted["settings"], wanted["ranks"]))
+        built = _next_to(stage["target"], _BUILT)
+        result = asdict(rehearse(stage["settings"], stage["ranks"], built.touch, stage["threads"]))
     except HpdistError as error:
         result = {"error": type(error).__name__, "message": str(error)}
-    Path(target).write_text(json.dumps(result))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    Path(stage["target"]).write_text(json.dumps(result))
     os._exit(0)  # nothing to clean up, and a fake group cannot end
 
 

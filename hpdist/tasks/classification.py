@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,15 +20,18 @@ from hpdist.tasks.base import (
     Task,
     TaskConfig,
 )
+from hpdist.tasks.confusion import SUMMARIZED, Confusion, Scores, confusion_meter
 from hpdist.tasks.losses import confident, entropy, hard_cross_entropy, kl_divergence, squared_error
-from hpdist.tasks.metrics import Meter, Sums
+from hpdist.tasks.metrics import Meter
 from hpdist.tasks.row_choices import IN_ALL, OF_A_CLASS, OutcomeTable, RowChoice, disagreement
 
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
     from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
-    from hpdist.data.sources.label_encoding import Encoding
+    from hpdist.data.sources.label_encoding import Encoding, RowNumbers
     from hpdist.data.structures import Arrays
+
+__all__ = ["Classification", "ClassificationConfig", "Confusion", "OneClass", "Scores"]
 
 WHOLE_NUMBERS = "write classes as integers or strings; for numbers set task.name: regression"
 """What to do about labels that are no whole numbers, where classes are asked for."""
@@ -40,8 +43,8 @@ class Classification(Task):
     name = "classification"
     abilities = frozenset({PREDICTIONS, DIVERGENCE, ENTROPY, PSEUDO_LABELS, ONE_CLASS})
     headline = "accuracy"
-    in_percent = frozenset({"accuracy"})
-    summarized = ("accuracy", "macro_f1", "balanced_accuracy")
+    in_percent = frozenset({"accuracy", "top_5_accuracy"})
+    summarized = SUMMARIZED
     rows_have_a_class = True
     charts = ("confusion",)
 
@@ -94,8 +97,8 @@ class Classification(Task):
         return hard_cross_entropy(logits, labels) * mask
 
     def meter(self, outputs: Tensor) -> Meter:
-        """Sum the confusion matrix."""
-        return Confusion(self, outputs.shape[-1], outputs.device)
+        """Sum the confusion matrix, or with many classes what the scores are made of."""
+        return confusion_meter(self, outputs.shape[-1], outputs.device)
 
     def prediction_columns(self, outputs: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Give the likeliest class by name, its probability, and all of them [rows, classes]."""
@@ -182,7 +185,7 @@ class OneClass:
 
         return marked(stored.values, self.classes.minus_one)
 
-    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
+    def encode(self, stored: StoredLabels, rows: RowNumbers) -> Array:
         """Give the class numbers."""
         from hpdist.data.sources.classes import number_labels
         from hpdist.data.sources.labels import check_labels
@@ -211,59 +214,3 @@ class OneClass:
         """Give them as they are."""
         arrays: Arrays = labels
         return arrays
-
-
-class Confusion:
-    """The meter of classification: a confusion matrix of whole numbers, and the loss."""
-
-    def __init__(self, task: Task, classes: int, device: torch.device | str) -> None:
-        self._task = task
-        self._classes = classes
-        self._sums = Sums({"cells": classes * classes, "loss": 1}, device)
-
-    def add(self, outputs: Tensor, labels: Tensor, keep: Tensor) -> None:
-        """Take a batch."""
-        weight = keep.double()
-        self._sums.count("cells", labels * self._classes + outputs.argmax(dim=-1), weight)
-        self._sums.add("loss", (self._task.losses(outputs, labels) * weight).sum())
-
-    def result(self) -> Scores:
-        """Give the scores of all ranks' rows."""
-        total = self._sums.total()
-        confusion = total["cells"].long().view(self._classes, self._classes)
-        return Scores(confusion, float(total["loss"] / confusion.sum()))
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of classification, from the confusion matrix."""
-
-    confusion: Tensor  # int64 [classes, classes] on the CPU: rows of a class, predicted as
-    loss: float
-    """Mean cross-entropy."""
-
-    summarized: ClassVar = Classification.summarized
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Accuracy, loss, macro-F1 and balanced accuracy.
-
-        Macro-F1 is the mean F1 of the classes that are there or are predicted; balanced accuracy
-        the mean recall of the classes that are there.
-        """
-        right = self.confusion.diagonal().double()
-        there = self.confusion.sum(dim=1).double()
-        predicted = self.confusion.sum(dim=0).double()
-        both = there + predicted
-        return {
-            "accuracy": float(right.sum() / there.sum()),
-            "loss": self.loss,
-            "macro_f1": float((2 * right / both)[both > 0].mean()),
-            "balanced_accuracy": float((right / there)[there > 0].mean()),
-        }
-
-    @property
-    def counts(self) -> list[list[int]]:
-        """The confusion matrix as lists."""
-        found: list[list[int]] = self.confusion.tolist()
-        return found

@@ -34,7 +34,10 @@ class AnyScores(Protocol):
 
     @property
     def counts(self) -> list[list[int]] | None:
-        """The confusion matrix, where there is one."""
+        """The confusion matrix, where there is one.
+
+        Scores of many classes may have `most_confused` instead; see `confused_pairs`.
+        """
         ...
 
 
@@ -45,6 +48,16 @@ class PlainScores:
     values: dict[str, float]
     summarized: tuple[str, ...]
     counts: list[list[int]] | None = None
+
+
+def confused_pairs(scores: AnyScores) -> dict[str, Any] | None:
+    """Give the most confused pairs of classes for JSON, of scores that have some and no matrix.
+
+    `pairs` are [class, predicted as, rows], most frequent first; `complete` says whether none was
+    left out.
+    """
+    found: dict[str, Any] | None = getattr(scores, "most_confused", None)
+    return found
 
 
 class Meter(Protocol):

@@ -21,7 +21,7 @@ from hpdist.tasks.row_choices import IN_ALL, OF_A_CLASS, OutcomeTable, RowChoice
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
     from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
-    from hpdist.data.sources.label_encoding import Encoding
+    from hpdist.data.sources.label_encoding import Encoding, RowNumbers
     from hpdist.data.structures import Arrays
 
 Lists = Literal["auto", "ids", "vector"]
@@ -208,7 +208,7 @@ class ManyClasses:
         blank = (is_blank(value, minus_one) for value in stored.values)
         return np.fromiter(blank, bool, len(stored.values))
 
-    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
+    def encode(self, stored: StoredLabels, rows: RowNumbers) -> Array:
         """Give a column for every class."""
         labels = np.zeros((len(stored.values), len(self.classes)), np.float32)
         used = set(rows)

@@ -19,7 +19,7 @@ from hpdist.tasks.row_choices import IN_ALL, OutcomeTable, RowChoice
 if TYPE_CHECKING:
     from hpdist.data.decode.encoded import Array
     from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
-    from hpdist.data.sources.label_encoding import Encoding
+    from hpdist.data.sources.label_encoding import Encoding, RowNumbers
     from hpdist.data.structures import Arrays
 
 Float64Array = npt.NDArray[np.float64]
@@ -188,7 +188,7 @@ class Numbers:
 
         return np.fromiter((is_blank(value) for value in stored.values), bool, len(stored.values))
 
-    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Array:
+    def encode(self, stored: StoredLabels, rows: RowNumbers) -> Array:
         """Give targets in their own units, float64; NaN where a row that is not used has none."""
         targets = np.full((len(stored.values), len(self.classes)), np.nan)
         used = set(rows)

@@ -100,9 +100,14 @@ def histograms_of(record: Mapping[str, Any]) -> dict[str, tuple[list[float], lis
 def confusion_rows(confusion: Mapping[str, Any]) -> list[list[Any]]:
     """The teacher's confusions as [class, predicted, rows].
 
-    All pairs of up to 100 classes; with more, the most frequent pairs, wrong ones first.
+    All pairs of up to 100 classes; with more, the most frequent pairs, wrong ones first, and of
+    very many classes only wrong ones.
     """
-    classes, counts = confusion["classes"], confusion["teacher"]
+    classes = confusion["classes"]
+    if "most_confused" in confusion:
+        found = confusion["most_confused"]["teacher"]["pairs"][:_MOST_PAIRS]
+        return [[classes[true], classes[predicted], rows] for true, predicted, rows in found]
+    counts = confusion["teacher"]
     if len(classes) ** 2 <= _MOST_PAIRS:
         return [
             [classes[true], classes[predicted], count]

@@ -299,6 +299,8 @@ def _positive(curve: tuple[list[float], list[float]]) -> tuple[list[float], list
 def _matrix(plot: Any, run: RunRecord, name: str, who: str) -> str:
     """A confusion matrix, each row as shares of a class."""
     confusion = run.confusions[name]
+    if "most_confused" in confusion:
+        return _confused_pairs(run, name, who)
     counts, classes = confusion[who], confusion["classes"]
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
     few = len(classes) <= _MOST_NUMBERS
@@ -320,6 +322,21 @@ def _matrix(plot: Any, run: RunRecord, name: str, who: str) -> str:
     if few:
         return _svg(plot, figure, f"{run.name}, {name} set, {who}")
     return _png(plot, figure, f"{run.name}, {name} set, {who}: {len(classes)} classes")
+
+
+def _confused_pairs(run: RunRecord, name: str, who: str) -> str:
+    """A table of the pairs of classes that are confused most often, where there is no matrix."""
+    confusion = run.confusions[name]
+    classes, found = confusion["classes"], confusion["most_confused"][who]
+    rows = [
+        f"<tr><td>{html.escape(_short(classes[int(true)]))}</td>"
+        f"<td>{html.escape(_short(classes[int(predicted)]))}</td><td>{count}</td></tr>"
+        for true, predicted, count in found["pairs"][:_MOST_NUMBERS]
+    ]
+    head = "<tr><th>class</th><th>predicted</th><th>rows</th></tr>"
+    bound = "" if found.get("complete", True) else "; the rows are at least so many"
+    caption = f"{run.name}, {name} set, {who}: most confused pairs of {len(classes)} classes{bound}"
+    return _figure(f'<div class="wide"><table>{head}{"".join(rows)}</table></div>', caption)
 
 
 def _svg(plot: Any, figure: Any, caption: str) -> str:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _LARGEST = 1e30  # of drawn numbers: beyond it, axes overflow
 _LARGEST_STEP = 2**53
-_LARGEST_FILE = 256 << 20  # bytes of a confusion matrix, of some 6,000 classes
+_LARGEST_FILE = 256 << 20  # bytes of a confusion matrix
 _FOLDER = "examples"
 
 
@@ -67,7 +67,7 @@ class RunRecord:
     summary: Mapping[str, Any]
     """Empty if the run has not ended."""
     confusions: Mapping[str, Mapping[str, Any]]
-    """By the name of the set; each square, with integers."""
+    """By the name of the set; each square, with integers, or of many classes the confused pairs."""
     task: TaskRecord
     classes: Sequence[str] = ()
     """Names of the classes, if they are known."""
@@ -281,6 +281,9 @@ def _names(content: bytes) -> list[str]:
 def _confusion(content: bytes) -> dict[str, Any] | None:
     found = _mapping(content)
     classes = [str(name) for name in found["classes"]]
+    if "most_confused" in found:
+        _check_pairs(found["most_confused"], len(classes))
+        return {**found, "classes": classes}
     for who in ("teacher", "student"):
         counts = found[who]
         shape = {len(row) for row in counts} | {len(counts)}
@@ -289,6 +292,14 @@ def _confusion(content: bytes) -> dict[str, Any] | None:
                 f"the {who}'s matrix is not one of numbers, as wide and high as classes"
             )
     return {**found, "classes": classes}
+
+
+def _check_pairs(confused: Mapping[str, Any], classes: int) -> None:
+    for who in ("teacher", "student"):
+        for pair in confused[who]["pairs"]:
+            numbers = isinstance(pair, list) and len(pair) == 3 and all(map(is_number, pair))
+            if not numbers or not all(0 <= number < classes for number in pair[:2]):
+                raise ValueError(f"the {who}'s pairs are not two of the classes and a number")
 
 
 def _png(content: bytes) -> bytes:

@@ -88,9 +88,14 @@ class Tracker:
         if self._name != "mlflow":
             self._send(lambda: {grouped(key): redacted_text(text)}, step)
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether this process sends confusion matrices anywhere."""
+        return self._tracker is not None and self._name == "wandb"
+
     def log_confusions(self, confusions: Mapping[str, Any], step: int) -> None:
         """Send confusion matrices, by the name of the set; to W&B only, as tables."""
-        if self._name != "wandb":
+        if not self.has_tables:
             return
         there = {
             name: matrix for name, matrix in confusions.items() if matrix

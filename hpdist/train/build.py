@@ -27,6 +27,7 @@ from hpdist.engines.prepare import prepare
 from hpdist.errors import ConfigError
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train import opening
+from hpdist.train.algorithm_memory import check_memory
 from hpdist.train.checks import check_inputs, divide_batch
 from hpdist.train.claim import Claim
 from hpdist.train.compose import compose, execution_request
@@ -38,6 +39,7 @@ from hpdist.train.guard import RunGuard
 from hpdist.train.measuring import Measuring
 from hpdist.train.model import RunModel
 from hpdist.train.model_saving import ModelSaving
+from hpdist.train.opening import log_lines
 from hpdist.train.optim import build_optimizer
 from hpdist.train.records import Records
 from hpdist.train.recovery import Rollback
@@ -248,6 +250,9 @@ def _make_algorithm(
     algorithm = compose(config, sets.num_classes, accelerator.device, sets.task)
     algorithm.rows = sets.unlabeled_rows
     algorithm.class_counts = sets.class_counts
+    algorithm.bind_rank(accelerator.process_index, accelerator.num_processes)
+    lines = check_memory(algorithm, accelerator.device, config.batch)
+    log_lines(lines, accelerator.is_main_process)
     check_inputs(algorithm, sets.unlabeled_spec)
     return algorithm
 

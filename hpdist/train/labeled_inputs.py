@@ -107,4 +107,5 @@ def _open_labeled(
         classes=saved.facts["identity"].get("classes") if saved is not None else None,
         measured=saved_targets(saved),
         loading=config.data.loading,
+        once=run_on_main,
     )

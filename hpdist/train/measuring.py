@@ -85,7 +85,7 @@ class Measuring:
         measured = self.evaluate(rows, self._observer(rows))
         log.leave_out(time.monotonic() - start)
         self._latest = (self.name, done, measured)
-        log.confusions(done, {self.name: measured.confusion(rows.classes.names)})
+        log.confusions(done, {self.name: partial(measured.confusion, rows.classes.names)})
         counts = _counts(rows, measured)
         found = {f"eval/{self.name}/{k}": v for k, v in {**measured.values, **counts}.items()}
         self.recall(found)
@@ -97,10 +97,13 @@ class Measuring:
         if score is not None:
             self._state.note_validation(score)
 
-    def summary(self) -> tuple[dict[str, object], dict[str, Any]]:
-        """Return the summary's scores of all sets, and their confusion matrices. Collective."""
+    def summary(self) -> tuple[dict[str, object], dict[str, Callable[[], dict[str, object]]]]:
+        """Return the summary's scores of all sets, and what makes their confusion matrices.
+
+        Collective; the matrices are made only where they are written.
+        """
         summary: dict[str, object] = {}
-        confusions = {}
+        confusions: dict[str, Callable[[], dict[str, object]]] = {}
         for name, rows in (("test", self._data.test), ("validation", self._data.validation)):
             if rows is not None:
                 latest = self._latest
@@ -111,7 +114,7 @@ class Measuring:
                     measured = self.evaluate(rows, self._observer(rows))
                 summary |= measured.summary(name)
                 summary |= {f"{name}/{k}": v for k, v in _counts(rows, measured).items()}
-                confusions[name] = measured.confusion(rows.classes.names)
+                confusions[name] = partial(measured.confusion, rows.classes.names)
         if self._state.best is not None:
             best = f"validation/best_{self._data.task.headline}"
             summary[best], summary["validation/best_step"] = self._state.best

@@ -137,21 +137,31 @@ class RunLog:
         self._console.show(step, {**record, **shown})
 
     def write_summary(
-        self, step: int, summary: Mapping[str, object], confusions: Mapping[str, Any]
+        self,
+        step: int,
+        summary: Mapping[str, object],
+        confusions: Mapping[str, Callable[[], Mapping[str, Any]]],
     ) -> None:
         """Write the summary of the run, and the confusion matrices of the sets that have one."""
+        made = {}
+        if self._files or self._tracker.has_tables:
+            made = {name: make() for name, make in confusions.items()}
         if self._files:
-            for name, confusion in confusions.items():
+            for name, confusion in made.items():
                 if not confusion:
                     continue
                 self._folder.write_json(f"confusion_{name}.json", confusion, indent=None)
             self._folder.write_json("summary.json", summary)
         self._tracker.log({k: v for k, v in summary.items() if "/" in k}, step)
-        self._tracker.log_confusions(confusions, step)
+        self._tracker.log_confusions(made, step)
 
-    def confusions(self, step: int, confusions: Mapping[str, Any]) -> None:
+    def confusions(
+        self, step: int, confusions: Mapping[str, Callable[[], Mapping[str, Any]]]
+    ) -> None:
         """Send the confusion matrices of an evaluation, by the name of the set."""
-        self._tracker.log_confusions(confusions, step)
+        if self._tracker.has_tables:
+            made = {name: make() for name, make in confusions.items()}
+            self._tracker.log_confusions(made, step)
 
     def examples(
         self,

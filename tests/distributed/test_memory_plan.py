@@ -118,6 +118,18 @@ def test_the_command_names_the_smallest_stage_that_fits(digits, tmp_path):
     assert done.stderr.count("rehearsing") == 4
 
 
+@pytest.mark.slow
+def test_one_stage_alone(digits, tmp_path):
+    values = settings(digits, "small MLP", None)
+    done = run_plan(tmp_path, values, "--gpus", 2, "--gpu-memory", 16, "--stage", 2)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split()[0] for line in done.stdout.splitlines() if line.split("  ")[0]]
+    assert "ZeRO-2" in rows
+    assert not {"DDP", "ZeRO-1", "ZeRO-3"} & set(rows)
+    assert done.stdout.splitlines()[-1] == "ZeRO-2 fits"
+    assert done.stderr.count("rehearsing") == 1
+
+
 def test_what_cannot_be_planned_is_one_clear_line(digits, tmp_path, capsys):
     source = tmp_path / "run.yaml"
     source.write_text(yaml.safe_dump(settings(digits, "CNN", None)))

@@ -197,6 +197,7 @@ def _excesses(
     found: dict[str, Any], wanted: dict[str, Any], allowed: Tolerance
 ) -> Iterator[tuple[str, float]]:
     wanted, found = _compared(wanted, allowed, wanted), _compared(found, allowed, wanted)
+    found = {**found, "state": _as_recorded(found["state"], wanted["state"])}
     for part in ("columns", "summary", "state"):
         if found[part].keys() != wanted[part].keys():
             names = sorted(found[part].keys() ^ wanted[part].keys())
@@ -207,6 +208,19 @@ def _excesses(
         yield from _of_column(name, [found["summary"][name]], [wanted["summary"][name]], allowed)
     for name in wanted["state"].keys() & found["state"].keys():
         yield from _of_tensor(name, found["state"][name], wanted["state"][name], allowed)
+
+
+def _as_recorded(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The state, with tensors that every rank wrote whole before, and one writes flat now."""
+    named = {}
+    for name, (shape, *numbers) in found.items():
+        whole = name.removesuffix("@0")
+        same = whole not in found and whole in wanted
+        if same and math.prod(wanted[whole][0]) == math.prod(shape):
+            named[whole] = [wanted[whole][0], *numbers]
+        else:
+            named[name] = [shape, *numbers]
+    return named
 
 
 def _compared(curve: dict[str, Any], allowed: Tolerance, wanted: dict[str, Any]) -> dict[str, Any]:

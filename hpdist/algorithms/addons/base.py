@@ -162,6 +162,27 @@ class AddOn(Algorithm):
         """Both sets of heads."""
         return self.base.heads(features) | self.own_heads(features)
 
+    @property
+    def recalls(self) -> bool:
+        """Whether the inner algorithm needs what other ranks remember."""
+        return self.base.recalls
+
+    def recall(self, encoded: Tensor) -> dict[str, Tensor]:
+        """What the inner algorithm remembers."""
+        return self.base.recall(encoded)
+
+    def take_recalled(self, sums: Sums) -> None:
+        """Pass on what all ranks remember."""
+        self.base.take_recalled(sums)
+
+    def remembered_bytes(self, rows: int) -> int:
+        """Count those of both."""
+        return super().remembered_bytes(rows) + self.base.remembered_bytes(rows)
+
+    def batch_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count those of the inner algorithm."""
+        return self.base.batch_bytes(labeled, unlabeled)
+
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Both sets of sums."""
         own = {self._key(name): value for name, value in self.own_statistics(weak).items()}

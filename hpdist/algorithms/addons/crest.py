@@ -77,6 +77,10 @@ class CReST(AddOn, name="crest"):
         self.tables = {"chosen": self._chosen}
         self._first = {name: value.clone() for name, value in self.base.state_dict().items()}
 
+    def remembered_bytes(self, rows: int) -> int:
+        """Count those of the table, and between generations 8 for the labels of each row."""
+        return super().remembered_bytes(rows) + 8 * rows
+
     @property
     def generation(self) -> int:
         """How often the student has been reset."""

@@ -17,6 +17,7 @@ from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrence
 from hpdist.errors import ConfigError
 
 _NEWTON_STEPS = 10  # from the previous solution; each doubles the number of exact digits
+_REFINING = 40  # bytes for a row and class: five tensors in fp64 or int64
 _SMALL = 1e-6  # for a class that was removed from a row
 
 
@@ -83,6 +84,10 @@ class DARP(AddOn, name="darp"):
         self.refined = RowTable((self.num_classes,), torch.float32, device)
         self.tables = {"predictions": self.predictions, "refined": self.refined}
         self._batch: dict[str, Tensor] = {}
+
+    def remembered_bytes(self, rows: int) -> int:
+        """Count those of the tables, and of a refinement, which holds several in fp64."""
+        return super().remembered_bytes(rows) + _REFINING * rows * self.num_classes
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
         """Replace every weak view's logits by log x, where there is an x."""

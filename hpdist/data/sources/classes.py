@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpdist.data.decode.written import is_mark, is_minus_one, shortened, spelling
+from hpdist.data.sources.coded import CodedValues
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
 
@@ -101,7 +102,7 @@ class StoredLabels:
     """A set's column of labels, as it is stored."""
 
     feature: Any
-    values: list[Any]
+    values: Sequence[Any]  # a list, or CodedValues where few are different
     where: str  # the setting of the set
     name: str  # the setting and what it names, for messages
     column: str
@@ -110,9 +111,8 @@ class StoredLabels:
 
     def of(self, feature: Any, values: Iterable[Any]) -> StoredLabels:
         """Give the same column with other values, such as those of all its lists."""
-        return StoredLabels(
-            feature, list(values), self.where, self.name, self.column, self.describe
-        )
+        kept = values if isinstance(values, CodedValues) else list(values)
+        return StoredLabels(feature, kept, self.where, self.name, self.column, self.describe)
 
     def refusal(self, row: int, reason: str, way_out: str = _WAY_OUT) -> str:
         """Say what is wrong with a row's label, and what to do."""
@@ -137,7 +137,7 @@ def label_kind(feature: Any, where: str, column: str) -> Kind:
     )
 
 
-def plain_labels(feature: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+def plain_labels(feature: Any, values: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """Give labels of a JSON column in which types are mixed as those of one type.
 
     That is the type of all that are no marks, else text. Other columns stay as they are, and so do
@@ -197,12 +197,14 @@ def list_classes(
 
 def _list_present(stored: StoredLabels, kind: Kind, way_out: str) -> Classes:
     """List the classes that rows bear, where nothing else declares them."""
-    for row, value in enumerate(stored.values if kind == "number" else ()):
+    values = stored.values
+    for place, value in enumerate(_different(values) if kind == "number" else ()):
         if not is_mark(value) and spelling(value) is None:
+            row = values.first(place) if isinstance(values, CodedValues) else place
             raise DataError(
                 stored.refusal(row, ", which is no whole number, and labels are classes", way_out)
             )
-    present, note = distinct(stored.values), None
+    present, note = distinct(values), None
     if kind in ("integer", "number") and -1 in present:
         others = present - {-1}
         if len(others) != 1 and min(others, default=0) >= 0:
@@ -228,11 +230,18 @@ def _list_present(stored: StoredLabels, kind: Kind, way_out: str) -> Classes:
 
 def distinct(values: Iterable[Any]) -> set[Any]:
     """The labels that there are, without null, NaN and empty texts."""
-    return {value for value in values if not is_mark(value)}
+    return {value for value in _different(values) if not is_mark(value)}
+
+
+def _different(values: Iterable[Any]) -> Iterable[Any]:
+    """The values, each once where they are coded."""
+    return values.values if isinstance(values, CodedValues) else values
 
 
 def marked(values: Sequence[Any], minus_one: bool) -> BoolArray:
     """Which rows have no label, bool [rows]."""
+    if isinstance(values, CodedValues):
+        return values.each(lambda value: is_mark(value, minus_one), bool)
     return np.fromiter((is_mark(value, minus_one) for value in values), bool, len(values))
 
 
@@ -240,6 +249,8 @@ def number_labels(stored: StoredLabels, classes: Classes) -> Int64Array:
     """Each row's class number; -1 where it has no label, or one that is none of the classes."""
     numbers, _ = _match(stored, classes)
     values = stored.values
+    if isinstance(values, CodedValues):
+        return values.each(lambda value: numbers.get(value, -1), np.int64)
     return np.fromiter((numbers.get(value, -1) for value in values), np.int64, len(values))
 
 

@@ -12,12 +12,16 @@ are the tasks of `hpdist.tasks`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from hpdist.aliases import find_moved
 from hpdist.data.decode.encoded import Array
 from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels
+from hpdist.data.stream.permute import Int64Array
 from hpdist.data.structures import Arrays
+
+RowNumbers: TypeAlias = Sequence[int] | Int64Array
+"""Numbers of rows of a split."""
 
 
 class Encoding(Protocol):
@@ -47,7 +51,7 @@ class Encoding(Protocol):
         """Tell which rows are marked as having no label, bool [rows]."""
         ...
 
-    def encode(self, stored: StoredLabels, rows: Sequence[int]) -> Any:
+    def encode(self, stored: StoredLabels, rows: RowNumbers) -> Any:
         """Give every row's labels, before `finish`.
 
         Raises DataError for the first of `rows` that has none.

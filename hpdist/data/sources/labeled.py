@@ -12,7 +12,7 @@ batch needs it and, of unlabelled rows, the label column is never read but to dr
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -190,6 +190,7 @@ def open_labeled(
     measured: Mapping[str, Array] | None = None,
     opened: tuple[Any, str, PathRule] | None = None,
     loading: Loading | None = None,
+    once: Callable[[Callable[[], Any]], Any] = lambda read: read(),
 ) -> LabeledRows:
     """Open the labelled rows and choose those that are used, alike on every rank.
 
@@ -197,14 +198,15 @@ def open_labeled(
     instead of loading `config.path`; `chosen` are the rows of an earlier run, used instead of
     drawing, `classes` the names of its classes, and `measured` is the state of its encoding; `kind`
     is the kind of input, and `column` where it was found, if the config does not say; `opened` is
-    what `open_table`
-    gave, if that was called before. Raises DataError when anything is not as the config says.
+    what `open_table` gave, if that was called before; `once` calls what reads the labels, which a
+    launched run does on one rank alone (`run_on_main`). Raises DataError when anything is not as
+    the config says.
     """
     table, name, rule = opened or open_table(config, dataset, where, (), loading)
     features = table.features
     label = label_column(features, config.label, where)
     column = kind.find_columns(features, config.input or column, where, label)
-    stored = read_labels(table, label, where, name)
+    stored = read_labels(table, label, where, name, once)
     read = without_value(stored, config.unlabeled_value)
     encoding = labels.find_encoding(read, num_classes, classes)
     given = chosen if chosen is not None else config.indices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from hpdist.data.decode.written import is_mark, is_minus_one, shortened
 from hpdist.data.files.row_names import describe_row
 from hpdist.data.kinds.columns import known_column
 from hpdist.data.sources.classes import BoolArray, Classes, StoredLabels, plain_labels
+from hpdist.data.sources.coded import CodedValues
 from hpdist.data.sources.loading import read_column
 from hpdist.data.stream.permute import Int64Array
 from hpdist.errors import DataError
@@ -43,14 +44,24 @@ def label_column(features: Any, column: str | None, where: str) -> str:
     raise DataError(f"{where}.label: name the column of labels; there are {', '.join(features)}")
 
 
-def read_labels(table: Any, column: str, where: str, name: str) -> StoredLabels:
-    """Read a set's column of labels; raises DataError where its files cannot be read."""
-    feature, values = plain_labels(table.features[column], read_column(table, column, name))
+def read_labels(
+    table: Any,
+    column: str,
+    where: str,
+    name: str,
+    once: Callable[[Callable[[], Any]], Any] = lambda read: read(),
+) -> StoredLabels:
+    """Read a set's column of labels; raises DataError where its files cannot be read.
+
+    `once` calls what reads it: on one rank alone, where it hands the result to the others.
+    """
+    feature = table.features[column]
+    feature, values = once(lambda: plain_labels(feature, read_column(table, column, name)))
     return StoredLabels(feature, values, where, name, column, partial(describe_row, table))
 
 
 def check_labels(
-    labels: Int64Array, stored: StoredLabels, classes: Classes, rows: Sequence[int]
+    labels: Int64Array, stored: StoredLabels, classes: Classes, rows: Sequence[int] | Int64Array
 ) -> None:
     """Raise DataError for the first of `rows` that has no class."""
     used = np.asarray(rows, np.int64)
@@ -61,24 +72,24 @@ def check_labels(
         raise DataError(stored.refusal(wrong[0], reason))
 
 
-def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], list[str]]:
-    """Give the rows that have a label, and say how many have none.
+def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[Int64Array, list[str]]:
+    """Give the rows that have a label, int64 [rows], and say how many have none.
 
     Raises DataError where no row has one.
     """
-    rows: list[int] = np.flatnonzero(~unlabeled).tolist()
+    rows = np.flatnonzero(~unlabeled)
     count = len(unlabeled)
     if len(rows) == count:
         return rows, []
     first = int(unlabeled.argmax())
     marks = marks_of(stored, unlabeled)
-    if not rows:
+    if not len(rows):
         raise DataError(
             f"{stored.name}: no row has a label in column {stored.column!r}: all {count} are "
             f"marked as unlabelled ({marks}); name the column of labels in "
             f"{stored.where}.label, or label some rows"
         )
-    written = any(isinstance(stored.values[row], (str, bytes)) for row in rows[:1])
+    written = any(isinstance(stored.values[row], (str, bytes)) for row in rows[:1].tolist())
     way = "give it a name" if written else "write the labels as text"
     class_way = f"; where -1 is a class, {way}" if "-1" in marks.split(", ") else ""
     return rows, [
@@ -90,6 +101,8 @@ def with_labels(stored: StoredLabels, unlabeled: BoolArray) -> tuple[list[int], 
 
 def marks_of(stored: StoredLabels, unlabeled: BoolArray) -> str:
     """Name what marks rows as unlabelled, for messages."""
+    if isinstance(stored.values, CodedValues):
+        return shortened(list(dict.fromkeys(map(_mark, stored.values.among(unlabeled)))))
     marked = np.flatnonzero(unlabeled).tolist()
     return shortened(list(dict.fromkeys(_mark(stored.values[row]) for row in marked)))
 
@@ -170,7 +183,7 @@ def draw_rows(
     config: Labeled,
     stored: StoredLabels,
     numbers: Int64Array | None,
-    usable: Sequence[int],
+    usable: Int64Array,
     classes: Classes,
     seed: int,
 ) -> Int64Array:
@@ -186,9 +199,9 @@ def draw_rows(
             raise DataError(
                 f"{where}.rows: {config.rows} asked for, the split has {len(usable)}{having}"
             )
-        return generator.choice(np.asarray(usable), config.rows, replace=False)
+        return generator.choice(usable, config.rows, replace=False)
     if config.labels_per_class is None:
-        return np.asarray(usable)
+        return usable
     if numbers is None:
         raise DataError(
             f"{where}.labels_per_class: goes by the class of a row, and with these labels a row "
@@ -221,8 +234,11 @@ def draw_sizes(
 ) -> Int64Array:
     """Draw so many rows of every class."""
     parts = []
-    order = np.argsort(labels, kind="stable")  # once: there may be as many classes as rows
-    ends = np.searchsorted(labels[order], np.arange(len(classes) + 1))
+    # Once, as there may be as many classes as rows; numpy sorts short integers by their digits.
+    short = labels.astype(np.int16) if len(classes) <= np.iinfo(np.int16).max else labels
+    order = np.argsort(short, kind="stable")
+    counts = np.bincount(labels + 1, minlength=len(classes) + 1)  # first those without a class
+    ends = counts.cumsum()
     pairs = zip(classes.names, sizes.tolist(), strict=True)
     for number, (class_name, wanted) in enumerate(pairs):
         of_class = order[ends[number] : ends[number + 1]]

@@ -20,6 +20,7 @@ from hpdist.data.files.paths import did_you_mean, local_path, neighbour
 from hpdist.data.files.row_names import same_files
 from hpdist.data.files.unpacked import check_archives, unpacking
 from hpdist.data.sources.builders import config_of
+from hpdist.data.sources.coded import coded
 from hpdist.data.sources.held import hold_builder
 from hpdist.data.sources.local_files import (
     ENDINGS,
@@ -358,9 +359,11 @@ def open_table(
     return table, name, path_rule(config, loading, given=dataset is not None, files=files)
 
 
-def read_column(table: Any, column: str, name: str) -> list[Any]:
-    """Read a whole column as Python values."""
+def read_column(table: Any, column: str, name: str) -> Sequence[Any]:
+    """Read a whole column as Python values; of few different ones each is held once."""
     try:
-        return list(raw_view(table, [column])[:][column].to_pylist())
+        stored = raw_view(table, [column])[:][column]
+        values = coded(stored)
+        return list(stored.to_pylist()) if values is None else values
     except Exception as error:
         raise DataError(f"{name}: cannot read column {column!r}: {one_line(error)}") from error

@@ -12,6 +12,7 @@ import datasets
 
 from hpdist.data.decode.written import spelling
 from hpdist.data.sources.classes import BoolArray, StoredLabels
+from hpdist.data.sources.coded import CodedValues
 from hpdist.data.sources.labels import marks_of
 from hpdist.errors import DataError
 
@@ -39,7 +40,12 @@ def without_value(stored: StoredLabels, value: Any) -> StoredLabels:
             )
         return known[label]
 
-    return stored.of(stored.feature, [None if matches(label) else label for label in stored.values])
+    def kept(label: Any) -> Any:
+        return None if matches(label) else label
+
+    if isinstance(stored.values, CodedValues):
+        return stored.of(stored.feature, stored.values.replaced(kept))
+    return stored.of(stored.feature, map(kept, stored.values))
 
 
 def _check_no_class(stored: StoredLabels, value: Any) -> None:

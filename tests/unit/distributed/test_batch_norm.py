@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpdist.distributed.batch_norm import GlobalBatchNorm, batch_norms, global_batch_norm
+from hpdist.distributed.batch_norm import (
+    GlobalBatchNorm,
+    _combined,
+    _moments,
+    batch_norms,
+    global_batch_norm,
+)
 from hpdist.errors import ConfigError
 from tests.support.ranks import run_ranks
 
@@ -142,3 +149,59 @@ def test_the_compiler_leaves_out_what_is_remembered() -> None:
     assert any("disable" in found.reason for found in explained.break_reasons)
     (norm,) = batch_norms(model)
     assert len(norm._passes) == 1
+
+
+CALLS = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter")
+
+
+def far_from_zero(ranks: int) -> Tensor:
+    """Means about 10^4 and deviations of 10^-2: squares that fp32 cannot tell apart."""
+    generator = torch.Generator().manual_seed(1)
+    means = 1e4 + torch.arange(4.0, dtype=torch.float64).view(1, 4, 1, 1)
+    noise = torch.randn(8 * ranks, 4, 16, 16, generator=generator, dtype=torch.float64)
+    return (means + 1e-2 * noise).float()
+
+
+def sent_and_variance() -> tuple[int, Tensor, Tensor]:
+    """The bytes that one forward hands to collectives, and the statistics of rows far from zero."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sent = 0
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal sent
+            tensors = [t for one in args for t in (one if isinstance(one, list) else [one])]
+            sent += sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(dist, name, counted(getattr(dist, name)))
+    norm = GlobalBatchNorm(4, momentum=1.0)
+    norm(far_from_zero(ranks).chunk(ranks)[rank])
+    norm.commit()
+    return sent, norm.running_mean, norm.running_var
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_one_small_reduction_keeps_a_variance_far_from_zero(ranks: int) -> None:
+    """Its bytes do not grow with the ranks; means are rounded to fp32 by each rank, no more."""
+    x = far_from_zero(ranks).double()
+    for sent, mean, variance in run_ranks(ranks, sent_and_variance):
+        assert sent == 8 * (2 * 4 + 1)  # sums, squares and a count, in float64
+        torch.testing.assert_close(mean, x.mean((0, 2, 3)).float(), rtol=1e-7, atol=0)
+        expected = x.var((0, 2, 3)).float()
+        torch.testing.assert_close(variance, expected, rtol=1e-2, atol=0)
+
+
+def test_moments_are_added_without_loss_of_precision() -> None:
+    """Of sixty-four ranks, each of whose own means and variances are exact."""
+    x = far_from_zero(64).double()
+    parts = [part.transpose(0, 1).flatten(1) for part in x.chunk(64)]
+    own = [_moments(p.mean(1), p.var(1, correction=0), p.shape[1]) for p in parts]
+    _, variance, count = _combined(torch.stack(own).sum(dim=0))
+    expected = x.var((0, 2, 3), correction=0).float()
+    torch.testing.assert_close(variance, expected, rtol=1e-3, atol=0)
+    assert count.item() == x.numel() // 4

@@ -300,6 +300,19 @@ def test_the_headline_of_a_run_that_did_not_write_its_task_down(made, named):
     assert f"<th>test/{headline}_student</th>" in page
 
 
+def test_many_classes_have_a_table_of_the_most_confused(made):
+    pairs = {"pairs": [[0, 1, 7], [1, 0, 2]], "complete": False}
+    confused = {"classes": ["<cat>", "dog"], "most_confused": {"teacher": pairs, "student": pairs}}
+    (made / "confusion_test.json").write_text(json.dumps(confused))
+    page = report(made, "--out", made / "page.html")
+    assert "<tr><td>&lt;cat&gt;</td><td>dog</td><td>7</td></tr>" in page
+    assert "the rows are at least so many" in page
+    pairs["pairs"].append([0, 2, 1])
+    (made / "confusion_test.json").write_text(json.dumps(confused))
+    page = report(made, "--out", made / "page.html")
+    assert "confusion_test.json is left out: " in page
+
+
 def test_what_the_folder_says_of_the_task_is_drawn(made):
     task = {"headline": "rank_error", "title": "Error <in> ranks", "summarized": [], "charts": []}
     (made / "task.json").write_text(json.dumps(task))

@@ -260,6 +260,12 @@ def send_odd(name: str, folder: Path) -> None:
     tracker.finish()
 
 
+def test_only_who_sends_confusion_matrices_is_given_them(tmp_path):
+    """A matrix as lists takes far more memory than the scores, which every rank has."""
+    assert not tracker_of(a_config("wandb"), tmp_path, main=False).has_tables
+    assert not tracker_of(a_config("none"), tmp_path, main=True).has_tables
+
+
 def test_no_metric_turns_wandb_off(tmp_path, recwarn):
     send_odd("wandb", tmp_path)
     assert [str(warning.message) for warning in recwarn if "tracker" in str(warning.message)] == []
