@@ -21,6 +21,7 @@ EVERYWHERE = {
     "evaluate.measure._result": "five numbers, after an evaluation by itself",
     "train.algorithm_state.whole_state": "the rank's part of a table that a user asks for whole",
     "train.bad_rows.BadRows.add": "three rows' names, before an error only",
+    "train.shared_index._once_a_host": "a path, of the first rank of each host",
 }
 # Rank 0 has each value.
 ON_MAIN = {
@@ -55,10 +56,10 @@ FROM_MAIN = {
     "train.model_saving.ModelSaving._write": "nothing",
     "train.model_saving.ModelSaving.finish": "a number",
     "train.other_sets.open_stored_set": "a digest",
-    "train.other_sets.open_unlabeled_set": "the set's files and where its row groups begin",
     "train.recovery.Rollback.go_back": "nothing",
     "train.run_name.with_fresh_name": "a name",
     "train.sets._settle": "facts of the inputs",
+    "train.shared_index.share_index": "the set's files, but nothing of their row groups",
     "train.sets.open_sets": "facts of the inputs; which rows are repeated",
     "train.step_state._save": "nothing",
     "train.step_state.join_save_state.check": "how a state was saved",
