@@ -39,7 +39,7 @@ _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
 _IDLE = 16  # blocks, after which a lane that no row was taken from is let go
 _BLOCK_ROWS = 16384  # that a block has at most, but one batch at least
 _GROUP_PART = 4  # of a row group that a block takes, so that a lane has one or two of them open
-_BLOCK_PART = 8  # of the memory budget that a block may take; two are in memory at a time
+_BLOCK_PART = 4  # of the memory budget that a block may take; two are in memory at a time
 
 
 class _Opened:
