@@ -89,6 +89,8 @@ class _Compact:
         return fields
 
     def _value(self, kind: int, depth: int) -> Any:
+        if kind in _INTEGERS:  # first, since most are
+            return self._integer()
         if kind in (_TRUE, _FALSE):
             return None  # the type says it
         if kind == _BYTE:
@@ -101,8 +103,6 @@ class _Compact:
             return self.struct(depth + 1)
         if kind in (_LIST, _SET):
             return self._list(depth)
-        if kind in _INTEGERS:
-            return self._integer()
         raise BadPageError("a page header of it is damaged")
 
     def _list(self, depth: int) -> None:
@@ -124,7 +124,11 @@ class _Compact:
             raise IndexError
 
     def _unsigned(self) -> int:
-        value = shift = 0
+        byte = self._data[self.at]
+        self.at += 1
+        if byte < 0x80:
+            return byte
+        value, shift = byte & 0x7F, 7
         while True:
             byte = self._byte()
             value |= (byte & 0x7F) << shift

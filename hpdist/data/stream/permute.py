@@ -63,6 +63,21 @@ def permutation(size: int, *key: int) -> Int64Array:
     return result
 
 
+def shuffled(size: int, *key: int) -> Int64Array:
+    """A permutation of 0..size chosen by `key`, [size], several times faster than `permutation`.
+
+    The places sorted by their SplitMix64 numbers, of which no two are the same, so that every way
+    of sorting gives the same order.
+    """
+    numbers = np.arange(size, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(_state(key))
+    return np.argsort(_mixed(numbers))
+
+
+def chosen(size: int, *key: int) -> int:
+    """A number below `size` that `key` chooses."""
+    return _mixed_int(_state(key)) % size
+
+
 def _network(
     values: _UInt64Array,
     low: np.uint64,
@@ -87,11 +102,16 @@ def _mixed(values: _UInt64Array) -> _UInt64Array:
 
 
 def _round_keys(key: tuple[int, ...]) -> _UInt64Array:
+    steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _mixed(np.uint64(_state(key)) + steps)
+
+
+def _state(key: tuple[int, ...]) -> int:
+    """All numbers of a key in one."""
     state = 0
     for part in key:
         state = _mixed_int((state + (part + 1) * _GOLDEN) % 2**64)
-    steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return _mixed(np.uint64(state) + steps)
+    return state
 
 
 def _mixed_int(value: int) -> int:

@@ -4,7 +4,8 @@ The row at position p of the endless sequence is the next one of lane p % `lanes
 `hpdist.data.stream.plan`; but there are as many lanes as a global batch has rows, or a multiple or
 a whole part of that, so that a rank, which takes a run of slots, reads what it uses and hardly
 more, whatever the number of ranks. The rows of a row group are permuted, and a lane gives them one
-by one.
+by one. They are permuted in pieces of a few rows, so that a reader copies no row for it: what a
+batch mixes are lanes, and rows of one piece come in as many batches.
 
 An epoch's line of row groups is cut into equal lanes. Every other lane is read from its end, so
 that the two lanes which share a cut row group read it at the same time: at the beginning of the
@@ -23,12 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from hpdist.data.stream.permute import Int64Array, permutation
+from hpdist.data.stream.permute import Int64Array, chosen, shuffled
 from hpdist.data.stream.plan import ENOUGH_GROUPS, MOST_LANES, USUAL_BUDGET
 
-_CLASSES, _MEMBERS, _ROWS = 0x5C0, 0x5C1, 0x5C2  # three permutations of one seed must differ
+_CLASSES, _MEMBERS, _ROWS, _PIECES = 0x5C0, 0x5C1, 0x5C2, 0x5C3  # what one seed chooses differs
 _MEMBERS_OF_A_CLASS = 256  # a place in the line costs a permutation of as many
 _KEPT = 4096  # classes whose order is kept; each takes 4 KB
+_PIECE = 32  # rows; to lay a piece out costs a tenth of what its rows cost
 _GROUPS_OF_A_LANE = 10  # so that opening every lane reads at most a tenth of an epoch
 _OPEN = 8  # times the memory budget that the open row groups of all lanes may take on one rank
 
@@ -95,9 +97,20 @@ class SlotPlan:
         first = origin + (end - high if backward else low - begin)
         return Run(epoch, group, first, first + high - low, low - group_start)
 
-    def row_order(self, epoch: int, group: int) -> Int64Array:
-        """The order in which a row group's rows come."""
-        return permutation(int(self.group_rows[group]), self.seed, _ROWS, epoch, group)
+    def pieces(self, epoch: int, group: int) -> tuple[Int64Array, Int64Array]:
+        """How a row group's rows are permuted, in pieces of rows that follow one another.
+
+        The row at which each piece begins, and the place in the order at which it does, and the
+        place behind the last one: [pieces] and [pieces + 1]. Where pieces begin differs from epoch
+        to epoch.
+        """
+        rows = int(self.group_rows[group])
+        first = 1 + chosen(_PIECE, self.seed, _PIECES, epoch, group)
+        cuts = np.asarray([0, *range(first, rows, _PIECE), rows])
+        order = shuffled(len(cuts) - 1, self.seed, _ROWS, epoch, group)
+        places = np.zeros(len(cuts), np.int64)
+        np.cumsum(np.diff(cuts)[order], out=places[1:])
+        return cuts[order], places
 
     def _before(self, position: int, lanes: Int64Array) -> Int64Array:
         """How many positions before this one belong to each lane."""
@@ -120,13 +133,13 @@ class SlotPlan:
 
     def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The order of the classes in an epoch, and where in its line each of them ends."""
-        order = permutation(self._classes, self.seed, _CLASSES, epoch)
+        order = shuffled(self._classes, self.seed, _CLASSES, epoch)
         return order, np.cumsum(self._totals[order])
 
     def _lay_out_class(self, epoch: int, number: int) -> tuple[Int64Array, Int64Array]:
         """The order of a class's row groups in an epoch, and where each ends behind its start."""
         size = -(-(len(self.group_rows) - number) // self._classes)
-        members = permutation(size, self.seed, _MEMBERS, epoch, number)
+        members = shuffled(size, self.seed, _MEMBERS, epoch, number)
         groups = number + self._classes * members
         return groups, np.cumsum(self.group_rows[groups], dtype=np.int64)
 

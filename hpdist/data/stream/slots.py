@@ -1,7 +1,7 @@
 """Reads the rows of a Parquet dataset in the order of a `SlotPlan`, a few batches at a time.
 
 Every lane gives a row at a time, each from another row group, and to gather rows one by one costs
-far more than to copy them. So a block of several batches is gathered at once: a slice of every
+far more than to copy them. So a block of several batches is gathered at once: a few slices of every
 lane, laid end to end, and then taken in the order of the batches.
 """
 
@@ -24,6 +24,7 @@ from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.plan import USUAL_BUDGET
 from hpdist.data.stream.reader import Rows
 from hpdist.data.stream.segments import Segments
+from hpdist.data.stream.slot_groups import Pieces, SlotGroup
 from hpdist.data.stream.slot_plan import Run, SlotPlan
 from hpdist.data.stream.spill import Spill
 from hpdist.data.stream.threads import DaemonThreads
@@ -38,24 +39,25 @@ _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
 _IDLE = 16  # blocks, after which a lane that no row was taken from is let go
 _BLOCK_ROWS = 16384  # that a block has at most, but one batch at least
 _GROUP_PART = 4  # of a row group that a block takes, so that a lane has one or two of them open
-_BLOCK_PART = 8  # of the memory budget that a block may take; two are in memory at a time
-
-
-class _Group:
-    """A row group's rows in the order in which they come."""
-
-    def __init__(self, table: pa.Table, ids: Int64Array, reason: str | None, spill: Spill) -> None:
-        self.table = spill.keep(table, self)  # [rows]
-        self.ids = ids  # [rows]
-        self.reason = reason
-        """Why it could not be read."""
+_BLOCK_PART = 4  # of the memory budget that a block may take; two are in memory at a time
 
 
 class _Opened:
     """A row group that is being read, or was; the lanes that share it hold the same one."""
 
-    def __init__(self, future: Future[_Group]) -> None:
-        self.future = future
+    def __init__(self, future: Future[SlotGroup]) -> None:
+        self._future = future
+        self._group: SlotGroup | None = None
+
+    def result(self) -> SlotGroup:
+        """Wait for its rows."""
+        if self._group is None:
+            self._group = self._future.result()
+        return self._group
+
+    def cancel(self) -> None:
+        """Do not begin to read it."""
+        self._future.cancel()
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class SlotReader:
         """Stop reading."""
         self._stop.set()
         for opened in list(self._groups.values()):
-            opened.future.cancel()
+            opened.cancel()
         self._lanes.clear()
         self._block = self._ahead = None
         self._threads.close(_PATIENCE)
@@ -257,39 +259,30 @@ class SlotReader:
             self._groups[epoch, group] = opened
         return opened
 
-    def _read_group(self, epoch: int, group: int) -> _Group:
+    def _read_group(self, epoch: int, group: int) -> SlotGroup:
         table, reason = self._segments.whole(group)
-        order = self._plan.row_order(epoch, group)
-        mixed = widened(table).combine_chunks().take(pa.array(order))
-        return _Group(mixed, self._index.ids(group, 0, len(order))[order], reason, self.spill)
+        whole = widened(table).combine_chunks()  # of one chunk, so that a piece is one
+        first = int(self._index.ids(group, 0, 1)[0])
+        return SlotGroup(whole, first, self._plan.pieces(epoch, group), reason, self.spill)
 
     def _gathered(self, block: _Block) -> Rows:
         """Wait for a block's rows, and put them in the order of the batches."""
-        parts = [
-            (reading.run, reading.opened.future.result(), max(first, reading.run.first), last)
-            for lane, first, last in block.spans
-            for reading in self._open(lane, first, last)
-        ]
-        tables, ids, epochs, counts, reasons = [], [], [], [], []
-        for run, group, first, last in parts:
-            at, count = run.start + first - run.first, min(last, run.stop) - first
-            tables.append(group.table.slice(at, count))
-            ids.append(group.ids[at : at + count])
-            counts.append(count)
-            epochs.append(run.epoch)
-            reasons.append(group.reason)
+        pieces = Pieces()
+        epochs, counts, reasons = [], [], []
+        for lane, first, last in block.spans:
+            for reading in self._open(lane, first, last):
+                run, group = reading.run, reading.opened.result()
+                begin, end = max(first, run.first), min(last, run.stop)
+                at = run.start - run.first
+                group.lay(at + begin, at + end, pieces)
+                counts.append(end - begin)
+                epochs.append(run.epoch)
+                reasons.append(group.reason)
         self._let_go(block)
-        table = widened(joined(tables))
-        in_order = np.concatenate(ids)[block.lines]
+        table = widened(joined(pieces.tables))
+        in_order = pieces.all_ids()[block.lines]
         of_rows = np.repeat(np.asarray(epochs), counts)[block.lines]
-        unread = {}
-        if any(reason is not None for reason in reasons):
-            of_part = np.repeat(np.arange(len(parts)), counts)[block.lines].tolist()
-            unread = {
-                line: reason
-                for line, part in enumerate(of_part)
-                if (reason := reasons[part]) is not None
-            }
+        unread = _unread(reasons, counts, block.lines)
         if block.batches > 1 or len(block.lines) < len(table):  # else they are in order already
             table = table.combine_chunks().take(pa.array(block.lines))
         return Rows(table, in_order, of_rows, unread)
@@ -309,6 +302,18 @@ class SlotReader:
 
 def _fields(call: _Call) -> tuple[int, int, int, int]:
     return call.position, call.batch, call.start, call.stop
+
+
+def _unread(
+    reasons: Sequence[str | None], counts: Sequence[int], lines: Int64Array
+) -> dict[int, str]:
+    """Why rows could not be read, by their place among `lines`; of parts of `counts` rows."""
+    if not any(reasons):
+        return {}
+    of_part = np.repeat(np.arange(len(counts)), counts)[lines].tolist()
+    return {
+        line: reason for line, part in enumerate(of_part) if (reason := reasons[part]) is not None
+    }
 
 
 def _sliced(rows: Rows, start: int, count: int) -> Rows:

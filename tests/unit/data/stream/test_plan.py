@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hpdist.data.stream.permute import permutation, permuted
+from hpdist.data.stream.permute import chosen, permutation, permuted, shuffled
 from hpdist.data.stream.plan import MOST_LANES, Plan, choose_lanes
 
 Row = tuple[int, int, int]  # epoch, row group, row
@@ -34,6 +34,24 @@ def test_the_order_is_the_same_for_ever():
     # Resuming depends on these numbers: they must not change with a release.
     assert permutation(8, 0).tolist() == PINNED[0]
     assert permutation(10, 5, 1).tolist() == PINNED[1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 17, 1000])
+def test_a_shuffle_takes_every_place_once_and_never_changes(size):
+    assert sorted(shuffled(size, 7, size)) == list(range(size))
+    assert shuffled(12, 5, 1).tolist() == SHUFFLED
+    assert [chosen(16, 5, number) for number in range(6)] == CHOSEN
+
+
+def test_a_shuffle_is_well_mixed():
+    """Each row in each place as often, within five deviations, and each key has its own order."""
+    size, keys = 20, 2000
+    counts = np.zeros((size, size))
+    for key in range(keys):
+        counts[np.arange(size), shuffled(size, key)] += 1
+    expected = keys / size
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+    assert len({tuple(shuffled(size, key)) for key in range(keys)}) == keys
 
 
 def test_a_permutation_is_well_mixed():
@@ -186,3 +204,5 @@ def test_forty_thousand_row_groups_are_planned_at_once():
 
 
 PINNED = [[5, 4, 1, 6, 3, 2, 0, 7], [1, 7, 3, 8, 9, 5, 6, 0, 4, 2]]
+SHUFFLED = [10, 6, 4, 7, 0, 1, 9, 8, 2, 3, 11, 5]
+CHOSEN = [7, 14, 3, 3, 2, 11]
