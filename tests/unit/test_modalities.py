@@ -31,6 +31,7 @@ OTHER_MEANINGS = {
     "evaluate/export/metadata.py": "pixels are normalised outside of a file too",
     "evaluate/export/onnx_file.py": "rows of any length have a dynamic axis",
     "messages/redaction.py": "an attribute of an exception",
+    "plan/memory_plan.py": "what a plan is printed as",
     "plan/stages.py": "an argument of `subprocess`",
     "preflight/network.py": "an argument of `subprocess`",
     "tasks/multilabel.py": "how several labels of a row are written, and the type of a label",
