@@ -56,10 +56,14 @@ def train(folder: Path, algorithm: str, options: dict[str, Any]) -> dict[str, An
         trainer.fit()
     after = crossing.given[start:]
     gradients = STEPS * crossing.parameters * (2 if options else 4)
+    modules = trainer.step.engine.module.modules()
+    channels = [layer.num_features for layer in modules if hasattr(layer, "num_features")]
+    # Of batch normalisation: a count, and two sums of each channel in fp64, forward and backward.
+    moments = STEPS * 2 * sum(8 * (2 * count + 1) for count in channels)
     result = {
         "found": crossing.found(crossing.seen | stored_windows()),
         "inputs": crossing.inputs,
-        "sums": sum(len(raw) for name, raw in after if name == "allreduce_") - gradients,
+        "sums": sum(len(raw) for name, raw in after if name == "allreduce_") - gradients - moments,
         "gathered": sum(len(raw) for name, raw in after if name == "allgather_"),
     }
     with crossing:  # what the search would have found: a row as it is stored, and a view of one
