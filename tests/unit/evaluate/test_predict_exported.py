@@ -35,19 +35,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_rank(file: str, data: str, out: str) -> None:
-    """Predict by a file, as one of several ranks."""
-    from hpdist.distributed.joined import own_place
+def on_rank(file: str, data: str, out: str) -> int:
+    """Predict by a file, as one of several ranks; give their number."""
+    from hpdist.distributed.joined import joined_ranks, own_place
 
-    rank, world_size = own_place()
-    predict_to(
-        hpdist.load(file),
-        Unlabeled(path=data),
-        Path(out),
-        PredictOptions(**OPTIONS),
-        rank=rank,
-        world_size=world_size,
-    )
+    with joined_ranks():
+        rank, world_size = own_place()
+        predict_to(
+            hpdist.load(file),
+            Unlabeled(path=data),
+            Path(out),
+            PredictOptions(**OPTIONS),
+            rank=rank,
+            world_size=world_size,
+        )
+    return world_size
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -73,7 +75,7 @@ def test_a_file_predicts_as_its_run(name: str, trained: Path) -> None:
     lost.unlink()
     assert cli.main(command) == 0
     assert contents(out) == before
-    run_ranks(2, on_rank, str(file), data, f"{out}-2")
+    assert run_ranks(2, on_rank, str(file), data, f"{out}-2") == [2, 2]
     assert contents(Path(f"{out}-2")) == before
 
 
