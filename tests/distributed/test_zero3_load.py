@@ -128,9 +128,9 @@ def train(folder, saved, file, ours):
 
     zero3.partition_weights = look
     if not ours:
-        import hpdist.train.trainer
+        import hpdist.train.model
 
-        hpdist.train.trainer.weights_as_stored = nullcontext
+        hpdist.train.model.weights_as_stored = nullcontext
     rows = {"path": "parquet", "input": "text", "data_files": str(file)}
     for name, (place, precision, changes, model) in RUNS.items():
         forget_launch()
