@@ -17,11 +17,10 @@ from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.exchange import Sums
-from hpdist.algorithms.parts.tables import BLOCK, WholeShards, ids_of
+from hpdist.algorithms.parts.tables import BLOCK, WholeShards, ids_of, require_whole
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import TAKEN
 from hpdist.algorithms.saved_state import SavedShards, Shards, check_names
-from hpdist.errors import ConfigError
 
 FIRST_ROWS = 1024
 """Rows of a table that begins to grow."""
@@ -66,11 +65,7 @@ class ShardedRows:
         """Keep the rows of one rank; raises ConfigError if those of others are missing."""
         if (rank, world_size) == (self.rank, self.ranks):
             return
-        if self.ranks > 1:
-            raise ConfigError(
-                f"the algorithm holds the rows of rank {self.rank} of {self.ranks} and cannot be "
-                f"rank {rank} of {world_size}; make a new one, and load what `whole_state` gave"
-            )
+        require_whole(self.rank, self.ranks, rank, world_size)
         whole = WholeShards({name: part.reshape(-1).cpu() for name, part in self.parts.items()})
         self.rank, self.ranks = rank, world_size
         self.load("", whole)

@@ -65,6 +65,15 @@ def last_occurrences(encoded: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]
     return ids.to(encoded.device), positions.to(encoded.device)
 
 
+def require_whole(held: int, ranks: int, rank: int, world_size: int) -> None:
+    """Raise ConfigError if an algorithm that is to be a rank holds the rows of one of several."""
+    if ranks > 1:
+        raise ConfigError(
+            f"the algorithm holds the rows of rank {held} of {ranks} and cannot be rank {rank} of "
+            f"{world_size}; make a new one, and load what `whole_state` gave"
+        )
+
+
 class LabelTable:
     """Labels by row id in int16, each held by only one rank; a step costs O(its global batch).
 
@@ -100,12 +109,7 @@ class LabelTable:
         """Keep the rows of one rank; raises ConfigError if those of others are missing."""
         if (rank, world_size) == (self.rank, self.ranks):
             return
-        if self.ranks > 1:
-            raise ConfigError(
-                f"the algorithm holds the rows of rank {self.rank} of {self.ranks} and cannot be "
-                f"rank {rank} of {world_size}; make a new one, and load what "
-                "`whole_state` gave"
-            )
+        require_whole(self.rank, self.ranks, rank, world_size)
         whole = WholeShards({"labels": self._labels[:-1].cpu()})
         self.rank, self.ranks = rank, world_size
         self.load(whole)

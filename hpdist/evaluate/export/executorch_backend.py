@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpdist.data.structures import Structure
 from hpdist.errors import CheckpointError, ConfigError, describe
-from hpdist.models.outputs import LOGITS
+from hpdist.models.outputs import outputs_of
 
 METADATA = "hpdist"
 """The program's method that returns the metadata."""
@@ -65,9 +65,7 @@ class ExecuTorchBackend:
         parts = [tensor.detach().cpu().contiguous().split(self._rows) for tensor in given]
         found = [self._run(part) for part in zip(*parts, strict=True)]
         outputs = [torch.cat(tensors) for tensors in zip(*found, strict=True)]
-        if tuple(self._outputs) == LOGITS:
-            return outputs[0]
-        return dict(zip(self._outputs, outputs, strict=True))
+        return outputs_of(dict(zip(self._outputs, outputs, strict=True)), self._outputs)
 
     def _run(self, rows: tuple[Tensor, ...]) -> list[Tensor]:
         return [output.clone() for output in self._forward.execute(list(rows))]

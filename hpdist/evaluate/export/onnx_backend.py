@@ -10,7 +10,7 @@ import torch
 
 from hpdist.data.structures import Structure
 from hpdist.errors import CheckpointError, ConfigError, describe
-from hpdist.models.outputs import LOGITS
+from hpdist.models.outputs import outputs_of
 
 
 class OnnxBackend:
@@ -58,6 +58,4 @@ class OnnxBackend:
         named = rows if isinstance(rows, Mapping) else {self._inputs[0]: rows}
         given = {name: tensor.detach().cpu().numpy() for name, tensor in named.items()}
         found = [torch.from_numpy(array) for array in self._session.run(self._outputs, given)]
-        if tuple(self._outputs) == LOGITS:
-            return found[0]
-        return dict(zip(self._outputs, found, strict=True))
+        return outputs_of(dict(zip(self._outputs, found, strict=True)), self._outputs)

@@ -13,7 +13,7 @@ import torch
 from hpdist.checkpoint.manifest import hash_of
 from hpdist.data.structures import Structure
 from hpdist.errors import CheckpointError, ConfigError
-from hpdist.models.outputs import LOGITS
+from hpdist.models.outputs import outputs_of
 
 WEIGHTS_DIGEST = "hpdist.weights"
 """The name in the metadata of the SHA-256 of the file with the weights."""
@@ -99,9 +99,7 @@ class OpenVinoBackend:
         named = rows if isinstance(rows, Mapping) else {self._inputs[0]: rows}
         found = self._compiled({name: t.detach().cpu().numpy() for name, t in named.items()})
         outputs = [torch.from_numpy(found[place].copy()) for place in self._compiled.outputs]
-        if tuple(self._outputs) == LOGITS:
-            return outputs[0]
-        return dict(zip(self._outputs, outputs, strict=True))
+        return outputs_of(dict(zip(self._outputs, outputs, strict=True)), self._outputs)
 
 
 def _metadata(model: Any) -> dict[str, str]:
