@@ -21,6 +21,7 @@ from hpdist.data.structures import Structure, as_dtype, cat, to
 from hpdist.data.views.base import Views
 from hpdist.errors import ConfigError
 from hpdist.evaluate.description import Description
+from hpdist.evaluate.forward_rows import forward_in_parts
 from hpdist.evaluate.precision import cast_weights, computing, weight_bytes
 from hpdist.evaluate.rows import value_batches
 from hpdist.models.outputs import outputs_of
@@ -111,8 +112,13 @@ class LoadedModel:
         if self.backend is not None:
             return as_dtype(self.backend.run(rows), torch.float32)
         with computing(self.precision, self.device):
-            found = outputs_of(self._module(rows), self.task.outputs)
-            return as_dtype(found, torch.float32)
+            if self.device.type == "cpu":
+                return forward_in_parts(self._forward, rows)
+            return self._forward(rows)
+
+    def _forward(self, rows: Structure) -> Structure:
+        """Give the outputs of what the model itself takes, fp32."""
+        return as_dtype(outputs_of(self._module(rows), self.task.outputs), torch.float32)
 
     def columns(self, outputs: Structure) -> dict[str, Any]:
         """Give what the task says of outputs, as `Task.prediction_columns` does."""

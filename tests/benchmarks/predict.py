@@ -8,7 +8,8 @@
   lengths of text as people write it, log-normal, of 30 words in the middle; both against
   `transformers.pipeline("text-classification")`;
 - photos: JPEG files of 96x96 and a small ViT of 64x64, against
-  `transformers.pipeline("image-classification")` with the ViT's own image processor.
+  `transformers.pipeline("image-classification")` with the ViT's own image processor; and camera:
+  the same with files as cameras write them, of 640x480, or with the pictures of `--camera DIR`.
 
 Everything lies in one Parquet file, batches have 64 rows, and torch computes on one thread.
 `predict_to` decodes in one thread more; the other one may do the same in a worker process, so it
@@ -50,6 +51,8 @@ from tests.support.texts import SENTENCES, write_model
 BATCH = 64
 WORKERS = (0, 1)
 _LONGEST = 128  # tokens
+CAMERA: list[Path] = []
+"""The folder of Parquet files whose pictures are taken, if one is given."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--camera", type=Path, action="append", default=CAMERA, help="Parquet")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print("| rows | predict_to, rows/s | the other, rows/s | ratio | the model's share |")
@@ -219,13 +223,32 @@ def worded(folder: Path, lengths: np.ndarray) -> Rivals:
 
 def photos(folder: Path, rows: int) -> Rivals:
     """Write larger pictures, for a ViT with its image processor."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-    from transformers.pipelines.pt_utils import KeyDataset
-
     noise = np.random.default_rng(0)
     coarse = [noise.integers(0, 256, (6, 6, 3), dtype=np.uint8) for _ in range(rows)]
     smooth = [np.asarray(Image.fromarray(each).resize((96, 96))) for each in coarse]
-    write(folder, "image", [encoded(each, "JPEG") for each in smooth])
+    return photographed(folder, [encoded(each, "JPEG") for each in smooth])
+
+
+def camera(folder: Path, rows: int) -> Rivals:
+    """Write the pictures of `--camera`, or some of 640x480, again and again."""
+    if CAMERA:
+        tables = [
+            pq.read_table(file, columns=["image"]) for file in sorted(CAMERA[0].glob("*.parquet"))
+        ]
+        found = [row["bytes"] for table in tables for row in table.column("image").to_pylist()]
+    else:
+        noise = np.random.default_rng(0)
+        coarse = [noise.integers(0, 256, (30, 40, 3), dtype=np.uint8) for _ in range(64)]
+        found = [encoded(np.asarray(Image.fromarray(c).resize((640, 480))), "JPEG") for c in coarse]
+    return photographed(folder, [found[row % len(found)] for row in range(rows)])
+
+
+def photographed(folder: Path, files: list[bytes]) -> Rivals:
+    """Write such pictures, for a ViT with its image processor."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+    from transformers.pipelines.pt_utils import KeyDataset
+
+    write(folder, "image", files)
     small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
     config = VIT | small | {"image_size": 64, "patch_size": 8, "num_attention_heads": 4}
     model = {"name": f"hf:{write_vit(folder / 'vit', config)}", "pretrained": False}
@@ -264,7 +287,7 @@ def encoded(pixels: np.ndarray, file_format: str) -> bytes:
     return file.getvalue()
 
 
-KINDS = {each.__name__: each for each in (pictures, texts, skewed_texts, photos)}
+KINDS = {each.__name__: each for each in (pictures, texts, skewed_texts, photos, camera)}
 
 
 if __name__ == "__main__":

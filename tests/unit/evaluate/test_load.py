@@ -52,6 +52,20 @@ def test_outputs_are_those_of_the_training_process(kind: str, tmp_path: Path) ->
     assert not torch.equal(student.raw_outputs(rows, batch=5), expected)
 
 
+def test_a_cpu_computes_few_rows_at_a_time(run: tuple[Path, Any, Any]) -> None:
+    predictor = hpdist.load(run[0])
+    assert predictor.model is not None
+    rows = torch.randint(0, 256, (600, 3, 8, 8), dtype=torch.uint8)
+    seen: list[int] = []
+    predictor.model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    found = predictor.outputs(rows)
+    assert seen == [300, 300]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            found, predictor.model(predictor.views.plain(rows)), rtol=1e-5, atol=1e-5
+        )
+
+
 def is_plain(model: nn.Module | None) -> bool:
     assert model is not None
     hooks = [
