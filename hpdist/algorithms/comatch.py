@@ -19,6 +19,7 @@ from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.projections import projection
 from hpdist.algorithms.parts.tables import scatter_to_global
 from hpdist.algorithms.view_request import Views
+from hpdist.data.structures import sent
 from hpdist.tasks.losses import soft_cross_entropy
 
 _HEAD = "projection"
@@ -139,7 +140,7 @@ class CoMatch(Algorithm, name="comatch"):
         """The three terms, and the share of unlabelled rows that passed the threshold."""
         assert outputs.weak is not None
         assert outputs.weak.positions is not None
-        at = outputs.weak.positions.unlabeled.to(self._pseudo_labels.device, non_blocking=True)
+        at = sent(outputs.weak.positions.unlabeled, self._pseudo_labels.device)
         targets = self._pseudo_labels[at]  # [unlabeled, classes]
         mask = (targets.amax(dim=1) >= self.threshold).float()
         losses = soft_cross_entropy(outputs.strong[0], targets) * mask

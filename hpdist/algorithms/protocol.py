@@ -28,7 +28,15 @@ from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.exchange import HeadOutputs, StudentInputs, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.saved_state import Shards
-from hpdist.data.structures import Outputs, Structure, finite_mark, row_count, split, tensors_of
+from hpdist.data.structures import (
+    Outputs,
+    Structure,
+    finite_mark,
+    row_count,
+    sent,
+    split,
+    tensors_of,
+)
 from hpdist.models.outputs import LOGITS
 
 # No algorithm's own sums have names like these.
@@ -258,7 +266,7 @@ class Attempt:
         rows = [labeled, sum(micro.unlabeled_rows for micro in self.micros)]
         device = next(tensors_of(self.micros[0].inputs.labels)).device
         sums = {_EXTRA.format(name): value for name, value in self._own.items()}
-        sums[_ROWS] = torch.tensor(rows, device=device)
+        sums[_ROWS] = sent(torch.tensor(rows), device)
         weak = [outputs for outputs in self.weak if outputs is not None]
         if weak:
             sums[_FINITE] = add(finite_mark(part) for each in weak for part in each.everything)
@@ -380,7 +388,7 @@ def _global_ids(micro: MicroBatch) -> Tensor:
     positions = micro.inputs.positions
     rows = torch.stack((ids >> 24, ids & (TAKEN - 1)), dim=1).float()
     whole = rows.new_zeros(positions.unlabeled_rows, 2)
-    return whole.index_copy(0, positions.unlabeled.to(rows.device), rows)
+    return whole.index_copy(0, sent(positions.unlabeled, rows.device), rows)
 
 
 def add(values: Iterable[Tensor]) -> Tensor:

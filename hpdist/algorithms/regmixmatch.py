@@ -18,6 +18,7 @@ from hpdist.algorithms.parts.mixing import BETA_NUMBERS, GroupsOption, beta, cou
 from hpdist.algorithms.parts.resizemix import resize_mix
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.view_request import Views
+from hpdist.data.structures import sent
 from hpdist.tasks.losses import soft_cross_entropy, squared_error
 
 Weighting = Literal["mean", "row"]
@@ -183,7 +184,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         positions, device = inputs.positions, high.device
         groups = count_groups(self.groups, positions)
         of_unlabeled, of_labeled = (
-            group_of(positions, count, groups).to(device, non_blocking=True)
+            sent(group_of(positions, count, groups), device)
             for positions, count in (
                 (positions.unlabeled, positions.unlabeled_rows),
                 (positions.labeled, positions.labeled_rows),
@@ -207,7 +208,7 @@ class RegMixMatch(FreeMatch, name="regmixmatch"):
         alphas = (self.high_alpha, self.low_alpha)
         shares = [beta(part, a, a) for part, a in zip((first, second), alphas, strict=True)]
         drawn = torch.cat([plain, torch.stack(shares, dim=1)], dim=1)
-        drawn = drawn.to(high.device, non_blocking=True)
+        drawn = sent(drawn, high.device)
         shares_here = torch.where(high, drawn[:, 4], drawn[:, 5])
         return _Draws(drawn[:, 0], drawn[:, 1], drawn[:, 2:4], shares_here)
 

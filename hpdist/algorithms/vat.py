@@ -14,6 +14,7 @@ from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.losses import supervised_loss
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
+from hpdist.data.structures import sent
 from hpdist.errors import ConfigError
 from hpdist.tasks.base import DIVERGENCE, ENTROPY, Task
 
@@ -74,7 +75,7 @@ class VAT(Ramped, name="vat"):
                 f"VAT perturbs inputs of floating-point numbers, and these are {rows.dtype}"
             )
         numbers = rows[0].numel() if len(rows) else 0
-        drawn = inputs.positions.normal("vat", numbers).to(rows.device, non_blocking=True)
+        drawn = sent(inputs.positions.normal("vat", numbers), rows.device)
         direction, _ = _unit(drawn.view(rows.shape), drawn.view(rows.shape))
         lost = rows.new_zeros(len(rows))
         for _ in range(self.power_iterations if len(rows) else 0):

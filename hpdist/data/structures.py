@@ -100,6 +100,16 @@ def to(rows: Rows, device: torch.device | str, *, non_blocking: bool = False) ->
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking), rows)
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Send a tensor to a device and do not wait for it: not for the copy, nor for earlier work.
+
+    A GPU takes what lies on the CPU from page-locked memory, or the copy would wait for its turn.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def as_dtype(rows: Rows, dtype: torch.dtype) -> Rows:
     """Convert floating-point tensors; whole numbers, such as token ids, stay as they are."""
     return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, rows)

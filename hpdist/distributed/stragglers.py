@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 
+_Moment: TypeAlias = "torch.cuda.Event | float"
+_Span: TypeAlias = "tuple[_Moment, _Moment]"
 _KEPT = 1000  # steps of a mean
 _LISTED = 64  # ranks that have a number each in a record
 
@@ -27,10 +30,9 @@ class RankTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._begun: torch.cuda.Event | float | None = None
-        self._steps: deque[tuple[torch.cuda.Event | float, torch.cuda.Event | float]] = deque(
-            maxlen=_KEPT
-        )
+        self._begun: _Moment | None = None
+        self._spans: list[_Span] = []  # of the step that has begun, or of the next one
+        self._steps: deque[list[_Span]] = deque(maxlen=_KEPT)
 
     def begin(self) -> None:
         """Begin a step, unless it has begun already."""
@@ -40,16 +42,23 @@ class RankTimer:
     def end(self) -> None:
         """End the rank's own part of the step, unless it has ended already."""
         if self._begun is not None:
-            self._steps.append((self._begun, self._now()))
-            self._begun = None
+            self._steps.append([*self._spans, (self._begun, self._now())])
+            self._begun, self._spans = None, []
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Count what is done inside as part of the next step, which has not begun."""
+        begun = self._now()
+        yield
+        self._spans.append((begun, self._now()))
 
     def take(self) -> float:
         """Return the mean seconds of the steps since the last call; 0 if there were none."""
-        seconds = [_between(*step) for step in self._steps]
+        seconds = [sum(_between(*span) for span in step) for step in self._steps]
         self._steps.clear()
         return sum(seconds) / len(seconds) if seconds else 0.0
 
-    def _now(self) -> torch.cuda.Event | float:
+    def _now(self) -> _Moment:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -91,7 +100,7 @@ def _speeds(per_rank: list[float]) -> dict[str, Any]:
     return {f"{name}_min": min(per_rank), f"{name}_median": middle, f"{name}_max": max(per_rank)}
 
 
-def _between(begun: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
+def _between(begun: _Moment, ended: _Moment) -> float:
     if isinstance(begun, float) or isinstance(ended, float):
         return float(ended) - float(begun)  # type: ignore[arg-type]
     ended.synchronize()

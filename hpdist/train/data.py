@@ -101,6 +101,14 @@ class RunData:
         labeled = next(self.labeled_stream)
         return labeled, next(self.unlabeled_stream) if self.unlabeled_stream else None
 
+    def following(self) -> tuple[LabeledBatch, UnlabeledBatch | None] | None:
+        """Return what `next` will return, if it is at hand; nothing is taken."""
+        labeled = self.labeled_stream.following
+        unlabeled = None if self.unlabeled_stream is None else self.unlabeled_stream.following
+        if labeled is None or (unlabeled is None and self.unlabeled_stream is not None):
+            return None
+        return labeled, unlabeled
+
     def iterate_once(self) -> Iterator[UnlabeledBatch]:
         """Iterate once over all unlabelled rows: this rank's slices, from the start of an epoch.
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.random import reseed
 from hpdist.distributed.collectives import (
     any_rank,
@@ -208,11 +209,20 @@ class RunLoop:
             rank_metrics=self.records.waits(self.log) if measure else None,
             stop=stop,
             save=self.saving.asks(),
+            following=None if stop else self._following,
         )
         excess = self.data.record_consumed(
             unlabeled, step.attempts, outcome.applied, outcome.bad_rows
         )
         return Attempt(outcome, problem, excess)
+
+    def _following(self) -> tuple[LabeledBatch, UnlabeledBatch | None] | None:
+        """Give the next attempt's batches if they are at hand, and seed what views draw from."""
+        config, step = self.config, self.step
+        if step.applied_steps + 1 >= config.steps:
+            return None
+        reseed(config.run.seed, step.attempts + 1, step.engine.rank)
+        return self.data.following()
 
     def _rate(self) -> float:
         """The learning rate of the next step."""

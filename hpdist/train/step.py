@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.parts.mixing import check_groups
-from hpdist.algorithms.protocol import Attempt, add
+from hpdist.algorithms.protocol import Attempt, MicroBatch, add
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
-from hpdist.data.structures import cat
+from hpdist.data.structures import cat, sent
 from hpdist.data.views.base import Views
 from hpdist.distributed.collectives import FusedSum, rank_rows
 from hpdist.distributed.stragglers import RankTimer
@@ -37,6 +37,7 @@ from hpdist.errors import ConfigError
 from hpdist.evaluate.scoring import evaluating
 from hpdist.models.with_heads import head_names_of, require_heads
 from hpdist.train import pseudo_label_metrics as pseudo_labels
+from hpdist.train.ahead import Following, ViewsAhead
 from hpdist.train.micro_batch import MicroBatcher, channels_last
 from hpdist.train.optim import l1_norm
 from hpdist.train.outcome import StepOutcome
@@ -123,6 +124,7 @@ class SemiSupervisedStep:
         self._passes = make_passes(
             self.engine, algorithm, self.teacher, self.rank_timer, micro_batches
         )
+        self._ahead = ViewsAhead()
         self._seed = seed
         join_save_state(self)
 
@@ -147,6 +149,7 @@ class SemiSupervisedStep:
         rank_metrics: Mapping[str, float] | None = None,
         stop: bool = False,
         save: bool = False,
+        following: Following | None = None,
     ) -> StepOutcome:
         """Do one optimizer step.
 
@@ -160,12 +163,15 @@ class SemiSupervisedStep:
             stop: Whether this rank wants the run to stop after this step, as when it cannot read
             its next rows. Every rank's outcome then has it, without further communication.
             save: Whether it wants a checkpoint after this step; likewise.
+            following: Gives the next step's batches, or None where they are not at hand; their
+                views are then made while the device computes this step. It is called once, and may
+                seed what views draw from.
 
         Raises ConfigError if rows are missing or do not divide into micro-batches, and
         PrecisionError if overflow does not end.
         """
         self._passes.begin()
-        micros = list(self._cutter().split(labeled, unlabeled, self.attempts))
+        micros = self._micros(labeled, unlabeled)
         flags = {"flags": self._flags(unlabeled, stop, save)}
         attempt = Attempt(
             self.algorithm, micros, self._passes, self._passes.reduce, self._parts, flags
@@ -177,6 +183,9 @@ class SemiSupervisedStep:
                 terms = self._penalized(attempt.judge(number))
                 self.engine.backward(terms.total(self._parts))
                 contributions += [terms.contributions(self._parts)] if measure else []
+        if following is not None:
+            with self.rank_timer.ahead():
+                self._ahead.make(self._cutter(), following, self.attempts + 1)
         done = self.engine.step(lr, self.grad_clip)
         self.attempts += 1
         overflow_source = self._close(done, attempt)
@@ -199,6 +208,14 @@ class SemiSupervisedStep:
             saves > 0,
         )
 
+    def _micros(
+        self, labeled: LabeledBatch[Any, Any], unlabeled: UnlabeledBatch[Any] | None
+    ) -> list[MicroBatch]:
+        """Give the micro-batches of this step, which the one before may have made."""
+        cutter = self._cutter()
+        made = self._ahead.take(cutter, (labeled, unlabeled), self.attempts)
+        return list(cutter.split(labeled, unlabeled, self.attempts) if made is None else made)
+
     @property
     def _parts(self) -> int:
         """The number of contributions that make the global loss."""
@@ -220,7 +237,7 @@ class SemiSupervisedStep:
         """A rank's flags: unusable rows, requests to stop or save, missed gradients."""
         bad = 0 if unlabeled is None else len(unlabeled.bad)
         flags = [bad, stop, save, self.engine.missed_gradients]
-        return torch.tensor([float(flag) for flag in flags], device=self.engine.device)
+        return sent(torch.tensor([float(flag) for flag in flags]), self.engine.device)
 
     def _close(self, done: EngineStep, attempt: Attempt) -> OverflowSource | None:
         """Commit everything if the step was applied, and discard it if not."""
@@ -263,7 +280,7 @@ class SemiSupervisedStep:
         rows = attempt.micros[0].inputs.positions.unlabeled_rows
         observed = pseudo_labels.observed(self.algorithm, weak, rows)
         per_rank = {"compute_seconds": self.rank_timer.take(), **rank_metrics}
-        own = rank_rows(torch.tensor(list(per_rank.values()), device=self.engine.device))
+        own = rank_rows(sent(torch.tensor(list(per_rank.values())), self.engine.device))
         sums |= {f"seen/{name}": value for name, value in observed.items()}
         reduced = FusedSum(sums | {"ranks": own}).wait()
         ranks = dict(zip(per_rank, reduced.pop("ranks").T.tolist(), strict=True))

@@ -119,3 +119,15 @@ def test_time_is_a_step_s_own_and_is_taken_once():
         time.sleep(0.05)  # waiting for the others
     assert 0.02 <= own.take() < 0.05
     assert own.take() == 0.0
+
+
+@pytest.mark.alone
+def test_what_is_done_ahead_counts_for_the_next_step():
+    own = RankTimer(torch.device("cpu"))
+    with own.ahead():
+        time.sleep(0.02)
+    time.sleep(0.05)  # waiting for the others
+    own.begin()
+    time.sleep(0.01)
+    own.end()
+    assert 0.03 <= own.take() < 0.06

@@ -15,6 +15,7 @@ from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.projections import linear
 from hpdist.algorithms.parts.ramps import linear as share_done
+from hpdist.data.structures import sent
 from hpdist.tasks.losses import confident, hard_cross_entropy, soft_cross_entropy
 
 _VIEWS = 2  # strong views in the paper's loss
@@ -87,13 +88,13 @@ class ABC(AddOn, name="abc"):
         assert weak.positions is not None
         labeled, strong = self._rows(outputs.heads[self.name])
         ratio = self._ratio(labeled)  # [classes]
-        drawn = weak.positions.noise("abc", 1, labeled=True)[:, 0].to(labeled.device)
+        drawn = sent(weak.positions.noise("abc", 1, labeled=True)[:, 0], labeled.device)
         kept = (drawn < ratio[outputs.labels]).float()  # [labeled]
         losses = hard_cross_entropy(labeled, outputs.labels) * kept
         targets = weak.heads[self.name][0].softmax(dim=-1)  # [unlabeled, classes]
         mask, classes = confident(targets, self.threshold)
         done = share_done(self.own["step"], self.steps)
-        drawn = weak.positions.noise("abc", 1)[:, 0].to(labeled.device)
+        drawn = sent(weak.positions.noise("abc", 1)[:, 0], labeled.device)
         mask = mask * (drawn < 1 - done * (1 - ratio[classes])).float()
         u_losses = sum((soft_cross_entropy(view, targets) * mask).sum() for view in strong)
         extras = {

@@ -14,6 +14,7 @@ from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, WeakOutput
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
 from hpdist.algorithms.positions import BatchPositions
+from hpdist.data.structures import sent
 from hpdist.errors import ConfigError
 
 Mode = Literal["masked", "denoising"]
@@ -112,11 +113,11 @@ class Reconstruction(AddOn, name="reconstruction"):
         shape = rows.shape[1:]
         if self.mode == "denoising":
             noise = positions.normal(self.name, math.prod(shape)).view(rows.shape)
-            noise = noise.to(rows.device, non_blocking=True)
+            noise = sent(noise, rows.device)
             return (rows + self.scale * noise).to(rows.dtype), torch.ones_like(rows.float())
         cells = [-(-side // self.patch) for side in shape[1:]] if len(shape) == 3 else list(shape)
         drawn = positions.noise(self.name, math.prod(cells)).view(len(rows), *cells)
-        masked = (drawn < self.share).to(rows.device, non_blocking=True)
+        masked = sent(drawn < self.share, rows.device)
         if len(shape) == 3:
             for dim in (1, 2):
                 masked = masked.repeat_interleave(self.patch, dim=dim)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hpdist.algorithms.base import Groups
 from hpdist.algorithms.positions import BatchPositions
+from hpdist.data.structures import sent
 from hpdist.errors import ConfigError
 
 GroupsOption = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -90,8 +91,8 @@ def draw_mixing(
     partners = draw_partners(of_rows, numbers[:, 0])
     shares = beta(numbers[:, 1:], alpha, alpha)
     return Mixing(
-        partners.to(device, non_blocking=True),
-        shares.to(device, non_blocking=True),
+        sent(partners, device),
+        sent(shares, device),
     )
 
 

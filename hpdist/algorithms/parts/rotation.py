@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hpdist.algorithms.exchange import StudentInputs, StudentOutputs
 from hpdist.algorithms.parts.projections import linear
+from hpdist.data.structures import sent
 from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy
 
@@ -42,7 +43,7 @@ def add_rotated(inputs: StudentInputs, images: Tensor, name: str) -> StudentInpu
             f"{list(images.shape)}; set algorithm.rotation_weight to 0"
         )
     drawn = inputs.positions.noise(f"{name} rotation", 1)[:, 0]
-    turns = (drawn * ANGLES).long().to(images.device, non_blocking=True)
+    turns = sent((drawn * ANGLES).long(), images.device)
     context = {**inputs.context, "turns": turns}
     return replace(
         inputs, extra_inputs=(*inputs.extra_inputs, rotated(images, turns)), context=context

@@ -21,6 +21,7 @@ from hpdist.algorithms.parts.tables import BLOCK, WholeShards, ids_of, require_w
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import TAKEN
 from hpdist.algorithms.saved_state import SavedShards, Shards, check_names
+from hpdist.data.structures import sent
 
 FIRST_ROWS = 1024
 """Rows of a table that begins to grow."""
@@ -209,7 +210,7 @@ class RemembersRows(Algorithm):
         if not self._is_sharded:
             return table.read(ids)
         rows = self._recalled[name]
-        return table.unpack(rows[positions.unlabeled.to(rows.device, non_blocking=True)])
+        return table.unpack(rows[sent(positions.unlabeled, rows.device)])
 
     def remembered_bytes(self, rows: int) -> int:
         """Count the bytes that a rank needs to remember so many rows."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hpdist.algorithms.exchange import WeakOutputs
 from hpdist.algorithms.saved_state import SavedShards, Shards
+from hpdist.data.structures import sent
 from hpdist.errors import ConfigError
 
 UNSEEN = -2
@@ -39,7 +40,7 @@ def scatter_to_global(weak: WeakOutputs, values: Tensor, *, labeled: bool = Fals
     if labeled:
         at, rows = positions.labeled, positions.labeled_rows
     empty = values.new_zeros(rows, *values.shape[1:], dtype=torch.float32)
-    return empty.index_copy(0, at.to(values.device, non_blocking=True), values.float())
+    return empty.index_copy(0, sent(at, values.device), values.float())
 
 
 def encode_ids(ids: Tensor) -> Tensor:

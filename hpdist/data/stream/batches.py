@@ -147,6 +147,11 @@ class BatchStream(Generic[BatchT]):
         self._position += self._global_batch
         return cast(BatchT, loaded.batch)
 
+    @property
+    def following(self) -> BatchT | None:
+        """The batch that `next` will give, if `prefetch` has fetched it; the position stays."""
+        return None if self._next is None else cast(BatchT, self._next.batch)
+
     def prefetch(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Wait for the batch that `next` will give, unless `should_stop`; the position stays.
 

@@ -18,6 +18,7 @@ from hpdist.config.component import Component
 from hpdist.config.section import Section
 from hpdist.data import random
 from hpdist.data.decode.audio import Sampling
+from hpdist.data.structures import sent
 from hpdist.data.views.spectrum import (
     bands_of,
     frames_of,
@@ -230,7 +231,7 @@ class AudioViews:
                 f"not {list(positions.shape)} on {positions.device}"
             )
         drawn = random.uniform(self.seed, random.stream_id(*names), step, positions, count)
-        return drawn.to(x.device, non_blocking=True)
+        return sent(drawn, x.device)
 
     def _changed(
         self, waveform: Tensor, length: Tensor, view: WeakAudio, noise: Tensor, speed: float = 0.0

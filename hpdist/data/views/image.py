@@ -15,6 +15,7 @@ from torch import Tensor
 from hpdist.config.component import Component
 from hpdist.config.section import Section
 from hpdist.data import random
+from hpdist.data.structures import sent
 from hpdist.data.views import rand_augment
 from hpdist.data.views.base import ViewedRows, check_positions
 from hpdist.data.views.geometry import Moves, Size, identity_maps
@@ -249,7 +250,7 @@ def shift_and_flip(
     plan = torch.cat((offsets, flipped.long()), dim=1)  # [B, 3]
     if moves is not None:
         moves.add(_shift_maps(plan, width))
-    plan = plan.to(x.device, non_blocking=True)
+    plan = sent(plan, x.device)
     rows = _reflected(height, plan[:, 0:1])  # [B, H]
     columns = _reflected(width, plan[:, 1:2])  # [B, W]
     columns = torch.where(plan[:, 2:] == 1, width - 1 - columns, columns)
@@ -296,7 +297,7 @@ def cutout(images: Tensor, noise: Tensor, share: float) -> Tensor:
     starts, square = _squares(noise, (height, width), share)
     if square == 0:
         return images
-    starts = starts.to(images.device, non_blocking=True)
+    starts = sent(starts, images.device)
     rows = _within(height, starts[:, 0:1], square)  # [B, H]
     columns = _within(width, starts[:, 1:2], square)  # [B, W]
     hidden = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
@@ -350,7 +351,7 @@ def _mapped(rows: Tensor, moves: Moves, hidden: Tensor | None = None) -> ViewedR
     """Put a view and what moved its pixels together, on the view's device."""
     hidden = torch.zeros(len(rows), 4) if hidden is None else hidden
     numbers = torch.cat((moves.maps.flatten(1), moves.visible, hidden.double()), dim=1).float()
-    maps, visible, hidden = numbers.to(rows.device, non_blocking=True).split([6, 4, 4], dim=1)
+    maps, visible, hidden = sent(numbers, rows.device).split([6, 4, 4], dim=1)
     return ViewedRows(rows, maps.unflatten(1, (2, 3)), visible, hidden)
 
 
@@ -367,4 +368,4 @@ def _per_channel(setting: str, values: list[float], images: Tensor) -> Tensor:
             f"views.{setting} has {len(values)} values, but the rows have {channels} channels; "
             "give one value per channel, or one for all"
         )
-    return torch.tensor(values).view(-1, 1, 1).to(images.device, non_blocking=True)
+    return sent(torch.tensor(values), images.device).view(-1, 1, 1)

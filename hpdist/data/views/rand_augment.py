@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpdist.data.structures import sent
 from hpdist.data.views.geometry import Moves, Size, invert
 
 GREY = 0.5
@@ -96,8 +97,8 @@ def _apply_one_each(
     strength = _strengths(choice, draws, operations, magnitude)  # [B]
     counts = choice.bincount(minlength=len(operations)).tolist()
 
-    rows = order.to(images.device, non_blocking=True)
-    strengths = strength.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    rows = sent(order, images.device)
+    strengths = sent(strength, images.device).view(-1, 1, 1, 1)
     groups = zip(operations, torch.split(rows, counts), torch.split(strengths, counts), strict=True)
     for name, row, amount in groups:
         if name in PIXELWISE and len(row):
@@ -264,7 +265,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     # grid_sample counts from -1 to 1 between the outer edges, so offsets in widths count double and
     # the cross terms change their unit.
     unit = torch.tensor([[1, height / width, 2], [width / height, 1, 2]])
-    parameters = (matrices * unit).to(images.device, non_blocking=True)
+    parameters = sent(matrices * unit, images.device)
     x = _centres(width, images)
     y = _centres(height, images)[:, None]
     source = parameters[:, :, None, None]  # [N, 2, 1, 1, 3]

@@ -19,6 +19,7 @@ from hpdist.config.component import Component
 from hpdist.config.section import Section
 from hpdist.data import random
 from hpdist.data.decode.encoded import Array
+from hpdist.data.structures import sent
 from hpdist.data.views.base import check_positions
 from hpdist.errors import DataError
 
@@ -241,4 +242,4 @@ class _Sample:
 def _at(x: Tensor, positions: Tensor) -> Tensor:
     """Put the rows' places where the rows are: the same numbers are drawn on every device."""
     check_positions(x, positions)
-    return positions.to(x.device, non_blocking=True)
+    return sent(positions, x.device)

@@ -17,6 +17,7 @@ from hpdist.config.component import Component
 from hpdist.config.section import Section
 from hpdist.data import random
 from hpdist.data.decode.text import Vocabulary
+from hpdist.data.structures import sent
 from hpdist.data.views.base import check_positions
 from hpdist.errors import ConfigError, DataError
 
@@ -124,7 +125,7 @@ class TextViews:
         tokens = x.shape[1]
         count = _PER_ROW + _PER_TOKEN * tokens
         noise = random.uniform(self.seed, random.stream_id(*names), step, positions, count)
-        noise = noise.to(x.device, non_blocking=True)
+        noise = sent(noise, x.device)
         row, token = noise[:, :_PER_ROW], noise[:, _PER_ROW:].unflatten(1, (_PER_TOKEN, tokens))
         self._special = self._special.to(x.device)
         text = ~self._special[x]  # [B, T]
