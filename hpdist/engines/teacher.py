@@ -88,9 +88,8 @@ class ShardedTeacher:
             return
 
         def infer(inputs: Structure) -> Any:
-            outputs = self.engine.infer(inputs)
-            self.engine.discard_bn_pass()  # running statistics follow the student only
-            return outputs
+            with self.engine.paused_bn():  # running statistics follow the student only
+                return self.engine.infer(inputs)
 
         with self.teacher_weights():
             yield infer
