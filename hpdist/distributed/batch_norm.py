@@ -10,7 +10,7 @@ passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpdist.distributed.collectives import world_size
+from hpdist.distributed.config import NormStatistics
 from hpdist.distributed.normalisation.function import normalise_globally, normalize_with_stats_of
 from hpdist.distributed.normalisation.moments import moments_of
 from hpdist.distributed.normalisation.records import Records
 from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.errors import ConfigError
-
-NormStatistics: TypeAlias = Literal["global", "rank"]
-"""Whose rows batch normalisation takes its statistics from: those of all ranks, or a rank's own."""
 
 _ONE_VALUE = (
     "model: batch normalisation receives one row at a time, which becomes all zeros; use a larger "

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hpdist.data.structures import Structure, as_dtype
 from hpdist.distributed.batch_norm import batch_norms
-from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.distributed.fragments import Elements, Fragment
 from hpdist.distributed.module_names import named_parameters
+from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.engines.base import Replica
 from hpdist.engines.zero import FlatSlice, ZeroEngine
 from hpdist.engines.zero_shapes import unregister_empty

@@ -29,7 +29,7 @@ from hpdist.config.section import Section
 from hpdist.config.yaml import read_yaml, to_yaml
 from hpdist.data.config import CHOICES, Data
 from hpdist.data.files.paths import did_you_mean
-from hpdist.distributed.config import Watchdog
+from hpdist.distributed.config import NormStatistics, Watchdog
 from hpdist.engines.config import LossScale, Precision, Teacher, Zero
 from hpdist.errors import ConfigError
 from hpdist.evaluate.config import Eval
@@ -68,6 +68,12 @@ class Batch(Section):
     """Unlabelled rows of a step; unused by an algorithm without unlabelled views."""
     micro: int | None = Field(None, gt=0)
     """Rows (labelled and unlabelled together) per device per forward; all at once by default."""
+    norm_statistics: NormStatistics = "global"
+    """Whose rows batch normalisation goes by: all ranks', or each rank's own.
+
+    `rank` saves two small collectives per layer and pass, but then the curve depends on the number
+    of ranks. The running statistics, and so evaluation, are those of all ranks in both cases.
+    """
 
 
 class RunConfig(Section):

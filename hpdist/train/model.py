@@ -17,6 +17,7 @@ from hpdist.algorithms.base import Algorithm
 from hpdist.config.component import Component
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.distributed.collectives import call_on_all_ranks
+from hpdist.distributed.config import NormStatistics
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
 from hpdist.engines.base import Engine
@@ -44,6 +45,7 @@ class RunModel:
         given: The module given in Python, if any.
         seed: Of the run.
         checkpoints_activations: Whether activations are recomputed in the backward pass.
+        norm_statistics: Whose rows batch normalisation goes by.
         main: Whether this rank is the main one.
     """
 
@@ -56,11 +58,13 @@ class RunModel:
         *,
         seed: int,
         checkpoints_activations: bool,
+        norm_statistics: NormStatistics,
         main: bool,
     ) -> None:
         self._config = config
         self._seed = seed
         self._checkpoints_activations = checkpoints_activations
+        self._norm_statistics = norm_statistics
         self._sets = sets
         self._sharding = sharding
         self._given = given
@@ -118,7 +122,7 @@ class RunModel:
         sets = self._sets
         model = self._copied() if self._given is not None else self._built()
         opening.log_lines(filter(None, [to_full_precision(model)]), self._main)
-        model = global_batch_norm(model)
+        model = global_batch_norm(model, statistics=self._norm_statistics)
         example = sets.views.plain(sets.spec.example(2))
         outputs = algorithm.task.outputs
         trains = check_model(model, example, sets.num_classes, algorithm.task)

@@ -15,7 +15,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,7 @@ class DispatchCounter(TorchDispatchMode):
         """Count one operation, and do it."""
         if function.namespace == "c10d":
             self.collectives[str(function)] += 1
-        elif not (function.is_view or function.namespace == "prim"):
+        elif function.namespace == "aten" and not function.is_view:
             self.operations[str(function)] += 1
         return function(*args, **(kwargs or {}))
 
@@ -73,7 +73,8 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Normalise by the statistics of all ranks."""
-        assert self.momentum is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         group = dist.group.WORLD
         tensors = (input, self.weight, self.bias, self.running_mean, self.running_var)
@@ -105,12 +106,13 @@ class PlainLoop:
         self.views = views
         self.optimizer = optimizer_of(self.module)
         self.teacher = [p.detach().clone() for p in self.module.parameters()]
-        self.buffers = [b.detach().clone() for b in self.module.buffers()]
+        self.buffers = [b.clone() for b in self.module.buffers() if b.is_floating_point()]
         self.count = 0
 
     def __call__(self, x: Tensor, y: Tensor, u: Tensor) -> None:
         """Do one step on this rank's rows."""
-        labeled, unlabeled = torch.arange(len(x)), torch.arange(len(u))
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        labeled, unlabeled = (torch.arange(len(rows)) + rank * len(rows) for rows in (x, u))
         at = {"step": self.count}
         with torch.no_grad():
             weak_x = self.views.weak(x, stream="labeled", positions=labeled, **at)
@@ -127,8 +129,8 @@ class PlainLoop:
         self.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(self.teacher, list(self.module.parameters()), 1e-3)
-            for mine, buffer in zip(self.buffers, self.module.buffers(), strict=True):
-                mine.lerp_(buffer, 1e-3) if mine.is_floating_point() else mine.copy_(buffer)
+            floating = [b for b in self.module.buffers() if b.is_floating_point()]
+            torch._foreach_lerp_(self.buffers, floating, 1e-3)
         self.count += 1
 
 
@@ -137,7 +139,10 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
 
-def hpdist_loop(model: nn.Module, views: Views) -> Callable[[Tensor, Tensor, Tensor], Any]:
+Loop: TypeAlias = Callable[[Tensor, Tensor, Tensor], Any]
+
+
+def hpdist_loop(model: nn.Module, views: Views) -> Loop:
     """The same step by hpdist."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = launch.make_accelerator(launch.ExecutionPlan())
@@ -151,31 +156,50 @@ def hpdist_loop(model: nn.Module, views: Views) -> Callable[[Tensor, Tensor, Ten
     return run
 
 
-def count(depth: int, width: int, rows: int = BATCH) -> tuple[Dispatched, Dispatched]:
-    """Return what a step dispatches on this rank: by hpdist, and by the plain loop."""
+@dataclass(frozen=True)
+class Compared:
+    """What a step dispatches by hpdist and by the plain loop, on this rank."""
+
+    ours: Dispatched
+    plain: Dispatched
+    difference: float
+    """The largest difference between their weights after these steps, of all weights."""
+
+
+def count(depth: int, width: int, rows: int = BATCH) -> Compared:
+    """Do the same steps in both loops, and count the last. Collective, if there are ranks."""
     torch.manual_seed(0)
     model = WideResNet(3, CLASSES, depth, width)
+    own, theirs = copy.deepcopy(model), model
     views = ImageViewsConfig().build(0)
+    loops = [hpdist_loop(own, views), PlainLoop(theirs, views)]
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
     x = torch.randint(256, (rows, 3, 32, 32), dtype=torch.uint8)
     y = torch.randint(CLASSES, (rows,))
     u = torch.randint(256, (rows * MU, 3, 32, 32), dtype=torch.uint8)
-    found = []
-    for loop in (hpdist_loop(copy.deepcopy(model), views), PlainLoop(model, views)):
-        for _ in range(_COUNTED_FROM):
-            loop(x, y, u)
-        with DispatchCounter() as counter:
-            loop(x, y, u)
-        found.append(Dispatched(counter.operations, counter.collectives))
-    return found[0], found[1]
+    ours, plain = (_counted(loop, x, y, u) for loop in loops)
+    with torch.no_grad():
+        pairs = zip(own.parameters(), theirs.parameters(), strict=True)
+        difference = max(float((a - b).abs().max()) for a, b in pairs)
+    return Compared(ours, plain, difference)
 
 
-def table(found: dict[int, tuple[Dispatched, Dispatched]]) -> str:
+def _counted(loop: Loop, x: Tensor, y: Tensor, u: Tensor) -> Dispatched:
+    for _ in range(_COUNTED_FROM):
+        loop(x, y, u)
+    with DispatchCounter() as counter:
+        loop(x, y, u)
+    return Dispatched(counter.operations, counter.collectives)
+
+
+def table(found: dict[int, Compared]) -> str:
     """Return the counts by number of ranks, as Markdown."""
     lines = [
         "| ranks | hpdist, operations | plain torch | ratio | hpdist, collectives | plain torch |",
         "|---|---|---|---|---|---|",
     ]
-    for ranks, (ours, plain) in found.items():
+    for ranks, compared in found.items():
+        ours, plain = compared.ours, compared.plain
         own, theirs = ours.operations.total(), plain.operations.total()
         sent = f"{ours.collectives.total()} | {plain.collectives.total()}"
         lines.append(f"| {ranks} | {own:,} | {theirs:,} | {own / theirs:.3f} | {sent} |")
@@ -199,15 +223,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2)
     parser.add_argument("--by-name", action="store_true", help="also what differs, by name")
     options = parser.parse_args()
-    found = {
-        ranks: run_ranks(ranks, count, options.depth, options.width, fresh=True)[0]
-        for ranks in (1, 2)
-    }
+    size = options.depth, options.width
+    found = {1: count(*size), 2: run_ranks(2, count, *size, fresh=True)[0]}
     print(f"FixMatch on WRN-{options.depth}-{options.width}, {BATCH} + {BATCH * MU} rows.\n")
     print(table(found))
     if options.by_name:
-        for ranks, (ours, plain) in found.items():
-            print(f"\n{ranks} ranks\n\n{differences(ours, plain)}")
+        for ranks, compared in found.items():
+            print(f"\n{ranks} ranks\n\n{differences(compared.ours, compared.plain)}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, statistics, moments)
         ctx.eps, ctx.reduce = eps, reduce
         ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)  # zeros for the moments would be made in vain
         if not rows.numel():
             return torch.empty_like(rows), moments
         mean, variance, _ = statistics.split((channels, channels, 1))
