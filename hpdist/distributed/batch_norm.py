@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hpdist.distributed.collectives import world_size
 from hpdist.distributed.config import NormStatistics
 from hpdist.distributed.normalisation.function import normalise_globally, normalize_with_stats_of
-from hpdist.distributed.normalisation.moments import moments_of
+from hpdist.distributed.normalisation.moments import moments_of, statistics_of
 from hpdist.distributed.normalisation.records import Records
 from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.errors import ConfigError
@@ -94,29 +94,31 @@ class GlobalBatchNorm(_BatchNorm):
         reduce = self.statistics == "global"
         normalised, moments = normalise_globally(rows, weight, bias, self.eps, reduce=reduce)
         if self._records_now():
-            self._record(moments)
+            if torch.compiler.is_compiling():
+                self._add(*statistics_of(moments, unbiased=True), moments[-1])
+            else:
+                self.records.moments.append(moments)
         return normalised
 
     def _normalise_alone(self, rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise by the statistics of these rows, with torch's own kernel.
 
-        With momentum 1 it leaves the batch's mean and unbiased variance in the buffers.
+        With momentum 1 it leaves the batch's mean and unbiased variance in the buffers. A pass that
+        does not count has some too: activation checkpointing expects it to save as many tensors.
         """
-        count = rows.numel() // self.num_features
+        count, records = rows.numel() // self.num_features, self._records_now()
         compiling = torch.compiler.is_compiling()
-        mean, variance = None, None
-        if self._records_now():
-            if compiling:
-                mean, variance = torch.zeros(2, self.num_features, device=rows.device).unbind()
-            else:
-                batch = self.records.new_batch(count, rows.device)
-                mean, variance = batch.mean, batch.variance
-        enabled = torch.backends.cudnn.enabled
+        if records and not compiling:
+            batch = self.records.new_batch(count, rows.device)
+            mean, variance = batch.mean, batch.variance
+        else:
+            mean, variance = torch.zeros(2, self.num_features, device=rows.device).unbind()
+        cudnn = torch.backends.cudnn.enabled
         normalised = torch.batch_norm(
-            rows, weight, bias, mean, variance, True, 1.0, self.eps, enabled
+            rows, weight, bias, mean, variance, True, 1.0, self.eps, cudnn
         )
-        if compiling and mean is not None and variance is not None:
-            self._record(moments_of(mean, variance * ((count - 1) / count), count))
+        if records and compiling:
+            self._add(mean, variance, count)
         return normalised
 
     def _records_now(self) -> bool:
@@ -125,13 +127,10 @@ class GlobalBatchNorm(_BatchNorm):
             return False
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
-    def _record(self, moments: Tensor) -> None:
-        """Record a pass's moments, float64 [2 channels + 1]."""
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                self.records.compiled.add_(moments)
-        else:
-            self.records.moments.append(moments)
+    @torch.no_grad()
+    def _add(self, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+        """Record a pass in a compiled graph: mean and unbiased variance, fp32 [channels] each."""
+        self.records.compiled.add_(moments_of(mean, variance, count))
 
     def normalize_with_stats_of(self, rows: Tensor, others: Tensor) -> Tensor:
         """Normalise `others` by the global batch's statistics of `rows`, fp32 [rows, channels].

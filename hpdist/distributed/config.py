@@ -8,7 +8,6 @@ from pydantic import Field
 
 from hpdist.config.section import Section
 
-
 NormStatistics: TypeAlias = Literal["global", "rank"]
 """Whose rows batch normalisation takes its statistics from: those of all ranks, or a rank's own."""
 

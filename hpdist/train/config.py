@@ -30,6 +30,7 @@ from hpdist.config.yaml import read_yaml, to_yaml
 from hpdist.data.config import CHOICES, Data
 from hpdist.data.files.paths import did_you_mean
 from hpdist.distributed.config import NormStatistics, Watchdog
+from hpdist.engines.compilation import Compile
 from hpdist.engines.config import LossScale, Precision, Teacher, Zero
 from hpdist.errors import ConfigError
 from hpdist.evaluate.config import Eval
@@ -100,8 +101,8 @@ class RunConfig(Section):
     zero: Zero = Zero()
     activation_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: bool | Compile = False
+    """Compile the model with torch.compile: true, or a group of settings."""
     find_unused_parameters: bool = False
     """Have DDP itself look, before every backward, for parameters that it will not reach.
 
@@ -118,6 +119,15 @@ class RunConfig(Section):
     tracker: Annotated[Tracker, ByName()] = Tracker()
     watchdog: Watchdog = Watchdog()
     divergence: Divergence = Divergence()
+
+    @field_validator("compile", mode="wrap")
+    @classmethod
+    def _flag_or_group(cls, value: object, _: object) -> bool | Compile:
+        if isinstance(value, Mapping):
+            return Compile.model_validate(value)
+        if not isinstance(value, (bool, Compile)):
+            raise ValueError("must be true, false, or settings such as {mode: reduce-overhead}")
+        return value
 
     @field_validator("addons")
     @classmethod

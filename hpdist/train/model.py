@@ -21,6 +21,7 @@ from hpdist.distributed.config import NormStatistics
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
 from hpdist.engines.base import Engine
+from hpdist.engines.compilation import compile_model
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError, describe
 from hpdist.models.activation_checkpointing import checkpoint_activations
@@ -77,7 +78,7 @@ class RunModel:
         with weights_as_stored(self._sharding.stage == 3):
             model = call_on_all_ranks(lambda: self._made(algorithm))
         if self._sharding.compile is not None:
-            model.compile(**self._sharding.compile)  # in place: the parameters keep their names
+            compile_model(model, self._sharding.compile)
         return model
 
     def student(self, step: SemiSupervisedStep) -> nn.Module:

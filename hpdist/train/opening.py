@@ -142,7 +142,8 @@ def _precision(config: RunConfig, sharding: ExecutionPlan) -> str:
     if config.activation_checkpointing:
         parts.append("activation checkpointing")
     if sharding.compile is not None:
-        parts.append("compiled")
+        mode = sharding.compile.get("mode")
+        parts.append("compiled" if mode is None else f"compiled, {mode}")
     return ", ".join(parts)
 
 

@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 
 
-def moments_of(mean: Tensor, variance: Tensor, count: int) -> Tensor:
+def moments_of(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     """Moments, float64 [2 channels + 1], of elements with this mean and biased variance."""
     mean, variance = mean.double(), variance.double()
-    number = torch.full((1,), count, dtype=torch.float64, device=mean.device)
+    number = torch.ones(1, dtype=torch.float64, device=mean.device) * count
     return torch.cat([mean * count, (variance + mean.square()) * count, number])
 
 
-def statistics_of(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, fp32 [channels] each, of moments [2 channels + 1]."""
+def statistics_of(moments: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance, fp32 [channels] each, of moments [2 channels + 1]."""
     channels = len(moments) // 2
     sums, squares, count = moments.split([channels, channels, 1])
     total = count.clamp(min=1)  # no rows anywhere: nothing to divide by
     mean = sums / total
     variance = (squares / total - mean.square()).clamp(min=0)
+    if unbiased:
+        variance = variance * (total / (total - 1).clamp(min=1))
     return mean.float(), variance.float()
 
 

@@ -35,9 +35,10 @@ class Records:
         """Where one process normalises by itself."""
         self.moments: list[Tensor] = []
         """Where the statistics are those of several ranks: float64 [2 channels + 1]."""
-        # Compiled graphs add here, as they cannot append. DeepSpeed may change what is created.
+        # Compiled graphs add moments here, with unbiased variances, as they cannot append to lists.
+        # DeepSpeed may change the dtype of what is created.
         self.compiled = torch.zeros(2 * channels + 1, device=device).double()
-        self._seen = self.compiled._version
+        self._cleared_at = self.compiled._version
         self._spare: list[Batch] = []
 
     def __reduce__(self) -> tuple[type[Records], tuple[int, torch.device]]:
@@ -52,26 +53,26 @@ class Records:
         self.batches.append(batch)
         return batch
 
-    def taken(self) -> list[Tensor]:
-        """All moments, including those of compiled graphs."""
-        return [*self.moments, self.compiled] if self._compiled_ran else self.moments
+    @property
+    def compiled_ran(self) -> bool:
+        """Whether a compiled graph has added something, which only its version tells."""
+        return self.compiled._version != self._cleared_at
+
+    def any(self) -> bool:
+        """Whether anything is recorded."""
+        return bool(self.batches or self.moments or self.compiled_ran)
 
     def clear(self) -> None:
         """Forget what is recorded; the caller sets the statistics of the batches to zero."""
-        if self._compiled_ran:
+        if self.compiled_ran:
             self.compiled.zero_()
-            self._seen = self.compiled._version
+            self._cleared_at = self.compiled._version
         self._spare += reversed(self.batches)
         self.batches, self.moments = [], []
 
     def move(self, device: torch.device) -> None:
         """Move to another device, without contents."""
         self.__init__(self.channels, device)  # type: ignore[misc]
-
-    @property
-    def _compiled_ran(self) -> bool:
-        """Whether a compiled graph has added something, which only its version tells."""
-        return self.compiled._version != self._seen
 
     def _made(self, device: torch.device) -> Batch:
         values = torch.zeros(2 * self.channels + 1, device=device)

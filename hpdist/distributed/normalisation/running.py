@@ -8,19 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hpdist.distributed.collectives import world_size
-
-if TYPE_CHECKING:
-    from hpdist.distributed.batch_norm import GlobalBatchNorm
+from hpdist.distributed.config import NormStatistics
+from hpdist.distributed.normalisation.records import Records
 
 _MOMENTUM = 0.1  # of a layer that names none
 _MOST_PLANS = 64
+
+
+class Layer(Protocol):
+    """A layer with running statistics; `GlobalBatchNorm` implements it."""
+
+    num_features: int
+    momentum: float | None
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    records: Records
+    statistics: NormStatistics
+    recording: bool
 
 
 class RunningStatistics:
@@ -30,7 +42,7 @@ class RunningStatistics:
         norms: Layers on one device; those without running statistics are left alone.
     """
 
-    def __init__(self, norms: Iterable[GlobalBatchNorm]) -> None:
+    def __init__(self, norms: Iterable[Layer]) -> None:
         self.norms = list(norms)
         self._tracked = [norm for norm in self.norms if norm.running_mean is not None]
         self._sizes = [norm.num_features for norm in self._tracked]
@@ -47,7 +59,7 @@ class RunningStatistics:
         total = self._total()
         if total is not None:
             self._move(total)
-            ran = [n for n in self._tracked if n.records.batches or n.records.taken()]
+            ran = [norm for norm in self._tracked if norm.records.any()]
             counters = [n.num_batches_tracked for n in ran if n.num_batches_tracked is not None]
             torch._foreach_add_(counters, 1)
         self.discard()
@@ -74,21 +86,27 @@ class RunningStatistics:
                 norm.recording = recording
 
     def _total(self) -> Tensor | None:
-        """Sums, sums of squares and numbers of elements, float64 [3, channels of all layers]."""
+        """Sums, sums of squares and numbers of elements, float64 [3, channels of all layers].
+
+        Passes weigh as much as they have elements, and each counts with its unbiased variance.
+        """
         records = [norm.records for norm in self._tracked]
         batches = [(n, each.values) for n, r in enumerate(records) for each in r.batches]
-        moments = [(n, each) for n, r in enumerate(records) for each in r.taken()]
+        moments = [(n, each) for n, r in enumerate(records) for each in r.moments]
+        compiled = [(n, r.compiled) for n, r in enumerate(records) if r.compiled_ran]
         totals = []
         if batches:
             mean, variance, count = self._passes(batches).double().unbind(1)
             sums = mean * count
-            squares = (sums * mean).addcmul_(variance, count - 1)
+            squares = (sums * mean).addcmul_(variance, count)
             totals.append(torch.stack((sums, squares, count)).sum(1))
         if moments:
-            totals.append(self._passes(moments).sum(0))
+            totals.append(_unbiased(self._passes(moments)).sum(0))
+        if compiled:
+            totals.append(self._passes(compiled).sum(0))
         if not totals:
             return None
-        total = totals[0] if len(totals) == 1 else totals[0] + totals[1]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         if self._per_rank and world_size() > 1:
             dist.all_reduce(total)
         return total
@@ -110,7 +128,6 @@ class RunningStatistics:
         averages = total[:2] / divisor
         mean, variance = averages
         variance.addcmul_(mean, mean, value=-1).clamp_(min=0)
-        variance.mul_(divisor).div_((divisor - 1).clamp_(min=1))  # unbiased
         if self._momenta is None or self._momenta.device != total.device:
             self._momenta = self._momentum_by_channel(total.device)
         weights = ((elements > 0) * self._momenta).split(self._sizes)  # 0 where no rows came
@@ -125,6 +142,15 @@ class RunningStatistics:
         return torch.tensor(momenta).repeat_interleave(sizes).to(device)
 
 
+def _unbiased(passes: Tensor) -> Tensor:
+    """Moments [passes, 3, channels] with the unbiased variance of each pass in place of its own."""
+    sums, squares, count = passes.unbind(1)
+    of_means = sums * sums / count.clamp(min=1)
+    factor = count / (count - 1).clamp_(min=1)
+    squares.sub_(of_means).mul_(factor).add_(of_means)
+    return passes
+
+
 def _plan(layers: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """Where concatenated records of these layers, and a zero behind them, have each number.
 
@@ -134,12 +160,12 @@ def _plan(layers: Sequence[int], sizes: Sequence[int]) -> Tensor:
     offsets = list(accumulate(sizes, initial=0))
     passes = max(layers.count(layer) for layer in set(layers))
     plan = torch.full((passes, 3, offsets[-1]), starts[-1])
-    seen = [0] * len(sizes)
+    numbers = [0] * len(sizes)
     for layer, start in zip(layers, starts, strict=False):
         size, offset = sizes[layer], offsets[layer]
         channels = torch.arange(size)
-        columns = plan[seen[layer], :, offset : offset + size]
+        columns = plan[numbers[layer], :, offset : offset + size]
         columns.copy_(torch.stack([start + channels, start + size + channels, channels * 0]))
         columns[2] = start + 2 * size
-        seen[layer] += 1
+        numbers[layer] += 1
     return plan
