@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpdist.data.views import ImageViewsConfig
 from hpdist.models import WideResNet
-from tests.benchmarks.plain_loop import Loop, PlainLoop, hpdist_loop, joined
+from tests.benchmarks.plain_loop import Loop, PlainLoop, hpdist_loop, several_ranks
 from tests.support.ranks import run_ranks
 
 BATCH, MU, CLASSES = 8, 7, 10
@@ -73,17 +72,17 @@ def count(depth: int, width: int, rows: int = BATCH) -> Compared:
     model = WideResNet(3, CLASSES, depth, width)
     own, theirs = copy.deepcopy(model), model
     views = ImageViewsConfig().build(0)
-    several = joined() and dist.get_world_size() > 1
-    loops = [hpdist_loop(own, views), PlainLoop(theirs, views, "synced" if several else "torch")]
-    torch.manual_seed(dist.get_rank() if several else 0)
+    ours = hpdist_loop(own, views)  # joins the ranks
+    plain = PlainLoop(theirs, views, "synced" if several_ranks() else "torch")
+    torch.manual_seed(plain.rank)
     x = torch.randint(256, (rows, 3, 32, 32), dtype=torch.uint8)
     y = torch.randint(CLASSES, (rows,))
     u = torch.randint(256, (rows * MU, 3, 32, 32), dtype=torch.uint8)
-    ours, plain = (_counted(loop, x, y, u) for loop in loops)
+    counted = [_counted(loop, x, y, u) for loop in (ours, plain)]
     with torch.no_grad():
         pairs = zip(own.parameters(), theirs.parameters(), strict=True)
         difference = max(float((a - b).abs().max()) for a, b in pairs)
-    return Compared(ours, plain, difference)
+    return Compared(*counted, difference)
 
 
 def _counted(loop: Loop, x: Tensor, y: Tensor, u: Tensor) -> Dispatched:

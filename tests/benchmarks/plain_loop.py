@@ -75,8 +75,8 @@ class PlainLoop:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = self.model = model.to(self.device)
         self.running = RunningStatistics(batch_norms(model))
-        self.rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined() else (0, 1)
-        if ranks > 1:
+        self.rank = dist.get_rank() if several_ranks() else 0
+        if several_ranks():
             self.model = DistributedDataParallel(
                 self.module, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -122,9 +122,9 @@ class PlainLoop:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def joined() -> bool:
-    """Whether this process is one of several ranks, or could be."""
-    return dist.is_available() and dist.is_initialized()
+def several_ranks() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from hpdist.data.views import ImageViewsConfig
 from hpdist.models import WideResNet
-from tests.benchmarks.plain_loop import Loop, PlainLoop, hpdist_loop, joined
+from tests.benchmarks.plain_loop import Loop, PlainLoop, hpdist_loop, several_ranks
 from tests.support.ranks import run_ranks
 
 BATCH, MU, CLASSES = 8, 7, 10
@@ -29,7 +29,6 @@ BATCH, MU, CLASSES = 8, 7, 10
 
 def measure(precision: str, rounds: int, compiled: bool = False) -> tuple[list[float], list[float]]:
     """Seconds per step, round by round: (hpdist, what it is held against)."""
-    several = joined() and dist.get_world_size() > 1
     torch.manual_seed(0)
     model = WideResNet(3, CLASSES)
     views = ImageViewsConfig().build(0)
@@ -38,15 +37,15 @@ def measure(precision: str, rounds: int, compiled: bool = False) -> tuple[list[f
         ours = hpdist_loop(copy.deepcopy(model), views, precision, backend="inductor")
         other = hpdist_loop(model, views, precision)
     else:
-        ours = hpdist_loop(copy.deepcopy(model), views, precision)
-        other = PlainLoop(model, views, "hpdist" if several else "torch", precision)
+        ours = hpdist_loop(copy.deepcopy(model), views, precision)  # joins the ranks
+        other = PlainLoop(model, views, "hpdist" if several_ranks() else "torch", precision)
     x = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
     y = torch.randint(CLASSES, (BATCH,))
     u = torch.randint(256, (BATCH * MU, 3, 32, 32), dtype=torch.uint8)
     times: dict[Loop, list[float]] = {ours: [], other: []}
     for number in range(rounds + 2):
         for loop in [ours, other] if number % 2 else [other, ours]:
-            if several:
+            if several_ranks():
                 dist.barrier()
             start = time.perf_counter()
             loop(x, y, u)
