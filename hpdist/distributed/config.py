@@ -1,10 +1,15 @@
-"""The config of the watchdog."""
+"""The config of the watchdog, and of batch normalisation."""
 
 from __future__ import annotations
+
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from hpdist.config.section import Section
+
+NormStatistics: TypeAlias = Literal["global", "rank"]
+"""Whose rows batch normalisation takes its statistics from: those of all ranks, or a rank's own."""
 
 
 class Watchdog(Section):

@@ -20,6 +20,7 @@ from hpdist.data.structures import Structure
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Elements, Fragment, Layout, WholeTensors
 from hpdist.distributed.module_names import named_parameters
+from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.engines.loss_scale import LossScaler
 from hpdist.engines.optimizer_state import SavedOptimizer, scalars_of
 from hpdist.engines.reach import GradientWatch, reached_nowhere, unreached_note
@@ -84,7 +85,7 @@ class Engine(ABC):
         self.scaler: LossScaler | None = None
         self._outputs: tuple[str, ...] = LOGITS
         self._heads: tuple[str, ...] = ()
-        self._norms = list(batch_norms(self.module))
+        self._running = RunningStatistics(batch_norms(self.module))
         self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
         # Parameters without elements have no place in state, teacher and checkpoint.
         self._parameters = {name: p for name, p in self._trained.items() if _whole_size(p)}
@@ -126,7 +127,8 @@ class Engine(ABC):
     @property
     def forward_communicates(self) -> bool:
         """Whether a forward waits for the other ranks: for weights, or for batch statistics."""
-        return self.fuses_weak_pass or (self.world_size > 1 and bool(self._norms))
+        waits = any(norm.statistics == "global" for norm in self._running.norms)
+        return self.fuses_weak_pass or (self.world_size > 1 and waits)
 
     @property
     def loss_scale(self) -> float:
@@ -304,23 +306,22 @@ class Engine(ABC):
 
     def commit_bn(self, applied: bool) -> None:
         """Update the running statistics of batch normalisation, or discard those of this step."""
-        for norm in self._norms:
-            norm.commit() if applied else norm.discard()
+        self._running.commit() if applied else self._running.discard()
 
-    def discard_bn_pass(self) -> None:
-        """Discard the latest pass from this step's batch statistics."""
-        for norm in self._norms:
-            norm.discard_pass()
+    def paused_bn(self) -> AbstractContextManager[None]:
+        """Inside, passes do not count towards the running statistics of batch normalisation."""
+        return self._running.paused()
 
     @contextmanager
     def virtual_batches(self, rows: Sequence[int]) -> Iterator[None]:
         """Have batch normalisation treat these runs of rows as separate batches."""
-        for norm in self._norms:
-            norm.virtual_batches = tuple(rows)
+        runs = tuple(rows) if len(rows) > 1 else None  # compiled graphs depend on their sizes
+        for norm in self._running.norms:
+            norm.virtual_batches = runs
         try:
             yield
         finally:
-            for norm in self._norms:
+            for norm in self._running.norms:
                 norm.virtual_batches = None
 
     def set_learning_rate(self, lr: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpdist.config.section import Section
+from hpdist.engines.compilation import Compile
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -77,7 +78,7 @@ class ExecutionRequest:
     loss_scale: LossScale = field(default_factory=LossScale)
     grad_clip: float | None = None
     """Largest global gradient norm."""
-    compile: bool = False
+    compile: bool | Compile = False
     find_unused_parameters: bool = False
     patience: float | None = None
     """Seconds without progress after which the compilation of an operator ends the run."""

@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +25,7 @@ from accelerate.utils import (
 
 from hpdist.distributed.collectives import keep_group
 from hpdist.distributed.mpi import adopt_mpi
+from hpdist.engines.compilation import compile_arguments
 from hpdist.engines.config import ExecutionRequest, Precision
 from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
 from hpdist.engines.execution_plan import ExecutionPlan
@@ -58,15 +58,16 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
             f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "
             "their names"
         )
+    stage = _agree(launcher, "zero.stage", request.zero.stage)
     sharding = ExecutionPlan(
         precision=_agree(launcher, "precision", request.precision) or "fp32",
-        stage=_agree(launcher, "zero.stage", request.zero.stage),
+        stage=stage,
         offload=_agree(launcher, "zero.offload", request.zero.offload) or "none",
         nvme_path=_agree(launcher, "zero.nvme_path", request.zero.nvme_path),
         grad_clip=_agree(launcher, "optim.grad_clip", request.grad_clip),
         loss_scale=request.loss_scale,
         deepspeed=path,
-        compile=_compilation(launcher, request.compile),
+        compile=compile_arguments(request.compile, launcher.get("compile"), stage),
         find_unused=request.find_unused_parameters,
         asked_accumulation=launcher.get("accumulation"),
         notes=tuple(notes),
@@ -97,14 +98,6 @@ def _with_file(sharding: ExecutionPlan, request: ExecutionRequest, path: str) ->
     if unused:
         notes = (*notes, f"{path}: hpdist does not use {', '.join(unused)}")
     return replace(sharding, base=base, loss_scale=scale, notes=notes)
-
-
-def _compilation(launcher: Launcher, wanted: bool) -> Mapping[str, Any] | None:
-    """Return how the model is compiled: as the launcher says, else as the config does."""
-    if "compile" in launcher:
-        arguments: Mapping[str, Any] = launcher["compile"][0]
-        return arguments
-    return {} if wanted else None
 
 
 def _join_after_restart(backend: str) -> None:

@@ -50,12 +50,17 @@ class ShardedTeacher:
         student = self.engine.master_parts()  # whole parts: one operation for all parameters
         if student:
             torch._foreach_lerp_(self._parts, student, 1 - decay)
-        for name, (owner, attribute) in self._owners.items():
-            own, buffer = self.buffers[name], getattr(owner, attribute)
-            if buffer.is_floating_point():
-                own.lerp_(buffer, 1 - decay)
-            else:
-                own.copy_(buffer)
+        buffers = [
+            (self.buffers[name], getattr(owner, attribute))
+            for name, (owner, attribute) in self._owners.items()
+        ]
+        averaged = [pair for pair in buffers if pair[0].is_floating_point()]
+        copied = [pair for pair in buffers if not pair[0].is_floating_point()]
+        if averaged:
+            own, theirs = zip(*averaged, strict=True)
+            torch._foreach_lerp_(own, theirs, 1 - decay)
+        if copied:
+            torch._foreach_copy_(*zip(*copied, strict=True))
         self.updates += 1
 
     @contextmanager
@@ -88,9 +93,8 @@ class ShardedTeacher:
             return
 
         def infer(inputs: Structure) -> Any:
-            outputs = self.engine.infer(inputs)
-            self.engine.discard_bn_pass()  # running statistics follow the student only
-            return outputs
+            with self.engine.paused_bn():  # running statistics follow the student only
+                return self.engine.infer(inputs)
 
         with self.teacher_weights():
             yield infer

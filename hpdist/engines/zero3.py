@@ -13,6 +13,7 @@ from hpdist.data.structures import Structure, as_dtype
 from hpdist.distributed.batch_norm import batch_norms
 from hpdist.distributed.fragments import Elements, Fragment
 from hpdist.distributed.module_names import named_parameters
+from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.engines.base import Replica
 from hpdist.engines.zero import FlatSlice, ZeroEngine
 from hpdist.engines.zero_shapes import unregister_empty
@@ -219,6 +220,7 @@ class PartitionedReplica:
         self._engine = deepspeed.initialize(model=model.to(dtype), config=values)[0]
         self._engine.module.train()
         self._parameters = dict(named_parameters(self._engine.module))
+        self._running = RunningStatistics(batch_norms(self._engine.module))
 
     @contextmanager
     def swapped_weights(self, fragments: Sequence[Fragment]) -> Iterator[None]:
@@ -230,10 +232,8 @@ class PartitionedReplica:
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Structure:
         """Outputs in fp32, in training mode; batch statistics are discarded."""
-        outputs = self._requested(self._engine(as_dtype(inputs, self._dtype)))
-        for norm in batch_norms(self._engine.module):
-            norm.discard()
-        return outputs
+        with self._running.paused():
+            return self._requested(self._engine(as_dtype(inputs, self._dtype)))
 
     def tensors(self) -> list[Tensor]:
         """This rank's part of each weight, and the buffers."""

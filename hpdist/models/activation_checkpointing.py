@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -53,7 +53,16 @@ def checkpoint_activations(model: nn.Module) -> None:
         )
     for block in blocks:
         # Not a wrapper module, which would rename the parameters.
-        cast(Any, block).forward = partial(checkpoint, block.forward, **options)
+        cast(Any, block).forward = partial(_checkpointed, block.forward, options)
+
+
+def _checkpointed(
+    forward: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run a block's forward; a compiled graph needs no contexts, since it holds what they set."""
+    if torch.compiler.is_compiling():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)
 
 
 def _keep_segments(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpdist.data.structures import Structure, as_dtype, tensors_of
 from hpdist.distributed.batch_norm import batch_norms
+from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.errors import ConfigError
 from hpdist.models.stored import FullPrecisionReads
 
@@ -119,13 +120,12 @@ def has_gradient_in_training(
     training = model.training
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        unrecorded = RunningStatistics(batch_norms(model)).paused()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), unrecorded:
             outputs = outputs_of(model.train()(example), names)
             return any(tensor.requires_grad for tensor in tensors_of(outputs))
     finally:
         model.train(training)
-        for norm in batch_norms(model):
-            norm.discard()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -196,6 +196,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
             objects.model,
             seed=config.run.seed,
             checkpoints_activations=config.activation_checkpointing,
+            norm_statistics=config.batch.norm_statistics,
             main=main,
         )
         algorithm = _make_algorithm(config, objects, sets, accelerator)
@@ -272,7 +273,13 @@ def _build_step(
     sharding = plan.sharding
     model = run_model.make(algorithm)
     initial = initial_values(model, algorithm.generations)
-    opening.log_model(config.model.name, model, plan.micro_batches, accelerator.is_main_process)
+    opening.log_model(
+        config.model.name,
+        model,
+        plan.micro_batches,
+        accelerator.num_processes,
+        accelerator.is_main_process,
+    )
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
     model, optimizer = prepare(accelerator, model, optimizer)

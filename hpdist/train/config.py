@@ -29,7 +29,8 @@ from hpdist.config.section import Section
 from hpdist.config.yaml import read_yaml, to_yaml
 from hpdist.data.config import CHOICES, Data
 from hpdist.data.files.paths import did_you_mean
-from hpdist.distributed.config import Watchdog
+from hpdist.distributed.config import NormStatistics, Watchdog
+from hpdist.engines.compilation import Compile
 from hpdist.engines.config import LossScale, Precision, Teacher, Zero
 from hpdist.errors import ConfigError
 from hpdist.evaluate.config import Eval
@@ -68,6 +69,12 @@ class Batch(Section):
     """Unlabelled rows of a step; unused by an algorithm without unlabelled views."""
     micro: int | None = Field(None, gt=0)
     """Rows (labelled and unlabelled together) per device per forward; all at once by default."""
+    norm_statistics: NormStatistics = "global"
+    """Whose rows batch normalisation goes by: all ranks', or each rank's own.
+
+    `rank` saves two small collectives per layer and pass, but then the curve depends on the number
+    of ranks. The running statistics, and so evaluation, are those of all ranks in both cases.
+    """
 
 
 class RunConfig(Section):
@@ -94,8 +101,8 @@ class RunConfig(Section):
     zero: Zero = Zero()
     activation_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: bool | Compile = False
+    """Compile the model with torch.compile: true, or a group of settings."""
     find_unused_parameters: bool = False
     """Have DDP itself look, before every backward, for parameters that it will not reach.
 
@@ -112,6 +119,15 @@ class RunConfig(Section):
     tracker: Annotated[Tracker, ByName()] = Tracker()
     watchdog: Watchdog = Watchdog()
     divergence: Divergence = Divergence()
+
+    @field_validator("compile", mode="wrap")
+    @classmethod
+    def _flag_or_group(cls, value: object, _: object) -> bool | Compile:
+        if isinstance(value, Mapping):
+            return Compile.model_validate(value)
+        if not isinstance(value, (bool, Compile)):
+            raise ValueError("must be true, false, or settings such as {mode: reduce-overhead}")
+        return value
 
     @field_validator("addons")
     @classmethod

@@ -17,9 +17,11 @@ from hpdist.algorithms.base import Algorithm
 from hpdist.config.component import Component
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.distributed.collectives import call_on_all_ranks
+from hpdist.distributed.config import NormStatistics
 from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import named_buffers, named_parameters, plain_name
 from hpdist.engines.base import Engine
+from hpdist.engines.compilation import compile_model
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError, describe
 from hpdist.models.activation_checkpointing import checkpoint_activations
@@ -44,6 +46,7 @@ class RunModel:
         given: The module given in Python, if any.
         seed: Of the run.
         checkpoints_activations: Whether activations are recomputed in the backward pass.
+        norm_statistics: Whose rows batch normalisation goes by.
         main: Whether this rank is the main one.
     """
 
@@ -56,11 +59,13 @@ class RunModel:
         *,
         seed: int,
         checkpoints_activations: bool,
+        norm_statistics: NormStatistics,
         main: bool,
     ) -> None:
         self._config = config
         self._seed = seed
         self._checkpoints_activations = checkpoints_activations
+        self._norm_statistics = norm_statistics
         self._sets = sets
         self._sharding = sharding
         self._given = given
@@ -73,7 +78,7 @@ class RunModel:
         with weights_as_stored(self._sharding.stage == 3):
             model = call_on_all_ranks(lambda: self._made(algorithm))
         if self._sharding.compile is not None:
-            model.compile(**self._sharding.compile)  # in place: the parameters keep their names
+            compile_model(model, self._sharding.compile)
         return model
 
     def student(self, step: SemiSupervisedStep) -> nn.Module:
@@ -118,7 +123,7 @@ class RunModel:
         sets = self._sets
         model = self._copied() if self._given is not None else self._built()
         opening.log_lines(filter(None, [to_full_precision(model)]), self._main)
-        model = global_batch_norm(model)
+        model = global_batch_norm(model, statistics=self._norm_statistics)
         example = sets.views.plain(sets.spec.example(2))
         outputs = algorithm.task.outputs
         trains = check_model(model, example, sets.num_classes, algorithm.task)

@@ -60,9 +60,15 @@ def log_devices(main: bool) -> None:
         log_entries([("devices", _devices(found))], main)
 
 
-def log_model(name: str, model: nn.Module, micro_batches: int, main: bool) -> None:
-    """Log the size of the model, and how much of it is trained."""
+def log_model(name: str, model: nn.Module, micro_batches: int, ranks: int, main: bool) -> None:
+    """Log the size of the model, how much of it is trained, and what it normalises by."""
     log_entries([("model", f"{name}, {_parameters(model)}")], main)
+    by_rank = any(norm.statistics == "rank" for norm in batch_norms(model))
+    if ranks > 1 and by_rank:
+        Console(0, 0, main).log_line(
+            f"note: batch.norm_statistics: rank: BatchNorm goes by the rows of each of {ranks:,} "
+            "ranks, so the run depends on their number; global, the default, avoids that"
+        )
     if micro_batches > 1 and any(batch_norms(model)):
         Console(0, 0, main).log_line(
             f"note: BatchNorm sees one of {micro_batches} micro-batches at a time, so its "
@@ -136,7 +142,8 @@ def _precision(config: RunConfig, sharding: ExecutionPlan) -> str:
     if config.activation_checkpointing:
         parts.append("activation checkpointing")
     if sharding.compile is not None:
-        parts.append("compiled")
+        mode = sharding.compile.get("mode")
+        parts.append("compiled" if mode is None else f"compiled, {mode}")
     return ", ".join(parts)
 
 

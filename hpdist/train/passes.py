@@ -69,14 +69,14 @@ class Passes:
 
     def preview(self, micro: MicroBatch) -> Structure:
         """Return the student's outputs for the same rows, without gradient or side effects."""
-        outputs: Structure = self.engine.infer(channels_last(cat(micro.inputs.parts)))
-        self.engine.discard_bn_pass()
+        with self.engine.paused_bn():
+            outputs: Structure = self.engine.infer(channels_last(cat(micro.inputs.parts)))
         return outputs
 
     def probe(self, inputs: Tensor) -> Structure:
         """Return the student's outputs for other inputs, with a gradient towards these only."""
-        outputs: Structure = self.engine.probe_forward(channels_last(inputs))
-        self.engine.discard_bn_pass()
+        with self.engine.paused_bn():
+            outputs: Structure = self.engine.probe_forward(channels_last(inputs))
         return outputs
 
     def reduce(self, sums: Mapping[str, Tensor]) -> PendingSums:

@@ -1,9 +1,12 @@
 """Step time of hpdist against a bare PyTorch loop with the same maths on the same tensors.
 
-    python -m tests.benchmarks.step_time [--rounds 8] [--precision fp32 bf16]
+    python -m tests.benchmarks.step_time [--rounds 8] [--precision fp32 bf16] [--ranks 2]
+    python -m tests.benchmarks.step_time --compile
 
-FixMatch on WRN-28-2, batch 8 with mu 7, one process. The two take turns, step by step, so that the
-ratio holds when the machine's speed drifts; the order within a round alternates.
+FixMatch on WRN-28-2, batch 8 with mu 7 per rank. The two take turns, step by step, so that the
+ratio holds when the machine's speed drifts; the order within a round alternates. With several ranks
+the bare loop is DDP with hpdist's batch normalisation, since torch's SyncBatchNorm needs GPUs. With
+`--compile` both are hpdist, the first with a compiled model.
 """
 
 from __future__ import annotations
@@ -12,128 +15,68 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
-from torch.nn import functional as F
+import torch.distributed as dist
 
-from hpdist.algorithms import FixMatch
-from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
-from hpdist.data.views.base import Views
-from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.models import WideResNet
-from hpdist.train.step import SemiSupervisedStep
+from tests.benchmarks.plain_loop import Loop, PlainLoop, hpdist_loop, several_ranks
+from tests.support.ranks import run_ranks
 
 BATCH, MU, CLASSES = 8, 7, 10
-THRESHOLD = 0.3  # so that some rows pass with untrained weights
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-
-
-class BareLoop:
-    """What one would write by hand: no classes between the tensors and torch."""
-
-    def __init__(
-        self, model: nn.Module, views: Views, precision: str, device: torch.device
-    ) -> None:
-        self.model = model.to(device)
-        self.views = views
-        self.device = device
-        self.optimizer = optimizer_of(model)
-        self.teacher = [p.detach().clone() for p in model.parameters()]
-        self.buffers = [b.detach().clone() for b in model.buffers()]
-        self.precision = precision
-        self.count = 0
-
-    def __call__(self, x: Tensor, y: Tensor, u: Tensor) -> None:
-        x, y, u = x.to(self.device), y.to(self.device), u.to(self.device)
-        at = {"step": self.count}
-        labeled, unlabeled = torch.arange(len(x)), torch.arange(len(u))
-        with torch.no_grad():
-            weak_x = self.views.weak(x, stream="labeled", positions=labeled, **at)
-            weak_u = self.views.weak(u, stream="unlabeled", positions=unlabeled, **at)
-            strong_u = self.views.strong(u, stream="unlabeled", positions=unlabeled, **at)
-            with self.autocast():
-                logits = self.model(weak_u.contiguous(memory_format=torch.channels_last))
-            confidence, pseudo = logits.float().softmax(dim=1).max(dim=1)
-        student = torch.cat([weak_x, strong_u]).contiguous(memory_format=torch.channels_last)
-        with self.autocast():
-            logits = self.model(student)
-        logits = logits.float()
-        losses = F.cross_entropy(logits[len(x) :], pseudo, reduction="none")
-        unsupervised = (losses * (confidence >= THRESHOLD)).mean()
-        (F.cross_entropy(logits[: len(x)], y) + unsupervised).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.teacher, list(self.model.parameters()), 1e-3)
-            for mine, buffer in zip(self.buffers, self.model.buffers(), strict=True):
-                mine.lerp_(buffer, 1e-3) if mine.is_floating_point() else mine.copy_(buffer)
-        self.count += 1
-
-    def autocast(self):  # type: ignore[no-untyped-def]
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def hpdist_loop(model: nn.Module, views: Views, precision: str) -> Callable[..., None]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the precision before
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    prepared, optimizer = accelerator.prepare(global_batch_norm(model), optimizer_of(model))
-    step = SemiSupervisedStep(accelerator, prepared, optimizer, FixMatch(THRESHOLD), views)
-
-    def run(x: Tensor, y: Tensor, u: Tensor) -> None:
-        step(LabeledBatch(x, y, torch.arange(len(x))), UnlabeledBatch(u, torch.arange(len(u))))
-
-    return run
-
-
-def measure(precision: str, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds per step, round by round: (hpdist, bare loop)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def measure(precision: str, rounds: int, compiled: bool = False) -> tuple[list[float], list[float]]:
+    """Seconds per step, round by round: (hpdist, what it is held against)."""
     torch.manual_seed(0)
     model = WideResNet(3, CLASSES)
     views = ImageViewsConfig().build(0)
-    bare = BareLoop(copy.deepcopy(model), views, precision, device)
-    ours = hpdist_loop(model, views, precision)
+    other: Loop
+    if compiled:
+        ours = hpdist_loop(copy.deepcopy(model), views, precision, backend="inductor")
+        other = hpdist_loop(model, views, precision)
+    else:
+        ours = hpdist_loop(copy.deepcopy(model), views, precision)  # joins the ranks
+        other = PlainLoop(model, views, "hpdist" if several_ranks() else "torch", precision)
     x = torch.randint(256, (BATCH, 3, 32, 32), dtype=torch.uint8)
     y = torch.randint(CLASSES, (BATCH,))
     u = torch.randint(256, (BATCH * MU, 3, 32, 32), dtype=torch.uint8)
-    times: dict[Callable[..., None], list[float]] = {ours: [], bare: []}
+    times: dict[Loop, list[float]] = {ours: [], other: []}
     for number in range(rounds + 2):
-        for loop in [ours, bare] if number % 2 else [bare, ours]:
+        for loop in [ours, other] if number % 2 else [other, ours]:
+            if several_ranks():
+                dist.barrier()
             start = time.perf_counter()
             loop(x, y, u)
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= 2:  # the first two warm up
                 times[loop].append(time.perf_counter() - start)
-    return times[ours], times[bare]
+    return times[ours], times[other]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
-    arguments = parser.parse_args()
-    print(
-        "| precision | hpdist, s/step | bare loop, s/step | ratio by round: median (min to max) |"
-    )
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    one, two = ("compiled", "eager") if options.compile else ("hpdist", "bare loop")
+    print(f"| precision | {one}, s/step | {two}, s/step | ratio by round: median (min to max) |")
     print("|---|---|---|---|")
-    for precision in arguments.precision:
-        ours, bare = measure(precision, arguments.rounds)
-        ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    for precision in options.precision:
+        settings = (precision, options.rounds, options.compile)
+        if options.ranks == 1:
+            ours, other = measure(*settings)
+        else:
+            ours, other = run_ranks(options.ranks, measure, *settings, timeout=3600)[0]
+        ratios = [a / b for a, b in zip(ours, other, strict=True)]
         print(
-            f"| {precision} | {statistics.median(ours):.3f} | {statistics.median(bare):.3f} "
-            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"
+            f"| {precision} | {statistics.median(ours):.3f} | {statistics.median(other):.3f} "
+            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |",
+            flush=True,
         )
 
 

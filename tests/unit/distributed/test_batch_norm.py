@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from typing import Any
 
 import pytest
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpdist.distributed.batch_norm import (
-    GlobalBatchNorm,
-    _combined,
-    _moments,
-    batch_norms,
-    global_batch_norm,
-)
+from hpdist.distributed.batch_norm import GlobalBatchNorm, batch_norms, global_batch_norm
+from hpdist.distributed.normalisation import cpu, gpu
+from hpdist.distributed.normalisation.function import _Traced
+from hpdist.distributed.normalisation.moments import into_statistics, moments_of, statistics_of
+from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.errors import ConfigError
+from tests.benchmarks.dispatch_count import DispatchCounter
 from tests.support.ranks import run_ranks
+from tests.support.sync_batch_norm import register_reference_kernels
 
 
 def rows() -> Tensor:
@@ -142,13 +142,154 @@ def test_a_batch_norm_that_computes_something_else_is_refused() -> None:
         global_batch_norm(nn.Sequential(Scaled(4)))
 
 
-def test_the_compiler_leaves_out_what_is_remembered() -> None:
+def moved(norm: GlobalBatchNorm) -> tuple[Tensor, Tensor]:
+    """The running statistics after a commit."""
+    norm.commit()
+    return norm.running_mean, norm.running_var
+
+
+def test_a_paused_pass_leaves_nothing_behind() -> None:
     _, ours = pair()
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), pickle.loads(pickle.dumps(ours)))
-    explained = torch._dynamo.explain(model)(rows())
-    assert any("disable" in found.reason for found in explained.break_reasons)
+    ours.momentum = 1.0
+    ours(rows())
+    with RunningStatistics([ours]).paused():
+        ours(rows() * torch.inf)
+    mean, _ = moved(ours)
+    torch.testing.assert_close(mean, rows().mean((0, 2, 3)))
+
+
+def test_numbers_that_are_not_finite_do_not_outlive_their_step() -> None:
+    _, ours = pair()
+    ours.momentum = 1.0
+    for forget in (ours.discard, ours.commit):
+        ours(rows() * torch.inf)
+        forget()
+        ours.running_mean.zero_()
+        ours.running_var.zero_()
+        ours(rows())
+        assert all(bool(each.isfinite().all()) for each in moved(ours))
+
+
+def test_a_commit_takes_a_handful_of_operations_for_any_number_of_layers() -> None:
+    """Layers of several sizes and momenta, every third of which runs twice; each as by itself."""
+    torch.manual_seed(0)
+    layers = [GlobalBatchNorm(3 + n % 4, momentum=(0.1, 0.2, 1.0, None)[n % 4]) for n in range(20)]
+    alone = copy.deepcopy(layers)
+    together = RunningStatistics(layers)
+    for _ in range(2):  # in the first the plan is made
+        for number in [*range(20), *range(0, 20, 3)]:
+            x = torch.randn(6, layers[number].num_features)
+            layers[number](x)
+            alone[number](x)
+        with DispatchCounter() as counter:
+            together.commit()
+        for layer in alone:
+            layer.commit()
+    assert counter.operations.total() <= 30
+    for one, other in zip(layers, alone, strict=True):
+        torch.testing.assert_close(one.state_dict(), other.state_dict())
+        assert one.num_batches_tracked == 2
+
+
+def test_a_layer_that_does_not_run_stays_as_it_is() -> None:
+    used, unused = GlobalBatchNorm(4, momentum=1.0), GlobalBatchNorm(3)
+    used(rows())
+    RunningStatistics([unused, used]).commit()
+    assert unused.running_mean.eq(0).all()
+    assert unused.running_var.eq(1).all()
+    assert (unused.num_batches_tracked, used.num_batches_tracked) == (0, 1)
+    torch.testing.assert_close(used.running_var, rows().var((0, 2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4, 6), (3, 4, 6, 5), (2, 4, 3, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_kernels_for_gpus_and_cpus_and_compilers_agree(
+    shape: tuple[int, ...], dtype: torch.dtype, affine: bool
+) -> None:
+    """Those for GPUs run here on reference implementations, with the same signatures."""
+    register_reference_kernels()
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    if len(shape) == 4:
+        x, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad))
+    weight, bias = (torch.rand(4, generator=generator) + 0.5 if affine else None for _ in range(2))
+    found = []
+    for kernels in (cpu, gpu):
+        moments, buffer = kernels.moments(x)
+        mean, variance, _ = into_statistics(moments, buffer).split((4, 4, 1))
+        out = kernels.normalised(x, weight, bias, mean, variance, 1e-5)
+        inputs = (grad, x, weight, mean, variance, moments, 1e-5, False)
+        found.append((moments, out, *kernels.gradients(*inputs)))
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+    out, moments = _Traced.apply(*leaves, 1e-5, False)
+    out.backward(grad)
+    found.append((moments, out, *(None if leaf is None else leaf.grad for leaf in leaves)))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            if other is not None:
+                assert one.dtype == other.dtype
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def on_a_rank_with_few_rows() -> tuple[Tensor, ...]:
+    dist.init_process_group("gloo")
+    _, ours = pair()
+    x = rows().split([0, 1, 7])[dist.get_rank()].clone().requires_grad_()
+    out = ours(x)
+    (out * out.detach().sin()).sum().backward()
+    ours.commit()
+    grads = torch.stack([ours.weight.grad, ours.bias.grad])
+    dist.all_reduce(grads)
+    return out.detach(), x.grad, grads, ours.running_mean, ours.running_var
+
+
+def in_one_process() -> tuple[Tensor, ...]:
+    theirs, _ = pair()
+    x = rows().requires_grad_()
+    out = theirs(x)
+    (out * out.detach().sin()).sum().backward()
+    grads = torch.stack([theirs.weight.grad, theirs.bias.grad])
+    return out.detach(), x.grad, grads, theirs.running_mean, theirs.running_var
+
+
+def test_ranks_without_rows_or_with_one_take_part() -> None:
+    out, grad, *same = in_one_process()
+    results = run_ranks(3, on_a_rank_with_few_rows)
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), out)
+    torch.testing.assert_close(torch.cat([r[1] for r in results]), grad)
+    for result in results:
+        torch.testing.assert_close(list(result[2:]), same)
+
+
+def by_rank() -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    """With statistics of each rank: outputs, running statistics, and the collectives of each."""
+    dist.init_process_group("gloo")
+    model = global_batch_norm(nn.Sequential(nn.BatchNorm2d(4, momentum=1.0)), statistics="rank")
+    parts = [rows()[:1, :, :1, :1], rows()]  # the first is a single value
+    x = parts[dist.get_rank()].clone().requires_grad_()
+    with DispatchCounter() as counter:
+        out = model(x)
+        out.sum().backward()
+    passes = counter.collectives.total()
+    with DispatchCounter() as counter:
+        RunningStatistics(batch_norms(model)).commit()
     (norm,) = batch_norms(model)
-    assert len(norm._passes) == 1
+    commits = counter.collectives.total()
+    return out.detach(), x.detach(), norm.running_mean, norm.running_var, passes, commits
+
+
+def test_statistics_of_each_rank_need_no_collective_but_the_commits() -> None:
+    """The running statistics are those of all ranks' values, and the same on every rank."""
+    results = run_ranks(2, by_rank)
+    values = torch.cat([x.transpose(0, 1).flatten(1) for _, x, *_ in results], dim=1)
+    for out, x, mean, variance, passes, commits in results:
+        expected = nn.BatchNorm2d(4)(x) if len(x) > 1 else torch.zeros_like(x)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)  # of one value: 0
+        torch.testing.assert_close(mean, values.mean(1))
+        torch.testing.assert_close(variance, values.var(1), rtol=1e-2, atol=0)
+        assert (passes, commits) == (0, 1)
 
 
 CALLS = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter")
@@ -200,8 +341,9 @@ def test_moments_are_added_without_loss_of_precision() -> None:
     """Of sixty-four ranks, each of whose own means and variances are exact."""
     x = far_from_zero(64).double()
     parts = [part.transpose(0, 1).flatten(1) for part in x.chunk(64)]
-    own = [_moments(p.mean(1), p.var(1, correction=0), p.shape[1]) for p in parts]
-    _, variance, count = _combined(torch.stack(own).sum(dim=0))
+    own = [moments_of(p.mean(1), p.var(1, correction=0), p.shape[1]) for p in parts]
+    whole = torch.stack(own).sum(dim=0)
+    _, variance = statistics_of(whole)
     expected = x.var((0, 2, 3), correction=0).float()
     torch.testing.assert_close(variance, expected, rtol=1e-3, atol=0)
-    assert count.item() == x.numel() // 4
+    assert whole[-1].item() == x.numel() // 4

@@ -130,14 +130,47 @@ def test_how_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.resolve(execution_request(config(compile=True))).compile == {}
     variables = {
         "BACKEND": "INDUCTOR",
-        "MODE": "reduce-overhead",
+        "MODE": "max-autotune",
         "USE_FULLGRAPH": "True",
         "USE_DYNAMIC": "False",
     }
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
-    expected = {"backend": "inductor", "mode": "reduce-overhead", "fullgraph": True}
+    expected = {"backend": "inductor", "mode": "max-autotune", "fullgraph": True}
     assert launch.resolve(execution_request(config())).compile == expected
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"mode": "reduce-overhead"}, r"compile: mode reduce-overhead records CUDA graphs, and no"),
+        ({"backend": "eager", "mode": "max-autotune"}, r"mode max-autotune is inductor's, not"),
+        ({"backend": "nvfuser"}, r"compile.backend: torch has no 'nvfuser'; it has"),
+    ],
+)
+def test_a_compilation_that_cannot_work_is_refused(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        launch.resolve(execution_request(config(compile=settings)))
+
+
+def test_weights_that_zero3_moves_are_in_no_cuda_graph() -> None:
+    chosen = config(compile={"mode": "max-autotune"}, zero={"stage": 3})
+    with pytest.raises(ConfigError, match=r"zero.stage 3 moves them"):
+        launch.resolve(execution_request(chosen))
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("fast", r"compile: must be true, false, or settings such as"),
+        ({"mod": "default"}, r"compile.mod: "),
+        ({"mode": "quick"}, r"compile.mode: "),
+    ],
+)
+def test_settings_of_the_compiler_are_checked(value: object, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        config(compile=value)
 
 
 def test_accumulation_in_accelerates_config(monkeypatch: pytest.MonkeyPatch) -> None:

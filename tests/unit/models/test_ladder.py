@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpdist.algorithms import FixMatch, Ladder, Reconstruction
 from hpdist.algorithms.ladder import LadderConfig
 from hpdist.data.structures import cat
-from hpdist.distributed.batch_norm import GlobalBatchNorm
+from hpdist.distributed.batch_norm import GlobalBatchNorm, batch_norms
 from hpdist.engines.config import LossScale
 from hpdist.errors import ConfigError
 from hpdist.models import MLP, LadderMLP
@@ -286,7 +286,7 @@ def test_a_step_normalises_labelled_rows_apart() -> None:
     (record,) = train(step, 1)
     hook.remove()
     ((rows, said),) = seen
-    assert all(norm.virtual_batches is None for norm in step.engine._norms)
+    assert all(norm.virtual_batches is None for norm in batch_norms(model))
     step = make_step(Ladder((1.0, 0.1)))  # with the weights of before
     step.engine.module.noise = 0.0
     for first, last in ((0, LABELED), (LABELED, len(rows))):

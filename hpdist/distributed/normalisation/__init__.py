@@ -1,0 +1,1 @@
+"""Batch normalisation over several ranks: its arithmetic, and the running statistics."""
