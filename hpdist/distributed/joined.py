@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hpdist.distributed.collectives import leave_group, world_size
+from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.mpi import adopt_mpi
 from hpdist.errors import DistributedError
 
@@ -19,11 +20,22 @@ _TIMEOUT = timedelta(hours=2)  # ranks may have unequal work before they meet
 
 @contextmanager
 def joined_ranks() -> Iterator[None]:
-    """Inside, the processes that a launcher has started are one group; alone, nothing happens.
+    """Inside, the processes that a launcher has started are one group; alone, there is none.
 
+    A process whose launcher is killed ends at once: what the command writes is whole or not there.
     Collective. Raises DistributedError where the ranks cannot meet.
     """
     adopt_mpi()
+    watch = LauncherWatch(int(os.environ.get("RANK", "0")), grace=0)
+    try:
+        with _group():
+            yield
+    finally:
+        watch.stop()
+
+
+@contextmanager
+def _group() -> Iterator[None]:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not launched or world_size() > 1:
         yield

@@ -104,7 +104,7 @@ class LauncherWatch:
 
     Args:
         rank: This rank.
-        grace: Those seconds.
+        grace: Those seconds; 0 where there is nothing to save.
     """
 
     def __init__(self, rank: int, grace: float = _GRACE_SECONDS) -> None:
@@ -135,9 +135,10 @@ class LauncherWatch:
         os._exit(DistributedError.exit_status)
 
     def _write_state(self, launcher: Launcher) -> None:
+        what = f"the run is saved and stops, within {self._grace:g} s"
         line = (
-            f"hpdist: rank {self._rank}: the launcher (process {launcher.pid}) is gone; the run is "
-            f"saved and stops, within {self._grace:g} s\n"
+            f"hpdist: rank {self._rank}: the launcher (process {launcher.pid}) is gone; "
+            f"{what if self._grace else 'this process ends'}\n"
         )
         try:
             os.write(2, line.encode())

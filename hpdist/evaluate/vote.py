@@ -215,11 +215,9 @@ def _write(out: Path, table: pa.Table, names: list[str], spent: Spent, teacher: 
         record |= {"parts": 1, "rows": of_teacher["rows"], "files": of_teacher["files"]}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "part-00000000.parquet", to_bytes(table))
-        if "parts" in record:
-            write_whole(out / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-        else:
-            write_whole(out / PRIVACY, (json.dumps(record, indent=2) + "\n").encode())
+        name = RECORD if "parts" in record else PRIVACY
+        write_whole(out / name, (json.dumps(record, indent=2) + "\n").encode())
+        write_whole(out / "part-00000000.parquet", to_bytes(table))  # last: none without its cost
     except OSError as error:
         raise CheckpointError(
             f"--out {out}: cannot be written: {why_not_written(error, out)}"

@@ -14,6 +14,9 @@ import torch
 
 import hpdist
 from hpdist.distributed.collectives import run_on_main
+from hpdist.distributed.joined import joined_ranks
+from hpdist.evaluate.measure import measure, open_measured
+from hpdist.evaluate.precisions import in_precisions
 from hpdist.train import model as run_model
 from hpdist.train.trainer import Trainer
 from tests.support.model_runs import adapted, outputs_of, pictures, trained
@@ -84,6 +87,18 @@ def evaluate(arguments: list[str]) -> int:
     return cli.main(["evaluate", *arguments])
 
 
+def not_finite(folder: str) -> list[int]:
+    """The rows with an output that is no number, in fp32 and fp16, of a model that overflows."""
+    with joined_ranks():
+        loaded = hpdist.load(folder)
+        assert loaded.model is not None
+        last = [m for m in loaded.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+        with torch.no_grad():
+            last.weight[0] = 1e6
+        found = measure(in_precisions(loaded, ["fp16"]), open_measured(loaded), 4)
+    return [each.not_finite for each in found]
+
+
 def test_every_row_is_measured_once_on_any_number_of_ranks(tmp_path: Path) -> None:
     rows = pictures(tmp_path)["rows"]
     rows.select(range(11)).to_parquet(str(tmp_path / "rows.parquet"))
@@ -104,3 +119,6 @@ def test_every_row_is_measured_once_on_any_number_of_ranks(tmp_path: Path) -> No
         assert first["largest_difference"] == pytest.approx(second["largest_difference"], rel=0.05)
         for name, value in first["scores"].items():
             assert second["scores"][name] == pytest.approx(value, rel=1e-3), name
+    expected = not_finite(str(tmp_path / "run"))
+    assert expected[0] == 0 < expected[1]
+    assert run_ranks(2, not_finite, str(tmp_path / "run")) == [expected, expected]

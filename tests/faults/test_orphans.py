@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.fault_table import Fault
+from tests.support.predictions import contents, make_run, predict
 from tests.support.slow_run import SlowRun, ranks_of
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,13 @@ from hpdist.distributed.launcher_watch import LauncherWatch
 LauncherWatch(0, grace=0.5)
 print(os.getpid(), flush=True)
 time.sleep(300)
+"""
+JOINED = """
+import os, time
+from hpdist.distributed.joined import joined_ranks
+with joined_ranks():  # as every command on several processes that does not train
+    print(os.getpid(), flush=True)
+    time.sleep(300)
 """
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -82,6 +90,52 @@ def test_ranks_end_with_a_launcher_that_is_killed_and_others_stay(
         for process in (*ranks, alone):
             if process.is_running():
                 process.kill()
+    fault.survived()
+
+
+def test_a_command_ends_with_its_launcher(inject: Callable[..., Fault]) -> None:
+    fault = inject("a launcher killed, of ranks that predict or measure", 2)
+    launcher, ranks = start([sys.executable, "-c", LAUNCHER, JOINED], 2)
+    try:
+        kill_starter(launcher)
+        assert not psutil.wait_procs(ranks, timeout=30)[1]
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+    fault.survived()
+
+
+@pytest.mark.slow
+def test_predicting_ends_with_its_launcher_and_goes_on(
+    tmp_path: Path, inject: Callable[..., Fault]
+) -> None:
+    fault = inject("the launcher of 2 ranks that predict killed")
+    make_run(tmp_path)
+    whole = predict(tmp_path, "whole", batch=1, part_rows=1)
+    assert whole is not None
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python"]
+    command = [
+        *(sys.executable, "-m", "hpdist", "predict", str(tmp_path / "run"), str(tmp_path / "data")),
+        *("--out", str(tmp_path / "killed"), "--probabilities", "--batch", "1"),
+        *("--rows-per-file", "1"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*launcher, *command], env=environment, cwd=tmp_path, text=True)
+    while not (tmp_path / "killed/part-00000000.parquet").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    ranks = ranks_of(process)
+    for rank in ranks:
+        rank.suspend()  # they are quick
+    kill_starter(process)
+    time.sleep(1.5)  # it is time for them to look
+    for rank in ranks:
+        rank.resume()
+    assert not psutil.wait_procs(ranks, timeout=20)[1]
+    assert len(contents(tmp_path / "killed")) < len(contents(tmp_path / "whole"))
+    predict(tmp_path, "killed", batch=1, part_rows=1)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     fault.survived()
 
 

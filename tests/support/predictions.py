@@ -141,27 +141,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def kill_and_resume(folder: Path, points: list[int]) -> list[dict[str, Any]]:
     """Kill either of two ranks at these points, go on with three and with one; what came of it."""
-    log = folder / "log"
-    assert run_forked(1, log, _whole, folder) == [0], log.read_text()[-5000:]
-    whole = contents(folder / "whole")
+    whole = _whole_contents(folder)
     found = []
     for number, point in enumerate(points):
         victim, ranks = number % 2, (3, 1)[number // 2 % 2]
         name = f"killed-{point}-{victim}"
-        ended = run_forked(2, log, _killed, folder, name, victim, point)
-        before = sum(1 for _ in (folder / name).glob("part-*.parquet"))
-        resumed = run_forked(ranks, log, predict, folder, name)
-        same = resumed == [0] * ranks and contents(folder / name) == whole
+        ended = run_forked(2, folder / f"{name}.log", _killed, folder, name, victim, point)
         killed = ended[victim] == -signal.SIGKILL
-        found.append({"killed": killed, "parts": before, "resumed": resumed, "same": same})
+        found.append({"killed": killed} | _gone_on(folder, name, ranks, whole))
     return found
 
 
 def kill_at_random(folder: Path, kills: int) -> list[dict[str, Any]]:
     """Kill either of two ranks so many times at random instants, go on with three and with one."""
-    log, draw = folder / "log", random.Random(0)
-    assert run_forked(1, log, _whole, folder) == [0], log.read_text()[-5000:]
-    whole = contents(folder / "whole")
+    log, draw = folder / "timed.log", random.Random(0)
+    whole = _whole_contents(folder)
     assert run_forked(2, log, _timed, folder, "timed") == [0, 0], log.read_text()[-5000:]
     seconds = [float((folder / f"seconds-{rank}").read_text()) for rank in range(2)]
     found: list[dict[str, Any]] = []
@@ -169,16 +163,49 @@ def kill_at_random(folder: Path, kills: int) -> list[dict[str, Any]]:
         victim, name = attempt % 2, f"random-{attempt}"
         ranks = (3, 1)[len(found) // 2 % 2]
         after = draw.uniform(0, seconds[victim])
+        log = folder / f"{name}.log"
         ended = run_forked(2, log, _killed_after, folder, name, victim, after)
         if ended[victim] != -signal.SIGKILL:  # it was done before
             continue
-        before = sum(1 for _ in (folder / name).glob("part-*.parquet"))
-        resumed = run_forked(ranks, log, predict, folder, name)
-        same = resumed == [0] * ranks and contents(folder / name) == whole
-        found.append({"after": after, "parts": before, "ranks": ranks, "same": same})
+        found.append({"after": after} | _gone_on(folder, name, ranks, whole))
         if len(found) == kills:
             break
     return found
+
+
+def unequal(results: list[dict[str, Any]]) -> str:
+    """Say of each start that went on how it failed, or which files it left other; or nothing."""
+    lines = []
+    for result in results:
+        if any(result["resumed"]):
+            lines.append(f"{result['name']}: {result['resumed']} when it went on:{result['said']}")
+        elif result["differing"]:
+            lines.append(f"{result['name']}: went on, and differs in {result['differing']}")
+    return "\n".join(lines)
+
+
+def _gone_on(folder: Path, name: str, ranks: int, whole: dict[str, bytes]) -> dict[str, Any]:
+    """Go on with predictions; how many parts there were, how ranks ended, and what differs."""
+    parts = sum(1 for _ in (folder / name).glob("part-*.parquet"))
+    log = folder / f"{name}-resumed.log"
+    resumed = run_forked(ranks, log, predict, folder, name)
+    found = contents(folder / name)
+    differing = [file for file in sorted({*found, *whole}) if found.get(file) != whole.get(file)]
+    return {
+        "name": name,
+        "parts": parts,
+        "ranks": ranks,
+        "resumed": resumed,
+        "said": log.read_text()[-3000:],
+        "differing": differing,
+    }
+
+
+def _whole_contents(folder: Path) -> dict[str, bytes]:
+    """Train, and predict without being killed; what the folder then holds."""
+    log = folder / "whole.log"
+    assert run_forked(1, log, _whole, folder) == [0], log.read_text()[-5000:]
+    return contents(folder / "whole")
 
 
 def _whole(folder: Path) -> None:

@@ -9,7 +9,8 @@
     hpdist.outputs        the outputs' names, as a JSON list
     hpdist.normalization  of pictures: mean and deviation of each channel, for pixels from 0 to 1
     hpdist.rows           of ExecuTorch: the number of rows that the file takes at once
-    hpdist.weights        of OpenVINO: the SHA-256 of the file with the weights
+    hpdist.weights        of OpenVINO: the SHA-256 of the file with the weights; of safetensors: of
+                          all that follows the header
 
 A program without hpdist reads those from the precision on. Nothing here is code, and reading runs
 none.
@@ -33,6 +34,7 @@ from hpdist.models.hf.folder import save_hf_config
 from hpdist.models.with_heads import WithHeads
 
 MODEL, FILES, PRECISION = "hpdist", "hpdist.files", "hpdist.precision"
+WEIGHTS_DIGEST = "hpdist.weights"
 INPUT = "input"
 """The name of the input of a model that takes one tensor."""
 

@@ -13,10 +13,8 @@ import torch
 from hpdist.checkpoint.manifest import hash_of
 from hpdist.data.structures import Structure
 from hpdist.errors import CheckpointError, ConfigError
+from hpdist.evaluate.export.metadata import WEIGHTS_DIGEST
 from hpdist.models.outputs import outputs_of
-
-WEIGHTS_DIGEST = "hpdist.weights"
-"""The name in the metadata of the SHA-256 of the file with the weights."""
 
 _TELEMETRY = "openvino_telemetry"
 

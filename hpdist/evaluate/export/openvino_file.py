@@ -12,9 +12,9 @@ from typing import Any
 
 from hpdist.checkpoint.manifest import hash_of
 from hpdist.errors import ConfigError
-from hpdist.evaluate.export.metadata import describe_file, feeding_files
+from hpdist.evaluate.export.metadata import WEIGHTS_DIGEST, describe_file, feeding_files
 from hpdist.evaluate.export.onnx_file import graph, packages
-from hpdist.evaluate.export.openvino_backend import WEIGHTS_DIGEST, openvino
+from hpdist.evaluate.export.openvino_backend import openvino
 from hpdist.evaluate.export.trace import first_line
 from hpdist.evaluate.loaded import LoadedModel
 

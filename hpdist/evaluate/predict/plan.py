@@ -67,15 +67,14 @@ def begin(plan: Plan, facts: Mapping[str, Any]) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _check_same(path, record)
-            for left in plan.folder.glob(".part-*.tmp"):
-                left.unlink(missing_ok=True)
-            return
-        if any(not found.name.startswith(".") for found in plan.folder.iterdir()):
+        elif any(not found.name.startswith(".") for found in plan.folder.iterdir()):
             raise DataError(
                 f"--out {plan.folder}: the folder is not empty, and holds no predictions to go on "
                 "with; name another one"
             )
-        write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
+        _remove_unfinished(plan.folder)
+        if not path.exists():
+            write_whole(path, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise CheckpointError(
             f"--out {plan.folder}: cannot be written: {why_not_written(error, plan.folder)}"
@@ -93,6 +92,13 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of whoever was killed while writing the record or a part."""
+    for name in (RECORD, "part-*"):
+        for left in folder.glob(f".{name}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def _check_same(path: Path, record: Mapping[str, Any]) -> None:

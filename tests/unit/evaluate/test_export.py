@@ -109,10 +109,17 @@ def test_safetensors(run: tuple[Path, Any], tmp_path: Path) -> None:
     folder, rows = run
     original, out = hpdist.load(folder), tmp_path / "run.safetensors"
     original.export(out)
+    (tmp_path / "usual").touch()
+    assert out.stat().st_mode == (tmp_path / "usual").stat().st_mode
     exported = hpdist.load(out)
     assert torch.equal(exported.raw_outputs(rows), original.raw_outputs(rows))
     original.export(out, precision="bf16")
     assert not torch.equal(hpdist.load(out).raw_outputs(rows), original.raw_outputs(rows))
+    content = bytearray(out.read_bytes())
+    content[-1] ^= 1
+    out.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run\.safetensors is damaged: the SHA-256"):
+        hpdist.load(out)
 
 
 def test_what_differs_too_much_is_not_kept(

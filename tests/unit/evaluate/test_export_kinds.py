@@ -66,6 +66,7 @@ def test_every_kind_in_every_precision(kind: str, precision: str, tmp_path: Path
     original = hpdist.load(tmp_path / "run")
     file = tmp_path / "model.onnx"
     original.export(file, rows, precision=precision)
+    assert list(tmp_path.glob("*model.onnx*")) == [file]
     exported = hpdist.load(file)
     limit = TOLERANCES[precision]
     given = seen(original, data)

@@ -130,6 +130,7 @@ def test_rows_that_cannot_be_read_are_left_out(
     assert "note: 1 row could not be decoded" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert (found["rows"], found["bad_rows"]) == (11, 1)
+    assert found["results"]["fp32"]["agreement"] == 1.0
 
 
 def test_what_is_wrong_is_one_line(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from hpdist.data.sources.label_files import METADATA
 from hpdist.errors import ConfigError
 from hpdist.evaluate.gnmax import Check, answer, cost_of, epsilon_of, noisy_argmax, sigma_for
 from hpdist.evaluate.vote import vote
+from hpdist.testing.ranks import RankError
+from tests.support.ranks import run_ranks
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -130,6 +134,25 @@ def test_a_confident_vote_leaves_unclear_rows_without_a_label(tmp_path: Path) ->
     assert spent["mechanism"] == "Confident-GNMax"
     assert spent["epsilon"] == pytest.approx(epsilon_of(12 + 30 / 2, 1e-5))
     assert (spent["asked"], spent["answers"], spent["threshold"]) == (30, 12, 45.0)
+
+
+def _killed_vote(teachers: list[str], out: Path) -> None:
+    """Vote; die once the first file is there."""
+    replace = os.replace
+
+    def replace_and_die(*paths: Any) -> None:
+        replace(*paths)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_and_die  # type: ignore[assignment]
+    vote(teachers, out, epsilon=2.0)
+
+
+def test_a_killed_vote_leaves_no_label_without_its_cost(tmp_path: Path) -> None:
+    teachers = [write(tmp_path / f"{n}", ["cat"] * 20) for n in range(2)]
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_ranks(1, _killed_vote, teachers, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_privacy.json"]
 
 
 def test_votes_are_random(tmp_path: Path) -> None:
