@@ -69,7 +69,7 @@ def compile_model(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     What a CUDA graph returns lies where the next pass writes, and a step has several passes: their
     outputs are copied.
     """
-    model.compile(**arguments)  # type: ignore[no-untyped-call]
+    model.compile(**arguments)
     if arguments.get("mode") in _GRAPHS:
         compiled: Any = model._compiled_call_impl
         model._compiled_call_impl = _with_copied_outputs(compiled)

@@ -33,6 +33,7 @@ class Layer(Protocol):
     records: Records
     statistics: NormStatistics
     recording: bool
+    virtual_batches: tuple[int, ...] | None
 
 
 class RunningStatistics:
