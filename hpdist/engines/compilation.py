@@ -69,12 +69,16 @@ def compile_model(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     What a CUDA graph returns lies where the next pass writes, and a step has several passes: their
     outputs are copied.
     """
-    model.compile(**arguments)  # type: ignore[no-untyped-call]
+    from torch._dynamo import config  # takes as long as torch itself: not before it is needed
+
+    config.recompile_limit = max(config.recompile_limit, _VARIANTS)
+    model.compile(**arguments)
     if arguments.get("mode") in _GRAPHS:
         compiled: Any = model._compiled_call_impl
         model._compiled_call_impl = _with_copied_outputs(compiled)
 
 
+_VARIANTS = 32  # of a pass: mode, gradient, what counts for running statistics, sizes
 _GRAPHS = ("reduce-overhead", "max-autotune")
 
 

@@ -60,7 +60,8 @@ class ShardedTeacher:
             own, theirs = zip(*averaged, strict=True)
             torch._foreach_lerp_(own, theirs, 1 - decay)
         if copied:
-            torch._foreach_copy_(*zip(*copied, strict=True))
+            own, theirs = zip(*copied, strict=True)
+            torch._foreach_copy_(own, theirs)
         self.updates += 1
 
     @contextmanager

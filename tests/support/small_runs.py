@@ -51,6 +51,7 @@ def trainer(folder: Path, steps: int, name: str = "run", **settings: Any) -> Tra
     defaults: dict[str, Any] = {
         "labeled": {**files, "rows": 12},
         "optim": {"lr": 0.001},
+        "batch": {"labeled": 4, "unlabeled": 8},
         "checkpoint": {"every": 2},
         "schedule": {"name": "constant"},
     }
@@ -59,7 +60,6 @@ def trainer(folder: Path, steps: int, name: str = "run", **settings: Any) -> Tra
         {"name": "fixmatch", "threshold": 0.2},
         unlabeled=files,
         views={"name": "identity"},
-        batch={"labeled": 4, "unlabeled": 8},
         run=settings.pop("run", {"dir": str(folder), "name": name}),
         log={"every": 1},
         tracker={"name": "none"},

@@ -49,7 +49,8 @@ def gradients(
     sums = torch.cat((grad_sum, product))
     if reduce:
         dist.all_reduce(sums)
+    grad_sum, product = sums.chunk(2)
     grad_rows = torch.batch_norm_backward_elemt(
-        grad, rows, mean, inverse_std, weight, *sums.chunk(2), whole[-1:].int()
+        grad, rows, mean, inverse_std, weight, grad_sum, product, whole[-1:].int()
     )
     return grad_rows, grad_weight, grad_bias

@@ -33,6 +33,7 @@ class Layer(Protocol):
     records: Records
     statistics: NormStatistics
     recording: bool
+    virtual_batches: tuple[int, ...] | None
 
 
 class RunningStatistics:
@@ -47,6 +48,9 @@ class RunningStatistics:
         self._tracked = [norm for norm in self.norms if norm.running_mean is not None]
         self._sizes = [norm.num_features for norm in self._tracked]
         self._per_rank = any(norm.statistics == "rank" for norm in self._tracked)
+        for norm in self._tracked:
+            if norm.records.compiled.device != norm.running_mean.device:
+                norm.records.move(norm.running_mean.device)
         self._plans: dict[tuple[int, ...], Tensor] = {}
         self._momenta: Tensor | None = None
 

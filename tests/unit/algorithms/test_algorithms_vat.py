@@ -223,8 +223,8 @@ class _Watched(VAT):
             if parameter.grad is not None:
                 state[f"gradient of {name}"] = parameter.grad.clone()
         for name, module in self.model.named_modules():
-            if hasattr(module, "_passes"):
-                state[f"passes of {name}"] = torch.tensor(len(module._passes))
+            if hasattr(module, "records"):
+                state[f"passes of {name}"] = torch.tensor(len(module.records.batches))
         return state
 
 

@@ -73,7 +73,7 @@ def run(model: nn.Module, side: int, virtual_batches: tuple[int, ...] | None) ->
         norm.virtual_batches = None
     loss.backward()
     assert all(norm.virtual_batches is None for norm in norms)
-    passes = [len(norm._passes) for norm in norms]
+    passes = [len(norm.records.batches) for norm in norms]
     for norm in norms:
         norm.commit()
     gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -9,10 +9,11 @@ import pytest
 from torch import nn
 
 from hpdist.cli.closing import summary_lines
+from hpdist.distributed.batch_norm import batch_norms
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.tracking.console import Console
 from hpdist.train.config import parse
-from hpdist.train.opening import _devices, _names, _parameters, laid_out, run_entries
+from hpdist.train.opening import _devices, _names, _parameters, laid_out, log_model, run_entries
 from hpdist.version import __version__
 from tests.support.small_runs import held_out, trainer
 
@@ -113,6 +114,24 @@ def test_a_run_says_what_it_is_before_it_trains_and_from_where_it_goes_on(
     told = capfd.readouterr().err.splitlines()
     resumed = f"continuing from {tmp_path}/run/checkpoints/step-00000002 at step 2"
     assert told.index(resumed) < next(n for n, line in enumerate(told) if "step 3/3" in line)
+
+
+def test_normalisation_by_rank_is_said_where_there_are_ranks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    batch = {"labeled": 4, "unlabeled": 8, "norm_statistics": "rank"}
+    run = trainer(tmp_path, 1, model=model, batch=batch)
+    run.fit()
+    (norm,) = batch_norms(run.step.engine.module)
+    assert norm.statistics == "rank"
+    assert "norm_statistics" not in capfd.readouterr().err  # on one process it makes no difference
+    log_model("m", run.step.engine.module, 1, 4, True)
+    (note,) = [line for line in capfd.readouterr().err.splitlines() if "note" in line]
+    assert note.startswith("note: batch.norm_statistics: rank: BatchNorm goes by the rows of each")
+    norm.statistics = "global"
+    log_model("m", run.step.engine.module, 1, 4, True)
+    assert "note" not in capfd.readouterr().err
 
 
 def test_a_summary_is_printed_in_units() -> None:
