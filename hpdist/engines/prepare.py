@@ -13,6 +13,7 @@ from torch import nn
 from hpdist.distributed.collectives import world_size
 from hpdist.engines.base import Engine
 from hpdist.engines.config import LossScale, Precision
+from hpdist.engines.fsdp2_shard import is_sharded, sharding_of
 from hpdist.engines.replicated import ReplicatedEngine
 from hpdist.errors import DistributedError
 from hpdist.messages.progress import working
@@ -57,12 +58,32 @@ def make_engine(
     """Make the engine for a model and an optimizer that `accelerator.prepare` returned."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _zero_engine(accelerator, model, optimizer)
+    if is_sharded(model):
+        return _sharded_engine(accelerator, model, optimizer, loss_scale)
     if ranks_train_separately(accelerator):
         raise DistributedError(
             "several ranks were launched, but this Accelerator leaves each to train by itself; "
             "on CPU ranks make it with Accelerator(cpu=True)"
         )
     return ReplicatedEngine(accelerator, model, optimizer, precision, loss_scale)
+
+
+def _sharded_engine(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale | None,
+) -> Engine:
+    """Make the engine for a model that `hpdist.fully_shard` has sharded."""
+    from hpdist.engines.fsdp2 import ShardedEngine
+
+    sharded = sharding_of(model)
+    if sharded is None:
+        raise DistributedError(
+            "the model was sharded by FSDP2, but not by hpdist.fully_shard, which averages "
+            "gradients in fp32; call it in place of accelerator.prepare or torch's fully_shard"
+        )
+    return ShardedEngine(accelerator, model, optimizer, sharded, loss_scale)
 
 
 def _zero_engine(
