@@ -1,6 +1,6 @@
 """FSDP2 behind the engine: weights, gradients and optimizer state sharded by torch itself.
 
-`hpdist.engines.fsdp2_shard` shards the model. Shards are fp32, and so the master weights; a gathered
+`hpdist.engines.fsdp2_shard` shards the model. The shards are the fp32 master weights; a gathered
 unit is in half precision if the run is. A shard is a range of a weight's first dimension, so it is
 contiguous, and a fragment.
 """
@@ -230,7 +230,7 @@ class _GatheredWatch:
     ) -> None:
         self.reached: set[str] = set()
         self._trained = trained
-        self._seen: set[str] = set()
+        self._watched: set[str] = set()
         self._handles = [
             cast(nn.Module, unit).register_forward_pre_hook(partial(self._gathered, name))
             for name, unit in units.items()
@@ -246,8 +246,8 @@ class _GatheredWatch:
         """Watch a unit's parameters, which are gathered by now; those of inner units are not."""
         for inner, parameter in named_parameters(unit):
             name = f"{prefix}.{inner}" if prefix else inner
-            if name in self._trained.keys() - self._seen and not isinstance(parameter, DTensor):
-                self._seen.add(name)
+            if name in self._trained.keys() - self._watched and not isinstance(parameter, DTensor):
+                self._watched.add(name)
                 note: Callable[[Tensor], None] = partial(self._note, name)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(note))
 
@@ -258,7 +258,7 @@ class _GatheredWatch:
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """This rank's part of a sharded tensor, live."""
-    return cast(Tensor, cast(DTensor, tensor).to_local())
+    return cast(DTensor, tensor).to_local()
 
 
 def first_element(parameter: DTensor) -> int | None:

@@ -12,6 +12,7 @@ leaves CPU ranks unsharded without a word, so the model is not given to it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -103,9 +104,11 @@ def fully_shard(
     shard, precision = shard or Shard(), precision or _precision_of(accelerator)
     if optimizer.state:
         raise ConfigError("fully_shard: the optimizer has done steps already; shard before them")
-    if not dist.is_initialized():  # one process that nothing launched
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     device = accelerator.device
+    if not dist.is_initialized():  # one process that nothing launched
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     unregister_empty(model, torch.float32, device)
     leave_out_empty(optimizer)
     _check_parameters(model)
@@ -145,7 +148,7 @@ def _least(shard: Shard) -> int:
 
 def _check_parameters(model: nn.Module) -> None:
     """Make weights contiguous and fp32. Raises ConfigError for those that cannot be sharded."""
-    unfit = {
+    unfit: dict[str, Callable[[nn.Parameter], bool]] = {
         "is complex; keep real and imaginary parts as two parameters": lambda p: p.is_complex(),
         "has no dimensions; give it the shape [1]": lambda p: p.dim() == 0,
     }
