@@ -54,6 +54,10 @@ class ShardedEngine(Engine):
         self._dtype = DTYPES[sharded.precision]
         self._reshards = sharded.reshards
         self._last = True
+        self._ran: set[str] = set()
+        for name, unit in found:
+            hook = partial(self._note_run, name)
+            cast(nn.Module, unit).register_forward_pre_hook(hook)
         if sharded.precision == "fp16":
             self.scaler = LossScaler.of(loss_scale or LossScale())
         # Parameters of which this rank has elements, and the first of these.
@@ -207,10 +211,15 @@ class ShardedEngine(Engine):
             unit.reshard()
 
     def _set_reduction(self, reduces: bool, *, unused: bool) -> None:
-        for unit in self._units.values():
+        for name, unit in self._units.items():
+            # A unit that never ran has no gathered weights, for whose gradients FSDP would look.
+            keeps = not reduces and name in self._ran
             unit.set_reduce_scatter_unused_params(unused, recurse=False)
-            unit.set_requires_gradient_sync(reduces, recurse=False)
-            unit.set_reshard_after_backward(reduces, recurse=False)
+            unit.set_requires_gradient_sync(not keeps, recurse=False)
+            unit.set_reshard_after_backward(not keeps, recurse=False)
+
+    def _note_run(self, name: str, unit: nn.Module, arguments: Any) -> None:
+        self._ran.add(name)
 
     def _make_watch(self) -> GradientWatch:
         return cast(GradientWatch, _GatheredWatch(self._units, self._parameters))
