@@ -11,6 +11,7 @@ leaves CPU ranks unsharded without a word, so the model is not given to it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,9 +55,8 @@ def sharding_of(model: nn.Module) -> Sharded | None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether anything sharded a model by FSDP2."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes a while
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def check_torch() -> None:

@@ -127,8 +127,8 @@ def table(plan: Plan) -> str:
         "",
         "Held all the time: weights, optimizer, teacher. Activations: what a forward leaves, under "
         "ZeRO-3",
-        "and FSDP2 with the weights gathered for it. Rest, at the peak: gradients, buckets, temporary",
-        "tensors.",
+        "and FSDP2 with the weights gathered for it. Rest, at the peak: gradients, buckets, "
+        "temporary tensors.",
         f"Reserved for CUDA's context, NCCL's and cuBLAS's buffers and for gaps: {plan.reserve:g} "
         "GiB (--reserve).",
     ]

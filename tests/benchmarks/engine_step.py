@@ -1,6 +1,6 @@
 """Step time on DeepSpeed or FSDP2 against the bare engine: same config and tensors, a lean loop.
 
-    python -m tests.benchmarks.engine_step [--stages 1 2 3 fsdp2] [--precision fp32] [--labeled 32 96]
+    python -m tests.benchmarks.engine_step [--stages 1 2 fsdp2] [--precision fp32] [--labeled 32 96]
 
 FixMatch on an MLP of 2.4 million parameters (on a GPU: WRN-28-10). The two take turns, round by
 round, each first every other time, and the ratio is the median over the rounds of one step to the
