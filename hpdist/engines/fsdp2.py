@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -79,7 +79,14 @@ class ShardedEngine(Engine):
 
     def forward(self, inputs: Structure) -> Any:
         """Outputs in fp32; the weights are gathered unit by unit."""
-        return self._requested(self.model(as_dtype(inputs, self._dtype)))
+        try:
+            outputs = self.model(as_dtype(inputs, self._dtype))
+        except Exception:
+            # An evaluation that fails on all ranks must leave the weights as they were.
+            with suppress(RuntimeError):  # before the first forward there is nothing to reset
+                cast(FSDPModule, self.model).reset_iter_state()
+            raise
+        return self._requested(outputs)
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:

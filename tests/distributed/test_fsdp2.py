@@ -58,6 +58,31 @@ def test_two_ranks_do_in_fp32_what_ddp_does_bit_for_bit() -> None:
             assert all(torch.equal(other[name], teacher[name]) for name in teacher)
 
 
+def interrupted(stage: str | None) -> tuple[list[float], list[float]]:
+    """Losses of a run in which an evaluation fails inside the model, and of one without."""
+    curves = []
+    for fails in (True, False):
+        step = make_step("fixmatch", stage=stage, norm="batch")
+        losses = [record["loss"] for record in train(step, 2)]
+        if fails:
+            handle = step.engine.module.features[2].register_forward_hook(_fail)
+            with pytest.raises(OSError, match="out of luck"), step.evaluating() as predict:
+                predict(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+            handle.remove()
+        curves.append(losses + [record["loss"] for record in train(step, 2)])
+    return curves[0], curves[1]
+
+
+def _fail(module: nn.Module, arguments: Any, output: Tensor) -> None:
+    raise OSError("out of luck")
+
+
+@pytest.mark.parametrize("stage", ["fsdp2", pytest.param("fsdp2 whole", marks=pytest.mark.slow)])
+def test_a_failed_evaluation_leaves_no_trace(stage: str) -> None:
+    for failed, expected in run_ranks(2, interrupted, stage):
+        assert failed == expected
+
+
 def held() -> list[tuple[str, int, int]]:
     """The elements that this rank holds, of weights with fewer rows than ranks too."""
     engine = make_engine_of(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)))
