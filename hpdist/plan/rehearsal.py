@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from hpdist.errors import HpdistError, RehearsalError
 from hpdist.plan.forks import Forks
@@ -183,7 +183,7 @@ def _stand_in_for_others(engine: Engine, ranks: int) -> None:
         engine.model.register_comm_hook(None, own_gradients)
     for module in engine.module.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(_OwnPart())
+            module.set_custom_reduce_scatter(cast(Any, _OwnPart()))
     own = engine.master_fragments()
     engine.layout = Layout(own, spans=_all_spans(engine, own, ranks))
 

@@ -34,7 +34,7 @@ def curves(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[list[float], d
     found = []
     for algorithm, options in cases:
         scale = LossScale(initial=2.0**10)
-        step = make_step(algorithm, norm="batch", loss_scale=scale, grad_clip=0.5, **options)
+        step = make_step(algorithm, norm="batch", loss_scale=scale, **options)
         losses = [record["loss"] for record in train(step, STEPS)]
         assert step.teacher is not None
         found.append((losses, {k: v.clone() for k, v in step.teacher.whole().items()}))
@@ -65,7 +65,7 @@ def interrupted(stage: str | None) -> tuple[list[float], list[float]]:
         step = make_step("fixmatch", stage=stage, norm="batch")
         losses = [record["loss"] for record in train(step, 2)]
         if fails:
-            handle = step.engine.module.features[2].register_forward_hook(_fail)
+            handle = step.engine.module.get_submodule("features.2").register_forward_hook(_fail)
             with pytest.raises(OSError, match="out of luck"), step.evaluating() as predict:
                 predict(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
             handle.remove()
@@ -92,7 +92,8 @@ def held() -> list[tuple[str, int, int]]:
         whole = torch.arange(size, dtype=torch.float32)
         fragment.values.copy_(whole[fragment.start : fragment.start + len(fragment.values)])
     for name, shape in engine.parameter_shapes().items():
-        whole = engine.module.get_parameter(name).full_tensor()
+        shard: Any = engine.module.get_parameter(name)
+        whole = shard.full_tensor()
         assert torch.equal(whole, torch.arange(shape.numel()).float().view(shape)), (rank, name)
     return [(f.name, f.start, len(f.values)) for f in engine.master_fragments()]
 

@@ -17,13 +17,13 @@ from hpdist.train.step import SemiSupervisedStep
 from tests.support.ranks import run_ranks
 from tests.support.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of, train
 
-STAGES = [None, 0, 1, 2, 3]
+STAGES = [None, 0, 1, 2, 3, "fsdp2"]
 LR, CLIP = 0.1, 0.25
 UPDATE = 1.9 * LR  # Nesterov's first step, momentum 0.9, per unit of gradient
-Found = dict[tuple[int | None, str, float | None], tuple[float, float]]
+Found = dict[tuple[int | str | None, str, float | None], tuple[float, float]]
 
 
-def norms(stages: list[int | None], precisions: list[str]) -> Found:
+def norms(stages: list[int | str | None], precisions: list[str]) -> Found:
     """What the first step logs as the gradient's norm, and the norm of the update."""
     found: Found = {}
     for stage in stages:
@@ -68,7 +68,7 @@ def two_ranks() -> list[Found]:
 def test_norm_and_clipping(
     two_ranks: list[Found],
     reference: float,
-    stage: int | None,
+    stage: int | str | None,
     precision: str,
     clip: float | None,
 ) -> None:
@@ -80,7 +80,7 @@ def test_norm_and_clipping(
         assert moved == pytest.approx(expected, rel=tolerance)
 
 
-def layer_norms(stages: list[int | None], precisions: list[str]) -> dict[Any, list[float]]:
+def layer_norms(stages: list[int | str | None], precisions: list[str]) -> dict[Any, list[float]]:
     found = {}
     for stage in stages:
         for precision in precisions:

