@@ -59,11 +59,16 @@ def is_sharded(model: nn.Module) -> bool:
     return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
-def check_torch() -> None:
-    """Raise ConfigError if the installed torch lacks what the engine needs of FSDP2."""
+def torch_shards() -> bool:
+    """Whether the installed torch has what the engine needs of FSDP2."""
     from torch.distributed.fsdp import FSDPModule
 
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
+def check_torch() -> None:
+    """Raise ConfigError if the installed torch lacks what the engine needs of FSDP2."""
+    if not torch_shards():
         raise ConfigError(
             f"shard.engine: fsdp2 needs torch 2.13 or newer, and {torch.__version__} is installed: "
             "with older ones ranks wait for ever for a gradient that only some of them have"
