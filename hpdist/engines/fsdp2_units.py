@@ -11,7 +11,7 @@ from hpdist.errors import ConfigError
 
 MIN_PARAMETERS = 100_000
 """Parameters below which a part of a model is gathered with what is around it."""
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def find_units(
@@ -21,7 +21,7 @@ def find_units(
 
     These are the modules of the classes that are named. By default they are those that a Hugging
     Face model must not split (`_no_split_modules`); else the blocks, which are the members of
-    `nn.Sequential` and `nn.ModuleList` that have children of their own; else the model's children.
+    `nn.Sequential` and `nn.ModuleList` that have children with weights; else the model's children.
     By default only those with at least `min_parameters` are units. A module that shares a weight
     with the rest of the model is none, as it could not be gathered by itself.
 
@@ -63,8 +63,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             inner = list(_blocks(member))
             if inner:
                 yield from inner
-            elif any(True for _ in member.children()):
-                yield member
+            elif any(True for child in member.children() for _ in child.parameters()):
+                yield member  # not, say, a normalisation with its activation inside
 
 
 def _gatherable(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:

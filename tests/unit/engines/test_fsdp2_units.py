@@ -58,6 +58,25 @@ def test_blocks_within_stages() -> None:
     assert found == ["stages.1.0.0", "stages.0.1.0", "stages.0.0.0"]
 
 
+def test_a_normalisation_with_its_activation_is_no_block() -> None:
+    class Normalised(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.act = nn.ReLU()
+
+    def block() -> nn.Module:
+        inner = nn.Sequential(nn.Conv2d(2, 2, 1), Normalised())
+        return nn.ModuleDict({"inner": inner, "last": nn.Conv2d(2, 2, 1)})
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = block()
+
+    model = nn.Sequential(nn.Sequential(Block(), Block()))
+    assert names_of(model, find_units(model, min_parameters=0)) == ["0.1", "0.0"]
+
+
 def test_what_shares_a_weight_with_the_rest_is_no_unit() -> None:
     model = bert()
     model.classifier = nn.Linear(8, 50)
