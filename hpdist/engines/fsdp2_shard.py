@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from hpdist.distributed.module_names import named_parameters, shortened
+from hpdist.distributed.module_names import named_parameters, shortened, without_wrappers
 from hpdist.engines.config import Precision, Shard
 from hpdist.engines.fsdp2_units import MIN_PARAMETERS, find_units
 from hpdist.engines.zero_shapes import leave_out_empty, unregister_empty
@@ -109,6 +109,11 @@ def fully_shard(
     shard, precision = shard or Shard(), precision or _precision_of(accelerator)
     if optimizer.state:
         raise ConfigError("fully_shard: the optimizer has done steps already; shard before them")
+    if without_wrappers(model) is not model or model._compiled_call_impl is not None:
+        raise ConfigError(
+            "fully_shard: the model is compiled or wrapped already; give the module inside, as "
+            "hpdist does not compile a model that FSDP2 shards"
+        )
     device = accelerator.device
     if not dist.is_initialized():  # one process that nothing launched
         backend = "nccl" if device.type == "cuda" else "gloo"
