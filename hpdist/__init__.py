@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hpdist.data.batch import LabeledBatch, UnlabeledBatch
     from hpdist.data.views import IdentityViewsConfig, ImageViewsConfig, TableViewsConfig
     from hpdist.distributed.batch_norm import global_batch_norm
+    from hpdist.engines.fsdp2_shard import fully_shard
     from hpdist.evaluate.load import load
     from hpdist.evaluate.predictor import Predictor
     from hpdist.models.with_heads import with_heads
@@ -52,6 +53,7 @@ __all__ = [
     "Trainer",
     "UnlabeledBatch",
     "__version__",
+    "fully_shard",
     "global_batch_norm",
     "load",
     "whole_state",
@@ -77,6 +79,7 @@ _HOMES = {  # imported when first used, so that `import hpdist` stays light
     "TableViewsConfig": "hpdist.data.views",
     "Trainer": "hpdist.train.trainer",
     "UnlabeledBatch": "hpdist.data.batch",
+    "fully_shard": "hpdist.engines.fsdp2_shard",
     "global_batch_norm": "hpdist.distributed.batch_norm",
     "load": "hpdist.evaluate.load",
     "whole_state": "hpdist.train.algorithm_state",

@@ -1,4 +1,4 @@
-"""`hpdist plan`: print what every ZeRO stage needs, and which fits."""
+"""`hpdist plan`: print what every ZeRO stage and FSDP2 need, and which fits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hpdist.cli.arguments import load_config
 from hpdist.cli.commands import Commands
@@ -15,14 +16,14 @@ from hpdist.errors import ConfigError
 OWN_OPTIONS = ("--help", "--gpus", "--gpu-memory", "--reserve", "--deepspeed", "--stage")
 """Options of the command; every other one is a setting of the config."""
 
-_STAGES = {"none": None, "1": 1, "2": 2, "3": 3}
+_STAGES: dict[str, Any] = {"none": None, "1": 1, "2": 2, "3": 3, "fsdp2": "fsdp2"}
 
 
 def add_arguments(commands: Commands) -> None:
     """Describe the command's arguments."""
     parser = commands.add_parser(
         "plan",
-        help="print what each ZeRO stage needs of a GPU's memory, and which fits",
+        help="print what each ZeRO stage and FSDP2 need of a GPU's memory, and which fits",
         usage="hpdist plan CONFIG --gpus N --gpu-memory GIB [--key.sub value ...]",
         description=(
             "Rehearse every stage in one process, as the first of N GPUs: a few steps on real rows "
@@ -43,7 +44,7 @@ def add_arguments(commands: Commands) -> None:
     parser.add_argument(
         "--stage",
         choices=tuple(_STAGES),
-        help="rehearse this one alone: none is without DeepSpeed (default: all)",
+        help="rehearse this one alone: none is DDP (default: all)",
     )
     parser.add_argument(
         "--deepspeed", metavar="JSON", help="the file that Accelerate's config names, if any"
@@ -51,7 +52,7 @@ def add_arguments(commands: Commands) -> None:
 
 
 def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
-    """Print what every ZeRO stage needs, and which fits; status 3 if none does."""
+    """Print what every ZeRO stage and FSDP2 need, and which fits; status 3 if none does."""
     from hpdist.plan.memory_plan import make_plan, table
     from hpdist.plan.stages import STAGES
 

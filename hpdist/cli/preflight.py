@@ -49,7 +49,9 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     requirements = None
     if known.config:
         config = load_config(known.config, settings, run_code=False)
-        requirements = Requirements(Path(config.run.dir), config.data, config.precision)
+        by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        fsdp2 = config.shard.engine is not None or by_launcher
+        requirements = Requirements(Path(config.run.dir), config.data, config.precision, fsdp2)
     given = (known.processes, known.rank, known.address)
     if any(value is not None for value in given):
         if None in given:

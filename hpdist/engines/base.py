@@ -73,6 +73,9 @@ class Engine(ABC):
     unreached = "stays as it is"
     """What happens to a parameter that no step reaches; part of a message."""
 
+    refuses_save_state: str | None = None
+    """Why `accelerator.save_state` and `load_state` cannot be used; None if they can."""
+
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -89,7 +92,7 @@ class Engine(ABC):
         self._trained = {n: p for n, p in named_parameters(self.module) if p.requires_grad}
         # Parameters without elements have no place in state, teacher and checkpoint.
         self._parameters = {name: p for name, p in self._trained.items() if _whole_size(p)}
-        self._watch: GradientWatch | None = GradientWatch(self._parameters)  # of the first step
+        self._watch: GradientWatch | None = self._make_watch()  # of the first step
 
     @property
     @abstractmethod
@@ -184,6 +187,10 @@ class Engine(ABC):
             self.scaler.update(overflowed=not applied)
             self._publish_scale()
         return EngineStep(applied, not applied, old_scale, self.loss_scale, norm, exhausted)
+
+    def _make_watch(self) -> GradientWatch:
+        """Begin to record which parameters a step reaches."""
+        return GradientWatch(self._parameters)
 
     def _warn_unreached(self, watch: GradientWatch) -> None:
         """After the first step's backward, warn of parameters without gradient. Collective."""

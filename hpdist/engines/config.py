@@ -40,6 +40,24 @@ class Zero(Section):
         return self
 
 
+class Shard(Section):
+    """How FSDP2 shards; by default as the accelerate config file says."""
+
+    engine: Literal["fsdp2"] | None = None
+    """fsdp2 shards weights, gradients and optimizer state by torch itself, without DeepSpeed."""
+    reshard_after_forward: bool | None = None
+    """Release a unit's weights after each forward, and gather them again; true by default.
+
+    false gathers each unit once a step and keeps it until the backward pass has used it.
+    """
+    offload: Literal["none", "cpu"] | None = None
+    """Where a rank's part of weights and optimizer state is kept."""
+    units: list[str] | None = None
+    """Names of the classes whose modules are gathered one by one; by default the model's blocks."""
+    min_parameters: int | None = Field(None, ge=0)
+    """By default a block is a unit if it has at least so many parameters: 100,000."""
+
+
 class LossScale(Section):
     """The loss scale of fp16; one number for all ranks and all terms."""
 
@@ -75,6 +93,7 @@ class ExecutionRequest:
 
     precision: Precision | None = None
     zero: Zero = field(default_factory=Zero)
+    shard: Shard = field(default_factory=Shard)
     loss_scale: LossScale = field(default_factory=LossScale)
     grad_clip: float | None = None
     """Largest global gradient norm."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hpdist.engines.config import LossScale, Precision
+from hpdist.engines.config import LossScale, Precision, Shard
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -20,6 +20,8 @@ class ExecutionPlan:
     """The ZeRO stage; None without DeepSpeed."""
     offload: Offload = "none"
     nvme_path: str | None = None
+    shard: Shard = field(default_factory=Shard)
+    """The settings of FSDP2, if `shard.engine` names it."""
     grad_clip: float | None = None
     loss_scale: LossScale = field(default_factory=LossScale)
     micro_batch: int = 1
@@ -41,12 +43,25 @@ class ExecutionPlan:
     patience: float | None = field(default=None, compare=False)
     """Seconds without progress after which the compilation of an operator ends the run."""
 
+    @property
+    def name(self) -> str:
+        """How the run is sharded, in words."""
+        if self.shard.engine is not None:
+            return "FSDP2"
+        return "not sharded" if self.stage is None else f"ZeRO stage {self.stage}"
+
+    @property
+    def offloads_to(self) -> Offload:
+        """Where the optimizer's state is kept, by either engine."""
+        return self.offload if self.shard.engine is None else self.shard.offload or "none"
+
     def described(self) -> dict[str, object]:
         """Return the parts that a tracker records, by name."""
         return {
             "precision": self.precision,
             "zero_stage": "none" if self.stage is None else self.stage,
-            "offload": self.offload,
+            "shard_engine": self.shard.engine or "none",
+            "offload": self.offloads_to,
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
         }

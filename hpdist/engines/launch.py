@@ -26,9 +26,10 @@ from accelerate.utils import (
 from hpdist.distributed.collectives import keep_group
 from hpdist.distributed.mpi import adopt_mpi
 from hpdist.engines.compilation import compile_arguments
-from hpdist.engines.config import ExecutionRequest, Precision
+from hpdist.engines.config import ExecutionRequest, Precision, Shard
 from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
 from hpdist.engines.execution_plan import ExecutionPlan
+from hpdist.engines.fsdp2_launcher import check_shard
 from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working
@@ -64,6 +65,7 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
         stage=stage,
         offload=_agree(launcher, "zero.offload", request.zero.offload) or "none",
         nvme_path=_agree(launcher, "zero.nvme_path", request.zero.nvme_path),
+        shard=_agree_on_shard(launcher, request.shard),
         grad_clip=_agree(launcher, "optim.grad_clip", request.grad_clip),
         loss_scale=request.loss_scale,
         deepspeed=path,
@@ -75,10 +77,11 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
     )
     _check_precision(sharding.precision)
     _check_zero(sharding)
-    if sharding.find_unused and sharding.stage is not None:
+    check_shard(sharding, launcher)
+    if sharding.find_unused and sharding.name != "not sharded":
         raise ConfigError(
-            f"find_unused_parameters: DDP's, but zero.stage is {sharding.stage}; leave it out: "
-            "what a step does not reach is found without it"
+            f"find_unused_parameters: DDP's, but this run is sharded ({sharding.name}); leave it "
+            "out: what a step does not reach is found without it"
         )
     return sharding if path is None else _with_file(sharding, request, path)
 
@@ -149,6 +152,8 @@ def make_accelerator(sharding: ExecutionPlan) -> Accelerator:
         _join_after_restart(backend)
     precision = sharding.precision
     mixed = "no" if precision == "fp32" else precision
+    if sharding.shard.engine is not None:
+        mixed = "no"  # weights are gathered in half precision: there is nothing to cast
     if sharding.stage is None:
         if precision == "fp16" and on_cpu:
             # Accelerate would silently compute in fp32; the engine does it instead.
@@ -207,6 +212,12 @@ def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
             "hpdist's out"
         )
     return theirs
+
+
+def _agree_on_shard(launcher: Launcher, ours: Shard) -> Shard:
+    """Return the settings of FSDP2, each of which may stand in two places."""
+    keys = Shard.model_fields
+    return Shard(**{key: _agree(launcher, f"shard.{key}", getattr(ours, key)) for key in keys})
 
 
 def _check_precision(precision: Precision) -> None:

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import patch_environment
 
 from hpdist.engines.deepspeed_config import check_file, is_enabled, read_deepspeed, section
+from hpdist.engines.fsdp2_launcher import read_fsdp, unused_fsdp
 from hpdist.engines.launch_file import find_deepspeed
 from hpdist.errors import ConfigError
 
@@ -18,14 +19,9 @@ N = TypeVar("N", int, float)
 Launcher = dict[str, tuple[Any, str]]  # setting -> (value, where it was set)
 _OURS = "accelerate's config"
 _REFUSED = {  # variable -> what the config says, and what to do instead
-    "ACCELERATE_USE_FSDP": (
-        "distributed_type: FSDP",
-        "hpdist shards by DeepSpeed's ZeRO; set distributed_type: DEEPSPEED with zero_stage: 3, or "
-        "MULTI_GPU and zero.stage: 3 in hpdist's config",
-    ),
     "ACCELERATE_USE_MEGATRON_LM": (
         "distributed_type: MEGATRON_LM",
-        "hpdist has no tensor or pipeline parallelism; set distributed_type: DEEPSPEED",
+        "hpdist has no tensor or pipeline parallelism; set distributed_type: DEEPSPEED or FSDP",
     ),
     "ACCELERATE_USE_SAGEMAKER": (
         "compute_environment: AMAZON_SAGEMAKER",
@@ -62,6 +58,8 @@ def read_launcher() -> Launcher:
     if steps != "auto":
         number = whole_number(steps, "gradient_accumulation_steps", _OURS)
         found["accumulation"] = (number, f"gradient_accumulation_steps: {number} in {_OURS}")
+    if _is_set("ACCELERATE_USE_FSDP"):
+        return found | read_fsdp()
     if not _is_set("ACCELERATE_USE_DEEPSPEED"):
         return found
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -82,6 +80,8 @@ def unused_settings() -> list[str]:
     """Name the settings in accelerate's config that hpdist does not use, a line for each group."""
     lines = []
     named = [meaning for variable, meaning in _UNUSED.items() if _is_set(variable)]
+    if _is_set("ACCELERATE_USE_FSDP"):
+        named += unused_fsdp()
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         named.append("parallelism_config (every rank holds rows of its own)")
     if named:
@@ -103,7 +103,8 @@ def unused_settings() -> list[str]:
 def neutralised() -> AbstractContextManager[None]:
     """Keep Accelerate from doing what hpdist does itself, or has reported as not done.
 
-    The weights of a model that Accelerate compiles would have other names in checkpoints.
+    The weights of a model that Accelerate compiles would have other names in checkpoints; one that
+    it shards would average its gradients in half precision, and not be sharded on CPU ranks.
     """
     return cast(
         AbstractContextManager[None],
@@ -112,6 +113,7 @@ def neutralised() -> AbstractContextManager[None]:
             ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1",
             ACCELERATE_USE_PARALLELISM_CONFIG="false",
             ACCELERATE_USE_IPEX="false",
+            ACCELERATE_USE_FSDP="false",
         ),
     )
 
@@ -144,7 +146,8 @@ def _refuse() -> None:
             if size not in ("1", "None", "-1"):
                 raise ConfigError(
                     f"parallelism_config_{name.lower()}: {size} in {_OURS}: hpdist has no tensor, "
-                    "context or sequence parallelism; leave it out, and shard by zero.stage"
+                    "context or sequence parallelism; leave it out, and shard by zero.stage or "
+                    "shard.engine"
                 )
     if _is_set("ACCELERATE_USE_CPU") and torch.cuda.is_available():
         raise ConfigError(

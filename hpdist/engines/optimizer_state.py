@@ -111,6 +111,18 @@ def scalars_of(states: States) -> dict[str, float]:
     return found
 
 
+def scalars_by_parameter(
+    names: Iterable[str], states: Collection[tuple[Tensor, Mapping[str, Any]]]
+) -> dict[str, dict[str, float]]:
+    """The numbers, by their name and the parameter's, for which `scalars_of` is not right."""
+    common, found = scalars_of(states), dict[str, dict[str, float]]()
+    for name, (_, state) in zip(names, states, strict=True):
+        for key, value in common.items():
+            if state.get(key) is not None and float(state[key]) != value:
+                found.setdefault(key, {})[name] = float(state[key])
+    return found
+
+
 def make_state(
     tensor: Tensor,
     state: MutableMapping[str, Any],
@@ -160,12 +172,7 @@ class WholeState:
 
     def by_parameter(self) -> dict[str, dict[str, float]]:
         """The numbers of parameters for which `scalars_of` is not right."""
-        common, found = scalars_of(self.states()), dict[str, dict[str, float]]()
-        for name, (_, state) in zip(self._tensors, self.states(), strict=True):
-            for key, value in common.items():
-                if state.get(key) is not None and float(state[key]) != value:
-                    found.setdefault(key, {})[name] = float(state[key])
-        return found
+        return scalars_by_parameter(self._tensors, self.states())
 
     @torch.no_grad()
     def load(self, saved: SavedOptimizer) -> None:

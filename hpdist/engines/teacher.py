@@ -68,7 +68,7 @@ class ShardedTeacher:
     def teacher_weights(self) -> Iterator[None]:
         """Swap the teacher's weights and buffers into the model, for evaluation.
 
-        Collective: every rank must enter; one gather, none under ZeRO-3.
+        Collective: every rank must enter; one gather, none under ZeRO-3 and FSDP2.
         """
         buffers = {name: b.detach().clone() for name, b in named_buffers(self.engine.module)}
         with self.engine.swapped_weights(self.fragments):
@@ -86,7 +86,7 @@ class ShardedTeacher:
     def forward(self) -> Iterator[Callable[[Structure], Any]]:
         """Return a function from inputs to the teacher's outputs, in training mode, no gradient.
 
-        Collective: every rank must enter; one gather, none under ZeRO-3.
+        Collective: every rank must enter; one gather, none under ZeRO-3 and FSDP2.
         """
         if self._replica is not None:
             with self._replica.swapped_weights(self.fragments):

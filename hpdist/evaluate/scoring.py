@@ -77,7 +77,7 @@ def evaluating(
     Of a task that goes by more than logits, to its outputs by name.
 
     The weights are the teacher's meanwhile, if one is given. Collective: every rank must enter, and
-    under ZeRO-3 call the function equally often.
+    under ZeRO-3 or FSDP2 call the function equally often.
     """
     training = engine.module.training
 
@@ -151,8 +151,9 @@ def _go_through(
 def together(function: Callable[[], T]) -> T:
     """Call a function on every rank; what it raises on any, such as a lack of memory, all raise.
 
-    Collective. Where it communicates itself (a forward under ZeRO-3, a metric of torchmetrics) and
-    fails on some ranks alone, the others wait in it, until the launcher or the watchdog ends them.
+    Collective. Where it communicates itself (a forward under ZeRO-3 or FSDP2, a metric of
+    torchmetrics) and fails on some ranks alone, the others wait in it, until the launcher or the
+    watchdog ends them.
     """
     result: T | None = None
     failure: HpdistError | None = None

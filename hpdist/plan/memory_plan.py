@@ -1,4 +1,4 @@
-"""`hpdist plan`: what each ZeRO stage needs of a GPU's memory, and the first that fits.
+"""`hpdist plan`: what each ZeRO stage and FSDP2 need of a GPU's memory, and the first that fits.
 
 Each stage is rehearsed as rank 0 of all GPUs in a process of its own (`hpdist.plan.stages`), so
 weights, optimizer, teacher, activations, buckets and temporary tensors are counted, not estimated.
@@ -18,7 +18,7 @@ from hpdist.engines.deepspeed_config import check_file, read_deepspeed
 from hpdist.engines.operators import needed_builders, prepare_operators
 from hpdist.errors import ConfigError, RehearsalError
 from hpdist.plan.rehearsal import STEPS
-from hpdist.plan.stages import GIB, STAGES, StagePlan, rehearse_stages, rehearsed
+from hpdist.plan.stages import GIB, STAGES, Stage, StagePlan, rehearse_stages, rehearsed
 
 __all__ = ["Plan", "StagePlan", "make_plan", "rehearsed", "table"]
 
@@ -56,7 +56,7 @@ def make_plan(
     *,
     reserve: float = RESERVE,
     deepspeed: str | None = None,
-    stages: Sequence[int | None] = STAGES,
+    stages: Sequence[Stage] = STAGES,
     log: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Rehearse every stage, or some.
@@ -64,12 +64,12 @@ def make_plan(
     Without a GPU, fp16 is rehearsed as bf16, which needs the same memory.
 
     Args:
-        settings: The run's, nested and complete; its `zero.stage` is ignored.
+        settings: The run's, nested and complete; its `zero.stage` and `shard.engine` are ignored.
         gpus: The number of GPUs, on all machines together.
         memory: GiB of each.
         reserve: GiB of each that tensors cannot use.
         deepspeed: A DeepSpeed JSON that the launcher would name, for its buckets and so on.
-        stages: Those to rehearse, None for DDP; by default all.
+        stages: Those to rehearse, None for DDP and "fsdp2" for FSDP2; by default all.
         log: Receives a line whenever a stage begins.
 
     Raises ConfigError or DataError if the run could not start, and RehearsalError if no stage could
@@ -84,7 +84,8 @@ def make_plan(
     if deepspeed is not None:
         check_file(base, deepspeed)
     settings = _made_explicit(settings, base)
-    if any(stages) and importlib.util.find_spec("deepspeed") is not None:
+    by_deepspeed = any(isinstance(stage, int) for stage in stages)
+    if by_deepspeed and importlib.util.find_spec("deepspeed") is not None:
         # Here it can be logged: the output of a rehearsal is not shown.
         prepare_operators(needed_builders(base), log, settings["watchdog"]["seconds"])
     found = rehearse_stages(
@@ -125,8 +126,9 @@ def table(plan: Plan) -> str:
     lines += [
         "",
         "Held all the time: weights, optimizer, teacher. Activations: what a forward leaves, under "
-        "ZeRO-3 with",
-        "the weights gathered for it. Rest, at the peak: gradients, buckets, temporary tensors.",
+        "ZeRO-3",
+        "and FSDP2 with the weights gathered for it. Rest, at the peak: gradients, buckets, "
+        "temporary tensors.",
         f"Reserved for CUDA's context, NCCL's and cuBLAS's buffers and for gaps: {plan.reserve:g} "
         "GiB (--reserve).",
     ]
@@ -138,8 +140,7 @@ def _advice(plan: Plan) -> str:
     if best is not None:
         if len(plan.stages) == 1:
             return f"{best.name} fits"
-        setting = "zero.stage: null" if best.stage is None else f"zero.stage: {best.stage}"
-        return f"smallest stage that fits: {best.name} ({setting}), which communicates least"
+        return f"smallest stage that fits: {best.name} ({best.setting}), which communicates least"
     counted = [stage for stage in plan.stages if stage.rehearsal is not None]
     least = min(counted, key=lambda stage: stage.needs)
     failed = "no stage fits: the least, " if len(plan.stages) > 1 else "it does not fit: "
@@ -151,7 +152,8 @@ def _advice(plan: Plan) -> str:
         if not plan.settings["activation_checkpointing"]:
             ways.append("activation_checkpointing: true")
     if found.optimizer > found.peak / 4:
-        ways.append("zero.offload: cpu, which keeps the optimizer's part on the host")
+        setting = "shard.offload" if least.stage == "fsdp2" else "zero.offload"
+        ways.append(f"{setting}: cpu, which keeps the optimizer's part on the host")
     ways.append("more GPUs")
     return (
         f"{failed}{least.name}, needs {least.needs + plan.reserve:.2f} GiB of "
@@ -166,11 +168,12 @@ def _made_explicit(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict
     """
     zero = base.get("zero_optimization") or {}
     parts = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
-    devices = [settings["zero"]["offload"], *(part.get("device") for part in parts)]
+    ours = [settings[section]["offload"] for section in ("zero", "shard")]
+    devices = [*ours, *(part.get("device") for part in parts)]
     if any(device not in (None, "none") for device in devices) and not torch.cuda.is_available():
         raise ConfigError(
-            "plan: zero.offload moves memory from the GPU to the host, which can only be measured "
-            "separately on a GPU; run plan there, or with --zero.offload none"
+            "plan: offload moves memory from the GPU to the host, which can only be measured "
+            "separately on a GPU; run plan there, or with --zero.offload none --shard.offload none"
         )
     named = [half for half in ("fp16", "bf16") if (base.get(half) or {}).get("enabled") is True]
     precision = settings["precision"] or (named[0] if named else "fp32")

@@ -16,12 +16,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from hpdist.errors import HpdistError, RehearsalError
 from hpdist.plan.forks import Forks
@@ -137,6 +137,7 @@ def held_bytes(step: SemiSupervisedStep) -> dict[str, int]:
     def count(tensors: Iterable[Any]) -> int:
         total = 0
         for tensor in tensors:
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in counted:
                 counted.add(storage.data_ptr())
@@ -166,6 +167,7 @@ def _join_fake_group(ranks: int) -> None:
 def _stand_in_for_others(engine: Engine, ranks: int) -> None:
     """Replace what a fake collective cannot provide to the engine."""
     import torch
+    from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
     from hpdist.distributed.fragments import Layout
@@ -179,8 +181,25 @@ def _stand_in_for_others(engine: Engine, ranks: int) -> None:
     if isinstance(engine.model, DistributedDataParallel):
         # It reads the result of its all-reduce, which a fake one does not have.
         engine.model.register_comm_hook(None, own_gradients)
+    for module in engine.module.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_reduce_scatter(cast(Any, _OwnPart()))
     own = engine.master_fragments()
     engine.layout = Layout(own, spans=_all_spans(engine, own, ranks))
+
+
+class _OwnPart:
+    """A reduce-scatter for FSDP2 that gives a rank its own part of what it would send."""
+
+    def allocate(self, size: Sequence[int], *, dtype: Any, device: Any) -> Tensor:
+        import torch
+
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, *rest: Any, **more: Any
+    ) -> None:
+        output_tensor.copy_(input_tensor[: len(output_tensor)])
 
 
 def _all_spans(engine: Engine, own: list[Fragment], ranks: int) -> list[list[SpanOf]]:

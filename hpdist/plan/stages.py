@@ -15,14 +15,16 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
 from hpdist.plan.rehearsal import ERRORS, Rehearsal
 
-STAGES = (None, 1, 2, 3)
+Stage: TypeAlias = int | Literal["fsdp2"] | None
+"""A way to shard: a ZeRO stage, FSDP2, or None for one GPU or DDP."""
+STAGES: tuple[Stage, ...] = (None, 1, 2, 3, "fsdp2")
 """All ways to shard, the least first."""
 GIB = 2**30
 _KINDS: tuple[type[HpdistError], ...] = (ConfigError, DataError, RehearsalError)
@@ -32,8 +34,7 @@ _KINDS: tuple[type[HpdistError], ...] = (ConfigError, DataError, RehearsalError)
 class StagePlan:
     """One way to shard, and the result of its rehearsal."""
 
-    stage: int | None
-    """The stage; None without DeepSpeed: one GPU, or DDP."""
+    stage: Stage
     rehearsal: Rehearsal | None
     problem: str = ""
     """Why there is no rehearsal."""
@@ -43,7 +44,16 @@ class StagePlan:
     @property
     def name(self) -> str:
         """The stage's name in messages."""
+        if self.stage == "fsdp2":
+            return "FSDP2"
         return "DDP" if self.stage is None else f"ZeRO-{self.stage}"
+
+    @property
+    def setting(self) -> str:
+        """The setting that chooses it."""
+        if self.stage == "fsdp2":
+            return "shard.engine: fsdp2"
+        return f"zero.stage: {'null' if self.stage is None else self.stage}"
 
     @property
     def needs(self) -> float:
@@ -54,7 +64,7 @@ class StagePlan:
 def rehearsed(
     settings: Mapping[str, Any],
     gpus: int,
-    stage: int | None,
+    stage: Stage,
     base: Mapping[str, Any] | None = None,
 ) -> StagePlan:
     """Rehearse a stage in a process of its own; `base` is a DeepSpeed config."""
@@ -65,7 +75,7 @@ def rehearsed(
 def rehearse_stages(
     settings: Mapping[str, Any],
     gpus: int,
-    stages: Sequence[int | None],
+    stages: Sequence[Stage],
     base: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda name: None,
 ) -> list[StagePlan]:
@@ -91,19 +101,21 @@ def rehearse_stages(
 
 
 def _wanted(
-    settings: Mapping[str, Any], gpus: int, stage: int | None, base: Mapping[str, Any], folder: Path
+    settings: Mapping[str, Any], gpus: int, stage: Stage, base: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Describe a rehearsal, and write the DeepSpeed file that it needs."""
-    values = {**settings, "zero": {**settings["zero"], "stage": stage}}
+    by_zero = stage if isinstance(stage, int) else None
+    values = {**settings, "zero": {**settings["zero"], "stage": by_zero}}
+    values["shard"] = {**settings["shard"], "engine": "fsdp2"} if stage == "fsdp2" else {}
     if values["precision"] == "fp16" and not torch.cuda.is_available():
         values["precision"] = "bf16"
-    if stage is None:
+    if by_zero is None:
         values["zero"] |= {"offload": None, "nvme_path": None}
     name = StagePlan(stage, None).name
     deepspeed = None
-    if base and stage is not None:
+    if base and by_zero is not None:
         other = {key: value for key, value in base.items() if key not in ("fp16", "bf16")}
-        other["zero_optimization"] = (base.get("zero_optimization") or {}) | {"stage": stage}
+        other["zero_optimization"] = (base.get("zero_optimization") or {}) | {"stage": by_zero}
         deepspeed = str(folder / f"{name}.deepspeed")
         Path(deepspeed).write_text(json.dumps(other))
     target = str(folder / f"{name}.json")
@@ -138,7 +150,7 @@ def _run(
     return process.returncode
 
 
-def _found(stage: int | None, target: Path, status: int) -> StagePlan:
+def _found(stage: Stage, target: Path, status: int) -> StagePlan:
     found: dict[str, Any] = {"ended": status}
     if target.exists():
         found = json.loads(target.read_text())

@@ -21,6 +21,7 @@ from hpdist.preflight.machines import (
     check_devices,
     check_disk,
     check_precision,
+    check_sharding,
     check_versions,
 )
 from hpdist.preflight.network_checks import (
@@ -59,6 +60,8 @@ def _findings(
         check_devices(facts),
     ]
     findings.append(check_precision(facts, requirements))
+    if requirements is not None and requirements.fsdp2:
+        findings.append(check_sharding(facts))
     if peers.size > 1:
         if not peers.endpoint.token:
             findings.append(note_missing_token(peers.endpoint))

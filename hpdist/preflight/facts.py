@@ -26,6 +26,8 @@ class Requirements:
     """The folder that holds the run folders."""
     data: Data
     precision: str | None = None
+    fsdp2: bool = False
+    """Whether the run is sharded by FSDP2."""
 
 
 def own_facts(requirements: Requirements | None) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def own_facts(requirements: Requirements | None) -> dict[str, Any]:
         "gpu": _own_gpu(len(devices)),
         "bf16": torch.cuda.is_bf16_supported() if devices else True,
         "fp16": bool(devices),
+        "fsdp2": _shards() if requirements is not None and requirements.fsdp2 else None,
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -70,6 +73,13 @@ def _own_gpu(gpus: int) -> int | None:
     """The number of this process's GPU on its host, if a launcher has assigned one."""
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return int(local) % gpus if gpus else None
+
+
+def _shards() -> bool:
+    """Whether torch can shard by FSDP2, whose import takes a while."""
+    from hpdist.engines.fsdp2_shard import torch_shards
+
+    return torch_shards()
 
 
 def nearest_folder(folder: Path) -> Path:

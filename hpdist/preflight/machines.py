@@ -61,6 +61,16 @@ def check_precision(
     return Finding("precision", "ok", text)
 
 
+def check_sharding(facts: Sequence[Mapping[str, Any]]) -> Finding:
+    """Whether torch can shard by FSDP2 on every host."""
+    lacking = {f["host"]: f["versions"]["torch"] for f in facts if not f["fsdp2"]}
+    if lacking:
+        text = ", ".join(f"{version} on {host}" for host, version in lacking.items())
+        advice = "shard.engine: fsdp2 needs torch 2.13 or newer; or shard by zero.stage"
+        return Finding("sharding", "FAILED", f"torch {text}: {advice}")
+    return Finding("sharding", "ok", "torch shards by FSDP2 on all")
+
+
 def check_disk(facts: Sequence[Mapping[str, Any]]) -> Finding:
     """List the free space of every host's disks."""
     lines, verdict = [], "ok"

@@ -55,6 +55,7 @@ _SUMMARY = [
     "world_size",
     "precision",
     "zero_stage",
+    "shard_engine",
     "peak_memory_bytes",
 ]
 _PER_CLASS = {

@@ -282,7 +282,7 @@ def _build_step(
     )
     optimizer = build_optimizer(model, config.optim)
     replicated = algorithm.views.teacher and sharding.stage == 3
-    model, optimizer = prepare(accelerator, model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer, sharding)
     # Not earlier: by now ZeRO-3 has released the first model's whole weights.
     replica = run_model.make(algorithm) if replicated else None
     step = SemiSupervisedStep(

@@ -35,6 +35,7 @@ def execution_request(config: RunConfig) -> ExecutionRequest:
     return ExecutionRequest(
         precision=config.precision,
         zero=config.zero,
+        shard=config.shard,
         loss_scale=config.loss_scale,
         grad_clip=config.optim.grad_clip,
         compile=config.compile,

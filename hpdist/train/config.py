@@ -31,7 +31,7 @@ from hpdist.data.config import CHOICES, Data
 from hpdist.data.files.paths import did_you_mean
 from hpdist.distributed.config import NormStatistics, Watchdog
 from hpdist.engines.compilation import Compile
-from hpdist.engines.config import LossScale, Precision, Teacher, Zero
+from hpdist.engines.config import LossScale, Precision, Shard, Teacher, Zero
 from hpdist.errors import ConfigError
 from hpdist.evaluate.config import Eval
 from hpdist.messages.redaction import MARK, redacted_parts, redacted_settings
@@ -99,6 +99,7 @@ class RunConfig(Section):
     """fp32, bf16 or fp16; by default the launcher's setting, else fp32."""
     loss_scale: LossScale = LossScale()
     zero: Zero = Zero()
+    shard: Shard = Shard()
     activation_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
     compile: bool | Compile = False

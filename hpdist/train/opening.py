@@ -132,13 +132,12 @@ def _batch(config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool) -> 
 
 
 def _precision(config: RunConfig, sharding: ExecutionPlan) -> str:
-    parts: list[str] = [sharding.precision]
-    if sharding.stage is None:
-        parts.append("not sharded")
-    else:
-        parts.append(f"ZeRO stage {sharding.stage}")
-    if sharding.offload != "none":
-        parts.append(f"offloaded to {'the CPU' if sharding.offload == 'cpu' else 'NVMe'}")
+    parts: list[str] = [sharding.precision, sharding.name]
+    if sharding.shard.engine is not None:
+        released = sharding.shard.reshard_after_forward is not False
+        parts.append(f"weights {'released after each forward' if released else 'gathered once'}")
+    if sharding.offloads_to != "none":
+        parts.append(f"offloaded to {'the CPU' if sharding.offloads_to == 'cpu' else 'NVMe'}")
     if config.activation_checkpointing:
         parts.append("activation checkpointing")
     if sharding.compile is not None:

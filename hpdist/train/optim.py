@@ -33,9 +33,10 @@ class Optim(Section):
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay; adamw decouples it from the gradient."""
     l1: float = Field(0.0, ge=0)
-    """Adds this multiple of the weights' summed absolute values to the loss; not under ZeRO-3.
+    """Adds this multiple of the weights' summed absolute values to the loss.
 
     Biases and normalisation weights are left out. Weights approach zero, but seldom reach it.
+    Refused where the weights are sharded, by ZeRO-3 or FSDP2.
     """
     decay_all: bool = False
     """Apply weight decay to biases and normalisation weights as well."""

@@ -73,9 +73,9 @@ class SemiSupervisedStep:
         seed: For the algorithm's draws, such as how it mixes rows.
         l1: Weight of the L1 norm of the weights, a term of the loss.
 
-    Raises ConfigError if `l1` is given and ZeRO-3 shards the weights, or if the algorithm needs a
-    teacher and there is none, or heads that the model lacks (`hpdist.with_heads` adds them), or
-    mixes rows within groups that ranks and micro-batches cut apart.
+    Raises ConfigError if `l1` is given and ZeRO-3 or FSDP2 shards the weights, or if the algorithm
+    needs a teacher and there is none, or heads that the model lacks (`hpdist.with_heads` adds
+    them), or mixes rows within groups that ranks and micro-batches cut apart.
     """
 
     def __init__(
@@ -104,7 +104,9 @@ class SemiSupervisedStep:
         self.grad_clip = grad_clip
         self.l1 = l1
         if l1 and not self.engine.whole_parameters():
-            raise ConfigError("optim.l1: ZeRO-3 shards the weights; use zero.stage 0, 1 or 2")
+            raise ConfigError(
+                "optim.l1: ZeRO-3 and FSDP2 shard the weights; use zero.stage 0, 1 or 2"
+            )
         self.teacher = None if decay is None else ShardedTeacher(self.engine, decay, teacher_warmup)
         self.history = OverflowHistory()
         self.rank_timer = RankTimer(self.engine.device)
@@ -135,7 +137,7 @@ class SemiSupervisedStep:
             logits = predict(inputs)        # inputs as in batches; logits fp32 [rows, classes]
 
         For a task with more outputs than logits, `predict` returns them by name.
-        Collective: every rank must enter, and under ZeRO-3 call `predict` equally often.
+        Collective: every rank must enter, and under ZeRO-3 or FSDP2 call `predict` equally often.
         """
         return evaluating(self.engine, self.teacher if teacher else None, self.views)
 

@@ -34,7 +34,7 @@ from hpdist.distributed.fragments import Fragment
 from hpdist.distributed.module_names import shortened, without_wrappers
 from hpdist.engines.base import Engine
 from hpdist.engines.teacher import ShardedTeacher
-from hpdist.errors import CheckpointError, why_not_written
+from hpdist.errors import CheckpointError, ConfigError, why_not_written
 
 FOLDER = "hpdist"
 """The folder of a step in that of `save_state`; a second model's step has `hpdist_1`."""
@@ -87,10 +87,12 @@ def join_save_state(step: StepParts) -> None:
         steps = _followed[accelerator] = []
 
         def save(models: list[nn.Module], weights: Any, folder: str) -> None:
+            _refuse(steps)
             for name, each in _live(steps).items():
                 _save(each, Path(folder) / name)
 
         def load(models: list[nn.Module], folder: str) -> None:
+            _refuse(steps)
             for name, each in _live(steps).items():
                 _load(each, Path(folder) / name)
 
@@ -106,6 +108,13 @@ def join_save_state(step: StepParts) -> None:
                 _check_engine(each, run_on_main(partial(_engine_of, own)), own)
 
     step.engine.check_before_loading(check)
+
+
+def _refuse(steps: _Steps) -> None:
+    """Raise ConfigError, on every rank, for an engine that Accelerate cannot save."""
+    for step in _live(steps).values():
+        if step.engine.refuses_save_state is not None:
+            raise ConfigError(step.engine.refuses_save_state)
 
 
 def _live(steps: _Steps) -> dict[str, StepParts]:

@@ -1,12 +1,12 @@
-"""Step time on DeepSpeed against the bare engine: same config, same tensors, a lean loop.
+"""Step time on DeepSpeed or FSDP2 against the bare engine: same config and tensors, a lean loop.
 
-    python -m tests.benchmarks.engine_step [--stages 1 2 3] [--precision fp32] [--labeled 32 96]
+    python -m tests.benchmarks.engine_step [--stages 1 2 fsdp2] [--precision fp32] [--labeled 32 96]
 
 FixMatch on an MLP of 2.4 million parameters (on a GPU: WRN-28-10). The two take turns, round by
 round, each first every other time, and the ratio is the median over the rounds of one step to the
 step beside it, so that what else the machine does weighs on both. On a CPU the precision is fp32,
 unless it is named, since not every CPU computes in bf16. The bare loop keeps no teacher, since
-DeepSpeed has none to offer, so the ratio includes the sharded teacher, the statistics and the
+neither engine has one to offer, so the ratio includes the sharded teacher, the statistics and the
 look for overflow.
 """
 
@@ -30,18 +30,21 @@ from hpdist.algorithms import FixMatch
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import IdentityViewsConfig
 from hpdist.engines import launch
+from hpdist.engines.prepare import prepare
 from hpdist.models import MLP, WideResNet
 from hpdist.train.step import SemiSupervisedStep
 from tests.support.ranks import run_ranks
+from tests.support.recipes import sharded_by
 
 CLASSES, THRESHOLD = 10, 0.0
 
 
-def prepared(stage: int, precision: str, rows: int) -> tuple[Any, Any, Any, Tensor]:
-    """A DeepSpeed engine of its own, and an example of its input."""
+def prepared(stage: str, precision: str, rows: int) -> tuple[Any, Any, Any, Tensor]:
+    """An engine of its own, and an example of its input."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["HPDIST_ALLOW_CPU_FP16"] = "1"
-    sharding = launch.ExecutionPlan(precision=precision, stage=stage, micro_batch=rows)
+    how = sharded_by(int(stage) if stage.isdecimal() else stage)
+    sharding = launch.ExecutionPlan(precision=precision, **how, micro_batch=rows)
     accelerator = launch.make_accelerator(sharding)
     torch.manual_seed(0)
     if torch.cuda.is_available():
@@ -50,28 +53,40 @@ def prepared(stage: int, precision: str, rows: int) -> tuple[Any, Any, Any, Tens
     else:
         model, example = MLP(256, [1024, 1024, 1024], CLASSES), torch.randn(1, 256)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer, sharding)
     return accelerator, model, optimizer, example
 
 
-def bare_loop(engine: nn.Module, stage: int, device: torch.device) -> Callable[..., None]:
-    """The same maths, by hand, on DeepSpeed's engine."""
-    dtype = next(engine.parameters()).dtype
+def bare_loop(
+    engine: Any, optimizer: Any, stage: str, precision: str, device: torch.device
+) -> Callable[..., None]:
+    """The same maths, by hand, on DeepSpeed's engine or torch's."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    by_deepspeed = stage.isdecimal()
 
     def run(x: Tensor, y: Tensor, u: Tensor) -> None:
         x, y, u = x.to(device, dtype), y.to(device), u.to(device, dtype)
-        if stage == 3:  # one fused forward
+        if stage == "3":  # one fused forward
             logits = engine(torch.cat([x, u, u])).float()
             student, weak = logits[: len(x) + len(u)], logits[len(x) + len(u) :].detach()
         else:
             with torch.no_grad():
-                weak = engine.module(u).float()
+                weak = (engine.module if by_deepspeed else engine)(u).float()
             student = engine(torch.cat([x, u])).float()
         confidence, pseudo = weak.softmax(dim=1).max(dim=1)
         losses = F.cross_entropy(student[len(x) :], pseudo, reduction="none")
         unsupervised = (losses * (confidence >= THRESHOLD)).mean()
-        engine.backward(F.cross_entropy(student[: len(x)], y) + unsupervised)
-        engine.step()
+        loss = F.cross_entropy(student[: len(x)], y) + unsupervised
+        if by_deepspeed:
+            engine.backward(loss)
+            engine.step()
+            return
+        loss.backward()
+        gradients = [parameter.grad for parameter in engine.parameters()]
+        norm: Any = nn.utils.get_total_norm(gradients)  # which a trainer clips by and logs
+        if norm.full_tensor().isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
 
     return run
 
@@ -80,15 +95,15 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def measure(
-    stage: int, precision: str, rounds: int, labeled: int, clock: str
+    stage: str, precision: str, rounds: int, labeled: int, clock: str
 ) -> tuple[list[float], ...]:
     """Seconds per step, round by round: (hpdist, bare engine)."""
     now = CLOCKS[clock]
     unlabeled = 7 * labeled
-    _, engine, _, example = prepared(stage, precision, labeled + unlabeled)
+    _, engine, theirs, example = prepared(stage, precision, labeled + unlabeled)
     accelerator, model, optimizer, _ = prepared(stage, precision, labeled + unlabeled)
     device = accelerator.device
-    bare = bare_loop(engine, stage, device)
+    bare = bare_loop(engine, theirs, stage, precision, device)
     views = IdentityViewsConfig().build(0)
     step = SemiSupervisedStep(accelerator, model, optimizer, FixMatch(THRESHOLD), views)
 
@@ -115,7 +130,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     half = "bf16" if torch.cuda.is_available() else "fp32"
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--stages", nargs="+", default=["1", "2", "3", "fsdp2", "fsdp2 whole"])
     parser.add_argument("--precision", nargs="+", default=[half])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=100)

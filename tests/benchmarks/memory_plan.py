@@ -19,13 +19,13 @@ import torch
 
 from hpdist.data.samples.digits import write_digits
 from hpdist.plan.memory_meter import MemoryMeter
-from hpdist.plan.memory_plan import rehearsed
+from hpdist.plan.memory_plan import StagePlan, rehearsed
 from hpdist.train import config
 from hpdist.train.trainer import Trainer
 from tests.support.memory import free_at_once, status
 from tests.support.ranks import run_ranks
 
-STAGES = (None, 1, 2, 3)
+STAGES = (None, 1, 2, 3, "fsdp2")
 _TRIES = 4
 MODELS: dict[str, dict[str, Any]] = {
     "MLP": {
@@ -43,7 +43,7 @@ LARGE = ("MLP", "CNN")
 """The models of the table; the others are a tenth of their size."""
 
 
-def settings(folder: Path, model: str, stage: int | None) -> dict[str, Any]:
+def settings(folder: Path, model: str, stage: int | str | None) -> dict[str, Any]:
     """The config of a run on digits in this folder."""
     train = {"path": "parquet", "data_files": f"{folder}/train-*.parquet"}
     return {
@@ -57,7 +57,7 @@ def settings(folder: Path, model: str, stage: int | None) -> dict[str, Any]:
         "views": {"weak": {"shift": 0.125, "flip": False}},
         "algorithm": {"name": "fixmatch"},
         "precision": "bf16",
-        "zero": {"stage": stage},
+        **({"shard": {"engine": stage}} if isinstance(stage, str) else {"zero": {"stage": stage}}),
         "tracker": {"name": "none"},
         "steps": 3,
     } | MODELS[model]
@@ -76,7 +76,7 @@ def real_peak(values: dict[str, Any]) -> tuple[int, int]:
     return meter.peak, status("VmHWM") - resident
 
 
-def compare(folder: Path, model: str, stage: int | None, ranks: int) -> tuple[int, int, int]:
+def compare(folder: Path, model: str, stage: int | str | None, ranks: int) -> tuple[int, int, int]:
     """Bytes: of the plan, of a real run's tensors, and of what its process grew by."""
     values = settings(folder, model, stage)
     planned = rehearsed(config.parse(values).model_dump(mode="json"), ranks, stage)
@@ -113,7 +113,7 @@ def main() -> None:
                 for stage in STAGES:
                     planned, tensors, grown = compare(folder, model, stage, ranks)
                     numbers = f"{planned / 1e6:.0f} | {tensors / 1e6:.0f} | {planned / tensors:.3f}"
-                    kind = "none" if stage is None else f"ZeRO-{stage}"
+                    kind = "none" if stage is None else StagePlan(stage, None).name
                     lines.append(f"| {model} | {ranks} | {kind} | {numbers} | {grown / 1e6:.0f} |")
                     print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"

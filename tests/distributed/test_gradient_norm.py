@@ -13,17 +13,26 @@ from hpdist.algorithms import FixMatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
 from hpdist.engines.config import LossScale
+from hpdist.engines.prepare import prepare
 from hpdist.train.step import SemiSupervisedStep
 from tests.support.ranks import run_ranks
-from tests.support.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of, train
+from tests.support.recipes import (
+    LABELED,
+    UNLABELED,
+    global_batches,
+    make_step,
+    sharded_by,
+    slice_of,
+    train,
+)
 
-STAGES = [None, 0, 1, 2, 3]
+STAGES = [None, 0, 1, 2, 3, "fsdp2"]
 LR, CLIP = 0.1, 0.25
 UPDATE = 1.9 * LR  # Nesterov's first step, momentum 0.9, per unit of gradient
-Found = dict[tuple[int | None, str, float | None], tuple[float, float]]
+Found = dict[tuple[int | str | None, str, float | None], tuple[float, float]]
 
 
-def norms(stages: list[int | None], precisions: list[str]) -> Found:
+def norms(stages: list[int | str | None], precisions: list[str]) -> Found:
     """What the first step logs as the gradient's norm, and the norm of the update."""
     found: Found = {}
     for stage in stages:
@@ -68,7 +77,7 @@ def two_ranks() -> list[Found]:
 def test_norm_and_clipping(
     two_ranks: list[Found],
     reference: float,
-    stage: int | None,
+    stage: int | str | None,
     precision: str,
     clip: float | None,
 ) -> None:
@@ -80,26 +89,25 @@ def test_norm_and_clipping(
         assert moved == pytest.approx(expected, rel=tolerance)
 
 
-def layer_norms(stages: list[int | None], precisions: list[str]) -> dict[Any, list[float]]:
+def layer_norms(stages: list[int | str | None], precisions: list[str]) -> dict[Any, list[float]]:
     found = {}
     for stage in stages:
         for precision in precisions:
             AcceleratorState._reset_state(reset_partial_state=True)
             scale = LossScale(initial=2.0**9)
-            accelerator = launch.make_accelerator(
-                launch.ExecutionPlan(
-                    precision=precision,  # type: ignore[arg-type]
-                    stage=stage,
-                    micro_batch=(LABELED + UNLABELED) // 2,
-                    loss_scale=scale,
-                )
+            plan = launch.ExecutionPlan(
+                precision=precision,  # type: ignore[arg-type]
+                **sharded_by(stage),
+                micro_batch=(LABELED + UNLABELED) // 2,
+                loss_scale=scale,
             )
+            accelerator = launch.make_accelerator(plan)
             torch.manual_seed(0)
             model = nn.Sequential(
                 nn.Flatten(), nn.Linear(64, 24), nn.LayerNorm(24), nn.GELU(), nn.Linear(24, 10)
             )
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-            model, optimizer = accelerator.prepare(model, optimizer)
+            model, optimizer = prepare(accelerator, model, optimizer, plan)
             step = SemiSupervisedStep(
                 accelerator,
                 model,

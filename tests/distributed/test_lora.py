@@ -1,4 +1,4 @@
-"""Adapters on one rank, under DDP, ZeRO-2 and ZeRO-3: one curve, and a base that stays."""
+"""Adapters on one rank, under DDP, ZeRO-2, ZeRO-3 and FSDP2: one curve, and a base that stays."""
 
 import os
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from hpdist.train import config as configuration
 from hpdist.train.trainer import Trainer
@@ -15,7 +16,7 @@ from tests.support.ranks import run_ranks
 from tests.support.texts import SENTENCES, news_config, write_model
 from tests.unit.models.test_hugging_face import build
 
-STAGES = (None, 2, 3)
+STAGES = (None, 2, 3, "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +39,23 @@ def config(folder, places, stage, steps=4):
         model={"name": f"hf:{model}", "lora": {"rank": 2, "targets": ["query", "dense"]}},
         data={"labeled": rows, "unlabeled": rows, "test": rows},
         algorithm={"name": "fixmatch", "threshold": 0.5},
-        zero={"stage": stage},
+        **sharded(stage),
         schedule={"name": "constant"},
         steps=steps,
     )
+
+
+def sharded(stage):
+    if stage == "fsdp2":
+        return {"shard": {"engine": stage, "min_parameters": 0}}
+    return {"zero": {"stage": stage}}
 
 
 def train(folder, places, stages):
     """Train in each stage, the last one resumed; how far the base's weights have moved in each."""
     moved = {}
     for stage in stages:
-        for steps in (2, 4) if stage == 3 else (4,):
+        for steps in (2, 4) if stage in (3, "fsdp2") else (4,):
             forget_launch()
             values = config(folder / str(stage), places, stage, steps)
             trainer = Trainer.from_config(configuration.parse(values))
@@ -79,6 +86,10 @@ def change(model, folder):
             start = torch.distributed.get_rank() * len(own)
             values = values.flatten()[start : start + len(own)]
             parameter = own[: len(values)]
+        if isinstance(parameter, DTensor):  # likewise
+            own = parameter.to_local()
+            rows = torch.distributed.get_rank() * -(-len(values) // parameter.device_mesh.size())
+            values, parameter = values[rows : rows + len(own)], own
         if len(values):
             largest = max(largest, float((parameter.detach() - values).abs().max()))
         seen += 1

@@ -22,8 +22,12 @@ from hpdist.train import config
 from tests.benchmarks.memory_plan import LARGE, compare, settings
 from tests.support.catalogue import NAMES
 
-STAGES = [None, 1, 2, 3]
-SOME = [pytest.param("small CNN", None, 2, marks=pytest.mark.slow), ("small MLP", 2, 2)]
+STAGES = [None, 1, 2, 3, "fsdp2"]
+SOME = [
+    pytest.param("small CNN", None, 2, marks=pytest.mark.slow),
+    ("small MLP", 2, 2),
+    pytest.param("small MLP", "fsdp2", 2, marks=pytest.mark.slow),
+]
 ALL = [(model, stage, ranks) for model in LARGE for ranks in (1, 2, 4) for stage in STAGES]
 
 
@@ -32,9 +36,11 @@ def digits(tmp_path_factory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"))
 
 
-def within_a_tenth(digits: Path, model: str, stage: int | None, ranks: int) -> None:
+def within_a_tenth(digits: Path, model: str, stage: int | str | None, ranks: int) -> None:
     planned, tensors, grown = compare(digits, model, stage, ranks)
-    assert planned == pytest.approx(tensors, rel=0.1)
+    # For FSDP2 gloo, unlike NCCL, gathers and scatters by way of a copy of the whole unit.
+    assert planned == pytest.approx(tensors, rel=0.25 if stage == "fsdp2" else 0.1)
+    assert planned < 1.1 * tensors
     assert grown > 0.9 * tensors  # the kernel sees that, and what is not tensors besides
 
 
@@ -115,7 +121,8 @@ def test_the_command_names_the_smallest_stage_that_fits(digits, tmp_path):
     assert " bf16, adamw; 8 GPUs of 0.012 GiB" in done.stdout
     fitting = [name for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3") if "does not" not in rows[name]]
     assert f"smallest stage that fits: {fitting[0]} (zero.stage: {fitting[0][-1]})" in done.stdout
-    assert done.stderr.count("rehearsing") == 4
+    assert done.stderr.count("rehearsing") == 5
+    assert "fits" in rows["FSDP2"]
 
 
 @pytest.mark.slow
@@ -125,7 +132,7 @@ def test_one_stage_alone(digits, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines() if line.split("  ")[0]]
     assert "ZeRO-2" in rows
-    assert not {"DDP", "ZeRO-1", "ZeRO-3"} & set(rows)
+    assert not {"DDP", "ZeRO-1", "ZeRO-3", "FSDP2"} & set(rows)
     assert done.stdout.splitlines()[-1] == "ZeRO-2 fits"
     assert done.stderr.count("rehearsing") == 1
 

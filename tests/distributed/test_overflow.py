@@ -22,7 +22,7 @@ from hpdist.train.step import SemiSupervisedStep, StepOutcome
 from tests.support.ranks import run_ranks
 from tests.support.recipes import LABELED, UNLABELED, global_batches, make_step, slice_of
 
-STAGES = [None, 0, 1, 2, 3]
+STAGES = [None, 0, 1, 2, 3, "fsdp2"]
 HALF: dict[str, Any] = {"precision": "fp16", "width": 4}  # a CPU takes long over these
 
 
@@ -70,8 +70,8 @@ PLAN = {0: (1, "supervised"), 3: (0, "unsupervised")}  # attempt -> rank and ter
 SCALES = [512, 512, 512, 256, 256, 256, 512, 512]  # after each attempt; 3 would have been a growth
 
 
-def overflows() -> dict[int | None, list[tuple[StepOutcome, list[str]]]]:
-    found: dict[int | None, list[tuple[StepOutcome, list[str]]]] = {}
+def overflows() -> dict[int | str | None, list[tuple[StepOutcome, list[str]]]]:
+    found: dict[int | str | None, list[tuple[StepOutcome, list[str]]]] = {}
     for stage in STAGES:
         scale = LossScale(initial=2.0**10, growth_interval=3)
         step = make_step("freematch", norm="batch", loss_scale=scale, stage=stage, **HALF)
@@ -90,12 +90,14 @@ def overflows() -> dict[int | None, list[tuple[StepOutcome, list[str]]]]:
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[dict[int | None, list[tuple[StepOutcome, list[str]]]]]:
+def runs() -> list[dict[int | str | None, list[tuple[StepOutcome, list[str]]]]]:
     return run_ranks(2, overflows)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_rank_overflows_and_all_skip_everything(runs: list[Any], stage: int | None) -> None:
+def test_one_rank_overflows_and_all_skip_everything(
+    runs: list[Any], stage: int | str | None
+) -> None:
     for rank in range(2):
         for number, (outcome, changed) in enumerate(runs[rank][stage]):
             assert outcome.applied == (number not in PLAN)
@@ -108,7 +110,7 @@ def test_one_rank_overflows_and_all_skip_everything(runs: list[Any], stage: int 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_scale_is_one_number_with_one_history(runs: list[Any], stage: int | None) -> None:
+def test_the_scale_is_one_number_with_one_history(runs: list[Any], stage: int | str | None) -> None:
     for rank in range(2):
         outcomes = [outcome for outcome, _ in runs[rank][stage]]
         assert [outcome.new_scale for outcome in outcomes] == SCALES
@@ -116,7 +118,7 @@ def test_the_scale_is_one_number_with_one_history(runs: list[Any], stage: int | 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_culprit_is_named(runs: list[Any], stage: int | None) -> None:
+def test_the_culprit_is_named(runs: list[Any], stage: int | str | None) -> None:
     for number, (rank, term) in PLAN.items():
         sources = [runs[r][stage][number][0].overflow_source for r in range(2)]
         assert sources[0] == sources[1]
@@ -130,7 +132,7 @@ def weights(step: SemiSupervisedStep) -> Tensor:
     return torch.cat([whole[name] for name in sorted(whole)])
 
 
-def growths() -> dict[int | None, tuple[Tensor, Tensor, list[float]]]:
+def growths() -> dict[int | str | None, tuple[Tensor, Tensor, list[float]]]:
     found = {}
     for stage in STAGES:
         results = []

@@ -1,4 +1,4 @@
-"""The same 30 steps on DDP and ZeRO 0 to 3, in fp32, bf16 and fp16, on 1, 2 and 4 ranks."""
+"""The same 30 steps on DDP, ZeRO 0 to 3 and FSDP2, in fp32, bf16 and fp16, on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.support.ranks import run_ranks
 from tests.support.recipes import make_step, train
 
 STEPS = 30
-STAGES = [None, 0, 1, 2, 3]
+STAGES = [None, 0, 1, 2, 3, "fsdp2"]
 ALGORITHMS = ["fixmatch", "freematch"]
 # What a step's loss may differ by, as a share of the mean loss: the median and the largest of 30
 # steps. In fp32 a single row that is on the threshold makes 6e-4.
 TOLERANCES = {"fp32": (2e-4, 2e-3), "fp16": (0.002, 0.02), "bf16": (0.005, 0.05)}
-Curves = dict[tuple[str, int | None, str], list[float]]
+Curves = dict[tuple[str, int | str | None, str], list[float]]
 
 
-def curves(precisions: list[str], stages: list[int | None]) -> Curves:
+def curves(precisions: list[str], stages: list[int | str | None]) -> Curves:
     """Losses by (algorithm, stage, precision)."""
     found: Curves = {}
     for algorithm in ALGORITHMS:

@@ -229,6 +229,19 @@ def test_a_precision_that_the_device_lacks_is_found(tmp_path, here, monkeypatch)
     assert verdicts(out)["precision"] == "FAILED"
 
 
+def test_a_torch_that_cannot_shard_by_fsdp2_is_found(tmp_path, here, monkeypatch):
+    files = [str(path) for path in write_pictures(tmp_path)]
+    config = write_config(tmp_path, files, str(tmp_path / "runs"))
+    settings = (config, "--shard.engine", "fsdp2")
+    assert verdicts(here(*settings)[1])["sharding"] == "ok"
+    module = "torch.distributed.fsdp.FSDPModule"
+    monkeypatch.delattr(f"{module}.set_reduce_scatter_unused_params")
+    status, out, err = here(*settings)
+    assert status == 3, err
+    assert verdicts(out)["sharding"] == "FAILED"
+    assert "shard.engine: fsdp2 needs torch 2.13 or newer" in " ".join(out.split())
+
+
 def test_other_versions_on_one_host_are_named():
     facts = [
         {"host": "a", "versions": {"torch": "2.13", "datasets": "5.2"}},

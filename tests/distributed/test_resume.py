@@ -38,6 +38,7 @@ def train(data: Path, runs: Path, name: str, steps: int, settings: dict[str, Any
         optim=settings.get("optim", {"name": "sgd", "lr": 0.05}),
         precision=settings.get("precision", "fp32"),
         zero={"stage": settings.get("stage")},
+        shard=settings.get("shard", {}),
         run={"dir": str(runs), "name": name},
         log={"every": 1},
         checkpoint={"every": 4},
@@ -55,6 +56,11 @@ DDP = {"streaming": True}
 ADAMW = {"optim": {"name": "adamw", "lr": 1e-3}, "precision": "bf16"}
 ZERO = {"precision": "fp16", "stage": 2, "optim": {"name": "adamw", "lr": 1e-3}}
 ZERO3 = {"precision": "fp16", "stage": 3}
+FSDP2 = {
+    "precision": "fp16",
+    "shard": {"engine": "fsdp2", "min_parameters": 0},
+    "optim": {"name": "adamw", "lr": 1e-3},
+}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,7 @@ ZERO3 = {"precision": "fp16", "stage": 3}
         pytest.param(ADAMW, id="adamw", marks=pytest.mark.slow),
         pytest.param(ZERO, id="zero2"),
         pytest.param(ZERO3, id="zero3", marks=pytest.mark.slow),
+        pytest.param(FSDP2, id="fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(

@@ -18,6 +18,7 @@ from hpdist.data.batch import LabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.engines import launch
 from hpdist.engines.config import LossScale
+from hpdist.engines.prepare import prepare
 from hpdist.evaluate.scoring import evaluate_both
 from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.train.passes import FusedPass, Passes
@@ -25,21 +26,30 @@ from hpdist.train.step import SemiSupervisedStep
 from tests.support import lockstep
 from tests.support.lockstep import Recorded
 from tests.support.ranks import run_ranks
-from tests.support.recipes import LABELED, UNLABELED, digits, make_model, make_step, train
+from tests.support.recipes import (
+    LABELED,
+    UNLABELED,
+    digits,
+    make_model,
+    make_step,
+    sharded_by,
+    train,
+)
 from tests.support.sampling import selected
 
 RANKS = 2
 POINTS = (0, 1, 3, 7)
-STAGES = [None, 2, 3]
+STAGES = [None, 2, 3, "fsdp2"]
 
 
 def build(
-    stage: int | None, *, checkpointed: bool = False, compiled: bool = False
+    stage: int | str | None, *, checkpointed: bool = False, compiled: bool = False
 ) -> SemiSupervisedStep:
     """The step of the recipes around a model that is changed as the trainer changes it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     rows = (LABELED + UNLABELED) // RANKS
-    accelerator = launch.make_accelerator(launch.ExecutionPlan(stage=stage, micro_batch=rows))
+    sharding = launch.ExecutionPlan(**sharded_by(stage), micro_batch=rows)
+    accelerator = launch.make_accelerator(sharding)
     algorithm = FixMatch(threshold=0.15)
     model = make_model(algorithm, "batch", smooth=True)
     if checkpointed:
@@ -49,12 +59,12 @@ def build(
         torch._dynamo.reset()
         model.compile(backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer, sharding)
     views = ImageViewsConfig().build(0)
     return SemiSupervisedStep(accelerator, model, optimizer, algorithm, views)
 
 
-def cut(micro_batches: int, stage: int | None, **options: Any) -> SemiSupervisedStep:
+def cut(micro_batches: int, stage: int | str | None, **options: Any) -> SemiSupervisedStep:
     return make_step("fixmatch", stage=stage, smooth=True, micro_batches=micro_batches, **options)
 
 
@@ -69,14 +79,16 @@ for _stage in STAGES:
     SETUPS["plain"] |= {
         f"plain, {_stage}": partial(build, _stage),
         f"checkpointed, {_stage}": partial(build, _stage, checkpointed=True),
-        f"compiled, {_stage}": partial(build, _stage, compiled=True),
     }
+    if _stage != "fsdp2":
+        SETUPS["plain"][f"compiled, {_stage}"] = partial(build, _stage, compiled=True)
     for _micro in (1, 2):
         SETUPS["whole"][f"{_micro} micro-batches, {_stage}"] = partial(cut, _micro, _stage)
 SETUPS["plain"]["compiled and checkpointed, None"] = partial(
     build, None, checkpointed=True, compiled=True
 )
-for _stage in (1, 2, 3):
+SETUPS["whole"]["2 micro-batches, fsdp2 whole"] = partial(cut, 2, "fsdp2 whole")
+for _stage in (1, 2, 3, "fsdp2"):
     SETUPS["plain"][f"offloaded, {_stage}"] = partial(
         make_step, "fixmatch", norm="batch", smooth=True, stage=_stage, offload="cpu", lr=0.02
     )
@@ -130,6 +142,7 @@ def test_the_curve_goes_somewhere(runs: list[Compared]) -> None:
 MORE = {
     *("checkpointed, None", "checkpointed, 2", "compiled, None", "compiled, 3"),
     *("offloaded, 1", "offloaded, 2", "1 micro-batches, 2", "1 micro-batches, 3"),
+    *("plain, fsdp2", "1 micro-batches, fsdp2", "2 micro-batches, fsdp2"),
 }
 
 

@@ -13,7 +13,7 @@ from hpdist.train.step import SemiSupervisedStep
 from tests.support.ranks import run_ranks
 from tests.support.recipes import global_batches, make_model, make_step, slice_of
 
-STAGES = [None, 1, 2, 3]
+STAGES = [None, 1, 2, 3, "fsdp2", "fsdp2 whole"]
 STEPS, BURN_IN, SAVED_AFTER = 5, 3, 2
 KEYS = ("loss", "supervised_loss", "unsupervised_loss", "mask_rate")
 
@@ -22,7 +22,7 @@ def algorithm() -> Algorithm:
     return FreeMatch(10, momentum=0.5, fairness_weight=0.05, targets="teacher", burn_in=BURN_IN)
 
 
-def make(stage: int | None, made: Algorithm) -> SemiSupervisedStep:
+def make(stage: int | str | None, made: Algorithm) -> SemiSupervisedStep:
     replica = {"teacher_model": make_model(made, smooth=True)} if stage == 3 else {}
     return make_step(made, stage=stage, smooth=True, lr=0.1, decay=0.9, **replica)
 
@@ -37,7 +37,7 @@ def curve(step: SemiSupervisedStep, numbers: range) -> list[dict[str, float]]:
     return records
 
 
-def curves() -> dict[int | None, tuple[list[dict[str, float]], float]]:
+def curves() -> dict[int | str | None, tuple[list[dict[str, float]], float]]:
     """By stage the curve, and how many applied steps the algorithm's saved state counts."""
     found = {}
     for stage in STAGES:

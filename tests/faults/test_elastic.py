@@ -1,4 +1,4 @@
-"""A run goes on with other ranks and stages: the curve continues, no row is lost or repeated."""
+"""A run goes on with other ranks, stages, engines: its curve does, no row is lost or repeated."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from tests.support.fault_table import Fault
 from tests.support.ranks import run_ranks
 from tests.support.run_records import TIMED
 
+PAIRS = [
+    ("ranks", "whole"),
+    ("engines", "whole"),
+    *((run, "whole_fp16") for run in ("stages", "both", "engines_fp16")),
+]
 TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
 
 
@@ -21,9 +26,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("run", "like"), [("ranks", "whole"), ("stages", "whole_fp16"), ("both", "whole_fp16")]
-)
+@pytest.mark.parametrize(("run", "like"), PAIRS)
 def test_the_curve_continues(outcomes: dict[str, Any], run: str, like: str) -> None:
     pairs = zip(outcomes[run]["records"], outcomes[like]["records"], strict=True)
     for step, (found, wanted) in enumerate(pairs, start=1):
@@ -32,20 +35,20 @@ def test_the_curve_continues(outcomes: dict[str, Any], run: str, like: str) -> N
             assert found[key] == near, (step, key)
 
 
-@pytest.mark.parametrize("run", ["whole", "ranks", "stages", "both"])
+@pytest.mark.parametrize("run", ["whole", *dict(PAIRS)])
 def test_no_row_is_lost_or_repeated(
     outcomes: dict[str, Any], run: str, inject: Callable[..., Fault]
 ) -> None:
     outcome = outcomes[run]
-    fault = inject("stopped, then other numbers of ranks or ZeRO stages", outcome["resumes"])
+    fault = inject(
+        "stopped, then other numbers of ranks, ZeRO stages or engines", outcome["resumes"]
+    )
     assert outcome["most"] == 1
     assert outcome["used"] == outcome["rows"] == 12 * 24
     fault.survived(**outcome["cost"])
 
 
-@pytest.mark.parametrize(
-    ("run", "like"), [("ranks", "whole"), ("stages", "whole_fp16"), ("both", "whole_fp16")]
-)
+@pytest.mark.parametrize(("run", "like"), PAIRS)
 def test_counters_are_carried_over(outcomes: dict[str, Any], run: str, like: str) -> None:
     for key in ("loss_scale", "optimizer", "teacher_updates"):
         assert outcomes[run][key] == outcomes[like][key], key

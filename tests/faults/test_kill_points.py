@@ -12,7 +12,7 @@ from tests.support.fault_table import COSTS, Fault
 from tests.support.kill_points import kill_everywhere
 from tests.support.ranks import run_ranks
 
-NAMES = {"fp32": "DDP in fp32", "zero2_fp16": "ZeRO-2 in fp16"}
+NAMES = {"fp32": "DDP in fp32", "zero2_fp16": "ZeRO-2 in fp16", "fsdp2_fp16": "FSDP2 in fp16"}
 
 
 def check(results: list[dict[str, Any]], kind: str, inject: Callable[..., Fault]) -> None:
@@ -28,10 +28,11 @@ def check(results: list[dict[str, Any]], kind: str, inject: Callable[..., Fault]
         fault.survived(**costs)
 
 
-def test_killed_while_writing(tmp_path: Path, inject: Callable[..., Fault]) -> None:
-    (results,) = run_ranks(1, kill_everywhere, tmp_path, "fp32", 6)
+@pytest.mark.parametrize("kind", ["fp32", pytest.param("fsdp2_fp16", marks=pytest.mark.slow)])
+def test_killed_while_writing(tmp_path: Path, kind: str, inject: Callable[..., Fault]) -> None:
+    (results,) = run_ranks(1, kill_everywhere, tmp_path, kind, 6)
     assert {result["victim"] for result in results} == {0, 1}
-    check(results, "fp32", inject)
+    check(results, kind, inject)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Runs that stop and go on elsewhere: other numbers of ranks, other ZeRO stages."""
+"""Runs that stop and go on elsewhere: other numbers of ranks, ZeRO stages and engines."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ RUNS: dict[str, Legs] = {
     "whole_fp16": [(2, "zero2_fp16", STEPS)],
     "stages": [(2, "zero2_fp16", 4), (2, "zero3_fp16", 8), (2, "zero1_fp16", STEPS)],
     "both": [(2, "zero3_fp16", 5), (1, "zero2_fp16", 8), (3, "zero3_fp16", STEPS)],
+    "engines": [(2, "fp32", 4), (3, "fsdp2", 8), (2, "fp32", STEPS)],
+    "engines_fp16": [(2, "zero2_fp16", 4), (3, "fsdp2_fp16", 8), (2, "zero3_fp16", STEPS)],
 }
 
 

@@ -27,6 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "zero1_fp16": {"precision": "fp16", "zero": {"stage": 1}},
     "zero2_fp16": {"precision": "fp16", "zero": {"stage": 2}},
     "zero3_fp16": {"precision": "fp16", "zero": {"stage": 3}},
+    "fsdp2": {"shard": {"engine": "fsdp2", "min_parameters": 0}},
+    "fsdp2_fp16": {"precision": "fp16", "shard": {"engine": "fsdp2", "min_parameters": 0}},
 }
 _POINTS = {  # every call by which writing touches the disk
     checkpoint_writer: ["save_file", "_write_bytes", "_sync_folder", "hash_of"],

@@ -17,7 +17,9 @@ from hpdist.data.batch import LabeledBatch, StoredTensors, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.distributed.batch_norm import global_batch_norm
 from hpdist.engines import launch
-from hpdist.engines.config import LossScale
+from hpdist.engines.config import LossScale, Shard
+from hpdist.engines.execution_plan import ExecutionPlan
+from hpdist.engines.prepare import prepare
 from hpdist.models import CNN, LadderMLP
 from hpdist.models.with_heads import with_heads
 from hpdist.train.step import SemiSupervisedStep
@@ -91,6 +93,18 @@ def make_model(
     return with_heads(model, algorithm, torch.zeros(2, 1, 8, 8))
 
 
+def sharded_by(stage: int | str | None, offload: Any = "none") -> dict[str, Any]:
+    """The settings of an execution plan for a ZeRO stage, or FSDP2, which every block is a unit of.
+
+    `fsdp2` releases weights after each forward, and `fsdp2 whole` does not.
+    """
+    if not isinstance(stage, str):
+        return {"stage": stage, "offload": offload}
+    engine, _, whole = stage.partition(" ")
+    shard = Shard(engine=engine, reshard_after_forward=not whole, min_parameters=0, offload=offload)
+    return {"shard": shard}
+
+
 def make_step(
     algorithm: str | Algorithm,
     *,
@@ -99,7 +113,7 @@ def make_step(
     width: int = 8,
     micro_batches: int = 1,
     precision: Any = "fp32",
-    stage: int | None = None,
+    stage: int | str | None = None,
     offload: Any = "none",
     lr: float = 0.01,
     optimizer: str = "sgd",
@@ -107,19 +121,19 @@ def make_step(
     **options: Any,
 ) -> SemiSupervisedStep:
     """A step on a small CNN for digits, on however many ranks were launched."""
+    plan: ExecutionPlan | None = None
     if accelerator is None:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        sharding = launch.ExecutionPlan(
+        plan = ExecutionPlan(
             precision=precision,
-            stage=stage,
-            offload=offload,
+            **sharded_by(stage, offload),
             grad_clip=options.get("grad_clip"),
             loss_scale=options.get("loss_scale") or LossScale(),
             micro_batch=(LABELED + UNLABELED) // ranks // micro_batches,
             accumulation=micro_batches,
         )
         AcceleratorState._reset_state(reset_partial_state=True)  # of a step made before
-        accelerator = launch.make_accelerator(sharding)
+        accelerator = launch.make_accelerator(plan)
     if isinstance(algorithm, str):
         algorithm = make_algorithm(algorithm)
     model = make_model(algorithm, norm, smooth, width)
@@ -129,7 +143,7 @@ def make_step(
         )
     else:
         made = torch.optim.AdamW(model.parameters(), lr=lr)
-    model, made = accelerator.prepare(model, made)
+    model, made = prepare(accelerator, model, made, plan)
     return SemiSupervisedStep(
         accelerator,
         model,

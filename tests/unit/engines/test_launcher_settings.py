@@ -46,7 +46,6 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
-        ({"USE_FSDP": "true"}, "distributed_type: FSDP in accelerate's config.*zero_stage: 3"),
         ({"USE_MEGATRON_LM": "true"}, "distributed_type: MEGATRON_LM.*DEEPSPEED"),
         (
             {"USE_SAGEMAKER": "true", "SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"},
