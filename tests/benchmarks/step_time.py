@@ -26,10 +26,12 @@ from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.views import ImageViewsConfig
 from hpdist.data.views.base import Views
 from hpdist.distributed.batch_norm import global_batch_norm
+from hpdist.engines.config import Precision
 from hpdist.models import WideResNet
 from hpdist.train.step import SemiSupervisedStep
 
 BATCH, MU, CLASSES = 8, 7, 10
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 THRESHOLD = 0.3  # so that some rows pass with untrained weights
 
 
@@ -49,7 +51,8 @@ class BareLoop:
         self.optimizer = optimizer_of(model)
         self.teacher = [p.detach().clone() for p in model.parameters()]
         self.buffers = [b.detach().clone() for b in model.buffers()]
-        self.precision = precision
+        self.half = HALVES.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.count = 0
 
     def __call__(self, x: Tensor, y: Tensor, u: Tensor) -> None:
@@ -69,8 +72,10 @@ class BareLoop:
         logits = logits.float()
         losses = F.cross_entropy(logits[len(x) :], pseudo, reduction="none")
         unsupervised = (losses * (confidence >= THRESHOLD)).mean()
-        (F.cross_entropy(logits[: len(x)], y) + unsupervised).backward()
-        self.optimizer.step()
+        loss = F.cross_entropy(logits[: len(x)], y) + unsupervised
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(self.teacher, list(self.model.parameters()), 1e-3)
@@ -79,16 +84,20 @@ class BareLoop:
         self.count += 1
 
     def autocast(self):  # type: ignore[no-untyped-def]
-        if self.precision == "fp32":
+        if self.half is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=self.half)
 
 
-def hpdist_loop(model: nn.Module, views: Views, precision: str) -> Callable[..., None]:
+def hpdist_loop(model: nn.Module, views: Views, precision: Precision) -> Callable[..., None]:
     AcceleratorState._reset_state(reset_partial_state=True)  # of the precision before
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    # Accelerate does not know fp16 on a CPU; the engine computes in it by itself.
+    by_engine = precision == "fp32" or (precision == "fp16" and not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision="no" if by_engine else precision)
     prepared, optimizer = accelerator.prepare(global_batch_norm(model), optimizer_of(model))
-    step = SemiSupervisedStep(accelerator, prepared, optimizer, FixMatch(THRESHOLD), views)
+    step = SemiSupervisedStep(
+        accelerator, prepared, optimizer, FixMatch(THRESHOLD), views, precision=precision
+    )
 
     def run(x: Tensor, y: Tensor, u: Tensor) -> None:
         step(LabeledBatch(x, y, torch.arange(len(x))), UnlabeledBatch(u, torch.arange(len(u))))
@@ -96,7 +105,7 @@ def hpdist_loop(model: nn.Module, views: Views, precision: str) -> Callable[...,
     return run
 
 
-def measure(precision: str, rounds: int) -> tuple[list[float], list[float]]:
+def measure(precision: Precision, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds per step, round by round: (hpdist, bare loop)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
