@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpdist.engines.config import LossScale
 from tests.gpu.device import on_ranks, the_device
 from tests.support.catalogue import build
 from tests.support.recipes import make_step, train
@@ -19,6 +20,7 @@ SETUPS = [(None, "bf16"), (None, "fp16"), (1, "fp16"), (2, "bf16"), (2, "fp16"),
 SETUPS += [(3, "fp16"), (None, "fp32"), (2, "fp32")]
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
 """Of a loss, as a share: weights that DeepSpeed rounds, autocast rounds only in products."""
+SCALE = LossScale(initial=2.0**8)  # with which no step overflows
 OF_A_STEP = ("supervised_loss", "loss")
 
 
@@ -27,7 +29,8 @@ def curves() -> dict[tuple[int | None, str], list[dict[str, Any]]]:
     found = {}
     for stage, precision in SETUPS:
         algorithm = build("fixmatch", the_device())
-        step = make_step(algorithm, norm="batch", smooth=True, stage=stage, precision=precision)
+        options: dict[str, Any] = {"stage": stage, "precision": precision, "loss_scale": SCALE}
+        step = make_step(algorithm, norm="batch", smooth=True, **options)
         assert step.engine.device.type == the_device().type
         found[stage, precision] = train(step, STEPS)
     return found

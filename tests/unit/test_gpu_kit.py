@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from tests.benchmarks import gpu
 from tests.benchmarks.gpu_speed import covered
 from tests.benchmarks.gpu_training import idle
 from tests.gpu.device import DRY_RUN, WHY_SKIPPED
+from tests.gpu.timed import run_within
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ def test_without_a_gpu_all_is_skipped_and_says_why(tmp_path: Path) -> None:
 def test_a_dry_run_does_every_test_and_every_measurement() -> None:
     before = gpu.RESULTS.read_bytes() if gpu.RESULTS.exists() else None
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu", "--dry-run", "--minutes", "40"],
+        [sys.executable, "-m", "tests.gpu", "--dry-run"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -101,7 +103,7 @@ def test_the_parts_share_the_time(parts: list[str], minutes: float) -> None:
     found = gpu.seconds_of(parts, minutes)
     assert list(found) == parts
     assert all(seconds > 0 for seconds in found.values())
-    assert found.get("training", 0) <= gpu.MOST_TRAINING
+    assert found.get("training", 0) <= gpu.MOST["training"]
     around = gpu.AROUND_TRAINING if "training" in parts else 0
     assert sum(found.values()) + around <= max(60 * minutes, around + 60)
 
@@ -110,6 +112,18 @@ def test_a_part_that_fails_is_named() -> None:
     text, well = gpu.run_part("nowhere", 1, [])  # there is no such program
     assert not well
     assert text.strip() == "Not complete: it ended with status 1."
+
+
+def test_what_takes_too_long_ends_with_all_that_it_started() -> None:
+    child = "import time; time.sleep(600)"
+    parent = (
+        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, "
+        f"flush=True); {child}"
+    )
+    out, problem = run_within(1.0, [sys.executable, "-c", parent], captured=True)
+    assert problem == "it was not done after 1 s"
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(out)).wait(10) is None
 
 
 def test_a_device_is_busy_where_any_event_covers_the_time() -> None:
