@@ -32,9 +32,10 @@ def main() -> None:
     install = ["install", "--quiet", "--no-compile", "--no-index", "--find-links", ".wheels"]
     status = subprocess.run([*pip, *install, "--editable", *WANTED], cwd=ROOT).returncode
     if status:
+        version = "{}.{}".format(*sys.version_info)
         sys.exit(
-            "what is missing above is neither installed here nor in .wheels; where there is an "
-            "index: make gpu-wheels GPU_PACKAGES='NAME…' GPU_PYTHON=3.12 (the version here)"
+            "What is missing above is neither installed here nor in .wheels; where there is an "
+            f"index: make gpu-wheels GPU_PYTHON={version} GPU_PACKAGES='NAME…'"
         )
 
 
