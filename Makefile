@@ -2,6 +2,8 @@
 # make test       the tests
 # make test-all   the slow ones too; installs the programs that they need where it can, and names what it skips
 # make lint       style and types
+# make gpu        tests and measurements on a GPU, nine minutes (docs/gpu.md); make gpu-dry-run: the same on a CPU, tiny
+# make gpu-wheels what a machine with a GPU but without an index lacks: make gpu takes it from there
 #
 # Each makes .venv first, if need be. Another Python: make test PYTHON=python3.12
 
@@ -14,10 +16,17 @@ INSTALLED := .venv/.installed
 COUNT = $(shell $(BIN)/python -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 5))')
 WORKERS = --numprocesses $(COUNT) --dist loadfile --no-loadscope-reorder
 
+# Where there are wheels, no index is asked, and what this Python has is used with them.
+BEGUN := $(shell date +%s)
+GPU_VENV := $(if $(wildcard .wheels/*.whl),.venv-gpu,.venv)
+GPU_PYTHON ?=
+GPU_PACKAGES ?=
+GPU_OPTIONS ?=
+
 # Tests start hundreds of interpreters: compiled once, whatever the environment says.
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint gpu gpu-dry-run gpu-wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -39,8 +48,21 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+gpu: $(GPU_VENV)/.installed
+	@$(GPU_VENV)/bin/python -m tests.gpu --since $(BEGUN) $(GPU_OPTIONS)
+
+gpu-dry-run: $(INSTALLED)
+	@$(BIN)/python -m tests.gpu --dry-run $(GPU_OPTIONS)
+
+gpu-wheels:
+	@.ci/gpu-wheels $(PYTHON) $(or $(GPU_PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')) $(GPU_PACKAGES)
+
+.venv-gpu/.installed: pyproject.toml $(wildcard .wheels/*.whl)
+	@$(PYTHON) .ci/gpu_venv.py
+	@touch $@
+
 clean:
-	rm -rf .venv demo runs build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-gpu .wheels demo runs build dist .pytest_cache .ruff_cache .mypy_cache
 
 # torch goes first: on its own it stays within the constraint, whatever the other packages would pull in,
 # and DeepSpeed's build finds it.

@@ -23,6 +23,7 @@ from hpdist.engines import launch
 from hpdist.train.step import SemiSupervisedStep
 from tests.support.sync_batch_norm import register_reference_kernels
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 THRESHOLD = 0.3  # so that some rows pass with untrained weights
 Loop: TypeAlias = Callable[[Tensor, Tensor, Tensor], Any]
 Norms: TypeAlias = Literal["torch", "synced", "hpdist"]
@@ -61,7 +62,7 @@ class PlainLoop:
         model: With torch's BatchNorm.
         views: Of the rows.
         norms: What replaces it: nothing, torch's SyncBatchNorm, or hpdist's.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class PlainLoop:
                 self.module, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.views = views
-        self.precision = precision
+        self.half = HALVES.get(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.optimizer = optimizer_of(self.module)
         self.teacher = [p.detach().clone() for p in self.module.parameters()]
         self.buffers = [b.clone() for b in self.module.buffers() if b.is_floating_point()]
@@ -105,8 +107,14 @@ class PlainLoop:
         logits = logits.float()
         losses = F.cross_entropy(logits[len(x) :], pseudo, reduction="none")
         unsupervised = (losses * (confidence >= THRESHOLD)).mean()
-        (F.cross_entropy(logits[: len(x)], y) + unsupervised).backward()
-        self.optimizer.step()
+        loss = F.cross_entropy(logits[: len(x)], y) + unsupervised
+        if self.scaler.is_enabled():
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            loss.backward()
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.running.commit()
         with torch.no_grad():
@@ -117,9 +125,9 @@ class PlainLoop:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Half precision, if chosen."""
-        if self.precision == "fp32":
+        if self.half is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=self.half)
 
 
 def several_ranks() -> bool:
@@ -140,9 +148,17 @@ def hpdist_loop(model: nn.Module, views: Views, precision: str = "fp32", **compi
     if compiled:
         model.compile(**compiled)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
-    step = SemiSupervisedStep(accelerator, prepared, optimizer, FixMatch(THRESHOLD), views)
+    step = SemiSupervisedStep(
+        *(accelerator, prepared, optimizer, FixMatch(THRESHOLD), views),
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+    waiting: list[tuple[LabeledBatch, UnlabeledBatch]] = []
 
     def run(x: Tensor, y: Tensor, u: Tensor) -> None:
-        step(LabeledBatch(x, y, torch.arange(len(x))), UnlabeledBatch(u, torch.arange(len(u))))
+        # As the trainer does: the views of the next step are made in this one.
+        labeled, unlabeled = LabeledBatch(x, y, torch.arange(len(x))), torch.arange(len(u))
+        waiting.append((labeled, UnlabeledBatch(u, unlabeled)))
+        step(*(waiting.pop(0) if len(waiting) > 1 else waiting[0]), following=lambda: waiting[-1])
 
     return run

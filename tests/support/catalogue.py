@@ -90,7 +90,7 @@ CASES = [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for n
 """The names; what takes long by default only of a few."""
 
 
-def build(name: str) -> Algorithm:
+def build(name: str, device: torch.device | str = "cpu") -> Algorithm:
     """An algorithm for ten classes; behind its name, add-ons from the innermost on."""
     name, *addons = name.split()
     configs = cast(dict[str, type[AlgorithmConfig]], components("algorithm"))
@@ -99,20 +99,21 @@ def build(name: str) -> Algorithm:
         configs[name](name=name, **SETTINGS.get(name, {}) | INSIDE.get("".join(addons), {})),
         [around[addon](name=addon, **ADDON_SETTINGS.get(addon, {})) for addon in addons],
         10,
+        device,
         steps=RUN_STEPS,
     )
     algorithm.class_counts = torch.arange(10.0, 0.0, -1.0)
     if algorithm.generations > 1:  # as after the first
-        ids = torch.arange(len(digits()[1]))
-        said = (ids[:, None] * (1 + torch.arange(10))).sin().softmax(dim=1)
+        ids = torch.arange(len(digits()[1]), device=device)
+        said = (ids[:, None] * torch.arange(1, 11, device=device)).sin().softmax(dim=1)
         algorithm.take_labels(ids, said)
         algorithm.begin_generation()
     return algorithm
 
 
-def make(name: str, **options: Any) -> SemiSupervisedStep:
-    """A step of it."""
-    algorithm = build(name)
+def make(name: str, *, device: torch.device | str = "cpu", **options: Any) -> SemiSupervisedStep:
+    """A step of it; the algorithm's state is on the device."""
+    algorithm = build(name, device)
     if options.get("stage") == 3 and algorithm.views.teacher:
         options["teacher_model"] = make_model(algorithm)
     return make_step(algorithm, **options)

@@ -1,0 +1,1 @@
+"""Tests that need a GPU, and their rehearsal on a CPU: see docs/gpu.md."""
