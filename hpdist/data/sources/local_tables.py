@@ -7,7 +7,7 @@ sound without torchcodec.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,11 +24,14 @@ from hpdist.data.files.columns import Columns, common
 from hpdist.data.files.partitions import Partitions, partitions
 from hpdist.data.files.row_names import remember_files
 from hpdist.data.files.splits import check_known, names_in, sliced, spelled_out
+from hpdist.data.files.unpacked import most_unpacked
 from hpdist.data.sources.builders import OptionalKeys, RawAudioFolder, UnlikeParquet, build, listed
-from hpdist.data.sources.held import HELD
+from hpdist.data.sources.held import HELD, hold_footer
 from hpdist.data.sources.known_types import known_features, unknown_columns
 from hpdist.data.sources.local_files import FOLDERS, LocalFiles
 from hpdist.data.sources.options import dialect_hint
+from hpdist.data.sources.parquet_pieces import Pieces, spans_of
+from hpdist.data.sources.parquet_table import ParquetTable
 from hpdist.errors import ConfigError, DataError
 
 _FOOTERS_AT_ONCE = 8
@@ -49,6 +52,8 @@ class Opening:
     """Columns that every file must have."""
     name: str
     where: str
+    copied: Callable[[], Any] | None = None
+    """Opens the same as a `datasets.Dataset`, if Parquet is to be read where it lies instead."""
 
     @property
     def paths(self) -> list[str]:
@@ -94,11 +99,13 @@ def open_files(
     needed: Sequence[str],
     name: str,
     where: str,
+    copied: Callable[[], Any] | None = None,
 ) -> Any:
     """Open files as a `datasets.Dataset`, or with `streaming` as an `IterableDataset`.
 
-    `needed` are columns that must be in all of them. Raises DataError where they are not, or types
-    do not go together; and what `datasets` raises.
+    `needed` are columns that must be in all of them. Where `copied` is given, Parquet is opened as
+    a `ParquetTable` if it can be, which calls that if it needs the `Dataset` after all. Raises
+    DataError where columns are missing, or types do not go together; and what `datasets` raises.
     """
     split = spelled_out(split, files.splits)
     check_known(split, files.splits, where)
@@ -112,6 +119,7 @@ def open_files(
         needed,
         name,
         where,
+        copied,
     )
     open_with = _OPENERS.get(files.builder, _open_plain)
     if not streaming or "+" not in split:
@@ -180,13 +188,36 @@ def _open_parquet(opening: Opening) -> Any:
     columns = _parquet_columns({path: found[path] for path in read}, folders, opening)
     opening = replace(opening, splits=full)
     hollow = any(found[path].row_group(0).num_rows == 0 for path in read)  # `datasets` fails there
-    if columns.differ or folders or hollow:
-        opened = opening.build(UnlikeParquet, features=columns.features, folders=folders)
+    names = opening.options.get("columns") or list(columns.features)
+    features = datasets.Features({name: columns.features[name] for name in names})
+    if _is_read_in_place(opening, features):
+        opened = _in_place(opening, {path: found[path] for path in read}, features, folders)
+    elif columns.differ or folders or hollow:
+        opened = opening.build(UnlikeParquet, features=features, folders=folders)
     else:
         opened = opening.load()
     if not opening.streaming and "[" not in opening.split and not opening.options.get("filters"):
         remember_files(opened, [(path, found[path].num_rows) for path in opening.paths])
     return opened
+
+
+def _is_read_in_place(opening: Opening, features: Any) -> bool:
+    """Whether rows are read as `datasets` would give them, without its copy."""
+    if opening.copied is None or opening.streaming or set(opening.options) - {"columns"}:
+        return False
+    return not any("." in name for name in features)  # which Parquet takes for a path
+
+
+def _in_place(
+    opening: Opening, found: Mapping[str, pq.FileMetaData], features: Any, folders: Partitions
+) -> ParquetTable:
+    names = list(features)
+    for path, footer in found.items():
+        hold_footer(path, footer, names)
+    full = {part: [p for p in paths if p in found] for part, paths in opening.splits.items()}
+    pieces = Pieces.of(spans_of(opening.split, full, found), found, names)
+    assert opening.copied is not None
+    return ParquetTable(pieces, features, folders, most_unpacked(), opening.copied)
 
 
 def _parquet_columns(
