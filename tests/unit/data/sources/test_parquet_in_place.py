@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from hpdist.data.config import LabelColumn, Labeled
 from hpdist.data.kinds import input_spec
@@ -210,6 +211,20 @@ def test_a_test_set_is_read_in_order_and_once(
     assert seen == list(range(PER_GROUP * GROUPS))
     assert bytes_read() - before < 1.1 * bytes_in(folder)
     assert bytes_in(tmp_path / "cache") == 0
+
+
+def test_folders_of_pictures_are_not_copied(tmp_path: Path) -> None:
+    """The cache of `datasets` holds their paths."""
+    noise = np.random.default_rng(0)
+    for row in range(8):
+        path = tmp_path / "photos" / "ab"[row % 2] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (128, 128), np.uint8)).save(path)
+    settings = {"path": str(tmp_path / "photos"), "labels_per_class": 2}
+    rows = open_labeled(Labeled.model_validate(settings), 0)
+    assert len(rows.read(np.arange(4))) == 4
+    assert bytes_in(tmp_path / "photos") > 8 * 16_000
+    assert 0 < bytes_in(tmp_path / "cache") < 16_000
 
 
 @pytest.mark.parametrize(
