@@ -1,6 +1,6 @@
 """The contract of an algorithm: the views it needs, the sums it has reduced, and its loss.
 
-An algorithm sees this rank's rows and the global statistics, and never communicates itself. Each
+An algorithm sees this rank's rows and the global statistics, and never communicates in a step. Each
 number that it adds to the loss is a *contribution*: a sum over this rank's rows divided by the
 global number of rows, so that the contributions of all ranks and micro-batches add up to the mean
 of the global batch.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hpdist.algorithms.exchange import LogitsFn, StudentInputs, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import DeclaredConfig, WithOptions, argument
+from hpdist.algorithms.over_ranks import ONE_RANK, OverRanks
 from hpdist.algorithms.saved_state import SavedShards, Shards, Table, check_names
 from hpdist.algorithms.view_request import Views
 from hpdist.aliases import find_moved
@@ -92,6 +93,9 @@ class Algorithm(WithOptions):
         """Labelled rows of each class, fp32 [classes], where known; set before the first step."""
         self.input_shape: torch.Size | None = None
         """Shape of one row as the model sees it; None for several tensors; set before `heads`."""
+        self.over_ranks: OverRanks = ONE_RANK
+        """Sums over the ranks of what each holds of tables, between steps; set after `bind_rank`.
+        Only `commit` and `begin_generation` may use them, alike on every rank."""
         self.is_finite: Tensor | None = None
         """Bool []: whether this step's sums may enter the state; set after `observe`."""
 
@@ -173,6 +177,13 @@ class Algorithm(WithOptions):
         """Count the bytes that a rank holds at once of global batches of so many rows.
 
         That is beside its own rows, and of those that are no small part of a GPU's memory.
+        """
+        return 0
+
+    def summed_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count the bytes of a step's sums over the ranks that grow with rows times classes.
+
+        The global batches have so many rows.
         """
         return 0
 

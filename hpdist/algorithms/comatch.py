@@ -191,5 +191,12 @@ class CoMatch(Algorithm, name="comatch"):
         graph = _COPIES * unlabeled * min(unlabeled, _AT_ONCE) if self.contrast_weight > 0 else 0
         return 4 * (rows * self.num_classes + graph)
 
+    def summed_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count those of the predictions: every rank needs all of them for the graph and the bank.
+
+        Only so many of a row's, the largest, would make another graph.
+        """
+        return 4 * unlabeled * self.num_classes
+
 
 CoMatchConfig = CoMatch.Config

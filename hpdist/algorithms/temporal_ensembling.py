@@ -70,6 +70,11 @@ class TemporalEnsembling(RemembersRows, Ramped, name="temporal_ensembling"):
             "ids": scatter_to_global(weak, encode_ids(weak.known_ids + TAKEN)),
         }
 
+    def summed_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count those of the predictions, and on several ranks of what is remembered."""
+        remembered = 4 * unlabeled * (self.averages.top or self.num_classes)
+        return 4 * unlabeled * self.num_classes + (remembered if self.recalls else 0)
+
     def observe(self, sums: Sums, unlabeled_rows: Tensor) -> None:
         """Count the step, and keep the predictions of the global batch until `commit`."""
         super().observe(sums, unlabeled_rows)

@@ -60,6 +60,26 @@ def summed(value: Tensor) -> Tensor:
     return total
 
 
+class AllRanks:
+    """Reductions over all ranks. Collective: every rank must call, with the same shapes."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return world_size()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Give the sum over the ranks, in the tensor's own dtype."""
+        return summed(value)
+
+    def max(self, value: Tensor) -> Tensor:
+        """Give the largest over the ranks, in the tensor's own dtype."""
+        found = value.clone()
+        if world_size() > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
+
+
 def rank_rows(own: Tensor) -> Tensor:
     """Place this rank's numbers [numbers] in its row of [ranks, numbers]; the sum has all rows."""
     lines = own.new_zeros(world_size(), len(own))

@@ -152,7 +152,7 @@ def _encoding_of(
     predictor: LoadedModel, config: LabelColumn, held: Any, loading: Loading
 ) -> Encoding:
     """Have the task read the set's own labels, of a task that keeps no encoding."""
-    table, name, _ = open_table(config, held, _WHERE, (), loading)
+    table, name, _ = open_table(config, held, _WHERE, (), loading, in_place=True)
     usual = same_column(predictor.description.labels.column, table.features)
     column = label_column(table.features, config.label or usual, _WHERE)
     stored = read_labels(table, column, _WHERE, name)

@@ -19,7 +19,8 @@ from hpdist.data.decode.stored_values import Column, names_of
 from hpdist.data.kinds import InputKind
 from hpdist.data.sources.in_memory import IN_MEMORY, table_of
 from hpdist.data.sources.labeled import TableRows
-from hpdist.data.sources.loading import open_table, raw_view, same_column
+from hpdist.data.sources.loading import open_table, same_column
+from hpdist.data.sources.parquet_table import rows_of
 from hpdist.errors import ConfigError
 
 Values = tuple[list[Any], list[int], str, Callable[[int], str]]
@@ -104,12 +105,13 @@ def open_rows(
     config, held = source_of(data, where, UnlabeledSource)
     several = not (config.input or isinstance(column, str))
     needed = names_of(column) if several else ()
-    table, name, rule = open_table(config, held, where, needed, loading)
+    table, name, rule = open_table(config, held, where, needed, loading, in_place=True)
     features = table.features
     found = config.input or same_column(column, features)
     chosen = kind.find_columns(features, found, where)
     ids = np.arange(len(table), dtype=np.int64)
-    return TableRows(raw_view(table, names_of(chosen)), chosen, name, ids, rule=rule)
+    view, _ = rows_of(table, names_of(chosen), ids, where, chosen=False)
+    return TableRows(view, chosen, name, ids, rule=rule)
 
 
 def _of_table(rows: TableRows, batch: int) -> Iterator[Values]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from hpdist.data.structures import Structure, index, map_tensors
 
 FEATURES = 6
 IMAGE = (1, 3, 3)
+T = TypeVar("T")
 _PATIENCE = 60  # seconds that a rank waits for the others
 
 
@@ -233,12 +234,26 @@ def run_step(
     if len(algorithms) == 1:
         return _run_rank(algorithms[0], batch, 0, 1, micro_batches, OwnSums, commit)
     ranks = len(algorithms)
+
+    def run(rank: int, reduce: Reduce) -> Ran:
+        return _run_rank(algorithms[rank], batch, rank, ranks, micro_batches, reduce, commit)
+
+    return _join(on_ranks(algorithms, run))
+
+
+def on_ranks(algorithms: Sequence[Algorithm], call: Callable[[int, Reduce], T]) -> list[T]:
+    """Call a function with every rank and its reduction, at once; give what each returned.
+
+    The algorithms, already bound to their ranks, are also given the reductions between steps.
+    Raises whatever one of the calls raises.
+    """
+    ranks = len(algorithms)
     together = _SharedSums(ranks)
 
-    def run(rank: int) -> Ran:
+    def run(rank: int) -> T:
+        algorithms[rank].over_ranks = _OverThreads(together, rank, ranks)
         try:
-            reduce = together.of_rank(rank)
-            return _run_rank(algorithms[rank], batch, rank, ranks, micro_batches, reduce, commit)
+            return call(rank, together.of_rank(rank))
         except BaseException:
             together.barrier.abort()
             raise
@@ -248,7 +263,7 @@ def run_step(
     errors = [error for future in futures if (error := future.exception()) is not None]
     for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
         raise error
-    return _join([future.result() for future in futures])
+    return [future.result() for future in futures]
 
 
 def _run_rank(
@@ -360,6 +375,11 @@ class _SharedSums:
 
     def exchange(self, rank: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum the tensors of all ranks. Raises ValueError if they give different tensors."""
+        given = self.everyone(rank, sums)
+        return {name: torch.stack([one[name] for one in given]).sum(dim=0) for name in sums}
+
+    def everyone(self, rank: int, sums: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Give the tensors of all ranks. Raises ValueError if they are different ones."""
         self._given[rank] = sums
         self.barrier.wait()
         given = list(self._given)
@@ -367,7 +387,28 @@ class _SharedSums:
         shapes = [[(name, tuple(v.shape)) for name, v in one.items()] for one in given]
         if any(other != shapes[0] for other in shapes):
             raise ValueError(f"the ranks reduce different sums: {shapes}")
-        return {name: torch.stack([one[name] for one in given]).sum(dim=0) for name in sums}
+        return given
+
+
+@dataclass(frozen=True)
+class _OverThreads:
+    """Reductions over the ranks between steps."""
+
+    together: _SharedSums
+    rank: int
+    world_size: int
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Give the sum, in the tensor's own dtype."""
+        return self._stacked(value).sum(dim=0)
+
+    def max(self, value: Tensor) -> Tensor:
+        """Give the largest, in the tensor's own dtype."""
+        return self._stacked(value).amax(dim=0)
+
+    def _stacked(self, value: Tensor) -> Tensor:
+        given = self.together.everyone(self.rank, {"value": value})
+        return torch.stack([one["value"] for one in given])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What an algorithm holds beside the model: said before the start, refused where it cannot fit.
 
 Two things can outgrow a rank: what is remembered of every unlabelled row, and what is held of the
-whole global batch at once, which grows with the classes too.
+whole global batch at once, which grows with the classes too. So do the sums of some algorithms.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import os
 import psutil
 import torch
 
+from hpdist.algorithms.addons.base import AddOn
 from hpdist.algorithms.base import Algorithm
 from hpdist.errors import ConfigError
 from hpdist.train.config import Batch
 
 _GIB = 2**30
+_MORE_RANKS = "more ranks, each of which holds its share"
+_SUMS_LOGGED_FROM = 16 << 20  # bytes, which take some milliseconds between machines
 _LOGGED_FROM = 1.0  # GiB from which on it is worth a line
 
 
@@ -52,6 +55,21 @@ def check_memory(algorithm: Algorithm, device: torch.device, batch: Batch) -> li
     return lines
 
 
+def describe_sums(algorithm: Algorithm, batch: Batch, world_size: int) -> list[str]:
+    """Give a line for a person on the predictions that every step sums over ranks, if it is much.
+
+    The algorithm is already bound to its rank.
+    """
+    unlabeled = (batch.unlabeled or 0) if algorithm.views.uses_unlabeled else 0
+    size = algorithm.summed_bytes(batch.labeled, unlabeled)
+    if world_size == 1 or size < _SUMS_LOGGED_FROM:
+        return []
+    return [
+        f"{type(algorithm).__name__} sums {size / 2**20:,.0f} MiB over the ranks in every step: "
+        f"numbers of every class for {unlabeled:,} unlabelled rows"
+    ]
+
+
 def _room(device: torch.device) -> int:
     """Bytes of a rank: its GPU's, or its share of this machine's."""
     if device.type == "cuda":
@@ -61,8 +79,12 @@ def _room(device: torch.device) -> int:
 
 def _ways(algorithm: Algorithm) -> str:
     ways = ["fewer unlabelled rows", "another algorithm or add-on"]
-    if hasattr(algorithm, "top"):
-        ways = ["more ranks, each of which holds its share", *ways]
-        if algorithm.top is None:
-            ways = ["algorithm.top: 16, which keeps so many classes of a row", *ways]
+    inner: Algorithm | None = algorithm
+    while inner is not None:
+        if getattr(inner, "remembered", None) and ways[0] != _MORE_RANKS:
+            ways = [_MORE_RANKS, *ways]
+        if getattr(inner, "top", 0) is None:
+            setting = f"addons: {inner.name}" if isinstance(inner, AddOn) else "algorithm"
+            ways = [f"{setting}.top: 16, which keeps so many classes of a row", *ways]
+        inner = inner.base if isinstance(inner, AddOn) else None
     return ", or ".join(ways)

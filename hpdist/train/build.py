@@ -27,7 +27,7 @@ from hpdist.engines.prepare import prepare
 from hpdist.errors import ConfigError
 from hpdist.tracking.run_folder import RunFolder
 from hpdist.train import opening
-from hpdist.train.algorithm_memory import check_memory
+from hpdist.train.algorithm_memory import check_memory, describe_sums
 from hpdist.train.checks import check_inputs, divide_batch
 from hpdist.train.claim import Claim
 from hpdist.train.compose import compose, execution_request
@@ -253,6 +253,7 @@ def _make_algorithm(
     algorithm.class_counts = sets.class_counts
     algorithm.bind_rank(accelerator.process_index, accelerator.num_processes)
     lines = check_memory(algorithm, accelerator.device, config.batch)
+    lines += describe_sums(algorithm, config.batch, accelerator.num_processes)
     log_lines(lines, accelerator.is_main_process)
     check_inputs(algorithm, sets.unlabeled_spec)
     return algorithm

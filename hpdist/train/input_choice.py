@@ -58,7 +58,8 @@ def settle_inputs(config: RunConfig, dataset: Any, recorded: Mapping[str, Any]) 
     `dataset` is one given in Python, `recorded` what `record_inputs` gave when the run began.
     Raises ConfigError or DataError, also where several columns would do.
     """
-    opened = open_table(config.data.labeled, dataset, _WHERE, (), config.data.loading)
+    source, loading = config.data.labeled, config.data.loading
+    opened = open_table(source, dataset, _WHERE, (), loading, in_place=True)
     named = kind_of_views(config.views)
     found = _find(config, named, opened[0], recorded)
     if isinstance(config.views, AutoViewsConfig):

@@ -26,7 +26,7 @@ from hpdist.algorithms.protocol import Attempt, MicroBatch, add
 from hpdist.data.batch import LabeledBatch, UnlabeledBatch
 from hpdist.data.structures import cat, sent
 from hpdist.data.views.base import Views
-from hpdist.distributed.collectives import FusedSum, rank_rows
+from hpdist.distributed.collectives import AllRanks, FusedSum, rank_rows
 from hpdist.distributed.stragglers import RankTimer
 from hpdist.engines.base import Engine, EngineStep
 from hpdist.engines.config import LossScale, Precision
@@ -99,6 +99,7 @@ class SemiSupervisedStep:
         self.engine: Engine = make_engine(accelerator, model, optimizer, precision, loss_scale)
         self.algorithm = algorithm
         algorithm.bind_rank(self.engine.rank, self.engine.world_size)
+        algorithm.over_ranks = AllRanks()
         self.views = views
         self.micro_batches = micro_batches
         self.grad_clip = grad_clip

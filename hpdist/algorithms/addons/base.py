@@ -71,6 +71,7 @@ class AddOn(Algorithm):
     class_counts: Any = _OfBase()
     input_shape: Any = _OfBase()
     is_finite: Any = _OfBase()
+    over_ranks: Any = _OfBase()
 
     def __init__(self, base: Algorithm, own_state: Mapping[str, Tensor] | None = None) -> None:
         self.base = base
@@ -182,6 +183,10 @@ class AddOn(Algorithm):
     def batch_bytes(self, labeled: int, unlabeled: int) -> int:
         """Count those of the inner algorithm."""
         return self.base.batch_bytes(labeled, unlabeled)
+
+    def summed_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count those of the inner algorithm."""
+        return self.base.summed_bytes(labeled, unlabeled)
 
     def statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Both sets of sums."""

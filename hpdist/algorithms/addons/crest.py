@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hpdist.algorithms.addons.base import AddOn
+from hpdist.algorithms.addons.row_memory import RemembersRowsAddOn
 from hpdist.algorithms.exchange import StudentInputs, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option
 from hpdist.algorithms.parts.alignment import WINDOW, MeanPrediction
-from hpdist.algorithms.parts.tables import RowTable
+from hpdist.algorithms.parts.row_tables import FIRST_ROWS, ShardedRows
+from hpdist.algorithms.parts.selection import Entries, select_largest
 from hpdist.algorithms.saved_state import SavedShards
 from hpdist.errors import ConfigError
 from hpdist.tasks.losses import hard_cross_entropy
@@ -22,7 +23,7 @@ from hpdist.tasks.losses import hard_cross_entropy
 _SMALL = 1e-6
 
 
-class CReST(AddOn, name="crest"):
+class CReST(RemembersRowsAddOn, name="crest"):
     """Class-rebalancing self-training with progressive alignment, section 3 of the paper.
 
     Between generations the teacher labels all unlabelled rows. With the classes ordered by their
@@ -38,6 +39,7 @@ class CReST(AddOn, name="crest"):
     """
 
     name: ClassVar[str] = "crest"
+    looks_up: ClassVar[tuple[str, ...]] = ("chosen",)
     addon_paper: ClassVar[str] = "Wei et al. 2021, arXiv:2102.09559"
     own_extra_inputs = 1
     defaults: ClassVar[str] = (
@@ -72,14 +74,20 @@ class CReST(AddOn, name="crest"):
                 f"crest needs an algorithm with weak views of unlabelled rows, and "
                 f"{type(self.base).__name__} has none"
             )
-        self._gathered = RowTable((2,), torch.float32, device)  # label + 1, confidence
-        self._chosen = RowTable((1,), torch.int16, device)  # label + 1 of the rows that have joined
-        self.tables = {"chosen": self._chosen}
+        self._gathered = ShardedRows(2, torch.float32, device)  # label + 1, confidence
+        self._chosen = ShardedRows(1, torch.int16, device)  # label + 1 of the rows that have joined
+        self.remembered = {"chosen": self._chosen}
         self._first = {name: value.clone() for name, value in self.base.state_dict().items()}
+
+    def bind_rank(self, rank: int, world_size: int) -> None:
+        """Hold this rank's rows only."""
+        super().bind_rank(rank, world_size)
+        self._gathered.bind_rank(rank, world_size)
 
     def remembered_bytes(self, rows: int) -> int:
         """Count those of the table, and between generations 8 for the labels of each row."""
-        return super().remembered_bytes(rows) + 8 * rows
+        own = -(-rows // self._gathered.ranks)
+        return super().remembered_bytes(rows) + self._gathered.row_bytes * own
 
     @property
     def generation(self) -> int:
@@ -89,19 +97,18 @@ class CReST(AddOn, name="crest"):
     def take_labels(self, ids: Tensor, probabilities: Tensor) -> None:
         """Store class and confidence of rows."""
         confidence, labels = probabilities.max(dim=1)
-        self._gathered.write(ids, torch.stack([labels + 1.0, confidence], dim=1))
+        expected = None if self.rows is None else max(self.rows, FIRST_ROWS)
+        self._gathered.write(ids, torch.stack([labels + 1.0, confidence], dim=1), expected)
 
     def begin_generation(self) -> None:
-        """Choose among all rows, and reset the inner algorithm."""
-        labels, confidence = self._gathered.values.unbind(dim=1)
-        chosen = self._gathered.values.new_zeros(len(labels))
-        for label, share in enumerate(self._shares(chosen).tolist()):
-            rows = (labels == label + 1).nonzero().flatten()
-            count = round(share * len(rows))
-            best = confidence[rows].argsort(descending=True, stable=True)[:count]
-            chosen[rows[best]] = label + 1
-        self._chosen.load(chosen[:, None])
-        self._gathered = RowTable((2,), torch.float32, chosen.device)
+        """Choose among all rows, and reset the inner algorithm. Collective, on several ranks."""
+        chosen = self._choose()
+        self._chosen.clear()
+        if self._gathered.rows:
+            last = torch.tensor([self._gathered.rows - 1])
+            self._chosen.cover(last, self._gathered.rows)
+            self._chosen.write(self._gathered.own_ids, chosen[:, None])
+        self._gathered.clear()
         generation = self.own["generation"] + 1
         self.own = {
             "generation": generation,
@@ -122,7 +129,7 @@ class CReST(AddOn, name="crest"):
 
     def own_statistics(self, weak: WeakOutputs) -> dict[str, Tensor]:
         """Sums of the predictions, and the number of rows that have joined."""
-        joined = self._chosen.read(weak.known_ids)[:, 0] > 0
+        joined = self.looked_up("chosen", weak.known_ids, weak.positions)[:, 0] > 0
         return {"probability": weak.probabilities.sum(dim=0), "joined": joined.sum().float()}
 
     def own_observe(self, sums: Sums, unlabeled_rows: Tensor) -> dict[str, Tensor]:
@@ -133,7 +140,7 @@ class CReST(AddOn, name="crest"):
 
     def mix(self, inputs: StudentInputs, weak: WeakOutputs | None) -> StudentInputs:
         """Mix as the inner algorithm does, and add the weak view as a further input."""
-        labels = self._chosen.read(inputs.known_ids)[:, 0]
+        labels = self.looked_up("chosen", inputs.known_ids, inputs.positions)[:, 0]
         mixed = super().mix(inputs, weak)
         return replace(
             mixed,
@@ -158,6 +165,25 @@ class CReST(AddOn, name="crest"):
         """Take over both states; raises CheckpointError if the average is of another kind."""
         self._mean.check(self._divide(state)[0], "addons: crest")
         super().load_state_dict(state, saved)
+
+    def _choose(self) -> Tensor:
+        """Give label + 1 of this rank's rows that join, the surest of each class; 0 of others."""
+        ranks, gathered = self.ranks_of_rows(), self._gathered
+        labels, confidence = gathered.read(gathered.own_ids).unbind(dim=1)
+        known = labels > 0
+        entries = Entries(confidence[known], gathered.own_ids[known], labels[known].long() - 1)
+
+        def count(which: Callable[[Entries], Tensor]) -> Tensor:
+            return ranks.sum(entries.count(which(entries), self.num_classes))
+
+        there = count(lambda entries: entries.values >= 0).tolist()
+        shares = zip(self._shares(labels).tolist(), there, strict=True)
+        wanted = torch.tensor([round(share * rows) for share, rows in shares])
+        wanted = wanted.to(labels.device)
+        selected = select_largest(count, wanted, gathered.rows, torch.float32).of(entries)
+        chosen = torch.zeros_like(labels)
+        chosen[known] = labels[known] * selected
+        return chosen
 
     def _shares(self, like: Tensor) -> Tensor:
         """The share of each class that joins, mu, [classes]."""

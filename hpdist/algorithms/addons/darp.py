@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -9,16 +10,16 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from hpdist.algorithms.addons.base import AddOn
+from hpdist.algorithms.addons.row_memory import RemembersRowsAddOn
 from hpdist.algorithms.exchange import StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import argument, option, share_of_run
-from hpdist.algorithms.parts.tables import RowTable, encode_ids, last_occurrences, scatter_to_global
+from hpdist.algorithms.parts.class_sums import find_near
+from hpdist.algorithms.parts.row_tables import ShardedRows
+from hpdist.algorithms.parts.tables import encode_ids, last_occurrences, scatter_to_global
 from hpdist.errors import ConfigError
 
-_NEWTON_STEPS = 10  # from the previous solution; each doubles the number of exact digits
-_REFINING = 40  # bytes for a row and class: five tensors in fp64 or int64
-_SMALL = 1e-6  # for a class that was removed from a row
+_AT_ONCE = 1 << 20  # numbers that are refined at once
 
 
 def _positive(value: list[float] | None) -> list[float] | None:
@@ -27,7 +28,7 @@ def _positive(value: list[float] | None) -> list[float] | None:
     return value
 
 
-class DARP(AddOn, name="darp"):
+class DARP(RemembersRowsAddOn, name="darp"):
     """Targets are the rows x_n that minimise sum_n KL(x_n || q_n) / H(q_n), given classes' sums.
 
     q_n is the latest prediction for row n. Each x_n sums to 1, and all rows together have M_c of
@@ -43,10 +44,14 @@ class DARP(AddOn, name="darp"):
     paper's refinement includes the batch of the same step. With several weak views q_n is their
     mean. The inner algorithm sharpens, aligns or thresholds x_n as it would the prediction.
 
-    Every rank holds two tables, rows by classes, and refines them identically in fp64. For a
-    million rows and 100 classes they are 800 MB, and a refinement temporarily takes several times
-    that. Checkpoints hold them. A step's predictions reach all ranks with its other sums, as C + 2
-    floats for each unlabelled row of the global batch. Once a step the host waits for the ids.
+    Each rank holds two tables of the rows that it owns, rows by classes, and refines them in fp64,
+    some rows at a time: for a million rows and 100 classes 800 MB / ranks. With `top` it is 12
+    bytes or 16 for each of so many classes of a row, and the others are taken for 0. Checkpoints
+    hold them. A step's predictions reach all ranks with its other sums, as C + 2 floats for each
+    unlabelled row of the global batch; on several ranks two more sums go before, the ids of these
+    rows and their x_n. A refinement sums counts of every class for each bit of a probability and of
+    an id, and for each of 10 Newton steps a round 3 C numbers. Once a step the host waits for the
+    ids.
     """
 
     name: ClassVar[str] = "darp"
@@ -55,6 +60,7 @@ class DARP(AddOn, name="darp"):
         "The values of the paper's released code; its warm-up is 200 of 500 epochs."
     )
 
+    looks_up: ClassVar[tuple[str, ...]] = ("refined",)
     num_classes: int = argument(kw_only=False)
     warmup_steps: int = share_of_run(setting="warmup", share=0.4, default=0, ge=0, le=1)
     """Share of the run before the first refinement."""
@@ -71,6 +77,8 @@ class DARP(AddOn, name="darp"):
     )
     """How the unlabelled rows divide among the classes, as numbers in any unit; by default like the
     labelled rows."""
+    top: int | None = option(default=None, ge=1)
+    """Keep only so many of a row's probabilities, the largest; by default those of all classes."""
 
     def start(self, device: torch.device | str) -> None:
         """Make the state, on `device`."""
@@ -80,18 +88,20 @@ class DARP(AddOn, name="darp"):
                 "from weak views; leave it out, or choose another algorithm"
             )
         self.remember({"step": torch.zeros((), device=device)})  # applied steps
-        self.predictions = RowTable((self.num_classes,), torch.float32, device)
-        self.refined = RowTable((self.num_classes,), torch.float32, device)
-        self.tables = {"predictions": self.predictions, "refined": self.refined}
+        self.predictions, self.refined = (
+            ShardedRows(self.num_classes, torch.float32, device, self.top) for _ in range(2)
+        )
+        self.remembered = {"predictions": self.predictions, "refined": self.refined}
         self._batch: dict[str, Tensor] = {}
 
-    def remembered_bytes(self, rows: int) -> int:
-        """Count those of the tables, and of a refinement, which holds several in fp64."""
-        return super().remembered_bytes(rows) + _REFINING * rows * self.num_classes
+    def summed_bytes(self, labeled: int, unlabeled: int) -> int:
+        """Count those of the predictions, and on several ranks of x_n, with the inner algorithm."""
+        numbers = self.num_classes + (self.refined.top or self.num_classes) * self.recalls
+        return super().summed_bytes(labeled, unlabeled) + 4 * unlabeled * numbers
 
     def targets(self, weak: WeakOutputs) -> WeakOutputs:
         """Replace every weak view's logits by log x, where there is an x."""
-        refined, known = self._look_up(weak.known_ids)
+        refined, known = self._look_up(weak)
         logits = refined.clamp(min=torch.finfo(torch.float32).tiny).log()
         return replace(
             weak,
@@ -116,7 +126,7 @@ class DARP(AddOn, name="darp"):
     def add(self, outputs: StudentOutputs, terms: LossTerms) -> LossTerms:
         """The inner algorithm's terms, and the share of unlabelled rows with refined targets."""
         assert outputs.weak is not None
-        _, known = self._look_up(outputs.weak.known_ids)
+        _, known = self._look_up(outputs.weak)
         rate = known.float().sum() / outputs.unlabeled_rows
         return replace(terms, metrics={**terms.metrics, "refined_rate": rate})
 
@@ -135,26 +145,37 @@ class DARP(AddOn, name="darp"):
         super().discard()
         self._batch = {}
 
-    def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _look_up(self, weak: WeakOutputs) -> tuple[Tensor, Tensor]:
         """Refined rows [rows, classes], and which of them exist, bool [rows]."""
-        rows = self.refined.read(ids)
-        return rows, rows.sum(dim=1) > 0.5
+        rows = self.looked_up("refined", weak.known_ids, weak.positions)
+        return rows, rows.sum(dim=1) > 0
 
     def _write(self, predictions: Tensor, encoded: Tensor) -> None:
         occupied = predictions.sum(dim=1) > 0.5  # else no rank has a row at that position
         ids, positions = last_occurrences(encoded, occupied)
         self.predictions.write(ids, predictions[positions], self.rows)
-        self.refined.reserve(ids, self.rows)
+        self.refined.cover(ids, self.rows)
 
     def _refine(self) -> None:
-        table = self.predictions.values
-        known_rows = (table.sum(dim=1) > 0.5).nonzero()[:, 0]
-        if not len(known_rows):
+        """Refine the rows seen so far. Collective, where ranks hold parts of them."""
+        ranks, shares = self.ranks_of_rows(), self._shares(self._batch["predictions"]).double()
+        own = sum((torch.ones_like(ids).sum() for ids, _ in self._blocks()), torch.tensor(0))
+        count = ranks.sum(own.to(shares))
+        if not count:
             return
-        probabilities = table[known_rows].double()
-        amounts = len(known_rows) * self._shares(probabilities).double()
-        found = refined(probabilities, amounts, self.alpha, self.iterations)
-        self.refined.load(torch.zeros_like(table).index_copy(0, known_rows, found.float()))
+        options = (self.alpha, self.iterations, self.predictions.rows, torch.float32)
+        near = find_near(self._blocks, count * shares, *options, ranks)
+        for block in self._blocks():
+            self.refined.write(block[0], near.rows(*block).float())
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's rows that have a prediction: ids [rows], and fp32 [rows, classes]."""
+        size = max(1, _AT_ONCE // self.num_classes)
+        for ids in self.predictions.own_ids.split(size):
+            rows = self.predictions.read(ids)
+            known = rows.sum(dim=1) > 0
+            if known.any():
+                yield ids[known], rows[known]
 
     def _shares(self, like: Tensor) -> Tensor:
         """How the rows divide among the classes, fp32 [classes], summing to 1."""
@@ -183,27 +204,6 @@ def refined(probabilities: Tensor, amounts: Tensor, alpha: float, iterations: in
         alpha: Keeps a class only in this many times its amount of rows.
         iterations: Rounds of coordinate ascent.
     """
-    logs = _without_small(probabilities, amounts, alpha).log()
-    entropy = -(logs.exp() * logs).sum(dim=1, keepdim=True)  # [rows, 1], 1 / w
-    goal = amounts.log()
-    nu = torch.zeros_like(amounts)
-    for _ in range(iterations):
-        rows = logs - torch.logsumexp(logs - nu * entropy, dim=1, keepdim=True)
-        for _ in range(_NEWTON_STEPS):
-            scores = rows - nu * entropy
-            slope = -(scores.softmax(dim=0) * entropy).sum(dim=0)
-            nu = nu - (torch.logsumexp(scores, dim=0) - goal) / slope
-    return (logs - nu * entropy).softmax(dim=1)
-
-
-def _without_small(probabilities: Tensor, amounts: Tensor, alpha: float) -> Tensor:
-    """Remove a class from rows when others have more of it; scale each class to its amount."""
-    order = probabilities.argsort(dim=0, descending=True, stable=True)
-    kept = (alpha * amounts).floor().clamp(min=1)  # rows of each class
-    positions = torch.arange(len(probabilities), device=probabilities.device)[:, None]
-    first = torch.zeros_like(probabilities).scatter(
-        0, order, (positions < kept).to(probabilities.dtype)
-    )
-    chosen = probabilities * first
-    chosen = chosen * amounts / chosen.sum(dim=0).clamp(min=_SMALL) + _SMALL
-    return chosen / chosen.sum(dim=1, keepdim=True)
+    rows, dtype = len(probabilities), probabilities.dtype
+    block = torch.arange(rows, device=probabilities.device), probabilities
+    return find_near(lambda: [block], amounts, alpha, iterations, rows, dtype).rows(*block)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class ShardedRows:
 
         Waits for the device.
         """
-        self._reserve(int(ids.max()) + 1 if len(ids) else 0, expected or 0)
+        self.cover(ids, expected)
         own, at = self._own_places(ids)
         ids, at = ids[own], at[own]
         for name, new in self._packed(values[own]).items():
@@ -111,6 +112,22 @@ class ShardedRows:
     def read(self, ids: Tensor) -> Tensor:
         """Give rows as `unpack` does; on several ranks only this rank's."""
         return self.unpack(self.recall(ids))
+
+    @property
+    def own_ids(self) -> Tensor:
+        """The ids of this rank's rows, int64 [rows], in the order of its parts."""
+        places = torch.arange(len(self.parts[""]), device=self.parts[""].device)
+        blocks = places.div(BLOCK, rounding_mode="floor") * self.ranks + self.rank
+        return places if self.ranks == 1 else blocks * BLOCK + places % BLOCK
+
+    def cover(self, ids: Tensor, expected: int | None = None) -> None:
+        """Make room for rows, as `write` does; the same on every rank. Waits for the device."""
+        self._reserve(int(ids.max()) + 1 if len(ids) else 0, expected or 0)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.rows = 0
+        self.parts = {name: part[:0].clone() for name, part in self.parts.items()}
 
     def shards(self, name: str) -> Shards:
         """Give this rank's rows, under the names that begin with `name`."""
@@ -170,6 +187,55 @@ class ShardedRows:
             self.parts[name] = torch.cat([part, part.new_zeros(own - len(part), *part.shape[1:])])
 
 
+Tables: TypeAlias = Mapping[str, ShardedRows]
+"""Tables of one algorithm or add-on, by the names that they have in checkpoints."""
+
+
+def are_sharded(tables: Tables) -> bool:
+    """Whether other ranks hold rows of them."""
+    return any(table.ranks > 1 for table in tables.values())
+
+
+def recall_rows(tables: Tables, encoded: Tensor) -> dict[str, Tensor]:
+    """Give what this rank remembers of the rows of a global batch; see `Algorithm.recall`."""
+    ids = torch.where(encoded[:, 0] > 0.5, ids_of(encoded) - TAKEN, -1)
+    return {name: table.recall(ids) for name, table in tables.items()}
+
+
+def names_in_state(tables: Tables) -> list[str]:
+    """The names under which tables are saved."""
+    return [name + end for name, table in tables.items() for end in table.parts]
+
+
+def whole_tables(tables: Tables) -> dict[str, Tensor]:
+    """Give the tables for a state, on one rank; on several each has only its shards."""
+    if are_sharded(tables):
+        return {}
+    return {name + end: part for name, t in tables.items() for end, part in t.parts.items()}
+
+
+def shards_of(tables: Tables) -> Shards:
+    """What this rank remembers, on several; on one it is all in the state."""
+    found: Shards = {}
+    for name, table in tables.items() if are_sharded(tables) else ():
+        found |= table.shards(name)
+    return found
+
+
+def load_tables(tables: Tables, state: Mapping[str, Tensor], saved: SavedShards | None) -> None:
+    """Take over tables of any length, saved by any number of ranks, from a state or from shards.
+
+    Raises KeyError if widths are those of other options, or tables are missing.
+    """
+    names = names_in_state(tables)
+    here = [name for name in names if name in state]
+    if here or saved is None:
+        check_names({name: state[name] for name in here}, names)
+        saved = WholeShards({name: state[name].reshape(-1) for name in names})
+    for name, table in tables.items():
+        table.load(name, saved)
+
+
 class RemembersRows(Algorithm):
     """The base of algorithms that remember numbers of every unlabelled row.
 
@@ -182,7 +248,7 @@ class RemembersRows(Algorithm):
 
     @property
     def _is_sharded(self) -> bool:
-        return any(table.ranks > 1 for table in self.remembered.values())
+        return are_sharded(self.remembered)
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Hold this rank's rows only."""
@@ -197,8 +263,7 @@ class RemembersRows(Algorithm):
 
     def recall(self, encoded: Tensor) -> dict[str, Tensor]:
         """Give what this rank remembers of the rows of a global batch."""
-        ids = torch.where(encoded[:, 0] > 0.5, ids_of(encoded) - TAKEN, -1)
-        return {name: table.recall(ids) for name, table in self.remembered.items()}
+        return recall_rows(self.remembered, encoded)
 
     def take_recalled(self, sums: Sums) -> None:
         """Take what all ranks remember of the rows of the global batch."""
@@ -219,20 +284,11 @@ class RemembersRows(Algorithm):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state, and on one rank the tables; on several each has only its `shards`."""
-        if self._is_sharded:
-            return super().state_dict()
-        named = self.remembered.items()
-        tables = {name + end: part for name, t in named for end, part in t.parts.items()}
-        return {**super().state_dict(), **tables}
+        return {**super().state_dict(), **whole_tables(self.remembered)}
 
     def shards(self) -> Shards:
         """What this rank remembers; on one rank it is all in `state_dict`."""
-        found = super().shards()
-        if not self._is_sharded:
-            return found
-        for name, table in self.remembered.items():
-            found |= table.shards(name)
-        return found
+        return super().shards() | shards_of(self.remembered)
 
     def load_state_dict(
         self, state: Mapping[str, Tensor], saved: SavedShards | None = None
@@ -241,11 +297,6 @@ class RemembersRows(Algorithm):
 
         Raises KeyError if names or widths are those of other options, or tables are missing.
         """
-        names = [name + end for name, t in self.remembered.items() for end in t.parts]
-        here = [name for name in names if name in state]
-        if here or saved is None:
-            check_names({name: state[name] for name in here}, names)
-            saved = WholeShards({name: state[name].reshape(-1) for name in names})
+        names = names_in_state(self.remembered)
         super().load_state_dict({k: v for k, v in state.items() if k not in names})
-        for name, table in self.remembered.items():
-            table.load(name, saved)
+        load_tables(self.remembered, state, saved)

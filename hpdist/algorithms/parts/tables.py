@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpdist.algorithms.exchange import WeakOutputs
 from hpdist.algorithms.saved_state import SavedShards, Shards
@@ -25,7 +24,6 @@ NEVER = -1
 BLOCK = 4096
 """Ids in a row that one rank owns: the first block is that of rank 0, the next of rank 1."""
 
-_FIRST_ROWS = 1024
 _LOW = 24  # bits: an fp32 holds integers of so many exactly
 
 
@@ -240,44 +238,6 @@ class WholeShards:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Some of the elements."""
         return self._values[name][start:stop]
-
-
-class RowTable:
-    """Numbers by row id, [rows, *shape], 0 if never written; the same on every rank."""
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        self.values = torch.zeros(0, *shape, dtype=dtype, device=device)
-
-    def reserve(self, ids: Tensor, expected: int | None = None) -> None:
-        """Make room for these rows: for the `expected` number, and beyond that by doubling.
-
-        Waits for the device.
-        """
-        there, needed = len(self.values), int(ids.max()) + 1 if len(ids) else 0
-        if needed > there:
-            doubled = max(needed, 2 * there, _FIRST_ROWS)
-            rows = doubled if expected is None or needed > expected else expected
-            more = (0, 0) * (self.values.dim() - 1) + (0, rows - there)
-            self.values = F.pad(self.values, more)
-
-    def write(self, ids: Tensor, values: Tensor, expected: int | None = None) -> None:
-        """Set rows, each at most once."""
-        self.reserve(ids, expected)
-        self.values[ids] = values.to(self.values.dtype)
-
-    def read(self, ids: Tensor) -> Tensor:
-        """Rows, fp32 [rows, *shape]; 0 beyond the table's end."""
-        if not len(self.values):
-            return torch.zeros(len(ids), *self.values.shape[1:], device=ids.device)
-        inside = ids < len(self.values)
-        rows = self.values[torch.where(inside, ids, 0)].float()
-        return rows * inside.view(-1, *[1] * (rows.dim() - 1))
-
-    def load(self, values: Tensor) -> None:
-        """Take over a table, of any number of rows."""
-        self.values = values.to(self.values.device, self.values.dtype).clone()
 
 
 class _HostNumber:

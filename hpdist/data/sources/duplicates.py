@@ -27,6 +27,7 @@ from hpdist.data.files.named_files import NamedFile, named
 from hpdist.data.files.open import is_remote
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.sources.labeled import LabeledRows, UnlabeledTable
+from hpdist.data.sources.parquet_table import ParquetTable
 from hpdist.data.sources.unlabeled_rows import (
     AnyUnlabeled,
     MixedRows,
@@ -219,7 +220,8 @@ def _limit(config: Duplicates, rows: Any) -> int | None:
         if any(is_remote(file.path) for file in rows.index.files):
             raise _UncomparedError(f"is streamed from elsewhere; {_WAY_OUT}")
     else:
-        size = int(rows.dataset.data.nbytes)
+        stored = rows.dataset
+        size = int(stored.nbytes if isinstance(stored, ParquetTable) else stored.data.nbytes)
     if size > config.most_bytes:
         raise _too_large(config.most_bytes)
     return config.most_bytes

@@ -81,6 +81,18 @@ def _random_access(path: str) -> Any:
     return pa.OSFile(path)
 
 
+def hold_footer(path: str, metadata: pq.FileMetaData, columns: Sequence[str]) -> None:
+    """Raise UnpackedError where a footer claims what cannot be, or more rows than fit.
+
+    Nothing of the row groups is read; whoever reads one holds it to its pages.
+    """
+    numbers = range(metadata.num_row_groups)
+    try:
+        _check_claims(metadata, numbers, columns, os.path.getsize(path), most_unpacked())
+    except (TooLargeError, ValueError, LookupError, OverflowError) as error:
+        raise _named(path, error) from None
+
+
 class HeldParquet(Parquet):  # type: ignore[misc]
     """Parquet files whose pages are added up before they are read."""
 

@@ -39,10 +39,10 @@ from hpdist.data.sources.labels import (
 from hpdist.data.sources.loading import (
     check_order,
     open_table,
-    raw_view,
     same_column,
     same_input,
 )
+from hpdist.data.sources.parquet_table import rows_of
 from hpdist.data.sources.unlabeled_value import describe_split, without_value
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
@@ -202,7 +202,7 @@ def open_labeled(
     launched run does on one rank alone (`run_on_main`). Raises DataError when anything is not as
     the config says.
     """
-    table, name, rule = opened or open_table(config, dataset, where, (), loading)
+    table, name, rule = opened or open_table(config, dataset, where, (), loading, in_place=True)
     features = table.features
     label = label_column(features, config.label, where)
     column = kind.find_columns(features, config.input or column, where, label)
@@ -228,8 +228,9 @@ def open_labeled(
     used = take_rows(encoded, ids)
     encoding = encoding.fitted(used, measured)
     notes += encoding.describe(used, where, training=True)
+    view, copied = rows_of(table, names_of(column), ids, where, chosen=True)
     return LabeledRows(
-        raw_view(table, names_of(column)),
+        view,
         column,
         name,
         ids,
@@ -237,7 +238,7 @@ def open_labeled(
         encoding,
         label,
         encoding.class_numbers(used),
-        tuple(notes),
+        (*notes, *copied),
         kind,
         config.unlabeled_value,
         np.flatnonzero(unlabeled) if config.marks_unlabeled else None,
@@ -290,7 +291,7 @@ def open_test(
     """
     needed = () if config.input else names_of(like.column)
     needed = needed if config.label else (*needed, like.label_column)
-    table, name, rule = open_table(config, dataset, where, needed, loading)
+    table, name, rule = open_table(config, dataset, where, needed, loading, in_place=True)
     features = table.features
     label = label_column(features, config.label or same_column(like.label_column, features), where)
     found = config.input or same_input(like.column, features, where)
@@ -306,7 +307,7 @@ def open_test(
     ids = np.asarray(usable, np.int64)
     labels = take_rows(encoding.encode(read, usable), ids)
     notes += encoding.describe(labels, where, training=False)
-    view = raw_view(table, names_of(column))
+    view, copied = rows_of(table, names_of(column), ids, where, chosen=False)
     rows = LabeledRows(
         view,
         column,
@@ -316,7 +317,7 @@ def open_test(
         encoding,
         label,
         encoding.class_numbers(labels),
-        tuple(notes),
+        (*notes, *copied),
         like.kind,
         rule=rule,
     )

@@ -41,6 +41,7 @@ from hpdist.data.sources.options import (
     separator_hint,
 )
 from hpdist.data.sources.own_files import path_rule
+from hpdist.data.sources.parquet_table import ParquetTable
 from hpdist.data.sources.saved import is_saved, open_saved
 from hpdist.errors import DataError, HpdistError, one_line
 
@@ -62,11 +63,14 @@ def load_files(
     streaming: bool,
     needed: Sequence[str] = (),
     loading: Loading | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Any, LocalFiles | None]:
     """Do as `load` does; also say which files of this machine are read, where it found them.
 
-    What they hold is counted against `loading.most_unpacked`, as far as it is read here; whoever
-    reads a stream goes on counting.
+    With `in_place`, Parquet files of this machine are opened as a `ParquetTable`. What they hold is
+    counted against `loading.most_unpacked`, as far as it is read here; whoever reads a stream, or
+    rows of such a table, goes on counting.
     """
     most = (loading or Loading()).most_unpacked
     with _explained(config, where, streaming), unpacking(most):
@@ -89,6 +93,9 @@ def load_files(
                 needed=[*_named_columns(config), *needed],
                 name=source_name(config, None, where),
                 where=where,
+                copied=(lambda: load_files(config, where, streaming, needed, loading)[0])
+                if in_place
+                else None,
             )
     if files is not None and files.builder == "csv":
         check_dialect(opened.features, where, config)
@@ -337,17 +344,20 @@ def open_table(
     where: str,
     needed: Sequence[str] = (),
     loading: Loading | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Any, str, PathRule]:
     """Open a map-style dataset; also its name for messages, and which files its rows may name.
 
-    `needed` are columns that each of its files must have, beside those that the config names.
+    `needed` are columns that each of its files must have, beside those that the config names. With
+    `in_place` it may be a `ParquetTable`, whose rows are for `rows_of`.
     """
     name = source_name(config, dataset, where)
     files = None
     table = dataset
     if dataset is None:
-        table, files = load_files(config, where, False, needed, loading)
-    if not isinstance(table, datasets.Dataset):
+        table, files = load_files(config, where, False, needed, loading, in_place=in_place)
+    if not isinstance(table, (datasets.Dataset, ParquetTable)):
         raise DataError(
             f"{where}: needs a datasets.Dataset, not {type(table).__name__}; pick one split of a "
             "DatasetDict; only data.unlabeled takes an IterableDataset"

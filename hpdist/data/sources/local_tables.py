@@ -7,82 +7,26 @@ sound without torchcodec.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import fsspec  # type: ignore[import-untyped]
 import pandas  # type: ignore[import-untyped]
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.csv.csv import CsvConfig
 
-from hpdist.data.decode.arrow_types import plain_schema
-from hpdist.data.files.columns import Columns, common
-from hpdist.data.files.partitions import Partitions, partitions
+from hpdist.data.files.columns import common
 from hpdist.data.files.row_names import remember_files
 from hpdist.data.files.splits import check_known, names_in, sliced, spelled_out
-from hpdist.data.sources.builders import OptionalKeys, RawAudioFolder, UnlikeParquet, build, listed
-from hpdist.data.sources.held import HELD
-from hpdist.data.sources.known_types import known_features, unknown_columns
+from hpdist.data.sources.builders import OptionalKeys, RawAudioFolder, listed
 from hpdist.data.sources.local_files import FOLDERS, LocalFiles
+from hpdist.data.sources.local_parquet import open_parquet
+from hpdist.data.sources.opening import Opening
 from hpdist.data.sources.options import dialect_hint
-from hpdist.errors import ConfigError, DataError
+from hpdist.errors import DataError
 
-_FOOTERS_AT_ONCE = 8
 _PEEKED = 1000  # rows of a CSV file that tell the types of its columns
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What is to be opened, and how messages call it."""
-
-    builder: str
-    base: str
-    splits: Mapping[str, Sequence[str]]
-    split: str
-    options: Mapping[str, Any]
-    streaming: bool
-    needed: Sequence[str]
-    """Columns that every file must have."""
-    name: str
-    where: str
-
-    @property
-    def paths(self) -> list[str]:
-        """All files, split by split."""
-        return [path for of_split in self.splits.values() for path in of_split]
-
-    def load(self, **options: Any) -> Any:
-        """Open the files with the builder of `datasets`, or what is used in its place."""
-        if self.builder in HELD:
-            return self.build(HELD[self.builder], **options)
-        return datasets.load_dataset(
-            self.builder,
-            data_files=listed(self.splits),
-            split=self.split,
-            streaming=self.streaming,
-            **{**self.options, **options},
-        )
-
-    def build(self, builder: type, **options: Any) -> Any:
-        """Open the files with a builder of one's own."""
-        return build(
-            builder,
-            self.builder,
-            self.splits,
-            self.split,
-            self.streaming,
-            **{**self.options, **options},
-        )
-
-    def no_rows(self) -> DataError:
-        """Say that all files are empty."""
-        count = len(self.paths)
-        empty = f"its {count} files are all" if count > 1 else "its file is"
-        return DataError(f"{self.name}: holds no rows; {empty} empty")
 
 
 def open_files(
@@ -94,11 +38,13 @@ def open_files(
     needed: Sequence[str],
     name: str,
     where: str,
+    copied: Callable[[], Any] | None = None,
 ) -> Any:
     """Open files as a `datasets.Dataset`, or with `streaming` as an `IterableDataset`.
 
-    `needed` are columns that must be in all of them. Raises DataError where they are not, or types
-    do not go together; and what `datasets` raises.
+    `needed` are columns that must be in all of them. Where `copied` is given, Parquet is opened as
+    a `ParquetTable` if it can be, which calls that if it needs the `Dataset` after all. Raises
+    DataError where columns are missing, or types do not go together; and what `datasets` raises.
     """
     split = spelled_out(split, files.splits)
     check_known(split, files.splits, where)
@@ -112,6 +58,7 @@ def open_files(
         needed,
         name,
         where,
+        copied,
     )
     open_with = _OPENERS.get(files.builder, _open_plain)
     if not streaming or "+" not in split:
@@ -164,75 +111,6 @@ def _open_audio(opening: Opening) -> Any:
         if isinstance(feature, datasets.Image):
             opened = opened.cast_column(column, datasets.Audio(decode=False))
     return opened
-
-
-def _open_parquet(opening: Opening) -> Any:
-    found = dict(zip(opening.paths, _footers(opening), strict=True))
-    full = {
-        part: [path for path in paths if found[path].num_rows]
-        for part, paths in opening.splits.items()
-    }
-    read = [path for paths in full.values() for path in paths]
-    if not read:
-        raise opening.no_rows()
-    full = {part: paths or list(opening.splits[part])[:1] for part, paths in full.items()}
-    folders = partitions(read, opening.base)
-    columns = _parquet_columns({path: found[path] for path in read}, folders, opening)
-    opening = replace(opening, splits=full)
-    hollow = any(found[path].row_group(0).num_rows == 0 for path in read)  # `datasets` fails there
-    if columns.differ or folders or hollow:
-        opened = opening.build(UnlikeParquet, features=columns.features, folders=folders)
-    else:
-        opened = opening.load()
-    if not opening.streaming and "[" not in opening.split and not opening.options.get("filters"):
-        remember_files(opened, [(path, found[path].num_rows) for path in opening.paths])
-    return opened
-
-
-def _parquet_columns(
-    found: Mapping[str, pq.FileMetaData], folders: Partitions, opening: Opening
-) -> Columns:
-    """The columns that files have in common, with those that folders name."""
-    features: dict[str, Any] = {}
-    foreign = False
-    last: tuple[pa.Schema, Any] | None = None  # most files are as the one before
-    for path, footer in found.items():
-        schema = footer.schema.to_arrow_schema()
-        if last is None or not schema.equals(last[0], check_metadata=True):
-            full = folders.added(plain_schema(schema))
-            foreign = foreign or bool(unknown_columns(schema))
-            for name, kind in unknown_columns(full).items():
-                if name in opening.needed:
-                    raise DataError(
-                        f"{opening.where}: the column {name!r} is {kind} in {path}, which cannot "
-                        "be read; write what it holds as lists or columns of their own"
-                    )
-            last = schema, known_features(full)
-        features[path] = last[1]
-    columns = common(features, opening.name)
-    columns.require(opening.needed, opening.where)
-    for name in opening.options.get("columns") or ():
-        if name not in columns.features:
-            raise ConfigError(
-                f"{opening.where}.options: columns: there is no column {name!r}; there are "
-                f"{', '.join(columns.features)}"
-            )
-    return replace(columns, differ=columns.differ or foreign)
-
-
-def _footers(opening: Opening) -> list[pq.FileMetaData]:
-    def footer(path: str) -> pq.FileMetaData:
-        try:
-            return pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as error:
-            cause = " ".join(str(error).split())
-            raise DataError(
-                f"{opening.name}: {path} is no Parquet file, or its end is damaged ({cause}); "
-                "restore the file, or leave it out of data_files"
-            ) from error
-
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE, thread_name_prefix="hpdist-footers") as pool:
-        return list(pool.map(footer, opening.paths))
 
 
 def _peeked(opening: Opening, path: str, peek: Any) -> Any:
@@ -328,5 +206,5 @@ _OPENERS = {
     "audiofolder": _open_audio,
     "csv": _open_csv,
     "json": _open_json,
-    "parquet": _open_parquet,
+    "parquet": open_parquet,
 }

@@ -25,14 +25,19 @@ class TooLargeError(Exception):
 
 
 def read_within(
-    parquet: pq.ParquetFile, source: Any, number: int, columns: Sequence[str], budget: int
+    parquet: pq.ParquetFile,
+    source: Any,
+    number: int,
+    columns: Sequence[str],
+    budget: int,
+    setting: str = "shuffle_window",
 ) -> pa.Table:
     """Read columns of a row group from `source`, which `parquet` reads too.
 
-    Raises TooLargeError where they take more than the budget and 16 times their bytes in the file,
-    and what Arrow does.
+    Raises TooLargeError, which names `setting`, where they take more than the budget and 16 times
+    their bytes in the file, and what Arrow does.
     """
-    group = _Group.of(parquet, source, number, columns, budget, "shuffle_window")
+    group = _Group.of(parquet, source, number, columns, budget, setting)
     if group.at_most <= group.most:
         return parquet.read_row_group(number, columns=list(columns), use_threads=False)
     table = group.as_stored()

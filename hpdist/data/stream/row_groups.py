@@ -54,13 +54,20 @@ class RowGroups:
         retry: How long a server may fail.
         stop: Ends every wait.
         budget: Bytes that a row group may take in memory, whatever it takes in the file.
+        setting: What sets the budget, for messages.
     """
 
     def __init__(
-        self, columns: Sequence[str], retry: Retry, stop: threading.Event, budget: int
+        self,
+        columns: Sequence[str],
+        retry: Retry,
+        stop: threading.Event,
+        budget: int,
+        setting: str = "shuffle_window",
     ) -> None:
         self._columns = list(columns)
         self._budget = budget
+        self._setting = setting
         self._retry = retry
         self._stop = stop
         self._lock = threading.Lock()
@@ -90,7 +97,9 @@ class RowGroups:
             self._bytes = self._idle = 0
 
     def _read(self, opened: _Open, number: int) -> pa.Table:
-        return read_within(opened.parquet, opened.source, number, self._columns, self._budget)
+        return read_within(
+            opened.parquet, opened.source, number, self._columns, self._budget, self._setting
+        )
 
     def _take(self, file: DataFile) -> _Open | None:
         """A local file that is open and idle, if it still is what the path names."""

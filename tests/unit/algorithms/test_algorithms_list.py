@@ -80,8 +80,8 @@ def test_add_ons_have_a_table_of_their_own():
             "Kim et al. 2020, arXiv:2007.08844",
             "c",
             "none",
-            "darp.step [], darp.predictions [N x C], darp.refined [N x C]",
-            "C per row + 2 per row",
+            "darp.step [], darp.predictions [N x C / ranks], darp.refined [N x C / ranks]",
+            "2C per row + 4 per row",
         ],
         "debiaspl": [
             "Wang et al. 2022, arXiv:2201.01490",

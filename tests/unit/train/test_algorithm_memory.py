@@ -10,13 +10,14 @@ from hpdist.algorithms import (
     DARP,
     Algorithm,
     CoMatch,
+    CReST,
     FixMatch,
     NoisyStudent,
     SimMatch,
     TemporalEnsembling,
 )
 from hpdist.errors import ConfigError
-from hpdist.train.algorithm_memory import check_memory
+from hpdist.train.algorithm_memory import check_memory, describe_sums
 from hpdist.train.config import Batch
 
 CPU, BATCH = torch.device("cpu"), Batch(labeled=64, unlabeled=448)
@@ -34,11 +35,32 @@ def test_tables_that_cannot_fit_are_refused_with_their_size() -> None:
         check(TemporalEnsembling(1_000))
     with pytest.raises(ConfigError, match=r"186,26\d\.\d GiB on each rank, and there are"):
         check(NoisyStudent(1_000))
-    with pytest.raises(ConfigError, match=r"GiB on each rank, .*use fewer unlabelled rows"):
+    refused = r"745,05\d\.\d GiB on each rank.* addons: darp\.top: 16, .*more ranks"
+    with pytest.raises(ConfigError, match=refused):
         check(DARP(FixMatch(0.9), 1_000))
+    assert check(DARP(FixMatch(0.9), 1_000, top=16), ranks=100_000) == []
+    with pytest.raises(ConfigError, match=r"use more ranks, each of which holds its share"):
+        check(CReST(FixMatch(0.9), 1_000))
+    assert check(CReST(FixMatch(0.9), 1_000), ranks=100_000) == []
     assert check(TemporalEnsembling(1_000, top=16), ranks=100_000) == []
     assert check(TemporalEnsembling(1_000), rows=None) == []
     assert check(FixMatch(0.9)) == []
+
+
+def test_sums_that_grow_with_rows_and_classes_are_said() -> None:
+    """At 21,000 classes, from 16 MiB on, and where there is a rank to send them to."""
+
+    def said(algorithm: Algorithm, ranks: int) -> list[str]:
+        algorithm.bind_rank(0, ranks)
+        return describe_sums(algorithm, BATCH, ranks)
+
+    (line,) = said(CoMatch(21_000), 2)
+    assert line.startswith("CoMatch sums 36 MiB over the ranks in every step: ")
+    assert line.endswith("for 448 unlabelled rows")
+    assert "DARP sums 108 MiB" in said(DARP(CoMatch(21_000), 21_000), 2)[0]
+    assert "TemporalEnsembling sums 36 MiB" in said(TemporalEnsembling(21_000, top=16), 2)[0]
+    assert said(CoMatch(21_000), 1) == []
+    assert said(CoMatch(1_000), 2) == said(SimMatch(21_000), 2) == []
 
 
 def test_what_is_held_of_a_large_batch_is_said_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
