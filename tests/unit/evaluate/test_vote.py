@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from hpdist import cli
-from hpdist.data.sources.label_files import METADATA
+from hpdist.data.sources.label_files import METADATA, PRIVACY, RECORD
 from hpdist.errors import ConfigError
 from hpdist.evaluate.gnmax import Check, answer, cost_of, epsilon_of, noisy_argmax, sigma_for
 from hpdist.evaluate.vote import vote
@@ -71,12 +72,13 @@ def test_an_answers_chances_are_those_of_gaussian_noise() -> None:
 
 def test_a_clear_majority_wins_and_the_cost_is_written(tmp_path: Path) -> None:
     true = [NAMES[row % 3] for row in range(30)]
-    teachers = [write(tmp_path / f"{n}", [*true[:-1], None]) for n in range(400)]
+    few = ["cat" if n < 150 else None for n in range(400)]  # who has no label has no vote
+    teachers = [write(tmp_path / f"{n}", [*true[:-2], few[n], None]) for n in range(400)]
     spent = vote(teachers, tmp_path / "out", epsilon=20.0, delta=1e-5).spent
     assert spent.sigma < 10
     table = pq.read_table(tmp_path / "out" / "part-00000000.parquet")
     assert table.column("id").to_pylist() == list(range(30))
-    assert table.column("label").to_pylist()[:-1] == true[:-1]
+    assert table.column("label").to_pylist()[:-1] == [*true[:-2], "cat"]
     record = json.loads((tmp_path / "out" / "_privacy.json").read_text())
     assert record["privacy"]["epsilon"] == 20.0
     assert (record["privacy"]["answers"], record["privacy"]["teachers"]) == (30, 400)
@@ -134,6 +136,9 @@ def test_a_confident_vote_leaves_unclear_rows_without_a_label(tmp_path: Path) ->
     assert spent["mechanism"] == "Confident-GNMax"
     assert spent["epsilon"] == pytest.approx(epsilon_of(12 + 30 / 2, 1e-5))
     assert (spent["asked"], spent["answers"], spent["threshold"]) == (30, 12, 45.0)
+    paid = vote(teachers, tmp_path / "paid", epsilon=90.0, check=check, answers=12).spent
+    assert paid.epsilon == 90.0
+    assert epsilon_of(cost_of(paid.sigma, 12, check, 30), paid.delta) == pytest.approx(90.0)
 
 
 def _killed_vote(teachers: list[str], out: Path) -> None:
@@ -152,7 +157,7 @@ def test_a_killed_vote_leaves_no_label_without_its_cost(tmp_path: Path) -> None:
     teachers = [write(tmp_path / f"{n}", ["cat"] * 20) for n in range(2)]
     with pytest.raises(RankError, match="SIGKILL"):
         run_ranks(1, _killed_vote, teachers, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_privacy.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PRIVACY]
 
 
 def test_votes_are_random(tmp_path: Path) -> None:
@@ -162,6 +167,24 @@ def test_votes_are_random(tmp_path: Path) -> None:
         vote(teachers, tmp_path / name, epsilon=0.1)
         out.append(pq.read_table(tmp_path / name / "part-00000000.parquet").to_pylist())
     assert out[0] != out[1]
+    assert {row["label"] for row in out[0]} == set(NAMES)  # classes without a vote, too
+    vote(teachers, tmp_path / "some", epsilon=0.1, rows=10)
+    some = pq.read_table(tmp_path / "some" / "part-00000000.parquet").column("id").to_pylist()
+    assert some != list(range(10))
+    assert some == sorted(set(some))
+    assert len(some) == 10
+
+
+def test_the_record_says_which_rows_were_labelled(tmp_path: Path) -> None:
+    teachers = [write(tmp_path / f"{n}", ["cat"] * 5) for n in range(2)]
+    files = [["rows.parquet", 123, "digest"]]
+    record = {"parts": 3, "rows": 7, "files": files, "weights": "of the first teacher"}
+    (tmp_path / "0" / RECORD).write_text(json.dumps(record))
+    spent = vote(teachers, tmp_path / "out", epsilon=2.0).spent
+    found = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert found.pop("privacy") == asdict(spent)
+    assert found == {"parts": 1, "rows": 7, "files": files, "names": NAMES}
+    assert not (tmp_path / "out" / PRIVACY).exists()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
