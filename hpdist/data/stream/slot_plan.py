@@ -167,7 +167,8 @@ class SlotPlan:
         first = epochs * self.rows % self.lanes  # it and the lanes after it have a row more
         wrapped = np.maximum(0, first + rest - self.lanes)
         more = np.minimum(np.maximum(lanes - first, 0), rest - wrapped)
-        return lanes * share + np.minimum(lanes, wrapped) + more
+        starts: Int64Array = lanes * share + np.minimum(lanes, wrapped) + more
+        return starts
 
 
 def choose_slots(batch: int, groups: int, group_bytes: float, budget: int | None) -> int | None:
