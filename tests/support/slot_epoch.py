@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpdist.data.stream.slot_plan import SlotPlan
+from hpdist.data.stream.slot_plan import Runs, SlotPlan
 
 GROUP_ROWS = 1000
 
@@ -20,19 +20,19 @@ class Epoch:
     """The runs of all lanes in the first epoch, in the order of the lanes."""
 
     def __init__(self, plan: SlotPlan) -> None:
-        lanes, groups, rows = [], [], []
-        for lane in range(plan.lanes):
-            turn, end = 0, -((lane - plan.rows) // plan.lanes)
-            while turn < end:
-                run = plan.run_at(lane, turn)
-                lanes.append(lane)
-                groups.append(run.group)
-                rows.append(run.stop - run.first)
-                turn = run.stop
+        lanes = np.arange(plan.lanes)
+        turns, ends = np.zeros_like(lanes), -((lanes - plan.rows) // plan.lanes)
+        found = []
+        while len(lanes):
+            found.append(plan.runs_at(lanes, turns))
+            more = found[-1].stop < ends
+            lanes, turns, ends = lanes[more], found[-1].stop[more], ends[more]
+        runs = Runs.joined(found)
+        runs = runs.where(np.lexsort((runs.first, runs.lane)))
         self.plan = plan
-        self.groups = np.asarray(groups)
-        self.rows = np.asarray(rows)
-        self.starts = np.searchsorted(lanes, np.arange(plan.lanes + 1))
+        self.groups = runs.group
+        self.rows = runs.stop - runs.first
+        self.starts = np.searchsorted(runs.lane, np.arange(plan.lanes + 1))
 
     def ratio(self, batch: int, rank: int, ranks: int) -> float:
         """Rows that a rank reads for each row it uses; lanes side by side share a row group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -19,11 +18,9 @@ from hpdist.data.stream.permute import Int64Array
 from hpdist.data.stream.plan import USUAL_BUDGET, Piece, Plan, Window, choose_lanes
 from hpdist.data.stream.reader import Rows
 from hpdist.data.stream.segments import Segments
-from hpdist.data.stream.threads import DaemonThreads
+from hpdist.data.stream.threads import Awaited, reading_threads
 from hpdist.data.stream.wide import joined, widened
 
-_LOCAL_THREADS = min(4, os.cpu_count() or 1)  # more than cores only get into each other's way
-_REMOTE_THREADS = 16
 _PATIENCE = 2.0  # seconds that closing waits for a read that heeds no stop
 _IDLE = 16  # batches, after which a lane that no row was taken from is let go
 
@@ -47,25 +44,14 @@ class _Read:
         return {line: self.reasons[found[line]] for line in np.flatnonzero(found >= 0).tolist()}
 
 
-class _Opened:
+class _Opened(Awaited[_Read]):
     """A window that is being read, or was."""
 
     def __init__(self, window: Window, future: Future[_Read]) -> None:
+        super().__init__(future)
         self.window = window
         self.start = window.start
         self.stop = window.start + window.rows
-        self._future = future
-        self._read: _Read | None = None
-
-    def result(self) -> _Read:
-        """Wait for its rows."""
-        if self._read is None:
-            self._read = self._future.result()
-        return self._read
-
-    def cancel(self) -> None:
-        """Do not begin to read it."""
-        self._future.cancel()
 
 
 _Runs: TypeAlias = list[tuple[_Opened, int, int]]  # windows, and which of their lines
@@ -116,10 +102,7 @@ class ParquetReader:
         self._used: dict[int, int] = {}  # of each lane, the batch that last took a row from it
         self._batches = 0
         self._ahead: tuple[tuple[int, int, int, int], _Runs] | None = None  # what was prepared
-        remote = any(is_remote(file.path) for file in index.files)
-        self._threads = DaemonThreads(
-            _REMOTE_THREADS if remote else _LOCAL_THREADS, "hpdist-parquet"
-        )
+        self._threads = reading_threads(any(is_remote(file.path) for file in index.files))
 
     @property
     def rows(self) -> int:

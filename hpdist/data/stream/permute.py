@@ -12,6 +12,8 @@ import numpy as np
 
 Int64Array: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 _UInt64Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
+Keys: TypeAlias = _UInt64Array
+"""What `keys_of` makes of keys."""
 
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -73,9 +75,26 @@ def shuffled(size: int, *key: int) -> Int64Array:
     return np.argsort(_mixed(numbers))
 
 
-def chosen(size: int, *key: int) -> int:
-    """A number below `size` that `key` chooses."""
-    return _mixed_int(_state(key)) % size
+def chosen(size: int, keys: Keys) -> Int64Array:
+    """A number below `size` that each of many keys chooses, [keys]."""
+    return (_mixed(keys) % np.uint64(size)).astype(np.int64)
+
+
+def all_shuffled(sizes: Int64Array, keys: Keys) -> Int64Array:
+    """The permutations of 0..size that many keys choose, laid end to end; each is as `shuffled`."""
+    before = np.cumsum(sizes) - sizes
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(len(owner)) - before[owner]
+    numbers = _mixed(places.astype(np.uint64) * np.uint64(_GOLDEN) + keys[owner])
+    return places[np.lexsort((numbers, owner))]
+
+
+def keys_of(key: tuple[int, ...], *parts: Int64Array) -> Keys:
+    """What stands for each of many keys that begin with the same numbers, of parts [keys]."""
+    state: Any = np.uint64(_state(key))
+    for part in parts:
+        state = _mixed((part.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + state)
+    return np.atleast_1d(state)
 
 
 def _network(

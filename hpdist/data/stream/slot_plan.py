@@ -18,13 +18,13 @@ the classes, which are few, and those of one class's groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpdist.data.stream.permute import Int64Array, chosen, shuffled
+from hpdist.data.stream.permute import Int64Array, all_shuffled, chosen, keys_of, shuffled
 from hpdist.data.stream.plan import ENOUGH_GROUPS, MOST_LANES, USUAL_BUDGET
 
 _CLASSES, _MEMBERS, _ROWS, _PIECES = 0x5C0, 0x5C1, 0x5C2, 0x5C3  # what one seed chooses differs
@@ -35,16 +35,24 @@ _GROUPS_OF_A_LANE = 10  # so that opening every lane reads at most a tenth of an
 _OPEN = 8  # times the memory budget that the open row groups of all lanes may take on one rank
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive rows of a lane that lie in one row group: turns `first` to `stop` of the lane."""
+class Runs(NamedTuple):
+    """Consecutive rows of a lane that lie in one row group, of many lanes; all are [runs]."""
 
-    epoch: int
-    group: int
-    first: int
-    stop: int
-    start: int
-    """The place of its first row in the group's permuted rows."""
+    lane: Int64Array
+    epoch: Int64Array
+    group: Int64Array
+    first: Int64Array  # the turn of the lane at which a run begins
+    stop: Int64Array  # the turn behind it
+    start: Int64Array  # the place of its first row in the group's permuted rows
+
+    def where(self, chosen: np.ndarray[Any, Any]) -> Runs:
+        """Some of them, in any order."""
+        return Runs(*(part[chosen] for part in self))
+
+    @staticmethod
+    def joined(runs: Sequence[Runs]) -> Runs:
+        """Put runs one behind the other."""
+        return Runs(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))
 
 
 class SlotPlan:
@@ -67,69 +75,79 @@ class SlotPlan:
         self._class = lru_cache(maxsize=_KEPT)(self._lay_out_class)
 
     def places(
-        self, position: int, batch: int, start: int, stop: int
+        self, position: int, batch: int, start: int, stop: int, batches: int = 1
     ) -> tuple[Int64Array, Int64Array]:
         """Lanes and turns of rows [start, stop) of the global batch at `position`, both [rows].
 
         The batch is the next `batch` rows of the sequence, sorted by lane; a lane's turn counts its
-        rows from the beginning of the first epoch.
+        rows from the beginning of the first epoch. Of several batches that follow one another, the
+        rows come one behind the other: [batches * rows].
         """
-        turns, rest = divmod(batch, self.lanes)
-        low = start // (turns + 1) if rest else start // turns  # no lane gives more rows
-        high = min(self.lanes, stop // turns + 1) if turns else self.lanes
-        lanes = np.arange(low, high)
-        end = position + batch
-        begin = self._below(end, lanes) - self._below(position, lanes)  # of a lane in the batch
-        slots = np.arange(start, stop)
-        at = np.searchsorted(begin, slots, side="right") - 1
-        return lanes[at], self._before(position, lanes)[at] + slots - begin[at]
+        begin = position + batch * np.arange(batches)[:, None]
+        (turns, rest), (end_turns, end_rest) = (
+            np.divmod(at, self.lanes) for at in (begin, begin + batch)
+        )
+        each = end_turns - turns  # rows of a lane; of lanes `low` to `high` one more, or one less
+        low, high = np.minimum(rest, end_rest), np.maximum(rest, end_rest)
+        between = each + np.where(end_rest > rest, 1, -1)
+        slots = np.arange(start, stop)[None]
+        behind_low = slots - each * low
+        behind_high = behind_low - between * (high - low)
+        lanes = np.where(behind_low < 0, slots, 0) // np.maximum(each, 1)
+        lanes += np.where(behind_low >= 0, low + behind_low // np.maximum(between, 1), 0)
+        lanes = np.where(behind_high >= 0, high + behind_high // np.maximum(each, 1), lanes)
+        first = each * lanes + np.minimum(end_rest, lanes) - np.minimum(rest, lanes)
+        before = -((lanes - begin) // self.lanes)  # positions of the lane before the batch
+        return lanes.reshape(-1), (before + slots - first).reshape(-1)
 
-    def run_at(self, lane: int, turn: int) -> Run:
-        """The run of a lane that holds its row of this turn."""
-        epoch = (lane + turn * self.lanes) // self.rows
-        origin = -((lane - epoch * self.rows) // self.lanes)  # the epoch's first turn of the lane
-        begin, end = self._lane_start(epoch, lane), self._lane_start(epoch, lane + 1)
-        backward = lane % 2 == 1
-        line = end - 1 - (turn - origin) if backward else begin + turn - origin
-        group, group_start = self._group_at(epoch, line)
-        low = max(begin, group_start)
-        high = min(end, group_start + int(self.group_rows[group]))
-        first = origin + (end - high if backward else low - begin)
-        return Run(epoch, group, first, first + high - low, low - group_start)
+    def runs_at(self, lanes: Int64Array, turns: Int64Array) -> Runs:
+        """The runs of lanes that hold their rows of these turns, both [runs]."""
+        epochs = (lanes + turns * self.lanes) // self.rows
+        origin = -((lanes - epochs * self.rows) // self.lanes)  # an epoch's first turn of a lane
+        begin, end = self._lane_starts(epochs, lanes), self._lane_starts(epochs, lanes + 1)
+        backward = lanes % 2 == 1
+        lines = np.where(backward, end - 1 - (turns - origin), begin + turns - origin)
+        groups, starts = self._groups_at(epochs, lines)
+        low, high = np.maximum(begin, starts), np.minimum(end, starts + self.group_rows[groups])
+        first = origin + np.where(backward, end - high, low - begin)
+        return Runs(lanes, epochs, groups, first, first + high - low, low - starts)
 
-    def pieces(self, epoch: int, group: int) -> tuple[Int64Array, Int64Array]:
-        """How a row group's rows are permuted, in pieces of rows that follow one another.
+    def pieces(self, epochs: Int64Array, groups: Int64Array) -> list[tuple[list[int], list[int]]]:
+        """How the rows of row groups are permuted, in pieces of rows that follow one another.
 
-        The row at which each piece begins, and the place in the order at which it does, and the
-        place behind the last one: [pieces] and [pieces + 1]. Where pieces begin differs from epoch
-        to epoch.
+        For each group, the row at which each piece begins, and the place in the order at which it
+        does, and the place behind the last one: [pieces] and [pieces + 1]. Where pieces begin
+        differs from epoch to epoch.
         """
-        rows = int(self.group_rows[group])
-        first = 1 + chosen(_PIECE, self.seed, _PIECES, epoch, group)
-        cuts = np.asarray([0, *range(first, rows, _PIECE), rows])
-        order = shuffled(len(cuts) - 1, self.seed, _ROWS, epoch, group)
-        places = np.zeros(len(cuts), np.int64)
-        np.cumsum(np.diff(cuts)[order], out=places[1:])
-        return cuts[order], places
+        rows = self.group_rows[groups].astype(np.int64)
+        first = 1 + chosen(_PIECE, keys_of((self.seed, _PIECES), epochs, groups))
+        counts = 1 + np.maximum(-((first - rows) // _PIECE), 0)
+        ends = np.cumsum(counts)
+        owner = np.repeat(np.arange(len(groups)), counts)
+        order = all_shuffled(counts, keys_of((self.seed, _ROWS), epochs, groups))
+        behind = first[owner] + _PIECE * order  # where each piece ends, but for the last one
+        starts = np.where(order == 0, 0, behind - _PIECE)
+        places = np.cumsum(np.minimum(behind, rows[owner]) - starts) - np.repeat(
+            np.cumsum(rows) - rows, counts
+        )
+        known, behind_places = starts.tolist(), places.tolist()
+        return [
+            (known[end - count : end], [0, *behind_places[end - count : end]])
+            for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
+        ]
 
-    def _before(self, position: int, lanes: Int64Array) -> Int64Array:
-        """How many positions before this one belong to each lane."""
-        return -((lanes - position) // self.lanes)
-
-    def _below(self, position: int, lanes: Int64Array) -> Int64Array:
-        """How many positions before this one belong to lanes before each."""
-        turns, rest = divmod(position, self.lanes)
-        return turns * lanes + np.minimum(rest, lanes)
-
-    def _group_at(self, epoch: int, line: int) -> tuple[int, int]:
-        """The row group that holds a place of the epoch's line, and where in the line it begins."""
-        order, ends = self._epoch(epoch)
-        place = int(np.searchsorted(ends, line, side="right"))
-        start = int(ends[place] - self._totals[order[place]])
-        groups, group_ends = self._class(epoch, int(order[place]))
-        found = int(np.searchsorted(group_ends, line - start, side="right"))
-        group = int(groups[found])
-        return group, start + int(group_ends[found]) - int(self.group_rows[group])
+    def _groups_at(self, epochs: Int64Array, lines: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """The row groups that hold places of the epochs' lines, and where there each begins."""
+        groups, starts = np.empty(len(lines), np.int64), np.empty(len(lines), np.int64)
+        for number, (epoch, line) in enumerate(zip(epochs.tolist(), lines.tolist(), strict=True)):
+            order, ends = self._epoch(epoch)
+            place = ends.searchsorted(line, side="right")
+            known, behind = self._class(epoch, int(order[place]))
+            start = int(ends[place - 1]) if place else 0
+            found = behind.searchsorted(line - start, side="right")
+            groups[number] = known[found]
+            starts[number] = start + behind[found - 1] if found else start
+        return groups, starts
 
     def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The order of the classes in an epoch, and where in its line each of them ends."""
@@ -143,12 +161,14 @@ class SlotPlan:
         groups = number + self._classes * members
         return groups, np.cumsum(self.group_rows[groups], dtype=np.int64)
 
-    def _lane_start(self, epoch: int, lane: int) -> int:
-        """Where in the epoch's line a lane begins; lanes take turns at having a row more."""
+    def _lane_starts(self, epochs: Int64Array, lanes: Int64Array) -> Int64Array:
+        """Where in the epochs' lines lanes begin; lanes take turns at having a row more."""
         share, rest = divmod(self.rows, self.lanes)
-        first = epoch * self.rows % self.lanes  # it and the lanes after it have a row more
-        wrapped = max(0, first + rest - self.lanes)
-        return lane * share + min(lane, wrapped) + min(max(lane - first, 0), rest - wrapped)
+        first = epochs * self.rows % self.lanes  # it and the lanes after it have a row more
+        wrapped = np.maximum(0, first + rest - self.lanes)
+        more = np.minimum(np.maximum(lanes - first, 0), rest - wrapped)
+        starts: Int64Array = lanes * share + np.minimum(lanes, wrapped) + more
+        return starts
 
 
 def choose_slots(batch: int, groups: int, group_bytes: float, budget: int | None) -> int | None:

@@ -1,6 +1,6 @@
-"""Rows that wait for their turn: in memory as far as a budget goes, and in files beyond it.
+"""Rows that wait for their turn: in memory as far as a budget goes, and in a file beyond it.
 
-A file has no name, so that it is gone with its rows, and with the process however that ends.
+The file has no name, so that it is gone with its rows, and with the process however that ends.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import weakref
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
+
+from hpdist.data.stream.spill_file import SpillFile
 
 _log = logging.getLogger("hpdist.data")
 
@@ -27,17 +29,18 @@ class Spill:
     def __init__(self, limit: int, name: str) -> None:
         self._limit = limit
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what is collected while it is held, is released
         self._full = False
+        self._file: SpillFile | None = None
         self.held = 0
         """Bytes in memory."""
         self.spilled = 0
-        """Bytes that were ever written to files."""
+        """Bytes that were ever written to the file."""
 
     def keep(self, table: pa.Table, owner: Any) -> pa.Table:
-        """Give the table back, or its copy in a file; it counts until `owner` is collected.
+        """Give the table back, or its copy in the file; it counts until `owner` is collected.
 
-        Where no file can be written, the table stays in memory, which is said once.
+        Where the file cannot be written, the table stays in memory, which is said once.
         """
         size = table.nbytes
         with self._lock:
@@ -57,14 +60,14 @@ class Spill:
         return table
 
     def _written(self, table: pa.Table, size: int) -> pa.Table:
-        with tempfile.TemporaryFile() as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-            file.flush()
-            mapped = pa.memory_map(f"/proc/self/fd/{file.fileno()}")  # by name it cannot be had
+        with self._lock:
+            if self._file is None:
+                self._file = SpillFile()
+        (batch,) = table.combine_chunks().to_batches()
+        stored = self._file.store(batch.serialize())
         with self._lock:
             self.spilled += size
-        return pa.ipc.open_file(mapped).read_all()
+        return pa.Table.from_batches([pa.ipc.read_record_batch(stored, table.schema)])
 
     def _warn(self, error: OSError) -> None:
         _log.warning(

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+_LOCAL_THREADS = min(4, os.cpu_count() or 1)  # more than cores only get into each other's way
+_REMOTE_THREADS = 16  # most of them wait for a server
 
 T = TypeVar("T")
 _Call = Callable[[], None]
+
+
+class Awaited(Generic[T]):
+    """What a call in another thread gives; kept once it is there, since to ask a Future is slow."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future: Future[T] | None = future
+        self._result: T
+
+    def result(self) -> T:
+        """Wait for it. Raises what the call raises."""
+        if self._future is not None:
+            self._result = self._future.result()
+            self._future = None
+        return self._result
+
+    def cancel(self) -> None:
+        """Do not begin the call."""
+        if self._future is not None:
+            self._future.cancel()
 
 
 class DaemonThreads:
@@ -47,6 +71,11 @@ class DaemonThreads:
             self._calls.put(None)
         for thread in self._threads:
             thread.join(patience / max(len(self._threads), 1))
+
+
+def reading_threads(remote: bool) -> DaemonThreads:
+    """Threads that read Parquet files, from servers or from this machine alone."""
+    return DaemonThreads(_REMOTE_THREADS if remote else _LOCAL_THREADS, "hpdist-parquet")
 
 
 def _work(calls: queue.SimpleQueue[_Call | None]) -> None:

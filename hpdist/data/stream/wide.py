@@ -14,16 +14,17 @@ def wide_schema(schema: pa.Schema) -> pa.Schema:
 
 def widened(table: pa.Table) -> pa.Table:
     """Cast a table that is so large that it needs 64-bit offsets; return any other as it is."""
-    if table.get_total_buffer_size() <= MOST_IN_32_BITS:
-        return table
+    if table.get_total_buffer_size() <= MOST_IN_32_BITS or table.nbytes <= MOST_IN_32_BITS:
+        return table  # of slices, the buffers may be those of far more rows
     return table.cast(wide_schema(table.schema))
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:
     """Put tables one behind the other, without a copy where none of them is wide."""
-    if any(table.schema != tables[0].schema for table in tables):
-        tables = [table.cast(wide_schema(table.schema)) for table in tables]
-    return pa.concat_tables(tables)
+    try:
+        return pa.concat_tables(tables)  # to compare schemas here would take longer
+    except pa.ArrowInvalid:  # they differ
+        return pa.concat_tables([table.cast(wide_schema(table.schema)) for table in tables])
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:

@@ -166,7 +166,13 @@ def test_page_headers_add_up_to_what_an_honest_footer_says(
         assert sum(page.dictionary for page in found) == chunk.has_dictionary_page
         size = sum(page.size for page in found)
         assert size <= chunk.total_uncompressed_size <= size + 4000 * len(found)  # with headers
-    for damage in (b"\x00" * 50, b"\xff" * 50, b"\x1c" * 5000, b"\x19\xfc" + b"\xff" * 50):
+    for damage in (
+        b"\x00" * 50,
+        b"\xff" * 50,
+        b"\x1c" * 5000,
+        b"\x19" * 5000,
+        b"\x19\xfc" + b"\xff" * 50,
+    ):
         with pytest.raises(BadPageError):
             list(pages(lambda a, b, d=damage: d[a:b], 0, len(damage)))
 

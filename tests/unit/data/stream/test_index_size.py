@@ -25,9 +25,8 @@ def test_ten_million_row_groups_are_planned_within_a_hundred_megabytes() -> None
         file = DataFile("a.parquet", FileVersion(1, "tag"), int(rows.sum()), "digest")
         index = Index((file,), b"", ("x",), rows, Parts(zero, zero, zero, zero, zero), 1.0, 1)
         plan = SlotPlan(index.rows, 0, 448)
-        for lane in range(448):
-            run = plan.run_at(lane, plan.rows // 448 // 2)
-            index.ids(run.group, 0, 1)
+        for group in plan.runs_at(np.arange(448), np.full(448, plan.rows // 448 // 2)).group:
+            index.ids(int(group), 0, 1)
         assert index.row_count == plan.rows
         _, peak = tracemalloc.get_traced_memory()
     finally:

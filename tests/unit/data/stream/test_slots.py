@@ -14,7 +14,7 @@ from hpdist.data.files.open import Retry
 from hpdist.data.sources.unlabeled_rows import ParquetRows
 from hpdist.data.stream.functions import RowFunctions
 from hpdist.data.stream.index import Index
-from hpdist.data.stream.slot_plan import SlotPlan, choose_slots
+from hpdist.data.stream.slot_plan import Runs, SlotPlan, choose_slots
 from hpdist.data.stream.slots import KIND, SlotReader
 from tests.support.parquet_files import ids_of, index_of, write_numbers
 from tests.support.reading import read_counts
@@ -27,19 +27,23 @@ Row = tuple[int, int, int]  # epoch, row group, row
 
 def rows_of(plan: SlotPlan, position: int, batch: int, start: int, stop: int) -> list[Row]:
     """Follow lanes and turns to their runs, and the runs to their rows."""
-    rows = []
-    places = plan.places(position, batch, start, stop)
-    for lane, turn in zip(*(found.tolist() for found in places), strict=True):
-        run = plan.run_at(lane, turn)
-        assert run.first <= turn < run.stop
-        order = row_order(plan, run.epoch, run.group)
-        rows.append((run.epoch, run.group, int(order[run.start + turn - run.first])))
-    return rows
+    lanes, turns = plan.places(position, batch, start, stop)
+    runs = plan.runs_at(lanes, turns)
+    assert ((runs.first <= turns) & (turns < runs.stop)).all()
+    places = (runs.start + turns - runs.first).tolist()
+    found = list(zip(runs.epoch.tolist(), runs.group.tolist(), strict=True))
+    orders = {key: row_order(plan, *key) for key in set(found)}
+    return [(*key, int(orders[key][place])) for key, place in zip(found, places, strict=True)]
+
+
+def run_at(plan: SlotPlan, lane: int, turn: int) -> Runs:
+    """The run of one lane."""
+    return plan.runs_at(np.asarray([lane]), np.asarray([turn]))
 
 
 def row_order(plan: SlotPlan, epoch: int, group: int) -> np.ndarray:
     """The order in which a row group's rows come, piece by piece."""
-    starts, places = plan.pieces(epoch, group)
+    ((starts, places),) = plan.pieces(np.asarray([epoch]), np.asarray([group]))
     sizes = np.diff(places)
     return np.concatenate([np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)])
 
@@ -97,10 +101,10 @@ def test_a_run_gives_its_rows_in_the_order_of_its_turns() -> None:
     for lane in range(plan.lanes):
         turn = 0
         for _ in range(20):
-            run = plan.run_at(lane, turn)
+            run = run_at(plan, lane, turn)
             assert run.first == turn
-            assert plan.run_at(lane, run.stop - 1) == run
-            turn = run.stop
+            assert run_at(plan, lane, int(run.stop[0]) - 1) == run
+            turn = int(run.stop[0])
     one, other = SlotPlan(np.full(40, 9), 0, 4), SlotPlan(np.full(40, 9), 1, 4)
     first = rows_of(one, 0, 360, 0, 360)
     assert first != rows_of(other, 0, 360, 0, 360)
@@ -141,7 +145,7 @@ def batches(index: Index) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "most"), [(7, 1.06), (60, 1.1)])
+@pytest.mark.parametrize(("ranks", "most"), [(7, 1.1), (60, 1.15)])
 def test_ranks_read_the_same_batches_and_little_twice(
     index: Index,
     batches: list[list[int]],
@@ -149,7 +153,7 @@ def test_ranks_read_the_same_batches_and_little_twice(
     most: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of ten row groups a slot. Were cut groups not shared, it would be 1.12 and more."""
+    """Of ten row groups a slot, and what is read ahead. Were cut groups not shared: 1.24."""
     steps = len(batches) - 3  # of one epoch
     found: list[list[int]] = [[] for _ in range(steps)]
     ratios = []
