@@ -189,8 +189,9 @@ def refusals(folder: Path) -> None:
         make_engine(accelerator, model, optimizer)
     with pytest.raises(ConfigError, match="parameters of the optimizer are not the model's"):
         hpdist.fully_shard(accelerator, nn.Linear(3, 3), optimizer)
+    compiled: Any = torch.compile(nn.Linear(3, 3))
     with pytest.raises(ConfigError, match="the model is compiled or wrapped already"):
-        hpdist.fully_shard(accelerator, torch.compile(nn.Linear(3, 3)), optimizer)
+        hpdist.fully_shard(accelerator, compiled, optimizer)
     with pytest.raises(ConfigError, match=r"optim.l1: ZeRO-3 and FSDP2 shard the weights"):
         make_step("fixmatch", stage="fsdp2", l1=0.1)
 
