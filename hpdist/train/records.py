@@ -74,7 +74,7 @@ class Records:
             "world_size": world_size(),
             "precision": sharding.precision,
             "zero_stage": sharding.stage,
-            "shard_engine": sharding.shard.engine,
+            **({} if sharding.shard.engine is None else {"shard_engine": sharding.shard.engine}),
             "bad_rows": self._data.bad_rows,
             **self._data.duplicates.summary,
             "peak_memory_bytes": all_reduce_max(peak_memory(step.engine.device)),

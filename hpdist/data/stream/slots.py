@@ -157,7 +157,7 @@ class SlotReader:
     def _open(self, epochs: Int64Array, groups: Int64Array) -> list[OpenGroup]:
         """Begin to read row groups, or find that others do."""
         keys = list(zip(epochs.tolist(), groups.tolist(), strict=True))
-        opened = [self._groups.get(key) for key in keys]
+        opened: list[Any] = [self._groups.get(key) for key in keys]
         fresh = np.flatnonzero([found is None for found in opened])
         pieces = self._plan.pieces(epochs[fresh], groups[fresh])
         for number, order in zip(fresh.tolist(), pieces, strict=True):
