@@ -8,7 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hpdist.data.stream.permute import chosen, permutation, permuted, shuffled
+from hpdist.data.stream.permute import (
+    all_shuffled,
+    chosen,
+    keys_of,
+    permutation,
+    permuted,
+    shuffled,
+)
 from hpdist.data.stream.plan import MOST_LANES, Plan, choose_lanes
 
 Row = tuple[int, int, int]  # epoch, row group, row
@@ -40,7 +47,14 @@ def test_the_order_is_the_same_for_ever():
 def test_a_shuffle_takes_every_place_once_and_never_changes(size):
     assert sorted(shuffled(size, 7, size)) == list(range(size))
     assert shuffled(12, 5, 1).tolist() == SHUFFLED
-    assert [chosen(16, 5, number) for number in range(6)] == CHOSEN
+    assert chosen(16, keys_of((5,), np.arange(6))).tolist() == CHOSEN
+
+
+def test_many_shuffles_are_those_of_each_key():
+    sizes, numbers = np.array([3, 0, 1, 17, 12]), np.array([9, 4, 4, 2, 1])
+    found = all_shuffled(sizes, keys_of((5,), numbers))
+    each = [shuffled(size, 5, number) for size, number in zip(sizes, numbers, strict=True)]
+    assert found.tolist() == np.concatenate(each).tolist()
 
 
 def test_a_shuffle_is_well_mixed():
