@@ -26,12 +26,14 @@ from accelerate.utils import (
 
 from hpdist.distributed.collectives import keep_group
 from hpdist.distributed.mpi import adopt_mpi
-from hpdist.engines.config import ExecutionRequest, Precision
+from hpdist.engines.bf16_state import BF16_STATE, check_bf16_state, check_both
+from hpdist.engines.config import ExecutionRequest, Precision, Zero
 from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working
+from hpdist.models.fp8 import check_fp8
 
 _TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
@@ -58,11 +60,14 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
             f"{launcher['compile'][1]}: hpdist compiles the model itself, so that its weights keep "
             "their names"
         )
+    fp8 = request.precision == "fp8"
     sharding = ExecutionPlan(
-        precision=_agree(launcher, "precision", request.precision) or "fp32",
+        precision=_agree(launcher, "precision", "bf16" if fp8 else request.precision) or "fp32",
+        fp8=fp8,
         stage=_agree(launcher, "zero.stage", request.zero.stage),
         offload=_agree(launcher, "zero.offload", request.zero.offload) or "none",
         nvme_path=_agree(launcher, "zero.nvme_path", request.zero.nvme_path),
+        bf16_state=_bf16_state(launcher, request.zero),
         grad_clip=_agree(launcher, "optim.grad_clip", request.grad_clip),
         loss_scale=request.loss_scale,
         deepspeed=path,
@@ -73,7 +78,15 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
         patience=request.patience,
     )
     _check_precision(sharding.precision)
+    if fp8:
+        check_fp8()
+        if sharding.stage is not None:
+            raise ConfigError(
+                f"precision: fp8 is for one GPU or DDP, and zero.stage is {sharding.stage}; leave "
+                "zero.stage out, or use bf16"
+            )
     _check_zero(sharding)
+    check_bf16_state(sharding)
     if sharding.find_unused and sharding.stage is not None:
         raise ConfigError(
             f"find_unused_parameters: DDP's, but zero.stage is {sharding.stage}; leave it out: "
@@ -214,6 +227,13 @@ def _agree(launcher: Launcher, setting: str, ours: T | None) -> Any:
             "hpdist's out"
         )
     return theirs
+
+
+def _bf16_state(launcher: Launcher, zero: Zero) -> bool:
+    """Whether config and launcher ask for master weights and optimizer state in bf16."""
+    wanted = {key: bool(_agree(launcher, f"zero.{key}", getattr(zero, key))) for key in BF16_STATE}
+    check_both(wanted)
+    return all(wanted.values())
 
 
 def _check_precision(precision: Precision) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hpdist.engines.bf16_state import BF16_STATE
 from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
 from hpdist.plan.rehearsal import ERRORS, Rehearsal
 
@@ -95,10 +96,10 @@ def _wanted(
 ) -> dict[str, Any]:
     """Describe a rehearsal, and write the DeepSpeed file that it needs."""
     values = {**settings, "zero": {**settings["zero"], "stage": stage}}
-    if values["precision"] == "fp16" and not torch.cuda.is_available():
+    if values["precision"] in ("fp16", "fp8") and not torch.cuda.is_available():
         values["precision"] = "bf16"
     if stage is None:
-        values["zero"] |= {"offload": None, "nvme_path": None}
+        values["zero"] |= {"offload": None, "nvme_path": None, **dict.fromkeys(BF16_STATE)}
     name = StagePlan(stage, None).name
     deepspeed = None
     if base and stage is not None:

@@ -126,13 +126,15 @@ def _batch(config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool) -> 
 
 
 def _precision(config: RunConfig, sharding: ExecutionPlan) -> str:
-    parts: list[str] = [sharding.precision]
+    parts: list[str] = ["fp8" if sharding.fp8 else sharding.precision]
     if sharding.stage is None:
         parts.append("not sharded")
     else:
         parts.append(f"ZeRO stage {sharding.stage}")
     if sharding.offload != "none":
         parts.append(f"offloaded to {'the CPU' if sharding.offload == 'cpu' else 'NVMe'}")
+    if sharding.bf16_state:
+        parts.append("master weights and optimizer state in bf16")
     if config.activation_checkpointing:
         parts.append("activation checkpointing")
     if sharding.compile is not None:
