@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -257,7 +258,10 @@ class CheckpointWriter:
 
 
 def _copy(values: Tensor) -> Tensor:
+    """A copy on the CPU; of bf16 in fp32, which is exact and which every engine can load."""
     copied = values.detach().cpu()
+    if copied.dtype == torch.bfloat16:
+        return copied.float()
     return copied.clone() if copied.data_ptr() == values.data_ptr() else copied
 
 

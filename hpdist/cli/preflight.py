@@ -6,11 +6,16 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpdist.cli.arguments import load_config
 from hpdist.cli.commands import Commands
 from hpdist.cli.output import print_text
 from hpdist.errors import ConfigError, DistributedError
+
+if TYPE_CHECKING:
+    from hpdist.engines.execution_plan import ExecutionPlan
+    from hpdist.train.config import RunConfig
 
 OWN_OPTIONS = ("--help", "--processes", "--rank", "--address", "--port", "--timeout")
 """Options of the command; every other one is a setting of the config."""
@@ -46,12 +51,7 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
     from hpdist.preflight.facts import Requirements
     from hpdist.preflight.findings import table
 
-    requirements = None
-    if known.config:
-        config = load_config(known.config, settings, run_code=False)
-        by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        fsdp2 = config.shard.engine is not None or by_launcher
-        requirements = Requirements(Path(config.run.dir), config.data, config.precision, fsdp2)
+    config = load_config(known.config, settings, run_code=False) if known.config else None
     given = (known.processes, known.rank, known.address)
     if any(value is not None for value in given):
         if None in given:
@@ -65,6 +65,16 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
         endpoint = Endpoint(known.rank, known.processes, known.address, known.port, token)
     else:
         endpoint = Endpoint.from_environment()
+    requirements = None
+    if config is not None:
+        by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        requirements = Requirements(
+            Path(config.run.dir),
+            config.data,
+            config.precision,
+            fsdp2=config.shard.engine is not None or by_launcher,
+            engine=_engine_of(config),
+        )
     findings = preflight(requirements, endpoint, known.timeout)
     failed = [finding.check for finding in findings if finding.verdict == "FAILED"]
     if endpoint.rank == 0:
@@ -74,3 +84,14 @@ def run(known: argparse.Namespace, settings: Sequence[str]) -> int:
         error.everywhere = True
         raise error
     return 0
+
+
+def _engine_of(config: RunConfig) -> ExecutionPlan | str:
+    """How the run computes and shards, or why it cannot."""
+    from hpdist.engines.launch import resolve
+    from hpdist.train.compose import execution_request
+
+    try:
+        return resolve(execution_request(config))
+    except ConfigError as error:
+        return str(error)

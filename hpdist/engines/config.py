@@ -13,6 +13,8 @@ from hpdist.config.section import Section
 from hpdist.engines.compilation import Compile
 
 Precision = Literal["fp32", "bf16", "fp16"]
+AskedPrecision = Literal["fp32", "bf16", "fp16", "fp8"]
+"""What a config may name: fp8 is bf16 with the products of linear layers in fp8."""
 
 
 class Zero(Section):
@@ -27,6 +29,10 @@ class Zero(Section):
     """Where the optimizer's state is kept (from stage 1), and in stage 3 the parameters too."""
     nvme_path: str | None = None
     """A folder on the local NVMe disk, for `offload: nvme`."""
+    bf16_master_weights_and_grads: bool | None = None
+    """Keep the master weights in bf16 instead of fp32, from stage 1; needs the next setting too."""
+    bf16_optimizer_states: bool | None = None
+    """Keep the optimizer's state in bf16 instead of fp32; needs the setting before."""
 
     @model_validator(mode="after")
     def _possible(self) -> Zero:
@@ -91,7 +97,7 @@ class Teacher(Section):
 class ExecutionRequest:
     """A run's requirements of the engine, to be merged with those of the launcher and its files."""
 
-    precision: Precision | None = None
+    precision: AskedPrecision | None = None
     zero: Zero = field(default_factory=Zero)
     shard: Shard = field(default_factory=Shard)
     loss_scale: LossScale = field(default_factory=LossScale)

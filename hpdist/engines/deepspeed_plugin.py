@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import DeepSpeedPlugin
 
+from hpdist.engines.bf16_state import BF16_STATE
 from hpdist.engines.config import LossScale
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.launcher import hide_launcher_fields
@@ -42,6 +43,7 @@ def make_plugin(sharding: ExecutionPlan) -> DeepSpeedPlugin:
     values["zero_force_ds_cpu_optimizer"] = False  # keep the optimizer that the config names
     for half in ("fp16", "bf16"):
         values[half] = (values.get(half) or {}) | {"enabled": half == sharding.precision}
+    values["bf16"] |= dict.fromkeys(BF16_STATE, sharding.bf16_state)
     _set_loss_scale(values["fp16"], sharding.loss_scale)
     on_nvme = any(
         (zero.get(f"offload_{part}") or {}).get("device") == "nvme"

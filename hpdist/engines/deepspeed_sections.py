@@ -12,13 +12,13 @@ from pydantic import BaseModel, ValidationError
 from hpdist.config.section import nearest
 from hpdist.errors import ConfigError
 
-_MASTERS = "master weights, gradients of a step and optimizer state stay fp32"
+_MASTERS = (
+    "fp16 cannot hold master weights; in bf16 they can be kept (bf16_master_weights_and_grads)"
+)
 _QUANTISED = "quantised communication makes results depend on the number of ranks"
 _PARTS = "hpdist shards teacher and checkpoints by DeepSpeed's plain partitions"
 _REFUSED = {  # key -> (values without effect, why hpdist refuses others)
     "fp16.fp16_master_weights_and_grads": ((False,), _MASTERS),
-    "bf16.bf16_master_weights_and_grads": ((False,), _MASTERS),
-    "bf16.bf16_optimizer_states": ((False,), _MASTERS),
     "bf16.check_grad_overflow": ((True,), "a step whose gradients are not finite is skipped"),
     "bf16.immediate_grad_update": ((False,), _PARTS),
     "zero_optimization.zenflow": ((), "its late updates are not those of the global batch"),

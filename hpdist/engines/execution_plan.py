@@ -16,12 +16,16 @@ class ExecutionPlan:
     """How a run computes and shards: the merged settings of config and launcher."""
 
     precision: Precision = "fp32"
+    fp8: bool = False
+    """Whether linear layers multiply in fp8, while the rest computes in bf16."""
     stage: int | None = None
     """The ZeRO stage; None without DeepSpeed."""
     offload: Offload = "none"
     nvme_path: str | None = None
     shard: Shard = field(default_factory=Shard)
     """The settings of FSDP2, if `shard.engine` names it."""
+    bf16_state: bool = False
+    """Whether master weights and optimizer state are in bf16 instead of fp32."""
     grad_clip: float | None = None
     loss_scale: LossScale = field(default_factory=LossScale)
     micro_batch: int = 1
@@ -58,10 +62,11 @@ class ExecutionPlan:
     def described(self) -> dict[str, object]:
         """Return the parts that a tracker records, by name."""
         return {
-            "precision": self.precision,
+            "precision": "fp8" if self.fp8 else self.precision,
             "zero_stage": "none" if self.stage is None else self.stage,
             "shard_engine": self.shard.engine or "none",
             "offload": self.offloads_to,
+            "master_weights": "bf16" if self.bf16_state else "fp32",
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
         }

@@ -25,14 +25,16 @@ from accelerate.utils import (
 
 from hpdist.distributed.collectives import keep_group
 from hpdist.distributed.mpi import adopt_mpi
+from hpdist.engines.bf16_state import BF16_STATE, check_bf16_state, check_both
 from hpdist.engines.compilation import compile_arguments
-from hpdist.engines.config import ExecutionRequest, Precision, Shard
+from hpdist.engines.config import ExecutionRequest, Precision, Shard, Zero
 from hpdist.engines.deepspeed_config import agreed_loss_scale, base_of_run, read_deepspeed, section
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.fsdp2_launcher import check_shard
 from hpdist.engines.launcher import Launcher, neutralised, read_launcher, unused_settings
 from hpdist.errors import ConfigError
 from hpdist.messages.progress import working
+from hpdist.models.fp8 import check_fp8
 
 _TIMEOUT = timedelta(minutes=10)
 ALLOW_CPU_FP16 = "HPDIST_ALLOW_CPU_FP16"
@@ -60,11 +62,14 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
             "their names"
         )
     stage = _agree(launcher, "zero.stage", request.zero.stage)
+    fp8 = request.precision == "fp8"
     sharding = ExecutionPlan(
-        precision=_agree(launcher, "precision", request.precision) or "fp32",
+        precision=_agree(launcher, "precision", "bf16" if fp8 else request.precision) or "fp32",
+        fp8=fp8,
         stage=stage,
         offload=_agree(launcher, "zero.offload", request.zero.offload) or "none",
         nvme_path=_agree(launcher, "zero.nvme_path", request.zero.nvme_path),
+        bf16_state=_bf16_state(launcher, request.zero),
         shard=_agree_on_shard(launcher, request.shard),
         grad_clip=_agree(launcher, "optim.grad_clip", request.grad_clip),
         loss_scale=request.loss_scale,
@@ -76,7 +81,15 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
         patience=request.patience,
     )
     _check_precision(sharding.precision)
+    if fp8:
+        check_fp8()
+        if sharding.name != "not sharded":
+            raise ConfigError(
+                f"precision: fp8 is for one GPU or DDP, and this run is sharded ({sharding.name}); "
+                "leave zero.stage and shard.engine out, or use bf16"
+            )
     _check_zero(sharding)
+    check_bf16_state(sharding)
     check_shard(sharding, launcher)
     if sharding.find_unused and sharding.name != "not sharded":
         raise ConfigError(
@@ -218,6 +231,13 @@ def _agree_on_shard(launcher: Launcher, ours: Shard) -> Shard:
     """Return the settings of FSDP2, each of which may stand in two places."""
     keys = Shard.model_fields
     return Shard(**{key: _agree(launcher, f"shard.{key}", getattr(ours, key)) for key in keys})
+
+
+def _bf16_state(launcher: Launcher, zero: Zero) -> bool:
+    """Whether config and launcher ask for master weights and optimizer state in bf16."""
+    wanted = {key: bool(_agree(launcher, f"zero.{key}", getattr(zero, key))) for key in BF16_STATE}
+    check_both(wanted)
+    return all(wanted.values())
 
 
 def _check_precision(precision: Precision) -> None:

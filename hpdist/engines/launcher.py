@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate.utils import patch_environment
 
+from hpdist.engines.bf16_state import BF16_STATE
 from hpdist.engines.deepspeed_config import check_file, is_enabled, read_deepspeed, section
 from hpdist.engines.fsdp2_launcher import read_fsdp, unused_fsdp
 from hpdist.engines.launch_file import find_deepspeed
@@ -233,6 +235,10 @@ def _read_file(path: str) -> Launcher:
         place = f"zero_optimization.offload_optimizer.nvme_path in {path}"
         found["zero.nvme_path"] = (offload["nvme_path"], place)
     section(zero, "offload_param", path)
+    for key in BF16_STATE:
+        value = section(values, "bf16", path).get(key, "auto")
+        if isinstance(value, bool):
+            found[f"zero.{key}"] = (value, f"bf16.{key}: {json.dumps(value)} in {path}")
     for half in ("fp16", "bf16"):
         if is_enabled(values, half, path):
             found["precision"] = (half, f"{half}.enabled: true in {path}")

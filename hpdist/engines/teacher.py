@@ -20,9 +20,9 @@ class ShardedTeacher:
 
     While it warms up, d = min(decay, (1 + t) / (10 + t)), so that early weights are forgotten.
     Every rank holds its own 1/N of the average and updates it from its own part of the fp32 master
-    weights, so an update communicates nothing. Floating-point buffers (running statistics, equal
-    on every rank) are averaged too, other buffers copied. Source: Tarvainen and Valpola 2017,
-    arXiv:1703.01780, section 2.
+    weights, so an update communicates nothing. The average is fp32 even where those are bf16.
+    Floating-point buffers (running statistics, equal on every rank) are averaged too, other buffers
+    copied. Source: Tarvainen and Valpola 2017, arXiv:1703.01780, section 2.
     """
 
     def __init__(self, engine: Engine, decay: float = 0.999, warmup: bool = True) -> None:
@@ -31,7 +31,7 @@ class ShardedTeacher:
         self.warmup = warmup
         self.updates = 0
         self._replica: Replica | None = None
-        self._parts = [part.detach().clone() for part in engine.master_parts()]
+        self._parts = [_fp32_copy(part) for part in engine.master_parts()]
         self.fragments = engine.fragments_of(self._parts)
         self.buffers = {name: b.detach().clone() for name, b in named_buffers(engine.module)}
         self._owners = _owners(engine.module)
@@ -48,8 +48,16 @@ class ShardedTeacher:
         """Move towards the student; call it after every applied step, and only then."""
         decay = self.decay_now
         student = self.engine.master_parts()  # whole parts: one operation for all parameters
-        if student:
+        if student and student[0].dtype == torch.float32:
             torch._foreach_lerp_(self._parts, student, 1 - decay)
+        elif student:  # master weights in bf16, copied one part after the other
+            for own, part in zip(self._parts, student, strict=True):
+                own.lerp_(part.float(), 1 - decay)
+        self._average_buffers(decay)
+        self.updates += 1
+
+    def _average_buffers(self, decay: float) -> None:
+        """Move the floating-point buffers towards the student's, and copy the others."""
         buffers = [
             (self.buffers[name], getattr(owner, attribute))
             for name, (owner, attribute) in self._owners.items()
@@ -62,7 +70,6 @@ class ShardedTeacher:
         if copied:
             own, theirs = zip(*copied, strict=True)
             torch._foreach_copy_(own, theirs)
-        self.updates += 1
 
     @contextmanager
     def teacher_weights(self) -> Iterator[None]:
@@ -142,6 +149,12 @@ class ShardedTeacher:
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
         for name, buffer in named_buffers(self.engine.module):
             buffer.copy_(values[name])
+
+
+def _fp32_copy(part: Tensor) -> Tensor:
+    """A copy of master weights; in fp32, as an average in bf16 would stand still."""
+    dtype = torch.float32 if part.dtype == torch.bfloat16 else part.dtype
+    return part.detach().to(dtype, copy=True)
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

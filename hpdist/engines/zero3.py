@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hpdist.data.structures import Structure, as_dtype
+from hpdist.data.structures import Structure, as_dtype, tensors_of
 from hpdist.distributed.batch_norm import batch_norms
+from hpdist.distributed.collectives import raise_together
 from hpdist.distributed.fragments import Elements, Fragment
 from hpdist.distributed.module_names import named_parameters
 from hpdist.distributed.normalisation.running import RunningStatistics
 from hpdist.engines.base import Replica
+from hpdist.engines.reentrant import reentrant_error
 from hpdist.engines.zero import FlatSlice, ZeroEngine
 from hpdist.engines.zero_shapes import unregister_empty
 from hpdist.errors import ConfigError
@@ -75,6 +78,23 @@ class PartitionedEngine(ZeroEngine):
     """ZeRO 3: every rank holds a part of each weight; a second forward in a step is avoided."""
 
     fuses_weak_pass = True
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(accelerator, model, optimizer)
+        self._checked_graph = False  # whether a forward with gradient was looked at
+
+    def forward(self, inputs: Structure) -> Any:
+        """Outputs in fp32; the hooks gather the parameters.
+
+        Raises ConfigError on all ranks, in the first step, for a reentrant checkpoint. Collective.
+        """
+        outputs = super().forward(inputs)
+        if not self._checked_graph and torch.is_grad_enabled():
+            self._checked_graph = True
+            raise_together(reentrant_error(tensors_of(outputs)))
+        return outputs
 
     @torch.no_grad()
     def infer(self, inputs: Structure) -> Any:

@@ -206,6 +206,20 @@ def _find(model: nn.Module, example: Structure, features: str | None) -> Feature
                 f"model.features: the model has no submodule {features!r}{nearest(features, names)}"
             ) from None
         return Features(features, given=False)
+    ran = linear_layers_run(model, example)
+    if not ran:
+        raise ConfigError(
+            "the algorithm needs the model's features, and the model has no linear layer to find "
+            "them by; name the submodule whose output they are: model.features"
+        )
+    return Features(ran[-1], given=True)
+
+
+def linear_layers_run(model: nn.Module, example: Structure) -> list[str]:
+    """The names of the linear layers, in the order in which a forward of an example runs them.
+
+    Raises ConfigError if the model fails on the example.
+    """
     ran: list[str] = []
     hooks = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -221,12 +235,7 @@ def _find(model: nn.Module, example: Structure, features: str | None) -> Feature
     finally:
         for hook in hooks:
             hook.remove()
-    if not ran:
-        raise ConfigError(
-            "the algorithm needs the model's features, and the model has no linear layer to find "
-            "them by; name the submodule whose output they are: model.features"
-        )
-    return Features(ran[-1], given=True)
+    return ran
 
 
 def _tensor(output: Any) -> Tensor:

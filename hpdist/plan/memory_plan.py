@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hpdist.engines.bf16_state import BF16_STATE
 from hpdist.engines.deepspeed_config import check_file, read_deepspeed
 from hpdist.engines.operators import needed_builders, prepare_operators
 from hpdist.errors import ConfigError, RehearsalError
@@ -61,7 +62,7 @@ def make_plan(
 ) -> Plan:
     """Rehearse every stage, or some.
 
-    Without a GPU, fp16 is rehearsed as bf16, which needs the same memory.
+    Without a GPU, fp16 and fp8 are rehearsed as bf16, which needs the same memory.
 
     Args:
         settings: The run's, nested and complete; its `zero.stage` and `shard.engine` are ignored.
@@ -102,7 +103,7 @@ def table(plan: Plan) -> str:
     counted = next(s.rehearsal for s in plan.stages if s.rehearsal is not None)
     trained = "all" if counted.trained == counted.parameters else f"{counted.trained:,}"
     precision = str(plan.settings["precision"])
-    if precision == "fp16" and counted.device == "CPU":
+    if precision in ("fp16", "fp8") and counted.device == "CPU":
         precision += " (counted in bf16, which is as large)"
     columns = ("weights", "optimizer", "teacher", "activations", "rest", "peak")
     lines = [
@@ -177,4 +178,6 @@ def _made_explicit(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict
         )
     named = [half for half in ("fp16", "bf16") if (base.get(half) or {}).get("enabled") is True]
     precision = settings["precision"] or (named[0] if named else "fp32")
-    return {**settings, "precision": precision}
+    theirs = base.get("bf16") or {}
+    state = {key: settings["zero"][key] or theirs.get(key) is True or None for key in BF16_STATE}
+    return {**settings, "precision": precision, "zero": {**settings["zero"], **state}}

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from hpdist.engines.bf16_state import BF16_STATE
 from hpdist.errors import ConfigError, DataError, HpdistError, RehearsalError
 from hpdist.plan.rehearsal import ERRORS, Rehearsal
 
@@ -107,10 +108,10 @@ def _wanted(
     by_zero = stage if isinstance(stage, int) else None
     values = {**settings, "zero": {**settings["zero"], "stage": by_zero}}
     values["shard"] = {**settings["shard"], "engine": "fsdp2"} if stage == "fsdp2" else {}
-    if values["precision"] == "fp16" and not torch.cuda.is_available():
+    if values["precision"] in ("fp16", "fp8") and not torch.cuda.is_available():
         values["precision"] = "bf16"
     if by_zero is None:
-        values["zero"] |= {"offload": None, "nvme_path": None}
+        values["zero"] |= {"offload": None, "nvme_path": None, **dict.fromkeys(BF16_STATE)}
     name = StagePlan(stage, None).name
     deepspeed = None
     if base and by_zero is not None:

@@ -13,9 +13,11 @@ from typing import Any
 
 from hpdist.aliases import find_moved
 from hpdist.distributed.rendezvous import Endpoint, Rendezvous
+from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.preflight.datasets import check_data
 from hpdist.preflight.facts import Requirements, own_facts
 from hpdist.preflight.findings import Finding
+from hpdist.preflight.gradients import check_engine, is_worth_checking
 from hpdist.preflight.machines import (
     check_builds,
     check_devices,
@@ -29,6 +31,7 @@ from hpdist.preflight.network_checks import (
     check_nccl,
     check_network,
     note_missing_token,
+    shared_gpus,
 )
 from hpdist.preflight.run_folder import check_run_folder
 
@@ -68,6 +71,7 @@ def _findings(
         findings += [check_network(peers, timeout), check_clocks(facts, peers)]
         if all(fact["devices"] for fact in facts):
             findings.append(check_nccl(facts, peers, timeout))
+        findings += _engine_findings(requirements, facts, peers, timeout)
     findings.append(check_disk(facts))
     if any(fact["builds"] is not None for fact in facts):
         findings.append(check_builds(facts))
@@ -75,6 +79,25 @@ def _findings(
         findings.append(check_run_folder(requirements.run_folders, facts, peers))
         findings += check_data(requirements.data, facts, peers)
     return findings
+
+
+def _engine_findings(
+    requirements: Requirements | None,
+    facts: Sequence[Mapping[str, Any]],
+    peers: Rendezvous,
+    timeout: float,
+) -> list[Finding]:
+    """What a step on the config's engine gives; nothing where it is not checked. Collective."""
+    engine = None if requirements is None else requirements.engine
+    reasons = [text for text in peers.gathered(engine if isinstance(engine, str) else None) if text]
+    if reasons:
+        return [Finding("engine", "FAILED", reasons[0])]
+    on_gpu = all(fact["devices"] for fact in facts)
+    if not isinstance(engine, ExecutionPlan) or shared_gpus(facts):
+        return []
+    return (
+        [check_engine(engine, facts, peers, timeout)] if is_worth_checking(engine, on_gpu) else []
+    )
 
 
 def _met(facts: Sequence[Mapping[str, Any]], seconds: float) -> Finding:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hpdist.data.config import Data
+from hpdist.engines.execution_plan import ExecutionPlan
 
 _PACKAGES = ("hpdist", "torch", "accelerate", "deepspeed", "datasets", "transformers", "wandb")
 
@@ -28,6 +29,8 @@ class Requirements:
     precision: str | None = None
     fsdp2: bool = False
     """Whether the run is sharded by FSDP2."""
+    engine: ExecutionPlan | str | None = None
+    """How the run computes and shards, or why it cannot; None: its engine is not checked."""
 
 
 def own_facts(requirements: Requirements | None) -> dict[str, Any]:

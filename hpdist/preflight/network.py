@@ -5,25 +5,18 @@ Run as a program by `measure_in_process`, it is one process of a separate group.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from hpdist.distributed.rendezvous import TOKEN, Endpoint
-from hpdist.distributed.shared_store import SharedStore
-from hpdist.processes import end_with
+from hpdist.distributed.rendezvous import Endpoint
+from hpdist.preflight.child import join_and_print, run_in_child
 
 _LONG_ENOUGH = 0.5  # seconds, after which no larger all-reduce is tried
 _LARGEST = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes of an all-reduce
 _TRIES = {"cpu": 1, "cuda": 3}  # the best counts; the first on a GPU includes setup
-_QUOTED = 3  # warnings of NCCL
 
 
 @dataclass(frozen=True)
@@ -80,58 +73,11 @@ def measure_in_process(
 ) -> Speed | str:
     """Measure in a separate process beside each process that met, or return why it failed.
 
-    NCCL waits for ever for a process that it cannot reach, and ends its own process on errors; the
-    separate process is killed when the time is up, and this one continues. Collective: every
-    process that met must call.
+    Collective: every process that met must call.
     """
-    command = [sys.executable, "-m", "hpdist.preflight.network", backend, device]
-    command += [endpoint.address, str(endpoint.port), str(endpoint.rank), str(endpoint.size)]
-    command += [str(seconds), str(os.getpid())]
-    environment = {"NCCL_DEBUG": "WARN"} | os.environ | {TOKEN: endpoint.token}
-    child = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = child.communicate(timeout=seconds)
-        why = f"it ended with status {child.returncode}"
-    except subprocess.TimeoutExpired:
-        child.kill()
-        output, _ = child.communicate()
-        why = f"not done within {seconds:g} s"
-    if "NCCL_DEBUG" in os.environ:  # the user wants to read it
-        print(output, file=sys.stderr, end="", flush=True)
-    lines = output.splitlines()
-    for line in lines:
-        if line.startswith('{"latency"'):
-            return Speed(**json.loads(line))
-        if line.startswith('{"error"'):
-            why = json.loads(line)["error"]
-    warnings = [line.partition("NCCL WARN")[2].strip() for line in lines if "NCCL WARN" in line]
-    return "; ".join([why, *dict.fromkeys(warnings[:_QUOTED])])
-
-
-def _main() -> None:
-    backend, device, address, port, rank, size, seconds, parent = sys.argv[1:]
-    end_with(int(parent))  # NCCL may wait for ever
-    own = torch.device(device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
-    span = timedelta(seconds=float(seconds))
-    try:
-        store = SharedStore(address, int(port), os.environ.get(TOKEN, ""), float(seconds))
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"measure/{backend}", store),  # type: ignore[attr-defined]
-            rank=int(rank),
-            world_size=int(size),
-            timeout=span,
-        )
-        result = asdict(measure(None, own))
-    except (OSError, RuntimeError, ValueError) as error:
-        result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    print(json.dumps(result), flush=True)
-    os._exit("error" in result)  # leaving a broken group can hang
+    found = run_in_child("hpdist.preflight.network", backend, device, endpoint, seconds)
+    return found if isinstance(found, str) else Speed(**found)
 
 
 if __name__ == "__main__":
-    _main()
+    join_and_print("measure", lambda device, _: asdict(measure(None, device)))

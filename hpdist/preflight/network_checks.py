@@ -42,7 +42,7 @@ def check_nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: f
 
     NCCL does not support two processes on one GPU, which is checked first. Collective.
     """
-    shared = _shared_gpus(facts)
+    shared = shared_gpus(facts)
     if shared:
         text = "\n".join([*shared, "NCCL needs a GPU for each process; it was not measured"])
         return Finding("NCCL", "note", text)
@@ -55,10 +55,12 @@ def check_nccl(facts: Sequence[Mapping[str, Any]], peers: Rendezvous, timeout: f
     return nccl_finding(outcomes, [fact["host"] for fact in facts])
 
 
-def _shared_gpus(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+def shared_gpus(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for every GPU that several processes would use."""
     users: dict[tuple[str, str], list[int]] = {}
     for rank, fact in enumerate(facts):
+        if not fact["devices"]:
+            continue
         gpu = fact["devices"][fact["gpu"]]["uuid"]
         users.setdefault((fact["host"], gpu), []).append(rank)
     return [

@@ -22,6 +22,7 @@ from hpdist.distributed.collectives import call_on_all_ranks
 from hpdist.distributed.launcher_watch import LauncherWatch
 from hpdist.distributed.next_run import fresh_accelerate
 from hpdist.engines import launch
+from hpdist.engines.bf16_state import bf16_state_note
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.engines.prepare import prepare
 from hpdist.errors import ConfigError
@@ -33,14 +34,16 @@ from hpdist.train.claim import Claim
 from hpdist.train.compose import compose, execution_request
 from hpdist.train.config import RunConfig
 from hpdist.train.data import RunData
+from hpdist.train.engine_check import check_engine, record_engine
 from hpdist.train.generations import Generations, initial_values
 from hpdist.train.given import InMemoryInputs, check_classes
 from hpdist.train.guard import RunGuard
 from hpdist.train.measuring import Measuring
 from hpdist.train.model import RunModel
 from hpdist.train.model_saving import ModelSaving
+from hpdist.train.muon import refuse_sharded
 from hpdist.train.opening import log_lines
-from hpdist.train.optim import build_optimizer
+from hpdist.train.optim import build_optimizer, optimizer_note
 from hpdist.train.records import Records
 from hpdist.train.recovery import Rollback
 from hpdist.train.run_name import with_fresh_name
@@ -137,6 +140,8 @@ def build_run(
 def plan_run(config: RunConfig) -> RunPlan:
     """Merge config and launcher. Raises ConfigError if they conflict."""
     sharding = launch.resolve(execution_request(config))
+    if config.optim.name == "muon":
+        refuse_sharded(sharding.stage, sharding.shard.engine)
     config = config.model_copy(update={"loss_scale": sharding.loss_scale})
     algorithm = compose(config)  # only for its properties; the one that trains knows the classes
     uses_unlabeled = algorithm.views.uses_unlabeled
@@ -188,6 +193,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         claim = Claim(config, folder, files)
         stack.callback(claim.release)
         saved = claim.open()
+        checked = check_engine(config, accelerator, sharding, folder) if files else None
         sets = open_sets(config, objects, folder, saved=saved, uses_unlabeled=plan.uses_unlabeled)
         model = RunModel(
             config.model,
@@ -197,6 +203,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
             seed=config.run.seed,
             checkpoints_activations=config.activation_checkpointing,
             norm_statistics=config.batch.norm_statistics,
+            marks_outputs=config.optim.name == "muon" or sharding.fp8,
             main=main,
         )
         algorithm = _make_algorithm(config, objects, sets, accelerator)
@@ -218,6 +225,7 @@ def _assemble(plan: RunPlan, objects: InMemoryInputs, files: bool) -> Run:
         if files and not outset.summary:
             # Not earlier: a run that is refused must not lose its history.
             call_on_all_ranks(lambda: sets.record(folder))
+            record_engine(folder, checked)
         model_saving.describe(done=bool(outset.summary))
         stack.pop_all()  # success: everything stays open
     return Run(
@@ -282,6 +290,8 @@ def _build_step(
         accelerator.is_main_process,
     )
     optimizer = build_optimizer(model, config.optim)
+    notes = [optimizer_note(optimizer), bf16_state_note(sharding)]
+    log_lines(filter(None, notes), accelerator.is_main_process)
     replicated = algorithm.views.teacher and sharding.stage == 3
     model, optimizer = prepare(accelerator, model, optimizer, sharding)
     # Not earlier: by now ZeRO-3 has released the first model's whole weights.

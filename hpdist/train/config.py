@@ -31,7 +31,7 @@ from hpdist.data.config import CHOICES, Data
 from hpdist.data.files.paths import did_you_mean
 from hpdist.distributed.config import NormStatistics, Watchdog
 from hpdist.engines.compilation import Compile
-from hpdist.engines.config import LossScale, Precision, Shard, Teacher, Zero
+from hpdist.engines.config import AskedPrecision, LossScale, Shard, Teacher, Zero
 from hpdist.errors import ConfigError
 from hpdist.evaluate.config import Eval
 from hpdist.messages.redaction import MARK, redacted_parts, redacted_settings
@@ -95,8 +95,11 @@ class RunConfig(Section):
     algorithm: Annotated[SerializeAsAny[Component], ComponentOf("algorithm")]
     addons: list[Annotated[SerializeAsAny[Component], ComponentOf("addon")]] = Field([])
     """Wrappers of the algorithm, the first innermost; each at most once."""
-    precision: Precision | None = None
-    """fp32, bf16 or fp16; by default the launcher's setting, else fp32."""
+    precision: AskedPrecision | None = None
+    """fp32, bf16, fp16 or fp8; by default the launcher's setting, else fp32.
+
+    fp8 is bf16 whose linear layers multiply in fp8, where the GPU can; not under DeepSpeed.
+    """
     loss_scale: LossScale = LossScale()
     zero: Zero = Zero()
     shard: Shard = Shard()

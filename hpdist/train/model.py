@@ -26,7 +26,9 @@ from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError, describe
 from hpdist.models.activation_checkpointing import checkpoint_activations
 from hpdist.models.build import build_model
+from hpdist.models.fp8 import to_fp8
 from hpdist.models.full_precision import to_full_precision
+from hpdist.models.output_layers import mark_output_layer
 from hpdist.models.stored import weights_as_stored
 from hpdist.models.with_heads import WithHeads, with_heads
 from hpdist.tracking.console import Console
@@ -47,6 +49,7 @@ class RunModel:
         seed: Of the run.
         checkpoints_activations: Whether activations are recomputed in the backward pass.
         norm_statistics: Whose rows batch normalisation goes by.
+        marks_outputs: Whether the layer that makes the outputs is marked, for `output_layers`.
         main: Whether this rank is the main one.
     """
 
@@ -60,12 +63,14 @@ class RunModel:
         seed: int,
         checkpoints_activations: bool,
         norm_statistics: NormStatistics,
+        marks_outputs: bool = False,
         main: bool,
     ) -> None:
         self._config = config
         self._seed = seed
         self._checkpoints_activations = checkpoints_activations
         self._norm_statistics = norm_statistics
+        self._marks_outputs = marks_outputs
         self._sets = sets
         self._sharding = sharding
         self._given = given
@@ -127,9 +132,13 @@ class RunModel:
         example = sets.views.plain(sets.spec.example(2))
         outputs = algorithm.task.outputs
         trains = check_model(model, example, sets.num_classes, algorithm.task)
+        if self._marks_outputs:
+            mark_output_layer(model, example)
         model = with_heads(model, algorithm, example, self._features)
         if not trains:
             check_gradient(model, example, outputs)
+        if self._sharding.fp8:
+            opening.log_lines([to_fp8(model)], self._main)
         if self._checkpoints_activations:
             checkpoint_activations(model)
         return model

@@ -132,12 +132,14 @@ def _batch(config: RunConfig, sharding: ExecutionPlan, uses_unlabeled: bool) -> 
 
 
 def _precision(config: RunConfig, sharding: ExecutionPlan) -> str:
-    parts: list[str] = [sharding.precision, sharding.name]
+    parts: list[str] = ["fp8" if sharding.fp8 else sharding.precision, sharding.name]
     if sharding.shard.engine is not None:
         released = sharding.shard.reshard_after_forward is not False
         parts.append(f"weights {'released after each forward' if released else 'gathered once'}")
     if sharding.offloads_to != "none":
         parts.append(f"offloaded to {'the CPU' if sharding.offloads_to == 'cpu' else 'NVMe'}")
+    if sharding.bf16_state:
+        parts.append("master weights and optimizer state in bf16")
     if config.activation_checkpointing:
         parts.append("activation checkpointing")
     if sharding.compile is not None:

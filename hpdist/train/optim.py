@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from hpdist.config.section import Section
+from hpdist.train.muon import AdjustLr, MuonWithAdamW, make_muon
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -18,20 +19,25 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Optim(Section):
     """The optimizer."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Name of an optimizer of torch's."""
+    name: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
+    """Name of an optimizer of torch's; muon is for hidden matrices, with adamw for the rest."""
     lr: float = Field(0.03, gt=0)
     """Learning rate before the schedule."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of sgd."""
+    """Momentum of sgd and muon."""
     nesterov: bool = True
-    """Whether sgd uses Nesterov's momentum; unused without momentum."""
+    """Whether sgd and muon use Nesterov's momentum; unused without momentum."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of the averages of adam and adamw."""
     eps: float = Field(1e-8, gt=0)
     """Constant that adam and adamw add to the denominator."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Weight decay; adamw decouples it from the gradient."""
+    """Weight decay; adamw and muon decouple it from the gradient."""
+    adjust_lr_fn: AdjustLr = "match_rms_adamw"
+    """Muon's factor on the rate of a matrix [a, b]: original, sqrt(max(1, a / b)); or
+    match_rms_adamw, 0.2 sqrt(max(a, b)), with which rates and decay of adamw fit."""
+    adamw_lr_factor: float = Field(1.0, gt=0)
+    """With muon, the factor on the rate of the parameters that adamw trains."""
     l1: float = Field(0.0, ge=0)
     """Adds this multiple of the weights' summed absolute values to the loss.
 
@@ -76,15 +82,35 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+    if config.name == "muon":
+        return make_muon(
+            model,
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            adjust_lr_fn=config.adjust_lr_fn,
+            adamw_lr_factor=config.adamw_lr_factor,
+            betas=config.betas,
+            eps=config.eps,
+        )
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def optimizer_note(optimizer: torch.optim.Optimizer) -> str | None:
+    """What the start of a run says of an optimizer that is two; else None."""
+    if not isinstance(optimizer, MuonWithAdamW):
+        return None
+    return f"optimizer: {optimizer.describe()}"
 
 
 def state_keys(config: Optim) -> tuple[str, ...]:
     """The names of the optimizer's state per element that it uses."""
     if config.name == "sgd":
         return ("momentum_buffer",) if config.momentum > 0 else ()
-    return ("exp_avg", "exp_avg_sq")
+    moments = ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer", *moments) if config.name == "muon" else moments
 
 
 def l1_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -94,6 +94,20 @@ def test_states_are_the_formula_and_shrink_with_the_gpus(digits):
     assert found[8].peak < found[2].peak
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_in_bf16_is_counted(digits, stage):
+    values = settings(digits, "small MLP", stage)
+    values["zero"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    counted = rehearsed(config.parse(values).model_dump(mode="json"), 2, stage).rehearsal
+    number = counted.parameters
+    # Under ZeRO-3 the master weights are the weights' own shards.
+    expected = {1: (2, 6), 2: (2, 6), 3: (1, 4)}[stage]
+    assert counted.weights == pytest.approx(expected[0] * number, rel=0.02)
+    assert counted.optimizer == pytest.approx(expected[1] * number / 2, rel=0.02)
+    assert counted.teacher == pytest.approx(4 * number / 2, rel=0.02)
+
+
 def run_plan(folder: Path, values: dict[str, Any], *arguments: object):
     source = folder / "run.yaml"
     source.write_text(yaml.safe_dump(values))

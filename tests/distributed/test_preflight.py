@@ -19,9 +19,10 @@ from hpdist.errors import DistributedError
 from hpdist.preflight.datasets import _first_row
 from hpdist.preflight.facts import _own_gpu
 from hpdist.preflight.findings import table
+from hpdist.preflight.gradients import _finding
 from hpdist.preflight.machines import check_versions
 from hpdist.preflight.network import measure_in_process
-from hpdist.preflight.network_checks import _shared_gpus, check_nccl, nccl_finding
+from hpdist.preflight.network_checks import check_nccl, nccl_finding, shared_gpus
 from tests.support.pictures import write_pictures
 from tests.support.ranks import free_port, run_ranks
 from tests.support.two_hosts import LINE, MISSING, two_hosts
@@ -92,6 +93,30 @@ def test_two_processes_that_fit_are_told_so_once(tmp_path):
     assert "FAILED" not in found.values()
     assert "2 on 1 hosts" in out
     assert not list((tmp_path / "runs").iterdir())  # it leaves nothing behind
+
+
+@pytest.mark.slow
+def test_the_engine_of_a_config_takes_a_step(tmp_path):
+    files = [str(path) for path in write_pictures(tmp_path)]
+    config = write_config(tmp_path, files, str(tmp_path / "runs"))
+    place = ["--processes", 2, "--address", "127.0.0.1", "--port", free_port(), "--timeout", 120]
+    place += ["--zero.stage", 2, "--precision", "bf16"]
+    second = start(config, *place, "--rank", 1)
+    status, out, err = ended(start(config, *place, "--rank", 0))
+    assert (status, err) == (0, "")
+    assert ended(second) == (0, "", "")
+    assert verdicts(out)["gradients"] == "ok"
+    assert "bf16, 2 ranks over gloo: one step differs by 0.00" in out
+
+
+def test_a_wrong_step_and_one_without_end_are_findings():
+    wrong = {"passed": False, "text": "ZeRO-2 of DeepSpeed 0.18.2: one step differs by 0.56"}
+    assert _finding([wrong, wrong], ["a", "b"]).verdict == "FAILED"
+    failed = _finding([{"passed": True, "text": ""}, "RuntimeError: no"], ["a", "b"])
+    assert (failed.verdict, failed.text) == ("FAILED", "process 1 on b: RuntimeError: no")
+    late = _finding(["not done within 60 s"] * 2, ["a", "b"])
+    assert late.verdict == "note"
+    assert "a larger --timeout" in late.text
 
 
 def test_who_does_not_come_is_named_in_time():
@@ -297,9 +322,9 @@ def test_measuring_that_takes_too_long_is_given_up():
 def test_processes_that_share_a_gpu_are_noted():
     gpus = [{"uuid": "GPU-a"}, {"uuid": "GPU-b"}]
     facts = [{"host": host, "devices": gpus, "gpu": gpu} for host, gpu in (("n0", 0), ("n0", 1))]
-    assert _shared_gpus(facts) == []
+    assert shared_gpus(facts) == []
     facts.append({"host": "n0", "devices": gpus, "gpu": 1})
-    assert _shared_gpus(facts) == ["processes 1, 2 share GPU 1 of n0"]
+    assert shared_gpus(facts) == ["processes 1, 2 share GPU 1 of n0"]
     assert check_nccl(facts, Rendezvous(Endpoint(0, 3), None, None), 60).verdict == "note"
 
 

@@ -197,7 +197,7 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
         ),
         ("--optim.momentum=1", "--optim.momentum: must be at least 0 and less than 1, not 1"),
         ("--zero.stage=4", "--zero.stage: must be at least 0 and at most 3, not 4"),
-        ("--optim.name=sgdw", "--optim.name: must be 'sgd', 'adam' or 'adamw', not 'sgdw'"),
+        ("--optim.name=sgdw", "--optim.name: must be 'sgd', 'adam', 'adamw' or 'muon', not 'sgdw'"),
         ("--optim.betas=[0.9]", "--optim.betas.1: missing, in [0.9]"),
         ("--optim.betas=[0.9, 2]", "--optim.betas.1: must be less than 1, not 2"),
         ("--optim.lr=fast", "--optim.lr: must be a number greater than 0, not 'fast'"),

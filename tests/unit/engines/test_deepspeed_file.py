@@ -131,7 +131,6 @@ def test_what_is_misspelt_or_wrong_is_named(
         ("communication_data_type", "fp16"),
         ("data_types.grad_accum_dtype", "bf16"),
         ("data_types.keep_in_fp32_modules", ["norm"]),
-        ("bf16.bf16_master_weights_and_grads", True),
         ("bf16.check_grad_overflow", False),
         ("fp16.fp16_master_weights_and_grads", True),
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
@@ -152,6 +151,37 @@ def test_what_would_break_a_promise_is_refused_by_name(
     for part in reversed(key.split(".")):
         file = {part: file}
     assert refusal(resolve, file).startswith(f"{key}")
+
+
+BF16_STATE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
+def test_bf16_state_is_the_files_or_the_configs(resolve: Resolve) -> None:
+    zero, half = {"zero_optimization": ON}, {"bf16": {"enabled": True}}
+    in_file = resolve(zero | {"bf16": {"enabled": True, **BF16_STATE}})
+    in_config = resolve(zero | half, zero=BF16_STATE)
+    for plan in (in_file, in_config):
+        assert plan.bf16_state
+        values = make_plugin(plan).deepspeed_config["bf16"]
+        assert values == {"enabled": True, **BF16_STATE}
+    assert not resolve(zero | half).bf16_state
+
+
+@pytest.mark.parametrize(
+    ("file", "zero", "text"),
+    [
+        ({"bf16": {"bf16_optimizer_states": True}}, {}, "without zero.bf16_master_weights"),
+        ({"bf16": BF16_STATE}, {"bf16_optimizer_states": False}, "make them agree"),
+        ({"bf16": {"enabled": False}}, BF16_STATE, "needs precision: bf16, not fp32"),
+        ({"zero_optimization": {"stage": 0}}, BF16_STATE, "stage 0 keeps whole master weights"),
+        ({}, BF16_STATE | {"offload": "cpu"}, "by its own Adam"),
+    ],
+)
+def test_bf16_state_that_deepspeed_cannot_keep_is_refused(
+    resolve: Resolve, file: dict[str, Any], zero: dict[str, Any], text: str
+) -> None:
+    least = {"zero_optimization": ON, "bf16": {"enabled": True}}
+    assert text in refusal(resolve, least | file, zero=zero)
 
 
 @pytest.mark.parametrize("off", [None, False, "auto", {}, {"enabled": False}, {"enabled": "auto"}])

@@ -53,7 +53,10 @@ def test_a_shuffle_takes_every_place_once_and_never_changes(size):
 def test_many_shuffles_are_those_of_each_key():
     sizes, numbers = np.array([3, 0, 1, 17, 12]), np.array([9, 4, 4, 2, 1])
     found = all_shuffled(sizes, keys_of((5,), numbers))
-    each = [shuffled(size, 5, number) for size, number in zip(sizes, numbers, strict=True)]
+    each = [
+        shuffled(size, 5, number)
+        for size, number in zip(sizes.tolist(), numbers.tolist(), strict=True)
+    ]
     assert found.tolist() == np.concatenate(each).tolist()
 
 
