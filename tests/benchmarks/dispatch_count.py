@@ -1,8 +1,8 @@
 """Operations and collectives that a training step dispatches, against the same step in plain torch.
 
-    python -m tests.benchmarks.dispatch_count [--depth 28] [--width 2] [--by-name]
+    python -m tests.benchmarks.dispatch_count [--depth 28] [--width 2] [--rows 8] [--by-name]
 
-FixMatch on a WideResNet, batch 8 with mu 7, on one process and on two ranks. Each operation that
+FixMatch on a WideResNet with mu 7, on one process and on two ranks. Each operation that
 reaches a kernel counts as one, whatever its size; views of memory do not count, and collectives
 count apart. On two ranks the plain loop is DDP around torch's own SyncBatchNorm. Its fused kernels
 exist for GPUs only, so on a CPU each is replaced by a reference implementation that counts as one.
@@ -122,11 +122,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--width", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=BATCH, help="labelled ones per rank")
     parser.add_argument("--by-name", action="store_true", help="also what differs, by name")
     options = parser.parse_args()
-    size = options.depth, options.width
+    size = options.depth, options.width, options.rows
     found = {1: count(*size), 2: run_ranks(2, count, *size, fresh=True)[0]}
-    print(f"FixMatch on WRN-{options.depth}-{options.width}, {BATCH} + {BATCH * MU} rows.\n")
+    rows = f"{options.rows} + {options.rows * MU} rows per rank"
+    print(f"FixMatch on WRN-{options.depth}-{options.width}, {rows}.\n")
     print(table(found))
     if options.by_name:
         for ranks, compared in found.items():
