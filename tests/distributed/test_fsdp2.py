@@ -77,7 +77,7 @@ def _fail(module: nn.Module, arguments: Any, output: Tensor) -> None:
     raise OSError("out of luck")
 
 
-@pytest.mark.parametrize("stage", ["fsdp2", pytest.param("fsdp2 whole", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [pytest.param("fsdp2", marks=pytest.mark.slow), "fsdp2 whole"])
 def test_a_failed_evaluation_leaves_no_trace(stage: str) -> None:
     for failed, expected in run_ranks(2, interrupted, stage):
         assert failed == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -16,8 +18,8 @@ def names_of(model: nn.Module, units: list[nn.Module]) -> list[str]:
     return [names[unit] for unit in units]
 
 
-def bert() -> nn.Module:
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "vocab_size": 50}
+def bert() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 16, "vocab_size": 50}
     config = BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
     return BertForSequenceClassification(config)
 
