@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,24 @@ def measure() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradient_check, "checkpoint_activations", reentrant)
         found["reentrant"] = refused(plan_of(3, "fp32"), checkpointed=True)
-        patch.setattr(zero3, "reentrant_error", lambda outputs: None)
-        plan = plan_of(3, "fp32")
-        outcome = check_gradients(accelerator_of(plan), plan, checkpointed=True)
-        found["reentrant, not refused"] = outcome.error
     found["model"] = reentrant_model()
+    found["reentrant, not refused"] = unrefused()
     return found
+
+
+def unrefused() -> float:
+    """The error of a gradient under ZeRO-3 that is recomputed in the old way.
+
+    It is infinite where DeepSpeed notices that a bucket has a parameter twice.
+    """
+    plan = plan_of(3, "fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient_check, "checkpoint_activations", reentrant)
+        patch.setattr(zero3, "reentrant_error", lambda outputs: None)
+        try:
+            return check_gradients(accelerator_of(plan), plan, checkpointed=True).error
+        except AssertionError:
+            return math.inf
 
 
 def reentrant(model: Any) -> None:
@@ -137,7 +150,7 @@ def test_an_engine_that_loses_gradients_is_named(found: dict[str, Any]) -> None:
 
 
 def test_deepspeed_still_loses_what_is_recomputed_in_the_old_way(found: dict[str, Any]) -> None:
-    """`hpdist.engines.reentrant` can go on the day that DeepSpeed has mended it."""
+    """`hpdist.engines.reentrant` can go on the day that this is a right gradient."""
     assert found["reentrant, not refused"] > 0.5
 
 
