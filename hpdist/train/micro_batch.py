@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
-from hpdist.algorithms.exchange import StudentInputs
+from hpdist.algorithms.exchange import StudentInputs, ViewPlaces
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import STORED, LabeledBatch, UnlabeledBatch
 from hpdist.data.structures import Rows, map_tensors
-from hpdist.data.views.base import GradedViews, Views, unmixable
+from hpdist.data.views.base import GradedViews, MappedViews, Views, unmixable
+from hpdist.data.views.places import Place, place_of
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import Task
 
 _log = logging.getLogger("hpdist.train.step")
 
@@ -111,18 +113,30 @@ class MicroBatcher:
         positions = torch.arange(at, at + len(labeled))
         x_weak, x_strong = (
             partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
-            for make in (self.views.weak, self.views.strong)
+            for make in (self._viewed("weak"), self._viewed("strong"))
         )
-        weak_labeled = x_weak()
+        weak_labeled, place_labeled = x_weak()
         if not isinstance(weak_labeled, Tensor):
             self._check_mixable("inputs of several tensors")
         elif not weak_labeled.is_floating_point():
             self._check_mixable(f"{str(weak_labeled.dtype).removeprefix('torch.')} values")
-        strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
+        strong_labeled, strong_places = _parted(
+            x_strong(copy=copy) for copy in range(wanted.strong_labeled)
+        )
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64)
             place = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
-            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), place)
+            places = self._places(labeled=place_labeled, strong_labeled=strong_places)
+            inputs = StudentInputs(
+                weak_labeled,
+                labeled.labels,
+                (),
+                (),
+                strong_labeled,
+                (),
+                place,
+                view_places=places,
+            )
             return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
         unlabeled_rows = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()
@@ -130,22 +144,32 @@ class MicroBatcher:
         u_positions = u_at + lines
         weak, strong = (
             partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=u_positions)
-            for make in (self.views.weak, self._strong)
+            for make in (self._viewed("weak"), self._strong)
         )
+        student_weak, student_places = _parted(
+            weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
+        )
+        strong_rows, u_strong_places = _parted(strong(copy=copy) for copy in range(wanted.strong))
+        weak_rows, weak_places = _parted(weak(copy=copy) for copy in range(wanted.weak))
         inputs = StudentInputs(
             labeled=weak_labeled,
             labels=labeled.labels,
-            student_weak=tuple(
-                weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
-            ),
-            strong=tuple(strong(copy=copy) for copy in range(wanted.strong)),
+            student_weak=student_weak,
+            strong=strong_rows,
             strong_labeled=strong_labeled,
-            weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
+            weak=weak_rows,
             positions=BatchPositions(
                 positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step
             ),
             ids=unlabeled.ids,
             context=self._stored(unlabeled),
+            view_places=self._places(
+                labeled=place_labeled,
+                student_weak=student_places,
+                strong=u_strong_places,
+                strong_labeled=strong_places,
+                weak=weak_places,
+            ),
         )
         return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
 
@@ -166,10 +190,43 @@ class MicroBatcher:
     def _strong(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
         """Make a strong view, with the algorithm's number of operations if views can be graded."""
         wanted, views = self.algorithm.views.operations, self.views
-        make = views.strong
+        make = self._viewed("strong")
         if copy < len(wanted) and isinstance(views, GradedViews):
-            make = partial(views.graded, operations=wanted[copy])
+            make = partial(self._viewed("graded"), operations=wanted[copy])
         return make(x, stream=stream, step=step, positions=positions, copy=copy)
+
+    def _viewed(self, kind: str) -> Callable[..., tuple[Any, Place | None]]:
+        """Make views of a kind, each with the place of its pixels if the task's labels have one."""
+        if not self.algorithm.task.labels_have_places:
+            make = getattr(self.views, kind)
+            return lambda x, **where: (make(x, **where), None)
+        mapped = getattr(self.views, f"{kind}_with_maps")
+
+        def viewed(x: Tensor, **where: Any) -> tuple[Any, Place]:
+            found = mapped(x, **where)
+            return found.rows, place_of(found, x)
+
+        return viewed
+
+    def _places(self, **places: Any) -> ViewPlaces | None:
+        """Put the places of all views together, if the task's labels have places."""
+        return ViewPlaces(**places) if self.algorithm.task.labels_have_places else None
+
+
+def _parted(views: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Part views from their places."""
+    pairs = list(views)
+    return tuple(rows for rows, _ in pairs), tuple(place for _, place in pairs)
+
+
+def require_maps(task: Task, views: Views) -> None:
+    """Raise ConfigError if the task's labels have places and the views do not say where they go."""
+    if task.labels_have_places and not isinstance(views, MappedViews):
+        raise ConfigError(
+            f"views.name: labels of task {task.name} have a place in the picture, and "
+            f"{type(views).__name__} do not say where pixels go; use image or identity, or views "
+            "of your own with the methods of hpdist.data.views.MappedViews"
+        )
 
 
 @cache
