@@ -333,6 +333,15 @@ def require_abilities(task: Task, needs: Iterable[str], who: str) -> None:
         )
 
 
+def require_places_kept(task: Task, changes_inputs: bool, who: str) -> None:
+    """Raise ConfigError where labels have a place in inputs that an algorithm changes."""
+    if changes_inputs and task.labels_have_places:
+        raise ConfigError(
+            f"task.name: {who} has no meaning for {task.name}, whose labels have a place in the "
+            "inputs that it mixes or changes; leave it out, or choose another"
+        )
+
+
 def require_named(task: Task, names: Iterable[str], who: str) -> None:
     """Raise ConfigError unless a task is among names, as algorithms gave them before; and warn."""
     warnings.warn(

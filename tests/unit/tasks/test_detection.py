@@ -187,6 +187,10 @@ def test_other_algorithms_are_refused_by_name() -> None:
             algorithm.set_task(make_task("detection"))
         refused.append(name)
     assert {"mean_teacher", "freematch", "mixmatch"} <= set(refused)
+    for name, config in components("addon").items():
+        addon = config(name=name).build(FixMatch(), 3)  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match="has no meaning for detection"):
+            addon.set_task(make_task("detection"))
 
 
 class Maps(torch.nn.Module):
