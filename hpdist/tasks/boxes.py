@@ -156,7 +156,7 @@ class Boxes:
         """Pad the boxes of every row to those of the row that has most."""
         most = max([1, *(len(each.numbers) for each in labels)])
         rows = len(labels)
-        made = {
+        made: dict[str, Array] = {
             "boxes": np.zeros((rows, most, 4), np.float32),
             "classes": np.zeros((rows, most), np.int64),
             "there": np.zeros((rows, most), bool),
@@ -196,7 +196,7 @@ def objects_in(value: Any) -> tuple[list[Any], list[Any], list[bool]]:
         return [], [], []
     if isinstance(value, Mapping):
         boxes, categories = list(value[_BOXES] or []), list(value[_CLASSES] or [])
-        crowd = next((value[name] for name in _CROWD if value.get(name)), [])
+        crowd: list[Any] = next((list(value[name]) for name in _CROWD if value.get(name)), [])
     else:
         boxes, categories = ([one[name] for one in value] for name in (_BOXES, _CLASSES))
         crowd = [any(one.get(name) for name in _CROWD) for one in value]

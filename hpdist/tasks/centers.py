@@ -80,7 +80,7 @@ def heat_targets(
         own = slice(part, part + _AT_ONCE)
         centres, sides = _in_cells(boxes[:, own], height, width)
         x, y = _cells(centres, height, width)
-        radius = gaussian_radius(*sides.unbind(2)).floor()
+        radius = gaussian_radius(sides[..., 0], sides[..., 1]).floor()
         sigma = (2 * radius + 1) / 6  # [rows, n]
         across = _bell(x, sigma, width)  # [rows, n, width]
         down = _bell(y, sigma, height)

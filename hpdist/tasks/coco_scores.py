@@ -34,8 +34,15 @@ _COLUMNS = 7  # picture, class, x, y, width, height, score
 class DetectingTask(Protocol):
     """What the meter asks of a task."""
 
-    summarized: Any
-    class_names: Sequence[str]
+    @property
+    def summarized(self) -> Sequence[str]:
+        """The scores that a run's summary has."""
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes."""
+        ...
 
     def losses(self, logits: Any, labels: Any) -> Tensor:
         """Give the loss of each row."""
@@ -113,7 +120,8 @@ def average_precisions(
     Returns:
         `map`, the mean over classes and over IoU 0.50 to 0.95; `map_50` and `map_75` at one IoU;
         `map_small`, `map_medium` and `map_large` of boxes below 32 x 32 and from 96 x 96 pixels on;
-        `map/CLASS` of each class. A score is NaN where there are no boxes that it is of.
+        `map/CLASS` of each class. The first three are NaN where there is no box at all; a size or
+        a class of which there is no box has no score.
 
     """
     precision = _precision(*_in_order(true, found, pictures), pictures, len(names))
@@ -121,11 +129,9 @@ def average_precisions(
     values = {"map": _mean(precision[:, :, :, 0])}
     for name, threshold in _AT.items():
         values[name] = _mean(precision[np.isclose(thresholds, threshold), :, :, 0])
-    for number, name in enumerate(_SIZES, 1):
-        values[f"map_{name}"] = _mean(precision[:, :, :, number])
-    for number, name in enumerate(names):
-        values[f"map/{name}"] = _mean(precision[:, :, number, 0])
-    return values
+    parts = {f"map_{name}": precision[..., size] for size, name in enumerate(_SIZES, 1)}
+    parts |= {f"map/{name}": precision[:, :, number, 0] for number, name in enumerate(names)}
+    return values | {name: _mean(part) for name, part in parts.items() if (part > -1).any()}
 
 
 def _precision(true: FloatArray, found: FloatArray, pictures: int, classes: int) -> FloatArray:
