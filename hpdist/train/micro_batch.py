@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, cast
 
@@ -107,71 +107,77 @@ class MicroBatcher:
         u_at: int,
         step: int,
     ) -> MicroBatch:
-        wanted = self.algorithm.views
-        labeled_rows = len(labeled) * self.parts * self.ranks
         labeled = labeled.to(self.device, non_blocking=True)
+        inputs = self._labeled_inputs(labeled, at, step)
+        if unlabeled is None:
+            none = torch.empty(0, dtype=torch.int64)
+            return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
+        whole = len(unlabeled) * self.parts * self.ranks
+        unlabeled, lines = unlabeled.only_valid()
+        unlabeled = unlabeled.to(self.device, non_blocking=True)
+        inputs = self._with_unlabeled(inputs, unlabeled, u_at + lines, whole)
+        return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
+
+    def _labeled_inputs(
+        self, labeled: LabeledBatch[Any, Any], at: int, step: int
+    ) -> StudentInputs[Any, Any]:
+        """Make the views of labelled rows, the first of which is at `at` of the global batch."""
         positions = torch.arange(at, at + len(labeled))
-        x_weak, x_strong = (
+        weak, strong = (
             partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
             for make in (self._viewed("weak"), self._viewed("strong"))
         )
-        weak_labeled, place_labeled = x_weak()
-        if not isinstance(weak_labeled, Tensor):
+        rows, place = weak()
+        if not isinstance(rows, Tensor):
             self._check_mixable("inputs of several tensors")
-        elif not weak_labeled.is_floating_point():
-            self._check_mixable(f"{str(weak_labeled.dtype).removeprefix('torch.')} values")
-        strong_labeled, strong_places = _parted(
-            x_strong(copy=copy) for copy in range(wanted.strong_labeled)
+        elif not rows.is_floating_point():
+            self._check_mixable(f"{str(rows.dtype).removeprefix('torch.')} values")
+        views, places = _parted(
+            strong(copy=copy) for copy in range(self.algorithm.views.strong_labeled)
         )
-        if unlabeled is None:
-            none = torch.empty(0, dtype=torch.int64)
-            place = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
-            places = self._places(labeled=place_labeled, strong_labeled=strong_places)
-            inputs = StudentInputs(
-                weak_labeled,
-                labeled.labels,
-                (),
-                (),
-                strong_labeled,
-                (),
-                place,
-                view_places=places,
-            )
-            return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
-        unlabeled_rows = len(unlabeled) * self.parts * self.ranks
-        unlabeled, lines = unlabeled.only_valid()
-        unlabeled = unlabeled.to(self.device, non_blocking=True)
-        u_positions = u_at + lines
+        none = torch.empty(0, dtype=torch.int64)
+        whole = len(labeled) * self.parts * self.ranks
+        return StudentInputs(
+            labeled=rows,
+            labels=labeled.labels,
+            student_weak=(),
+            strong=(),
+            strong_labeled=views,
+            weak=(),
+            positions=BatchPositions(positions, none, whole, 0, self.seed, step),
+            view_places=None if place is None else ViewPlaces(place, strong_labeled=places),
+        )
+
+    def _with_unlabeled(
+        self,
+        inputs: StudentInputs[Any, Any],
+        unlabeled: UnlabeledBatch[Any],
+        positions: Tensor,
+        whole: int,
+    ) -> StudentInputs[Any, Any]:
+        """Add the views of unlabelled rows; `whole` is how many the global batch has."""
+        wanted, step = self.algorithm.views, inputs.positions.step
         weak, strong = (
-            partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=u_positions)
+            partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=positions)
             for make in (self._viewed("weak"), self._strong)
         )
-        student_weak, student_places = _parted(
-            weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
-        )
-        strong_rows, u_strong_places = _parted(strong(copy=copy) for copy in range(wanted.strong))
-        weak_rows, weak_places = _parted(weak(copy=copy) for copy in range(wanted.weak))
-        inputs = StudentInputs(
-            labeled=weak_labeled,
-            labels=labeled.labels,
-            student_weak=student_weak,
-            strong=strong_rows,
-            strong_labeled=strong_labeled,
-            weak=weak_rows,
-            positions=BatchPositions(
-                positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step
-            ),
+        made = {
+            "student_weak": [weak(copy=wanted.weak + n) for n in range(wanted.student_weak)],
+            "strong": [strong(copy=copy) for copy in range(wanted.strong)],
+            "weak": [weak(copy=copy) for copy in range(wanted.weak)],
+        }
+        parted = {name: _parted(views) for name, views in made.items()}
+        places = inputs.view_places
+        if places is not None:
+            places = replace(places, **{name: found for name, (_, found) in parted.items()})
+        return replace(
+            inputs,
+            **{name: rows for name, (rows, _) in parted.items()},
+            positions=replace(inputs.positions, unlabeled=positions, unlabeled_rows=whole),
             ids=unlabeled.ids,
             context=self._stored(unlabeled),
-            view_places=self._places(
-                labeled=place_labeled,
-                student_weak=student_places,
-                strong=u_strong_places,
-                strong_labeled=strong_places,
-                weak=weak_places,
-            ),
+            view_places=places,
         )
-        return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
 
     def _stored(self, unlabeled: UnlabeledBatch[Any]) -> dict[str, Tensor]:
         """Return what is stored of the rows, for the loss, if the algorithm uses it.
@@ -207,10 +213,6 @@ class MicroBatcher:
             return found.rows, place_of(found, x)
 
         return viewed
-
-    def _places(self, **places: Any) -> ViewPlaces | None:
-        """Put the places of all views together, if the task's labels have places."""
-        return ViewPlaces(**places) if self.algorithm.task.labels_have_places else None
 
 
 def _parted(views: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -25,7 +25,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("shapes"), ROWS, size=32)
 
 
-def train(data: Path, runs: Path, name: str, steps: int, **changes: Any) -> dict[str, object]:
+def train(
+    data: Path, runs: Path, name: str, steps: int, norm: str = "batch", **changes: Any
+) -> dict[str, object]:
     from hpdist.train.trainer import Trainer
 
     files = {
@@ -41,7 +43,7 @@ def train(data: Path, runs: Path, name: str, steps: int, **changes: Any) -> dict
         **changes,
     }
     trainer = Trainer(
-        {"name": "center_net", "width": 8, "depth": 1},
+        {"name": "center_net", "width": 8, "depth": 1, "norm": norm},
         labeled=files["labeled"],
         unlabeled=files["unlabeled"],
         test=files["test"],
@@ -57,7 +59,7 @@ def train(data: Path, runs: Path, name: str, steps: int, **changes: Any) -> dict
 def curve(folder: Path) -> list[dict[str, float]]:
     names = ("supervised_loss", "unsupervised_loss", "pseudo_boxes", "grad_norm")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: record[name] for name in names} for record in map(json.loads, lines)]
+    return [{name: record.get(name, 0) for name in names} for record in map(json.loads, lines)]
 
 
 def close(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
@@ -88,15 +90,16 @@ def test_two_ranks_train_as_one(data: Path, alone: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["supervised", "pseudo_label", "fixmatch"])
 def test_micro_batches_and_four_ranks_train_as_one(data: Path, tmp_path: Path, name: str) -> None:
+    """Batch normalisation goes by the rows of a pass, and is left out here."""
     options = {} if name == "supervised" else {"threshold": 0.12}
     options |= {"ramp": 0.0} if name == "pseudo_label" else {}
-    algorithm = {"name": name, **options}
-    train(data, tmp_path, "one", 3, algorithm=algorithm)
+    settings: dict[str, Any] = {"algorithm": {"name": name, **options}, "norm": "group"}
+    train(data, tmp_path, "one", 3, **settings)
     rows = 4 if name == "supervised" else 12
     parts = {"batch": {"labeled": 4, "unlabeled": 8, "micro": rows // 4}}
-    train(data, tmp_path, "parts", 3, algorithm=algorithm, **parts)
+    train(data, tmp_path, "parts", 3, **settings, **parts)
     close(curve(tmp_path / "parts"), curve(tmp_path / "one"))
-    run_ranks(4, partial(train, data, tmp_path, "four", 3, algorithm=algorithm))
+    run_ranks(4, partial(train, data, tmp_path, "four", 3, **settings))
     close(curve(tmp_path / "four"), curve(tmp_path / "one"))
 
 
