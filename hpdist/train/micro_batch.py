@@ -161,18 +161,21 @@ class MicroBatcher:
             partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=positions)
             for make in (self._viewed("weak"), self._strong)
         )
-        made = {
-            "student_weak": [weak(copy=wanted.weak + n) for n in range(wanted.student_weak)],
-            "strong": [strong(copy=copy) for copy in range(wanted.strong)],
-            "weak": [weak(copy=copy) for copy in range(wanted.weak)],
-        }
-        parted = {name: _parted(views) for name, views in made.items()}
+        student_weak, student_places = _parted(
+            weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
+        )
+        strong_rows, strong_places = _parted(strong(copy=copy) for copy in range(wanted.strong))
+        weak_rows, weak_places = _parted(weak(copy=copy) for copy in range(wanted.weak))
         places = inputs.view_places
         if places is not None:
-            places = replace(places, **{name: found for name, (_, found) in parted.items()})
+            places = replace(
+                places, student_weak=student_places, strong=strong_places, weak=weak_places
+            )
         return replace(
             inputs,
-            **{name: rows for name, (rows, _) in parted.items()},
+            student_weak=student_weak,
+            strong=strong_rows,
+            weak=weak_rows,
             positions=replace(inputs.positions, unlabeled=positions, unlabeled_rows=whole),
             ids=unlabeled.ids,
             context=self._stored(unlabeled),
