@@ -42,6 +42,7 @@ from hpdist.algorithms.vat import VAT
 from hpdist.algorithms.view_request import Views
 from hpdist.tasks.base import Task
 from hpdist.tasks.classification import Classification
+from hpdist.tasks.detection import Detection
 from hpdist.tasks.multilabel import Multilabel
 from hpdist.tasks.regression import Regression
 
@@ -64,6 +65,7 @@ __all__ = [
     "Dash",
     "DeFixMatch",
     "DebiasPL",
+    "Detection",
     "EntropyMinimization",
     "FixMatch",
     "FlexMatch",

@@ -23,7 +23,14 @@ from hpdist.algorithms.saved_state import SavedShards, Shards, Table, check_name
 from hpdist.algorithms.view_request import Views
 from hpdist.aliases import find_moved
 from hpdist.tasks import DEFAULT_TASK
-from hpdist.tasks.base import ONE_CLASS, Task, able_tasks, require_abilities, require_named
+from hpdist.tasks.base import (
+    ONE_CLASS,
+    Task,
+    able_tasks,
+    require_abilities,
+    require_named,
+    require_places_kept,
+)
 
 Groups = int | Literal["auto"]
 """Parts of a global batch within which rows are mixed; "auto" chooses by the batch's sizes."""
@@ -126,6 +133,7 @@ class Algorithm(WithOptions):
             require_abilities(task, self.needs, type(self).__name__)
         else:  # names of tasks, as an algorithm gave them before
             require_named(task, named, type(self).__name__)
+        require_places_kept(task, self.changes_inputs, type(self).__name__)
         self.task = task
 
     def bind_rank(self, rank: int, world_size: int) -> None:

@@ -11,11 +11,23 @@ from torch import Tensor
 
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.data.structures import Inputs, Labels, Outputs, row_count, tensors_of
+from hpdist.data.views.places import Place
 from hpdist.errors import ConfigError
 
 Sums = Mapping[str, Tensor]
 LogitsFn = Callable[[Tensor], Tensor]
 _Positions = TypeVar("_Positions", bound=BatchPositions | None)
+
+
+@dataclass(frozen=True)
+class ViewPlaces:
+    """Where pixels went in the views of a micro-batch, as `StudentInputs` has their rows."""
+
+    labeled: Place
+    student_weak: tuple[Place, ...] = ()
+    strong: tuple[Place, ...] = ()
+    strong_labeled: tuple[Place, ...] = ()
+    weak: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ class StudentInputs(Generic[Inputs, Labels]):
     ids: Tensor | None = None  # [unlabeled], int64, stable row ids
     extra_inputs: tuple[Inputs, ...] = ()
     """Inputs that `Algorithm.perturb` and `mix` add, [rows, *] each; equally many in every step."""
+    view_places: ViewPlaces | None = None
+    """Where pixels went in each view, if the task's labels have places."""
 
     @property
     def places(self) -> BatchPositions:
@@ -168,3 +182,6 @@ class StudentOutputs(Generic[Outputs, Labels]):
     ] = ()  # per `StudentInputs.extra_inputs` [rows, classes], logits
     heads: Mapping[str, HeadOutputs] = field(default_factory=dict)
     """By head of `Algorithm.head_names`."""
+    label_count: Tensor | None = None
+    """[], fp32: what the task counts of the labels of the global batch, 1 at least, if it does
+    (`Task.label_counts`): the mean of their losses is over these instead of rows."""

@@ -28,6 +28,7 @@ from hpdist.algorithms.base import Algorithm
 from hpdist.algorithms.exchange import HeadOutputs, StudentInputs, StudentOutputs, Sums, WeakOutputs
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.saved_state import Shards
+from hpdist.algorithms.view_places import attach, attach_all, placed
 from hpdist.data.structures import (
     Outputs,
     Structure,
@@ -41,6 +42,7 @@ from hpdist.models.outputs import LOGITS
 
 # No algorithm's own sums have names like these.
 _EXTRA, _ROWS, _FINITE = "(caller) {}", "(step) rows", "(step) not finite"
+_LABELS = "(step) labels"
 
 TAKEN = 1 << 24
 """Added to the ids of a global batch that are given to `Algorithm.recall`, encoded by
@@ -151,6 +153,7 @@ class Attempt:
         self._reduce = reduce
         self._reduction: PendingSums | None = None
         self._rows: tuple[Tensor, Tensor] | None = None
+        self._label_count: Tensor | None = None
         self._ahead: dict[str, Tensor] | None = None
         self._totals: dict[int, dict[str, Tensor]] = {}
 
@@ -226,6 +229,8 @@ class Attempt:
         sums = (self._reduction or self._begin_reduction()).wait()
         self.extra = {name: sums.pop(_EXTRA.format(name)) for name in self._own}
         labeled, unlabeled = sums.pop(_ROWS).unbind()
+        if algorithm.task.counts_labels:
+            self._label_count = sums.pop(_LABELS).clamp(min=1)
         is_finite = unlabeled > 0
         if _FINITE in sums:
             is_finite = is_finite & (sums.pop(_FINITE) == 0)
@@ -244,7 +249,7 @@ class Attempt:
         assert self._rows is not None, "the sums over the global batch have not been observed"
         micro = self.micros[number]
         logits, heads = self._divided(outputs)
-        views = split_views(logits, micro.inputs)
+        views = placed(split_views(logits, micro.inputs), micro.inputs.view_places)
         return StudentOutputs(
             labeled=views.labeled,
             labels=micro.inputs.labels,
@@ -257,6 +262,7 @@ class Attempt:
             context=micro.inputs.context,
             extra_inputs=views.extra_inputs,
             heads={name: split_views(head, micro.inputs) for name, head in heads.items()},
+            label_count=self._label_count,
         )
 
     @torch.no_grad()
@@ -267,6 +273,9 @@ class Attempt:
         device = next(tensors_of(self.micros[0].inputs.labels)).device
         sums = {_EXTRA.format(name): value for name, value in self._own.items()}
         sums[_ROWS] = sent(torch.tensor(rows), device)
+        if self.algorithm.task.counts_labels:
+            labels = [micro.inputs.labels for micro in self.micros]
+            sums[_LABELS] = add(self.algorithm.task.label_counts(part).sum() for part in labels)
         weak = [outputs for outputs in self.weak if outputs is not None]
         if weak:
             sums[_FINITE] = add(finite_mark(part) for each in weak for part in each.everything)
@@ -305,6 +314,9 @@ class Attempt:
         sizes = [row_count(part) for part in inputs.weak]
         sizes.append(row_count(logits) - sum(sizes))
         first, *others, labeled = split(logits, sizes)
+        if inputs.view_places is not None:
+            first, *others = attach_all([first, *others], inputs.view_places.weak)
+            labeled = attach(labeled, inputs.view_places.labeled)
         kept = len(sizes) if sizes[-1] else len(sizes) - 1
         return WeakOutputs(
             first,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from hpdist.algorithms.exchange import StudentOutputs, Sums
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option, share_of_run
 from hpdist.algorithms.parts.losses import supervised_loss
+from hpdist.algorithms.parts.pseudo_labels import pseudo_label_count, pseudo_label_terms
 from hpdist.algorithms.parts.ramps import Ramped
 from hpdist.algorithms.view_request import Views
-from hpdist.tasks.base import PSEUDO_LABELS, share
+from hpdist.data.structures import detach
+from hpdist.tasks.base import PSEUDO_LABELS
 
 
 class PseudoLabel(Ramped, name="pseudo_label"):
@@ -35,16 +39,26 @@ class PseudoLabel(Ramped, name="pseudo_label"):
     ramp_steps: int = share_of_run(setting="ramp", share=0.4, default=0, ge=0, le=1)
     """Share of the run over which that weight rises from 0."""
 
+    @property
+    def uses_student_statistics(self) -> bool:
+        """Whether the task's losses are a mean over pseudo-labels, which the student's pass has."""
+        return self.task.counts_labels
+
+    def student_statistics(self, outputs: StudentOutputs) -> dict[str, Tensor]:
+        """Count the pseudo-labels, if the task's losses are a mean over them."""
+        return pseudo_label_count(self.task, detach(outputs.student_weak[0]), self.threshold)
+
     def loss(self, outputs: StudentOutputs, student_sums: Sums) -> LossTerms:
         """Both terms, the unsupervised one without its weight, and the mask rate."""
         logits = outputs.student_weak[0]  # [unlabeled, classes]
-        mask, pseudo_labels = self.task.pseudo_labels(logits.detach(), self.threshold)
-        losses = self.task.pseudo_label_losses(logits, pseudo_labels, mask)
+        unsupervised, metrics = pseudo_label_terms(
+            outputs, self.task, logits, detach(logits), self.threshold, student_sums
+        )
         return LossTerms(
             supervised=supervised_loss(outputs, self.task),
-            unsupervised=losses.sum() / outputs.unlabeled_rows,
+            unsupervised=unsupervised,
             unsupervised_weight=self.unsupervised_weight * self.ramp,
-            metrics={"mask_rate": share(mask).sum() / outputs.unlabeled_rows},
+            metrics=metrics,
         )
 
 

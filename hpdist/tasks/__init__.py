@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import hpdist.tasks.detection
 import hpdist.tasks.multilabel
 import hpdist.tasks.regression  # noqa: F401
 from hpdist.config.component import ComponentOf

@@ -78,6 +78,15 @@ class Task(ShowsRows):
     """What the names that a column of labels has are called in messages."""
     rows_have_a_class: ClassVar[bool] = False
     """Whether each row is of one class, so that rows can be drawn by class."""
+    labels_have_places: ClassVar[bool] = False
+    """Whether labels have a place in the row's picture, as boxes have. What is `logits` below then
+    holds, beside the outputs for a view, where the pixels went in it, under the names of
+    `hpdist.data.views.places`; outputs for rows as they are come without. Views must be
+    `MappedViews`."""
+    counts_labels: ClassVar[bool] = False
+    """Whether the mean of a loss is over what `label_counts` counts, instead of over rows."""
+    always_written: ClassVar[tuple[str, ...]] = ("label", "confidence")
+    """The columns of `prediction_columns` that `predict` writes unless all are asked for."""
     charts: ClassVar[tuple[str, ...]] = ()
     """What a report draws of it beside the curves: "confusion", a matrix for each set."""
 
@@ -157,6 +166,13 @@ class Task(ShowsRows):
         """Give the loss of each labelled row, [rows]; `labels` as a `LabeledBatch` has them."""
         raise NotImplementedError(f"{type(self).__name__} must define losses()")
 
+    def label_counts(self, labels: Any) -> Tensor:
+        """Count what losses are a mean over, fp32 [rows], of labels or of pseudo-labels.
+
+        Only of a task that `counts_labels`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define label_counts()")
+
     def predictions(self, logits: Any) -> Any:
         """Give what consistency is asked of, [rows, classes]: probabilities, or the numbers."""
         raise self._lacks(PREDICTIONS)
@@ -189,6 +205,10 @@ class Task(ShowsRows):
         """Give the loss of pseudo-labels where `mask` holds, [rows]; the others count as 0."""
         raise self._lacks(PSEUDO_LABELS)
 
+    def pseudo_label_metrics(self, labels: Any, mask: Tensor) -> dict[str, Tensor]:
+        """Give more numbers of each row's pseudo-labels to log, by name, fp32 [rows]."""
+        return {}
+
     def _lacks(self, ability: str) -> ConfigError:
         return ConfigError(f"task.name: {self.name} has no {ability}; choose another algorithm")
 
@@ -205,6 +225,10 @@ class Task(ShowsRows):
         CPU; `names` are those of the classes or targets.
         """
         raise NotImplementedError(f"{type(self).__name__} must define prediction_columns()")
+
+    def prediction_types(self) -> dict[str, Any]:
+        """Give the Arrow types of columns of predictions that one row may not tell, by name."""
+        return {}
 
     def class_counts(self, logits: Any) -> Tensor | None:
         """Count the rows that each class takes, fp32 [classes]; None unless a row is of one."""
@@ -306,6 +330,15 @@ def require_abilities(task: Task, needs: Iterable[str], who: str) -> None:
             f"task.name: {who} has no meaning for {task.name}, which has no "
             f"{' and no '.join(missing)}, only for {fitting}; `hpdist algorithms` lists which do "
             "what"
+        )
+
+
+def require_places_kept(task: Task, changes_inputs: bool, who: str) -> None:
+    """Raise ConfigError where labels have a place in inputs that an algorithm changes."""
+    if changes_inputs and task.labels_have_places:
+        raise ConfigError(
+            f"task.name: {who} has no meaning for {task.name}, whose labels have a place in the "
+            "inputs that it mixes or changes; leave it out, or choose another"
         )
 
 

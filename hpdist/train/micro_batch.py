@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, cast
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
-from hpdist.algorithms.exchange import StudentInputs
+from hpdist.algorithms.exchange import StudentInputs, ViewPlaces
 from hpdist.algorithms.parts.mixing import check_group_sizes
 from hpdist.algorithms.positions import BatchPositions
 from hpdist.algorithms.protocol import MicroBatch
 from hpdist.data.batch import STORED, LabeledBatch, UnlabeledBatch
 from hpdist.data.structures import Rows, map_tensors
-from hpdist.data.views.base import GradedViews, Views, unmixable
+from hpdist.data.views.base import GradedViews, MappedViews, Views, unmixable
+from hpdist.data.views.places import Place, place_of
 from hpdist.errors import ConfigError
+from hpdist.tasks.base import Task
 
 _log = logging.getLogger("hpdist.train.step")
 
@@ -105,49 +107,80 @@ class MicroBatcher:
         u_at: int,
         step: int,
     ) -> MicroBatch:
-        wanted = self.algorithm.views
-        labeled_rows = len(labeled) * self.parts * self.ranks
         labeled = labeled.to(self.device, non_blocking=True)
-        positions = torch.arange(at, at + len(labeled))
-        x_weak, x_strong = (
-            partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
-            for make in (self.views.weak, self.views.strong)
-        )
-        weak_labeled = x_weak()
-        if not isinstance(weak_labeled, Tensor):
-            self._check_mixable("inputs of several tensors")
-        elif not weak_labeled.is_floating_point():
-            self._check_mixable(f"{str(weak_labeled.dtype).removeprefix('torch.')} values")
-        strong_labeled = tuple(x_strong(copy=copy) for copy in range(wanted.strong_labeled))
+        inputs = self._labeled_inputs(labeled, at, step)
         if unlabeled is None:
             none = torch.empty(0, dtype=torch.int64)
-            place = BatchPositions(positions, none, labeled_rows, 0, self.seed, step)
-            inputs = StudentInputs(weak_labeled, labeled.labels, (), (), strong_labeled, (), place)
             return MicroBatch(inputs, none.to(self.device), labeled.ids, 0)
-        unlabeled_rows = len(unlabeled) * self.parts * self.ranks
+        whole = len(unlabeled) * self.parts * self.ranks
         unlabeled, lines = unlabeled.only_valid()
         unlabeled = unlabeled.to(self.device, non_blocking=True)
-        u_positions = u_at + lines
+        inputs = self._with_unlabeled(inputs, unlabeled, u_at + lines, whole)
+        return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
+
+    def _labeled_inputs(
+        self, labeled: LabeledBatch[Any, Any], at: int, step: int
+    ) -> StudentInputs[Any, Any]:
+        """Make the views of labelled rows, the first of which is at `at` of the global batch."""
+        positions = torch.arange(at, at + len(labeled))
         weak, strong = (
-            partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=u_positions)
-            for make in (self.views.weak, self._strong)
+            partial(make, labeled.inputs, stream="labeled", step=step, positions=positions)
+            for make in (self._viewed("weak"), self._viewed("strong"))
         )
-        inputs = StudentInputs(
-            labeled=weak_labeled,
+        rows, place = weak()
+        if not isinstance(rows, Tensor):
+            self._check_mixable("inputs of several tensors")
+        elif not rows.is_floating_point():
+            self._check_mixable(f"{str(rows.dtype).removeprefix('torch.')} values")
+        views, places = _parted(
+            strong(copy=copy) for copy in range(self.algorithm.views.strong_labeled)
+        )
+        none = torch.empty(0, dtype=torch.int64)
+        whole = len(labeled) * self.parts * self.ranks
+        return StudentInputs(
+            labeled=rows,
             labels=labeled.labels,
-            student_weak=tuple(
-                weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
-            ),
-            strong=tuple(strong(copy=copy) for copy in range(wanted.strong)),
-            strong_labeled=strong_labeled,
-            weak=tuple(weak(copy=copy) for copy in range(wanted.weak)),
-            positions=BatchPositions(
-                positions, u_positions, labeled_rows, unlabeled_rows, self.seed, step
-            ),
+            student_weak=(),
+            strong=(),
+            strong_labeled=views,
+            weak=(),
+            positions=BatchPositions(positions, none, whole, 0, self.seed, step),
+            view_places=None if place is None else ViewPlaces(place, strong_labeled=places),
+        )
+
+    def _with_unlabeled(
+        self,
+        inputs: StudentInputs[Any, Any],
+        unlabeled: UnlabeledBatch[Any],
+        positions: Tensor,
+        whole: int,
+    ) -> StudentInputs[Any, Any]:
+        """Add the views of unlabelled rows; `whole` is how many the global batch has."""
+        wanted, step = self.algorithm.views, inputs.positions.step
+        weak, strong = (
+            partial(make, unlabeled.inputs, stream="unlabeled", step=step, positions=positions)
+            for make in (self._viewed("weak"), self._strong)
+        )
+        student_weak, student_places = _parted(
+            weak(copy=wanted.weak + copy) for copy in range(wanted.student_weak)
+        )
+        strong_rows, strong_places = _parted(strong(copy=copy) for copy in range(wanted.strong))
+        weak_rows, weak_places = _parted(weak(copy=copy) for copy in range(wanted.weak))
+        places = inputs.view_places
+        if places is not None:
+            places = replace(
+                places, student_weak=student_places, strong=strong_places, weak=weak_places
+            )
+        return replace(
+            inputs,
+            student_weak=student_weak,
+            strong=strong_rows,
+            weak=weak_rows,
+            positions=replace(inputs.positions, unlabeled=positions, unlabeled_rows=whole),
             ids=unlabeled.ids,
             context=self._stored(unlabeled),
+            view_places=places,
         )
-        return MicroBatch(inputs, unlabeled.ids, labeled.ids, len(unlabeled))
 
     def _stored(self, unlabeled: UnlabeledBatch[Any]) -> dict[str, Tensor]:
         """Return what is stored of the rows, for the loss, if the algorithm uses it.
@@ -166,10 +199,39 @@ class MicroBatcher:
     def _strong(self, x: Any, *, stream: str, step: int, positions: Tensor, copy: int = 0) -> Any:
         """Make a strong view, with the algorithm's number of operations if views can be graded."""
         wanted, views = self.algorithm.views.operations, self.views
-        make = views.strong
+        make = self._viewed("strong")
         if copy < len(wanted) and isinstance(views, GradedViews):
-            make = partial(views.graded, operations=wanted[copy])
+            make = partial(self._viewed("graded"), operations=wanted[copy])
         return make(x, stream=stream, step=step, positions=positions, copy=copy)
+
+    def _viewed(self, kind: str) -> Callable[..., tuple[Any, Place | None]]:
+        """Make views of a kind, each with the place of its pixels if the task's labels have one."""
+        if not self.algorithm.task.labels_have_places:
+            make = getattr(self.views, kind)
+            return lambda x, **where: (make(x, **where), None)
+        mapped = getattr(self.views, f"{kind}_with_maps")
+
+        def viewed(x: Tensor, **where: Any) -> tuple[Any, Place]:
+            found = mapped(x, **where)
+            return found.rows, place_of(found, x)
+
+        return viewed
+
+
+def _parted(views: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Part views from their places."""
+    pairs = list(views)
+    return tuple(rows for rows, _ in pairs), tuple(place for _, place in pairs)
+
+
+def require_maps(task: Task, views: Views) -> None:
+    """Raise ConfigError if the task's labels have places and the views do not say where they go."""
+    if task.labels_have_places and not isinstance(views, MappedViews):
+        raise ConfigError(
+            f"views.name: labels of task {task.name} have a place in the picture, and "
+            f"{type(views).__name__} do not say where pixels go; use image or identity, or views "
+            "of your own with the methods of hpdist.data.views.MappedViews"
+        )
 
 
 @cache

@@ -38,7 +38,7 @@ from hpdist.evaluate.scoring import evaluating
 from hpdist.models.with_heads import head_names_of, require_heads
 from hpdist.train import pseudo_label_metrics as pseudo_labels
 from hpdist.train.ahead import Following, ViewsAhead
-from hpdist.train.micro_batch import MicroBatcher, channels_last
+from hpdist.train.micro_batch import MicroBatcher, channels_last, require_maps
 from hpdist.train.optim import l1_norm
 from hpdist.train.outcome import StepOutcome
 from hpdist.train.passes import make_passes
@@ -122,6 +122,7 @@ class SemiSupervisedStep:
             self.teacher.prepare_forward(teacher_model)
         if algorithm.groups is not None:
             check_groups(algorithm.groups, self._parts)
+        require_maps(algorithm.task, views)
         require_heads(algorithm, head_names_of(self.engine.module))
         self.engine.set_outputs(algorithm.task.outputs, algorithm.head_names)
         self._passes = make_passes(

@@ -17,7 +17,7 @@ from hpdist.algorithms.saved_state import SavedShards, Shards, check_names
 from hpdist.algorithms.view_request import Views
 from hpdist.errors import ConfigError
 from hpdist.tasks import DEFAULT_TASK
-from hpdist.tasks.base import Task, require_abilities, require_named
+from hpdist.tasks.base import Task, require_abilities, require_named, require_places_kept
 
 
 class AddOnConfig(DeclaredConfig):
@@ -154,6 +154,7 @@ class AddOn(Algorithm):
             require_named(task, former, type(self).__name__)
         else:
             require_abilities(task, self.addon_needs, type(self).__name__)
+        require_places_kept(task, self.changes_inputs, type(self).__name__)
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Pass the task on."""

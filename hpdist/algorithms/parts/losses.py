@@ -13,9 +13,11 @@ from hpdist.tasks.base import Task
 def supervised_loss(outputs: StudentOutputs, task: Task = DEFAULT_TASK) -> Tensor:
     """Loss of the labelled rows by the task (cross-entropy by default).
 
-    The result is a contribution to the mean of the global batch.
+    The result is a contribution to the mean of the global batch: over its rows, or over what the
+    task counts of their labels.
     """
-    return task.losses(outputs.labeled, outputs.labels).sum() / outputs.labeled_rows
+    count = outputs.labeled_rows if outputs.label_count is None else outputs.label_count
+    return task.losses(outputs.labeled, outputs.labels).sum() / count
 
 
 def masked_pseudo_label_loss(

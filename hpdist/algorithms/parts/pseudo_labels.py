@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from hpdist.algorithms.base import Algorithm
+from hpdist.algorithms.exchange import StudentOutputs, Sums
 from hpdist.algorithms.loss_terms import LossTerms
 from hpdist.algorithms.options import option
+from hpdist.tasks.base import Task, share
+
+_COUNT = "pseudo-labels"
+
+
+def pseudo_label_count(task: Task, logits: Any, threshold: float) -> dict[str, Tensor]:
+    """Count this rank's pseudo-labels, a sum to add up over the global batch.
+
+    Empty of a task whose losses are means over rows.
+    """
+    if not task.counts_labels:
+        return {}
+    _, labels = task.pseudo_labels(logits, threshold)
+    return {_COUNT: task.label_counts(labels).sum()}
+
+
+def pseudo_label_terms(
+    outputs: StudentOutputs, task: Task, logits: Any, targets: Any, threshold: float, sums: Sums
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the contribution of pseudo-labels to the loss, and what is logged of them.
+
+    Args:
+        outputs: Of the student.
+        task: Says what a pseudo-label is.
+        logits: The outputs that learn, [unlabeled, *].
+        targets: The outputs that the pseudo-labels are of, [unlabeled, *], without gradient.
+        threshold: The confidence that a pseudo-label needs.
+        sums: `pseudo_label_count` of the global batch: the mean is over these, and over rows of a
+            task that does not count them.
+    """
+    mask, labels = task.pseudo_labels(targets, threshold)
+    losses = task.pseudo_label_losses(logits, labels, mask)
+    count = sums[_COUNT].clamp(min=1) if _COUNT in sums else outputs.unlabeled_rows
+    numbers = {"mask_rate": share(mask), **task.pseudo_label_metrics(labels, mask)}
+    metrics = {name: each.sum() / outputs.unlabeled_rows for name, each in numbers.items()}
+    return losses.sum() / count, metrics
 
 
 class PseudoLabeling(Algorithm):

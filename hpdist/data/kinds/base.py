@@ -280,6 +280,14 @@ class InputKind:
             return changes_refused(algorithm, f"{self.held}, which are tensors by name, do not")
         return None
 
+    def picture_size(self, value: Any, limits: Limits) -> tuple[int, int] | None:
+        """Give height and width of a stored value, in pixels before it is resized.
+
+        None of a kind whose rows labels have no place in. Raises ValueError, or what the library
+        that opens it raises, where the value cannot be read.
+        """
+        return None
+
     def playable_file(self, spec: InputSpec, rows: Structure) -> bytes | None:
         """Give one decoded row, [1, *], as a WAV file, where it can be heard."""
         return None

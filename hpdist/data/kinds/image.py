@@ -163,6 +163,11 @@ class ImageKind(InputKind):
         """Make the spec of images again."""
         return restored(ImageSpec, values, limits=restored(Limits, values["limits"]))
 
+    def picture_size(self, value: Any, limits: Limits) -> tuple[int, int]:
+        """Read the header of an encoded image, turned by its EXIF orientation; an array's shape."""
+        height, width = ImageSpec.of(value, limits=limits).shape[1:]
+        return height, width
+
     def draw(self, spec: InputSpec, rows: Structure, shown: Mapping[str, Structure]) -> Cells:
         """Show pixels."""
         return pixel_cells(rows, shown)

@@ -26,7 +26,7 @@ from hpdist.data.decode.stored_values import Column, names_of, stored_inputs
 from hpdist.data.files.named_files import NOTHING, PathRule, named
 from hpdist.data.files.row_names import describe_row, describe_rows
 from hpdist.data.kinds import DEFAULT_KIND, InputKind, kind_named
-from hpdist.data.sources.classes import Classes
+from hpdist.data.sources.classes import Classes, StoredLabels
 from hpdist.data.sources.label_encoding import Encoding, LabelReader
 from hpdist.data.sources.labels import (
     check_indices,
@@ -42,7 +42,9 @@ from hpdist.data.sources.loading import (
     same_column,
     same_input,
 )
+from hpdist.data.sources.own_files import limits_of
 from hpdist.data.sources.parquet_table import rows_of
+from hpdist.data.sources.placed_labels import place_labels
 from hpdist.data.sources.unlabeled_value import describe_split, without_value
 from hpdist.data.stream.functions import RowFunctions, Values
 from hpdist.data.stream.permute import Int64Array
@@ -225,12 +227,13 @@ def open_labeled(
         else given
     )
     ids = np.sort(np.asarray(drawn, dtype=np.int64))
-    used = take_rows(encoded, ids)
-    encoding = encoding.fitted(used, measured)
-    notes += encoding.describe(used, where, training=True)
     view, copied = rows_of(table, names_of(column), ids, where, chosen=True)
+    inputs = TableRows(view, column, name, ids, rule=rule)
+    used, placed = _place(encoding, take_rows(encoded, ids), inputs, stored, kind, loading)
+    encoding = encoding.fitted(used, measured)
+    notes += [*placed, *encoding.describe(used, where, training=True)]
     return LabeledRows(
-        view,
+        inputs.dataset,
         column,
         name,
         ids,
@@ -305,11 +308,13 @@ def open_test(
     usable, notes = with_labels(stored, encoding.unlabeled(read))
     notes += checked
     ids = np.asarray(usable, np.int64)
-    labels = take_rows(encoding.encode(read, usable), ids)
-    notes += encoding.describe(labels, where, training=False)
     view, copied = rows_of(table, names_of(column), ids, where, chosen=False)
+    inputs = TableRows(view, column, name, ids, rule=rule)
+    labels = take_rows(encoding.encode(read, usable), ids)
+    labels, placed = _place(encoding, labels, inputs, stored, like.kind, loading)
+    notes += [*placed, *encoding.describe(labels, where, training=False)]
     rows = LabeledRows(
-        view,
+        inputs.dataset,
         column,
         name,
         ids,
@@ -323,6 +328,19 @@ def open_test(
     )
     _require_readable(rows, spec)
     return rows
+
+
+def _place(
+    encoding: Encoding,
+    labels: Any,
+    inputs: TableRows,
+    stored: StoredLabels,
+    kind: InputKind,
+    loading: Loading | None,
+) -> tuple[Any, list[str]]:
+    """Place labels that have a place in the rows' pictures, and say what was noticed."""
+    limits = limits_of(loading or Loading())
+    return place_labels(encoding, labels, inputs.ids, stored, inputs.read_split, kind, limits)
 
 
 def _require_readable(rows: LabeledRows, spec: InputSpec) -> None:

@@ -32,13 +32,13 @@ _NUMBERS = ("int", "uint", "float", "double", "bool", "decimal")
 
 
 def label_column(features: Any, column: str | None, where: str) -> str:
-    """Find the column of labels: as named, else the only ClassLabel, else `label` or `labels`."""
+    """Find the column of labels: as named, else the only ClassLabel, else one of a usual name."""
     if column is not None:
         return known_column(features, column, f"{where}.label")
     typed: list[str] = [key for key in features if isinstance(features[key], datasets.ClassLabel)]
     if len(typed) == 1:
         return typed[0]
-    for usual in ("label", "labels"):
+    for usual in ("label", "labels", "objects"):
         if usual in features:
             return usual
     raise DataError(f"{where}.label: name the column of labels; there are {', '.join(features)}")

@@ -34,6 +34,8 @@ def without_value(stored: StoredLabels, value: Any) -> StoredLabels:
     def matches(label: Any) -> bool:
         if isinstance(label, list):
             return bool(label) and all(map(matches, label))
+        if isinstance(label, dict):  # objects in a picture: none are marked by a value
+            return False
         if label not in known:
             known[label] = not isinstance(label, bool) and (
                 label == value or (wanted is not None and spelling(label) == wanted)

@@ -6,7 +6,7 @@ import io
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -184,27 +184,27 @@ def make_layout(
     carried: Sequence[pa.Field],
     names: Sequence[str],
     threshold: float | None,
+    always: Sequence[str] = ("label", "confidence"),
+    types: Mapping[str, pa.DataType] | None = None,
 ) -> Layout:
     """Settle the columns by what the task makes of some outputs.
 
-    Without `probabilities` only label and confidence are written.
+    Without `probabilities` only the columns in `always` are written. `types` are those that one row
+    may not tell.
     """
-    made = make(example)
-    wanted = {name: value for name, value in made.items() if probabilities or name in _ALWAYS}
+    made, known = make(example), types or {}
+    wanted = {name: value for name, value in made.items() if probabilities or name in always}
     fields = [
         pa.field("id", pa.int64()),
         pa.field("file", pa.string()),
         pa.field("row_group", pa.int32()),
         pa.field("row", pa.int64()),
-        *(pa.field(name, arrow_type(value)) for name, value in wanted.items()),
+        *(pa.field(name, known.get(name) or arrow_type(v)) for name, v in wanted.items()),
         *carried,
         pa.field("error", pa.string()),
     ]
     metadata = {METADATA: json.dumps({"names": list(names)})}
     return Layout(pa.schema(fields, metadata), tuple(wanted), make, threshold)
-
-
-_ALWAYS = ("label", "confidence")
 
 
 def arrow_type(value: Any) -> pa.DataType:

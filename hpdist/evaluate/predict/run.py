@@ -184,6 +184,8 @@ def _layout(model: Predicts, rows: OrderedRows, options: PredictOptions) -> Layo
         carried=[schema.field(name) for name in options.columns],
         names=names,
         threshold=options.threshold,
+        always=model.task.always_written,
+        types=model.task.prediction_types(),
     )
 
 

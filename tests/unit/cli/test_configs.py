@@ -41,7 +41,7 @@ def test_it_resolves_and_its_parts_can_be_made(path: Path) -> None:
     algorithm = build_algorithm(
         cast(AlgorithmConfig, config.algorithm), cast(list[AddOnConfig], config.addons), 4
     )
-    assert config.algorithm.name in path.stem or path.stem.startswith(("case_", "digits"))
+    assert config.algorithm.name in path.stem or path.stem.startswith(("bccd_", "case_", "digits"))
     assert algorithm.views.uses_unlabeled
     if path.stem != "case_synthetic":  # of one row a step
         assert divide_batch(config.batch, algorithm, 4) == 1
