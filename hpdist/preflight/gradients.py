@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from hpdist.distributed.rendezvous import Rendezvous
+from hpdist.engines.config import Shard
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.preflight.child import join_and_print, run_in_child
 from hpdist.preflight.findings import Finding
 
 _NAME = "gradients"
-_PARTS = ("precision", "stage", "offload", "nvme_path", "base", "compile", "bf16_state")
+_PARTS = ("precision", "stage", "offload", "nvme_path", "base", "compile", "bf16_state", "shard")
 
 
 def check_engine(
@@ -54,7 +55,7 @@ def check_engine(
 
 def is_worth_checking(engine: ExecutionPlan, on_gpu: bool) -> bool:
     """Whether an engine is checked here: all but DDP on CPUs, which a run itself still checks."""
-    return on_gpu or engine.stage is not None
+    return on_gpu or engine.name != "not sharded"
 
 
 def _finding(outcomes: Sequence[Any], hosts: Sequence[str]) -> Finding:
@@ -69,16 +70,17 @@ def _finding(outcomes: Sequence[Any], hosts: Sequence[str]) -> Finding:
         return Finding(_NAME, "note", text)
     if failed:
         return Finding(_NAME, "FAILED", "\n".join(failed))
-    return Finding(_NAME, "ok" if outcomes[0]["passed"] else "FAILED", outcomes[0]["text"])
+    return Finding(_NAME, "ok" if outcomes[0]["passed"] else "FAILED", outcomes[0]["said"])
 
 
 def _measure(_: torch.device, arguments: list[str]) -> dict[str, Any]:
     from hpdist.engines.gradient_check import check_gradients
     from hpdist.engines.launch import make_accelerator
 
-    plan = ExecutionPlan(**json.loads(arguments[0]))
+    parts = json.loads(arguments[0])
+    plan = ExecutionPlan(**parts | {"shard": Shard(**parts["shard"])})
     found = check_gradients(make_accelerator(plan), plan)
-    return {"passed": found.passed, "text": str(found)}
+    return {"passed": found.passed, "said": str(found)}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ OTHER_MEANINGS = {
     "messages/redaction.py": "an attribute of an exception",
     "plan/memory_plan.py": "what a plan is printed as",
     "plan/stages.py": "an argument of `subprocess`",
+    "preflight/child.py": "an argument of `subprocess`",
     "preflight/network.py": "an argument of `subprocess`",
     "tasks/coco_scores.py": "a list in COCO's format",
     "tasks/multilabel.py": "how several labels of a row are written, and the type of a label",

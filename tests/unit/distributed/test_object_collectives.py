@@ -49,6 +49,7 @@ FROM_MAIN = {
     "train.claim.Claim.open": "nothing",
     "train.claim.Claim.summary": "a run's summary",
     "train.claim.own_folder": "a flag, a number, or a sentence",
+    "train.engine_check.check_engine": "the versions and settings of a checked engine",
     "train.fitting.fitted_views": "what was measured of the training rows, such as a scale",
     "train.labeled_inputs.open_labeled_inputs": "facts of the labelled rows' inputs",
     "train.loop.RunLoop._catch_up": "a record",
