@@ -29,7 +29,7 @@ def test_the_table_is_read_off_the_algorithms():
         ],
         "fixmatch": [
             "Sohn et al. 2020, arXiv:2001.07685",
-            "c m",
+            "c d m",
             "1 weak, 1 strong",
             "none",
             "0",
@@ -55,7 +55,7 @@ def test_the_table_is_read_off_the_algorithms():
             "step []",
             "0",
         ],
-        "supervised": ["-", "c m r", "none", "none", "0"],
+        "supervised": ["-", "c d m r", "none", "none", "0"],
     }
     assert {name: cells[name] for name in expected} == expected
 
