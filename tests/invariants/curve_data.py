@@ -104,12 +104,36 @@ def text(generator: np.random.Generator, labels: np.ndarray) -> tuple[Columns, d
     return {"text": sentences, "back": back}, {"text": texts, "back": texts}
 
 
+def shapes(generator: np.random.Generator, labels: np.ndarray) -> tuple[Columns, dict[str, Any]]:
+    """PNG files with up to two bright rectangles each, whose boxes are the labels."""
+    side = 4 * SIDE
+    values = generator.integers(0, 60, size=(len(labels), side, side))
+    objects = []
+    for picture, label in zip(values, labels, strict=True):
+        own: Columns = {"bbox": [], "category": []}
+        for number in range(int(generator.integers(3))):
+            width, height = (int(one) for one in generator.integers(8, 17, 2))
+            x, y = (
+                int(generator.integers(side - width + 1)),
+                int(generator.integers(side - height + 1)),
+            )
+            picture[y : y + height, x : x + width] = 120 + 40 * (int(label) % 3) + number
+            own["bbox"].append([float(x), float(y), float(width), float(height)])
+            own["category"].append(int(label) % 3)
+        objects.append(own)
+    boxes = datasets.List(datasets.List(datasets.Value("float32"), length=4))
+    classes = datasets.List(datasets.ClassLabel(names=["dark", "grey", "white"]))
+    types = {"image": datasets.Image(mode="L"), "objects": {"bbox": boxes, "category": classes}}
+    return {"image": [_png(one.astype(np.uint8)) for one in values], "objects": objects}, types
+
+
 KINDS: dict[str, Make] = {
     "vector": vector,
     "table": table,
     "image": image,
     "audio": audio,
     "text": text,
+    "shapes": shapes,
 }
 
 
@@ -155,11 +179,15 @@ def write(folder: Path, kind: str, task: str = "classification") -> dict[str, st
         generator = np.random.default_rng(number)
         labels = generator.choice(CLASSES, size=ROWS[name], p=SHARES)
         columns, types = KINDS[kind](generator, labels)
-        if name != "unlabeled":
+        if name == "unlabeled":
+            columns.pop("objects", None)
+            types.pop("objects", None)
+        elif kind != "shapes":
             values = np.array(columns["x"]) if kind == "vector" else np.zeros((ROWS[name], 0))
             columns["label"], types["label"] = _labels_of(task, labels, values)
+        objects = {key: datasets.Features(types)[key] for key in columns if key == "objects"}
         made = datasets.Dataset.from_dict(columns)
-        for column, feature in types.items():  # a sound is not encoded anew so
+        for column, feature in (types | objects).items():  # a sound is not encoded anew so
             made = made.cast_column(column, feature)
         made.to_parquet(str(path), batch_size=(ROWS[name] + 1) // 2)
     return {name: str(path) for name, path in paths.items()}

@@ -70,6 +70,7 @@ ADDONS: dict[str, Settings] = {
 }
 TASKS: dict[str, tuple[str, ...]] = {
     "classification": tuple(ALGORITHMS),
+    "detection": ("fixmatch", "fully_supervised", "pseudo_label", "supervised"),
     "multilabel": (
         "entropy_minimization",
         "fixmatch",
@@ -96,6 +97,8 @@ TASKS: dict[str, tuple[str, ...]] = {
 ADDON_TASKS = {"reconstruction": ("multilabel", "regression")}
 """The tasks besides classification that an add-on has a meaning for."""
 OF_TASKS: dict[str, Settings] = {
+    "detection-fixmatch": {"threshold": 0.12, "targets": "teacher", "burn_in": 3},
+    "detection-pseudo_label": {"threshold": 0.12},
     "multilabel-fixmatch": {"threshold": 0.6},
     "multilabel-pseudo_label": {"threshold": 0.55},
     "regression-temporal_ensembling": {"unsupervised_weight": 1.0, "ramp": 0.3},
@@ -110,6 +113,7 @@ MODELS: dict[str, Settings] = {
     "vector": {"name": "mlp", "hidden": [16]},
     "table": {"name": "mlp", "hidden": [16]},
     "image": {"name": "cnn", "width": 4},
+    "shapes": {"name": "center_net", "width": 8, "depth": 1, "norm": "group"},
     "audio": {"name": "cnn", "width": 4},
     "text": {"name": "hf:TEXT_MODEL", "pretrained": False},
 }
@@ -117,6 +121,7 @@ VIEWS: dict[str, Settings] = {
     "vector": {"name": "table", "weak": {"noise": 0.3}, "strong": {"corruption": 0.3}},
     "table": {"name": "table", "missing": "mean"},
     "image": {"name": "image", "weak": {"flip": False}, "strong": {"ops": 2, "cutout": 0.25}},
+    "shapes": {"name": "image", "strong": {"magnitude": 0.5, "cutout": 0.25}},
     "audio": {
         "name": "audio",
         "sampling_rate": 4000,
@@ -134,6 +139,7 @@ INPUTS: dict[str, Any] = {
     "vector": "x",
     "table": ["x0", "x1", "x2", "x3", "city"],
     "image": "image",
+    "shapes": "image",
     "audio": "audio",
     "text": "text",
 }
@@ -174,6 +180,9 @@ def _of_components() -> dict[str, Settings]:
     for task, algorithms in TASKS.items():
         for name in algorithms:
             kind = "image" if name in PICTURES else "vector"
+            if task == "detection":  # its losses are sums over boxes and cells
+                found[f"{task}-{name}"] = _settings("shapes", task, name, optim={"lr": 0.001})
+                continue
             found[f"{task}-{name}"] = _settings(kind, task, name)
     for name, options in ADDONS.items():
         for task in ("classification", *ADDON_TASKS.get(name, ())):

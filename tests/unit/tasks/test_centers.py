@@ -19,14 +19,14 @@ from hpdist.tasks.centers import (
     heat_targets,
 )
 
-HEIGHT, WIDTH, CLASSES = 9, 12, 3
+HEIGHT, WIDTH, CLASSES = 60, 80, 3
 
 
 def drawn_boxes(rows: int = 3, most: int = 20) -> tuple[Tensor, Tensor, Tensor]:
-    """More than are drawn at once; some rows have fewer, one has none."""
+    """More than are drawn at once, many large enough to overlap; one row has none."""
     generator = torch.Generator().manual_seed(3)
-    low = torch.rand(rows, most, 2, generator=generator) * 0.7
-    boxes = torch.cat((low, low + 0.05 + torch.rand(rows, most, 2, generator=generator) * 0.25), 2)
+    low = torch.rand(rows, most, 2, generator=generator) * 0.3
+    boxes = torch.cat((low, low + 0.05 + torch.rand(rows, most, 2, generator=generator) * 0.65), 2)
     there = torch.rand(rows, most, generator=generator) < 0.6
     there[-1] = False
     return boxes, torch.randint(CLASSES, (rows, most), generator=generator), there
@@ -77,6 +77,7 @@ def test_the_targets_are_those_of_the_paper() -> None:
         own = (part[row].tolist() for part in (boxes, classes, there))
         np.testing.assert_allclose(found[row], reference_heat(*own), atol=1e-6)
     assert found[0].max() == 1
+    assert ((found[0] > 0.1) & (found[0] < 1)).sum() > 50  # the bells are wider than a cell
     assert not found[-1].any()
 
 
