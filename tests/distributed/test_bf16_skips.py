@@ -18,8 +18,12 @@ from hpdist.train.step import SemiSupervisedStep
 from tests.distributed.test_overflow import attempt, snapshot
 from tests.support.ranks import run_ranks
 from tests.support.recipes import LABELED, UNLABELED, make_step
+from tests.support.sampling import selected
 
-STAGES = [None, 0, 1, 2, 3]
+STAGES = [
+    *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1)),
+    *(None, 2, 3),
+]
 
 
 class Poison:
@@ -36,9 +40,9 @@ class Poison:
         return output
 
 
-def skips() -> dict[int | None, Any]:
+def skips(stages: list[int | None]) -> dict[int | None, Any]:
     found: dict[int | None, Any] = {}
-    for stage in STAGES:
+    for stage in stages:
         step = make_step("freematch", norm="batch", precision="bf16", stage=stage, width=4)
         poison = Poison(step)
         outcomes, changed = [], []
@@ -53,8 +57,8 @@ def skips() -> dict[int | None, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[Any]:
-    return run_ranks(2, skips)
+def runs(request: pytest.FixtureRequest) -> list[Any]:
+    return run_ranks(2, skips, [stage for (stage,) in selected(request, "stage")])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -63,4 +63,4 @@ def refused() -> str:
 
 
 def test_zero_3_refuses_it() -> None:
-    assert "optim.l1: ZeRO-3 shards the weights" in run_ranks(1, refused)[0]
+    assert "optim.l1: ZeRO-3 and FSDP2 shard the weights" in run_ranks(1, refused)[0]

@@ -110,9 +110,9 @@ def test_the_engine_of_a_config_takes_a_step(tmp_path):
 
 
 def test_a_wrong_step_and_one_without_end_are_findings():
-    wrong = {"passed": False, "text": "ZeRO-2 of DeepSpeed 0.18.2: one step differs by 0.56"}
+    wrong = {"passed": False, "said": "ZeRO-2 of DeepSpeed 0.18.2: one step differs by 0.56"}
     assert _finding([wrong, wrong], ["a", "b"]).verdict == "FAILED"
-    failed = _finding([{"passed": True, "text": ""}, "RuntimeError: no"], ["a", "b"])
+    failed = _finding([{"passed": True, "said": ""}, "RuntimeError: no"], ["a", "b"])
     assert (failed.verdict, failed.text) == ("FAILED", "process 1 on b: RuntimeError: no")
     late = _finding(["not done within 60 s"] * 2, ["a", "b"])
     assert late.verdict == "note"

@@ -142,7 +142,8 @@ def test_the_curve_goes_somewhere(runs: list[Compared]) -> None:
 MORE = {
     *("checkpointed, None", "checkpointed, 2", "compiled, None", "compiled, 3"),
     *("offloaded, 1", "offloaded, 2", "1 micro-batches, 2", "1 micro-batches, 3"),
-    *("plain, fsdp2", "1 micro-batches, fsdp2", "2 micro-batches, fsdp2"),
+    *("plain, fsdp2", "1 micro-batches, fsdp2", "2 micro-batches, fsdp2", "offloaded, fsdp2"),
+    *("checkpointed, fsdp2", "compiled, 2", "compiled and checkpointed, None"),
 }
 
 

@@ -52,14 +52,16 @@ def outcome_of(run: Path, output: str) -> dict[str, Any]:
     }
 
 
-def train_all(folder: Path) -> dict[str, Any]:
-    """Train all runs, leg by leg, and return what came of them.
+def train_all(folder: Path, names: set[str]) -> dict[str, Any]:
+    """Train the runs of these names, leg by leg, and return what came of them.
 
     Call this in a process of its own, since a process that has trained is no good to fork.
     """
     write_numbers(folder / "data", GROUPS)
     outcomes = {}
     for name, legs in RUNS.items():
+        if name not in names:
+            continue
         log = folder / f"log-{name}"
         for ranks, kind, steps in legs:
             schedule = {"name": "constant"}

@@ -35,7 +35,6 @@ OTHER_MEANINGS = {
     "plan/memory_plan.py": "what a plan is printed as",
     "plan/stages.py": "an argument of `subprocess`",
     "preflight/child.py": "an argument of `subprocess`",
-    "preflight/network.py": "an argument of `subprocess`",
     "tasks/coco_scores.py": "a list in COCO's format",
     "tasks/multilabel.py": "how several labels of a row are written, and the type of a label",
     "train/row_examples.py": "how a row of a report is shown",

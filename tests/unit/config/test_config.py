@@ -185,8 +185,14 @@ def test_an_override_of_an_anchor_stays_where_it_is(tmp_path):
             "--model.name=cnnn",
             "--model.name: no model is called 'cnnn', did you mean 'cnn'?; known: ",
         ),
-        ("--model=cn", "--model.name: no model is called 'cn', did you mean 'cnn'?; known: cnn, "),
-        ("--model=5", "--model: must be a name or a group of settings, not 5; known: cnn, ladder"),
+        (
+            "--model=cn",
+            "--model.name: no model is called 'cn', did you mean 'cnn'?; known: center_net, cnn, ",
+        ),
+        (
+            "--model=5",
+            "--model: must be a name or a group of settings, not 5; known: center_net, cnn, ladder",
+        ),
         ("--tracker=wandbb", "--tracker.name: must be 'wandb', 'tensorboard', 'mlflow' or 'none'"),
         ("--views=imag", "--views.name: no views is called 'imag', did you mean 'image'?"),
         ("--views={sise: 32}", "--views.sise: unknown setting, did you mean 'size'?"),

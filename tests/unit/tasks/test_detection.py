@@ -169,9 +169,8 @@ ABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["fixmatch", *(pytest.param(n, marks=pytest.mark.slow) for n in ABLE if n[0] != "f")]
-)
+@pytest.mark.slow  # tests/unit/testing holds them to it, too
+@pytest.mark.parametrize("name", ABLE)
 def test_an_algorithm_keeps_the_contract(name: str) -> None:
     """Among it: 1, 2 and 4 ranks, and micro-batches, have the same losses and gradients."""
     check_algorithm(ABLE[name], task="detection")
