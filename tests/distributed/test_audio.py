@@ -46,7 +46,7 @@ MICRO = {"batch": {"labeled": 8, "unlabeled": 16, "micro": 12}}
 
 
 @pytest.mark.parametrize(
-    "kind", ["spectrograms", pytest.param("waveforms", marks=pytest.mark.slow)]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("spectrograms", "waveforms")]
 )
 def test_the_same_curve_on_one_rank_two_ranks_and_in_micro_batches(tmp_path, model, kind):
     own = waveforms(model) if kind == "waveforms" else {}

@@ -61,6 +61,7 @@ def runs(request: pytest.FixtureRequest) -> list[Any]:
     return run_ranks(2, skips, [stage for (stage,) in selected(request, "stage")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_ranks_skip_everything_and_name_the_source(runs: list[Any], stage: int | None) -> None:
     for found in runs:

@@ -166,6 +166,7 @@ def odd(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_odd_parameters_train_and_resume_or_are_refused_by_name(tmp_path: Path) -> None:
     one, other = run_ranks(2, odd, tmp_path)
     assert one["differing"] == other["differing"] == []

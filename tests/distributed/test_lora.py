@@ -96,6 +96,7 @@ def change(model, folder):
     return largest, seen
 
 
+@pytest.mark.slow
 def test_the_same_curve_on_one_and_two_ranks_under_ddp_and_zero(tmp_path, places):
     (alone,) = [train(tmp_path / "one", places, [None])]
     for ranks in run_ranks(2, train, tmp_path / "two", places, STAGES):

@@ -25,7 +25,7 @@ from tests.support.catalogue import NAMES
 STAGES = [None, 1, 2, 3, "fsdp2"]
 SOME = [
     pytest.param("small CNN", None, 2, marks=pytest.mark.slow),
-    ("small MLP", 2, 2),
+    pytest.param("small MLP", 2, 2, marks=pytest.mark.slow),
     pytest.param("small MLP", "fsdp2", 2, marks=pytest.mark.slow),
 ]
 ALL = [(model, stage, ranks) for model in LARGE for ranks in (1, 2, 4) for stage in STAGES]

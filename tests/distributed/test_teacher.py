@@ -247,6 +247,7 @@ def consistency() -> dict[int | str | None, list[dict[str, float]]]:
     return curves
 
 
+@pytest.mark.slow
 def test_mean_teacher_is_the_same_under_zero3_and_fsdp2() -> None:
     curves = run_ranks(2, consistency)[0]
     reference = curves[None, "fp32"]

@@ -78,6 +78,7 @@ def test_frozen_parts_and_layer_decay_under_zero(tmp_path, model, stage):
     assert close(curve(tmp_path / "plain"), curve(tmp_path / "zero"), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_half_precision_under_zero_2(tmp_path, model):
     run_ranks(2, train, tmp_path / "plain", model, {})
     changes = {"zero": {"stage": 2}, "precision": "bf16"}

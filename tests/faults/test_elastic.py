@@ -17,7 +17,7 @@ LIKE = {
     **dict.fromkeys(("ranks", "engines"), "whole"),
     **dict.fromkeys(("stages", "both", "engines_fp16"), "whole_fp16"),
 }
-SLOW = {"engines_fp16"}
+SLOW = {"both", "engines_fp16"}
 RUNS = [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LIKE]
 TOLERANCE = {"whole": 2e-4, "whole_fp16": 2e-2}
 

@@ -446,6 +446,7 @@ def accelerate(digits: Path, *overrides: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_launch_for_real(digits: Path) -> None:
     done = accelerate(digits)

@@ -32,6 +32,7 @@ def test_the_files_are_the_same_every_time_and_can_be_decoded(tmp_path):
     assert main([]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_the_command_evaluates(tmp_path):
     write_tones(tmp_path / "demo" / "tones")
     command = [sys.executable, "-m", "hpdist", "train", ROOT / "configs" / "tones_fixmatch.yaml"]
