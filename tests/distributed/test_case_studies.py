@@ -54,6 +54,7 @@ def test_half_precision_weights_say_what_fp32_ones_do(tmp_path: Path) -> None:
     assert found["fp32"].accuracy > 0.8
 
 
+@pytest.mark.slow
 def test_the_commands_train_evaluate_convert_and_compare(tmp_path: Path) -> None:
     """The sequence of docs/half-precision.md, with fewer steps."""
 

@@ -151,6 +151,7 @@ def test_one_stage_alone(digits, tmp_path):
     assert done.stderr.count("rehearsing") == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_planned_is_one_clear_line(digits, tmp_path, capsys):
     source = tmp_path / "run.yaml"
     source.write_text(yaml.safe_dump(settings(digits, "CNN", None)))

@@ -36,6 +36,7 @@ def launched(folder: Path, launch_file: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it launches CPU ranks")
 def test_the_folders_above_the_launch_file_are_searched_after_the_current_one(
     tmp_path: Path,
