@@ -242,13 +242,14 @@ class RemembersRows(Algorithm):
     Its `start` puts the tables into `remembered`.
     """
 
-    remembered: Mapping[str, ShardedRows] = MappingProxyType({})
-    """By the names that they have in checkpoints."""
+    remembered: Tables = MappingProxyType({})
+    """By the algorithm's own names."""
     _recalled: Sums = MappingProxyType({})
 
     @property
-    def _is_sharded(self) -> bool:
-        return are_sharded(self.remembered)
+    def saved_tables(self) -> Tables:
+        """The tables by the names that they have in checkpoints."""
+        return self.remembered
 
     def bind_rank(self, rank: int, world_size: int) -> None:
         """Hold this rank's rows only."""
@@ -259,7 +260,7 @@ class RemembersRows(Algorithm):
     @property
     def recalls(self) -> bool:
         """Whether the rows of a batch are remembered by other ranks."""
-        return self._is_sharded
+        return are_sharded(self.remembered)
 
     def recall(self, encoded: Tensor) -> dict[str, Tensor]:
         """Give what this rank remembers of the rows of a global batch."""
@@ -269,11 +270,12 @@ class RemembersRows(Algorithm):
         """Take what all ranks remember of the rows of the global batch."""
         self._recalled = sums
 
-    def looked_up(self, name: str, ids: Tensor, positions: BatchPositions) -> Tensor:
+    def looked_up(self, name: str, ids: Tensor, positions: BatchPositions | None) -> Tensor:
         """Give what was remembered of rows of this micro-batch before the step, fp32 [rows, *]."""
         table = self.remembered[name]
-        if not self._is_sharded:
+        if not are_sharded(self.remembered):
             return table.read(ids)
+        assert positions is not None
         rows = self._recalled[name]
         return table.unpack(rows[sent(positions.unlabeled, rows.device)])
 
@@ -284,11 +286,11 @@ class RemembersRows(Algorithm):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state, and on one rank the tables; on several each has only its `shards`."""
-        return {**super().state_dict(), **whole_tables(self.remembered)}
+        return {**super().state_dict(), **whole_tables(self.saved_tables)}
 
     def shards(self) -> Shards:
         """What this rank remembers; on one rank it is all in `state_dict`."""
-        return super().shards() | shards_of(self.remembered)
+        return super().shards() | shards_of(self.saved_tables)
 
     def load_state_dict(
         self, state: Mapping[str, Tensor], saved: SavedShards | None = None
@@ -297,6 +299,6 @@ class RemembersRows(Algorithm):
 
         Raises KeyError if names or widths are those of other options, or tables are missing.
         """
-        names = names_in_state(self.remembered)
-        super().load_state_dict({k: v for k, v in state.items() if k not in names})
-        load_tables(self.remembered, state, saved)
+        names = names_in_state(self.saved_tables)
+        super().load_state_dict({k: v for k, v in state.items() if k not in names}, saved)
+        load_tables(self.saved_tables, state, saved)
