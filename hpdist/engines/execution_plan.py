@@ -48,6 +48,11 @@ class ExecutionPlan:
     """Seconds without progress after which the compilation of an operator ends the run."""
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether DeepSpeed or FSDP2 trains, and not one process alone or DDP."""
+        return self.stage is not None or self.shard.engine is not None
+
+    @property
     def name(self) -> str:
         """How the run is sharded, in words."""
         if self.shard.engine is not None:

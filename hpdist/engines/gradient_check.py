@@ -109,8 +109,7 @@ def engine_facts(plan: ExecutionPlan) -> dict[str, Any]:
 
 def needs_check(plan: ExecutionPlan) -> bool:
     """Whether a run's engine is another than one plain process."""
-    sharded = plan.stage is not None or plan.shard.engine is not None
-    return sharded or world_size() > 1
+    return plan.is_sharded or world_size() > 1
 
 
 def require_right_gradients(

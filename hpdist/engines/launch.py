@@ -83,7 +83,7 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
     _check_precision(sharding.precision)
     if fp8:
         check_fp8()
-        if sharding.name != "not sharded":
+        if sharding.is_sharded:
             raise ConfigError(
                 f"precision: fp8 is for one GPU or DDP, and this run is sharded ({sharding.name}); "
                 "leave zero.stage and shard.engine out, or use bf16"
@@ -91,7 +91,7 @@ def resolve(request: ExecutionRequest) -> ExecutionPlan:
     _check_zero(sharding)
     check_bf16_state(sharding)
     check_shard(sharding, launcher)
-    if sharding.find_unused and sharding.name != "not sharded":
+    if sharding.find_unused and sharding.is_sharded:
         raise ConfigError(
             f"find_unused_parameters: DDP's, but this run is sharded ({sharding.name}); leave it "
             "out: what a step does not reach is found without it"

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from hpdist.data.structures import Structure, cat, narrow, row_count, tensors_of
+from hpdist.data.structures import Structure, cat, row_count, split, tensors_of
 
 _TOKENS = 1536
 _FEWEST_TEXTS = 8
@@ -34,7 +34,8 @@ def forward_in_parts(forward: Callable[[Structure], Structure], rows: Structure)
         return forward(rows)
     parts = -(-count // most)
     bounds = [count * part // parts for part in range(parts + 1)]  # equal but for one row
-    return cat([forward(narrow(rows, start, stop - start)) for start, stop in pairwise(bounds)])
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    return cat([forward(part) for part in split(rows, sizes)])
 
 
 def rows_at_a_time(rows: Structure) -> int:

@@ -55,7 +55,7 @@ def check_engine(
 
 def is_worth_checking(engine: ExecutionPlan, on_gpu: bool) -> bool:
     """Whether an engine is checked here: all but DDP on CPUs, which a run itself still checks."""
-    return on_gpu or engine.name != "not sharded"
+    return on_gpu or engine.is_sharded
 
 
 def _finding(outcomes: Sequence[Any], hosts: Sequence[str]) -> Finding:
