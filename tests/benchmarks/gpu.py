@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu.device import DRY_RUN, hide_gpus
+from tests.gpu.device import begin_dry_run
 from tests.gpu.timed import run_within
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +125,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run:
-        os.environ[DRY_RUN] = "1"
-        hide_gpus()
+        begin_dry_run()
     elif not torch.cuda.is_available():
         print(
             "tests.benchmarks.gpu needs a CUDA device, and none is visible; --dry-run does all of "

@@ -9,7 +9,6 @@ three steps, and the evaluation of all test rows. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from hpdist.plan.memory_plan import rehearsed
 from hpdist.train import config
 from hpdist.train.trainer import Trainer
 from tests.benchmarks.memory_plan import settings
-from tests.gpu.device import DRY_RUN, hide_gpus, on_ranks, the_device
+from tests.gpu.device import begin_dry_run, on_ranks, the_device
 
 _VIEWS = {"size": 32, "channels": 3, "weak": {"shift": 0.125, "flip": False}}
 _SGD = {"name": "sgd", "lr": 0.03}
@@ -73,8 +72,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run:
-        os.environ[DRY_RUN] = "1"
-        hide_gpus()
+        begin_dry_run()
     print("| model | planned, MB | allocated, MB | planned / allocated |\n|---|---|---|---|")
     ends = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as name:

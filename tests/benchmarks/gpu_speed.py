@@ -24,7 +24,7 @@ from hpdist.engines.config import Precision
 from hpdist.models import WideResNet
 from tests.benchmarks.plain_loop import PlainLoop, hpdist_loop
 from tests.benchmarks.step_time import CLASSES
-from tests.gpu.device import hide_gpus, wait_for
+from tests.gpu.device import begin_dry_run, wait_for
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 BLOCK = 0.4  # seconds, about
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run:
-        hide_gpus()
+        begin_dry_run()
     device = torch.device("cpu" if options.dry_run else "cuda")
     print(
         "| model | rows a step | precision | hpdist, images/s | bare loop, images/s | "

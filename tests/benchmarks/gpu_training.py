@@ -25,7 +25,7 @@ import yaml
 from hpdist.data.samples.digits import write_digits
 from hpdist.train import config
 from hpdist.train.trainer import Trainer
-from tests.gpu.device import hide_gpus
+from tests.gpu.device import begin_dry_run
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cifar10_fixmatch.yaml"
 TRIAL, WARM = 80, 20
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run:
-        hide_gpus()
+        begin_dry_run()
         with tempfile.TemporaryDirectory() as name:
             print(train(write_digits(Path(name)), options.seconds, tiny=True))
         return

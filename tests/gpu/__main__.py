@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu.device import DRY_RUN, WHY_SKIPPED, hide_gpus
+from tests.gpu.device import DRY_RUN, WHY_SKIPPED, begin_dry_run
 from tests.gpu.timed import run_within
 
 MINUTES = 9.0
@@ -50,8 +50,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run:
-        os.environ[DRY_RUN] = "1"
-        hide_gpus()
+        begin_dry_run()
     elif not torch.cuda.is_available():
         print(f"tests.gpu {WHY_SKIPPED.replace(f'{DRY_RUN}=1', '--dry-run')}", file=sys.stderr)
         return 2

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.device import WHY_SKIPPED, exactly, hide_gpus, is_dry_run, the_device
+from tests.gpu.device import WHY_SKIPPED, begin_dry_run, exactly, is_dry_run, the_device
 
 HERE = Path(__file__).parent
 
 if is_dry_run():
-    hide_gpus()
+    begin_dry_run()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers

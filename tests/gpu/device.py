@@ -26,8 +26,9 @@ def is_dry_run() -> bool:
     return os.environ.get(DRY_RUN) == "1"
 
 
-def hide_gpus() -> None:
+def begin_dry_run() -> None:
     """Hide all GPUs from this process and those that it starts; before CUDA is first used."""
+    os.environ[DRY_RUN] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ[ALLOW_CPU_FP16] = "1"
 

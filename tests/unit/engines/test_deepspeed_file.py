@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,18 @@ from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError
 from hpdist.plan.memory_plan import make_plan
 from hpdist.train.compose import execution_request
-from hpdist.train.config import RunConfig, parse
+from tests.support import launched
+from tests.support.launched import forget_launcher
 
 ON = {"stage": 1}
 Resolve = Callable[..., ExecutionPlan]
-
-
-def config(**settings: Any) -> RunConfig:
-    data = {"labeled": {"path": "parquet"}}
-    least = {"model": {"name": "cnn"}, "data": data, "algorithm": {"name": "supervised"}}
-    return parse(least | {"steps": 100} | settings)
+config = partial(launched.config, steps=100)
 
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Resolve:
     """Resolves a config beside a DeepSpeed JSON, `{file}` in a message being its path."""
-    for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "HPDIST_")) or name in ("RANK", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
+    forget_launcher(monkeypatch)
     if not torch.cuda.is_available():
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
         monkeypatch.setenv(launch.ALLOW_CPU_FP16, "1")

@@ -16,24 +16,16 @@ from hpdist.engines.config import Shard
 from hpdist.engines.execution_plan import ExecutionPlan
 from hpdist.errors import ConfigError
 from hpdist.train.compose import execution_request
-from hpdist.train.config import RunConfig, parse
+from tests.support.launched import config, forget_launcher
 from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs/accelerate").glob("fsdp2_*.yaml"))
 
 
-def config(**settings: Any) -> RunConfig:
-    data = {"labeled": {"path": "parquet"}}
-    least = {"model": {"name": "cnn"}, "data": data, "algorithm": {"name": "supervised"}}
-    return parse(least | {"steps": 1} | settings)
-
-
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "HPDIST_", "FSDP_")) or name in ("RANK", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
+    forget_launcher(monkeypatch)
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:

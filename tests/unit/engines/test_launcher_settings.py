@@ -18,19 +18,13 @@ from safetensors import safe_open
 from hpdist.engines import launch
 from hpdist.errors import ConfigError
 from hpdist.train.compose import execution_request
-from hpdist.train.config import RunConfig, parse
+from tests.support.launched import config
 from tests.support.picture_runs import train, write_config
 from tests.support.pictures import write_pictures
 from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[3]
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU ranks")
-
-
-def config(**settings: Any) -> RunConfig:
-    data = {"labeled": {"path": "parquet"}}
-    least = {"model": {"name": "cnn"}, "data": data, "algorithm": {"name": "supervised"}}
-    return parse(least | {"steps": 1} | settings)
 
 
 @pytest.fixture(autouse=True)
