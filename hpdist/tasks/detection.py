@@ -99,13 +99,12 @@ class Detection(Task):
 
     def fitted(self, encoding: Encoding) -> Detection:
         """Give the task with the names of the classes."""
-        return Detection(
-            self.bad_boxes,
-            self.least_visible,
-            self.box_weight,
-            self.least_score,
-            encoding.classes.names,
-        )
+        return self._named(encoding.classes.names)
+
+    def _named(self, names: Sequence[str]) -> Detection:
+        """Give the same task with these names of the classes."""
+        options = (self.bad_boxes, self.least_visible, self.box_weight, self.least_score)
+        return Detection(*options, names)
 
     def check_outputs(self, outputs: Any, rows: int, num_classes: int, description: str) -> None:
         """Raise ConfigError unless there are a map of each class and four numbers of each cell."""
@@ -164,10 +163,7 @@ class Detection(Task):
     def meter(self, outputs: Any) -> Meter:
         """Gather the boxes of all ranks, which average precision needs."""
         names = self.class_names or tuple(map(str, range(outputs["heat"].shape[1])))
-        named = Detection(
-            self.bad_boxes, self.least_visible, self.box_weight, self.least_score, names
-        )
-        return CocoScores(named, outputs["heat"].device)
+        return CocoScores(self._named(names), outputs["heat"].device)
 
     def prediction_columns(self, outputs: Any, names: Sequence[str]) -> dict[str, Any]:
         """Give the classes, boxes and scores of the boxes of each row that reach `least_score`.

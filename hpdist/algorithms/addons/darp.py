@@ -159,7 +159,7 @@ class DARP(RemembersRowsAddOn, name="darp"):
     def _refine(self) -> None:
         """Refine the rows seen so far. Collective, where ranks hold parts of them."""
         ranks, shares = self.ranks_of_rows(), self._shares(self._batch["predictions"]).double()
-        own = sum((torch.ones_like(ids).sum() for ids, _ in self._blocks()), torch.tensor(0))
+        own = torch.tensor(sum(len(ids) for ids, _ in self._blocks()))
         count = ranks.sum(own.to(shares))
         if not count:
             return
